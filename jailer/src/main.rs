@@ -1,0 +1,3 @@
+//! The jailer: builds the jail a mayfly runs in, drops privileges and executes the monitor.
+
+fn main() {}

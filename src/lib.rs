@@ -1,0 +1,1 @@
+//! mayfly: a minimal microVM monitor for Linux KVM.

@@ -1,0 +1,3 @@
+//! The bare-metal probe guest.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! What `tools/bench` runs.
+
+fn main() {}
