@@ -1,1 +1,45 @@
-//! mayfly: a minimal microVM monitor for Linux KVM.
+//! mayfly: a minimal microVM monitor for Linux KVM. One process runs one microVM.
+//!
+//! **One owner per thing, one thread per owner, a message at every border.** Folders are named
+//! after who owns the code at run time.
+//!
+//! ```text
+//!       client
+//!         | HTTP on a Unix socket
+//!    +----v----+  Command + reply   +----------------------------+
+//!    |   api   |------------------->|  control: Vmm { state }    |
+//!    |         |<-------------------|  Machine { handles }       |
+//!    +---------+      Answer        +---+--------+-----------^---+
+//!                                       |        |           |  Event: guest reset,
+//!                     VcpuMsg + signal  |        |           |  vCPU exit, worker failed
+//!                                       |        | ControlMsg<D> + reply
+//!                                  +----v----+ +-v--------+---------+--------+
+//!              KVM_RUN <---------->|  vcpu   | | block    |  net    | serial |
+//!                                  +----+----+ | Disk     |  Tap    | in/out |
+//!                   MMIO or port exit   |      | Queue    |  2Queue | pipe   |
+//!                                  +----v----+ +-^---^--+-+---------+--------+
+//!                                  |  Bus    |   |   |  |
+//!                                  |Registers|---'   |  '---> Interrupt -> irqfd -> guest
+//!                                  | (mutex) |  DriverMsg
+//!                                  +---------+       '------- ioeventfd <- guest kick
+//! ```
+//!
+//! Which way imports point: a file may import from lines below its own, or from its own folder,
+//! never from above (`tests/layering.rs` holds the code to this picture).
+//!
+//! ```text
+//!   7  main             and args
+//!   6  api              of vmm it sees `action` only, and config
+//!   5  vmm              the one folder that knows all the others
+//!   4  vcpu             sees arch and bus; does not know that virtio exists
+//!   3  virtio   arch    neither sees the other
+//!   2  serial   memory   rate_limiter
+//!   1  bus   config   inbox   seccomp   metrics   log   sys       see nothing of ours
+//! ```
+
+pub mod bus;
+pub mod config;
+pub mod inbox;
+pub mod log;
+pub mod sys;
+pub mod vmm;

@@ -1,0 +1,178 @@
+//! Messages between threads: a bounded queue whose receiver can stand in an epoll set.
+//!
+//! An [`Inbox`] belongs to the one thread that empties it; a [`Sender`] may be cloned to any
+//! number of threads. Sending never blocks and, after construction, never allocates: a full
+//! inbox gives the message back. That a queue can be full is how a thread that has stopped
+//! listening (a device hanging in `fsync`) is kept from holding up, or growing, anybody else.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The receiving end: owned by one thread.
+#[derive(Debug)]
+pub struct Inbox<T> {
+    queue: Receiver<T>,
+    bell: Arc<EventFd>,
+}
+
+/// The sending end: one for each thread that has something to say.
+#[derive(Debug)]
+pub struct Sender<T> {
+    queue: SyncSender<T>,
+    bell: Arc<EventFd>,
+}
+
+/// A message that could not be delivered, given back.
+pub struct Undelivered<T>(pub T);
+
+impl<T> fmt::Debug for Undelivered<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Undelivered")
+    }
+}
+
+/// Makes an inbox for at most `capacity` messages that nobody has fetched yet.
+///
+/// # Errors
+/// When the host has no descriptor left for the eventfd.
+pub fn inbox<T>(capacity: usize) -> io::Result<(Sender<T>, Inbox<T>)> {
+    let (tx, rx) = mpsc::sync_channel(capacity);
+    let bell = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    Ok((
+        Sender {
+            queue: tx,
+            bell: Arc::clone(&bell),
+        },
+        Inbox { queue: rx, bell },
+    ))
+}
+
+impl<T> Inbox<T> {
+    /// The next message, if there is one.
+    ///
+    /// The bell is silenced by [`Inbox::silence`], once per wake-up and before the first
+    /// `next`, so that a message sent in between rings again.
+    pub fn next(&self) -> Option<T> {
+        self.queue.try_recv().ok()
+    }
+
+    /// Acknowledges the wake-up. Call it before fetching, never after.
+    pub fn silence(&self) {
+        // Nothing to read only means that somebody else's wake-up was spurious.
+        let _ = self.bell.read();
+    }
+}
+
+impl<T> AsRawFd for Inbox<T> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.bell.as_raw_fd()
+    }
+}
+
+impl<T> Sender<T> {
+    /// Delivers `message`, or gives it back when the inbox is full or its owner is gone.
+    ///
+    /// # Errors
+    /// [`Undelivered`] holds the message.
+    pub fn send(&self, message: T) -> Result<(), Undelivered<T>> {
+        match self.queue.try_send(message) {
+            Ok(()) => {
+                // An eventfd refuses a write only when its counter is at 2^64 - 2: then it rings anyway.
+                let _ = self.bell.write(1);
+                Ok(())
+            }
+            Err(TrySendError::Full(m) | TrySendError::Disconnected(m)) => Err(Undelivered(m)),
+        }
+    }
+
+    /// The same inbox seen by a module that knows only its own kind of message.
+    ///
+    /// Modules below `vmm` may not name its `Event`; they say `Outbox<OwnEvent>` instead.
+    pub fn outbox<U>(&self) -> Outbox<U>
+    where
+        T: From<U> + Send + 'static,
+        U: 'static,
+    {
+        let sender = self.clone();
+        Outbox(Arc::new(move |message| {
+            sender.send(T::from(message)).is_ok()
+        }))
+    }
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Sender {
+            queue: self.queue.clone(),
+            bell: Arc::clone(&self.bell),
+        }
+    }
+}
+
+/// Where a thread posts messages of type `U` without knowing who reads them.
+pub struct Outbox<U>(Arc<dyn Fn(U) -> bool + Send + Sync>);
+
+impl<U> Outbox<U> {
+    /// Posts `message`; `false` when the reader's inbox is full or the reader is gone.
+    pub fn post(&self, message: U) -> bool {
+        (self.0)(message)
+    }
+}
+
+impl<U> Clone for Outbox<U> {
+    fn clone(&self) -> Self {
+        Outbox(Arc::clone(&self.0))
+    }
+}
+
+impl<U> fmt::Debug for Outbox<U> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Outbox")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn send_when_full_gives_the_message_back() {
+        let (tx, rx) = inbox::<u32>(1).unwrap();
+        tx.send(1).unwrap();
+        let Undelivered(back) = tx.send(2).unwrap_err();
+        assert_eq!(back, 2);
+        assert_eq!(rx.next(), Some(1));
+        tx.send(3).unwrap();
+        assert_eq!(rx.next(), Some(3));
+        assert_eq!(rx.next(), None);
+    }
+
+    #[test]
+    fn send_when_reader_is_gone_gives_the_message_back() {
+        let (tx, rx) = inbox::<u32>(1).unwrap();
+        drop(rx);
+        assert!(tx.send(7).is_err());
+    }
+
+    #[test]
+    fn bell_when_message_arrives_after_silence_rings_again() {
+        let (tx, rx) = inbox::<u32>(4).unwrap();
+        tx.send(1).unwrap();
+        rx.silence();
+        tx.send(2).unwrap();
+        assert_eq!(rx.bell.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn outbox_when_posted_converts() {
+        let (tx, rx) = inbox::<u64>(4).unwrap();
+        let out: Outbox<u32> = tx.outbox();
+        assert!(out.post(5));
+        assert_eq!(rx.next(), Some(5u64));
+    }
+}

@@ -1,0 +1,143 @@
+//! All that the outside can say to control, and all that control answers.
+//!
+//! The API thread turns a request into an [`Action`] and an [`Outcome`] into a response; it knows
+//! nothing else of `vmm`. Guest and device events arrive in the same inbox, as [`Event`]s, so one
+//! place decides the order of everything that happens to a VM.
+
+use std::fmt;
+
+use crate::config::{
+    BootSource, Drive, DriveUpdate, MachineConfig, MachineConfigUpdate, NetworkInterface,
+    NetworkUpdate, VmConfig,
+};
+use crate::inbox::Outbox;
+
+/// One request to control.
+#[derive(Debug)]
+pub enum Action {
+    /// `GET /`
+    DescribeInstance,
+    /// `GET /version`
+    GetVersion,
+    /// `GET /vm/config`
+    GetVmConfig,
+    /// `GET /machine-config`
+    GetMachineConfig,
+    /// `PUT /machine-config`
+    PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`
+    PatchMachineConfig(MachineConfigUpdate),
+    /// `PUT /boot-source`
+    PutBootSource(BootSource),
+    /// `PUT /drives/{id}`
+    PutDrive(Drive),
+    /// `PATCH /drives/{id}`
+    PatchDrive(DriveUpdate),
+    /// `PUT /network-interfaces/{id}`
+    PutNetwork(NetworkInterface),
+    /// `PATCH /network-interfaces/{id}`
+    PatchNetwork(NetworkUpdate),
+    /// `PUT /actions` InstanceStart
+    Start,
+    /// `PUT /actions` SendCtrlAltDel
+    SendCtrlAltDel,
+    /// `PUT /actions` FlushMetrics
+    FlushMetrics,
+    /// `PATCH /vm` Paused
+    Pause,
+    /// `PATCH /vm` Resumed
+    Resume,
+}
+
+/// What an [`Action`] came to when it succeeded.
+#[derive(Debug, PartialEq)]
+pub enum Outcome {
+    /// Done; nothing to tell.
+    Done,
+    /// The answer to [`Action::DescribeInstance`].
+    Instance(InstanceInfo),
+    /// The version of Firecracker's API that this program answers for.
+    Version(&'static str),
+    /// The answer to [`Action::GetMachineConfig`].
+    MachineConfig(MachineConfig),
+    /// The answer to [`Action::GetVmConfig`].
+    VmConfig(Box<VmConfig>),
+}
+
+/// Who this is and how far it has got.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct InstanceInfo {
+    /// Name of the program.
+    pub app_name: &'static str,
+    /// The `--id` given on the command line.
+    pub id: String,
+    /// "Not started", "Running" or "Paused".
+    pub state: &'static str,
+    /// Version of this program.
+    pub vmm_version: &'static str,
+}
+
+/// Why an [`Action`] was refused: one sentence for the person who sent it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ActionError(pub String);
+
+impl ActionError {
+    /// Puts an error and all its causes into one sentence.
+    pub fn of(error: &dyn std::error::Error) -> Self {
+        ActionError(crate::log::chain(error))
+    }
+}
+
+impl fmt::Display for ActionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ActionError {}
+
+/// What a requester is told.
+pub type Answer = Result<Outcome, ActionError>;
+
+/// The way back to whoever asked: answers exactly once, also when it is dropped unanswered.
+#[derive(Debug)]
+pub struct Reply {
+    token: u64,
+    to: Option<Outbox<(u64, Answer)>>,
+}
+
+impl Reply {
+    /// Answers go to `to`, marked with `token`.
+    pub fn new(token: u64, to: Outbox<(u64, Answer)>) -> Self {
+        Reply {
+            token,
+            to: Some(to),
+        }
+    }
+
+    /// Answers the request.
+    pub fn send(mut self, answer: Answer) {
+        if let Some(to) = self.to.take() {
+            // A requester that is gone no longer wants to know.
+            let _ = to.post((self.token, answer));
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if let Some(to) = self.to.take() {
+            let error = ActionError("The request was given up: the microVM is ending.".into());
+            let _ = to.post((self.token, Err(error)));
+        }
+    }
+}
+
+/// An [`Action`] and the way back.
+#[derive(Debug)]
+pub struct Command {
+    /// What is asked. Boxed: a slot of the inbox stays small.
+    pub action: Box<Action>,
+    /// Where the answer goes.
+    pub reply: Reply,
+}
