@@ -39,6 +39,7 @@
 
 pub mod bus;
 pub mod config;
+pub mod exit;
 pub mod inbox;
 pub mod log;
 pub mod sys;
