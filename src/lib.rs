@@ -42,5 +42,7 @@ pub mod config;
 pub mod exit;
 pub mod inbox;
 pub mod log;
+pub mod seccomp;
 pub mod sys;
+pub mod vcpu;
 pub mod vmm;
