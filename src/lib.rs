@@ -43,6 +43,7 @@ pub mod exit;
 pub mod inbox;
 pub mod log;
 pub mod seccomp;
+pub mod serial;
 pub mod sys;
 pub mod vcpu;
 pub mod vmm;
