@@ -42,5 +42,7 @@ pub mod config;
 pub mod exit;
 pub mod inbox;
 pub mod log;
+pub mod rate_limiter;
 pub mod sys;
+pub mod virtio;
 pub mod vmm;
