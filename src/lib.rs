@@ -46,4 +46,7 @@ pub mod seccomp;
 pub mod serial;
 pub mod sys;
 pub mod vcpu;
+pub mod rate_limiter;
+pub mod sys;
+pub mod virtio;
 pub mod vmm;
