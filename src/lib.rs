@@ -41,5 +41,6 @@ pub mod bus;
 pub mod config;
 pub mod inbox;
 pub mod log;
+pub mod memory;
 pub mod sys;
 pub mod vmm;
