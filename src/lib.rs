@@ -37,6 +37,7 @@
 //!   1  bus   config   inbox   seccomp   metrics   log   sys       see nothing of ours
 //! ```
 
+pub mod arch;
 pub mod bus;
 pub mod config;
 pub mod exit;
@@ -44,6 +45,7 @@ pub mod inbox;
 pub mod log;
 pub mod seccomp;
 pub mod serial;
+pub mod memory;
 pub mod sys;
 pub mod vcpu;
 pub mod rate_limiter;
