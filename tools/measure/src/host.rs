@@ -16,8 +16,20 @@ pub struct Host {
     pub cores: usize,
     /// The processor's name.
     pub cpu: String,
-    /// Load average of the last minute when asked.
+    /// Load average of the last minute when the measurement began.
     pub load: f64,
+    began: Option<Ticks>,
+}
+
+/// Processor time used since boot, in the kernel's ticks, by all processors together.
+#[derive(Clone, Copy, Debug)]
+struct Ticks {
+    /// By everybody, waiting included.
+    total: u64,
+    /// By everybody.
+    busy: u64,
+    /// By this program and the programs it started and has waited for.
+    ours: u64,
 }
 
 impl Host {
@@ -44,19 +56,36 @@ impl Host {
             cores: std::thread::available_parallelism().map_or(0, usize::from),
             cpu: cpu.to_owned(),
             load: load(),
+            began: ticks(),
+        }
+    }
+
+    /// The share of the processors that other programs (and the kernel's own threads) used since the facts were read.
+    fn others(&self) -> f64 {
+        match (self.began, ticks()) {
+            (Some(began), Some(now)) if now.total > began.total => {
+                let busy = (now.busy - began.busy).saturating_sub(now.ours - began.ours);
+                busy as f64 / (now.total - began.total) as f64
+            }
+            _ => f64::NAN,
         }
     }
 
     /// One paragraph for people.
     pub fn text(&self) -> String {
-        let load_now = load();
+        let others = self.others() * 100.0;
         let mut text = format!(
-            "host: Linux {}, {} cores ({}), KVM: {}, load average {:.2} at the start and {load_now:.2} at the end\n",
-            self.kernel, self.cores, self.cpu, self.kvm, self.load
+            "host: Linux {}, {} cores ({}), KVM: {}\n      load average {:.2} at the start, {:.2} at the end; others used {others:.0}% of the processors meanwhile\n",
+            self.kernel,
+            self.cores,
+            self.cpu,
+            self.kvm,
+            self.load,
+            load(),
         );
-        if self.load > 0.5 {
+        if others > 15.0 {
             text.push_str(
-                "      others were using this machine: read minima, and ratios per round, rather than maxima\n",
+                "      that is much: read minima, and ratios per round, rather than maxima\n",
             );
         }
         text
@@ -71,8 +100,34 @@ impl Host {
             "cpu": self.cpu,
             "load_at_start": self.load,
             "load_at_end": load(),
+            "others_share": self.others(),
         })
     }
+}
+
+fn ticks() -> Option<Ticks> {
+    let all = fs::read_to_string("/proc/stat").ok()?;
+    let own = fs::read_to_string("/proc/self/stat").ok()?;
+    parse_ticks(&all, &own)
+}
+
+fn parse_ticks(all: &str, own: &str) -> Option<Ticks> {
+    // user nice system idle iowait irq softirq steal; the rest is contained in these.
+    let columns = all.lines().next()?.strip_prefix("cpu ")?;
+    let columns: Vec<u64> = columns
+        .split_whitespace()
+        .take(8)
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let total: u64 = columns.iter().sum();
+    // Times of the program and of its children: the 12th to the 15th field after the name.
+    let (_, after_name) = own.rsplit_once(')')?;
+    let fields = after_name.split_whitespace().skip(11).take(4);
+    Some(Ticks {
+        total,
+        busy: total - columns.get(3)? - columns.get(4)?,
+        ours: fields.filter_map(|field| field.parse::<u64>().ok()).sum(),
+    })
 }
 
 fn load() -> f64 {
@@ -80,4 +135,17 @@ fn load() -> f64 {
         .ok()
         .and_then(|text| text.split_whitespace().next()?.parse().ok())
         .unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_when_parsed_leave_out_waiting_and_what_is_counted_twice() {
+        let all = "cpu  10 1 20 100 50 2 3 4 9 9\ncpu0 0 0 0 0\n";
+        let own = "7 (a) b) S 1 1 1 0 -1 0 0 0 0 0 5 6 7 8 20 0 1";
+        let found = parse_ticks(all, own).unwrap();
+        assert_eq!((found.total, found.busy, found.ours), (190, 40, 26));
+    }
 }
