@@ -16,8 +16,8 @@ const PARALLEL: usize = 2;
 /// Descriptors held here for each VM: three pipes and a pidfd.
 const FILES_EACH: usize = 4;
 
-/// Lets the kernel's counters catch up (it sums per-CPU ones once a second).
-const SETTLE: Duration = Duration::from_millis(1200);
+/// Lets the kernel catch up: what ended VMs held was seen to come back over some three seconds.
+const SETTLE: Duration = Duration::from_secs(3);
 
 /// How the figures are counted, for the foot of the table.
 pub const NOTES: &str = "\
