@@ -336,7 +336,8 @@ impl Planned {
         })
     }
 
-    /// Version 2: the groups below `dir` get the controllers the values need.
+    /// Version 2: the groups below `dir` get the controllers the values need. This is not taken
+    /// back when a later step fails: another jail may have seen it on in the meantime.
     fn switch_on(&self, dir: &OwnedFd, path: &Path) -> Result<(), Failure> {
         if self.values.is_empty() {
             return Ok(());
