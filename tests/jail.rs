@@ -837,7 +837,16 @@ fn ordinary_user_is_told_what_is_missing() {
     let jailer = host.jailer("one", &[]);
     // Where that user can reach it.
     let program = host.path("jailer");
-    fs::copy(jailer.get_program(), &program).unwrap();
+    // By another process: a descriptor for writing in this one could be inherited by the child of
+    // another test just then, and a program open for writing does not start.
+    let mut copy = Command::new("cp");
+    assert!(
+        copy.arg(jailer.get_program())
+            .arg(&program)
+            .status()
+            .unwrap()
+            .success()
+    );
     let mut as_user = Command::new(program);
     as_user
         .args(jailer.get_args())
