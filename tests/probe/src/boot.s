@@ -240,7 +240,7 @@ ap_ticket:
 
     .pushsection .bss.stacks, "aw", @nobits
     .balign 16
-    .fill 0x10000, 1, 0
+    .fill 0x80000, 1, 0
 boot_stack_top:
     .fill 0x2000, 1, 0
 fault_stack_top:
