@@ -211,8 +211,8 @@ tss:
     .quad ring0_stack_top           # rsp0
     .fill 90, 1, 0
     .word 104                       # offset of the port bitmap
-    .fill 8192, 1, 0                # every port is allowed: software KVM drops IOPL
-    .byte 0xff
+    .fill 8192 + 2, 1, 0            # every port is allowed: software KVM drops IOPL; two bytes
+                                    # more for accesses that begin at the last ports
 tss_end:
     .balign 16
     .globl idt

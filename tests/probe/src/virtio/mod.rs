@@ -16,7 +16,6 @@ pub mod reg {
     pub const MAGIC: u64 = 0x00;
     pub const VERSION: u64 = 0x04;
     pub const DEVICE_ID: u64 = 0x08;
-    pub const VENDOR: u64 = 0x0c;
     pub const DEVICE_FEATURES: u64 = 0x10;
     pub const DEVICE_FEATURES_SELECT: u64 = 0x14;
     pub const DRIVER_FEATURES: u64 = 0x20;

@@ -82,7 +82,7 @@ impl Iterator for SetupData {
 }
 
 pub fn cpuid(arguments: &mut Arguments) -> Outcome {
-    let mut show = |leaf: u32, subleaf: u32| {
+    let show = |leaf: u32, subleaf: u32| {
         let (a, b, c, d) = x86::cpuid(leaf, subleaf);
         let (ra, rb, rc, rd) = ring0::cpuid(leaf, subleaf);
         serial::line(format_args!(

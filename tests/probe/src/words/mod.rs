@@ -29,7 +29,7 @@
 //! | `netcount:N:FRAMES[:MS]` | counts what arrives |
 //! | `netsend:N:COUNT:SIZE` | sends numbered broadcast frames |
 //! | `netping:N:IP[:ECHOES]` | answers ARP and ICMP echo for an IPv4 address |
-//! | `ports[:SEED]` | reads and writes all ports |
+//! | `ports[:SEED[:STEP]]` | reads and writes all ports (above 0x700 every STEPth), in all sizes |
 //! | `mmionoise:SEED:COUNT` | accesses of any size to the device windows |
 //! | `attack:N[.QUEUE]:KIND[:ARG]` | see [`attack`]; `attack:N:all` for every kind |
 //!
