@@ -37,6 +37,7 @@
 //!   1  bus   config   inbox   seccomp   metrics   log   sys       see nothing of ours
 //! ```
 
+pub mod api;
 pub mod bus;
 pub mod config;
 pub mod exit;
