@@ -38,6 +38,7 @@
 //! ```
 
 pub mod api;
+pub mod args;
 pub mod bus;
 pub mod config;
 pub mod exit;
