@@ -37,7 +37,9 @@
 //!   1  bus   config   inbox   seccomp   metrics   timeline   log   sys   see nothing of ours
 //! ```
 
+pub mod api;
 pub mod arch;
+pub mod args;
 pub mod bus;
 pub mod config;
 pub mod exit;

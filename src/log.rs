@@ -54,7 +54,8 @@ impl Level {
         .map(|(_, level)| level)
     }
 
-    const fn name(self) -> &'static str {
+    /// The name that lines and answers have.
+    pub const fn name(self) -> &'static str {
         match self {
             Level::Off => "OFF",
             Level::Error => "ERROR",
@@ -142,10 +143,15 @@ pub fn set_format(format: Format) {
     FORMAT.store(format as u8, Ordering::Relaxed);
 }
 
-/// Whether a text line shows its level, and the place in the code that wrote it.
-pub fn set_shown(level: bool, origin: bool) {
-    SHOW_LEVEL.store(level, Ordering::Relaxed);
-    SHOW_ORIGIN.store(origin, Ordering::Relaxed);
+/// Whether a text line shows its level, and the place in the code that wrote it; `None` leaves
+/// that as it is.
+pub fn set_shown(level: Option<bool>, origin: Option<bool>) {
+    if let Some(level) = level {
+        SHOW_LEVEL.store(level, Ordering::Relaxed);
+    }
+    if let Some(origin) = origin {
+        SHOW_ORIGIN.store(origin, Ordering::Relaxed);
+    }
 }
 
 /// Sends lines to `descriptor` from now on and returns the one used before. The caller keeps

@@ -17,7 +17,8 @@ const LAYERS: &[(&str, u8, &[&str])] = &[
     ("memory", 2, &[]),
     ("rate_limiter", 2, &[]),
     ("bus", 1, &[]),
-    ("config", 1, &[]),
+    // A log level is a word of the configuration too.
+    ("config", 1, &["log"]),
     ("inbox", 1, &[]),
     ("seccomp", 1, &[]),
     ("metrics", 1, &[]),

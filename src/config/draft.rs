@@ -553,7 +553,8 @@ mod tests {
     #[test]
     fn drives_when_put_come_in_the_order_of_their_devices() {
         // (id, root) in the order of PUT; order of devices
-        let cases: &[(&[(&str, bool)], &[&str])] = &[
+        type Puts<'a> = &'a [(&'a str, bool)];
+        let cases: &[(Puts, &[&str])] = &[
             (&[("a", false), ("r", true), ("b", false)], &["r", "a", "b"]),
             (&[("r", true), ("a", false), ("r", true)], &["r", "a"]),
             (&[("a", false), ("b", false), ("b", true)], &["b", "a"]),

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::cpu::CpuConfig;
 use super::mac::Mac;
+use crate::log::Level;
 
 /// `PUT /boot-source`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -298,49 +299,20 @@ pub struct Logger {
     pub module: Option<String>,
 }
 
-/// How important a line of the log is; from the most to the least.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Level {
-    /// Nothing at all.
-    Off,
-    /// What went wrong.
-    Error,
-    /// What may go wrong.
-    Warn,
-    /// What was done.
-    Info,
-    /// How it was done.
-    Debug,
-    /// Each step of it.
-    Trace,
-}
-
-impl std::str::FromStr for Level {
-    type Err = String;
-
-    /// Letters of either case are taken, and `warning` for `warn`.
-    fn from_str(text: &str) -> Result<Self, String> {
-        Ok(match text.to_ascii_lowercase().as_str() {
-            "off" => Level::Off,
-            "error" => Level::Error,
-            "warn" | "warning" => Level::Warn,
-            "info" => Level::Info,
-            "debug" => Level::Debug,
-            "trace" => Level::Trace,
-            _ => {
-                return Err(format!(
-                    "`{text}` is no log level: it takes Off, Error, Warning, Info, Debug or Trace"
-                ));
-            }
+impl<'de> Deserialize<'de> for Level {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Level::parse(&name).ok_or_else(|| {
+            serde::de::Error::custom(format!(
+                "`{name}` is no log level: it takes Off, Error, Warning, Info, Debug or Trace"
+            ))
         })
     }
 }
 
-impl<'de> Deserialize<'de> for Level {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
+impl Serialize for Level {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
     }
 }
 

@@ -1,6 +1,10 @@
 //! The process as a whole: its end, its allocator, its threads' names.
 
 use std::ffi::CString;
+use std::panic;
+
+use super::terminal;
+use crate::{exit, log};
 
 /// Ends the process at once, all threads with it, without running anything else of ours.
 pub fn exit(code: i32) -> ! {
@@ -20,6 +24,18 @@ pub fn use_one_arena() {
         // SAFETY: only sets a parameter of the allocator, before other threads exist.
         unsafe { libc::mallopt(parameter, value) };
     }
+}
+
+/// Makes a panic on any thread end the process: one line, the terminal given back, the code for
+/// it. An abort would look like SIGSEGV where the process is the first of its namespace.
+pub fn end_on_panic() {
+    panic::set_hook(Box::new(|info| {
+        log::with_thread_name(|thread| {
+            eprintln!("mayfly: thread {thread}: the monitor found itself wrong: {info}");
+        });
+        terminal::restore();
+        self::exit(exit::PANIC)
+    }));
 }
 
 /// Names the calling thread for tools such as `ps`; cut at 15 bytes.

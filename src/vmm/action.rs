@@ -13,6 +13,9 @@ use crate::config::{
 };
 use crate::inbox::Outbox;
 
+/// The version of Firecracker's API that this program answers for.
+pub const API_VERSION: &str = "1.17.0";
+
 /// One request to control.
 #[derive(Debug)]
 pub enum Action {

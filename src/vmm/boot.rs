@@ -214,9 +214,9 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         nets,
         console: console_sender,
         log_before: log::redirect(log_writer.as_raw_fd()),
-        log_writer,
+        _log_writer: log_writer,
         keyboard,
-        vm,
+        _vm: vm,
         memory,
     })
 }

@@ -34,11 +34,11 @@ pub struct Machine {
     /// Where the log went before it went through the serial thread.
     pub log_before: RawFd,
     /// The pipe it goes into now; kept open.
-    pub log_writer: File,
+    pub _log_writer: File,
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
     /// Kept open: the last one to hold it ends the virtual machine.
-    pub vm: Vm,
+    pub _vm: Vm,
     /// Kept mapped.
     pub memory: Memory,
 }

@@ -22,19 +22,23 @@ mod devices;
 mod machine;
 mod opened;
 pub mod rules;
-mod threads;
+pub mod threads;
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
-use self::action::{Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply};
+use self::action::{
+    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply,
+};
 use self::machine::Machine;
 use self::opened::Opened;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, Draft};
+use crate::config::{self, Draft, Logger};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
@@ -44,10 +48,7 @@ use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{End, VcpuEvent};
 use crate::virtio::{WorkerEvent, WorkerReply};
-use crate::{error, exit, info, warn};
-
-/// The version of Firecracker's API that this program answers for.
-pub const API_VERSION: &str = "1.17.0";
+use crate::{error, exit, info, log, warn};
 
 /// Events that may wait for control: one from every vCPU, worker and API connection, twice.
 const INBOX: usize = 1024;
@@ -121,6 +122,8 @@ pub struct Settings {
     pub seccomp: bool,
     /// Whether the guest finds the boot-timer device.
     pub boot_timer: bool,
+    /// When the jailer began, in microseconds of the monotonic clock.
+    pub start_time_us: Option<u64>,
     /// Boot by this protocol, whatever the kernel offers.
     pub protocol: Option<crate::arch::Protocol>,
 }
@@ -137,6 +140,8 @@ pub struct Vmm {
     /// Clients that wait for a device: token, reply, deadline.
     updates: Vec<(u64, Reply, Instant)>,
     next_token: u64,
+    /// The log's place, when it is not standard output.
+    log: Option<File>,
 }
 
 #[derive(Debug)]
@@ -186,6 +191,7 @@ impl Vmm {
             signals,
             updates: Vec::new(),
             next_token: 0,
+            log: None,
         })
     }
 
@@ -207,14 +213,41 @@ impl Vmm {
     ///
     /// # Errors
     /// The sentence for the person who named the file.
-    pub fn start_from_file(&mut self, path: &str) -> Result<(), ActionError> {
+    pub fn start_from_file(&mut self, path: &Path) -> Result<(), ActionError> {
+        let path = path.to_str().ok_or_else(|| {
+            ActionError("The path of the configuration is not valid UTF-8.".into())
+        })?;
         let bytes = opened::read_text("configuration", path)?;
-        let config = config::parse_file(&bytes)
+        let mut config = config::parse_file(&bytes)
             .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))?;
+        if let Some(logger) = config.logger.take() {
+            self.set_logger(logger)?;
+        }
         if let State::Configuring(draft, opened) = &mut self.state {
             opened::put_all(draft, opened, config)?;
         }
         self.start().map(|_| ())
+    }
+
+    /// Takes up what the command line or a client says of the log.
+    ///
+    /// # Errors
+    /// The sentence: its file can not be opened.
+    pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
+        if let Some(path) = &logger.log_path {
+            let sink = opened::open_sink("log", path)?;
+            log::redirect(sink.as_raw_fd());
+            // The one before it is closed only now that nobody writes to it.
+            self.log = Some(sink);
+        }
+        if let Some(level) = logger.level {
+            log::set_level(level);
+        }
+        log::set_shown(logger.show_level, logger.show_log_origin);
+        if let Some(module) = &logger.module {
+            log::set_module(module);
+        }
+        Ok(())
     }
 
     /// The life of the thread, and so of the process, which ends with it. Nothing is taken apart
@@ -280,7 +313,10 @@ impl Vmm {
     /// Logs the guest's boot time, in the words that tools look for.
     fn guest_booted(&self) {
         self.timeline.mark(Moment::BootTimer);
-        let wall = self.timeline.micros(Moment::BootTimer).unwrap_or(0);
+        let wall = self.settings.start_time_us.map_or_else(
+            || self.timeline.micros(Moment::BootTimer).unwrap_or(0),
+            |start| (clock::monotonic_nanos() / 1000).saturating_sub(start),
+        );
         let cpu = clock::process_cpu_nanos() / 1000;
         info!(
             "Guest-boot-time = {wall:>6} us {} ms, {cpu:>6} CPU us {} CPU ms",
@@ -332,6 +368,7 @@ impl Vmm {
                 Ok(Outcome::Done)
             }
             Action::FlushMetrics => Ok(Outcome::Done),
+            Action::PutLogger(logger) => self.set_logger(logger).map(|()| Outcome::Done),
             action => match &mut self.state {
                 State::Configuring(draft, opened) => opened::put(draft, opened, action),
                 _ => Err(ActionError("The microVM is running.".into())),
