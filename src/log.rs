@@ -154,15 +154,40 @@ pub fn set_shown(level: Option<bool>, origin: Option<bool>) {
     }
 }
 
-/// Sends lines to `descriptor` from now on and returns the one used before. The caller keeps
-/// the descriptor open for as long as lines may go there.
-pub fn redirect(descriptor: i32) -> i32 {
-    DESCRIPTOR.swap(descriptor, Ordering::AcqRel)
+/// Where lines go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A descriptor that may block: it is asked first whether it has room.
+    Blocking(i32),
+    /// A descriptor that never does: threads that may do little else can write to it.
+    NonBlocking(i32),
+}
+
+/// Set in [`DESCRIPTOR`] beside the number of one that never blocks, to change both at once.
+const NON_BLOCKING: i32 = 1 << 30;
+
+/// Sends lines to `place` from now on and returns the descriptor used before. The caller keeps
+/// the new one open for as long as lines may go there.
+pub fn redirect(place: Place) -> i32 {
+    let value = match place {
+        Place::Blocking(fd) => fd,
+        Place::NonBlocking(fd) => fd | NON_BLOCKING,
+    };
+    DESCRIPTOR.swap(value, Ordering::AcqRel) & !NON_BLOCKING
 }
 
 /// The descriptor lines go to now.
 pub fn descriptor() -> i32 {
-    DESCRIPTOR.load(Ordering::Acquire)
+    DESCRIPTOR.load(Ordering::Acquire) & !NON_BLOCKING
+}
+
+fn deliver(line: &[u8]) -> bool {
+    let value = DESCRIPTOR.load(Ordering::Acquire);
+    if value & NON_BLOCKING == 0 {
+        fd::write_now(value, line)
+    } else {
+        fd::write(value & !NON_BLOCKING, line).is_ok_and(|n| n == line.len())
+    }
 }
 
 /// Lines lost so far because their place could not take them, and lines the guest's limit held back.
@@ -204,7 +229,7 @@ pub fn line(level: Level, origin: (&str, &str, u32), message: Arguments<'_>) {
     let mut buffer = Line::new();
     let lost = LOST.load(Ordering::Relaxed);
     compose(&mut buffer, level, origin, message, lost);
-    if fd::write_now(DESCRIPTOR.load(Ordering::Acquire), buffer.finish()) {
+    if deliver(buffer.finish()) {
         LOST.fetch_sub(lost, Ordering::Relaxed);
     } else {
         LOST.fetch_add(1, Ordering::Relaxed);

@@ -28,6 +28,7 @@ use crate::arch::{Kernel, KernelError, Vm, VmError, cpuid, layout};
 use crate::bus::{Overlap, Registers};
 use crate::config::{Config, ConfigError, Draft};
 use crate::inbox::{Sender, inbox};
+use crate::log::Place;
 use crate::memory::{Memory, MemoryError};
 use crate::seccomp::Category;
 use crate::serial::{self, Streams};
@@ -213,7 +214,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         blocks,
         nets,
         console: console_sender,
-        log_before: log::redirect(log_writer.as_raw_fd()),
+        log_before: log::redirect(Place::NonBlocking(log_writer.as_raw_fd())),
         _log_writer: log_writer,
         keyboard,
         _vm: vm,

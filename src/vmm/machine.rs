@@ -10,7 +10,7 @@ use crate::arch::Vm;
 use crate::arch::i8042::{I8042, KeyboardFull};
 use crate::config::{Draft, DriveUpdate, NetworkUpdate};
 use crate::inbox::Sender;
-use crate::log;
+use crate::log::{self, Place};
 use crate::memory::Memory;
 use crate::serial::SerialMessage;
 use crate::vcpu::{Deaf, VcpuHandle};
@@ -158,6 +158,6 @@ impl Machine {
 
     /// Log lines go straight to their place again: the serial thread has ended its work.
     pub fn take_log_back(&self) {
-        log::redirect(self.log_before);
+        log::redirect(Place::Blocking(self.log_before));
     }
 }

@@ -236,7 +236,7 @@ impl Vmm {
     pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
         if let Some(path) = &logger.log_path {
             let sink = opened::open_sink("log", path)?;
-            log::redirect(sink.as_raw_fd());
+            log::redirect(log::Place::Blocking(sink.as_raw_fd()));
             // The one before it is closed only now that nobody writes to it.
             self.log = Some(sink);
         }
