@@ -8,12 +8,8 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 
+use crate::exit;
 use crate::log::{Format, Level};
-
-/// Exit code for arguments that are not understood.
-pub const EXIT_BAD_ARGUMENTS: u8 = 153;
-/// Exit code for a `--level` that is none.
-pub const EXIT_BAD_LEVEL: u8 = 152;
 
 /// The version of Firecracker's API that this program answers for.
 pub const API_VERSION: &str = "1.17.0";
@@ -142,10 +138,10 @@ pub enum ArgsError {
 
 impl ArgsError {
     /// The exit code that tells of it.
-    pub fn exit_code(&self) -> u8 {
+    pub fn exit_code(&self) -> i32 {
         match self {
-            ArgsError::Level(_) => EXIT_BAD_LEVEL,
-            _ => EXIT_BAD_ARGUMENTS,
+            ArgsError::Level(_) => exit::BAD_LOG_LEVEL,
+            _ => exit::BAD_ARGUMENTS,
         }
     }
 }

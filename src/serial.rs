@@ -257,14 +257,17 @@ impl Console {
 #[derive(Debug)]
 struct Input {
     source: Option<File>,
+    /// The source has nothing more. It stays open: this thread may not close.
+    ended: bool,
     bytes: [u8; INPUT_CHUNK],
     from: usize,
     to: usize,
 }
 
 impl Input {
-    const fn new(source: Option<File>) -> Self {
+    fn new(source: Option<File>) -> Self {
         Input {
+            ended: source.is_none(),
             source,
             bytes: [0; INPUT_CHUNK],
             from: 0,
@@ -277,7 +280,7 @@ impl Input {
     }
 
     const fn wants_to_read(&self) -> bool {
-        self.source.is_some() && !self.is_held_back()
+        !self.ended && !self.is_held_back()
     }
 
     fn descriptor(&self) -> RawFd {
@@ -286,10 +289,10 @@ impl Input {
 
     fn read(&mut self) {
         match fd::read(self.descriptor(), &mut self.bytes) {
-            Ok(0) => self.source = None,
+            Ok(0) => self.ended = true,
             Ok(n) => (self.from, self.to) = (0, n),
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
-            Err(_) => self.source = None,
+            Err(_) => self.ended = true,
         }
     }
 
@@ -310,6 +313,8 @@ struct Stream {
     bytes: Box<[u8; CHUNK]>,
     from: usize,
     to: usize,
+    /// Nobody holds the writing end any more.
+    ended: bool,
     lost: Arc<AtomicU64>,
 }
 
@@ -321,6 +326,7 @@ impl Stream {
             bytes: Box::new([0; CHUNK]),
             from: 0,
             to: 0,
+            ended: false,
             lost,
         }
     }
@@ -329,7 +335,7 @@ impl Stream {
         if self.from < self.to {
             Interest::write(self.sink.as_raw_fd())
         } else {
-            Interest::read(self.source.as_raw_fd())
+            Interest::read(self.source.as_raw_fd()).when(!self.ended)
         }
     }
 
@@ -338,6 +344,7 @@ impl Stream {
         let Some(held) = self.bytes.get(self.from..self.to).filter(|h| !h.is_empty()) else {
             if let Ok(n) = fd::read(self.source.as_raw_fd(), &mut self.bytes[..]) {
                 (self.from, self.to) = (0, n);
+                self.ended = n == 0;
             }
             return;
         };

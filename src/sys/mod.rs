@@ -4,8 +4,10 @@
 
 pub mod clock;
 pub mod fd;
+pub mod io;
 pub mod kvm;
 pub mod process;
 pub mod signal;
 pub mod syscalls;
+pub mod tap;
 pub mod terminal;

@@ -20,17 +20,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use kvm_ioctls::VcpuFd;
-
 pub use self::exits::End;
 use self::exits::{Outcome, run_once};
+use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
 use crate::sys::kvm::RunPage;
 use crate::sys::signal;
+use crate::timeline::{Moment, Timeline};
 
 /// What a guest can address: built once, shared by all vCPUs, never changed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Buses {
     /// Memory-mapped registers, by guest physical address.
     pub memory: Bus,
@@ -70,12 +70,13 @@ pub struct Vcpu {
     index: u8,
     // Declared before `fd`, whose mapping it points into: see `RunPage::of`.
     page: RunPage,
-    fd: VcpuFd,
+    fd: arch::Vcpu,
     buses: Arc<Buses>,
     messages: Receiver<VcpuMessage>,
     events: Outbox<VcpuEvent>,
     /// A write of the guest's that another thread has yet to complete.
     waiting_for: Option<Ticket>,
+    timeline: Timeline,
 }
 
 /// Control's end of a vCPU.
@@ -108,9 +109,10 @@ impl Vcpu {
     /// [`Vcpu::run`]. The second value becomes a [`VcpuHandle`] with that thread.
     pub fn new(
         index: u8,
-        mut fd: VcpuFd,
+        mut fd: arch::Vcpu,
         buses: Arc<Buses>,
         events: Outbox<VcpuEvent>,
+        timeline: Timeline,
     ) -> (Self, SyncSender<VcpuMessage>) {
         let (sender, messages) = sync_channel(MESSAGES);
         let vcpu = Vcpu {
@@ -121,6 +123,7 @@ impl Vcpu {
             messages,
             events,
             waiting_for: None,
+            timeline,
         };
         (vcpu, sender)
     }
@@ -152,6 +155,7 @@ impl Vcpu {
 
     /// Edges: to paused, to ended, to abandoned.
     fn running(&mut self) -> State {
+        self.timeline.mark(Moment::GuestEntered);
         loop {
             // Cleared before the look at the messages: a kick after it makes KVM_RUN return.
             self.page.set_immediate_exit(false);

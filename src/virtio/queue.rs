@@ -1,0 +1,516 @@
+//! Split virtqueues (virtio 1.2, 2.7), the device's side.
+//!
+//! [`QueueLayout`] is what the guest wrote into the registers; [`Queue`] is that, checked, with
+//! live indices. They are two types so that neither can be mistaken for the other. The available
+//! ring and the notification flags are read and written by virtio-queue; walking descriptors and
+//! the used ring are here: a walk must tell an error from an end, and the buffers of one received
+//! frame must become visible to the driver all at once (virtio 1.2, 5.1.6.4).
+//!
+//! Everything the guest wrote is read once, checked, and not read again. A [`Chain`] is fixed
+//! storage that is filled anew for each request, so nothing here allocates once it exists.
+
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::{BrokenRing, Ram, feature};
+
+/// The most descriptors a chain may have, an indirect table's included: the size of our queues.
+pub const MAX_SEGMENTS: usize = 256;
+
+/// Descriptor flags (virtio 1.2, 2.7.5).
+mod descriptor_flag {
+    pub const NEXT: u16 = 1;
+    pub const WRITE: u16 = 2;
+    pub const INDIRECT: u16 = 4;
+}
+
+/// Offsets and sizes in the rings (virtio 1.2, 2.7.5, 2.7.6, 2.7.8).
+mod ring {
+    pub const DESCRIPTOR_SIZE: u64 = 16;
+    /// Flags and index, before the entries of both rings.
+    pub const HEADER: u64 = 4;
+    pub const INDEX: u64 = 2;
+    pub const AVAIL_ENTRY: u64 = 2;
+    pub const USED_ENTRY: u64 = 8;
+    /// The driver's flag "do not interrupt" (2.7.7).
+    pub const NO_INTERRUPT: u16 = 1;
+}
+
+/// One queue as the guest has described it, unchecked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueLayout {
+    /// Entries.
+    pub size: u32,
+    /// Whether the driver has finished describing it.
+    pub ready: bool,
+    /// Guest address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest address of the available ring.
+    pub avail: u64,
+    /// Guest address of the used ring.
+    pub used: u64,
+}
+
+/// A piece of guest memory, known to lie in RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it begins.
+    pub addr: GuestAddress,
+    /// Its length in bytes, not 0.
+    pub len: u32,
+}
+
+/// What is wrong with a chain. The request fails; the queue goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChainError {
+    /// More descriptors than the table has, or than we take: a loop, most likely.
+    TooLong,
+    /// A descriptor names a next one outside its table.
+    NextOutOfRange,
+    /// A descriptor of no bytes.
+    ZeroLength,
+    /// A descriptor or table not wholly in RAM.
+    OutsideRam,
+    /// An indirect table inside an indirect table.
+    NestedIndirect,
+    /// An indirect table that is no whole number of descriptors, or empty.
+    OddIndirect,
+    /// An indirect descriptor where none may be: not negotiated, or with a next one.
+    UnexpectedIndirect,
+    /// A part for the device to read after a part for it to write.
+    ReadableAfterWritable,
+    /// More than 4 GiB.
+    TooLarge,
+}
+
+/// A request: the parts the device may read, then those it may write.
+#[derive(Debug)]
+pub struct Chain {
+    head: u16,
+    segments: Vec<Segment>,
+    readable: usize,
+    readable_len: u32,
+    writable_len: u32,
+}
+
+impl Chain {
+    /// Room for one chain.
+    pub fn new() -> Self {
+        Chain {
+            head: 0,
+            segments: Vec::with_capacity(MAX_SEGMENTS),
+            readable: 0,
+            readable_len: 0,
+            writable_len: 0,
+        }
+    }
+
+    /// The descriptor it begins with, which names it in the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device may read.
+    pub fn readable(&self) -> &[Segment] {
+        self.segments.get(..self.readable).unwrap_or_default()
+    }
+
+    /// What the device may write.
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+
+    /// Bytes the device may read.
+    pub fn readable_len(&self) -> u32 {
+        self.readable_len
+    }
+
+    /// Bytes the device may write.
+    pub fn writable_len(&self) -> u32 {
+        self.writable_len
+    }
+
+    fn clear(&mut self, head: u16) {
+        self.head = head;
+        self.segments.clear();
+        self.readable = 0;
+        self.readable_len = 0;
+        self.writable_len = 0;
+    }
+
+    fn push(&mut self, segment: Segment, writable: bool) -> Result<(), ChainError> {
+        if self.segments.len() >= MAX_SEGMENTS {
+            return Err(ChainError::TooLong);
+        }
+        let total = if writable {
+            &mut self.writable_len
+        } else if self.segments.len() > self.readable {
+            return Err(ChainError::ReadableAfterWritable);
+        } else {
+            self.readable = self.readable.saturating_add(1);
+            &mut self.readable_len
+        };
+        *total = total.checked_add(segment.len).ok_or(ChainError::TooLarge)?;
+        self.segments.push(segment);
+        Ok(())
+    }
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Chain::new()
+    }
+}
+
+/// What [`Queue::pop`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Popped {
+    /// Nothing; the driver will kick when there is.
+    Empty,
+    /// A whole, checked chain.
+    Chain,
+    /// A chain that can not be served; only its head is known.
+    Malformed(ChainError),
+}
+
+/// A live queue.
+#[derive(Debug)]
+pub struct Queue {
+    ring: virtio_queue::Queue,
+    indirect: bool,
+    event_idx: bool,
+    /// The driver was asked not to kick, because we are looking anyway.
+    quiet: bool,
+    next_used: u16,
+    /// Entries written to the used ring beyond `next_used`, which the driver can not see yet.
+    staged: u16,
+    /// Entries published since the driver was last considered for an interrupt.
+    unannounced: u16,
+}
+
+impl Queue {
+    /// Checks what the guest described, for a queue of at most `max_size`.
+    ///
+    /// # Errors
+    /// [`BrokenRing::Layout`] when the size is not a power of two up to `max_size`, or a ring is
+    /// misaligned or not wholly in RAM.
+    pub fn new(
+        layout: &QueueLayout,
+        max_size: u16,
+        features: u64,
+        ram: &Ram,
+    ) -> Result<Self, BrokenRing> {
+        let broken = BrokenRing::Layout;
+        let size = u16::try_from(layout.size).map_err(|_| broken)?;
+        let event_idx = features & feature::EVENT_IDX != 0;
+        let mut ring = virtio_queue::Queue::new(max_size).map_err(|_| broken)?;
+        ring.try_set_size(size).map_err(|_| broken)?;
+        ring.try_set_desc_table_address(GuestAddress(layout.descriptors))
+            .map_err(|_| broken)?;
+        ring.try_set_avail_ring_address(GuestAddress(layout.avail))
+            .map_err(|_| broken)?;
+        ring.try_set_used_ring_address(GuestAddress(layout.used))
+            .map_err(|_| broken)?;
+        ring.set_event_idx(event_idx);
+        ring.set_ready(layout.ready);
+        // 0 stands for "never set" in virtio-queue.
+        if layout.avail == 0 || !ring.is_valid(ram) {
+            return Err(broken);
+        }
+        Ok(Queue {
+            ring,
+            indirect: features & feature::INDIRECT_DESC != 0,
+            event_idx,
+            quiet: false,
+            next_used: 0,
+            staged: 0,
+            unannounced: 0,
+        })
+    }
+
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// Takes the next chain into `chain`. When there is none, the driver has been asked to kick.
+    ///
+    /// # Errors
+    /// When the ring can not be trusted any more.
+    pub fn pop(&mut self, ram: &Ram, chain: &mut Chain) -> Result<Popped, BrokenRing> {
+        let head = loop {
+            match self.next_head(ram)? {
+                Some(head) => break head,
+                None => {
+                    self.quiet = false;
+                    let more = self.ring.enable_notification(ram);
+                    if !more.map_err(|_| BrokenRing::Memory)? {
+                        return Ok(Popped::Empty);
+                    }
+                }
+            }
+        };
+        if !self.quiet {
+            self.quiet = true;
+            self.ring
+                .disable_notification(ram)
+                .map_err(|_| BrokenRing::Memory)?;
+        }
+        if head >= self.ring.size() {
+            return Err(BrokenRing::Head);
+        }
+        chain.clear(head);
+        Ok(match self.walk(ram, head, chain) {
+            Ok(()) => Popped::Chain,
+            Err(error) => Popped::Malformed(error),
+        })
+    }
+
+    /// Gives back the last `count` chains popped, as if they had not been.
+    pub fn rewind(&mut self, count: u16) {
+        let next = self.ring.next_avail().wrapping_sub(count);
+        self.ring.set_next_avail(next);
+    }
+
+    /// Returns chain `head` to the driver with `len` bytes written.
+    ///
+    /// # Errors
+    /// When the used ring can not be written.
+    pub fn add_used(&mut self, ram: &Ram, head: u16, len: u32) -> Result<(), BrokenRing> {
+        self.stage_used(ram, head, len)?;
+        self.publish_used(ram)
+    }
+
+    /// As [`Queue::add_used`], not visible to the driver before [`Queue::publish_used`].
+    ///
+    /// # Errors
+    /// When the used ring can not be written.
+    pub fn stage_used(&mut self, ram: &Ram, head: u16, len: u32) -> Result<(), BrokenRing> {
+        let slot = self
+            .next_used
+            .wrapping_add(self.staged)
+            .checked_rem(self.ring.size())
+            .ok_or(BrokenRing::Layout)?;
+        let mut entry = [0; ring::USED_ENTRY as usize];
+        entry
+            .iter_mut()
+            .zip(
+                u32::from(head)
+                    .to_le_bytes()
+                    .into_iter()
+                    .chain(len.to_le_bytes()),
+            )
+            .for_each(|(to, from)| *to = from);
+        let offset = u64::from(slot)
+            .saturating_mul(ring::USED_ENTRY)
+            .saturating_add(ring::HEADER);
+        ram.write_slice(&entry, self.used_at(offset)?)
+            .map_err(|_| BrokenRing::Memory)?;
+        self.staged = self.staged.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Makes all staged entries visible to the driver at once.
+    ///
+    /// # Errors
+    /// When the used ring can not be written.
+    pub fn publish_used(&mut self, ram: &Ram) -> Result<(), BrokenRing> {
+        self.next_used = self.next_used.wrapping_add(self.staged);
+        self.unannounced = self.unannounced.saturating_add(self.staged);
+        self.staged = 0;
+        ram.store(
+            self.next_used.to_le(),
+            self.used_at(ring::INDEX)?,
+            Ordering::Release,
+        )
+        .map_err(|_| BrokenRing::Memory)
+    }
+
+    /// Whether the driver wants an interrupt for what was published since the last call.
+    ///
+    /// # Errors
+    /// When the available ring can not be read.
+    pub fn wants_interrupt(&mut self, ram: &Ram) -> Result<bool, BrokenRing> {
+        let published = std::mem::take(&mut self.unannounced);
+        if published == 0 {
+            return Ok(false);
+        }
+        // The entries must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let offset = u64::from(self.ring.size())
+                .saturating_mul(ring::AVAIL_ENTRY)
+                .saturating_add(ring::HEADER);
+            let event = self.load_avail(ram, offset)?;
+            // Whether the event index is among the entries just published (2.7.7.1).
+            let behind = self.next_used.wrapping_sub(event).wrapping_sub(1);
+            Ok(behind < published)
+        } else {
+            Ok(self.load_avail(ram, 0)? & ring::NO_INTERRUPT == 0)
+        }
+    }
+
+    fn next_head(&mut self, ram: &Ram) -> Result<Option<u16>, BrokenRing> {
+        match self.ring.iter(ram) {
+            Ok(mut iter) => Ok(iter.next().map(|chain| chain.head_index())),
+            Err(virtio_queue::Error::InvalidAvailRingIndex) => Err(BrokenRing::AvailIndex),
+            Err(_) => Err(BrokenRing::Memory),
+        }
+    }
+
+    fn walk(&self, ram: &Ram, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
+        let mut table = GuestAddress(self.ring.desc_table());
+        let mut entries = self.ring.size();
+        let mut in_indirect = false;
+        let mut index = head;
+        let mut steps: u16 = 0;
+        loop {
+            if index >= entries {
+                return Err(ChainError::NextOutOfRange);
+            }
+            steps = steps.saturating_add(1);
+            if steps > entries {
+                return Err(ChainError::TooLong);
+            }
+            let at = table
+                .checked_add(u64::from(index).saturating_mul(ring::DESCRIPTOR_SIZE))
+                .ok_or(ChainError::OutsideRam)?;
+            let descriptor: Descriptor = ram.read_obj(at).map_err(|_| ChainError::OutsideRam)?;
+            let flags = descriptor.flags();
+            let (addr, len) = (descriptor.addr(), descriptor.len());
+
+            if flags & descriptor_flag::INDIRECT != 0 {
+                if in_indirect {
+                    return Err(ChainError::NestedIndirect);
+                }
+                if !self.indirect || flags & descriptor_flag::NEXT != 0 {
+                    return Err(ChainError::UnexpectedIndirect);
+                }
+                entries = indirect_entries(len)?;
+                check_in_ram(ram, addr, len)?;
+                table = addr;
+                in_indirect = true;
+                index = 0;
+                steps = 0;
+                continue;
+            }
+
+            if len == 0 {
+                return Err(ChainError::ZeroLength);
+            }
+            check_in_ram(ram, addr, len)?;
+            chain.push(Segment { addr, len }, flags & descriptor_flag::WRITE != 0)?;
+            if flags & descriptor_flag::NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+    }
+
+    fn used_at(&self, offset: u64) -> Result<GuestAddress, BrokenRing> {
+        GuestAddress(self.ring.used_ring())
+            .checked_add(offset)
+            .ok_or(BrokenRing::Memory)
+    }
+
+    fn load_avail(&self, ram: &Ram, offset: u64) -> Result<u16, BrokenRing> {
+        let at = GuestAddress(self.ring.avail_ring())
+            .checked_add(offset)
+            .ok_or(BrokenRing::Memory)?;
+        ram.load(at, Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|_| BrokenRing::Memory)
+    }
+}
+
+fn indirect_entries(len: u32) -> Result<u16, ChainError> {
+    let len = u64::from(len);
+    let entries = len.checked_div(ring::DESCRIPTOR_SIZE).unwrap_or(0);
+    if entries == 0 || entries.saturating_mul(ring::DESCRIPTOR_SIZE) != len {
+        return Err(ChainError::OddIndirect);
+    }
+    // A table may be larger than the chain in it; the chain itself is limited in `push`.
+    u16::try_from(entries).map_err(|_| ChainError::TooLong)
+}
+
+fn check_in_ram(ram: &Ram, addr: GuestAddress, len: u32) -> Result<(), ChainError> {
+    let len = usize::try_from(len).map_err(|_| ChainError::OutsideRam)?;
+    if ram.check_range(addr, len) {
+        Ok(())
+    } else {
+        Err(ChainError::OutsideRam)
+    }
+}
+
+/// The `len` bytes of `segments` from byte `skip` on; less when there is less.
+pub fn window(
+    segments: impl Iterator<Item = Segment>,
+    skip: u32,
+    len: u32,
+) -> impl Iterator<Item = Segment> {
+    let mut skip = skip;
+    let mut left = len;
+    segments.filter_map(move |segment| {
+        let skipped = skip.min(segment.len);
+        skip = skip.saturating_sub(skipped);
+        let taken = segment.len.saturating_sub(skipped).min(left);
+        left = left.saturating_sub(taken);
+        if taken == 0 {
+            return None;
+        }
+        let addr = segment.addr.checked_add(u64::from(skipped))?;
+        Some(Segment { addr, len: taken })
+    })
+}
+
+/// Host memory behind one guest memory region's bytes.
+pub type Slice<'a> = VolatileSlice<'a, vm_memory::bitmap::MS<'a, Ram>>;
+
+/// The host memory behind `segments`.
+pub fn slices<'a>(
+    ram: &'a Ram,
+    segments: impl Iterator<Item = Segment> + 'a,
+) -> impl Iterator<Item = Slice<'a>> {
+    segments.flat_map(move |segment| {
+        // Every segment was found to lie in RAM, which never changes.
+        ram.get_slices(segment.addr, segment.len as usize)
+            .filter_map(Result::ok)
+    })
+}
+
+/// Copies from `segments` into all of `data`; whether there was enough.
+pub fn copy_in(ram: &Ram, segments: impl Iterator<Item = Segment>, data: &mut [u8]) -> bool {
+    let mut rest = data;
+    for segment in segments {
+        let len = rest.len().min(segment.len as usize);
+        let (now, later) = rest.split_at_mut(len);
+        if ram.read_slice(now, segment.addr).is_err() {
+            return false;
+        }
+        rest = later;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    rest.is_empty()
+}
+
+/// Copies all of `data` into `segments`; whether there was room.
+pub fn copy_out(ram: &Ram, segments: impl Iterator<Item = Segment>, data: &[u8]) -> bool {
+    let mut rest = data;
+    for segment in segments {
+        let len = rest.len().min(segment.len as usize);
+        let (now, later) = rest.split_at(len);
+        if ram.write_slice(now, segment.addr).is_err() {
+            return false;
+        }
+        rest = later;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    rest.is_empty()
+}
