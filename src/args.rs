@@ -10,9 +10,7 @@ use std::path::PathBuf;
 
 use crate::exit;
 use crate::log::{Format, Level};
-
-/// The version of Firecracker's API that this program answers for.
-pub const API_VERSION: &str = "1.17.0";
+use crate::vmm::API_VERSION;
 
 /// Where the API socket is made unless `--api-sock` says otherwise.
 const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
