@@ -81,7 +81,8 @@ impl TokenBucket {
     }
 
     fn refill(&mut self, now: u64) {
-        let since = self.seen.replace(now).unwrap_or(now);
+        let since = self.seen.unwrap_or(now);
+        self.seen = Some(now.max(since));
         let elapsed = u128::from(now.saturating_sub(since));
         // Tokens times `refill_nanos`; both factors come from 64 bits, so the product fits.
         let earned = elapsed

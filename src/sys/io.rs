@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 
 use vm_memory::VolatileSlice;
@@ -16,7 +17,8 @@ const PIECES: usize = 256;
 
 /// Pieces of memory in the form the kernel takes, on the stack.
 struct Vectors<'a> {
-    pieces: [libc::iovec; PIECES],
+    /// The first `len` are initialised; the others cost nothing.
+    pieces: [MaybeUninit<libc::iovec>; PIECES],
     len: usize,
     memory: PhantomData<&'a ()>,
 }
@@ -32,12 +34,8 @@ enum Direction {
 
 impl<'a> Vectors<'a> {
     fn new() -> Self {
-        let none = libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        };
         Vectors {
-            pieces: [none; PIECES],
+            pieces: [const { MaybeUninit::uninit() }; PIECES],
             len: 0,
             memory: PhantomData,
         }
@@ -64,17 +62,24 @@ impl<'a> Vectors<'a> {
 
     fn push(&mut self, base: *mut libc::c_void, len: usize) {
         if let Some(piece) = self.pieces.get_mut(self.len) {
-            *piece = libc::iovec {
+            piece.write(libc::iovec {
                 iov_base: base,
                 iov_len: len,
-            };
+            });
             self.len += 1;
         }
     }
 
+    fn filled(&mut self) -> &mut [libc::iovec] {
+        let start = self.pieces.as_mut_ptr().cast();
+        // SAFETY: `push`, the only place that raises `len`, has written the first `len` pieces,
+        // and `MaybeUninit` has the layout of what is in it.
+        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+    }
+
     /// What is left after `done` bytes. Pieces that are done with become empty ones.
     fn advance(&mut self, mut done: usize) {
-        for piece in self.pieces.iter_mut().take(self.len) {
+        for piece in self.filled() {
             let step = done.min(piece.iov_len);
             piece.iov_base = piece.iov_base.wrapping_byte_add(step);
             piece.iov_len -= step;
@@ -85,8 +90,8 @@ impl<'a> Vectors<'a> {
         }
     }
 
-    fn rest(&self) -> &[libc::iovec] {
-        let filled = self.pieces.get(..self.len).unwrap_or_default();
+    fn rest(&mut self) -> &[libc::iovec] {
+        let filled = self.filled();
         let start = filled.iter().position(|p| p.iov_len > 0);
         start.and_then(|at| filled.get(at..)).unwrap_or_default()
     }
@@ -173,10 +178,11 @@ pub fn read_packet<'a, B: BitmapSlice + 'a>(
         return Err(io::ErrorKind::InvalidInput.into());
     }
     vectors.push(spill.as_mut_ptr().cast(), spill.len());
-    let (pieces, count) = (vectors.pieces.as_ptr(), vectors.len as libc::c_int);
+    let pieces = vectors.filled();
+    let count = pieces.len() as libc::c_int;
     // SAFETY: the slices' lifetime keeps every piece of guest memory mapped and writable across
     // the call, and no reference to it exists; `spill` is borrowed mutably for as long.
-    let n = unsafe { libc::readv(fd, pieces, count) };
+    let n = unsafe { libc::readv(fd, pieces.as_ptr(), count) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
@@ -192,10 +198,11 @@ pub fn write_packet<'a, B: BitmapSlice + 'a>(
     if !vectors.fill(&mut slices, Direction::Out) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let (pieces, count) = (vectors.pieces.as_ptr(), vectors.len as libc::c_int);
+    let pieces = vectors.filled();
+    let count = pieces.len() as libc::c_int;
     // SAFETY: the slices' lifetime keeps every piece of guest memory mapped across the call; the
     // kernel only reads them.
-    let n = unsafe { libc::writev(fd, pieces, count) };
+    let n = unsafe { libc::writev(fd, pieces.as_ptr(), count) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 

@@ -177,6 +177,19 @@ impl Tap {
         })
     }
 
+    /// The same tap by another descriptor.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Tap {
+            file: self.file.try_clone()?,
+            name: self.name.clone(),
+            #[cfg(test)]
+            fake: self.fake,
+        })
+    }
+
     /// The name the host knows it by.
     pub fn name(&self) -> &str {
         &self.name

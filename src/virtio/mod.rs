@@ -36,6 +36,8 @@ mod interrupt;
 pub mod net;
 pub mod queue;
 pub mod registers;
+#[cfg(test)]
+mod testing;
 mod throttle;
 pub mod worker;
 

@@ -38,6 +38,12 @@ impl Throttle {
         self.timer.reset(Duration::from_nanos(wait), None).is_err()
     }
 
+    /// Makes the timer come in `nanos`, which are not 0, without holding anything back.
+    pub fn wake_in(&mut self, nanos: u64) {
+        // Without the timer it is the next kick that wakes.
+        let _ = self.timer.reset(Duration::from_nanos(nanos), None);
+    }
+
     /// Charges one operation of `bytes`.
     pub fn charge(&mut self, bytes: u64) {
         if self.limiter.limits() {

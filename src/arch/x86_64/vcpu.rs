@@ -1,5 +1,6 @@
 //! The state a vCPU starts in. Each ioctl costs microseconds before the guest's first
-//! instruction, so what KVM's own reset state has right already is left alone: the FPU, and
+//! instruction, so what KVM's own reset state has right already is left alone: the FPU, the local
+//! APIC (the boot vCPU's LINT0 brings interrupts of the 8259; Linux sets up LINT1 itself), and
 //! everything of the vCPUs that wait for the boot vCPU to start them.
 
 use std::error::Error;
@@ -28,14 +29,6 @@ const EFER_LMA: u64 = 1 << 10;
 /// IA32_APIC_BASE: enabled, and this is the boot processor (section 11.4.4).
 const APIC_ENABLED: u64 = 1 << 11;
 const APIC_BOOT_PROCESSOR: u64 = 1 << 8;
-
-/// Local vector table, LINT0 and LINT1 (section 11.5.1): register offsets, the delivery mode
-/// field and two of its values.
-const LINT0: usize = 0x350;
-const LINT1: usize = 0x360;
-const DELIVERY_MODE: u32 = 0x700;
-const DELIVER_NMI: u32 = 0x400;
-const DELIVER_EXT_INT: u32 = 0x700;
 
 /// A step of configuring a vCPU that KVM refused.
 #[derive(Debug)]
@@ -76,7 +69,6 @@ pub fn configure(vcpu: &VcpuFd, entry: Option<&Entry>, cpuid: &CpuId) -> Result<
         vcpu.set_sregs(&sregs(entry))
             .map_err(refused("system registers"))?;
         vcpu.set_regs(&regs(entry)).map_err(refused("registers"))?;
-        route_local_interrupts(vcpu).map_err(refused("local APIC"))?;
     }
     Ok(())
 }
@@ -129,21 +121,4 @@ fn sregs(entry: &Entry) -> kvm_sregs {
         sregs.efer = EFER_LME | EFER_LMA;
     }
     sregs
-}
-
-/// As the MP table says: LINT0 brings interrupts of the 8259, LINT1 NMIs.
-fn route_local_interrupts(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
-    let mut lapic = vcpu.get_lapic()?;
-    for (at, mode) in [(LINT0, DELIVER_EXT_INT), (LINT1, DELIVER_NMI)] {
-        let register = &mut lapic.regs[at..at + 4];
-        let mut value = 0;
-        for byte in register.iter().rev() {
-            value = value << 8 | u32::from(*byte as u8);
-        }
-        value = value & !DELIVERY_MODE | mode;
-        for (byte, new) in register.iter_mut().zip(value.to_le_bytes()) {
-            *byte = new as _;
-        }
-    }
-    vcpu.set_lapic(&lapic)
 }

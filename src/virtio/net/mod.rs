@@ -2,7 +2,9 @@
 //!
 //! Frames go between guest memory and the tap without a copy of ours: one `readv` or `writev` for
 //! each. A received frame is read straight into as many of the guest's buffers as the largest
-//! frame may need; those it did not need stay at hand, parsed, for the next one.
+//! frame may need; those it did not need stay at hand, parsed, for the next one. Only when the
+//! guest has run out of buffers in the middle of a frame does its end wait, for a moment and in
+//! memory of ours, for the guest to bring more.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,6 +19,7 @@ use super::{
 };
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys;
+use crate::sys::clock;
 use crate::sys::tap::{self, Offloads, Tap};
 
 /// Feature bits (virtio 1.2, 5.1.3).
@@ -100,8 +103,8 @@ const CHAINS_MAX: usize = QUEUE_SIZE as usize;
 /// Their pieces; the last place of a vector belongs to the spill.
 const PIECES_MAX: usize = MAX_SEGMENTS - 1;
 
-/// Beyond a frame's buffers, to notice that it did not fit.
-const SPILL: usize = 16;
+/// How long the end of a frame waits for the guest's buffers before the frame is dropped.
+const PATIENCE_NANOS: u64 = 50_000_000;
 
 /// What a network card counts.
 #[derive(Debug, Default)]
@@ -160,7 +163,21 @@ pub struct Net {
     room_wanted: u32,
     chain: Chain,
     buffers: Buffers,
+    /// Takes the end of a frame that is longer than the buffers at hand.
+    spill: Box<[u8]>,
+    held: Option<Held>,
     counters: Arc<Counters>,
+}
+
+/// A frame whose end waits in the spill; all the buffers at hand hold its beginning.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    /// Its length with its header.
+    len: u32,
+    /// How much of that is in the guest's buffers.
+    in_guest: u32,
+    /// When it is dropped.
+    until: u64,
 }
 
 /// The guest's buffers at hand for frames to come: fixed storage.
@@ -274,16 +291,21 @@ impl Net {
             room_wanted: 0,
             chain: Chain::new(),
             buffers: Buffers::new(),
+            spill: vec![0; FRAME_MAX as usize].into_boxed_slice(),
+            held: None,
             counters: Arc::new(Counters::default()),
         })
     }
 
     /// Passes one frame from the tap to the guest.
     fn receive(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        if let Some(held) = self.held {
+            return self.receive_end(held, queue, ram);
+        }
         if !self.readable {
             return Ok(Progress::Wait);
         }
-        match self.gather(queue, ram)? {
+        match self.gather(self.room_wanted, queue, ram)? {
             Gathered::Ready => {}
             Gathered::None => return Ok(Progress::Wait),
             Gathered::Refused => return Ok(Progress::More),
@@ -299,9 +321,20 @@ impl Net {
             self.buffers.chains.front().map_or(0, |buffer| buffer.len)
         };
         let pieces = window(self.buffers.pieces.iter().copied(), 0, room);
-        let mut spill = [0; SPILL];
-        match sys::io::read_packet(self.tap.as_raw_fd(), slices(ram, pieces), &mut spill) {
-            Ok(len) => self.deliver(u32::try_from(len).unwrap_or(u32::MAX), room, queue, ram),
+        let slices = slices(ram, pieces);
+        match sys::io::read_packet(self.tap.as_raw_fd(), slices, &mut self.spill) {
+            Ok(len) => {
+                let len = u32::try_from(len).unwrap_or(u32::MAX);
+                if self.mergeable && room < len && len <= FRAME_MAX {
+                    self.held = Some(Held {
+                        len,
+                        in_guest: room,
+                        until: clock::monotonic_nanos().saturating_add(PATIENCE_NANOS),
+                    });
+                    return Ok(Progress::More);
+                }
+                self.deliver(len, room, queue, ram)
+            }
             Err(error) => {
                 // Whatever it was, the next frame makes a new edge.
                 self.readable = false;
@@ -312,6 +345,37 @@ impl Net {
                 Ok(Progress::Wait)
             }
         }
+    }
+
+    /// Brings the end of a frame to the guest once there is room for it.
+    fn receive_end(
+        &mut self,
+        held: Held,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Progress, BrokenRing> {
+        if let Gathered::Refused = self.gather(held.len, queue, ram)? {
+            return Ok(Progress::More);
+        }
+        let room = self.buffers.room;
+        if room < held.len {
+            let left = held.until.saturating_sub(clock::monotonic_nanos());
+            if left > 0 {
+                self.rx_throttle.wake_in(left);
+                return Ok(Progress::Wait);
+            }
+            self.held = None;
+            self.counters.rx_dropped.one();
+            return Ok(Progress::More);
+        }
+        self.held = None;
+        let rest = held.len.saturating_sub(held.in_guest);
+        let place = window(self.buffers.pieces.iter().copied(), held.in_guest, rest);
+        let end = self.spill.get(..rest as usize).unwrap_or_default();
+        if !copy_out(ram, place, end) {
+            return Err(BrokenRing::Memory);
+        }
+        self.deliver(held.len, room, queue, ram)
     }
 
     /// Hands the frame of `len` bytes, which the tap has just written, to the guest.
@@ -351,9 +415,14 @@ impl Net {
         Ok(Progress::More)
     }
 
-    /// Gets buffers ready for the next frame.
-    fn gather(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Gathered, BrokenRing> {
-        while self.buffers.room < self.room_wanted {
+    /// Gets buffers of `wanted` bytes ready, or as many as there are.
+    fn gather(
+        &mut self,
+        wanted: u32,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Gathered, BrokenRing> {
+        while self.buffers.room < wanted {
             match queue.pop(ram, &mut self.chain)? {
                 Popped::Empty => break,
                 Popped::Chain
@@ -538,6 +607,7 @@ impl Device for Net {
 
     fn reset(&mut self) {
         self.buffers.clear();
+        self.held = None;
         self.mergeable = false;
     }
 }
