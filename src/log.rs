@@ -154,6 +154,11 @@ pub fn redirect(descriptor: i32) -> i32 {
     DESCRIPTOR.swap(descriptor, Ordering::AcqRel)
 }
 
+/// The descriptor lines go to now.
+pub fn descriptor() -> i32 {
+    DESCRIPTOR.load(Ordering::Acquire)
+}
+
 /// Lines lost so far because their place could not take them, and lines the guest's limit held back.
 pub fn losses() -> (u64, u64) {
     (

@@ -4,6 +4,25 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
+/// Standard input.
+pub const STDIN: RawFd = libc::STDIN_FILENO;
+/// Standard output.
+pub const STDOUT: RawFd = libc::STDOUT_FILENO;
+
+/// Fills `bytes` with the host's random numbers.
+///
+/// # Errors
+/// When the host has none yet, early in its own boot.
+pub fn random(bytes: &mut [u8]) -> io::Result<()> {
+    // SAFETY: `bytes` is ours and writable for its whole length.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    if usize::try_from(n) == Ok(bytes.len()) {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Writes `bytes` by one call if `fd` can take them now; whether it took all of them.
 ///
 /// For short lines: a pipe that polls as writable takes at least PIPE_BUF (4096) bytes.

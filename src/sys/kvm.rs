@@ -30,6 +30,18 @@ impl RunPage {
         usize::from(size).max(1)
     }
 
+    /// KVM's number for what went wrong, after KVM_EXIT_INTERNAL_ERROR.
+    pub fn internal_suberror(&self) -> u32 {
+        // SAFETY: as for `port_unit`: any bytes are a valid `u32`.
+        unsafe { (*self.page).__bindgen_anon_1.internal.suberror }
+    }
+
+    /// KVM's number for the last exit.
+    pub fn exit_reason(&self) -> u32 {
+        // SAFETY: the page stays mapped while the vCPU is open; any bytes are a valid `u32`.
+        unsafe { (*self.page).exit_reason }
+    }
+
     /// Makes the next KVM_RUN return at once, or lets it run.
     pub fn set_immediate_exit(&self, on: bool) {
         // SAFETY: the page stays mapped while the vCPU is open; the kernel reads the byte whole.
@@ -42,3 +54,7 @@ impl RunPage {
         unsafe { std::ptr::addr_of_mut!((*self.page).immediate_exit) }
     }
 }
+
+// SAFETY: the page belongs to the vCPU that is sent along with it, and is used by the thread that
+// owns that vCPU alone.
+unsafe impl Send for RunPage {}

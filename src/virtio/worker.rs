@@ -102,6 +102,13 @@ pub enum WorkerEvent {
     },
 }
 
+impl fmt::Display for WorkerEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let WorkerEvent::Failed { device, error } = self;
+        write!(f, "The thread of device `{device}` can not go on: {error}.")
+    }
+}
+
 /// What every worker counts.
 #[derive(Debug, Default)]
 pub struct WorkerCounters {

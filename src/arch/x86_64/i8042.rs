@@ -1,0 +1,446 @@
+//! The keyboard controller: the way a guest resets its machine, and Ctrl-Alt-Del reaches it.
+//!
+//! As much of an Intel 8042 with one keyboard as Linux's `i8042` and `atkbd` drivers, or a
+//! handful of instructions, need. One lock: vCPUs read and write the ports, control presses keys.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{Registers, Written};
+
+/// Offset of the data port, 0x60.
+const DATA: u64 = 0;
+/// Offset of the port that is status when read and command when written, 0x64.
+const COMMAND: u64 = 4;
+
+/// Status: a byte waits at the data port; self-test passed; the last write was a command; the
+/// keyboard is not locked.
+const STATUS_OUTPUT_FULL: u8 = 0x01;
+const STATUS_SYSTEM: u8 = 0x04;
+const STATUS_COMMAND: u8 = 0x08;
+const STATUS_UNLOCKED: u8 = 0x10;
+
+/// Commands, written to port 0x64.
+const READ_CONFIG: u8 = 0x20;
+const WRITE_CONFIG: u8 = 0x60;
+const TEST_AUX: u8 = 0xa9;
+const SELF_TEST: u8 = 0xaa;
+const TEST_KEYBOARD: u8 = 0xab;
+const DISABLE_KEYBOARD: u8 = 0xad;
+const ENABLE_KEYBOARD: u8 = 0xae;
+const READ_OUTPUT: u8 = 0xd0;
+const WRITE_OUTPUT: u8 = 0xd1;
+const LOOP_KEYBOARD: u8 = 0xd2;
+const LOOP_AUX: u8 = 0xd3;
+const WRITE_AUX: u8 = 0xd4;
+/// 0xF0 to 0xFF pulse those of four output lines whose bit is 0; line 0 is the CPU's reset.
+const PULSE: u8 = 0xf0;
+const PULSE_NOT_RESET: u8 = 0x01;
+
+/// Output port: the CPU's reset line, when low.
+const OUTPUT_NOT_RESET: u8 = 0x01;
+
+/// Answers to tests: the controller is fine, an interface is fine, it is broken (there is no
+/// second one).
+const SELF_TEST_PASSED: u8 = 0x55;
+const INTERFACE_FINE: u8 = 0x00;
+const INTERFACE_STUCK: u8 = 0x01;
+
+/// Configuration byte: interrupts on, self-test passed, keyboard off, translation to set 1.
+const CONFIG_INTERRUPT: u8 = 0x01;
+const CONFIG_SYSTEM: u8 = 0x04;
+const CONFIG_KEYBOARD_OFF: u8 = 0x10;
+const CONFIG_TRANSLATE: u8 = 0x40;
+
+/// Commands to the keyboard itself, written to port 0x60, and its answers.
+const KEYBOARD_ECHO: u8 = 0xee;
+const KEYBOARD_IDENTIFY: u8 = 0xf2;
+const KEYBOARD_RESET: u8 = 0xff;
+const ACKNOWLEDGE: u8 = 0xfa;
+const RESET_PASSED: u8 = 0xaa;
+const IDENTITY: [u8; 2] = [0xab, 0x83];
+
+/// Bytes the keyboard keeps until the guest reads them.
+const QUEUE_MAX: usize = 16;
+
+/// Left Ctrl, left Alt and Delete pressed, then released, in scan code set 2, which a keyboard
+/// sends by itself.
+const CTRL_ALT_DEL_SET_2: [u8; 11] = [
+    0x14, 0x11, 0xe0, 0x71, 0xe0, 0xf0, 0x71, 0xf0, 0x11, 0xf0, 0x14,
+];
+/// The same in set 1, as a controller that translates gives it.
+const CTRL_ALT_DEL_SET_1: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
+
+/// The controller, at ports 0x60 to 0x64.
+#[derive(Debug)]
+pub struct I8042 {
+    state: Mutex<State>,
+    /// Interrupt line 1.
+    interrupt: EventFd,
+}
+
+#[derive(Debug)]
+struct State {
+    config: u8,
+    /// A command whose data byte is still to come.
+    pending: Option<u8>,
+    /// The controller's own answer: read before anything of the keyboard's.
+    answer: Option<u8>,
+    /// What the keyboard has sent.
+    keyboard: VecDeque<u8>,
+    last_was_command: bool,
+}
+
+/// The guest has not read what was pressed before.
+#[derive(Debug, PartialEq, Eq)]
+pub struct KeyboardFull;
+
+impl std::fmt::Display for KeyboardFull {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the guest does not read its keyboard")
+    }
+}
+
+impl std::error::Error for KeyboardFull {}
+
+impl I8042 {
+    /// A controller that raises `interrupt`, an irqfd of line 1.
+    pub fn new(interrupt: EventFd) -> I8042 {
+        I8042 {
+            state: Mutex::new(State {
+                config: CONFIG_INTERRUPT | CONFIG_SYSTEM,
+                pending: None,
+                answer: None,
+                keyboard: VecDeque::with_capacity(QUEUE_MAX),
+                last_was_command: false,
+            }),
+            interrupt,
+        }
+    }
+
+    /// Presses and releases Ctrl, Alt and Delete.
+    ///
+    /// # Errors
+    /// [`KeyboardFull`] when the guest has left too much unread.
+    pub fn ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
+        let mut state = self.lock();
+        let keys: &[u8] = if state.config & CONFIG_TRANSLATE != 0 {
+            &CTRL_ALT_DEL_SET_1
+        } else {
+            &CTRL_ALT_DEL_SET_2
+        };
+        if QUEUE_MAX.saturating_sub(state.keyboard.len()) < keys.len() {
+            return Err(KeyboardFull);
+        }
+        state.keyboard.extend(keys);
+        self.interrupt(&state);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No panic can happen under the lock; and if it did, the state is plain bytes.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Raises the interrupt if the keyboard has something and the guest wants to know.
+    fn interrupt(&self, state: &State) {
+        if state.config & CONFIG_INTERRUPT != 0 && state.keyboard_ready() {
+            // The counter is full only if the line is up already.
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    fn command(&self, state: &mut State, command: u8) -> Written {
+        state.last_was_command = true;
+        state.pending = None;
+        match command {
+            READ_CONFIG => state.answer = Some(state.config),
+            READ_OUTPUT => state.answer = Some(OUTPUT_NOT_RESET),
+            SELF_TEST => state.answer = Some(SELF_TEST_PASSED),
+            TEST_KEYBOARD => state.answer = Some(INTERFACE_FINE),
+            TEST_AUX => state.answer = Some(INTERFACE_STUCK),
+            DISABLE_KEYBOARD => state.config |= CONFIG_KEYBOARD_OFF,
+            ENABLE_KEYBOARD => {
+                state.config &= !CONFIG_KEYBOARD_OFF;
+                self.interrupt(state);
+            }
+            WRITE_CONFIG | WRITE_OUTPUT | LOOP_KEYBOARD | LOOP_AUX | WRITE_AUX => {
+                state.pending = Some(command);
+            }
+            PULSE..=0xff if command & PULSE_NOT_RESET == 0 => return Written::MachineReset,
+            // Including those that switch the second interface on and off: there is none.
+            _ => {}
+        }
+        Written::Done
+    }
+
+    fn data(&self, state: &mut State, byte: u8) -> Written {
+        state.last_was_command = false;
+        match state.pending.take() {
+            Some(WRITE_CONFIG) => {
+                state.config = byte;
+                self.interrupt(state);
+            }
+            Some(WRITE_OUTPUT) if byte & OUTPUT_NOT_RESET == 0 => return Written::MachineReset,
+            // The answer lacks the mark of the second interface: there is none.
+            Some(LOOP_KEYBOARD | LOOP_AUX) => state.answer = Some(byte),
+            Some(_) => {}
+            None => {
+                let answer: &[u8] = match byte {
+                    KEYBOARD_ECHO => &[KEYBOARD_ECHO],
+                    KEYBOARD_IDENTIFY => &[ACKNOWLEDGE, IDENTITY[0], IDENTITY[1]],
+                    KEYBOARD_RESET => &[ACKNOWLEDGE, RESET_PASSED],
+                    _ => &[ACKNOWLEDGE],
+                };
+                // A keyboard drops what it was sending when it is spoken to.
+                state.keyboard.clear();
+                state.keyboard.extend(answer);
+                self.interrupt(state);
+            }
+        }
+        Written::Done
+    }
+}
+
+impl State {
+    fn keyboard_ready(&self) -> bool {
+        self.config & CONFIG_KEYBOARD_OFF == 0 && !self.keyboard.is_empty()
+    }
+
+    fn status(&self) -> u8 {
+        let mut status = STATUS_UNLOCKED | (self.config & STATUS_SYSTEM);
+        if self.answer.is_some() || self.keyboard_ready() {
+            status |= STATUS_OUTPUT_FULL;
+        }
+        if self.last_was_command {
+            status |= STATUS_COMMAND;
+        }
+        status
+    }
+
+    fn next(&mut self) -> u8 {
+        if let Some(answer) = self.answer.take() {
+            return answer;
+        }
+        if self.keyboard_ready() {
+            return self.keyboard.pop_front().unwrap_or(0);
+        }
+        0
+    }
+}
+
+impl Registers for I8042 {
+    /// Both ports are a byte wide: of a wider access the rest reads as 0.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Some(first) = data.first_mut() else {
+            return;
+        };
+        let mut state = self.lock();
+        *first = match offset {
+            DATA => {
+                let byte = state.next();
+                self.interrupt(&state);
+                byte
+            }
+            COMMAND => state.status(),
+            _ => 0xff,
+        };
+    }
+
+    /// Both ports are a byte wide: of a wider access the rest is ignored.
+    fn write(&self, offset: u64, data: &[u8]) -> Written {
+        let Some(first) = data.first() else {
+            return Written::Done;
+        };
+        let mut state = self.lock();
+        match offset {
+            DATA => self.data(&mut state, *first),
+            COMMAND => self.command(&mut state, *first),
+            _ => Written::Done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    fn controller() -> (I8042, EventFd) {
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let ours = interrupt.try_clone().unwrap();
+        (I8042::new(interrupt), ours)
+    }
+
+    fn status(i8042: &I8042) -> u8 {
+        let mut data = [0];
+        i8042.read(COMMAND, &mut data);
+        data[0]
+    }
+
+    fn data(i8042: &I8042) -> u8 {
+        let mut data = [0];
+        i8042.read(DATA, &mut data);
+        data[0]
+    }
+
+    fn command(i8042: &I8042, byte: u8) {
+        assert!(matches!(i8042.write(COMMAND, &[byte]), Written::Done));
+    }
+
+    fn send(i8042: &I8042, byte: u8) {
+        assert!(matches!(i8042.write(DATA, &[byte]), Written::Done));
+    }
+
+    fn read_all(i8042: &I8042) -> Vec<u8> {
+        let mut bytes = vec![];
+        while status(i8042) & STATUS_OUTPUT_FULL != 0 {
+            bytes.push(data(i8042));
+        }
+        bytes
+    }
+
+    #[test]
+    fn write_when_reset_is_commanded_resets() {
+        let (i8042, _) = controller();
+        for byte in [0xfe, 0xf0, 0xfc] {
+            let written = i8042.write(COMMAND, &[byte]);
+            assert!(matches!(written, Written::MachineReset), "{byte:#x}");
+        }
+        for byte in [0xff, 0xf1, 0x00, 0xaa] {
+            command(&i8042, byte);
+        }
+        command(&i8042, WRITE_OUTPUT);
+        assert!(matches!(i8042.write(DATA, &[0]), Written::MachineReset));
+        // Wider accesses count by their first byte.
+        let written = i8042.write(COMMAND, &[0xfe, 1, 2, 3]);
+        assert!(matches!(written, Written::MachineReset));
+    }
+
+    #[test]
+    fn ctrl_alt_del_when_read_gives_every_byte_an_interrupt() {
+        let (i8042, interrupt) = controller();
+        assert_eq!(status(&i8042), STATUS_UNLOCKED | STATUS_SYSTEM);
+        i8042.ctrl_alt_del().unwrap();
+        for (left, expected) in CTRL_ALT_DEL_SET_2
+            .iter()
+            .enumerate()
+            .rev()
+            .zip(CTRL_ALT_DEL_SET_2)
+        {
+            assert_eq!(interrupt.read().unwrap(), 1, "{}", left.0);
+            assert_eq!(data(&i8042), expected);
+        }
+        assert!(interrupt.read().is_err());
+        assert_eq!(status(&i8042) & STATUS_OUTPUT_FULL, 0);
+        assert_eq!(data(&i8042), 0);
+    }
+
+    #[test]
+    fn ctrl_alt_del_when_translated_is_in_set_1() {
+        let (i8042, _) = controller();
+        command(&i8042, WRITE_CONFIG);
+        send(&i8042, CONFIG_TRANSLATE);
+        i8042.ctrl_alt_del().unwrap();
+        assert_eq!(read_all(&i8042), CTRL_ALT_DEL_SET_1);
+    }
+
+    #[test]
+    fn ctrl_alt_del_when_guest_does_not_read_is_refused() {
+        let (i8042, _) = controller();
+        i8042.ctrl_alt_del().unwrap();
+        for _ in 0..1000 {
+            assert_eq!(i8042.ctrl_alt_del(), Err(KeyboardFull));
+        }
+        assert_eq!(read_all(&i8042), CTRL_ALT_DEL_SET_2);
+        i8042.ctrl_alt_del().unwrap();
+    }
+
+    #[test]
+    fn ctrl_alt_del_when_interrupts_are_off_comes_when_they_are_on() {
+        let (i8042, interrupt) = controller();
+        command(&i8042, WRITE_CONFIG);
+        send(&i8042, 0);
+        i8042.ctrl_alt_del().unwrap();
+        assert!(interrupt.read().is_err());
+        command(&i8042, WRITE_CONFIG);
+        send(&i8042, CONFIG_INTERRUPT);
+        assert_eq!(interrupt.read().unwrap(), 1);
+        command(&i8042, DISABLE_KEYBOARD);
+        assert_eq!(read_all(&i8042), []);
+        command(&i8042, ENABLE_KEYBOARD);
+        assert_eq!(interrupt.read().unwrap(), 1);
+        assert_eq!(read_all(&i8042), CTRL_ALT_DEL_SET_2);
+    }
+
+    #[test]
+    fn commands_when_answered_are_read_before_keys() {
+        let (i8042, _) = controller();
+        i8042.ctrl_alt_del().unwrap();
+        for (byte, answer) in [
+            (READ_CONFIG, CONFIG_INTERRUPT | CONFIG_SYSTEM),
+            (SELF_TEST, 0x55),
+            (TEST_KEYBOARD, 0),
+            (TEST_AUX, 1),
+            (READ_OUTPUT, 1),
+        ] {
+            command(&i8042, byte);
+            assert_eq!(status(&i8042) & 0x09, 0x09, "{byte:#x}");
+            assert_eq!(data(&i8042), answer, "{byte:#x}");
+        }
+        command(&i8042, WRITE_CONFIG);
+        send(&i8042, 0x45);
+        assert_eq!(status(&i8042) & STATUS_COMMAND, 0);
+        command(&i8042, READ_CONFIG);
+        assert_eq!(data(&i8042), 0x45);
+        command(&i8042, LOOP_AUX);
+        send(&i8042, 0x5a);
+        assert_eq!(data(&i8042), 0x5a);
+        // To the second interface, where nobody is.
+        command(&i8042, WRITE_AUX);
+        send(&i8042, 0xff);
+        assert_eq!(data(&i8042), CTRL_ALT_DEL_SET_2[0]);
+    }
+
+    #[test]
+    fn keyboard_when_spoken_to_answers() {
+        let (i8042, interrupt) = controller();
+        for (byte, answer) in [
+            (0xf2, &[0xfa, 0xab, 0x83][..]),
+            (0xff, &[0xfa, 0xaa]),
+            (0xed, &[0xfa]),
+            (0x02, &[0xfa]),
+            (0xee, &[0xee]),
+        ] {
+            send(&i8042, byte);
+            assert!(interrupt.read().is_ok());
+            assert_eq!(read_all(&i8042), answer, "{byte:#x}");
+        }
+    }
+
+    #[test]
+    fn accesses_when_odd_have_an_answer() {
+        let (i8042, _) = controller();
+        for offset in 0..6 {
+            for len in [0, 1, 2, 3, 4, 8, 64] {
+                let mut data = vec![0xee; len];
+                i8042.read(offset, &mut data);
+                assert!(data.iter().skip(1).all(|b| *b == 0), "{offset}, {len}");
+                let _ = i8042.write(offset, &vec![0; len]);
+            }
+        }
+    }
+}

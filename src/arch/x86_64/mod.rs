@@ -1,0 +1,17 @@
+//! x86_64 under KVM.
+
+pub mod boot;
+pub mod boot_timer;
+pub mod cpuid;
+mod gdt;
+pub mod i8042;
+pub mod kernel;
+pub mod layout;
+mod mptable;
+mod msr;
+pub mod vcpu;
+pub mod vm;
+
+pub use boot::{BootError, Entry, Protocol};
+pub use kernel::{Kernel, KernelError};
+pub use vm::{Vcpu, Vm, VmError};

@@ -1,0 +1,124 @@
+//! The state a vCPU starts in. Each ioctl costs microseconds before the guest's first
+//! instruction, so what KVM's own reset state has right already is left alone: the FPU, the local
+//! APIC (the boot vCPU's LINT0 brings interrupts of the 8259; Linux sets up LINT1 itself), and
+//! everything of the vCPUs that wait for the boot vCPU to start them.
+
+use std::error::Error;
+use std::fmt;
+
+use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use super::boot::{Entry, Protocol};
+use super::gdt::{self, Segments};
+use super::{layout, msr};
+
+/// Bit 1 of RFLAGS is always set.
+const RFLAGS: u64 = 0x2;
+
+/// CR0: protected mode, the FPU is a 387 or later, paging (Intel SDM volume 3, section 2.5).
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+/// CR4: physical address extension, which long mode needs.
+const CR4_PAE: u64 = 1 << 5;
+/// EFER: long mode enabled and active (section 2.2.1).
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+
+/// IA32_APIC_BASE: enabled, and this is the boot processor (section 11.4.4).
+const APIC_ENABLED: u64 = 1 << 11;
+const APIC_BOOT_PROCESSOR: u64 = 1 << 8;
+
+/// A step of configuring a vCPU that KVM refused.
+#[derive(Debug)]
+pub struct VcpuError {
+    what: &'static str,
+    cause: kvm_ioctls::Error,
+}
+
+impl fmt::Display for VcpuError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "KVM refused the {} of a vCPU", self.what)
+    }
+}
+
+impl Error for VcpuError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.cause)
+    }
+}
+
+fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
+    move |cause| VcpuError { what, cause }
+}
+
+/// Brings `vcpu` into its state before the first instruction: `entry` for the boot vCPU, `None`
+/// for the others, which stay in KVM's wait-for-SIPI state.
+///
+/// # Errors
+/// [`VcpuError`] when KVM refuses a part of it.
+pub fn configure(vcpu: &VcpuFd, entry: Option<&Entry>, cpuid: &CpuId) -> Result<(), VcpuError> {
+    vcpu.set_cpuid2(cpuid).map_err(refused("CPUID table"))?;
+    let msrs = Msrs::from_entries(&msr::BOOT).expect("two entries fit");
+    let done = vcpu.set_msrs(&msrs).map_err(refused("MSRs"))?;
+    if done != msr::BOOT.len() {
+        return Err(refused("MSRs")(kvm_ioctls::Error::new(libc::EINVAL)));
+    }
+    if let Some(entry) = entry {
+        vcpu.set_sregs(&sregs(entry))
+            .map_err(refused("system registers"))?;
+        vcpu.set_regs(&regs(entry)).map_err(refused("registers"))?;
+    }
+    Ok(())
+}
+
+fn regs(entry: &Entry) -> kvm_regs {
+    let mut regs = kvm_regs {
+        rflags: RFLAGS,
+        rip: entry.rip,
+        ..kvm_regs::default()
+    };
+    match entry.protocol {
+        Protocol::Pvh => regs.rbx = layout::PVH_START_INFO,
+        Protocol::Linux64 => {
+            regs.rsi = layout::ZERO_PAGE;
+            regs.rsp = layout::BOOT_STACK;
+            regs.rbp = layout::BOOT_STACK;
+        }
+    }
+    regs
+}
+
+fn sregs(entry: &Entry) -> kvm_sregs {
+    let long = entry.protocol == Protocol::Linux64;
+    let Segments { code, data, task } = Segments::flat(long);
+    let mut sregs = kvm_sregs {
+        cs: code,
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: task,
+        ldt: kvm_segment {
+            unusable: 1,
+            ..kvm_segment::default()
+        },
+        gdt: kvm_dtable {
+            base: layout::GDT,
+            limit: gdt::TABLE_SIZE - 1,
+            ..kvm_dtable::default()
+        },
+        cr0: CR0_PE | CR0_ET,
+        apic_base: u64::from(layout::LOCAL_APIC) | APIC_ENABLED | APIC_BOOT_PROCESSOR,
+        ..kvm_sregs::default()
+    };
+    if long {
+        sregs.cr0 |= CR0_PG;
+        sregs.cr3 = layout::PAGE_TABLES;
+        sregs.cr4 = CR4_PAE;
+        sregs.efer = EFER_LME | EFER_LMA;
+    }
+    sregs
+}

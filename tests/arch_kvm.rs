@@ -1,0 +1,285 @@
+//! From an opened /dev/kvm to a guest's first byte on the serial port, with `memory` and `arch`
+//! alone: both boot protocols, every vCPU count, and the time of each step.
+//!
+//! Needs KVM. Without /dev/kvm the tests say so and pass; with MAYFLY_REQUIRE_KVM=1 they fail.
+//! With MAYFLY_TEST_KERNEL=FILE a real kernel is booted as far as its first line.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{Kvm, VcpuExit};
+use mayfly::arch::boot::command_line;
+use mayfly::arch::{Entry, Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
+use mayfly::memory::Memory;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::tempfile::TempFile;
+
+const SERIAL: u16 = 0x3f8;
+const LOAD_ADDRESS: u64 = 0x10_0000;
+
+/// `mov dx, 0x3f8; mov al, 'A'; out dx, al; hlt`, the same in 32-bit and 64-bit mode.
+const FIRST_BYTE: [u8; 8] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xf4];
+
+fn kvm() -> Option<Kvm> {
+    match Kvm::new() {
+        Ok(kvm) => Some(kvm),
+        Err(error) if std::env::var("MAYFLY_REQUIRE_KVM").as_deref() == Ok("1") => {
+            panic!("KVM is required: {error}")
+        }
+        Err(error) => {
+            eprintln!("SKIPPED: no KVM here: {error}");
+            None
+        }
+    }
+}
+
+/// An ELF file with `code` at 1 MiB, padded to `len` bytes, with a PVH note if asked for.
+fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
+    let note_len: u64 = if pvh { 20 } else { 0 };
+    let mut bytes = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0");
+    for word in [LOAD_ADDRESS, 64, 0] {
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+    bytes.extend_from_slice(b"\0\0\0\0\x40\0\x38\0\x02\0\0\0\0\0\0\0");
+    for (kind, offset, address, len) in [(1u64, 0x1000, LOAD_ADDRESS, len), (4, 176, 0, note_len)] {
+        for word in [kind | 7 << 32, offset, address, address, len, len, 4] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    bytes.extend_from_slice(b"\x04\0\0\0\x04\0\0\0\x12\0\0\0Xen\0");
+    bytes.extend_from_slice(&(LOAD_ADDRESS as u32).to_le_bytes());
+    bytes.resize(0x1000, 0);
+    bytes.extend_from_slice(code);
+    let file = TempFile::new().unwrap();
+    let mut writer = file.as_file();
+    writer.write_all(&bytes).unwrap();
+    // All of it written, as a kernel is: not a hole.
+    let mut at = bytes.len() as u64;
+    writer.seek(SeekFrom::Start(at)).unwrap();
+    while at < 0x1000 + len {
+        let count = (0x1000 + len - at).min(1 << 20);
+        writer.write_all(&vec![0xcc; count as usize]).unwrap();
+        at += count;
+    }
+    file
+}
+
+struct Machine {
+    entry: Entry,
+    vcpus: Vec<Vcpu>,
+    _vm: Vm,
+    memory: Memory,
+}
+
+/// Everything up to the first instruction, and how long each step took.
+struct Steps(Vec<(&'static str, Duration)>, Instant);
+
+impl Steps {
+    fn new() -> Steps {
+        Steps(Vec::new(), Instant::now())
+    }
+
+    fn done(&mut self, name: &'static str) {
+        self.0.push((name, self.1.elapsed()));
+        self.1 = Instant::now();
+    }
+}
+
+fn machine(
+    kvm: &Kvm,
+    file: &File,
+    mib: u64,
+    count: u8,
+    protocol: Option<Protocol>,
+    boot_args: &str,
+    steps: &mut Steps,
+) -> Machine {
+    let kernel = Kernel::read(file, "kernel").unwrap();
+    steps.done("read kernel's headers");
+    let mut memory = Memory::anonymous(mib).unwrap();
+    steps.done("make memory");
+    let line = command_line(boot_args, None, &[]).unwrap();
+    let seed = [1; 32];
+    let entry = boot::load(&mut memory, &kernel, None, &line, count, protocol, &seed).unwrap();
+    steps.done("load kernel and tables");
+    let vm = Vm::new(kvm, &memory, false).unwrap();
+    steps.done("make VM");
+    let vcpus: Vec<_> = (0..count).map(|n| vm.create_vcpu(n).unwrap()).collect();
+    steps.done("make vCPUs");
+    let supported = cpuid::supported(kvm).unwrap();
+    steps.done("ask for supported CPUID");
+    for (index, vcpu) in (0u8..).zip(&vcpus) {
+        let table = cpuid::table(&supported, index, count, false);
+        let entry = (index == 0).then_some(&entry);
+        vcpu::configure(vcpu, entry, &table).unwrap();
+    }
+    steps.done("configure vCPUs");
+    Machine {
+        entry,
+        vcpus,
+        _vm: vm,
+        memory,
+    }
+}
+
+impl Machine {
+    fn first_byte(&mut self) -> u8 {
+        match self.vcpus[0].run().unwrap() {
+            VcpuExit::IoOut(SERIAL, data) => data[0],
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn boot_when_either_protocol_is_used_runs_the_first_instruction() {
+    let Some(kvm) = kvm() else { return };
+    for (pvh, given, expected) in [
+        (true, None, Protocol::Pvh),
+        (false, None, Protocol::Linux64),
+        (true, Some(Protocol::Linux64), Protocol::Linux64),
+    ] {
+        for (mib, count) in [(2, 1), (128, 2), (4096, 32)] {
+            let file = elf(&FIRST_BYTE, 4096, pvh);
+            let mut steps = Steps::new();
+            let mut machine = machine(&kvm, file.as_file(), mib, count, given, "", &mut steps);
+            assert_eq!(machine.entry.protocol, expected);
+            assert_eq!(machine.first_byte(), b'A');
+            let regs = machine.vcpus[0].get_regs().unwrap();
+            match expected {
+                Protocol::Pvh => assert_eq!(regs.rbx, 0x6040),
+                Protocol::Linux64 => assert_eq!(regs.rsi, 0x7000),
+            }
+        }
+    }
+}
+
+#[test]
+fn boot_when_reset_state_is_relied_on_it_is_so() {
+    let Some(kvm) = kvm() else { return };
+    let file = elf(&FIRST_BYTE, 4096, true);
+    let mut steps = Steps::new();
+    let machine = machine(&kvm, file.as_file(), 16, 2, None, "", &mut steps);
+    // The control word and MXCSR, where FXSAVE puts them.
+    let region = machine.vcpus[0].get_xsave().unwrap().region;
+    assert_eq!((region[0] & 0xffff, region[6]), (0x37f, 0x1f80));
+    let states: Vec<_> = machine
+        .vcpus
+        .iter()
+        .map(|vcpu| vcpu.get_mp_state().unwrap().mp_state)
+        .collect();
+    // KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED: waits for INIT and SIPI.
+    assert_eq!(states, [0, 1]);
+    // LINT0 of the boot vCPU: not masked, delivers as the 8259 says (ExtINT).
+    let lapic = machine.vcpus[0].get_lapic().unwrap();
+    assert_eq!((lapic.regs[0x351] & 7, lapic.regs[0x352] & 1), (7, 0));
+}
+
+#[test]
+fn cpuid_when_set_is_read_back() {
+    let Some(kvm) = kvm() else { return };
+    let supported = cpuid::supported(&kvm).unwrap();
+    for count in [1, 2, 3, 32] {
+        for smt in [false, true] {
+            let memory = Memory::anonymous(2).unwrap();
+            let vm = Vm::new(&kvm, &memory, false).unwrap();
+            for index in if count > 1 {
+                vec![0, count - 1]
+            } else {
+                vec![0]
+            } {
+                let vcpu = vm.create_vcpu(index).unwrap();
+                let table = cpuid::table(&supported, index, count, smt);
+                vcpu::configure(&vcpu, None, &table).unwrap();
+                let set = vcpu.get_cpuid2(256).unwrap();
+                let leaf = |function, sub| {
+                    let found = set
+                        .as_slice()
+                        .iter()
+                        .find(|e| e.function == function && e.index == sub);
+                    *found.unwrap_or_else(|| panic!("{function:#x}.{sub}"))
+                };
+                assert_eq!(leaf(1, 0).ebx >> 24, u32::from(index));
+                assert_eq!(leaf(0xb, 0).edx, u32::from(index));
+                assert_eq!(leaf(0xb, 1).ebx, u32::from(count));
+                assert_eq!(leaf(0xb, 0).eax, u32::from(smt && count > 1));
+            }
+        }
+    }
+}
+
+#[test]
+fn boot_when_measured_prints_the_time_of_each_step() {
+    let Some(_) = kvm() else { return };
+    const RUNS: usize = 15;
+    for (what, len) in [
+        ("a kernel of one page", 4096),
+        ("a kernel of 20 MiB", 20 << 20),
+    ] {
+        let file = elf(&FIRST_BYTE, len, true);
+        let mut runs: Vec<Vec<(&str, Duration)>> = Vec::new();
+        for _ in 0..RUNS {
+            let mut steps = Steps::new();
+            let kvm = Kvm::new().unwrap();
+            steps.done("open /dev/kvm");
+            let mut machine = machine(&kvm, file.as_file(), 128, 1, None, "quiet", &mut steps);
+            assert_eq!(machine.first_byte(), b'A');
+            steps.done("run to the first byte");
+            let all = steps.0.iter().map(|(_, time)| *time).sum();
+            steps.0.push(("all", all));
+            runs.push(steps.0);
+            // The last page of the kernel is there too.
+            let last = GuestAddress(LOAD_ADDRESS + len - 1);
+            let byte: u8 = machine.memory.ram().read_obj(last).unwrap();
+            assert_eq!(byte, 0xcc);
+            // Closing a virtual machine goes on in the background, and disturbs the next one.
+            drop(machine);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        println!("{what}, {RUNS} runs: microseconds, minimum and median");
+        for step in 0..runs[0].len() {
+            let mut times: Vec<_> = runs.iter().map(|run| run[step].1).collect();
+            times.sort();
+            let (least, middle) = (times[0].as_micros(), times[RUNS / 2].as_micros());
+            println!("{least:>8} {middle:>8}  {}", runs[0][step].0);
+        }
+    }
+}
+
+#[test]
+fn boot_when_kernel_is_linux_prints_its_first_line() {
+    let Some(kvm) = kvm() else { return };
+    let Some(path) = std::env::var_os("MAYFLY_TEST_KERNEL") else {
+        eprintln!("SKIPPED: MAYFLY_TEST_KERNEL names no kernel");
+        return;
+    };
+    let args = "earlyprintk=serial,ttyS0 console=ttyS0 reboot=k panic=-1 nokaslr lpj=4000000 \
+                noxsave clearcpuid=cx16,popcnt,xsave,bmi1,bmi2,erms,fsrm,rdrand,rdseed,smap,avx,\
+                avx2,movbe";
+    for protocol in [Protocol::Pvh, Protocol::Linux64] {
+        let file = File::open(&path).unwrap();
+        let mut steps = Steps::new();
+        let mut machine = machine(&kvm, &file, 256, 1, Some(protocol), args, &mut steps);
+        let begin = Instant::now();
+        let mut line = Vec::new();
+        let vcpu = &mut machine.vcpus[0];
+        while line.last() != Some(&b'\n') {
+            assert!(
+                begin.elapsed() < Duration::from_secs(60),
+                "no line in a minute"
+            );
+            match vcpu.run().unwrap() {
+                VcpuExit::IoOut(SERIAL, data) => line.extend_from_slice(data),
+                // Line status: ready to send.
+                VcpuExit::IoIn(0x3fd, data) => data.fill(0x60),
+                VcpuExit::IoIn(_, data) | VcpuExit::MmioRead(_, data) => data.fill(0xff),
+                VcpuExit::IoOut(..) | VcpuExit::MmioWrite(..) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let text = String::from_utf8_lossy(&line);
+        println!("{protocol:?}, {:?}: {}", begin.elapsed(), text.trim());
+        assert!(text.contains("Linux version"), "{text}");
+    }
+}
