@@ -211,7 +211,6 @@ mod tests {
     use super::*;
     use std::io::{Seek, Write};
     use std::os::unix::net::UnixDatagram;
-    use vm_memory::VolatileMemory;
     use vmm_sys_util::tempfile::TempFile;
 
     fn file_of(bytes: &[u8]) -> File {

@@ -147,19 +147,6 @@ impl Tap {
         Tap::set_up(file, &request)
     }
 
-    /// The same tap by another descriptor.
-    ///
-    /// # Errors
-    /// When the host has no descriptor left.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Tap {
-            file: self.file.try_clone()?,
-            name: self.name.clone(),
-            #[cfg(test)]
-            fake: self.fake,
-        })
-    }
-
     fn set_up(file: File, request: &libc::ifreq) -> Result<Self, TapError> {
         let name = name_in(request);
         let size = HEADER as libc::c_int;

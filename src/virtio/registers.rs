@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::queue::QueueLayout;
 use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use super::{ConfigSpace, Counter, Interrupt, MAX_QUEUES, feature};
-use crate::bus::{self, Completer, Ticket, Written};
+use crate::bus::{self, Completer, Ticket, Tickets, Written};
 use crate::inbox::Sender;
 
 /// Length of the block in bytes.
@@ -118,6 +118,7 @@ struct Block {
     active: bool,
     /// A reset that the worker has not completed: Status stays as it is, and nothing else is taken.
     resetting: Option<Ticket>,
+    tickets: Tickets,
     device_features_sel: u32,
     driver_features_sel: u32,
     accepted: u64,
@@ -191,10 +192,14 @@ impl Registers {
 
     fn finish_reset(&self, block: &mut Block) {
         self.interrupt.clear();
-        *block = Block {
-            generation: block.generation,
-            ..Block::new(block.config)
-        };
+        block.status = 0;
+        block.active = false;
+        block.resetting = None;
+        block.device_features_sel = 0;
+        block.driver_features_sel = 0;
+        block.accepted = 0;
+        block.queue_sel = 0;
+        block.layouts = [QueueLayout::default(); MAX_QUEUES];
     }
 
     fn read_register(&self, offset: u64) -> Option<u32> {
@@ -337,7 +342,7 @@ impl Registers {
             self.finish_reset(block);
             return Written::Done;
         }
-        let (ticket, completer) = bus::ticket();
+        let (ticket, completer) = block.tickets.issue();
         if self.driver.send(DriverMsg::Reset(completer)).is_err() {
             // The worker is gone, and with it whatever could still be in flight.
             self.finish_reset(block);
@@ -391,6 +396,7 @@ impl Block {
             status: 0,
             active: false,
             resetting: None,
+            tickets: Tickets::default(),
             device_features_sel: 0,
             driver_features_sel: 0,
             accepted: 0,

@@ -570,6 +570,7 @@ mod tests {
     use super::*;
     use crate::bus::Registers as _;
     use crate::rate_limiter::{BucketUpdate, RateLimiter, RateLimiterUpdate, TokenBucket};
+    use crate::sys::testing::allocator_calls;
     use std::fs::File;
     use std::thread::{self, JoinHandle};
     use std::time::{Duration, Instant};
@@ -891,6 +892,52 @@ mod tests {
             assert_eq!(rings.wait(), (first, 21));
         }
         assert!(since.elapsed() >= Duration::from_millis(190));
+    }
+
+    #[test]
+    fn worker_when_it_runs_does_not_touch_the_allocator() {
+        let mut bench = bench();
+        bench.stop();
+        let ram = bench.ram.clone();
+        let block = Block::new(disk(64), "disk", true, RateLimiter::default()).unwrap();
+        let (to_replies, replies) = mailbox();
+        let (to_events, _events) = mailbox();
+        let line = bench.line.try_clone().unwrap();
+        let (registers, worker, handle) =
+            attach(block, "disk", ram.clone(), line, to_replies, to_events).unwrap();
+        let thread = thread::spawn(move || {
+            let before = allocator_calls();
+            let worker = worker.run();
+            (allocator_calls() - before, worker)
+        });
+        for round in 0..10 {
+            let mut rings = Rings::new(&ram, BASE, 16);
+            start(&registers, EVENT_IDX, &[rings.layout()]);
+            bench.offer(&rings, 0);
+            rings.offer_chain(4, &[(HEAD, 0, false)]);
+            registers.kicks()[0].write(1).unwrap();
+            rings.wait();
+            rings.wait();
+            handle.pause(round).unwrap();
+            let update = block::Update {
+                disk: Some(disk(8)),
+                limits: RateLimiterUpdate {
+                    bandwidth: BucketUpdate::Replace(TokenBucket::new(1000, 0, 10)),
+                    ..RateLimiterUpdate::default()
+                },
+            };
+            handle.update(round, update).unwrap();
+            handle.resume(round).unwrap();
+            for _ in 0..3 {
+                next(&replies);
+            }
+            rings.set_avail_index(1000);
+            registers.kicks()[0].write(1).unwrap();
+            reset(&registers);
+        }
+        handle.stop().unwrap();
+        let (calls, _worker) = thread.join().unwrap();
+        assert_eq!(calls, 0);
     }
 
     #[test]

@@ -616,6 +616,7 @@ impl Device for Net {
 mod tests {
     use super::super::testing::{Rings, ram};
     use super::*;
+    use crate::sys::testing::allocator_calls;
     use std::os::unix::net::UnixDatagram;
     use std::time::Duration;
     use vm_memory::{Bytes, GuestAddress};
@@ -791,7 +792,9 @@ mod tests {
         let sent = frame(65000);
         bench.peer.send(&sent).unwrap();
         bench.peer.send(&frame(60)).unwrap();
+        let before = allocator_calls();
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(allocator_calls(), before);
         let used = rings.used_index();
         assert_eq!(usize::from(used), sent.len().div_ceil(1536));
         assert_eq!(num_buffers(&ram, DATA), used);
@@ -828,7 +831,7 @@ mod tests {
     fn receive_when_buffers_run_out_in_a_frame_waits_for_more() {
         let mut bench = bench(feature::COMMON | bit::MRG_RXBUF | bit::GUEST_TSO4);
         let ram = bench.ram.clone();
-        let mut rings = Rings::new(&ram, BASE, 256);
+        let rings = Rings::new(&ram, BASE, 256);
         let mut queue = queue(&rings);
         rings.offer_chain(0, &[(DATA, 1000, true)]);
         rings.offer_chain(1, &[(DATA + 1000, 1000, true)]);
