@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::Thread;
 
 /// The part of a device that vCPUs touch, at offsets from the start of its block.
@@ -37,42 +37,61 @@ pub enum Written {
     MachineReset,
 }
 
+/// Where the tickets of one register block come from. Their order is the order in which they are
+/// completed. Issuing and completing allocate and free nothing.
+#[derive(Debug, Default)]
+pub struct Tickets {
+    issued: u64,
+    completed: Arc<AtomicU64>,
+}
+
 /// The waiting half of a write that another thread completes.
 ///
 /// The vCPU parks until [`Ticket::is_done`] or until it has a message of its own.
 #[derive(Clone, Debug)]
-pub struct Ticket(Arc<AtomicBool>);
+pub struct Ticket {
+    number: u64,
+    completed: Arc<AtomicU64>,
+}
 
 /// The completing half. Completed when dropped, so that a worker that ends can not leave a vCPU
 /// waiting for ever.
 #[derive(Debug)]
 pub struct Completer {
-    done: Arc<AtomicBool>,
+    number: u64,
+    completed: Arc<AtomicU64>,
     waiter: Thread,
 }
 
-/// A ticket for the calling thread, and what completes it.
-pub fn ticket() -> (Ticket, Completer) {
-    let done = Arc::new(AtomicBool::new(false));
-    (
-        Ticket(Arc::clone(&done)),
-        Completer {
-            done,
-            waiter: std::thread::current(),
-        },
-    )
+impl Tickets {
+    /// A ticket for the calling thread, and what completes it.
+    pub fn issue(&mut self) -> (Ticket, Completer) {
+        self.issued = self.issued.saturating_add(1);
+        let number = self.issued;
+        (
+            Ticket {
+                number,
+                completed: Arc::clone(&self.completed),
+            },
+            Completer {
+                number,
+                completed: Arc::clone(&self.completed),
+                waiter: std::thread::current(),
+            },
+        )
+    }
 }
 
 impl Ticket {
     /// Whether the guest may go on.
     pub fn is_done(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.completed.load(Ordering::Acquire) >= self.number
     }
 }
 
 impl Drop for Completer {
     fn drop(&mut self) {
-        self.done.store(true, Ordering::Release);
+        self.completed.fetch_max(self.number, Ordering::AcqRel);
         self.waiter.unpark();
     }
 }
@@ -251,9 +270,13 @@ mod tests {
 
     #[test]
     fn ticket_when_completer_is_dropped_is_done() {
-        let (ticket, completer) = ticket();
-        assert!(!ticket.is_done());
-        drop(completer);
-        assert!(ticket.is_done());
+        let mut tickets = Tickets::default();
+        let (first, first_completer) = tickets.issue();
+        let (second, second_completer) = tickets.issue();
+        assert!(!first.is_done() && !second.is_done());
+        drop(first_completer);
+        assert!(first.is_done() && !second.is_done());
+        drop(second_completer);
+        assert!(second.is_done());
     }
 }

@@ -11,3 +11,5 @@ pub mod signal;
 pub mod syscalls;
 pub mod tap;
 pub mod terminal;
+#[cfg(test)]
+pub mod testing;

@@ -48,13 +48,11 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::memory::Ram;
 pub use interrupt::Interrupt;
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
 pub use worker::{DeviceHandle, Done, Worker, WorkerEvent, WorkerReply, attach};
-
-/// Guest memory, as device threads see it.
-pub type Ram = vm_memory::GuestMemoryMmap<()>;
 
 /// The most queues any of our devices has.
 pub const MAX_QUEUES: usize = 2;

@@ -672,10 +672,11 @@ mod tests {
 
     #[test]
     fn pop_when_chain_is_hostile_refuses_it_and_goes_on() {
-        type Table = &'static [(u64, u32, u16, u16)];
+        type Entry = (u64, u32, u16, u16);
+        type Case = (&'static str, ChainError, Vec<Entry>, &'static [Entry]);
         let ram_end = 1 << 20;
         #[rustfmt::skip]
-        let cases: Vec<(&str, ChainError, Vec<(u64, u32, u16, u16)>, Table)> = vec![
+        let cases: Vec<Case> = vec![
             ("a loop of one", ChainError::TooLong, vec![(DATA, 1, NEXT, 0)], &[]),
             ("a loop of two", ChainError::TooLong, vec![(DATA, 1, NEXT, 1), (DATA, 1, NEXT, 0)], &[]),
             ("next past the table", ChainError::NextOutOfRange, vec![(DATA, 1, NEXT, 16)], &[]),

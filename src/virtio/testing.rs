@@ -1,7 +1,6 @@
 //! The guest's half, for tests: rings in real guest memory by virtio-queue's mock, and a driver
 //! that goes through the registers as a guest does.
 
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use virtio_queue::desc::RawDescriptor;
@@ -216,12 +215,4 @@ pub fn next<T>(inbox: &Inbox<T>) -> T {
         assert!(Instant::now() < until, "no message comes");
         std::thread::sleep(Duration::from_micros(50));
     }
-}
-
-/// Fails the test when `what` takes longer than a hang would be patient for.
-pub fn in_time<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
-    let (done, wait) = mpsc::channel();
-    std::thread::spawn(move || done.send(what()));
-    wait.recv_timeout(Duration::from_secs(30))
-        .expect("it hangs")
 }
