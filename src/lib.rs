@@ -34,14 +34,23 @@
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
 //!   2  serial   memory   rate_limiter
-//!   1  bus   config   inbox   seccomp   metrics   log   sys       see nothing of ours
+//!   1  bus   config   inbox   seccomp   metrics   timeline   log   sys   see nothing of ours
 //! ```
 
+pub mod api;
 pub mod arch;
+pub mod args;
 pub mod bus;
 pub mod config;
+pub mod exit;
 pub mod inbox;
 pub mod log;
 pub mod memory;
+pub mod rate_limiter;
+pub mod seccomp;
+pub mod serial;
 pub mod sys;
+pub mod timeline;
+pub mod vcpu;
+pub mod virtio;
 pub mod vmm;

@@ -1,3 +1,94 @@
-//! The monitor.
+//! The monitor: arguments in, control thread, exit code out.
 
-fn main() {}
+use std::path::Path;
+use std::sync::Arc;
+
+use mayfly::api::{self, Server};
+use mayfly::args::{self, Args, Asked};
+use mayfly::config::Logger;
+use mayfly::log;
+use mayfly::seccomp::Category;
+use mayfly::sys::process;
+use mayfly::timeline::{Moment, Timeline};
+use mayfly::vmm::threads::{self, Muster};
+use mayfly::vmm::{Settings, Vmm};
+use mayfly::{error, exit, info};
+
+fn main() {
+    let timeline = Timeline::begin();
+    process::use_one_arena();
+    process::end_on_panic();
+    match args::parse(std::env::args_os().skip(1)) {
+        Ok(Asked::Run(args)) => run(*args, timeline),
+        Ok(Asked::Help) => println!("{}", args::help()),
+        Ok(Asked::Version) => println!("{}", args::version()),
+        Ok(Asked::SnapshotVersion | Asked::DescribeSnapshot(_)) => {
+            fail("This version of mayfly has no snapshots yet.", exit::ERROR);
+        }
+        Err(error) => {
+            eprintln!("mayfly: {error}");
+            process::exit(error.exit_code());
+        }
+    }
+}
+
+fn run(args: Args, timeline: Timeline) -> ! {
+    log::set_instance(&args.id);
+    log::set_format(args.log_format);
+    let settings = Settings {
+        id: args.id,
+        seccomp: args.seccomp,
+        boot_timer: args.boot_timer,
+        start_time_us: args.start_time_us,
+        protocol: args.boot_protocol,
+    };
+    let mut vmm = Vmm::new(settings, timeline.clone())
+        .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
+    if let Err(error) = vmm.set_logger(Logger {
+        log_path: args.log_path,
+        level: args.level,
+        show_level: Some(args.show_level),
+        show_log_origin: Some(args.show_log_origin),
+        module: args.module,
+    }) {
+        fail(&error.0, exit::ERROR);
+    }
+    info!("Running {}", args::version());
+    if let Some(path) = &args.api_sock {
+        serve(&vmm, path, args.payload_max, args.seccomp, &timeline);
+    }
+    if let Some(path) = &args.config_file
+        && let Err(error) = vmm.start_from_file(path)
+    {
+        if let Some(socket) = &args.api_sock {
+            // Made by this process a moment ago; nobody can have been served.
+            let _ = std::fs::remove_file(socket);
+        }
+        fail(&error.0, exit::ERROR);
+    }
+    vmm.run()
+}
+
+/// Makes the API socket at `path` and the thread that serves it.
+fn serve(vmm: &Vmm, path: &Path, payload_max: usize, seccomp: bool, timeline: &Timeline) {
+    let listener = api::bind(path).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
+    let server = Server::new(listener, vmm.commands(), payload_max)
+        .unwrap_or_else(|e| fail(&format!("Serving the API failed: {e}"), exit::ERROR));
+    let berth =
+        threads::berth("fc_api".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
+    let muster: Arc<Muster> = Muster::of(1);
+    let category = seccomp.then_some(Category::Api);
+    let _ = berth.occupy(category, &muster, move || {
+        if let Err(cause) = server.run() {
+            error!("The API can not be served any more: {cause}");
+            process::exit(exit::ERROR);
+        }
+    });
+    timeline.mark(Moment::ApiReady);
+}
+
+/// Says why on standard error, where a person looks, and ends.
+fn fail(sentence: &str, code: i32) -> ! {
+    eprintln!("mayfly: {sentence}");
+    process::exit(code)
+}

@@ -1,3 +1,51 @@
 //! The jailer: builds the jail a mayfly runs in, drops privileges and executes the monitor.
+//!
+//! One thread, one straight sequence of privileged steps, each with its error and the reason for
+//! its place. `compat` is that sequence for the jail that Firecracker's clients know. What it is
+//! made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `made` (how to take everything
+//! back), `failure` (how a step says that it failed), and `sys`, the only unsafe code.
 
-fn main() {}
+mod args;
+mod cgroup;
+mod compat;
+mod failure;
+mod made;
+mod netns;
+mod root;
+mod sys;
+#[cfg(test)]
+mod testing;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use args::Command;
+use failure::Failure;
+
+fn main() -> ExitCode {
+    let started = compat::Started::now();
+    let result =
+        args::parse(std::env::args_os().skip(1).collect()).and_then(|command| match command {
+            Command::Help => print(args::HELP),
+            Command::Version => print(concat!(
+                "mayfly-jailer v",
+                env!("CARGO_PKG_VERSION"),
+                " (flags of Firecracker v1.17.0)\n"
+            )),
+            Command::Compatible(args) => compat::run(&args, started),
+        });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // With standard error gone, the exit code still says it.
+            let line = format!("mayfly-jailer: {failure}\n");
+            let _ = std::io::stderr().write_all(line.as_bytes());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    use failure::Doing;
+    std::io::stdout().write_all(text.as_bytes()).doing("print")
+}

@@ -1,6 +1,13 @@
 //! The wire format: Firecracker's JSON, as plain structs.
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::cpu::CpuConfig;
+use super::mac::Mac;
+use crate::log::Level;
 
 /// `PUT /boot-source`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -27,6 +34,9 @@ pub struct MachineConfig {
     /// Two threads a core.
     #[serde(default)]
     pub smt: bool,
+    /// Taken for old clients' sake; never reported.
+    #[serde(default, skip_serializing)]
+    pub cpu_template: Option<CpuTemplate>,
     /// Log the pages the guest writes, for diff snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
@@ -35,12 +45,46 @@ pub struct MachineConfig {
     pub huge_pages: HugePages,
 }
 
+impl Default for MachineConfig {
+    fn default() -> Self {
+        MachineConfig {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            cpu_template: None,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+/// The deprecated static CPU templates: of them there is only "None".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpuTemplate {
+    /// No template.
+    None,
+}
+
+impl<'de> Deserialize<'de> for CpuTemplate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "None" => Ok(CpuTemplate::None),
+            other => Err(serde::de::Error::custom(format!(
+                "`cpu_template` may only be `None`, not `{other}`: static CPU templates are out \
+                 of scope, PUT /cpu-config takes their place"
+            ))),
+        }
+    }
+}
+
 /// Page size behind guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub enum HugePages {
     /// The host's ordinary pages.
     #[default]
     None,
+    /// Ordinary pages that the host may join to transparent huge ones.
+    Transparent,
     /// 2 MiB pages from the host's hugetlb pool.
     #[serde(rename = "2M")]
     TwoMib,
@@ -59,6 +103,9 @@ pub struct MachineConfigUpdate {
     /// See [`MachineConfig`].
     #[serde(default)]
     pub smt: Option<bool>,
+    /// See [`MachineConfig`].
+    #[serde(default)]
+    pub cpu_template: Option<CpuTemplate>,
     /// See [`MachineConfig`].
     #[serde(default)]
     pub track_dirty_pages: Option<bool>,
@@ -93,25 +140,35 @@ pub enum IoEngine {
 pub struct Drive {
     /// Letters, digits and `_`; also the virtio-block serial (first 20 bytes).
     pub drive_id: String,
-    /// The disk image.
-    pub path_on_host: String,
-    /// Whether the kernel mounts it as `/`.
-    pub is_root_device: bool,
     /// GPT partition to boot from, with `is_root_device`.
     #[serde(default)]
     pub partuuid: Option<String>,
-    /// Refuse writes.
-    #[serde(default)]
-    pub is_read_only: Option<bool>,
+    /// Whether the kernel mounts it as `/`.
+    pub is_root_device: bool,
     /// Flush semantics.
     #[serde(default)]
     pub cache_type: CacheType,
+    /// Refuse writes.
+    #[serde(default)]
+    pub is_read_only: Option<bool>,
+    /// The disk image.
+    pub path_on_host: String,
     /// Limits on operations and bandwidth.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// The engine asked for.
     #[serde(default)]
     pub io_engine: Option<IoEngine>,
+    /// A vhost-user socket: out of scope, so null.
+    #[serde(default)]
+    pub socket: Option<String>,
+}
+
+impl Drive {
+    /// Whether the guest may only read.
+    pub fn read_only(&self) -> bool {
+        self.is_read_only.unwrap_or(false)
+    }
 }
 
 /// `PATCH /drives/{id}`.
@@ -136,18 +193,18 @@ pub struct NetworkInterface {
     pub iface_id: String,
     /// Name of the tap; made when missing.
     pub host_dev_name: String,
-    /// MAC address in the usual notation; kept in lower case.
+    /// MAC address of the guest's side; the driver chooses one when absent or null.
     #[serde(default)]
-    pub guest_mac: Option<String>,
+    pub guest_mac: Option<Mac>,
+    /// MTU offered to the guest, in bytes: 68 to 65,535.
+    #[serde(default)]
+    pub mtu: Option<u16>,
     /// Limits on what the guest receives.
     #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// Limits on what the guest sends.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
-    /// MTU offered to the guest, in bytes.
-    #[serde(default)]
-    pub mtu: Option<u16>,
 }
 
 /// `PATCH /network-interfaces/{id}`.
@@ -169,11 +226,34 @@ pub struct NetworkUpdate {
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
     /// Bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub bandwidth: Option<TokenBucketConfig>,
     /// Operations.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub ops: Option<TokenBucketConfig>,
+}
+
+impl RateLimiterConfig {
+    /// What is in force: buckets of nothing are no buckets, and no buckets are no limiter.
+    pub fn in_force(limiter: Option<Self>) -> Option<Self> {
+        let limiter = limiter?;
+        let limiter = RateLimiterConfig {
+            bandwidth: limiter.bandwidth.and_then(TokenBucketConfig::in_force),
+            ops: limiter.ops.and_then(TokenBucketConfig::in_force),
+        };
+        (limiter != Self::default()).then_some(limiter)
+    }
+
+    /// `limiter` after a PATCH: a bucket that is given takes the old one's place (or removes it,
+    /// when it is a bucket of nothing), one that is absent stays as it was.
+    pub fn patched(limiter: Option<Self>, update: Option<Self>) -> Option<Self> {
+        let old = limiter.unwrap_or_default();
+        let new = update.unwrap_or_default();
+        Self::in_force(Some(RateLimiterConfig {
+            bandwidth: new.bandwidth.or(old.bandwidth),
+            ops: new.ops.or(old.ops),
+        }))
+    }
 }
 
 /// One token bucket. A size or refill time of 0 means no bucket.
@@ -188,18 +268,136 @@ pub struct TokenBucketConfig {
     pub refill_time: u64,
 }
 
-/// A whole configuration: `--config-file`, and the answer to `GET /vm/config`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+impl TokenBucketConfig {
+    /// Itself, unless it is a bucket of nothing.
+    pub fn in_force(self) -> Option<Self> {
+        (self.size > 0 && self.refill_time > 0).then_some(TokenBucketConfig {
+            one_time_burst: self.one_time_burst.filter(|burst| *burst > 0),
+            ..self
+        })
+    }
+}
+
+/// `PUT /logger`: what is absent or null stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logger {
+    /// A file, made when missing, or a FIFO.
+    #[serde(default)]
+    pub log_path: Option<String>,
+    /// The least important lines that are still written.
+    #[serde(default)]
+    pub level: Option<Level>,
+    /// Write the level of a line.
+    #[serde(default)]
+    pub show_level: Option<bool>,
+    /// Write the file and line of the code that wrote a line.
+    #[serde(default)]
+    pub show_log_origin: Option<bool>,
+    /// Write only lines of modules whose path begins so.
+    #[serde(default)]
+    pub module: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Level {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Level::parse(&name).ok_or_else(|| {
+            serde::de::Error::custom(format!(
+                "`{name}` is no log level: it takes Off, Error, Warning, Info, Debug or Trace"
+            ))
+        })
+    }
+}
+
+impl Serialize for Level {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// `PUT /metrics`. Members that are not known are taken and ignored.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Metrics {
+    /// A file, made when missing, or a FIFO: one line of JSON for each flush.
+    pub metrics_path: String,
+    /// Write the instance's id into each line.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Written into each line as they are.
+    #[serde(default)]
+    pub properties: Option<BTreeMap<String, String>>,
+}
+
+/// `PUT /serial`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serial {
+    /// A file or FIFO in place of stdout.
+    #[serde(default)]
+    pub serial_out_path: Option<String>,
+    /// Limit on bytes; what exceeds it is dropped and counted.
+    #[serde(default)]
+    pub rate_limiter: Option<TokenBucketConfig>,
+}
+
+/// The `cpu-config` section of a config file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum CpuConfigSource {
+    /// A file that holds the masks.
+    Path(String),
+    /// The masks.
+    Inline(CpuConfig),
+}
+
+/// A whole configuration: `--config-file`, `PUT /vm`, and the answer to `GET /vm/config`.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct VmConfig {
     /// The machine.
-    #[serde(rename = "machine-config")]
     pub machine_config: Option<MachineConfig>,
     /// The kernel.
-    #[serde(rename = "boot-source")]
     pub boot_source: Option<BootSource>,
     /// The disks, root first.
     pub drives: Vec<Drive>,
     /// The network interfaces.
-    #[serde(rename = "network-interfaces")]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// CPUID and MSR masks; not reported.
+    pub cpu_config: Option<CpuConfigSource>,
+    /// The log; not reported.
+    pub logger: Option<Logger>,
+    /// The sink of the metrics; not reported.
+    pub metrics: Option<Metrics>,
+    /// The console; not reported.
+    pub serial: Option<Serial>,
+}
+
+impl Serialize for VmConfig {
+    /// All sections that Firecracker's clients may look for, those out of scope as null.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        const NULL: Option<()> = None;
+        let no_kernel = BootSource {
+            kernel_image_path: String::new(),
+            initrd_path: None,
+            boot_args: None,
+        };
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("balloon", &NULL)?;
+        map.serialize_entry("drives", &self.drives)?;
+        map.serialize_entry(
+            "boot-source",
+            self.boot_source.as_ref().unwrap_or(&no_kernel),
+        )?;
+        map.serialize_entry("cpu-config", &NULL)?;
+        map.serialize_entry("logger", &NULL)?;
+        map.serialize_entry("machine-config", &self.machine_config)?;
+        map.serialize_entry("metrics", &NULL)?;
+        map.serialize_entry("mmds-config", &NULL)?;
+        map.serialize_entry("network-interfaces", &self.network_interfaces)?;
+        map.serialize_entry("vsock", &NULL)?;
+        map.serialize_entry("entropy", &NULL)?;
+        map.serialize_entry("pmem", &[(); 0])?;
+        map.serialize_entry("memory-hotplug", &NULL)?;
+        map.end()
+    }
 }

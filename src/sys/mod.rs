@@ -1,3 +1,13 @@
 //! Thin safe wrappers over raw system calls: the only code, beside guest memory's registration
-//! with KVM, that may be `unsafe`. Each wrapper is complete: no caller needs to know a promise.
+//! with KVM, that may be `unsafe`. Each wrapper is complete: no caller has a promise to keep.
 #![expect(unsafe_code, reason = "this is where raw system calls are wrapped")]
+
+pub mod clock;
+pub mod fd;
+pub mod io;
+pub mod kvm;
+pub mod process;
+pub mod signal;
+pub mod syscalls;
+pub mod tap;
+pub mod terminal;

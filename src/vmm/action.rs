@@ -6,11 +6,15 @@
 
 use std::fmt;
 
+use crate::config::cpu::CpuConfig;
 use crate::config::{
-    BootSource, Drive, DriveUpdate, MachineConfig, MachineConfigUpdate, NetworkInterface,
-    NetworkUpdate, VmConfig,
+    BootSource, Drive, DriveUpdate, Logger, MachineConfig, MachineConfigUpdate, Metrics,
+    NetworkInterface, NetworkUpdate, Serial, VmConfig,
 };
 use crate::inbox::Outbox;
+
+/// The version of Firecracker's API that this program answers for.
+pub const API_VERSION: &str = "1.17.0";
 
 /// One request to control.
 #[derive(Debug)]
@@ -47,6 +51,25 @@ pub enum Action {
     Pause,
     /// `PATCH /vm` Resumed
     Resume,
+    /// `PUT /logger`
+    PutLogger(Logger),
+    /// `PUT /metrics`
+    PutMetrics(Metrics),
+    /// `PUT /serial`
+    PutSerial(Serial),
+    /// `PUT /cpu-config`
+    PutCpuConfig(CpuConfig),
+    /// `PUT /vm`: the whole configuration at once, and whether to start it.
+    PutVm {
+        /// What a config file would hold.
+        config: Box<VmConfig>,
+        /// Start when all of it was taken.
+        start: bool,
+    },
+    /// `GET /metrics`
+    GetMetrics,
+    /// `GET /vm/timeline`
+    GetTimeline,
 }
 
 /// What an [`Action`] came to when it succeeded.
@@ -62,19 +85,24 @@ pub enum Outcome {
     MachineConfig(MachineConfig),
     /// The answer to [`Action::GetVmConfig`].
     VmConfig(Box<VmConfig>),
+    /// The answer to [`Action::GetMetrics`]: Prometheus' text format.
+    Metrics(String),
+    /// The answer to [`Action::GetTimeline`]: microseconds since the process began, by name, in
+    /// order; what has not happened yet has none.
+    Timeline(Vec<(&'static str, Option<u64>)>),
 }
 
 /// Who this is and how far it has got.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct InstanceInfo {
-    /// Name of the program.
-    pub app_name: &'static str,
     /// The `--id` given on the command line.
     pub id: String,
     /// "Not started", "Running" or "Paused".
     pub state: &'static str,
     /// Version of this program.
     pub vmm_version: &'static str,
+    /// Name of the program.
+    pub app_name: &'static str,
 }
 
 /// Why an [`Action`] was refused: one sentence for the person who sent it.

@@ -1,3 +1,708 @@
-//! The control thread.
+//! The control thread: owns the virtual machine and decides everything that happens to it.
+//!
+//! ```text
+//!                 Start                  Pause
+//!   Configuring ---------> Running ----------------> Paused
+//!       ^  |                  ^       (Pausing)        |
+//!       '--' PUT, PATCH       '------------------------'
+//!                                     Resume
+//! ```
+//!
+//! One inbox, one `match` on (state, event): requests of API clients, events of vCPUs, devices and
+//! the serial thread all arrive there, so their order is decided in one place. Control never waits
+//! for another thread: it sends a message and goes on, and the answer comes back as an [`Event`],
+//! with a deadline on everything a client waits for. That is why `GET /` is answered while a disk
+//! hangs.
+//!
+//! Control alone may open files once the guest runs; what it opens it hands to the worker.
 
 pub mod action;
+mod boot;
+mod devices;
+mod machine;
+mod opened;
+pub mod rules;
+pub mod threads;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use std::{io, mem};
+
+use self::action::{
+    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply,
+};
+use self::machine::Machine;
+use self::opened::Opened;
+use self::rules::State as Phase;
+
+use crate::arch::boot_timer::Booted;
+use crate::config::{self, Draft, Logger};
+use crate::inbox::{Inbox, Sender, inbox};
+use crate::serial::SerialEvent;
+use crate::sys::clock;
+use crate::sys::fd::{self, Interest};
+use crate::sys::signal::{self, Signals};
+use crate::sys::{process, terminal};
+use crate::timeline::{Moment, Timeline};
+use crate::vcpu::{End, VcpuEvent};
+use crate::virtio::{WorkerEvent, WorkerReply};
+use crate::{error, exit, info, log, warn};
+
+/// Events that may wait for control: one from every vCPU, worker and API connection, twice.
+const INBOX: usize = 1024;
+
+/// How long devices may take to finish their I/O before a pause is reported without them.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a client waits for a device to take up an update.
+const UPDATE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the console and the log may take to be written out at the end.
+const FINISH_PATIENCE: Duration = Duration::from_millis(300);
+
+/// Everything that happens to a VM.
+#[derive(Debug)]
+pub enum Event {
+    /// A client asks for something.
+    Command(Command),
+    /// From a vCPU.
+    Vcpu(VcpuEvent),
+    /// From a device's worker, of itself.
+    Worker(WorkerEvent),
+    /// A worker's answer to control.
+    Answer(WorkerReply),
+    /// From the serial thread.
+    Serial(SerialEvent),
+    /// The guest says that it has booted.
+    Booted(Booted),
+}
+
+impl From<Booted> for Event {
+    fn from(booted: Booted) -> Self {
+        Event::Booted(booted)
+    }
+}
+
+impl From<Command> for Event {
+    fn from(command: Command) -> Self {
+        Event::Command(command)
+    }
+}
+
+impl From<VcpuEvent> for Event {
+    fn from(event: VcpuEvent) -> Self {
+        Event::Vcpu(event)
+    }
+}
+
+impl From<WorkerEvent> for Event {
+    fn from(event: WorkerEvent) -> Self {
+        Event::Worker(event)
+    }
+}
+
+impl From<WorkerReply> for Event {
+    fn from(reply: WorkerReply) -> Self {
+        Event::Answer(reply)
+    }
+}
+
+impl From<SerialEvent> for Event {
+    fn from(event: SerialEvent) -> Self {
+        Event::Serial(event)
+    }
+}
+
+/// What the command line says that lasts as long as the process.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The instance's name.
+    pub id: String,
+    /// Whether threads install their filters.
+    pub seccomp: bool,
+    /// Whether the guest finds the boot-timer device.
+    pub boot_timer: bool,
+    /// When the jailer began, in microseconds of the monotonic clock.
+    pub start_time_us: Option<u64>,
+    /// Boot by this protocol, whatever the kernel offers.
+    pub protocol: Option<crate::arch::Protocol>,
+}
+
+/// Control.
+#[derive(Debug)]
+pub struct Vmm {
+    settings: Settings,
+    timeline: Timeline,
+    state: State,
+    inbox: Inbox<Event>,
+    events: Sender<Event>,
+    signals: Signals,
+    /// Clients that wait for a device: token, reply, deadline.
+    updates: Vec<(u64, Reply, Instant)>,
+    next_token: u64,
+    /// The log's place, when it is not standard output.
+    log: Option<File>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// What was PUT, and the files that belong to it.
+    Configuring(Box<Draft>, Opened),
+    Running(Box<Machine>),
+    /// vCPUs and devices have been told to pause.
+    Pausing(Box<Machine>, Pausing),
+    Paused(Box<Machine>),
+    /// Only while one state is exchanged for the next.
+    Between,
+}
+
+/// A pause under way.
+#[derive(Debug)]
+struct Pausing {
+    /// vCPUs that still run guest code, by bit.
+    vcpus: u32,
+    /// Tokens of devices that still work.
+    devices: Vec<u64>,
+    clients: Vec<Reply>,
+    deadline: Instant,
+}
+
+/// Whether the loop goes on.
+enum Next {
+    GoOn,
+    Exit(i32),
+    EndBySignal(i32),
+}
+
+impl Vmm {
+    /// Control, with nothing configured. Call it before any other thread exists.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn new(settings: Settings, timeline: Timeline) -> io::Result<Self> {
+        let signals = Signals::install()?;
+        let (events, inbox) = inbox(INBOX)?;
+        Ok(Vmm {
+            settings,
+            timeline,
+            state: State::Configuring(Box::default(), Opened::default()),
+            inbox,
+            events,
+            signals,
+            updates: Vec::new(),
+            next_token: 0,
+            log: None,
+        })
+    }
+
+    /// Where requests go.
+    pub fn commands(&self) -> crate::inbox::Outbox<Command> {
+        self.events.outbox()
+    }
+
+    /// Does what a client would ask for, before there are any.
+    ///
+    /// # Errors
+    /// The sentence a client would get.
+    pub fn apply(&mut self, action: Action) -> Result<Outcome, ActionError> {
+        rules::allow(&action, self.phase())?;
+        self.configure(action)
+    }
+
+    /// Takes up the configuration in the file at `path` and starts it.
+    ///
+    /// # Errors
+    /// The sentence for the person who named the file.
+    pub fn start_from_file(&mut self, path: &Path) -> Result<(), ActionError> {
+        let path = path.to_str().ok_or_else(|| {
+            ActionError("The path of the configuration is not valid UTF-8.".into())
+        })?;
+        let bytes = opened::read_text("configuration", path)?;
+        let mut config = config::parse_file(&bytes)
+            .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))?;
+        if let Some(logger) = config.logger.take() {
+            self.set_logger(logger)?;
+        }
+        if let State::Configuring(draft, opened) = &mut self.state {
+            opened::put_all(draft, opened, config)?;
+        }
+        self.start().map(|_| ())
+    }
+
+    /// Takes up what the command line or a client says of the log.
+    ///
+    /// # Errors
+    /// The sentence: its file can not be opened.
+    pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
+        if let Some(path) = &logger.log_path {
+            let sink = opened::open_sink("log", path)?;
+            log::redirect(sink.as_raw_fd());
+            // The one before it is closed only now that nobody writes to it.
+            self.log = Some(sink);
+        }
+        if let Some(level) = logger.level {
+            log::set_level(level);
+        }
+        log::set_shown(logger.show_level, logger.show_log_origin);
+        if let Some(module) = &logger.module {
+            log::set_module(module);
+        }
+        Ok(())
+    }
+
+    /// The life of the thread, and so of the process, which ends with it. Nothing is taken apart
+    /// piece by piece: the kernel does that faster, and all at once.
+    pub fn run(mut self) -> ! {
+        let code = loop {
+            let mut interests = [
+                Interest::read(self.inbox.as_raw_fd()),
+                Interest::read(self.signals.as_raw_fd()),
+            ];
+            if let Err(error) = fd::wait(&mut interests, self.patience()) {
+                error!("Control can not wait for events any more: {error}");
+                break Next::Exit(exit::ERROR);
+            }
+            let [event, signal] = interests;
+            if signal.is_ready()
+                && let Some(number) = self.signals.next()
+            {
+                info!("Signal {number} ends the microVM.");
+                break Next::EndBySignal(number);
+            }
+            let mut next = Next::GoOn;
+            if event.is_ready() {
+                self.inbox.silence();
+                while matches!(next, Next::GoOn)
+                    && let Some(event) = self.inbox.next()
+                {
+                    next = self.handle(event);
+                }
+            }
+            self.look_at_deadlines();
+            if !matches!(next, Next::GoOn) {
+                break next;
+            }
+        };
+        self.finish();
+        terminal::restore();
+        match code {
+            Next::EndBySignal(number) => signal::end_by(number),
+            Next::Exit(code) => process::exit(code),
+            Next::GoOn => process::exit(exit::ERROR),
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Next {
+        match event {
+            Event::Command(Command { action, reply }) => self.command(*action, reply),
+            Event::Vcpu(VcpuEvent::Paused { index }) => self.vcpu_paused(index),
+            Event::Vcpu(VcpuEvent::Ended { index, end }) => {
+                return Next::Exit(self.guest_ended(index, end));
+            }
+            Event::Worker(event) => {
+                error!("{event}");
+                return Next::Exit(exit::WORKER_FAILED);
+            }
+            Event::Answer(reply) => self.worker_answered(reply),
+            Event::Serial(SerialEvent::Finished) => {}
+            Event::Booted(_) => self.guest_booted(),
+        }
+        Next::GoOn
+    }
+
+    /// Logs the guest's boot time, in the words that tools look for.
+    fn guest_booted(&self) {
+        self.timeline.mark(Moment::BootTimer);
+        let wall = self.settings.start_time_us.map_or_else(
+            || self.timeline.micros(Moment::BootTimer).unwrap_or(0),
+            |start| (clock::monotonic_nanos() / 1000).saturating_sub(start),
+        );
+        let cpu = clock::process_cpu_nanos() / 1000;
+        info!(
+            "Guest-boot-time = {wall:>6} us {} ms, {cpu:>6} CPU us {} CPU ms",
+            wall / 1000,
+            cpu / 1000
+        );
+    }
+
+    /// One request: refused by the rules of state, begun, or done.
+    fn command(&mut self, action: Action, reply: Reply) {
+        if let Err(error) = rules::allow(&action, self.phase()) {
+            return reply.send(Err(error));
+        }
+        match action {
+            Action::Pause => self.pause(reply),
+            Action::Resume => reply.send(self.resume()),
+            Action::PatchDrive(update) if self.machine().is_some() => {
+                self.update(reply, |machine, token| machine.update_drive(&update, token));
+            }
+            Action::PatchNetwork(update) if self.machine().is_some() => {
+                self.update(reply, |machine, token| {
+                    machine.update_network(&update, token)
+                });
+            }
+            action => {
+                let answer = self.configure(action);
+                reply.send(answer);
+            }
+        }
+    }
+
+    /// Requests that are done at once.
+    fn configure(&mut self, action: Action) -> Answer {
+        match action {
+            Action::DescribeInstance => Ok(Outcome::Instance(self.instance())),
+            Action::GetVersion => Ok(Outcome::Version(API_VERSION)),
+            Action::GetTimeline => Ok(Outcome::Timeline(self.timeline.steps().collect())),
+            Action::GetVmConfig => Ok(Outcome::VmConfig(Box::new(self.draft()?.vm_config()))),
+            Action::GetMachineConfig => Ok(Outcome::MachineConfig(
+                self.draft()?.machine_config().clone(),
+            )),
+            Action::Start => self.start(),
+            Action::SendCtrlAltDel => {
+                if let Some(machine) = self.machine() {
+                    machine
+                        .press_ctrl_alt_del()
+                        .map_err(|e| ActionError::of(&e))?;
+                }
+                Ok(Outcome::Done)
+            }
+            Action::FlushMetrics => Ok(Outcome::Done),
+            Action::PutLogger(logger) => self.set_logger(logger).map(|()| Outcome::Done),
+            action => match &mut self.state {
+                State::Configuring(draft, opened) => opened::put(draft, opened, action),
+                _ => Err(ActionError("The microVM is running.".into())),
+            },
+        }
+    }
+
+    fn start(&mut self) -> Answer {
+        let (draft, opened) = match mem::replace(&mut self.state, State::Between) {
+            State::Configuring(draft, opened) => (draft, opened),
+            other => {
+                self.state = other;
+                return Err(ActionError("The microVM is running already.".into()));
+            }
+        };
+        self.timeline.mark_again(Moment::Configured);
+        let host = boot::Host {
+            settings: &self.settings,
+            events: &self.events,
+            timeline: &self.timeline,
+        };
+        match boot::start(&host, &draft, &opened) {
+            Ok(machine) => {
+                // The machine has its own copies of what was opened.
+                drop(opened);
+                if let Err(error) = terminal::make_raw() {
+                    warn!("The terminal stays as it is: {error}");
+                }
+                threads::filter_or_end(
+                    self.settings
+                        .seccomp
+                        .then_some(crate::seccomp::Category::Control),
+                );
+                let started = machine.run_vcpus();
+                self.state = State::Running(Box::new(machine));
+                started.map_err(|e| ActionError::of(&e))?;
+                info!("The microVM is running.");
+                Ok(Outcome::Done)
+            }
+            Err(error) => {
+                self.state = State::Configuring(draft, opened);
+                Err(ActionError::of(&error))
+            }
+        }
+    }
+
+    fn pause(&mut self, reply: Reply) {
+        match mem::replace(&mut self.state, State::Between) {
+            State::Running(machine) => {
+                let pausing = Pausing {
+                    vcpus: machine.pause_vcpus(),
+                    devices: Vec::new(),
+                    clients: vec![reply],
+                    deadline: Instant::now() + PAUSE_PATIENCE,
+                };
+                self.state = State::Pausing(machine, pausing);
+            }
+            State::Pausing(machine, mut pausing) => {
+                pausing.clients.push(reply);
+                self.state = State::Pausing(machine, pausing);
+            }
+            // Pausing what is paused is fine.
+            other => {
+                self.state = other;
+                reply.send(Ok(Outcome::Done));
+            }
+        }
+    }
+
+    fn vcpu_paused(&mut self, index: u8) {
+        let first_token = self.next_token;
+        let State::Pausing(machine, pausing) = &mut self.state else {
+            return;
+        };
+        pausing.vcpus &= !1u32.checked_shl(u32::from(index)).unwrap_or(0);
+        if pausing.vcpus != 0 {
+            return;
+        }
+        // No new kick can come: now the devices finish what they have begun.
+        pausing.devices = machine.pause_devices(first_token);
+        self.next_token = first_token.wrapping_add(pausing.devices.len() as u64);
+        self.finish_pause_if_done();
+    }
+
+    fn worker_answered(&mut self, reply: WorkerReply) {
+        if let State::Pausing(_, pausing) = &mut self.state {
+            pausing.devices.retain(|token| *token != reply.token);
+        }
+        if let Some(at) = self.updates.iter().position(|(t, ..)| *t == reply.token) {
+            let (_, client, _) = self.updates.swap_remove(at);
+            client.send(Ok(Outcome::Done));
+        }
+        // What a worker hands back is closed here: it may not do so itself.
+        drop(reply);
+        self.finish_pause_if_done();
+    }
+
+    fn finish_pause_if_done(&mut self) {
+        match mem::replace(&mut self.state, State::Between) {
+            State::Pausing(machine, pausing)
+                if pausing.vcpus == 0 && pausing.devices.is_empty() =>
+            {
+                self.state = State::Paused(machine);
+                for client in pausing.clients {
+                    client.send(Ok(Outcome::Done));
+                }
+            }
+            other => self.state = other,
+        }
+    }
+
+    fn resume(&mut self) -> Answer {
+        let token = self.new_token();
+        match mem::replace(&mut self.state, State::Between) {
+            State::Paused(machine) => {
+                machine.resume_devices(token);
+                let resumed = machine.run_vcpus();
+                self.state = State::Running(machine);
+                resumed.map_err(|e| ActionError::of(&e))?;
+                Ok(Outcome::Done)
+            }
+            State::Pausing(machine, pausing) => {
+                machine.resume_devices(token);
+                let resumed = machine.run_vcpus();
+                self.state = State::Running(machine);
+                for client in pausing.clients {
+                    client.send(Err(ActionError(
+                        "The pause was overtaken by a resume.".into(),
+                    )));
+                }
+                resumed.map_err(|e| ActionError::of(&e))?;
+                Ok(Outcome::Done)
+            }
+            // Resuming what runs is fine.
+            other => {
+                self.state = other;
+                Ok(Outcome::Done)
+            }
+        }
+    }
+
+    /// Sends a device an update; its answer, or the deadline, answers the client.
+    fn update(
+        &mut self,
+        reply: Reply,
+        send: impl FnOnce(&mut Machine, u64) -> Result<(), ActionError>,
+    ) {
+        let token = self.new_token();
+        let sent = match &mut self.state {
+            State::Running(m) | State::Pausing(m, _) | State::Paused(m) => send(m, token),
+            _ => Err(ActionError("The microVM is not running.".into())),
+        };
+        match sent {
+            Ok(()) => {
+                let deadline = Instant::now() + UPDATE_PATIENCE;
+                self.updates.push((token, reply, deadline));
+            }
+            Err(error) => reply.send(Err(error)),
+        }
+    }
+
+    fn new_token(&mut self) -> u64 {
+        let token = self.next_token;
+        self.next_token = token.wrapping_add(1);
+        token
+    }
+
+    /// Milliseconds until the next deadline.
+    fn patience(&self) -> Option<u32> {
+        let pause = match &self.state {
+            State::Pausing(_, pausing) => Some(pausing.deadline),
+            _ => None,
+        };
+        let next = self.updates.iter().map(|(.., at)| *at).chain(pause).min()?;
+        let left = next.saturating_duration_since(Instant::now());
+        Some(
+            u32::try_from(left.as_millis())
+                .unwrap_or(u32::MAX)
+                .saturating_add(1),
+        )
+    }
+
+    fn look_at_deadlines(&mut self) {
+        let now = Instant::now();
+        while let Some(at) = self.updates.iter().position(|(.., at)| *at <= now) {
+            let (_, client, _) = self.updates.swap_remove(at);
+            client.send(Err(ActionError(format!(
+                "The device has not taken up the update within {} s: it is busy with I/O that \
+                 does not end. It will once that does.",
+                UPDATE_PATIENCE.as_secs()
+            ))));
+        }
+        if let State::Pausing(_, pausing) = &mut self.state
+            && pausing.deadline <= now
+        {
+            if pausing.vcpus == 0 {
+                // The guest stands still; a disk that hangs can not change that.
+                warn!(
+                    "Paused with {} devices still in I/O.",
+                    pausing.devices.len()
+                );
+                pausing.devices.clear();
+                self.finish_pause_if_done();
+            } else {
+                pausing.deadline = now + PAUSE_PATIENCE;
+                warn!("vCPUs {:#x} have not paused yet.", pausing.vcpus);
+            }
+        }
+    }
+
+    /// The end: what the guest and the log still had to say is written out, as far as anybody reads.
+    fn finish(&self) {
+        let Some(machine) = self.machine() else {
+            return;
+        };
+        if machine.finish_console() {
+            self.await_finished();
+        }
+        machine.take_log_back();
+    }
+
+    fn await_finished(&self) {
+        let deadline = Instant::now() + FINISH_PATIENCE;
+        loop {
+            while let Some(event) = self.inbox.next() {
+                if matches!(event, Event::Serial(SerialEvent::Finished)) {
+                    return;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let millis = u32::try_from(left.as_millis())
+                .unwrap_or(0)
+                .saturating_add(1);
+            let mut interests = [Interest::read(self.inbox.as_raw_fd())];
+            if fd::wait(&mut interests, Some(millis)).is_err() {
+                return;
+            }
+            self.inbox.silence();
+        }
+    }
+
+    /// Says in the log how the guest ended and gives the exit code for it.
+    fn guest_ended(&self, index: u8, end: End) -> i32 {
+        match end {
+            End::Reset => {
+                info!("The guest reset its machine.");
+                exit::GUEST_ENDED
+            }
+            End::PowerOff => {
+                info!("The guest powered its machine off.");
+                exit::GUEST_ENDED
+            }
+            End::TripleFault => {
+                error!("The guest crashed: vCPU {index} met a triple fault.");
+                exit::GUEST_CRASHED
+            }
+            End::InternalError { suberror, rip } => {
+                let why = match suberror {
+                    1 => " (an instruction that KVM can not emulate)",
+                    _ => "",
+                };
+                error!(
+                    "KVM can not run vCPU {index} any further: internal error {suberror}{why}, \
+                     instruction pointer {:#x}.",
+                    rip.unwrap_or(0)
+                );
+                exit::GUEST_NOT_RUNNABLE
+            }
+            End::FailedEntry(reason) => {
+                error!("The processor refused to run vCPU {index}: hardware reason {reason:#x}.");
+                exit::GUEST_NOT_RUNNABLE
+            }
+            End::MemoryGone => {
+                match self.machine().and_then(|m| m.memory.changed_file()) {
+                    Some(name) => error!(
+                        "The file `{name}`, which is mapped into the guest, was cut short; replace \
+                         such a file by rename."
+                    ),
+                    None => {
+                        error!("vCPU {index} reached guest memory that the host can not provide.")
+                    }
+                }
+                exit::SIGBUS
+            }
+            End::Unexpected(kind) => {
+                error!(
+                    "vCPU {index} left the guest for a reason nobody asked for: KVM exit {kind}."
+                );
+                exit::GUEST_NOT_RUNNABLE
+            }
+            End::RunFailed(errno) => {
+                let cause = io::Error::from_raw_os_error(errno);
+                error!("Running vCPU {index} failed: {cause}.");
+                exit::GUEST_NOT_RUNNABLE
+            }
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        match &self.state {
+            State::Configuring(..) | State::Between => Phase::NotStarted,
+            State::Running(_) | State::Pausing(..) => Phase::Running,
+            State::Paused(_) => Phase::Paused,
+        }
+    }
+
+    fn machine(&self) -> Option<&Machine> {
+        match &self.state {
+            State::Running(m) | State::Pausing(m, _) | State::Paused(m) => Some(m),
+            _ => None,
+        }
+    }
+
+    fn draft(&self) -> Result<&Draft, ActionError> {
+        match &self.state {
+            State::Configuring(draft, _) => Ok(draft),
+            State::Running(m) | State::Pausing(m, _) | State::Paused(m) => Ok(m.draft()),
+            State::Between => Err(ActionError("The microVM is ending.".into())),
+        }
+    }
+
+    fn instance(&self) -> InstanceInfo {
+        InstanceInfo {
+            app_name: "mayfly",
+            id: self.settings.id.clone(),
+            state: match self.phase() {
+                Phase::NotStarted => "Not started",
+                Phase::Running => "Running",
+                Phase::Paused => "Paused",
+            },
+            vmm_version: env!("CARGO_PKG_VERSION"),
+        }
+    }
+}

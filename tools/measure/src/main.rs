@@ -1,3 +1,140 @@
 //! What `tools/bench` runs.
 
-fn main() {}
+use std::fs;
+use std::process::ExitCode;
+
+use mayfly_measure::args::{self, Args, OURS, USAGE, Which};
+use mayfly_measure::failure::{Context, Failure, Result};
+use mayfly_measure::filter::Filters;
+use mayfly_measure::guest::{Size, Task};
+use mayfly_measure::host::Host;
+use mayfly_measure::monitor::CommandLine;
+use mayfly_measure::rounds::{Figure, Plan};
+use mayfly_measure::workspace::Workspace;
+use mayfly_measure::{api, density, memory, report, start, sys};
+use serde_json::json;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mayfly-measure: {error}.");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let floor = std::env::current_exe()
+        .cannot(|| "find this program".into())?
+        .with_file_name("floor");
+    let Some(args) = args::parse(std::env::args().skip(1), floor)? else {
+        print!("{USAGE}");
+        return Ok(());
+    };
+    sys::catch_interrupts();
+    let host = Host::read();
+    let workspace = Workspace::new(args.devices)?;
+    let filters = filters(&args, &workspace)?;
+    let (figures, notes) = figures(&args, &workspace)?;
+
+    print!("{}", host.text());
+    for (monitor, filters) in args.monitors.iter().zip(&filters) {
+        println!("{}", described(monitor, *filters));
+    }
+    println!(
+        "{} rounds after {} to warm up; guests with 1 vCPU and 128 MiB{}\n",
+        args.runs,
+        plan(&args).warm_up,
+        if args.devices {
+            ", one drive and one network interface"
+        } else {
+            ""
+        }
+    );
+    for figure in &figures {
+        println!("{}", report::table(figure, &args.monitors, OURS));
+    }
+    print!("{}{notes}", report::LEGEND);
+
+    if let Some(path) = &args.json {
+        let monitors: Vec<_> = args
+            .monitors
+            .iter()
+            .zip(&filters)
+            .map(|(monitor, filters)| {
+                json!({
+                    "name": monitor.name,
+                    "path": monitor.path,
+                    "version": monitor.version(),
+                    "threads": filters.threads,
+                    "filtered_threads": filters.filtered,
+                    "threads_that_may_not_exec": filters.strict,
+                })
+            })
+            .collect();
+        let figures: Vec<_> = figures
+            .iter()
+            .map(|figure| report::json(figure, &args.monitors, OURS))
+            .collect();
+        let all = json!({
+            "host": host.json(),
+            "monitors": monitors,
+            "runs": args.runs,
+            "devices": args.devices,
+            "figures": figures,
+        });
+        fs::write(path, format!("{all:#}\n")).cannot(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn plan(args: &Args) -> Plan {
+    let warm_up = match args.which {
+        Which::Start | Which::Api => 2,
+        Which::Memory | Which::Density => 1,
+    };
+    Plan {
+        warm_up,
+        runs: args.runs,
+    }
+}
+
+/// "Filters on" is looked at, never assumed.
+fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
+    let staying = workspace.kernel("stay", Size::Tiny, Task::Stay)?;
+    args.monitors
+        .iter()
+        .map(|monitor| monitor.filters(&staying))
+        .collect()
+}
+
+fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static str)> {
+    let (monitors, plan) = (&args.monitors[..], plan(args));
+    Ok(match args.which {
+        Which::Start => (start::measure(workspace, monitors, plan)?, ""),
+        Which::Api => {
+            if !monitors.iter().any(|monitor| monitor.has_api()) {
+                return Err(Failure::new("api needs a monitor that has one"));
+            }
+            (api::measure(workspace, monitors, plan)?, "")
+        }
+        Which::Memory => (memory::measure(workspace, monitors, plan)?, memory::NOTES),
+        Which::Density => (
+            density::measure(workspace, monitors, plan, args.vms)?,
+            density::NOTES,
+        ),
+    })
+}
+
+fn described(monitor: &mayfly_measure::monitor::Monitor, filters: Filters) -> String {
+    let mut text = monitor.name.clone();
+    if let Some(version) = monitor.version() {
+        text.push_str(&format!(": {version}"));
+    }
+    text.push_str(&format!("; {}", filters.text()));
+    if !filters.all_on() && monitor.command_line == CommandLine::Firecracker {
+        text.push_str("\n  hint: its figures are without filters; a build without any can be given a set (--extra)");
+    }
+    text
+}

@@ -1,0 +1,686 @@
+//! HTTP/1.1 as far as this API needs it: bytes to requests, responses to bytes. No I/O.
+//!
+//! A [`Decoder`] takes bytes as they come and gives [`Piece`]s. What it keeps is bounded by
+//! [`HEAD_MAX`] and the limit for bodies, plus what was fed to it last. Limits and answers are
+//! Firecracker's; where a client and we could disagree on where a request ends, the connection
+//! is to be closed.
+
+/// Bytes of a request line or header line, its end included.
+pub const LINE_MAX: usize = 1024;
+
+/// Bytes of a request's head: the request line and all headers.
+pub const HEAD_MAX: usize = 16 * 1024;
+
+/// Header lines of one request.
+const HEADERS_MAX: usize = 64;
+
+/// Bytes of a refused body that are read and thrown away to keep the connection.
+const SKIP_MAX: usize = 1 << 20;
+
+/// The methods of the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// GET
+    Get,
+    /// PUT
+    Put,
+    /// PATCH
+    Patch,
+    /// DELETE
+    Delete,
+}
+
+impl Method {
+    fn parse(name: &str) -> Option<Self> {
+        match name {
+            "GET" => Some(Method::Get),
+            "PUT" => Some(Method::Put),
+            "PATCH" => Some(Method::Patch),
+            "DELETE" => Some(Method::Delete),
+            _ => None,
+        }
+    }
+
+    /// As it is written.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Method::Get => "GET",
+            Method::Put => "PUT",
+            Method::Patch => "PATCH",
+            Method::Delete => "DELETE",
+        }
+    }
+}
+
+/// A whole request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The method.
+    pub method: Method,
+    /// The path, neither unescaped nor cut at a `?`; empty when the target has none.
+    pub path: String,
+    /// The body; none when its length is 0.
+    pub body: Option<Vec<u8>>,
+    /// The client will send nothing after this.
+    pub close: bool,
+}
+
+/// What was found in the bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// A request.
+    Request(Request),
+    /// The client waits for leave to send the body.
+    Continue,
+    /// Not a request. All that was received with it is gone.
+    Malformed {
+        /// One sentence.
+        reason: String,
+        /// Nobody knows what the next bytes belong to: close when this is answered.
+        close: bool,
+    },
+}
+
+/// A head that was understood, while its body is awaited.
+#[derive(Debug)]
+struct Head {
+    request: Request,
+    length: usize,
+}
+
+/// Bytes to pieces, for one connection.
+#[derive(Debug)]
+pub struct Decoder {
+    payload_max: usize,
+    bytes: Vec<u8>,
+    /// Where the line begins whose end was not found yet, and from where on to look for it.
+    line: usize,
+    looked: usize,
+    head: Option<Head>,
+    /// Bytes of a refused body that are still to come.
+    skip: usize,
+}
+
+impl Decoder {
+    /// A decoder that takes bodies of at most `payload_max` bytes.
+    pub fn new(payload_max: usize) -> Self {
+        Decoder {
+            payload_max,
+            bytes: Vec::new(),
+            line: 0,
+            looked: 0,
+            head: None,
+            skip: 0,
+        }
+    }
+
+    /// Whether no request has begun.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty() && self.head.is_none()
+    }
+
+    /// Takes what was received.
+    pub fn feed(&mut self, received: &[u8]) {
+        let skipped = self.skip.min(received.len());
+        self.skip = self.skip.saturating_sub(skipped);
+        self.bytes
+            .extend_from_slice(received.get(skipped..).unwrap_or_default());
+    }
+
+    /// The next piece of what was fed, or none until there is more.
+    pub fn next_piece(&mut self) -> Option<Piece> {
+        if self.head.is_none() {
+            match self.head_end() {
+                Ok(None) => return None,
+                Ok(Some(end)) => match self.parse_head(end) {
+                    Ok(None) => {}
+                    Ok(Some(piece)) => return Some(piece),
+                    Err(refused) => return Some(refused),
+                },
+                Err(refused) => return Some(refused),
+            }
+        }
+        let head = self.head.take_if(|head| head.length <= self.bytes.len())?;
+        let body = self.take(head.length);
+        let mut request = head.request;
+        request.body = (!body.is_empty()).then_some(body);
+        Some(Piece::Request(request))
+    }
+
+    /// Where the head ends, after its empty line; looks at each byte once.
+    fn head_end(&mut self) -> Result<Option<usize>, Piece> {
+        while let Some(at) = self.find(b'\n', self.looked) {
+            let line = self.bytes.get(self.line..at).unwrap_or_default();
+            let next = at.saturating_add(1);
+            let Some(text) = line.strip_suffix(b"\r") else {
+                return Err(self.refuse("Invalid request: a line ends without CR LF.", true));
+            };
+            if line.len() >= LINE_MAX {
+                return Err(self.line_too_long());
+            }
+            let (first, last) = (self.line == 0, text.is_empty());
+            (self.line, self.looked) = (next, next);
+            match (first, last) {
+                (true, true) => {
+                    return Err(self.refuse("Invalid request: the request line is empty.", false));
+                }
+                (_, false) => {}
+                (false, true) => return Ok(Some(next)),
+            }
+        }
+        self.looked = self.bytes.len();
+        if self.looked.saturating_sub(self.line) >= LINE_MAX {
+            return Err(self.line_too_long());
+        }
+        if self.looked > HEAD_MAX {
+            return Err(self.refuse("Invalid request: its head is larger than 16 KiB.", true));
+        }
+        Ok(None)
+    }
+
+    fn line_too_long(&mut self) -> Piece {
+        let what = if self.line == 0 { "request" } else { "header" };
+        self.refuse(
+            &format!("Invalid {what}: a line is longer than {LINE_MAX} bytes."),
+            true,
+        )
+    }
+
+    fn find(&self, byte: u8, from: usize) -> Option<usize> {
+        let at = self.bytes.get(from..)?.iter().position(|b| *b == byte)?;
+        from.checked_add(at)
+    }
+
+    /// Understands the head, which ends at `end`.
+    fn parse_head(&mut self, end: usize) -> Result<Option<Piece>, Piece> {
+        let bytes = self.take(end);
+        (self.line, self.looked) = (0, 0);
+        if bytes.len() > HEAD_MAX {
+            return Err(self.refuse("Invalid request: its head is larger than 16 KiB.", true));
+        }
+        if std::str::from_utf8(&bytes).is_err() {
+            return Err(self.refuse("Invalid request: its head is not UTF-8.", false));
+        }
+        let mut lines = [httparse::EMPTY_HEADER; HEADERS_MAX];
+        let mut parsed = httparse::Request::new(&mut lines);
+        if let Err(error) = parsed.parse(&bytes) {
+            return Err(self.refuse(sentence(error), false));
+        }
+        let framing = match Framing::of(parsed.headers) {
+            Ok(framing) => framing,
+            Err(reason) => return Err(self.refuse(&reason, true)),
+        };
+        let old = parsed.version == Some(0);
+        let close = framing.connection.unwrap_or(old);
+        let expects = framing.expects && !old && framing.length > 0;
+
+        let method = Method::parse(parsed.method.unwrap_or_default());
+        let reason = match (method, usize::try_from(framing.length)) {
+            (None, _) => "Invalid HTTP Method: Unsupported HTTP method.".into(),
+            (Some(method), Ok(length)) if length <= self.payload_max => {
+                self.head = Some(Head {
+                    request: Request {
+                        method,
+                        path: path(parsed.path.unwrap_or_default()).into(),
+                        body: None,
+                        close,
+                    },
+                    length,
+                });
+                return Ok(expects.then_some(Piece::Continue));
+            }
+            _ => format!(
+                "Request payload with size {} is larger than the limit of {} allowed by server.",
+                framing.length, self.payload_max
+            ),
+        };
+        // A body that is not too long is thrown away and the connection goes on; a client that
+        // waits for leave to send it may or may not do so after this answer.
+        let received = self.bytes.len();
+        let to_come = usize::try_from(framing.length)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(received);
+        let lost = expects || to_come > SKIP_MAX;
+        self.skip = if lost { 0 } else { to_come };
+        Err(self.refuse(&reason, close || lost))
+    }
+
+    /// Forgets all that was received.
+    fn refuse(&mut self, reason: &str, close: bool) -> Piece {
+        self.bytes = Vec::new();
+        self.head = None;
+        (self.line, self.looked) = (0, 0);
+        Piece::Malformed {
+            reason: reason.into(),
+            close,
+        }
+    }
+
+    fn take(&mut self, count: usize) -> Vec<u8> {
+        let rest = self.bytes.split_off(count.min(self.bytes.len()));
+        std::mem::replace(&mut self.bytes, rest)
+    }
+}
+
+/// What the headers say of the request's end.
+struct Framing {
+    length: u64,
+    expects: bool,
+    /// Whether to close, when the client said anything about it.
+    connection: Option<bool>,
+}
+
+impl Framing {
+    fn of(headers: &[httparse::Header<'_>]) -> Result<Self, String> {
+        let mut length = None;
+        let mut framing = Framing {
+            length: 0,
+            expects: false,
+            connection: None,
+        };
+        for header in headers {
+            let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+            let value = std::str::from_utf8(header.value).unwrap_or_default().trim();
+            if is("content-length") {
+                let digits = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
+                // More digits than a number has are a number that is too large.
+                let number = value.parse().unwrap_or(u64::MAX);
+                if !digits || length.is_some_and(|other| other != number) {
+                    return Err(
+                        "Invalid header. Reason: Invalid value. Key: Content-Length.".into(),
+                    );
+                }
+                length = Some(number);
+            } else if is("transfer-encoding") && !value.eq_ignore_ascii_case("identity") {
+                return Err(
+                    "Invalid header. Reason: Unsupported value. Key: Transfer-Encoding; send a \
+                     Content-Length."
+                        .into(),
+                );
+            } else if is("expect") {
+                framing.expects |= value.eq_ignore_ascii_case("100-continue");
+            } else if is("connection") {
+                for word in value.split(',').map(str::trim) {
+                    if word.eq_ignore_ascii_case("close") {
+                        framing.connection = Some(true);
+                    } else if word.eq_ignore_ascii_case("keep-alive") {
+                        framing.connection = framing.connection.or(Some(false));
+                    }
+                }
+            }
+        }
+        framing.length = length.unwrap_or(0);
+        Ok(framing)
+    }
+}
+
+/// The path of a request's target: of `/path`, and of `http://host/path`.
+fn path(target: &str) -> &str {
+    match target.strip_prefix("http://") {
+        Some(rest) => rest.find('/').and_then(|at| rest.get(at..)),
+        None => target.starts_with('/').then_some(target),
+    }
+    .unwrap_or_default()
+}
+
+fn sentence(error: httparse::Error) -> &'static str {
+    match error {
+        httparse::Error::Version => "Invalid HTTP Version: Unsupported HTTP version.",
+        httparse::Error::HeaderName | httparse::Error::HeaderValue => {
+            "Invalid header. Reason: Header is incorrectly formatted."
+        }
+        httparse::Error::TooManyHeaders => "Invalid request: it has more than 64 headers.",
+        _ => "Invalid request.",
+    }
+}
+
+/// A response, before it is bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// The status.
+    pub status: u16,
+    /// The kind of body.
+    pub content_type: &'static str,
+    /// The body; a 100 and a 204 have none.
+    pub body: Option<String>,
+    /// The connection ends with this.
+    pub close: bool,
+}
+
+impl Response {
+    /// JSON, already written.
+    pub fn json(status: u16, body: String) -> Self {
+        Response {
+            status,
+            content_type: "application/json",
+            body: Some(body),
+            close: false,
+        }
+    }
+
+    /// Nothing but a status.
+    pub fn empty(status: u16) -> Self {
+        Response {
+            body: None,
+            ..Response::json(status, String::new())
+        }
+    }
+
+    /// The answer to what was no request.
+    pub fn malformed(reason: &str, close: bool) -> Self {
+        let text = format!("{reason}\nAll previous unanswered requests will be dropped.");
+        Response {
+            close,
+            ..Response::json(400, serde_json::json!({ "error": text }).to_string())
+        }
+    }
+
+    /// Writes it in the original's form, which has no reason phrases.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let connection = if self.close { "close" } else { "keep-alive" };
+        let head = format!(
+            "HTTP/1.1 {} \r\nServer: Firecracker API\r\nConnection: {connection}\r\n",
+            self.status
+        );
+        out.extend_from_slice(head.as_bytes());
+        if let Some(body) = &self.body {
+            let kind = format!(
+                "Content-Type: {}\r\nContent-Length: {}\r\n\r\n",
+                self.content_type,
+                body.len()
+            );
+            out.extend_from_slice(kind.as_bytes());
+            out.extend_from_slice(body.as_bytes());
+        } else {
+            out.extend_from_slice(b"\r\n");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: usize = 51_200;
+
+    /// All pieces of `input`, fed in chunks of `size`.
+    fn pieces(input: &[u8], size: usize) -> Vec<Piece> {
+        let mut decoder = Decoder::new(LIMIT);
+        let mut found = Vec::new();
+        for chunk in input.chunks(size) {
+            decoder.feed(chunk);
+            while let Some(piece) = decoder.next_piece() {
+                found.push(piece);
+            }
+        }
+        found
+    }
+
+    fn get(path: &str) -> Piece {
+        Piece::Request(Request {
+            method: Method::Get,
+            path: path.into(),
+            body: None,
+            close: false,
+        })
+    }
+
+    fn put(path: &str, body: &[u8]) -> Piece {
+        Piece::Request(Request {
+            method: Method::Put,
+            path: path.into(),
+            body: Some(body.into()),
+            close: false,
+        })
+    }
+
+    #[test]
+    fn next_when_requests_are_whole_finds_them_in_any_pieces() {
+        let input = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n\
+            PUT /actions HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello\
+            GET http://localhost/version HTTP/1.1\r\n\r\n";
+        let expected = vec![get("/"), put("/actions", b"hello"), get("/version")];
+        for size in [1, 2, 3, 7, 16, input.len()] {
+            assert_eq!(pieces(input, size), expected, "{size}");
+        }
+    }
+
+    #[test]
+    fn next_when_head_is_odd_but_good_takes_it() {
+        for (input, path) in [
+            ("GET version HTTP/1.1\r\n\r\n", ""),
+            ("GET /\u{e9} HTTP/1.1\r\n\r\n", "/\u{e9}"),
+            ("GET /a?b HTTP/1.1\r\nContent-Length: 0\r\n\r\n", "/a?b"),
+            (
+                "GET /%41 HTTP/1.1\r\nExpect: 103-checkpoint\r\n\r\n",
+                "/%41",
+            ),
+            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "/"),
+            ("GET / HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n", "/"),
+        ] {
+            assert_eq!(pieces(input.as_bytes(), 1000), [get(path)], "{input}");
+        }
+    }
+
+    #[test]
+    fn next_when_client_ends_the_connection_says_so() {
+        for input in [
+            "GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
+            "GET / HTTP/1.1\r\nconnection: keep-alive, CLOSE\r\n\r\n",
+            "GET / HTTP/1.0\r\n\r\n",
+        ] {
+            let found = pieces(input.as_bytes(), 1000);
+            assert!(
+                matches!(
+                    found.as_slice(),
+                    [Piece::Request(Request { close: true, .. })]
+                ),
+                "{input}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn next_when_leave_is_expected_gives_it_before_the_request() {
+        let input = b"PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}";
+        assert_eq!(pieces(input, 1), [Piece::Continue, put("/a", b"{}")]);
+        let input = b"GET /a HTTP/1.1\r\nExpect: 100-continue\r\n\r\n";
+        assert_eq!(pieces(input, 1), [get("/a")]);
+    }
+
+    #[test]
+    fn next_when_not_a_request_says_why() {
+        // input, reason, close
+        let cases: &[(&[u8], &str, bool)] = &[
+            (b"FOO\r\n\r\n", "Invalid request", false),
+            (b"\r\nGET / HTTP/1.1\r\n\r\n", "is empty", false),
+            (b"POST / HTTP/1.1\r\n\r\n", "Invalid HTTP Method", false),
+            (b"get / HTTP/1.1\r\n\r\n", "Invalid HTTP Method", false),
+            (b"GET / HTTP/2.0\r\n\r\n", "Invalid HTTP Version", false),
+            (b"GET  HTTP/1.1\r\n\r\n", "Invalid", false),
+            (b"GET /  HTTP/1.1\r\n\r\n", "Invalid", false),
+            (b"GET / HTTP/1.1 \r\n\r\n", "Invalid", false),
+            (b"GET /\0 HTTP/1.1\r\n\r\n", "Invalid", false),
+            (b"GET /\xff HTTP/1.1\r\n\r\n", "UTF-8", false),
+            (b"GET / HTTP/1.1\r\na: \xff\r\n\r\n", "UTF-8", false),
+            (b"GET / HTTP/1.1\n\n", "CR LF", true),
+            (b"GET / HTTP/1.1\r\na\r\n\r\n", "Invalid header", false),
+            (
+                b"GET / HTTP/1.1\r\na: b\r\n c\r\n\r\n",
+                "Invalid header",
+                false,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
+                "Transfer-Encoding",
+                true,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+                "Content-Length",
+                true,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+                "Content-Length",
+                true,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nContent-Length:\r\n\r\n",
+                "Content-Length",
+                true,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+                "Content-Length",
+                true,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nContent-Length: 51201\r\n\r\n",
+                "larger than the limit of 51200",
+                false,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+                "larger than the limit",
+                true,
+            ),
+            (
+                b"PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 51201\r\n\r\n",
+                "larger than the limit",
+                true,
+            ),
+        ];
+        for (input, reason, close) in cases {
+            let found = pieces(input, 10_000);
+            match found.as_slice() {
+                [
+                    Piece::Malformed {
+                        reason: told,
+                        close: closes,
+                    },
+                ] => {
+                    assert!(told.contains(reason), "{told}");
+                    assert_eq!(closes, close, "{told}");
+                }
+                other => panic!("{}: {other:?}", String::from_utf8_lossy(input)),
+            }
+        }
+    }
+
+    #[test]
+    fn next_when_malformed_drops_what_came_with_it_and_starts_anew() {
+        let mut decoder = Decoder::new(LIMIT);
+        decoder.feed(b"FOO\r\n\r\nGET /a HTTP/1.1\r\n\r\n");
+        assert!(matches!(
+            decoder.next_piece(),
+            Some(Piece::Malformed { .. })
+        ));
+        assert_eq!(decoder.next_piece(), None);
+        assert!(decoder.is_empty());
+        decoder.feed(b"GET /b HTTP/1.1\r\n\r\n");
+        assert_eq!(decoder.next_piece(), Some(get("/b")));
+    }
+
+    #[test]
+    fn next_when_a_body_is_refused_skips_it() {
+        for head in [
+            "POST / HTTP/1.1\r\nContent-Length: 60000\r\n\r\n",
+            "PUT / HTTP/1.1\r\nContent-Length: 60000\r\n\r\n",
+        ] {
+            let mut decoder = Decoder::new(LIMIT);
+            decoder.feed(head.as_bytes());
+            decoder.feed(&[b'x'; 1000]);
+            assert!(matches!(
+                decoder.next_piece(),
+                Some(Piece::Malformed { close: false, .. })
+            ));
+            decoder.feed(&[b'x'; 58_999]);
+            decoder.feed(b"xGET / HTTP/1.1\r\n\r\n");
+            assert_eq!(decoder.next_piece(), Some(get("/")));
+        }
+    }
+
+    #[test]
+    fn next_when_lines_grow_stops_at_1024_bytes() {
+        for (length, good) in [(1021, true), (1022, true), (1023, false), (5000, false)] {
+            let target = "x".repeat(length - "GET / HTTP/1.1".len());
+            let line = format!("GET /{target} HTTP/1.1\r\n\r\n");
+            let header = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "x".repeat(length - 3));
+            for input in [line, header] {
+                for size in [1, 100, 10_000] {
+                    let found = pieces(input.as_bytes(), size);
+                    let is_good = matches!(found.first(), Some(Piece::Request(_)));
+                    assert_eq!(is_good, good, "{length} in pieces of {size}");
+                }
+            }
+        }
+        let endless = pieces(&[b'x'; 1024], 1024);
+        assert!(matches!(
+            endless.as_slice(),
+            [Piece::Malformed { close: true, .. }]
+        ));
+    }
+
+    #[test]
+    fn next_when_headers_never_end_stops() {
+        let mut input = b"GET / HTTP/1.1\r\n".to_vec();
+        for _ in 0..65 {
+            input.extend_from_slice(b"a: b\r\n");
+        }
+        input.extend_from_slice(b"\r\n");
+        let found = pieces(&input, 10_000);
+        assert!(matches!(&found[0], Piece::Malformed { reason, .. } if reason.contains("64")));
+        let long = [b"a: ", [b'b'; 900].as_slice(), b"\r\n"].concat();
+        let input = [b"GET / HTTP/1.1\r\n".as_slice(), &long.repeat(20)].concat();
+        let found = pieces(&input, 100);
+        assert!(matches!(&found[0], Piece::Malformed { reason, .. } if reason.contains("16 KiB")));
+    }
+
+    #[test]
+    fn next_when_body_has_the_limit_takes_it() {
+        let mut input = format!("PUT / HTTP/1.1\r\nContent-Length: {LIMIT}\r\n\r\n").into_bytes();
+        input.extend_from_slice(&[b' '; LIMIT]);
+        assert_eq!(pieces(&input, 4096), [put("/", &[b' '; LIMIT])]);
+    }
+
+    #[test]
+    fn next_when_fed_noise_never_panics() {
+        let mut seed = 1_u64;
+        let alphabet = b"GET /PU \r\n\r\n:HTTP/1.10Content-Length5chunked\x00\xff";
+        for _ in 0..2000 {
+            let mut decoder = Decoder::new(64);
+            for _ in 0..20 {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let from = (seed >> 33) as usize % alphabet.len();
+                decoder.feed(&alphabet[from..]);
+                while decoder.next_piece().is_some() {}
+            }
+        }
+    }
+
+    #[test]
+    fn encode_when_written_is_the_originals_form() {
+        let bytes = |response: Response| {
+            let mut out = Vec::new();
+            response.encode(&mut out);
+            String::from_utf8(out).unwrap()
+        };
+        assert_eq!(
+            bytes(Response::json(200, "{}".into())),
+            "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
+             Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+        );
+        assert_eq!(
+            bytes(Response::empty(204)),
+            "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
+        );
+        let refused = bytes(Response::malformed("Why.", true));
+        assert!(refused.starts_with("HTTP/1.1 400 \r\n") && refused.contains("Connection: close"));
+        assert!(
+            refused.ends_with(
+                r#"{"error":"Why.\nAll previous unanswered requests will be dropped."}"#
+            )
+        );
+    }
+}

@@ -1,0 +1,1083 @@
+//! The API THREAD: accepts connections, reads requests, asks control, writes answers.
+//!
+//! It owns the listening socket, up to [`CONNECTIONS_MAX`] connections and an inbox for control's
+//! answers, and waits for all of them in one epoll set and for nothing else: reads, writes and
+//! questions to control are tried, never waited for. A connection asks one question at a time,
+//! which keeps pipelined answers in order, and is not read from while one is open, which bounds
+//! what it can make this thread hold. A client that stalls delays itself.
+//!
+//! ```text
+//!            bytes      pieces              Command            (token, Answer)       bytes
+//!   client -------> Decoder -----> routes ----------> control ----------------> routes -----> client
+//!                  (http.rs)    (routes.rs)                                     (http.rs)
+//! ```
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
+pub mod http;
+pub mod routes;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::inbox::{self, Inbox, Outbox};
+use crate::sys::process;
+use crate::vmm::action::{Answer, Command, Reply};
+use http::{Decoder, Piece, Request, Response};
+
+/// Most connections at once. When a new one needs its place, an idle one is closed.
+pub const CONNECTIONS_MAX: usize = 256;
+
+/// Fewest connections at once, however few descriptors the process may have.
+const CONNECTIONS_MIN: usize = 8;
+
+/// Questions that control may owe an answer: one for each connection, and some whose client got
+/// tired of waiting.
+const OUTSTANDING_MAX: usize = CONNECTIONS_MAX + 64;
+
+/// Bytes taken from a connection before others have their turn.
+const READ_MAX: usize = 16 * 1024;
+
+/// Steps that one connection may make before others have their turn.
+const STEPS_MAX: usize = 64;
+
+/// Bytes of a connection's last words that are read and thrown away.
+const DRAIN_MAX: usize = 1 << 20;
+
+/// How long a request may be half sent, or an answer half taken, before the connection may have
+/// to give way to a new one.
+const STALLED: Duration = Duration::from_secs(2);
+
+/// How long to go on asking when control's inbox is full.
+const BUSY: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+
+/// Between looks at what nothing wakes this thread for: room in control's inbox, room for a
+/// newcomer, deadlines.
+const RETRY: Duration = Duration::from_millis(10);
+const REOPEN: Duration = Duration::from_millis(100);
+const DEADLINES: Duration = Duration::from_secs(1);
+
+/// Tokens in the epoll set; connections have numbers below.
+const LISTENER: u64 = u64::MAX;
+const ANSWERS: u64 = u64::MAX - 1;
+
+/// A token's low bits are the connection's place, the others make it unique.
+const PLACE_BITS: u32 = 16;
+
+/// The API socket could not be made.
+#[derive(Debug)]
+pub struct BindError {
+    path: PathBuf,
+    cause: io::Error,
+}
+
+impl fmt::Display for BindError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Failed to open the API socket at {}, check that it is not already used",
+            self.path.display()
+        )
+    }
+}
+
+impl std::error::Error for BindError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.cause)
+    }
+}
+
+/// Makes the API socket at `path`.
+///
+/// # Errors
+/// Something is there already, or the place cannot be written.
+pub fn bind(path: &Path) -> Result<UnixListener, BindError> {
+    UnixListener::bind(path).map_err(|cause| BindError {
+        path: path.into(),
+        cause,
+    })
+}
+
+/// A message in the answers' inbox; boxed so that the inbox stays small.
+#[derive(Debug)]
+struct Answered {
+    token: u64,
+    answer: Box<Answer>,
+}
+
+impl From<(u64, Answer)> for Answered {
+    fn from((token, answer): (u64, Answer)) -> Self {
+        Answered {
+            token,
+            answer: Box::new(answer),
+        }
+    }
+}
+
+/// The API thread's all.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    /// Whether the epoll set has the listener: not while there is no place for a connection.
+    listening: bool,
+    /// A connection that was accepted and has no place yet.
+    newcomer: Option<UnixStream>,
+    epoll: Epoll,
+    to_control: Outbox<Command>,
+    answers: Inbox<Answered>,
+    /// Control's way back; it is lent to every question.
+    answer_to: Outbox<(u64, Answer)>,
+    /// Questions that control has not answered.
+    outstanding: usize,
+    payload_max: usize,
+    /// Boxed: places that were never taken cost next to nothing.
+    connections: Vec<Option<Box<Connection>>>,
+    free: Vec<usize>,
+    /// Connections that have more to do than one turn allowed.
+    again: Vec<u64>,
+    /// Whether somebody waits for room in control's inbox.
+    busy: bool,
+    scratch: Vec<u8>,
+    /// The number of the last token.
+    count: u64,
+    /// When this turn began.
+    now: Instant,
+    /// When it was last looked at deadlines.
+    looked: Instant,
+}
+
+impl Server {
+    /// A server for `listener` that asks `to_control` and takes bodies of at most `payload_max`
+    /// bytes.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn new(
+        listener: UnixListener,
+        to_control: Outbox<Command>,
+        payload_max: usize,
+    ) -> io::Result<Self> {
+        let (sender, answers) = inbox::inbox::<Answered>(OUTSTANDING_MAX)?;
+        let epoll = Epoll::new()?;
+        listener.set_nonblocking(true)?;
+        let add = |fd: RawFd, token| {
+            let event = EpollEvent::new(EventSet::IN, token);
+            epoll.ctl(ControlOperation::Add, fd, event)
+        };
+        add(listener.as_raw_fd(), LISTENER)?;
+        add(answers.as_raw_fd(), ANSWERS)?;
+        // Control needs descriptors too.
+        let half = usize::try_from(process::descriptor_limit() / 2).unwrap_or(usize::MAX);
+        let places = half.clamp(CONNECTIONS_MIN, CONNECTIONS_MAX);
+        Ok(Server {
+            listener,
+            listening: true,
+            newcomer: None,
+            epoll,
+            to_control,
+            answers,
+            answer_to: sender.outbox(),
+            outstanding: 0,
+            payload_max,
+            connections: (0..places).map(|_| None).collect(),
+            free: (0..places).rev().collect(),
+            again: Vec::new(),
+            busy: false,
+            scratch: vec![0; READ_MAX],
+            count: 0,
+            now: Instant::now(),
+            looked: Instant::now(),
+        })
+    }
+
+    /// Serves until the process ends.
+    ///
+    /// # Errors
+    /// The epoll set is broken, which only a fault of ours can bring about.
+    pub fn run(mut self) -> io::Result<()> {
+        loop {
+            self.turn()?;
+        }
+    }
+
+    /// Waits for something to do, and does it.
+    fn turn(&mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 32];
+        let count = match self.epoll.wait(self.pause(), &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        self.now = Instant::now();
+        let mut somebody_came = false;
+        for event in events.iter().take(count) {
+            match event.data() {
+                LISTENER => somebody_came = true,
+                ANSWERS => self.take_answers(),
+                token => {
+                    let ended = EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;
+                    if let Some(connection) = self.connection(token) {
+                        let events = event.event_set();
+                        connection.hung_up |= events.intersects(ended);
+                        connection.readable |= events.intersects(ended | EventSet::IN);
+                    }
+                    self.advance(token);
+                }
+            }
+        }
+        for token in std::mem::take(&mut self.again) {
+            self.advance(token);
+        }
+        let since = self.now.saturating_duration_since(self.looked);
+        if self.interval().is_some_and(|interval| since >= interval) {
+            self.looked = self.now;
+            self.look_at_clock();
+        }
+        // Last, when it is known who is idle.
+        if somebody_came || self.newcomer.is_some() {
+            self.accept();
+        }
+        Ok(())
+    }
+
+    /// Milliseconds to wait for events, or -1 for as long as it takes.
+    fn pause(&self) -> i32 {
+        if !self.again.is_empty() {
+            return 0;
+        }
+        self.interval().map_or(-1, |interval| {
+            i32::try_from(interval.as_millis()).unwrap_or(i32::MAX)
+        })
+    }
+
+    /// How often to look at the clock, when there is a reason to.
+    fn interval(&self) -> Option<Duration> {
+        if self.busy {
+            Some(RETRY)
+        } else if !self.listening {
+            Some(REOPEN)
+        } else if self.outstanding > 0 {
+            Some(DEADLINES)
+        } else {
+            None
+        }
+    }
+
+    /// Goes through what has a deadline, and tries again what could not be done.
+    fn look_at_clock(&mut self) {
+        self.busy = false;
+        let now = self.now;
+        for place in 0..self.connections.len() {
+            let Some(connection) = self.at(place) else {
+                continue;
+            };
+            let token = connection.token;
+            if let Some(late) = connection.asked.take_if(|asked| asked.until <= now) {
+                let seconds = late.patience.as_secs();
+                let sentence = format!(
+                    "There was no answer within {seconds} seconds; what was asked for may still \
+                     be done."
+                );
+                self.answer(token, late.close, &routes::no_answer(&sentence));
+            } else if connection.waiting.is_some() {
+                self.advance(token);
+            }
+        }
+        if !self.listening {
+            self.accept();
+        }
+    }
+
+    /// Takes control's answers to their connections.
+    fn take_answers(&mut self) {
+        self.answers.silence();
+        while let Some(Answered { token, answer }) = self.answers.next() {
+            self.outstanding = self.outstanding.saturating_sub(1);
+            let place = place_of(token);
+            let Some(connection) = self.at(place) else {
+                continue;
+            };
+            // Another question, or another client, may have come to this place since.
+            if let Some(asked) = connection.asked.take_if(|asked| asked.token == token) {
+                let connection = connection.token;
+                self.answer(connection, asked.close, &routes::response(&answer));
+            }
+        }
+    }
+
+    /// Gives a connection the answer to its question, and goes on with it.
+    fn answer(&mut self, token: u64, close: bool, response: &Response) {
+        if let Some(connection) = self.connection(token) {
+            connection.respond(response, close);
+        }
+        self.advance(token);
+    }
+
+    fn at(&mut self, place: usize) -> Option<&mut Connection> {
+        self.connections.get_mut(place)?.as_deref_mut()
+    }
+
+    /// The connection of that token, if it is still there.
+    fn connection(&mut self, token: u64) -> Option<&mut Connection> {
+        self.at(place_of(token)).filter(|c| c.token == token)
+    }
+
+    /// Does with a connection all that can be done without waiting.
+    fn advance(&mut self, token: u64) {
+        let place = place_of(token);
+        let Some(slot) = self.connections.get_mut(place) else {
+            return;
+        };
+        let Some(mut connection) = slot.take_if(|c| c.token == token) else {
+            return;
+        };
+        if self.steps(&mut connection) {
+            if let Some(slot) = self.connections.get_mut(place) {
+                *slot = Some(connection);
+            }
+        } else {
+            self.free.push(place);
+        }
+    }
+
+    /// Steps of one connection, until it has to wait; whether it is to be kept.
+    fn steps(&mut self, connection: &mut Connection) -> bool {
+        for _ in 0..STEPS_MAX {
+            match connection.flush(&self.epoll, self.now) {
+                Flush::Done => {}
+                Flush::Blocked => return true,
+                Flush::Gone => return false,
+            }
+            if connection.asked.is_some() {
+                return true;
+            }
+            match connection.pending.pop_front() {
+                Some(Piece::Continue) => connection.respond(&Response::empty(100), false),
+                Some(Piece::Malformed { reason, close }) => {
+                    connection.respond(&Response::malformed(&reason, close), close);
+                    connection.draining = close;
+                }
+                Some(Piece::Request(request)) => {
+                    if !self.ask(connection, request) {
+                        return true;
+                    }
+                }
+                None if connection.closing && !connection.draining => return false,
+                None if connection.ended => return false,
+                None if !connection.readable => {
+                    connection.rest();
+                    return true;
+                }
+                None => {
+                    self.count = self.count.wrapping_add(1);
+                    connection.used = self.count;
+                    connection.read(&mut self.scratch, self.now);
+                }
+            }
+        }
+        self.again.push(connection.token);
+        true
+    }
+
+    /// Asks control, or answers at once; `false` when control has no room for the question.
+    fn ask(&mut self, connection: &mut Connection, request: Request) -> bool {
+        let action = match routes::action(&request) {
+            Ok(action) => action,
+            Err(refused) => {
+                connection.respond(&refused, request.close);
+                return true;
+            }
+        };
+        let patience = routes::patience(&action);
+        let token = self.token(place_of(connection.token));
+        let posted = self.outstanding < OUTSTANDING_MAX && {
+            // Answered in any case: a command that nobody takes answers for itself.
+            self.outstanding = self.outstanding.saturating_add(1);
+            self.to_control.post(Command {
+                action: Box::new(action),
+                reply: Reply::new(token, self.answer_to.clone()),
+            })
+        };
+        let since = connection.waiting.take().unwrap_or(self.now);
+        if posted {
+            connection.asked = Some(Asked {
+                token,
+                until: self.now.checked_add(patience).unwrap_or(self.now),
+                patience,
+                close: request.close,
+            });
+            return true;
+        }
+        if self.now.saturating_duration_since(since) >= BUSY {
+            connection.respond(
+                &routes::no_answer("The monitor is busy: try again later."),
+                request.close,
+            );
+            return true;
+        }
+        connection.waiting = Some(since);
+        connection.pending.push_front(Piece::Request(request));
+        self.busy = true;
+        false
+    }
+
+    fn token(&mut self, place: usize) -> u64 {
+        self.count = self.count.wrapping_add(1);
+        self.count.wrapping_shl(PLACE_BITS) | place as u64
+    }
+
+    /// Takes one connection that waits at the socket.
+    fn accept(&mut self) {
+        let stream = match self.newcomer.take() {
+            Some(stream) => stream,
+            None => match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    let nobody = matches!(
+                        error.kind(),
+                        ErrorKind::WouldBlock
+                            | ErrorKind::Interrupted
+                            | ErrorKind::ConnectionAborted
+                    );
+                    // No descriptor left: somebody gives way, or it is tried again in a while.
+                    let go_on = nobody || self.make_room();
+                    self.listen(go_on);
+                    return;
+                }
+            },
+        };
+        if self.free.is_empty() && !self.make_room() {
+            self.newcomer = Some(stream);
+            self.listen(false);
+            return;
+        }
+        self.listen(true);
+        let Some(place) = self.free.pop() else {
+            return;
+        };
+        let token = self.token(place);
+        let set = stream.set_nonblocking(true).and_then(|()| {
+            let event = EpollEvent::new(Connection::EVENTS, token);
+            self.epoll
+                .ctl(ControlOperation::Add, stream.as_raw_fd(), event)
+        });
+        match (set, self.connections.get_mut(place)) {
+            (Ok(()), Some(slot)) => {
+                let connection = Connection::new(stream, token, self.payload_max, self.now);
+                *slot = Some(Box::new(connection));
+            }
+            // Closed: there is no descriptor, or no memory, to serve it with.
+            _ => self.free.push(place),
+        }
+    }
+
+    /// Looks for newcomers, or not, for want of places.
+    fn listen(&mut self, yes: bool) {
+        if yes != self.listening {
+            let events = if yes { EventSet::IN } else { EventSet::empty() };
+            let event = EpollEvent::new(events, LISTENER);
+            let fd = self.listener.as_raw_fd();
+            // Should it fail, it is tried again with the next newcomer or the next look.
+            if self.epoll.ctl(ControlOperation::Modify, fd, event).is_ok() {
+                self.listening = yes;
+            }
+        }
+    }
+
+    /// Closes the connection that can best be done without, if there is one.
+    fn make_room(&mut self) -> bool {
+        for _ in 0..self.connections.len() {
+            let Some((idle, place)) = self.least_needed() else {
+                return false;
+            };
+            let Some(connection) = self.connections.get_mut(place).and_then(Option::as_mut) else {
+                return false;
+            };
+            if idle {
+                // It may have sent a request that nobody has looked at.
+                connection.read(&mut self.scratch, self.now);
+                if !connection.is_idle() {
+                    self.again.push(connection.token);
+                    continue;
+                }
+            }
+            if let Some(slot) = self.connections.get_mut(place) {
+                *slot = None;
+            }
+            self.free.push(place);
+            return true;
+        }
+        false
+    }
+
+    /// The place of the connection that can best be done without, and whether it is idle.
+    fn least_needed(&self) -> Option<(bool, usize)> {
+        let now = self.now;
+        let rank = |(place, slot): (usize, &Option<Box<Connection>>)| {
+            let connection = slot.as_ref()?;
+            let rank = connection.dispensable(now)?;
+            Some((rank, connection.used, place))
+        };
+        let (rank, _, place) = self.connections.iter().enumerate().filter_map(rank).min()?;
+        Some((rank == Dispensable::Idle, place))
+    }
+}
+
+/// The place that a token's connection has.
+fn place_of(token: u64) -> usize {
+    let mask = 1_u64.wrapping_shl(PLACE_BITS).wrapping_sub(1);
+    usize::try_from(token & mask).unwrap_or(usize::MAX)
+}
+
+/// Why a connection may have to give way, from the best reason to the worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Dispensable {
+    /// It got its last answer.
+    Finished,
+    /// It asks nothing.
+    Idle,
+    /// It began a request long ago.
+    HalfSent,
+    /// It does not read its answer.
+    HalfTaken,
+}
+
+/// What came of an attempt to write.
+enum Flush {
+    Done,
+    Blocked,
+    Gone,
+}
+
+/// A question that control was asked.
+#[derive(Debug)]
+struct Asked {
+    token: u64,
+    until: Instant,
+    patience: Duration,
+    close: bool,
+}
+
+/// One client.
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    /// Its token in the epoll set.
+    token: u64,
+    decoder: Decoder,
+    /// What was received and not dealt with yet.
+    pending: VecDeque<Piece>,
+    /// The question whose answer is awaited.
+    asked: Option<Asked>,
+    /// Since when the first of `pending` waits for room in control's inbox.
+    waiting: Option<Instant>,
+    output: Vec<u8>,
+    /// Bytes of `output` that were written.
+    written: usize,
+    /// Whether the epoll set tells when more can be written.
+    wants_out: bool,
+    /// There may be something to read. Events tell only of what is new.
+    readable: bool,
+    /// The client has closed its side, so reading goes on until its end is seen.
+    hung_up: bool,
+    /// That end was seen.
+    ended: bool,
+    /// To be closed once all is written.
+    closing: bool,
+    /// But only when the client has seen the answer: what it still sends is thrown away.
+    draining: bool,
+    drained: usize,
+    /// When the request that is being received, or the answer that is being written, began.
+    since: Instant,
+    /// For telling who was used longest ago.
+    used: u64,
+}
+
+impl Connection {
+    /// Told once for each arrival, so that a connection that is not read costs nothing.
+    const EVENTS: EventSet = EventSet::IN
+        .union(EventSet::READ_HANG_UP)
+        .union(EventSet::EDGE_TRIGGERED);
+
+    fn new(stream: UnixStream, token: u64, payload_max: usize, now: Instant) -> Self {
+        Connection {
+            stream,
+            token,
+            decoder: Decoder::new(payload_max),
+            pending: VecDeque::new(),
+            asked: None,
+            waiting: None,
+            output: Vec::new(),
+            written: 0,
+            wants_out: false,
+            readable: false,
+            hung_up: false,
+            ended: false,
+            closing: false,
+            draining: false,
+            drained: 0,
+            since: now,
+            used: token.wrapping_shr(PLACE_BITS),
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.asked.is_none()
+            && self.pending.is_empty()
+            && self.output.is_empty()
+            && self.decoder.is_empty()
+    }
+
+    /// Why it may be closed for the sake of another, if it may.
+    fn dispensable(&self, now: Instant) -> Option<Dispensable> {
+        let stalled = now.saturating_duration_since(self.since) >= STALLED;
+        if self.asked.is_some() || !self.pending.is_empty() {
+            None
+        } else if !self.output.is_empty() {
+            stalled.then_some(Dispensable::HalfTaken)
+        } else if self.draining {
+            Some(Dispensable::Finished)
+        } else if self.decoder.is_empty() {
+            Some(Dispensable::Idle)
+        } else {
+            stalled.then_some(Dispensable::HalfSent)
+        }
+    }
+
+    /// Queues a response.
+    fn respond(&mut self, response: &Response, close: bool) {
+        self.closing |= close;
+        if self.closing && !response.close {
+            let response = Response {
+                close: true,
+                ..response.clone()
+            };
+            response.encode(&mut self.output);
+        } else {
+            response.encode(&mut self.output);
+        }
+        if self.closing {
+            self.pending.clear();
+        }
+    }
+
+    /// Writes as much as the client takes.
+    fn flush(&mut self, epoll: &Epoll, now: Instant) -> Flush {
+        if self.output.is_empty() {
+            return Flush::Done;
+        }
+        while let Some(rest) = self.output.get(self.written..).filter(|r| !r.is_empty()) {
+            match self.stream.write(rest) {
+                Ok(0) => return Flush::Gone,
+                Ok(count) => self.written = self.written.saturating_add(count),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    if self.wants_out {
+                        return Flush::Blocked;
+                    }
+                    self.since = now;
+                    self.wants_out = true;
+                    let events = Self::EVENTS.union(EventSet::OUT);
+                    return match self.watch(epoll, events) {
+                        Ok(()) => Flush::Blocked,
+                        Err(_) => Flush::Gone,
+                    };
+                }
+                Err(_) => return Flush::Gone,
+            }
+        }
+        self.output.clear();
+        self.written = 0;
+        if self.wants_out {
+            self.wants_out = false;
+            if self.watch(epoll, Self::EVENTS).is_err() {
+                return Flush::Gone;
+            }
+        }
+        Flush::Done
+    }
+
+    fn watch(&self, epoll: &Epoll, events: EventSet) -> io::Result<()> {
+        let event = EpollEvent::new(events, self.token);
+        epoll.ctl(ControlOperation::Modify, self.stream.as_raw_fd(), event)
+    }
+
+    /// Reads once, and finds the pieces in what has come.
+    fn read(&mut self, scratch: &mut [u8], now: Instant) {
+        let count = match self.stream.read(scratch) {
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => return,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.readable = false;
+                return;
+            }
+            Err(_) => 0,
+        };
+        if count == 0 {
+            (self.ended, self.readable) = (true, false);
+            return;
+        }
+        // Less than was asked for is all there was, unless the end has come too.
+        self.readable = count >= scratch.len() || self.hung_up;
+        let received = scratch.get(..count).unwrap_or_default();
+        if self.draining {
+            self.drained = self.drained.saturating_add(count);
+            self.ended = self.drained > DRAIN_MAX;
+            return;
+        }
+        if self.decoder.is_empty() {
+            self.since = now;
+        }
+        self.decoder.feed(received);
+        while let Some(piece) = self.decoder.next_piece() {
+            if matches!(piece, Piece::Malformed { .. }) {
+                self.pending.clear();
+            }
+            self.pending.push_back(piece);
+        }
+    }
+
+    /// Gives back the memory of what was large.
+    fn rest(&mut self) {
+        if self.output.capacity() > READ_MAX {
+            self.output = Vec::new();
+        }
+        if self.pending.capacity() > STEPS_MAX {
+            self.pending = VecDeque::new();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inbox::Sender;
+    use crate::vmm::action::{Action, ActionError, Outcome};
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, Mutex};
+    use std::thread;
+    use vmm_sys_util::tempdir::TempDir;
+
+    const GET: &[u8] = b"GET /version HTTP/1.1\r\n\r\n";
+    const VERSION: &str = r#"{"firecracker_version":"1.17.0"}"#;
+
+    /// A server with a control that answers GETs, never answers a pause, and refuses the rest.
+    struct Fixture {
+        dir: TempDir,
+        commands: Sender<Command>,
+        held: Arc<Mutex<Vec<Reply>>>,
+        stopped: Arc<AtomicBool>,
+    }
+
+    impl Fixture {
+        fn new(control_room: usize) -> Self {
+            let dir = TempDir::new().unwrap();
+            let (commands, inbox) = inbox::inbox::<Command>(control_room).unwrap();
+            let listener = bind(&dir.as_path().join("s")).unwrap();
+            let server = Server::new(listener, commands.outbox(), 51_200).unwrap();
+            thread::spawn(move || server.run());
+            let held = Arc::new(Mutex::new(Vec::new()));
+            let stopped = Arc::new(AtomicBool::new(false));
+            let (hold, stop) = (Arc::clone(&held), Arc::clone(&stopped));
+            thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(1));
+                    while let Some(Command { action, reply }) = inbox.next() {
+                        match *action {
+                            Action::GetVersion => reply.send(Ok(Outcome::Version("1.17.0"))),
+                            Action::Resume => reply.send(Ok(Outcome::Done)),
+                            Action::Pause => hold.lock().unwrap().push(reply),
+                            _ => reply.send(Err(ActionError("No.".into()))),
+                        }
+                    }
+                }
+            });
+            Fixture {
+                dir,
+                commands,
+                held,
+                stopped,
+            }
+        }
+
+        fn connect(&self) -> Client {
+            let stream = UnixStream::connect(self.dir.as_path().join("s")).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            Client(stream)
+        }
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            self.stopped.store(true, Ordering::Relaxed);
+        }
+    }
+
+    struct Client(UnixStream);
+
+    impl Client {
+        fn send(&mut self, bytes: &[u8]) -> &mut Self {
+            self.0.write_all(bytes).unwrap();
+            self
+        }
+
+        /// One response: status and body.
+        fn response(&mut self) -> (u16, String) {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                self.0.read_exact(&mut byte).unwrap();
+                head.push(byte[0]);
+            }
+            let head = String::from_utf8(head).unwrap();
+            let status = head[9..12].parse().unwrap();
+            let length = head
+                .lines()
+                .find_map(|l| l.strip_prefix("Content-Length: "))
+                .map_or(0, |l| l.parse().unwrap());
+            let mut body = vec![0; length];
+            self.0.read_exact(&mut body).unwrap();
+            (status, String::from_utf8(body).unwrap())
+        }
+
+        fn get(&mut self) {
+            assert_eq!(self.send(GET).response(), (200, VERSION.into()));
+        }
+
+        fn is_closed(&mut self) -> bool {
+            matches!(self.0.read(&mut [0]), Ok(0) | Err(_))
+        }
+    }
+
+    fn put(path: &str, body: &str) -> Vec<u8> {
+        format!(
+            "PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .into_bytes()
+    }
+
+    fn patch_vm(state: &str) -> Vec<u8> {
+        let body = format!(r#"{{"state":"{state}"}}"#);
+        format!(
+            "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .into_bytes()
+    }
+
+    #[test]
+    fn bind_when_the_path_exists_is_an_error() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("s");
+        let _listener = bind(&path).unwrap();
+        let error = crate::log::chain(&bind(&path).unwrap_err());
+        assert!(
+            error.contains("already used") && error.contains("in use"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn connection_when_kept_alive_answers_in_order_also_after_400() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        for _ in 0..3 {
+            client.get();
+        }
+        let mut pipeline = GET.to_vec();
+        pipeline.extend_from_slice(b"GET /nope HTTP/1.1\r\n\r\n");
+        pipeline.extend_from_slice(&put("/drives/a", "{}"));
+        pipeline.extend_from_slice(&patch_vm("Resumed"));
+        pipeline.extend_from_slice(GET);
+        client.send(&pipeline);
+        assert_eq!(client.response().0, 200);
+        assert!(client.response().1.contains("GET /nope"));
+        assert!(client.response().1.contains("missing field `drive_id`"));
+        assert_eq!(client.response(), (204, String::new()));
+        assert_eq!(client.response().0, 200);
+    }
+
+    #[test]
+    fn connection_when_malformed_drops_the_unanswered_and_gives_one_400() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        client.send(&[GET, GET, b"FOO\r\n\r\n", GET].concat());
+        let (status, body) = client.response();
+        assert_eq!(status, 400);
+        assert!(body.starts_with(r#"{"error":"Invalid request"#), "{body}");
+        client.get();
+    }
+
+    #[test]
+    fn connection_when_lost_in_the_stream_is_closed_after_the_answer() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        client.send(b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+        assert_eq!(client.response().0, 400);
+        client.send(b"0\r\n\r\n");
+        client.0.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(client.is_closed());
+        let mut client = fixture.connect();
+        client.send(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n");
+        assert_eq!(client.response().0, 200);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn body_when_in_pieces_and_expected_is_taken() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        client.send(
+            b"PUT /drives/a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 51200\r\n\r\n",
+        );
+        assert_eq!(client.response(), (100, String::new()));
+        for _ in 0..50 {
+            client.send(&[b' '; 1024]);
+        }
+        let (status, body) = client.response();
+        assert_eq!(status, 400);
+        assert!(body.contains("EOF while parsing"), "{body}");
+        client.send(&put("/drives/a", &" ".repeat(51_201)));
+        assert!(
+            client
+                .response()
+                .1
+                .contains("larger than the limit of 51200")
+        );
+        client.get();
+    }
+
+    #[test]
+    fn client_when_it_closes_its_side_still_gets_the_answer() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        client.send(&[GET, GET].concat());
+        client.0.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(client.response().0, 200);
+        assert_eq!(client.response().0, 200);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn clients_when_one_stalls_or_waits_delay_nobody() {
+        let fixture = Fixture::new(64);
+        let mut half = fixture.connect();
+        half.send(b"GET /ver");
+        let mut waiting = fixture.connect();
+        waiting.send(&patch_vm("Paused"));
+        let mut greedy = fixture.connect();
+        greedy
+            .0
+            .set_write_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+        // Answers that nobody reads: sent until the server takes no more.
+        while greedy.0.write_all(&GET.repeat(1000)).is_ok() {}
+        for _ in 0..20 {
+            fixture.connect().get();
+        }
+        half.send(b"sion HTTP/1.1\r\n\r\n");
+        assert_eq!(half.response().0, 200);
+        let reply = fixture.held.lock().unwrap().pop().unwrap();
+        reply.send(Ok(Outcome::Done));
+        assert_eq!(waiting.response().0, 204);
+    }
+
+    #[test]
+    fn connections_when_more_than_there_are_places_close_the_idle() {
+        let fixture = Fixture::new(64);
+        let mut busy = fixture.connect();
+        busy.send(&patch_vm("Paused"));
+        let mut clients: Vec<Client> = (0..300)
+            .map(|_| {
+                let mut client = fixture.connect();
+                client.get();
+                client
+            })
+            .collect();
+        let places = CONNECTIONS_MAX.min(process::descriptor_limit() as usize / 2);
+        let (gone, kept) = clients.split_at_mut(301 - places);
+        assert!(gone.iter_mut().all(Client::is_closed));
+        kept.iter_mut().for_each(Client::get);
+        fixture
+            .held
+            .lock()
+            .unwrap()
+            .pop()
+            .unwrap()
+            .send(Ok(Outcome::Done));
+        assert_eq!(busy.response().0, 204);
+    }
+
+    #[test]
+    fn connections_when_half_sent_give_way_after_a_while() {
+        let fixture = Fixture::new(64);
+        let mut stalled: Vec<Client> = (0..CONNECTIONS_MAX)
+            .map(|_| {
+                let mut client = fixture.connect();
+                client.get();
+                client.send(b"GET /");
+                client
+            })
+            .collect();
+        let began = Instant::now();
+        fixture.connect().get();
+        assert!(began.elapsed() < STALLED * 3);
+        stalled[CONNECTIONS_MAX - 1].send(b"version HTTP/1.1\r\n\r\n");
+        assert_eq!(stalled[CONNECTIONS_MAX - 1].response().0, 200);
+    }
+
+    #[test]
+    fn requests_when_control_has_little_room_are_not_lost() {
+        let fixture = Fixture::new(2);
+        let clients: Vec<_> = (0..50)
+            .map(|_| {
+                let mut client = fixture.connect();
+                thread::spawn(move || {
+                    for _ in 0..20 {
+                        client.get();
+                    }
+                })
+            })
+            .collect();
+        for client in clients {
+            client.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn request_when_control_is_gone_is_answered() {
+        let fixture = Fixture::new(2);
+        fixture.stopped.store(true, Ordering::Relaxed);
+        while fixture
+            .commands
+            .send(Command {
+                action: Box::new(Action::GetVersion),
+                reply: Reply::new(0, inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox()),
+            })
+            .is_ok()
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let (status, body) = fixture.connect().send(GET).response();
+        assert_eq!(status, 503);
+        assert!(body.contains("busy"), "{body}");
+    }
+}

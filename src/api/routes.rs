@@ -1,0 +1,613 @@
+//! Requests to actions, answers to responses: one table of all operations. Pure.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::http::{Method, Request, Response};
+use crate::config::{
+    self, DriveUpdate, JsonError, MachineConfigUpdate, NetworkUpdate, cpu::CpuConfig,
+};
+use crate::vmm::action::{Action, Answer, Outcome};
+
+/// One operation of the API.
+#[derive(Debug)]
+pub struct Operation {
+    /// The method.
+    pub method: Method,
+    /// The path; `{id}` stands for a segment that the client chooses. Segments beyond it are
+    /// ignored, as Firecracker does.
+    pub path: &'static str,
+    to_action: ToAction,
+}
+
+/// How an operation becomes an action.
+#[derive(Debug)]
+enum ToAction {
+    /// Without a body.
+    Plain(fn() -> Action),
+    /// From a body.
+    Body(fn(&[u8]) -> Result<Action, String>),
+    /// From a body that names the id of the path once more.
+    Id(fn(&str, &[u8]) -> Result<Action, String>),
+}
+
+const fn get(path: &'static str, action: fn() -> Action) -> Operation {
+    Operation {
+        method: Method::Get,
+        path,
+        to_action: ToAction::Plain(action),
+    }
+}
+
+const fn with_body(
+    method: Method,
+    path: &'static str,
+    action: fn(&[u8]) -> Result<Action, String>,
+) -> Operation {
+    Operation {
+        method,
+        path,
+        to_action: ToAction::Body(action),
+    }
+}
+
+const fn with_id(
+    method: Method,
+    path: &'static str,
+    action: fn(&str, &[u8]) -> Result<Action, String>,
+) -> Operation {
+    Operation {
+        method,
+        path,
+        to_action: ToAction::Id(action),
+    }
+}
+
+use Method::{Patch, Put};
+
+/// All operations.
+pub const OPERATIONS: &[Operation] = &[
+    get("/", || Action::DescribeInstance),
+    get("/version", || Action::GetVersion),
+    get("/vm/config", || Action::GetVmConfig),
+    get("/vm/timeline", || Action::GetTimeline),
+    get("/machine-config", || Action::GetMachineConfig),
+    get("/metrics", || Action::GetMetrics),
+    with_body(Put, "/actions", put_action),
+    with_body(Put, "/boot-source", |b| Ok(Action::PutBootSource(body(b)?))),
+    with_body(Put, "/cpu-config", |b| {
+        Ok(Action::PutCpuConfig(body::<CpuConfig>(b)?))
+    }),
+    with_id(Put, "/drives/{id}", |id, b| {
+        let drive: config::Drive = body(b)?;
+        same_id(id, &drive.drive_id)?;
+        Ok(Action::PutDrive(drive))
+    }),
+    with_id(Patch, "/drives/{id}", |id, b| {
+        let update: DriveUpdate = body(b)?;
+        same_id(id, &update.drive_id)?;
+        Ok(Action::PatchDrive(update))
+    }),
+    with_body(Put, "/logger", |b| Ok(Action::PutLogger(body(b)?))),
+    with_body(Put, "/machine-config", |b| {
+        Ok(Action::PutMachineConfig(body(b)?))
+    }),
+    with_body(Patch, "/machine-config", |b| {
+        let update: MachineConfigUpdate = body(b)?;
+        if update == MachineConfigUpdate::default() {
+            return Err("Empty PATCH request.".into());
+        }
+        Ok(Action::PatchMachineConfig(update))
+    }),
+    with_body(Put, "/metrics", |b| Ok(Action::PutMetrics(body(b)?))),
+    with_id(Put, "/network-interfaces/{id}", |id, b| {
+        let network: config::NetworkInterface = body(b)?;
+        same_id(id, &network.iface_id)?;
+        Ok(Action::PutNetwork(network))
+    }),
+    with_id(Patch, "/network-interfaces/{id}", |id, b| {
+        let update: NetworkUpdate = body(b)?;
+        same_id(id, &update.iface_id)?;
+        Ok(Action::PatchNetwork(update))
+    }),
+    with_body(Put, "/serial", |b| Ok(Action::PutSerial(body(b)?))),
+    with_body(Put, "/vm", |b| {
+        let (config, start) = config::parse_vm(b).map_err(bad_body)?;
+        let config = Box::new(config);
+        Ok(Action::PutVm { config, start })
+    }),
+    with_body(Patch, "/vm", patch_vm),
+];
+
+/// First segments of Firecracker's paths that stay refused, and what they are about.
+const OUT_OF_SCOPE: &[(&str, &str)] = &[
+    ("vsock", "a vsock device"),
+    ("balloon", "a memory balloon"),
+    ("mmds", "a metadata service"),
+    ("entropy", "an entropy device"),
+    ("pmem", "persistent memory devices"),
+    ("hotplug", "hotplug of memory or devices"),
+];
+
+/// The action that `request` asks for.
+///
+/// # Errors
+/// The response that refuses it.
+pub fn action(request: &Request) -> Result<Action, Response> {
+    find(request).map_err(|reason| fault(400, &reason))
+}
+
+fn find(request: &Request) -> Result<Action, String> {
+    match (request.method, &request.body) {
+        (Method::Get, Some(_)) => return Err("GET request cannot have a body.".into()),
+        (Method::Put, None) => return Err("Empty PUT request.".into()),
+        (Method::Patch, None) => return Err("Empty PATCH request.".into()),
+        (Method::Delete, Some(_)) => return Err("DELETE request cannot have a body.".into()),
+        _ => {}
+    }
+    let body = request.body.as_deref().unwrap_or_default();
+    for operation in OPERATIONS.iter().filter(|o| o.method == request.method) {
+        match (matches(operation.path, &request.path), &operation.to_action) {
+            (None, _) => {}
+            (Some(_), ToAction::Plain(make)) => return Ok(make()),
+            (Some(_), ToAction::Body(make)) => return make(body),
+            (Some(id), ToAction::Id(make)) => return make(checked_id(id)?, body),
+        }
+    }
+    Err(unknown(request))
+}
+
+/// Whether `path` is the one of `pattern`; and the segment in the place of `{id}`, if any.
+fn matches<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
+    let mut id = "";
+    let mut segments = segments(path);
+    for (place, expected) in pattern.trim_start_matches('/').split('/').enumerate() {
+        let segment = segments.next().unwrap_or_default();
+        if expected == "{id}" {
+            id = segment;
+        } else if segment != expected || (place > 0 && segment.is_empty()) {
+            return None;
+        }
+    }
+    Some(id)
+}
+
+/// The segments of a path, as Firecracker counts them: slashes before the first are nothing.
+fn segments(path: &str) -> impl Iterator<Item = &str> {
+    path.trim_start_matches('/').split_terminator('/')
+}
+
+/// Why nothing is at the path of `request`.
+fn unknown(request: &Request) -> String {
+    let mut parts = segments(&request.path);
+    let first = parts.next().unwrap_or_default();
+    if let Some((name, what)) = OUT_OF_SCOPE.iter().find(|(name, _)| *name == first) {
+        return format!("/{name} is out of scope: this monitor does not offer {what}.");
+    }
+    match (request.method, first, parts.next()) {
+        (Method::Delete, "drives" | "network-interfaces", _) => {
+            "Unplugging devices is out of scope: this monitor does not offer hotplug.".into()
+        }
+        (Method::Put, "snapshot", Some("create" | "load")) => {
+            "Snapshots are not in this version.".into()
+        }
+        (method, _, _) => format!(
+            "Invalid request method and/or path: {} {}.",
+            method.name(),
+            request.path
+        ),
+    }
+}
+
+fn checked_id(id: &str) -> Result<&str, String> {
+    if id.is_empty() {
+        return Err("The ID cannot be empty.".into());
+    }
+    if !id.chars().all(|c| c == '_' || c.is_alphanumeric()) {
+        return Err(
+            "API Resource IDs can only contain alphanumeric characters and underscores.".into(),
+        );
+    }
+    Ok(id)
+}
+
+fn same_id(path: &str, body: &str) -> Result<(), String> {
+    if path == body {
+        return Ok(());
+    }
+    Err(format!(
+        "The id from the path [{path}] does not match the id from the body [{body}]!"
+    ))
+}
+
+fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    config::json::parse(bytes).map_err(bad_body)
+}
+
+fn bad_body(error: JsonError) -> String {
+    format!("An error occurred when deserializing the json body of a request: {error}.")
+}
+
+fn put_action(bytes: &[u8]) -> Result<Action, String> {
+    #[derive(Deserialize)]
+    enum Type {
+        FlushMetrics,
+        InstanceStart,
+        SendCtrlAltDel,
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        action_type: Type,
+    }
+    let Body { action_type } = body(bytes)?;
+    Ok(match action_type {
+        Type::FlushMetrics => Action::FlushMetrics,
+        Type::InstanceStart => Action::Start,
+        Type::SendCtrlAltDel => Action::SendCtrlAltDel,
+    })
+}
+
+fn patch_vm(bytes: &[u8]) -> Result<Action, String> {
+    #[derive(Deserialize)]
+    enum State {
+        Paused,
+        Resumed,
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        state: State,
+    }
+    let Body { state } = body(bytes)?;
+    Ok(match state {
+        State::Paused => Action::Pause,
+        State::Resumed => Action::Resume,
+    })
+}
+
+/// How long control may think about `action` before the client is told that it still does.
+pub fn patience(action: &Action) -> Duration {
+    match action {
+        // Memory is made, files are read.
+        Action::Start | Action::PutVm { .. } => Duration::from_secs(120),
+        _ => Duration::from_secs(30),
+    }
+}
+
+/// The response that tells `answer`.
+pub fn response(answer: &Answer) -> Response {
+    match answer {
+        Ok(Outcome::Done) => Response::empty(204),
+        Ok(Outcome::Instance(instance)) => ok(instance),
+        Ok(Outcome::Version(version)) => ok(&json!({ "firecracker_version": version })),
+        Ok(Outcome::MachineConfig(machine)) => ok(machine),
+        Ok(Outcome::VmConfig(config)) => ok(config),
+        Ok(Outcome::Timeline(steps)) => ok(&InOrder(steps)),
+        Ok(Outcome::Metrics(text)) => Response {
+            content_type: "text/plain; version=0.0.4",
+            ..Response::json(200, text.clone())
+        },
+        Err(error) => fault(400, &error.0),
+    }
+}
+
+/// The response to a request that control could not be asked, or did not answer.
+pub fn no_answer(why: &str) -> Response {
+    fault(503, why)
+}
+
+fn fault(status: u16, reason: &str) -> Response {
+    Response::json(status, json!({ "fault_message": reason }).to_string())
+}
+
+fn ok(value: &impl serde::Serialize) -> Response {
+    match serde_json::to_string(value) {
+        Ok(body) => Response::json(200, body),
+        Err(error) => fault(500, &error.to_string()),
+    }
+}
+
+/// A JSON object whose members keep their order.
+struct InOrder<'a>(&'a [(&'static str, Option<u64>)]);
+
+impl serde::Serialize for InOrder<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().copied())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MachineConfig, VmConfig};
+    use crate::vmm::action::{ActionError, InstanceInfo};
+
+    fn request(method: Method, path: &str, body: &str) -> Request {
+        Request {
+            method,
+            path: path.into(),
+            body: (!body.is_empty()).then(|| body.as_bytes().to_vec()),
+            close: false,
+        }
+    }
+
+    /// What `Debug` calls the action, or the reason it is refused for.
+    fn asked(method: Method, path: &str, body: &str) -> Result<String, String> {
+        match action(&request(method, path, body)) {
+            Ok(action) => Ok(format!("{action:?}")),
+            Err(response) => {
+                assert_eq!(response.status, 400);
+                let body: serde_json::Value =
+                    serde_json::from_str(&response.body.unwrap()).unwrap();
+                Err(body["fault_message"].as_str().unwrap().into())
+            }
+        }
+    }
+
+    const MACHINE: &str = r#"{"vcpu_count":1,"mem_size_mib":128}"#;
+    const DRIVE: &str = r#"{"drive_id":"a","path_on_host":"p","is_root_device":false}"#;
+    const NET: &str = r#"{"iface_id":"a","host_dev_name":"t"}"#;
+
+    #[test]
+    fn action_when_good_is_found() {
+        use Method::*;
+        let cases = [
+            (Get, "/", "", "DescribeInstance"),
+            (Get, "", "", "DescribeInstance"),
+            (Get, "///", "", "DescribeInstance"),
+            (Get, "/version", "", "GetVersion"),
+            (Get, "//version/x/y", "", "GetVersion"),
+            (Get, "/vm/config", "", "GetVmConfig"),
+            (Get, "/vm/config/", "", "GetVmConfig"),
+            (Get, "/vm/timeline", "", "GetTimeline"),
+            (Get, "/machine-config", "", "GetMachineConfig"),
+            (Get, "/metrics", "", "GetMetrics"),
+            (Put, "/machine-config", MACHINE, "PutMachineConfig"),
+            (Patch, "/machine-config", r#"{"smt":true}"#, "PatchMachine"),
+            (
+                Patch,
+                "/machine-config",
+                r#"{"cpu_template":"None"}"#,
+                "PatchMachine",
+            ),
+            (
+                Put,
+                "/boot-source",
+                r#"{"kernel_image_path":"k","initrd_path":null,"boot_args":null}"#,
+                "PutBootSource",
+            ),
+            (Put, "/drives/a", DRIVE, "PutDrive"),
+            (Put, "/drives/a/b", DRIVE, "PutDrive"),
+            (Patch, "/drives/a", r#"{"drive_id":"a"}"#, "PatchDrive"),
+            (Put, "/network-interfaces/a", NET, "PutNetwork"),
+            (
+                Patch,
+                "/network-interfaces/a",
+                r#"{"iface_id":"a"}"#,
+                "PatchNetwork",
+            ),
+            (
+                Put,
+                "/actions",
+                r#"{"action_type":"InstanceStart"}"#,
+                "Start",
+            ),
+            (
+                Put,
+                "/actions",
+                r#"{"action_type":"SendCtrlAltDel"}"#,
+                "SendCtrlAltDel",
+            ),
+            (
+                Put,
+                "/actions/x",
+                r#"{"action_type":"FlushMetrics"}"#,
+                "FlushMetrics",
+            ),
+            (Patch, "/vm", r#"{"state":"Paused"}"#, "Pause"),
+            (Patch, "/vm/x", r#"{"state":"Resumed"}"#, "Resume"),
+            (Put, "/logger", r#"{"level":"wArNing"}"#, "PutLogger"),
+            (
+                Put,
+                "/metrics",
+                r#"{"metrics_path":"m","other":1}"#,
+                "PutMetrics",
+            ),
+            (Put, "/serial", "{}", "PutSerial"),
+            (Put, "/cpu-config", "{}", "PutCpuConfig"),
+            (
+                Put,
+                "/vm",
+                r#"{"boot-source":{"kernel_image_path":"k"},"drives":[],"start":true}"#,
+                "PutVm",
+            ),
+        ];
+        for (method, path, body, name) in cases {
+            let asked = asked(method, path, body);
+            assert!(
+                asked.as_ref().is_ok_and(|a| a.starts_with(name)),
+                "{method:?} {path}: {asked:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn action_when_bad_is_refused_with_the_reason() {
+        use Method::*;
+        let cases = [
+            (Get, "/version", "{}", "GET request cannot have a body."),
+            (Get, "/nope", "{}", "GET request cannot have a body."),
+            (Put, "/nope", "", "Empty PUT request."),
+            (Put, "/actions", "", "Empty PUT request."),
+            (Patch, "/vm", "", "Empty PATCH request."),
+            (Patch, "/machine-config", "{}", "Empty PATCH request."),
+            (
+                Patch,
+                "/machine-config",
+                r#"{"smt":null}"#,
+                "Empty PATCH request.",
+            ),
+            (Delete, "/drives/a", "{}", "cannot have a body"),
+            (Delete, "/drives/a", "", "hotplug"),
+            (
+                Delete,
+                "/",
+                "",
+                "Invalid request method and/or path: DELETE /.",
+            ),
+            (
+                Get,
+                "/nope",
+                "",
+                "Invalid request method and/or path: GET /nope.",
+            ),
+            (Get, "/vm", "", "Invalid request method"),
+            (Get, "/vm//config", "", "Invalid request method"),
+            (Get, "/version?x=1", "", "Invalid request method"),
+            (Get, "/%76ersion", "", "Invalid request method"),
+            (Get, "/drives/a", "", "Invalid request method"),
+            (Put, "/version", "{}", "Invalid request method"),
+            (Patch, "/boot-source", "{}", "Invalid request method"),
+            (Put, "/drives", DRIVE, "The ID cannot be empty."),
+            (Put, "/drives/", DRIVE, "The ID cannot be empty."),
+            (Put, "/drives//a", DRIVE, "The ID cannot be empty."),
+            (Put, "/drives/a-b", DRIVE, "alphanumeric"),
+            (Put, "/drives/b", DRIVE, "[b] does not match"),
+            (Patch, "/drives/b", r#"{"drive_id":"a"}"#, "does not match"),
+            (Put, "/network-interfaces", NET, "The ID cannot be empty."),
+            (Put, "/network-interfaces/b", NET, "does not match"),
+            (
+                Put,
+                "/actions",
+                r#"{"action_type":"x"}"#,
+                "An error occurred when deserializing the json body of a request: unknown variant `x`",
+            ),
+            (Put, "/actions", r#"{"action_type":null}"#, "action_type"),
+            (
+                Put,
+                "/actions",
+                r#"{"action_type":"InstanceStart","payload":1}"#,
+                "unknown field `payload`",
+            ),
+            (
+                Patch,
+                "/vm",
+                r#"{"state":"paused"}"#,
+                "unknown variant `paused`",
+            ),
+            (Put, "/machine-config", "x", "expected value"),
+            (
+                Put,
+                "/machine-config",
+                r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"T2"}"#,
+                "static CPU templates are out of scope",
+            ),
+            (Put, "/logger", r#"{"level":"loud"}"#, "`loud`"),
+            (Put, "/metrics", "{}", "missing field `metrics_path`"),
+            (Put, "/vsock", "{}", "out of scope"),
+            (Get, "/balloon/statistics", "", "out of scope"),
+            (Get, "/mmds", "", "out of scope"),
+            (Put, "/entropy", "{}", "out of scope"),
+            (Put, "/pmem/a", "{}", "out of scope"),
+            (Get, "/hotplug/memory", "", "out of scope"),
+            (Put, "/snapshot/create", "{}", "not in this version"),
+            (Put, "/snapshot/load", "{}", "not in this version"),
+            (Put, "/snapshot/x", "{}", "Invalid request method"),
+        ];
+        for (method, path, body, reason) in cases {
+            let asked = asked(method, path, body);
+            assert!(
+                asked.as_ref().is_err_and(|told| told.contains(reason)),
+                "{method:?} {path}: {asked:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn body_when_null_is_not_absent() {
+        let machine = |rest: &str| format!(r#"{{"vcpu_count":1,"mem_size_mib":1,{rest}}}"#);
+        let drive = |rest: &str| {
+            format!(r#"{{"drive_id":"a","path_on_host":"p","is_root_device":false,{rest}}}"#)
+        };
+        let cases = [
+            ("/machine-config", machine(r#""smt":null"#), false),
+            (
+                "/machine-config",
+                machine(r#""track_dirty_pages":null"#),
+                false,
+            ),
+            ("/machine-config", machine(r#""huge_pages":null"#), false),
+            ("/machine-config", machine(r#""cpu_template":null"#), true),
+            ("/drives/a", drive(r#""cache_type":null"#), false),
+            ("/drives/a", drive(r#""is_read_only":null"#), true),
+            ("/drives/a", drive(r#""io_engine":null"#), true),
+            ("/drives/a", drive(r#""partuuid":null,"socket":null"#), true),
+            (
+                "/drives/a",
+                drive(r#""rate_limiter":{"bandwidth":null}"#),
+                true,
+            ),
+            (
+                "/drives/a",
+                drive(r#""rate_limiter":{"ops":{"size":1,"refill_time":1,"x":1}}"#),
+                true,
+            ),
+            ("/drives/a", drive(r#""rate_limiter":{"x":1}"#), false),
+        ];
+        for (path, body, taken) in cases {
+            let asked = asked(Method::Put, path, &body);
+            assert_eq!(asked.is_ok(), taken, "{body}: {asked:?}");
+        }
+    }
+
+    #[test]
+    fn response_when_answered_is_the_originals_json() {
+        let text = |outcome| {
+            let response = response(&Ok(outcome));
+            (response.status, response.body.unwrap_or_default())
+        };
+        assert_eq!(text(Outcome::Done), (204, String::new()));
+        assert_eq!(
+            text(Outcome::Version("1.17.0")),
+            (200, r#"{"firecracker_version":"1.17.0"}"#.into())
+        );
+        assert_eq!(
+            text(Outcome::Instance(InstanceInfo {
+                id: "i".into(),
+                state: "Not started",
+                vmm_version: "1",
+                app_name: "m",
+            }))
+            .1,
+            r#"{"id":"i","state":"Not started","vmm_version":"1","app_name":"m"}"#
+        );
+        assert_eq!(
+            text(Outcome::MachineConfig(MachineConfig::default())).1,
+            r#"{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"}"#
+        );
+        let config = VmConfig {
+            machine_config: Some(MachineConfig::default()),
+            ..VmConfig::default()
+        };
+        assert!(
+            text(Outcome::VmConfig(Box::new(config)))
+                .1
+                .starts_with(r#"{"balloon":null,"drives":[],"boot-source":{"#)
+        );
+        assert_eq!(
+            text(Outcome::Timeline(vec![("b", Some(2)), ("a", None)])).1,
+            r#"{"b":2,"a":null}"#
+        );
+        let metrics = response(&Ok(Outcome::Metrics("a 1\n".into())));
+        assert!(metrics.content_type.starts_with("text/plain"));
+        let refused = response(&Err(ActionError("No.".into())));
+        assert_eq!(
+            (refused.status, refused.body.unwrap()),
+            (400, r#"{"fault_message":"No."}"#.into())
+        );
+    }
+}

@@ -1,0 +1,260 @@
+//! How much a device may do: token buckets for bytes and for operations.
+//!
+//! Pure arithmetic on a clock that is passed in (nanoseconds of any monotonic clock); who waits,
+//! and how, is the device's business. The rules are Firecracker's: a bucket holds `size` tokens,
+//! is full at the start and again `refill_ms` after it was empty; `burst` more are given once, at
+//! the start; a size or refill time of 0 means no bucket. What is larger than the whole bucket is
+//! let through as soon as the bucket is out of debt, and everything after it waits until the
+//! debt is paid.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
+use std::num::NonZeroU64;
+
+const NANOS_PER_MILLI: u64 = 1_000_000;
+
+/// One bucket of tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenBucket {
+    size: u64,
+    refill_nanos: NonZeroU64,
+    burst: u64,
+    /// Negative: a debt left by a request larger than the bucket.
+    tokens: i128,
+    /// What has been earned of the next token, in tokens times `refill_nanos`.
+    fraction: u128,
+    /// When the clock was last looked at; `None` before the first use.
+    seen: Option<u64>,
+}
+
+impl TokenBucket {
+    /// A full bucket; `None`, for no limit, when `size` or `refill_ms` is 0.
+    pub fn new(size: u64, burst: u64, refill_ms: u64) -> Option<Self> {
+        if size == 0 {
+            return None;
+        }
+        let refill_nanos = NonZeroU64::new(refill_ms.saturating_mul(NANOS_PER_MILLI))?;
+        Some(TokenBucket {
+            size,
+            refill_nanos,
+            burst,
+            tokens: i128::from(size),
+            fraction: 0,
+            seen: None,
+        })
+    }
+
+    /// Nanoseconds from `now` until `wanted` tokens may be taken; 0: at once.
+    fn wait(&mut self, now: u64, wanted: u64) -> u64 {
+        self.refill(now);
+        let wanted = u128::from(wanted).saturating_sub(u128::from(self.burst));
+        // More than the bucket can ever hold only has to wait for the debt to be paid.
+        let needed = i128::try_from(wanted)
+            .ok()
+            .filter(|n| *n <= i128::from(self.size))
+            .unwrap_or(0);
+        let missing = needed.saturating_sub(self.tokens);
+        let Ok(missing) = u128::try_from(missing) else {
+            return 0;
+        };
+        let nanos = missing
+            .saturating_mul(u128::from(self.refill_nanos.get()))
+            .saturating_sub(self.fraction)
+            .div_ceil(u128::from(self.size.max(1)));
+        u64::try_from(nanos).unwrap_or(u64::MAX)
+    }
+
+    fn take(&mut self, now: u64, wanted: u64) {
+        self.refill(now);
+        let from_burst = wanted.min(self.burst);
+        self.burst = self.burst.saturating_sub(from_burst);
+        let rest = wanted.saturating_sub(from_burst);
+        self.tokens = self.tokens.saturating_sub(i128::from(rest));
+    }
+
+    fn refill(&mut self, now: u64) {
+        let since = self.seen.unwrap_or(now);
+        self.seen = Some(now.max(since));
+        let elapsed = u128::from(now.saturating_sub(since));
+        // Tokens times `refill_nanos`; both factors come from 64 bits, so the product fits.
+        let earned = elapsed
+            .saturating_mul(u128::from(self.size))
+            .saturating_add(self.fraction);
+        let refill = u128::from(self.refill_nanos.get());
+        let whole = earned.checked_div(refill).unwrap_or(0);
+        let whole = i128::try_from(whole).unwrap_or(i128::MAX);
+        let full = i128::from(self.size);
+        self.tokens = self.tokens.saturating_add(whole);
+        if self.tokens >= full {
+            self.tokens = full;
+            self.fraction = 0;
+        } else {
+            self.fraction = earned.checked_rem(refill).unwrap_or(0);
+        }
+    }
+}
+
+/// What happens to one bucket of a running limiter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BucketUpdate {
+    /// It stays as it is.
+    #[default]
+    Keep,
+    /// This takes its place; `None`: no limit any more.
+    Replace(Option<TokenBucket>),
+}
+
+/// What happens to a running limiter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RateLimiterUpdate {
+    /// Bytes.
+    pub bandwidth: BucketUpdate,
+    /// Operations.
+    pub ops: BucketUpdate,
+}
+
+/// A limit on bytes and operations; by default none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RateLimiter {
+    bandwidth: Option<TokenBucket>,
+    ops: Option<TokenBucket>,
+}
+
+impl RateLimiter {
+    /// A limiter of these buckets; `None` is no limit.
+    pub fn new(bandwidth: Option<TokenBucket>, ops: Option<TokenBucket>) -> Self {
+        RateLimiter { bandwidth, ops }
+    }
+
+    /// Whether there is any limit at all.
+    pub fn limits(&self) -> bool {
+        self.bandwidth.is_some() || self.ops.is_some()
+    }
+
+    /// Nanoseconds from `now` until one operation of `bytes` may go ahead; 0: at once.
+    pub fn wait(&mut self, now: u64, bytes: u64) -> u64 {
+        let for_ops = self.ops.as_mut().map_or(0, |b| b.wait(now, 1));
+        let for_bytes = self.bandwidth.as_mut().map_or(0, |b| b.wait(now, bytes));
+        for_ops.max(for_bytes)
+    }
+
+    /// Charges one operation of `bytes`, into debt if need be.
+    pub fn charge(&mut self, now: u64, bytes: u64) {
+        if let Some(bucket) = &mut self.ops {
+            bucket.take(now, 1);
+        }
+        if let Some(bucket) = &mut self.bandwidth {
+            bucket.take(now, bytes);
+        }
+    }
+
+    /// Changes the limits from now on.
+    pub fn update(&mut self, update: RateLimiterUpdate) {
+        if let BucketUpdate::Replace(bucket) = update.bandwidth {
+            self.bandwidth = bucket;
+        }
+        if let BucketUpdate::Replace(bucket) = update.ops {
+            self.ops = bucket;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = NANOS_PER_MILLI;
+
+    fn bytes(size: u64, burst: u64, refill_ms: u64) -> RateLimiter {
+        RateLimiter::new(TokenBucket::new(size, burst, refill_ms), None)
+    }
+
+    #[test]
+    fn new_when_size_or_time_is_zero_is_no_bucket() {
+        assert_eq!(TokenBucket::new(0, 5, 100), None);
+        assert_eq!(TokenBucket::new(5, 5, 0), None);
+        let mut none = RateLimiter::default();
+        assert!(!none.limits());
+        none.charge(0, u64::MAX);
+        assert_eq!(none.wait(0, u64::MAX), 0);
+    }
+
+    #[test]
+    fn wait_when_empty_is_the_exact_time_to_refill() {
+        let mut limiter = bytes(1000, 0, 100);
+        assert_eq!(limiter.wait(5, 1000), 0);
+        limiter.charge(5, 1000);
+        assert_eq!(limiter.wait(5, 1), MS / 10);
+        assert_eq!(limiter.wait(5, 1000), 100 * MS);
+        assert_eq!(limiter.wait(5 + 50 * MS, 1000), 50 * MS);
+        assert_eq!(limiter.wait(5 + 50 * MS, 500), 0);
+    }
+
+    #[test]
+    fn burst_when_used_up_does_not_come_back() {
+        let mut limiter = bytes(100, 50, 100);
+        assert_eq!(limiter.wait(0, 150), 0);
+        limiter.charge(0, 150);
+        assert_eq!(limiter.wait(0, 100), 100 * MS);
+        assert_eq!(limiter.wait(1000 * MS, 100), 0);
+        limiter.charge(1000 * MS, 100);
+        assert_eq!(limiter.wait(1000 * MS, 1), MS);
+    }
+
+    #[test]
+    fn charge_when_larger_than_the_bucket_leaves_a_debt() {
+        let mut limiter = bytes(100, 0, 100);
+        assert_eq!(limiter.wait(0, 1000), 0);
+        limiter.charge(0, 1000);
+        assert_eq!(limiter.wait(0, 1), 901 * MS);
+        assert_eq!(limiter.wait(0, 1000), 900 * MS);
+        assert_eq!(limiter.wait(900 * MS, 1000), 0);
+        assert_eq!(limiter.wait(900 * MS, 50), 50 * MS);
+    }
+
+    #[test]
+    fn refill_when_asked_often_loses_no_fraction() {
+        // 3 tokens in 10 ms, asked every microsecond.
+        let mut limiter = bytes(3, 0, 10);
+        limiter.charge(0, 3);
+        for micro in 1..10_000 {
+            assert!(limiter.wait(micro * 1000, 3) > 0, "at {micro}");
+        }
+        assert_eq!(limiter.wait(10 * MS, 3), 0);
+    }
+
+    #[test]
+    fn both_buckets_when_one_is_empty_make_wait() {
+        let mut limiter =
+            RateLimiter::new(TokenBucket::new(1000, 0, 10), TokenBucket::new(2, 0, 10));
+        limiter.charge(0, 1);
+        limiter.charge(0, 1);
+        assert_eq!(limiter.wait(0, 1), 5 * MS);
+        limiter.update(RateLimiterUpdate {
+            ops: BucketUpdate::Replace(None),
+            ..Default::default()
+        });
+        assert_eq!(limiter.wait(0, 1), 0);
+        assert_eq!(limiter.wait(0, 1000), 10 * MS / 1000 * 2);
+    }
+
+    #[test]
+    fn extremes_when_given_do_not_overflow() {
+        let mut limiter = bytes(u64::MAX, u64::MAX, u64::MAX);
+        limiter.charge(0, u64::MAX);
+        limiter.charge(u64::MAX, u64::MAX);
+        limiter.charge(0, u64::MAX);
+        let _ = limiter.wait(u64::MAX, u64::MAX);
+        let mut tiny = bytes(1, 0, u64::MAX);
+        tiny.charge(0, u64::MAX);
+        assert_eq!(tiny.wait(u64::MAX, 1), u64::MAX);
+    }
+}

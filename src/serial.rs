@@ -1,0 +1,515 @@
+//! The serial console: the UART that vCPUs touch, and the serial thread behind it.
+//!
+//! ```text
+//!   guest --OUT--> Uart --pipe--> serial thread --> console output
+//!   guest <--IN--- Uart <-------- serial thread <-- console input
+//!   any thread ------log pipe---> serial thread --> the log's place
+//! ```
+//!
+//! [`Uart`] is vm-superio's 16550 behind one mutex, shared by vCPUs (registers) and the serial
+//! thread (input). What the guest writes goes into a pipe that never blocks: a reader of the
+//! console who is slow, or gone, costs bytes, which are counted, and never a vCPU's time.
+//! Input is taken from its source only while the UART has room for it.
+//!
+//! [`Console`] lives on the serial thread and owns the host's side. It also carries the log of the
+//! other threads to its place, for the same reason. It writes only where there is room, so it can
+//! always be reached by its inbox; it never exits before the process does.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::bus::{Registers, Written};
+use crate::inbox::{Inbox, Outbox};
+use crate::sys::fd::{self, Interest};
+
+/// First port of COM1.
+pub const COM1_PORT: u64 = 0x3f8;
+/// Ports of a 16550.
+pub const PORTS: u64 = 8;
+/// The interrupt of COM1.
+pub const COM1_GSI: u32 = 4;
+
+/// Bytes moved at once: at most PIPE_BUF, so that a pipe that has room takes them all.
+const CHUNK: usize = 4096;
+/// Input taken from its source at once: the FIFO of a 16550.
+const INPUT_CHUNK: usize = 64;
+/// How often held-back input is offered again to a UART that is in loop-back mode, in ms.
+const RETRY_MILLIS: u32 = 50;
+
+/// The interrupt line of a UART.
+#[derive(Debug)]
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// What a UART tells the host.
+#[derive(Debug)]
+struct Events {
+    /// Rung when the guest has read all input.
+    drained: EventFd,
+    lost: Arc<AtomicU64>,
+}
+
+impl SerialEvents for Events {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn in_buffer_empty(&self) {
+        // Only fails when it is rung already.
+        let _ = self.drained.write(1);
+    }
+}
+
+/// The registers of the console's UART.
+pub struct Uart(Mutex<Serial<Line, Events, File>>);
+
+impl Uart {
+    fn lock(&self) -> MutexGuard<'_, Serial<Line, Events, File>> {
+        // A panic ends the process, so a poisoned lock is never seen.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room for input, in bytes.
+    fn room(&self) -> usize {
+        self.lock().fifo_capacity()
+    }
+
+    /// Gives the guest input; how many bytes it took.
+    fn feed(&self, input: &[u8]) -> usize {
+        self.lock().enqueue_raw_bytes(input).unwrap_or(0)
+    }
+}
+
+impl fmt::Debug for Uart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Uart")
+    }
+}
+
+/// The registers are bytes: the first byte of a wider access is the access, the rest reads as 0.
+impl Registers for Uart {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
+            *first = self.lock().read(offset);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Written {
+        if let (Some(first), Ok(offset)) = (data.first(), u8::try_from(offset)) {
+            // A byte that could not be kept was counted by `Events`; a lost interrupt means a
+            // line that is raised already.
+            let _ = self.lock().write(offset, *first);
+        }
+        Written::Done
+    }
+}
+
+/// Where the console and the log go to and come from.
+#[derive(Debug)]
+pub struct Streams {
+    /// Console input; none when the guest gets no input.
+    pub input: Option<File>,
+    /// Console output.
+    pub output: File,
+    /// Lines that the other threads log.
+    pub log_from: File,
+    /// The log's place.
+    pub log_to: File,
+}
+
+/// What control tells the serial thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SerialMessage {
+    /// The guest has ended: write what is left, as far as there is room, and say so.
+    Finish,
+}
+
+/// What the serial thread tells control.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SerialEvent {
+    /// All that could be written is written.
+    Finished,
+}
+
+/// The serial thread's own: the host's side of the console.
+#[derive(Debug)]
+pub struct Console {
+    uart: Arc<Uart>,
+    drained: EventFd,
+    input: Input,
+    output: Stream,
+    log: Stream,
+    messages: Inbox<SerialMessage>,
+    events: Outbox<SerialEvent>,
+}
+
+/// Makes the UART, whose interrupts go to `line`, and the console behind it.
+///
+/// # Errors
+/// When the host has no descriptor left.
+pub fn console(
+    line: EventFd,
+    streams: Streams,
+    messages: Inbox<SerialMessage>,
+    events: Outbox<SerialEvent>,
+) -> io::Result<(Arc<Uart>, Console)> {
+    let (from_guest, to_host) = fd::pipe()?;
+    let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    let lost = Arc::new(AtomicU64::new(0));
+    let uart_events = Events {
+        drained: drained.try_clone()?,
+        lost: Arc::clone(&lost),
+    };
+    let uart = Arc::new(Uart(Mutex::new(Serial::with_events(
+        Line(line),
+        uart_events,
+        to_host,
+    ))));
+    let console = Console {
+        uart: Arc::clone(&uart),
+        drained,
+        input: Input::new(streams.input),
+        output: Stream::new(from_guest, streams.output, lost),
+        log: Stream::new(
+            streams.log_from,
+            streams.log_to,
+            Arc::new(AtomicU64::new(0)),
+        ),
+        messages,
+        events,
+    };
+    Ok((uart, console))
+}
+
+impl Console {
+    /// The life of the thread.
+    ///
+    /// # Errors
+    /// When the host can not wait for descriptors (it is out of memory).
+    pub fn run(mut self) -> io::Result<()> {
+        let mut finishing = false;
+        loop {
+            let room = self.input.wants_to_read() && self.uart.room() > 0;
+            let mut interests = [
+                Interest::read(self.messages.as_raw_fd()),
+                Interest::read(self.drained.as_raw_fd()),
+                Interest::read(self.input.descriptor()).when(room),
+                self.output.interest(),
+                self.log.interest(),
+            ];
+            // While finishing, what has no room now is given up.
+            let patience = if finishing {
+                Some(0)
+            } else {
+                self.input.is_held_back().then_some(RETRY_MILLIS)
+            };
+            fd::wait(&mut interests, patience)?;
+            let [message, drained, input, output, log] = interests;
+
+            if finishing && !output.is_ready() && !log.is_ready() {
+                let _ = self.events.post(SerialEvent::Finished);
+                finishing = false;
+            }
+            if message.is_ready() {
+                self.messages.silence();
+                while let Some(SerialMessage::Finish) = self.messages.next() {
+                    finishing = true;
+                }
+            }
+            if drained.is_ready() {
+                let _ = self.drained.read();
+            }
+            if input.is_ready() {
+                self.input.read();
+            }
+            self.input.offer(&self.uart);
+            if output.is_ready() {
+                self.output.step();
+            }
+            if log.is_ready() {
+                self.log.step();
+            }
+        }
+    }
+}
+
+/// Console input: its source, and bytes that the UART has not taken yet.
+#[derive(Debug)]
+struct Input {
+    source: Option<File>,
+    /// The source has nothing more. It stays open: this thread may not close.
+    ended: bool,
+    bytes: [u8; INPUT_CHUNK],
+    from: usize,
+    to: usize,
+}
+
+impl Input {
+    fn new(source: Option<File>) -> Self {
+        Input {
+            ended: source.is_none(),
+            source,
+            bytes: [0; INPUT_CHUNK],
+            from: 0,
+            to: 0,
+        }
+    }
+
+    const fn is_held_back(&self) -> bool {
+        self.from < self.to
+    }
+
+    const fn wants_to_read(&self) -> bool {
+        !self.ended && !self.is_held_back()
+    }
+
+    fn descriptor(&self) -> RawFd {
+        self.source.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    fn read(&mut self) {
+        match fd::read(self.descriptor(), &mut self.bytes) {
+            Ok(0) => self.ended = true,
+            Ok(n) => (self.from, self.to) = (0, n),
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+            Err(_) => self.ended = true,
+        }
+    }
+
+    fn offer(&mut self, uart: &Uart) {
+        if let Some(held) = self.bytes.get(self.from..self.to)
+            && !held.is_empty()
+        {
+            self.from = self.from.saturating_add(uart.feed(held));
+        }
+    }
+}
+
+/// Bytes on their way from a pipe to a place that may be slow, full or gone.
+#[derive(Debug)]
+struct Stream {
+    source: File,
+    sink: File,
+    bytes: Box<[u8; CHUNK]>,
+    from: usize,
+    to: usize,
+    /// Nobody holds the writing end any more.
+    ended: bool,
+    lost: Arc<AtomicU64>,
+}
+
+impl Stream {
+    fn new(source: File, sink: File, lost: Arc<AtomicU64>) -> Self {
+        Stream {
+            source,
+            sink,
+            bytes: Box::new([0; CHUNK]),
+            from: 0,
+            to: 0,
+            ended: false,
+            lost,
+        }
+    }
+
+    fn interest(&self) -> Interest {
+        if self.from < self.to {
+            Interest::write(self.sink.as_raw_fd())
+        } else {
+            Interest::read(self.source.as_raw_fd()).when(!self.ended)
+        }
+    }
+
+    /// One read or one write, whichever the stream is at.
+    fn step(&mut self) {
+        let Some(held) = self.bytes.get(self.from..self.to).filter(|h| !h.is_empty()) else {
+            if let Ok(n) = fd::read(self.source.as_raw_fd(), &mut self.bytes[..]) {
+                (self.from, self.to) = (0, n);
+                self.ended = n == 0;
+            }
+            return;
+        };
+        match self.sink.write(held) {
+            Ok(n) => self.from = self.from.saturating_add(n),
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+            Err(_) => {
+                // Nobody reads, or the disk is full: these bytes are lost, the next may not be.
+                self.lost.fetch_add(held.len() as u64, Ordering::Relaxed);
+                self.from = self.to;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inbox::{Sender, inbox};
+    use std::io::Read;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    const DATA: u64 = 0;
+    const MODEM_CONTROL: u64 = 4;
+    const LINE_STATUS: u64 = 5;
+    const LOOPBACK: u8 = 0x10;
+
+    struct Rig {
+        uart: Arc<Uart>,
+        messages: Sender<SerialMessage>,
+        events: Inbox<SerialEvent>,
+        type_in: File,
+        screen: File,
+        log_in: File,
+        log_out: File,
+    }
+
+    fn rig() -> (Rig, Console) {
+        let (input, type_in) = fd::pipe().unwrap();
+        let (screen, output) = fd::pipe().unwrap();
+        let (log_from, log_in) = fd::pipe().unwrap();
+        let (log_out, log_to) = fd::pipe().unwrap();
+        let (messages, inbox_) = inbox(4).unwrap();
+        let (sender, events) = inbox::<SerialEvent>(4).unwrap();
+        let streams = Streams {
+            input: Some(input),
+            output,
+            log_from,
+            log_to,
+        };
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (uart, console) = console(line, streams, inbox_, sender.outbox()).unwrap();
+        let rig = Rig {
+            uart,
+            messages,
+            events,
+            type_in,
+            screen,
+            log_in,
+            log_out,
+        };
+        (rig, console)
+    }
+
+    fn read_soon(file: &mut File, len: usize) -> Vec<u8> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut got = Vec::new();
+        while got.len() < len && Instant::now() < deadline {
+            let mut bytes = [0; 256];
+            match file.read(&mut bytes) {
+                Ok(n) => got.extend_from_slice(&bytes[..n]),
+                Err(_) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        got
+    }
+
+    fn guest_reads(uart: &Uart, len: usize) -> Vec<u8> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut got = Vec::new();
+        while got.len() < len && Instant::now() < deadline {
+            let mut status = [0];
+            uart.read(LINE_STATUS, &mut status);
+            if status[0] & 1 == 0 {
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            let mut byte = [0];
+            uart.read(DATA, &mut byte);
+            got.push(byte[0]);
+        }
+        got
+    }
+
+    #[test]
+    fn console_when_guest_and_user_talk_carries_both_ways() {
+        let (mut rig, console) = rig();
+        thread::spawn(move || console.run());
+        for byte in b"hello" {
+            let _ = rig.uart.write(DATA, &[*byte]);
+        }
+        assert_eq!(read_soon(&mut rig.screen, 5), b"hello");
+
+        // More than a FIFO's worth: held back until the guest reads.
+        let typed: Vec<u8> = (0..200).collect();
+        rig.type_in.write_all(&typed).unwrap();
+        assert_eq!(guest_reads(&rig.uart, typed.len()), typed);
+
+        rig.log_in.write_all(b"a line\n").unwrap();
+        assert_eq!(read_soon(&mut rig.log_out, 7), b"a line\n");
+    }
+
+    #[test]
+    fn console_when_output_is_unread_loses_bytes_and_not_time() {
+        let (rig, console) = rig();
+        let lost = Arc::clone(&console.output.lost);
+        thread::spawn(move || console.run());
+        // Two pipes and the buffer between them hold less than this.
+        for n in 0..400_000u32 {
+            let _ = rig.uart.write(DATA, &[n as u8]);
+        }
+        assert!(lost.load(Ordering::Relaxed) > 0);
+        rig.messages.send(SerialMessage::Finish).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while rig.events.next().is_none() {
+            assert!(Instant::now() < deadline, "finishing waits for the reader");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn console_when_reader_is_gone_counts_the_bytes() {
+        let (rig, console) = rig();
+        let lost = Arc::clone(&console.output.lost);
+        drop(rig.screen);
+        thread::spawn(move || console.run());
+        let _ = rig.uart.write(DATA, b"x");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while lost.load(Ordering::Relaxed) == 0 {
+            assert!(Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn input_when_uart_is_in_loop_back_is_kept() {
+        let (mut rig, console) = rig();
+        let _ = rig.uart.write(MODEM_CONTROL, &[LOOPBACK]);
+        thread::spawn(move || console.run());
+        rig.type_in.write_all(b"kept").unwrap();
+        thread::sleep(Duration::from_millis(20));
+        let _ = rig.uart.write(MODEM_CONTROL, &[0]);
+        assert_eq!(guest_reads(&rig.uart, 4), b"kept");
+    }
+
+    #[test]
+    fn registers_when_accessed_by_odd_sizes_answer() {
+        let (rig, _console) = rig();
+        let mut wide = [0xaa; 8];
+        rig.uart.read(LINE_STATUS, &mut wide);
+        assert_eq!(wide[1..], [0; 7]);
+        assert_eq!(wide[0] & 0x60, 0x60);
+        rig.uart.read(LINE_STATUS, &mut []);
+        let _ = rig.uart.write(LINE_STATUS, &[]);
+        let _ = rig.uart.write(u64::MAX, &[1]);
+    }
+}

@@ -1,0 +1,198 @@
+//! Reading, writing and waiting on descriptors, without ever waiting by accident.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// Standard input.
+pub const STDIN: RawFd = libc::STDIN_FILENO;
+/// Standard output.
+pub const STDOUT: RawFd = libc::STDOUT_FILENO;
+
+/// Fills `bytes` with the host's random numbers.
+///
+/// # Errors
+/// When the host has none yet, early in its own boot.
+pub fn random(bytes: &mut [u8]) -> io::Result<()> {
+    // SAFETY: `bytes` is ours and writable for its whole length.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    if usize::try_from(n) == Ok(bytes.len()) {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Writes `bytes` by one call if `fd` can take them now; whether it took all of them.
+///
+/// For short lines: a pipe that polls as writable takes at least PIPE_BUF (4096) bytes.
+pub fn write_now(fd: RawFd, bytes: &[u8]) -> bool {
+    let mut poll = [Interest::write(fd)];
+    if wait(&mut poll, Some(0)).is_err() || !poll[0].is_ready() {
+        return false;
+    }
+    write(fd, bytes).is_ok_and(|n| n == bytes.len())
+}
+
+/// Writes what one `write` takes.
+///
+/// # Errors
+/// The host's, EAGAIN included.
+pub fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
+    // SAFETY: `bytes` is readable for its whole length; the kernel checks `fd`.
+    let n = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads what one `read` gives; 0 at the end.
+///
+/// # Errors
+/// The host's, EAGAIN included.
+pub fn read(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: `bytes` is ours and writable for its whole length; the kernel checks `fd`.
+    let n = unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// A pipe: reading end, writing end. Neither end ever blocks.
+///
+/// # Errors
+/// When the host has no descriptor left.
+pub fn pipe() -> io::Result<(File, File)> {
+    let mut ends = [0; 2];
+    // SAFETY: `ends` is an array of two, which is what the call writes.
+    let result = unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so both are open and nobody else owns them.
+    let [reader, writer] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    Ok((File::from(reader), File::from(writer)))
+}
+
+/// A copy of a descriptor that the process was started with (standard input, say), above 2.
+///
+/// # Errors
+/// When `fd` is not open, or the host has no descriptor left.
+pub fn duplicate(fd: RawFd) -> io::Result<File> {
+    // SAFETY: F_DUPFD_CLOEXEC only makes a new descriptor; the kernel checks `fd`.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded: `copy` is open and nobody else's.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(copy) }))
+}
+
+/// Whether `fd` is an open descriptor of this process.
+pub fn is_open(fd: RawFd) -> bool {
+    // SAFETY: F_GETFD has no effect; the kernel checks `fd`.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+}
+
+/// What a thread waits for on one descriptor, and what came.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Interest(libc::pollfd);
+
+impl Interest {
+    /// Waits for something to read, the end, or an error.
+    pub fn read(fd: RawFd) -> Self {
+        Interest(libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+    }
+
+    /// Waits for room to write, or an error.
+    pub fn write(fd: RawFd) -> Self {
+        Interest(libc::pollfd {
+            fd,
+            events: libc::POLLOUT,
+            revents: 0,
+        })
+    }
+
+    /// Waits for nothing: keeps a place in an array.
+    pub fn none() -> Self {
+        Interest::read(-1)
+    }
+
+    /// `self` if `wanted`, else nothing.
+    pub fn when(self, wanted: bool) -> Self {
+        if wanted { self } else { Interest::none() }
+    }
+
+    /// Whether anything came, an error included: the next read or write tells.
+    pub fn is_ready(&self) -> bool {
+        self.0.revents != 0
+    }
+}
+
+/// Waits until something in `interests` is ready, for at most `millis` (for ever when `None`).
+/// A signal ends the wait early, with nothing ready.
+///
+/// # Errors
+/// When the host is out of memory.
+pub fn wait(interests: &mut [Interest], millis: Option<u32>) -> io::Result<()> {
+    let count = interests.len() as libc::nfds_t;
+    let millis = millis.map_or(-1, |m| i32::try_from(m).unwrap_or(i32::MAX));
+    // SAFETY: `Interest` is a transparent pollfd, and the slice is ours for `count` of them.
+    let result = unsafe { libc::poll(interests.as_mut_ptr().cast(), count, millis) };
+    if result >= 0 {
+        return Ok(());
+    }
+    for interest in interests.iter_mut() {
+        interest.0.revents = 0;
+    }
+    match io::Error::last_os_error() {
+        e if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+        e => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn write_now_when_pipe_is_full_returns_at_once() {
+        let (mut reader, writer) = pipe().unwrap();
+        let line = [b'x'; 1000];
+        let mut written = 0;
+        while write_now(writer.as_raw_fd(), &line) {
+            written += 1;
+        }
+        assert!(written > 10, "{written}");
+        let mut back = vec![0; 1000 * written];
+        reader.read_exact(&mut back).unwrap();
+        assert!(write_now(writer.as_raw_fd(), &line));
+    }
+
+    #[test]
+    fn write_now_when_reader_is_gone_is_an_answer() {
+        let (reader, writer) = pipe().unwrap();
+        drop(reader);
+        assert!(!write_now(writer.as_raw_fd(), b"x"));
+        assert!(!write_now(-1, b"x"));
+    }
+
+    #[test]
+    fn wait_when_two_are_watched_tells_which() {
+        let (a, mut to_a) = pipe().unwrap();
+        let (b, _to_b) = pipe().unwrap();
+        to_a.write_all(b"!").unwrap();
+        let mut interests = [
+            Interest::read(a.as_raw_fd()),
+            Interest::read(b.as_raw_fd()),
+            Interest::none(),
+        ];
+        wait(&mut interests, None).unwrap();
+        assert!(interests[0].is_ready());
+        assert!(!interests[1].is_ready());
+        assert!(!interests[2].is_ready());
+    }
+}

@@ -1,0 +1,304 @@
+//! Reading and writing straight into and out of guest memory, by vectors.
+//!
+//! Guest memory is only ever given to the kernel here, as [`VolatileSlice`]s whose lifetimes hold
+//! the mapping in place; nothing in this process makes a reference to it.
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, RawFd};
+
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+/// The most pieces handed to the kernel at once.
+const PIECES: usize = 256;
+
+/// Pieces of memory in the form the kernel takes, on the stack.
+struct Vectors<'a> {
+    /// The first `len` are initialised; the others cost nothing.
+    pieces: [MaybeUninit<libc::iovec>; PIECES],
+    len: usize,
+    memory: PhantomData<&'a ()>,
+}
+
+/// Who writes to the memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    /// The kernel does: a read.
+    In,
+    /// The kernel only reads it: a write.
+    Out,
+}
+
+impl<'a> Vectors<'a> {
+    fn new() -> Self {
+        Vectors {
+            pieces: [const { MaybeUninit::uninit() }; PIECES],
+            len: 0,
+            memory: PhantomData,
+        }
+    }
+
+    /// Takes from `slices` what fits; whether that was all.
+    fn fill<B: BitmapSlice>(
+        &mut self,
+        slices: &mut impl Iterator<Item = VolatileSlice<'a, B>>,
+        direction: Direction,
+    ) -> bool {
+        self.len = 0;
+        while self.len < PIECES {
+            let Some(slice) = slices.next() else {
+                return true;
+            };
+            if direction == Direction::In {
+                slice.bitmap().mark_dirty(0, slice.len());
+            }
+            self.push(slice.ptr_guard_mut().as_ptr().cast(), slice.len());
+        }
+        false
+    }
+
+    fn push(&mut self, base: *mut libc::c_void, len: usize) {
+        if let Some(piece) = self.pieces.get_mut(self.len) {
+            piece.write(libc::iovec {
+                iov_base: base,
+                iov_len: len,
+            });
+            self.len += 1;
+        }
+    }
+
+    fn filled(&mut self) -> &mut [libc::iovec] {
+        let start = self.pieces.as_mut_ptr().cast();
+        // SAFETY: `push`, the only place that raises `len`, has written the first `len` pieces,
+        // and `MaybeUninit` has the layout of what is in it.
+        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+    }
+
+    /// What is left after `done` bytes. Pieces that are done with become empty ones.
+    fn advance(&mut self, mut done: usize) {
+        for piece in self.filled() {
+            let step = done.min(piece.iov_len);
+            piece.iov_base = piece.iov_base.wrapping_byte_add(step);
+            piece.iov_len -= step;
+            done -= step;
+            if done == 0 {
+                break;
+            }
+        }
+    }
+
+    fn rest(&mut self) -> &[libc::iovec] {
+        let filled = self.filled();
+        let start = filled.iter().position(|p| p.iov_len > 0);
+        start.and_then(|at| filled.get(at..)).unwrap_or_default()
+    }
+}
+
+/// Fills all of `slices` from `file`, from `offset` on.
+///
+/// # Errors
+/// UnexpectedEof when the file ends before; else the host's.
+pub fn read_exact_at<'a, B: BitmapSlice + 'a>(
+    file: &File,
+    slices: impl Iterator<Item = VolatileSlice<'a, B>>,
+    offset: u64,
+) -> io::Result<()> {
+    transfer(file, slices, offset, Direction::In)
+}
+
+/// Writes all of `slices` to `file`, from `offset` on.
+///
+/// # Errors
+/// WriteZero when the file takes no more; else the host's.
+pub fn write_all_at<'a, B: BitmapSlice + 'a>(
+    file: &File,
+    slices: impl Iterator<Item = VolatileSlice<'a, B>>,
+    offset: u64,
+) -> io::Result<()> {
+    transfer(file, slices, offset, Direction::Out)
+}
+
+fn transfer<'a, B: BitmapSlice + 'a>(
+    file: &File,
+    mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
+    mut offset: u64,
+    direction: Direction,
+) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    let mut vectors = Vectors::new();
+    loop {
+        let was_all = vectors.fill(&mut slices, direction);
+        while !vectors.rest().is_empty() {
+            let at = libc::off_t::try_from(offset)
+                .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+            let rest = vectors.rest();
+            let count = rest.len() as libc::c_int;
+            let n = match direction {
+                // SAFETY: the slices' lifetime keeps every piece mapped and writable across the
+                // call; no reference to that memory exists; the count is the array's.
+                Direction::In => unsafe { libc::preadv(fd, rest.as_ptr(), count, at) },
+                // SAFETY: as above; the kernel only reads the pieces.
+                Direction::Out => unsafe { libc::pwritev(fd, rest.as_ptr(), count, at) },
+            };
+            let done = match usize::try_from(n) {
+                Ok(0) if direction == Direction::In => {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(done) => done,
+                Err(_) => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => continue,
+                    e => return Err(e),
+                },
+            };
+            offset = offset.saturating_add(done as u64);
+            vectors.advance(done);
+        }
+        if was_all {
+            return Ok(());
+        }
+    }
+}
+
+/// Reads one packet into `slices` and then, should it be longer, into `spill`; its length.
+///
+/// # Errors
+/// WouldBlock when there is no packet; InvalidInput when there are too many slices; else the
+/// host's.
+pub fn read_packet<'a, B: BitmapSlice + 'a>(
+    fd: RawFd,
+    mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
+    spill: &mut [u8],
+) -> io::Result<usize> {
+    let mut vectors = Vectors::new();
+    if !vectors.fill(&mut slices, Direction::In) || vectors.len >= PIECES {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    vectors.push(spill.as_mut_ptr().cast(), spill.len());
+    let pieces = vectors.filled();
+    let count = pieces.len() as libc::c_int;
+    // SAFETY: the slices' lifetime keeps every piece of guest memory mapped and writable across
+    // the call, and no reference to it exists; `spill` is borrowed mutably for as long.
+    let n = unsafe { libc::readv(fd, pieces.as_ptr(), count) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes one packet that consists of `slices`; the length taken.
+///
+/// # Errors
+/// InvalidInput when there are too many slices; else the host's.
+pub fn write_packet<'a, B: BitmapSlice + 'a>(
+    fd: RawFd,
+    mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
+) -> io::Result<usize> {
+    let mut vectors = Vectors::new();
+    if !vectors.fill(&mut slices, Direction::Out) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let pieces = vectors.filled();
+    let count = pieces.len() as libc::c_int;
+    // SAFETY: the slices' lifetime keeps every piece of guest memory mapped across the call; the
+    // kernel only reads them.
+    let n = unsafe { libc::writev(fd, pieces.as_ptr(), count) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, Write};
+    use std::os::unix::net::UnixDatagram;
+    use vmm_sys_util::tempfile::TempFile;
+
+    fn file_of(bytes: &[u8]) -> File {
+        let mut file = TempFile::new().unwrap().into_file();
+        file.write_all(bytes).unwrap();
+        file.rewind().unwrap();
+        file
+    }
+
+    fn pieces(memory: &mut [u8], size: usize) -> Vec<VolatileSlice<'_>> {
+        let whole = VolatileSlice::from(memory);
+        (0..whole.len())
+            .step_by(size)
+            .map(|at| {
+                let len = size.min(whole.len() - at);
+                whole.subslice(at, len).unwrap()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn read_exact_at_when_pieces_outnumber_one_call_fills_all() {
+        let data: Vec<u8> = (0..2000u32).map(|i| (i % 251) as u8).collect();
+        let file = file_of(&data);
+        let mut memory = vec![0; 1900];
+        read_exact_at(&file, pieces(&mut memory, 3).into_iter(), 100).unwrap();
+        assert_eq!(memory, data[100..]);
+    }
+
+    #[test]
+    fn read_exact_at_when_file_is_short_says_so() {
+        let file = file_of(&[1; 100]);
+        let mut memory = vec![0; 101];
+        let error = read_exact_at(&file, pieces(&mut memory, 50).into_iter(), 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let error =
+            read_exact_at(&file, pieces(&mut memory, 50).into_iter(), u64::MAX).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn write_all_at_when_in_pieces_writes_all() {
+        let file = file_of(&[0; 1000]);
+        let mut memory: Vec<u8> = (0..600u32).map(|i| (i % 251) as u8).collect();
+        write_all_at(&file, pieces(&mut memory, 1).into_iter(), 400).unwrap();
+        let mut back = vec![9; 1000];
+        read_exact_at(&file, pieces(&mut back, 1000).into_iter(), 0).unwrap();
+        assert_eq!(back[..400], [0; 400]);
+        assert_eq!(back[400..], memory);
+    }
+
+    #[test]
+    fn advance_when_in_the_middle_of_a_piece_keeps_the_rest() {
+        let mut memory = [0; 10];
+        let base = memory.as_mut_ptr();
+        let mut vectors = Vectors::new();
+        assert!(vectors.fill(&mut pieces(&mut memory, 4).into_iter(), Direction::Out));
+        vectors.advance(5);
+        let rest = vectors.rest();
+        assert_eq!(rest.len(), 2);
+        assert_eq!(rest[0].iov_base, base.wrapping_add(5).cast());
+        assert_eq!((rest[0].iov_len, rest[1].iov_len), (3, 2));
+        vectors.advance(5);
+        assert!(vectors.rest().is_empty());
+    }
+
+    #[test]
+    fn packet_when_longer_than_the_slices_goes_on_in_the_spill() {
+        let (a, b) = UnixDatagram::pair().unwrap();
+        let mut out = *b"0123456789";
+        let sent = write_packet(a.as_raw_fd(), pieces(&mut out, 3).into_iter()).unwrap();
+        assert_eq!(sent, 10);
+        let mut memory = [0; 6];
+        let mut spill = [0; 100];
+        let n = read_packet(
+            b.as_raw_fd(),
+            pieces(&mut memory, 4).into_iter(),
+            &mut spill,
+        );
+        assert_eq!(n.unwrap(), 10);
+        assert_eq!(&memory, b"012345");
+        assert_eq!(&spill[..5], b"6789\0");
+        b.set_nonblocking(true).unwrap();
+        let error = read_packet(
+            b.as_raw_fd(),
+            pieces(&mut memory, 4).into_iter(),
+            &mut spill,
+        );
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+}

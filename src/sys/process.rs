@@ -1,0 +1,64 @@
+//! The process as a whole: its end, its allocator, its threads' names.
+
+use std::ffi::CString;
+use std::panic;
+
+use super::terminal;
+use crate::{exit, log};
+
+/// Ends the process at once, all threads with it, without running anything else of ours.
+pub fn exit(code: i32) -> ! {
+    // SAFETY: `_exit` does not return and touches no memory of ours.
+    unsafe { libc::_exit(code) }
+}
+
+/// Keeps the C library's allocator to one arena that grows by `brk` and never shrinks: device
+/// threads then need no `mmap`, `mprotect` or file under /proc when they allocate, and a filter
+/// can say so. Call it before the first thread is made.
+pub fn use_one_arena() {
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_TRIM_THRESHOLD, i32::MAX),
+        (libc::M_MMAP_THRESHOLD, i32::MAX),
+    ] {
+        // SAFETY: only sets a parameter of the allocator, before other threads exist.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// Makes a panic on any thread end the process: one line, the terminal given back, the code for
+/// it. An abort would look like SIGSEGV where the process is the first of its namespace.
+pub fn end_on_panic() {
+    panic::set_hook(Box::new(|info| {
+        log::with_thread_name(|thread| {
+            eprintln!("mayfly: thread {thread}: the monitor found itself wrong: {info}");
+        });
+        terminal::restore();
+        self::exit(exit::PANIC)
+    }));
+}
+
+/// Names the calling thread for tools such as `ps`; cut at 15 bytes.
+pub fn name_thread(name: &str) {
+    let short: Vec<u8> = name.bytes().filter(|b| *b != 0).take(15).collect();
+    if let Ok(name) = CString::new(short) {
+        // SAFETY: `name` is a C string that outlives the call, which copies it.
+        unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+    }
+}
+
+/// Whether this is process 1 of its namespace, where default signal actions do not apply.
+pub fn is_first_process() -> bool {
+    std::process::id() == 1
+}
+
+/// The soft limit on open descriptors.
+pub fn descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is ours and what the call fills.
+    let result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    if result == 0 { limit.rlim_cur } else { 1024 }
+}

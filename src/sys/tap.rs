@@ -1,0 +1,358 @@
+//! Taps: the host's end of a guest's network cable.
+//!
+//! Frames pass with a virtio-net header of 12 bytes in front, in both directions; who needs
+//! checksums and segmentation done is settled by [`Tap::set_offloads`].
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+/// Bytes of the header in front of each frame: `struct virtio_net_hdr` with `num_buffers`
+/// (virtio 1.2, 5.1.6).
+pub const HEADER: usize = 12;
+
+const TUN: &str = "/dev/net/tun";
+
+/// An attached tap. Closing it detaches it, and removes it unless it is persistent.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+    #[cfg(test)]
+    fake: bool,
+}
+
+/// What the guest takes over from the tap: frames with these marks reach it unfinished.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Partial checksums; without them there is none of the others either.
+    pub checksum: bool,
+    /// TCP segmentation over IPv4.
+    pub tso4: bool,
+    /// TCP segmentation over IPv6.
+    pub tso6: bool,
+    /// TCP segmentation with ECN.
+    pub ecn: bool,
+    /// UDP fragmentation.
+    pub ufo: bool,
+}
+
+/// Why a tap can not be had.
+#[derive(Debug)]
+pub enum TapError {
+    /// Longer than the host allows, or holding a zero byte.
+    Name(String),
+    /// The host's tun device could not be opened.
+    Open(io::Error),
+    /// Another process is attached to it.
+    Busy(String),
+    /// Attaching to it, or making it, is not permitted.
+    NotPermitted(String),
+    /// There is an interface of this name that can not be attached to as we need it.
+    NotATap(String),
+    /// It could not be attached or made for another reason.
+    Attach(String, io::Error),
+    /// The descriptor handed in is not an attached tap.
+    NotAttached(io::Error),
+    /// The descriptor handed in is attached without IFF_TAP, IFF_NO_PI or IFF_VNET_HDR.
+    Flags(String),
+    /// It could not be set up.
+    SetUp(String, io::Error),
+}
+
+impl fmt::Display for TapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TapError::Name(name) => write!(
+                f,
+                "{name:?} can not name a tap: at most {} bytes, none of them zero",
+                libc::IFNAMSIZ - 1
+            ),
+            TapError::Open(_) => write!(f, "{TUN} can not be opened"),
+            TapError::Busy(name) => write!(f, "the tap {name:?} is in use by another process"),
+            TapError::NotPermitted(name) => write!(
+                f,
+                "attaching to the tap {name:?}, or making it, is not permitted to this user"
+            ),
+            TapError::NotATap(name) => write!(
+                f,
+                "the network interface {name:?} is no tap with a single queue, or can not be named so"
+            ),
+            TapError::Attach(name, _) => write!(f, "the tap {name:?} can not be attached to"),
+            TapError::NotAttached(_) => f.write_str("the descriptor is not an attached tap"),
+            TapError::Flags(name) => write!(
+                f,
+                "the tap {name:?} was attached without IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+            ),
+            TapError::SetUp(name, _) => write!(f, "the tap {name:?} can not be set up"),
+        }
+    }
+}
+
+impl std::error::Error for TapError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            TapError::Open(e)
+            | TapError::Attach(_, e)
+            | TapError::NotAttached(e)
+            | TapError::SetUp(_, e) => Some(e),
+            _ => None,
+        }
+    }
+}
+
+impl Tap {
+    /// Attaches to the tap `name`, made if it does not exist. As for the host's own tools, an
+    /// empty name or one with `%d` asks the host for a free one.
+    ///
+    /// # Errors
+    /// One sentence for each of: a bad name, no tun device, busy, not permitted, not a tap.
+    pub fn open(name: &str) -> Result<Self, TapError> {
+        let mut request = request_for(name)?;
+        request.ifr_ifru.ifru_flags = FLAGS;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(TUN)
+            .map_err(TapError::Open)?;
+        interface_ioctl(&file, libc::TUNSETIFF, &mut request).map_err(|e| {
+            let name = name.to_owned();
+            match e.raw_os_error() {
+                Some(libc::EBUSY) => TapError::Busy(name),
+                Some(libc::EPERM | libc::EACCES) => TapError::NotPermitted(name),
+                Some(libc::EINVAL) => TapError::NotATap(name),
+                _ => TapError::Attach(name, e),
+            }
+        })?;
+        Tap::set_up(file, &request)
+    }
+
+    /// Takes over a descriptor that is attached already, with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, TapError> {
+        let file = File::from(fd);
+        let mut request = request_for("")?;
+        interface_ioctl(&file, libc::TUNGETIFF, &mut request).map_err(TapError::NotAttached)?;
+        // SAFETY: the kernel filled the flags; any bits are a valid short.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        if flags & FLAGS != FLAGS {
+            return Err(TapError::Flags(name_in(&request)));
+        }
+        set_nonblocking(&file).map_err(|e| TapError::SetUp(name_in(&request), e))?;
+        Tap::set_up(file, &request)
+    }
+
+    fn set_up(file: File, request: &libc::ifreq) -> Result<Self, TapError> {
+        let name = name_in(request);
+        let size = HEADER as libc::c_int;
+        // SAFETY: the kernel reads one int behind the pointer.
+        let result =
+            unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
+        if result < 0 {
+            return Err(TapError::SetUp(name, io::Error::last_os_error()));
+        }
+        Ok(Tap {
+            file,
+            name,
+            #[cfg(test)]
+            fake: false,
+        })
+    }
+
+    /// The same tap by another descriptor.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Tap {
+            file: self.file.try_clone()?,
+            name: self.name.clone(),
+            #[cfg(test)]
+            fake: self.fake,
+        })
+    }
+
+    /// The name the host knows it by.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Tells the host what the guest takes over.
+    ///
+    /// # Errors
+    /// When the tap has vanished.
+    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        #[cfg(test)]
+        if self.fake {
+            return Ok(());
+        }
+        let mut bits = 0;
+        if offloads.checksum {
+            bits |= libc::TUN_F_CSUM;
+            for (wanted, bit) in [
+                (offloads.tso4, libc::TUN_F_TSO4),
+                (offloads.tso6, libc::TUN_F_TSO6),
+                (
+                    offloads.ecn && (offloads.tso4 || offloads.tso6),
+                    libc::TUN_F_TSO_ECN,
+                ),
+                (offloads.ufo, libc::TUN_F_UFO),
+            ] {
+                if wanted {
+                    bits |= bit;
+                }
+            }
+        }
+        let bits = libc::c_ulong::from(bits);
+        // SAFETY: this ioctl takes a number and touches no memory of ours.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, bits) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// A stand-in for tests: a datagram socket carries whole frames just as a tap does.
+    #[cfg(test)]
+    pub fn fake(socket: std::os::unix::net::UnixDatagram) -> Self {
+        socket.set_nonblocking(true).unwrap();
+        Tap {
+            file: File::from(OwnedFd::from(socket)),
+            name: "fake".into(),
+            fake: true,
+        }
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+/// Whether `error` says that the tap itself is gone.
+pub fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EBADFD | libc::ENODEV | libc::ENXIO | libc::EBADF)
+    )
+}
+
+const FLAGS: libc::c_short =
+    (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+
+fn request_for(name: &str) -> Result<libc::ifreq, TapError> {
+    // SAFETY: ifreq is plain numbers, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0) {
+        return Err(TapError::Name(name.to_owned()));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn name_in(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|c| *c as u8);
+    let name: Vec<u8> = bytes.take_while(|b| *b != 0).collect();
+    String::from_utf8_lossy(&name).into_owned()
+}
+
+fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: both numbers this is called with take an ifreq, and write no more than one.
+    if unsafe { libc::ioctl(file.as_raw_fd(), number, std::ptr::from_mut(request)) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn set_nonblocking(file: &File) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    // SAFETY: F_GETFL touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: F_SETFL touches no memory of ours.
+    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tap of this test's own, or `None`, loudly, where this user may not make one.
+    fn tap(name: &str) -> Option<Tap> {
+        match Tap::open(name) {
+            Ok(tap) => Some(tap),
+            Err(error @ (TapError::Open(_) | TapError::NotPermitted(_))) => {
+                eprintln!("SKIPPED: {error}");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn open_when_name_is_bad_says_so() {
+        for name in ["sixteen-bytes-xx", "a\0b"] {
+            assert!(matches!(Tap::open(name), Err(TapError::Name(_))), "{name}");
+        }
+        let Some(_) = tap("mf-t-name") else { return };
+        assert!(matches!(Tap::open("lo"), Err(TapError::NotATap(_))));
+        assert!(matches!(Tap::open("a/b"), Err(TapError::NotATap(_))));
+    }
+
+    #[test]
+    fn open_when_missing_makes_it_and_when_attached_is_busy() {
+        let Some(first) = tap("mf-t-busy") else {
+            return;
+        };
+        assert_eq!(first.name(), "mf-t-busy");
+        assert!(std::path::Path::new("/sys/class/net/mf-t-busy").exists());
+        let error = Tap::open("mf-t-busy").unwrap_err();
+        assert!(matches!(error, TapError::Busy(_)), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "the tap \"mf-t-busy\" is in use by another process"
+        );
+        drop(first);
+        assert!(!std::path::Path::new("/sys/class/net/mf-t-busy").exists());
+    }
+
+    #[test]
+    fn from_fd_when_attached_knows_the_name() {
+        let Some(first) = tap("mf-t-fd") else { return };
+        let second = Tap::from_fd(first.file.try_clone().unwrap().into()).unwrap();
+        assert_eq!(second.name(), "mf-t-fd");
+        let file = File::open("/dev/null").unwrap();
+        assert!(matches!(
+            Tap::from_fd(file.into()),
+            Err(TapError::NotAttached(_))
+        ));
+    }
+
+    #[test]
+    fn set_offloads_when_any_combination_is_taken() {
+        let Some(tap) = tap("mf-t-off") else { return };
+        for bits in 0..32 {
+            tap.set_offloads(Offloads {
+                checksum: bits & 1 != 0,
+                tso4: bits & 2 != 0,
+                tso6: bits & 4 != 0,
+                ecn: bits & 8 != 0,
+                ufo: bits & 16 != 0,
+            })
+            .unwrap();
+        }
+    }
+}

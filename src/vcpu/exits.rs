@@ -1,0 +1,103 @@
+//! From an exit of KVM_RUN to the bus, and to what becomes of the guest.
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::Buses;
+use crate::bus::{Ticket, Written};
+use crate::sys::kvm::RunPage;
+
+/// What the guest's last exit came to.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// The guest goes on.
+    Continue,
+    /// It goes on once the ticket is complete.
+    Wait(Ticket),
+    /// KVM_RUN was interrupted: there may be a message.
+    Interrupted,
+    /// This vCPU will not run again.
+    End(End),
+}
+
+/// Why a vCPU will not run again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest asked for a machine reset.
+    Reset,
+    /// The guest asked for power-off.
+    PowerOff,
+    /// The guest crashed: a triple fault.
+    TripleFault,
+    /// KVM could not go on: `suberror` of KVM_EXIT_INTERNAL_ERROR (1 is an instruction that
+    /// KVM's emulator lacks), with the guest's instruction pointer where it could be had.
+    InternalError {
+        /// KVM's number for the kind of failure.
+        suberror: u32,
+        /// The guest's instruction pointer.
+        rip: Option<u64>,
+    },
+    /// The processor refused the guest's state; the hardware's reason.
+    FailedEntry(u64),
+    /// Guest memory could not be reached: a file mapped into it was cut short.
+    MemoryGone,
+    /// An exit that nothing here asked for; KVM's number.
+    Unexpected(u32),
+    /// KVM_RUN itself failed with this errno.
+    RunFailed(i32),
+}
+
+/// Runs the guest until its next exit and answers that.
+pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> Outcome {
+    match vcpu.run() {
+        Ok(VcpuExit::IoIn(port, data)) => {
+            for unit in data.chunks_mut(page.port_unit()) {
+                buses.ports.read(u64::from(port), unit);
+            }
+            Outcome::Continue
+        }
+        Ok(VcpuExit::IoOut(port, data)) => {
+            for unit in data.chunks(page.port_unit()) {
+                match written(buses.ports.write(u64::from(port), unit)) {
+                    Outcome::Continue => {}
+                    other => return other,
+                }
+            }
+            Outcome::Continue
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            buses.memory.read(address, data);
+            Outcome::Continue
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => written(buses.memory.write(address, data)),
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Outcome::Interrupted,
+        Ok(VcpuExit::Shutdown) => Outcome::End(End::TripleFault),
+        Ok(VcpuExit::InternalError) => {
+            let suberror = page.internal_suberror();
+            let rip = vcpu.get_regs().ok().map(|regs| regs.rip);
+            Outcome::End(End::InternalError { suberror, rip })
+        }
+        Ok(VcpuExit::FailEntry(reason, _)) => Outcome::End(End::FailedEntry(reason)),
+        Ok(VcpuExit::MemoryFault { .. }) => Outcome::End(End::MemoryGone),
+        Ok(VcpuExit::SystemEvent(kind, _)) => Outcome::End(match kind {
+            KVM_SYSTEM_EVENT_RESET => End::Reset,
+            KVM_SYSTEM_EVENT_SHUTDOWN => End::PowerOff,
+            KVM_SYSTEM_EVENT_CRASH => End::TripleFault,
+            _ => End::Unexpected(kvm_bindings::KVM_EXIT_SYSTEM_EVENT),
+        }),
+        Ok(_) => Outcome::End(End::Unexpected(page.exit_reason())),
+        Err(error) => match error.errno() {
+            libc::EINTR | libc::EAGAIN => Outcome::Interrupted,
+            libc::EFAULT => Outcome::End(End::MemoryGone),
+            errno => Outcome::End(End::RunFailed(errno)),
+        },
+    }
+}
+
+fn written(written: Written) -> Outcome {
+    match written {
+        Written::Done => Outcome::Continue,
+        Written::After(ticket) => Outcome::Wait(ticket),
+        Written::MachineReset => Outcome::End(End::Reset),
+    }
+}

@@ -1,0 +1,248 @@
+//! The block device (virtio 1.2, 5.2): one queue of requests on a [`Disk`].
+//!
+//! One call of `process` serves one request from its parsing to its place in the used ring, so
+//! nothing is ever in flight between two calls, and a reset or a pause has nothing to wait for
+//! but the one system call under way.
+
+mod disk;
+mod request;
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+pub use disk::{Disk, DiskError};
+
+use self::request::{Outcome, Request};
+use super::queue::{Chain, MAX_SEGMENTS, Popped, copy_out, window};
+use super::throttle::Throttle;
+use super::{
+    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated, device_id,
+    feature,
+};
+use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
+
+/// Feature bits (virtio 1.2, 5.2.3).
+mod bit {
+    /// VIRTIO_BLK_F_SIZE_MAX
+    pub const SIZE_MAX: u64 = 1 << 1;
+    /// VIRTIO_BLK_F_SEG_MAX
+    pub const SEG_MAX: u64 = 1 << 2;
+    /// VIRTIO_BLK_F_RO
+    pub const RO: u64 = 1 << 5;
+    /// VIRTIO_BLK_F_FLUSH
+    pub const FLUSH: u64 = 1 << 9;
+}
+
+/// Offsets in the configuration space (virtio 1.2, 5.2.4).
+mod field {
+    pub const CAPACITY: usize = 0;
+    pub const SIZE_MAX: usize = 8;
+    pub const SEG_MAX: usize = 12;
+}
+
+const QUEUE_SIZE: u16 = 256;
+const _: () = assert!(QUEUE_SIZE as usize <= MAX_SEGMENTS);
+
+/// Segments and bytes per segment that we ask drivers to stay within: together [`REQUEST_MAX`],
+/// so that a request is a bounded piece of work.
+const SEG_MAX: u32 = 126;
+const SIZE_MAX: u32 = 128 * 1024;
+
+/// The most data one request may have; a larger one is refused.
+const REQUEST_MAX: u32 = 16 * 1024 * 1024;
+const _: () = assert!(SEG_MAX * SIZE_MAX <= REQUEST_MAX);
+
+/// Bytes of the serial number (virtio 1.2, 5.2.6).
+pub const SERIAL_LEN: usize = 20;
+
+/// What a block device counts.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests that read, and were served.
+    pub reads: Counter,
+    /// Bytes of these.
+    pub read_bytes: Counter,
+    /// Requests that wrote, and were served.
+    pub writes: Counter,
+    /// Bytes of these.
+    pub write_bytes: Counter,
+    /// Flushes that were served.
+    pub flushes: Counter,
+    /// Requests that could not be parsed, or asked for what is not there.
+    pub invalid: Counter,
+    /// Requests that the host failed.
+    pub failed: Counter,
+    /// Times a request had to wait for the rate limiter.
+    pub throttled: Counter,
+    /// Times the disk or the limits were changed.
+    pub updates: Counter,
+}
+
+/// A change of a running device.
+#[derive(Debug, Default)]
+pub struct Update {
+    /// Another disk in place of the present one; it must be as writable.
+    pub disk: Option<Disk>,
+    /// Other limits.
+    pub limits: RateLimiterUpdate,
+}
+
+/// A block device.
+#[derive(Debug)]
+pub struct Block {
+    disk: Disk,
+    serial: [u8; SERIAL_LEN],
+    /// Flushes are offered, and reach the disk.
+    writeback: bool,
+    throttle: Throttle,
+    chain: Chain,
+    flush_accepted: bool,
+    counters: Arc<Counters>,
+}
+
+impl Block {
+    /// A device over `disk`. The first 20 bytes of `id` are its serial number. With `writeback`,
+    /// the guest is offered flushes, and a flush is an fdatasync on the host.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left for the rate limiter's timer.
+    pub fn new(disk: Disk, id: &str, writeback: bool, limiter: RateLimiter) -> io::Result<Self> {
+        let mut serial = [0; SERIAL_LEN];
+        for (to, from) in serial.iter_mut().zip(id.bytes()) {
+            *to = from;
+        }
+        Ok(Block {
+            disk,
+            serial,
+            writeback,
+            throttle: Throttle::new(limiter)?,
+            chain: Chain::new(),
+            flush_accepted: false,
+            counters: Arc::new(Counters::default()),
+        })
+    }
+
+    /// Serves the chain at hand and returns the number of bytes written to it.
+    fn serve(&self, ram: &Ram, request: Result<Request, u8>) -> u32 {
+        let outcome = match request {
+            Ok(request) => request.run(ram, &self.chain, &self.disk, &self.serial),
+            Err(status) => Outcome::invalid(status),
+        };
+        let counters = &*self.counters;
+        match &outcome {
+            Outcome::Read(bytes) => {
+                counters.reads.one();
+                counters.read_bytes.add(u64::from(*bytes));
+            }
+            Outcome::Written(bytes) => {
+                counters.writes.one();
+                counters.write_bytes.add(u64::from(*bytes));
+            }
+            Outcome::Flushed => counters.flushes.one(),
+            Outcome::Identified => {}
+            Outcome::Invalid(_) => counters.invalid.one(),
+            Outcome::Failed(error) => {
+                counters.failed.one();
+                crate::guest_warn!("a request failed on the host: {error}");
+            }
+        }
+        // The status is the last byte the device may write (5.2.6).
+        let Some(at) = self.chain.writable_len().checked_sub(1) else {
+            return 0;
+        };
+        let place = window(self.chain.writable().iter().copied(), at, 1);
+        if !copy_out(ram, place, &[outcome.status()]) {
+            return 0;
+        }
+        match outcome {
+            // All of it was written, the status too.
+            Outcome::Read(_) | Outcome::Identified => self.chain.writable_len(),
+            _ => 1,
+        }
+    }
+}
+
+impl Device for Block {
+    const ID: u32 = device_id::BLOCK;
+    const QUEUES: &'static [u16] = &[QUEUE_SIZE];
+    type Update = Update;
+    type Counters = Counters;
+
+    fn features(&self) -> u64 {
+        let mut features = feature::COMMON | bit::SEG_MAX | bit::SIZE_MAX;
+        if self.disk.is_read_only() {
+            features |= bit::RO;
+        }
+        if self.writeback {
+            features |= bit::FLUSH;
+        }
+        features
+    }
+
+    fn config(&self) -> ConfigSpace {
+        ConfigSpace::new()
+            .with(field::CAPACITY, &self.disk.sectors().to_le_bytes())
+            .with(field::SIZE_MAX, &SIZE_MAX.to_le_bytes())
+            .with(field::SEG_MAX, &SEG_MAX.to_le_bytes())
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    fn sources(&self) -> Vec<RawFd> {
+        vec![self.throttle.as_raw_fd()]
+    }
+
+    fn activate(&mut self, features: u64) -> io::Result<()> {
+        self.flush_accepted = features & bit::FLUSH != 0;
+        Ok(())
+    }
+
+    fn process(&mut self, _: usize, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        match queue.pop(ram, &mut self.chain)? {
+            Popped::Empty => return Ok(Progress::Wait),
+            Popped::Malformed(_) => {
+                self.counters.invalid.one();
+                queue.add_used(ram, self.chain.head(), 0)?;
+                return Ok(Progress::More);
+            }
+            Popped::Chain => {}
+        }
+        let request = Request::parse(ram, &self.chain, &self.disk, self.flush_accepted);
+        let bytes = request.as_ref().map_or(0, Request::limited_bytes);
+        if !self.throttle.permits(bytes) {
+            self.counters.throttled.one();
+            queue.rewind(1);
+            return Ok(Progress::Wait);
+        }
+        self.throttle.charge(bytes);
+        let written = self.serve(ram, request);
+        queue.add_used(ram, self.chain.head(), written)?;
+        Ok(Progress::More)
+    }
+
+    fn backend(&mut self, _: usize) -> QueueSet {
+        QueueSet::one(0)
+    }
+
+    fn update(&mut self, update: Update) -> Updated {
+        self.counters.updates.one();
+        self.throttle.update(update.limits);
+        let mut updated = Updated {
+            runnable: QueueSet::ALL,
+            ..Updated::default()
+        };
+        if let Some(disk) = update.disk {
+            let old = std::mem::replace(&mut self.disk, disk);
+            updated.replaced = Some(old.into_file());
+            updated.config = Some(self.config());
+        }
+        updated
+    }
+
+    fn reset(&mut self) {
+        self.flush_accepted = false;
+    }
+}

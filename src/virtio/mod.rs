@@ -1,0 +1,289 @@
+//! virtio devices: the DEVICE THREADS, and the registers in front of them.
+//!
+//! A device is three parts that share nothing but messages and one [`Interrupt`]:
+//!
+//! - [`Registers`] belongs to the vCPUs. It is what the guest's driver negotiates with, behind one
+//!   mutex, and it never touches guest memory.
+//! - [`Worker`] is a thread of its own, resident before the first guest instruction. It owns the
+//!   device, its live queues and its view of guest memory, and takes no lock, ever.
+//! - [`DeviceHandle`] is control's end: pause, resume, update, stop, counters.
+//!
+//! ```text
+//!   vCPU ----> Registers ---- DriverMsg: Activate, Reset ----> Worker ----> Device
+//!     |                                                         ^   |
+//!     '--- kick: ioeventfd -------------------------------------'   '--> Interrupt -> irqfd
+//!   control -> DeviceHandle -- ControlMsg: Pause, Update ... ---^   '--> WorkerReply -> control
+//! ```
+//!
+//! The order of events that matters: DRIVER_OK sends `Activate` and is not awaited; writing 0 to
+//! Status sends `Reset` and is (virtio 1.2, 2.1.2), without holding the registers' mutex.
+//!
+//! What the guest does wrong costs only the guest: a bad request is failed, a broken ring marks
+//! the device NEEDS_RESET, and both are counted. Nothing here panics on what a guest wrote.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
+pub mod block;
+mod interrupt;
+pub mod net;
+pub mod queue;
+pub mod registers;
+#[cfg(test)]
+mod testing;
+mod throttle;
+pub mod worker;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub use interrupt::Interrupt;
+pub use queue::{Queue, QueueLayout};
+pub use registers::Registers;
+pub use worker::{DeviceHandle, Done, Worker, WorkerEvent, WorkerReply, attach};
+
+/// Guest memory, as device threads see it.
+pub type Ram = vm_memory::GuestMemoryMmap<()>;
+
+/// The most queues any of our devices has.
+pub const MAX_QUEUES: usize = 2;
+
+/// Device status bits (virtio 1.2, 2.1).
+pub mod status {
+    /// The guest has noticed the device.
+    pub const ACKNOWLEDGE: u32 = 1;
+    /// The guest knows how to drive it.
+    pub const DRIVER: u32 = 2;
+    /// The driver is set up and ready.
+    pub const DRIVER_OK: u32 = 4;
+    /// Feature negotiation is complete.
+    pub const FEATURES_OK: u32 = 8;
+    /// The device can not go on without a reset.
+    pub const DEVICE_NEEDS_RESET: u32 = 0x40;
+    /// The guest has given up on the device.
+    pub const FAILED: u32 = 0x80;
+}
+
+/// Feature bits that belong to no single device (virtio 1.2, 6).
+pub mod feature {
+    /// VIRTIO_F_INDIRECT_DESC (2.7.5.3)
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// VIRTIO_F_EVENT_IDX (2.7.7, 2.7.10)
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// VIRTIO_F_VERSION_1 (6.1)
+    pub const VERSION_1: u64 = 1 << 32;
+    /// What every device of ours offers.
+    pub const COMMON: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
+}
+
+/// Device IDs (virtio 1.2, 5).
+pub mod device_id {
+    /// Network card (5.1)
+    pub const NET: u32 = 1;
+    /// Block device (5.2)
+    pub const BLOCK: u32 = 2;
+}
+
+/// What a device is to its worker. All of it runs on the worker's thread once that is running;
+/// the first four are asked before, by [`attach`].
+pub trait Device: Send + 'static {
+    /// See [`device_id`].
+    const ID: u32;
+    /// The largest size of each queue; powers of two, at most [`MAX_QUEUES`] of them.
+    const QUEUES: &'static [u16];
+    /// What control may change while the device runs.
+    type Update: Send + 'static;
+    /// What the device counts.
+    type Counters: Send + Sync + 'static;
+
+    /// All features offered, [`feature::COMMON`] included.
+    fn features(&self) -> u64;
+    /// The configuration space as the guest sees it at the start.
+    fn config(&self) -> ConfigSpace;
+    /// The counters, for whoever wants to read them.
+    fn counters(&self) -> Arc<Self::Counters>;
+    /// Descriptors to watch, edge-triggered, beside the kicks; open for the device's life.
+    fn sources(&self) -> Vec<RawFd>;
+
+    /// The driver is ready and has accepted `features`.
+    ///
+    /// # Errors
+    /// When the host refuses what that asks for: the device then needs a reset.
+    fn activate(&mut self, features: u64) -> io::Result<()>;
+    /// Does one bounded piece of work on queue `index`.
+    ///
+    /// # Errors
+    /// [`BrokenRing`] when the ring itself can not be trusted any more.
+    fn process(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Progress, BrokenRing>;
+    /// Source number `source` has become ready; the queues that may now have work.
+    fn backend(&mut self, source: usize) -> QueueSet;
+    /// Applies what control asked for; runs between two calls of `process`, also when paused.
+    fn update(&mut self, update: Self::Update) -> Updated;
+    /// Forgets everything that came from the driver. No request is in flight: `process` ends what
+    /// it begins.
+    fn reset(&mut self);
+}
+
+/// What a call of [`Device::process`] came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Something was done, and there may be more.
+    More,
+    /// The queue is empty (the driver has been asked to kick), or the device itself must become
+    /// ready first. A kick or a [`Device::backend`] call brings the queue back.
+    Wait,
+}
+
+/// The outcome of [`Device::update`].
+#[derive(Debug, Default)]
+pub struct Updated {
+    /// The configuration space, when it has changed.
+    pub config: Option<ConfigSpace>,
+    /// What control is to close: a worker may not.
+    pub replaced: Option<File>,
+    /// Queues that may now have work.
+    pub runnable: QueueSet,
+}
+
+/// A set of queue numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueSet(u8);
+
+impl QueueSet {
+    /// No queue.
+    pub const NONE: QueueSet = QueueSet(0);
+    /// Every queue there is.
+    pub const ALL: QueueSet = QueueSet(((1u16 << MAX_QUEUES) - 1) as u8);
+
+    /// The set of just `index`; empty when there is no such queue.
+    pub const fn one(index: usize) -> Self {
+        if index < MAX_QUEUES {
+            QueueSet(1 << index)
+        } else {
+            QueueSet::NONE
+        }
+    }
+
+    /// Adds all of `other`.
+    pub const fn insert(&mut self, other: QueueSet) {
+        self.0 |= other.0;
+    }
+
+    /// Takes all of `other` out.
+    pub const fn remove(&mut self, other: QueueSet) {
+        self.0 &= !other.0;
+    }
+
+    /// Whether nothing is in it.
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether `index` is in it.
+    pub const fn contains(self, index: usize) -> bool {
+        self.0 & QueueSet::one(index).0 != 0
+    }
+}
+
+/// A ring that can not be trusted any more: its device needs a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokenRing {
+    /// A ring does not lie in guest memory, or is misaligned, or its size is no power of two.
+    Layout,
+    /// The driver's index runs ahead of the ring.
+    AvailIndex,
+    /// The driver offered a descriptor that does not exist.
+    Head,
+    /// Guest memory that was there is gone.
+    Memory,
+}
+
+impl fmt::Display for BrokenRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            BrokenRing::Layout => "a ring does not lie whole and aligned in guest memory",
+            BrokenRing::AvailIndex => "the available index runs ahead of the ring",
+            BrokenRing::Head => "the available ring names a descriptor outside the table",
+            BrokenRing::Memory => "a ring can not be reached in guest memory",
+        })
+    }
+}
+
+impl std::error::Error for BrokenRing {}
+
+/// A device's configuration space: up to 64 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConfigSpace {
+    bytes: [u8; ConfigSpace::MAX],
+}
+
+impl ConfigSpace {
+    const MAX: usize = 64;
+
+    /// All zeros.
+    pub const fn new() -> Self {
+        ConfigSpace {
+            bytes: [0; ConfigSpace::MAX],
+        }
+    }
+
+    /// The same with `field` at `offset`; what does not fit is left out.
+    #[must_use]
+    pub fn with(mut self, offset: usize, field: &[u8]) -> Self {
+        for (to, from) in self.bytes.iter_mut().skip(offset).zip(field) {
+            *to = *from;
+        }
+        self
+    }
+
+    /// Fills `data` from `offset` on; zeros beyond the end.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(self.bytes.iter().skip(offset)) {
+            *to = *from;
+        }
+    }
+}
+
+impl Default for ConfigSpace {
+    fn default() -> Self {
+        ConfigSpace::new()
+    }
+}
+
+/// A number that only grows: written by one thread, read by any.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Counts `n` more.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Counts one more.
+    pub fn one(&self) {
+        self.add(1);
+    }
+
+    /// The count so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

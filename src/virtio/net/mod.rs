@@ -1,0 +1,613 @@
+//! The network card (virtio 1.2, 5.1): a receive queue and a transmit queue on a [`Tap`].
+//!
+//! Frames go between guest memory and the tap without a copy of ours: one `readv` or `writev` for
+//! each. A received frame is read straight into as many of the guest's buffers as the largest
+//! frame may need; those it did not need stay at hand, parsed, for the next one. Only when the
+//! guest has run out of buffers in the middle of a frame does its end wait, for a moment and in
+//! memory of ours, for the guest to bring more.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use super::queue::{Chain, MAX_SEGMENTS, Popped, Segment, copy_out, slices, window};
+use super::throttle::Throttle;
+use super::{
+    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated, device_id,
+    feature,
+};
+use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
+use crate::sys;
+use crate::sys::clock;
+use crate::sys::tap::{self, Offloads, Tap};
+
+/// Feature bits (virtio 1.2, 5.1.3).
+mod bit {
+    /// VIRTIO_NET_F_CSUM: the guest may leave checksums to us.
+    pub const CSUM: u64 = 1 << 0;
+    /// VIRTIO_NET_F_GUEST_CSUM: we may leave checksums to the guest.
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    /// VIRTIO_NET_F_MTU
+    pub const MTU: u64 = 1 << 3;
+    /// VIRTIO_NET_F_MAC
+    pub const MAC: u64 = 1 << 5;
+    /// VIRTIO_NET_F_GUEST_TSO4: the guest takes unsegmented TCP.
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    /// VIRTIO_NET_F_GUEST_TSO6
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    /// VIRTIO_NET_F_GUEST_ECN
+    pub const GUEST_ECN: u64 = 1 << 9;
+    /// VIRTIO_NET_F_GUEST_UFO
+    pub const GUEST_UFO: u64 = 1 << 10;
+    /// VIRTIO_NET_F_HOST_TSO4: we take unsegmented TCP.
+    pub const HOST_TSO4: u64 = 1 << 11;
+    /// VIRTIO_NET_F_HOST_TSO6
+    pub const HOST_TSO6: u64 = 1 << 12;
+    /// VIRTIO_NET_F_HOST_ECN
+    pub const HOST_ECN: u64 = 1 << 13;
+    /// VIRTIO_NET_F_HOST_UFO
+    pub const HOST_UFO: u64 = 1 << 14;
+    /// VIRTIO_NET_F_MRG_RXBUF: a frame may take several buffers.
+    pub const MRG_RXBUF: u64 = 1 << 15;
+
+    /// What is offered always.
+    pub const ALWAYS: u64 = CSUM
+        | GUEST_CSUM
+        | GUEST_TSO4
+        | GUEST_TSO6
+        | GUEST_ECN
+        | GUEST_UFO
+        | HOST_TSO4
+        | HOST_TSO6
+        | HOST_ECN
+        | HOST_UFO
+        | MRG_RXBUF;
+    /// With any of these, frames may be as large as [`super::FRAME_MAX`].
+    pub const GUEST_LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO;
+}
+
+/// Offsets in the configuration space (virtio 1.2, 5.1.4).
+mod field {
+    pub const MAC: usize = 0;
+    pub const MTU: usize = 10;
+}
+
+/// The queues' numbers (virtio 1.2, 5.1.2).
+mod queue {
+    pub const RECEIVE: usize = 0;
+    pub const TRANSMIT: usize = 1;
+}
+
+/// The numbers of what is watched, in the order of [`Device::sources`].
+mod source {
+    pub const TAP: usize = 0;
+    pub const RECEIVE_TIMER: usize = 1;
+}
+
+const QUEUE_SIZE: u16 = 256;
+
+/// The header in front of each frame, `struct virtio_net_hdr` (virtio 1.2, 5.1.6).
+const HEADER: u32 = tap::HEADER as u32;
+/// Where `num_buffers` is in it.
+const NUM_BUFFERS: u32 = 10;
+
+/// The largest frame, with its header (virtio 1.2, 5.1.6.3.1).
+const FRAME_MAX: u32 = 65562 + HEADER;
+/// The largest without segmentation, for an MTU of 1500: Ethernet's header, two VLAN tags.
+const FRAME_OVERHEAD: u32 = HEADER + 14 + 8;
+const MTU_DEFAULT: u16 = 1500;
+
+/// Buffers that can be kept at hand.
+const CHAINS_MAX: usize = QUEUE_SIZE as usize;
+/// Their pieces; the last place of a vector belongs to the spill.
+const PIECES_MAX: usize = MAX_SEGMENTS - 1;
+
+/// How long the end of a frame waits for the guest's buffers before the frame is dropped.
+const PATIENCE_NANOS: u64 = 50_000_000;
+
+/// What a network card counts.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Frames the guest received.
+    pub rx_frames: Counter,
+    /// Bytes of these, headers not counted.
+    pub rx_bytes: Counter,
+    /// Frames for the guest that were lost because they did not fit its buffers.
+    pub rx_dropped: Counter,
+    /// Buffers from the guest that could not be used.
+    pub rx_invalid: Counter,
+    /// Times reading the tap failed.
+    pub rx_failed: Counter,
+    /// Times a frame had to wait for the rate limiter.
+    pub rx_throttled: Counter,
+    /// Frames the guest sent.
+    pub tx_frames: Counter,
+    /// Bytes of these, headers not counted.
+    pub tx_bytes: Counter,
+    /// Frames from the guest that the host did not take.
+    pub tx_dropped: Counter,
+    /// Frames from the guest that make no sense.
+    pub tx_invalid: Counter,
+    /// Times a frame had to wait for the rate limiter.
+    pub tx_throttled: Counter,
+    /// 1 when the tap has vanished.
+    pub tap_gone: Counter,
+    /// Times the limits were changed.
+    pub updates: Counter,
+}
+
+/// A change of a running device.
+#[derive(Debug, Default)]
+pub struct Update {
+    /// Other limits on what the guest receives.
+    pub rx_limits: RateLimiterUpdate,
+    /// Other limits on what the guest sends.
+    pub tx_limits: RateLimiterUpdate,
+}
+
+/// A network card.
+#[derive(Debug)]
+pub struct Net {
+    tap: Tap,
+    mac: Option<[u8; 6]>,
+    mtu: Option<u16>,
+    rx_throttle: Throttle,
+    tx_throttle: Throttle,
+    /// The tap may have a frame: true from an edge until it said that there is none.
+    readable: bool,
+    /// The tap has vanished; it is left alone from then on.
+    gone: bool,
+    mergeable: bool,
+    /// The room that is gathered for the next frame.
+    room_wanted: u32,
+    chain: Chain,
+    buffers: Buffers,
+    /// Takes the end of a frame that is longer than the buffers at hand.
+    spill: Box<[u8]>,
+    held: Option<Held>,
+    counters: Arc<Counters>,
+}
+
+/// A frame whose end waits in the spill; all the buffers at hand hold its beginning.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    /// Its length with its header.
+    len: u32,
+    /// How much of that is in the guest's buffers.
+    in_guest: u32,
+    /// When it is dropped.
+    until: u64,
+}
+
+/// The guest's buffers at hand for frames to come: fixed storage.
+#[derive(Debug)]
+struct Buffers {
+    pieces: VecDeque<Segment>,
+    chains: VecDeque<Buffer>,
+    /// Bytes of all of them.
+    room: u32,
+}
+
+/// One chain of the receive queue.
+#[derive(Clone, Copy, Debug)]
+struct Buffer {
+    head: u16,
+    len: u32,
+    pieces: usize,
+}
+
+impl Buffers {
+    fn new() -> Self {
+        Buffers {
+            pieces: VecDeque::with_capacity(PIECES_MAX),
+            chains: VecDeque::with_capacity(CHAINS_MAX),
+            room: 0,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.pieces.clear();
+        self.chains.clear();
+        self.room = 0;
+    }
+
+    /// Takes the writable part of `chain`; `false`, without it, when there is no place.
+    fn push(&mut self, chain: &Chain) -> bool {
+        let pieces = chain.writable();
+        let (len, room) = (
+            chain.writable_len(),
+            self.room.saturating_add(chain.writable_len()),
+        );
+        if self.pieces.len().saturating_add(pieces.len()) > PIECES_MAX
+            || self.chains.len() >= CHAINS_MAX
+        {
+            return false;
+        }
+        self.pieces.extend(pieces.iter().copied());
+        self.chains.push_back(Buffer {
+            head: chain.head(),
+            len,
+            pieces: pieces.len(),
+        });
+        self.room = room;
+        true
+    }
+
+    fn pop(&mut self) -> Option<Buffer> {
+        let buffer = self.chains.pop_front()?;
+        self.pieces.drain(..buffer.pieces.min(self.pieces.len()));
+        self.room = self.room.saturating_sub(buffer.len);
+        Some(buffer)
+    }
+
+    /// How many of them `len` bytes take.
+    fn count_for(&self, len: u32) -> u16 {
+        let mut left = len;
+        let mut count: u16 = 0;
+        for buffer in &self.chains {
+            count = count.saturating_add(1);
+            left = left.saturating_sub(buffer.len);
+            if left == 0 {
+                break;
+            }
+        }
+        count
+    }
+}
+
+/// What came of gathering buffers.
+enum Gathered {
+    /// There are some, as many as there is a use for.
+    Ready,
+    /// There are none.
+    None,
+    /// One was refused: that was this unit's work.
+    Refused,
+}
+
+impl Net {
+    /// A card on `tap`. Without a `mac` the guest chooses its own; with an `mtu` it is told to
+    /// keep to it.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left for the rate limiters' timers.
+    pub fn new(
+        tap: Tap,
+        mac: Option<[u8; 6]>,
+        mtu: Option<u16>,
+        rx_limiter: RateLimiter,
+        tx_limiter: RateLimiter,
+    ) -> io::Result<Self> {
+        Ok(Net {
+            tap,
+            mac,
+            mtu,
+            rx_throttle: Throttle::new(rx_limiter)?,
+            tx_throttle: Throttle::new(tx_limiter)?,
+            readable: false,
+            gone: false,
+            mergeable: false,
+            room_wanted: 0,
+            chain: Chain::new(),
+            buffers: Buffers::new(),
+            spill: vec![0; FRAME_MAX as usize].into_boxed_slice(),
+            held: None,
+            counters: Arc::new(Counters::default()),
+        })
+    }
+
+    /// Passes one frame from the tap to the guest.
+    fn receive(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        if let Some(held) = self.held {
+            return self.receive_end(held, queue, ram);
+        }
+        if !self.readable {
+            return Ok(Progress::Wait);
+        }
+        match self.gather(self.room_wanted, queue, ram)? {
+            Gathered::Ready => {}
+            Gathered::None => return Ok(Progress::Wait),
+            Gathered::Refused => return Ok(Progress::More),
+        }
+        // How long it is will only be known when it has been read; the limiter takes a debt.
+        if !self.rx_throttle.permits(1) {
+            self.counters.rx_throttled.one();
+            return Ok(Progress::Wait);
+        }
+        let room = if self.mergeable {
+            self.buffers.room
+        } else {
+            self.buffers.chains.front().map_or(0, |buffer| buffer.len)
+        };
+        let pieces = window(self.buffers.pieces.iter().copied(), 0, room);
+        let slices = slices(ram, pieces);
+        match sys::io::read_packet(self.tap.as_raw_fd(), slices, &mut self.spill) {
+            Ok(len) => {
+                let len = u32::try_from(len).unwrap_or(u32::MAX);
+                if self.mergeable && room < len && len <= FRAME_MAX {
+                    self.held = Some(Held {
+                        len,
+                        in_guest: room,
+                        until: clock::monotonic_nanos().saturating_add(PATIENCE_NANOS),
+                    });
+                    return Ok(Progress::More);
+                }
+                self.deliver(len, room, queue, ram)
+            }
+            Err(error) => {
+                // Whatever it was, the next frame makes a new edge.
+                self.readable = false;
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    self.counters.rx_failed.one();
+                    self.note_if_gone(&error);
+                }
+                Ok(Progress::Wait)
+            }
+        }
+    }
+
+    /// Brings the end of a frame to the guest once there is room for it.
+    fn receive_end(
+        &mut self,
+        held: Held,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Progress, BrokenRing> {
+        if let Gathered::Refused = self.gather(held.len, queue, ram)? {
+            return Ok(Progress::More);
+        }
+        let room = self.buffers.room;
+        if room < held.len {
+            let left = held.until.saturating_sub(clock::monotonic_nanos());
+            if left > 0 {
+                self.rx_throttle.wake_in(left);
+                return Ok(Progress::Wait);
+            }
+            self.held = None;
+            self.counters.rx_dropped.one();
+            return Ok(Progress::More);
+        }
+        self.held = None;
+        let rest = held.len.saturating_sub(held.in_guest);
+        let place = window(self.buffers.pieces.iter().copied(), held.in_guest, rest);
+        let end = self.spill.get(..rest as usize).unwrap_or_default();
+        if !copy_out(ram, place, end) {
+            return Err(BrokenRing::Memory);
+        }
+        self.deliver(held.len, room, queue, ram)
+    }
+
+    /// Hands the frame of `len` bytes, which the tap has just written, to the guest.
+    fn deliver(
+        &mut self,
+        len: u32,
+        room: u32,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Progress, BrokenRing> {
+        if len <= HEADER || len > room {
+            // It did not fit; its buffers take the next one.
+            self.counters.rx_dropped.one();
+            return Ok(Progress::More);
+        }
+        let payload = u64::from(len.saturating_sub(HEADER));
+        self.rx_throttle.charge(payload);
+        // The tap leaves this field to us (5.1.6.3). Every buffer holds at least the header.
+        let count = self.buffers.count_for(len);
+        let pieces = self.buffers.pieces.iter().copied();
+        let place = window(pieces, NUM_BUFFERS, size_of_val(&count) as u32);
+        if !copy_out(ram, place, &count.to_le_bytes()) {
+            return Err(BrokenRing::Memory);
+        }
+        let mut left = len;
+        for _ in 0..count {
+            let Some(buffer) = self.buffers.pop() else {
+                break;
+            };
+            let used = left.min(buffer.len);
+            left = left.saturating_sub(used);
+            queue.stage_used(ram, buffer.head, used)?;
+        }
+        queue.publish_used(ram)?;
+        self.counters.rx_frames.one();
+        self.counters.rx_bytes.add(payload);
+        Ok(Progress::More)
+    }
+
+    /// Gets buffers of `wanted` bytes ready, or as many as there are.
+    fn gather(
+        &mut self,
+        wanted: u32,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Gathered, BrokenRing> {
+        while self.buffers.room < wanted {
+            match queue.pop(ram, &mut self.chain)? {
+                Popped::Empty => break,
+                Popped::Chain
+                    if self.chain.readable_len() == 0 && self.chain.writable_len() > HEADER =>
+                {
+                    if !self.buffers.push(&self.chain) {
+                        queue.rewind(1);
+                        break;
+                    }
+                }
+                Popped::Chain | Popped::Malformed(_) => {
+                    self.counters.rx_invalid.one();
+                    queue.add_used(ram, self.chain.head(), 0)?;
+                    return Ok(Gathered::Refused);
+                }
+            }
+        }
+        Ok(if self.buffers.chains.is_empty() {
+            Gathered::None
+        } else {
+            Gathered::Ready
+        })
+    }
+
+    /// Passes one frame from the guest to the tap.
+    fn transmit(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        let popped = queue.pop(ram, &mut self.chain)?;
+        if popped == Popped::Empty {
+            return Ok(Progress::Wait);
+        }
+        let len = self.chain.readable_len();
+        if popped != Popped::Chain
+            || len <= HEADER
+            || len > FRAME_MAX
+            || self.chain.writable_len() != 0
+        {
+            self.counters.tx_invalid.one();
+            queue.add_used(ram, self.chain.head(), 0)?;
+            return Ok(Progress::More);
+        }
+        let payload = u64::from(len.saturating_sub(HEADER));
+        if !self.tx_throttle.permits(payload) {
+            self.counters.tx_throttled.one();
+            queue.rewind(1);
+            return Ok(Progress::Wait);
+        }
+        self.tx_throttle.charge(payload);
+        self.send(payload, ram);
+        queue.add_used(ram, self.chain.head(), 0)?;
+        Ok(Progress::More)
+    }
+
+    /// Sends the chain at hand. The header's contents are the kernel's to check: it copies the
+    /// header once, and looks at that copy.
+    fn send(&mut self, payload: u64, ram: &Ram) {
+        if self.gone {
+            self.counters.tx_dropped.one();
+            return;
+        }
+        let pieces = slices(ram, self.chain.readable().iter().copied());
+        match sys::io::write_packet(self.tap.as_raw_fd(), pieces) {
+            Ok(_) => {
+                self.counters.tx_frames.one();
+                self.counters.tx_bytes.add(payload);
+            }
+            Err(error) => {
+                // A network card drops what it can not send; there is no other way to say so.
+                self.counters.tx_dropped.one();
+                self.note_if_gone(&error);
+            }
+        }
+    }
+
+    fn note_if_gone(&mut self, error: &io::Error) {
+        if tap::is_gone(error) && !self.gone {
+            self.gone = true;
+            self.readable = false;
+            self.counters.tap_gone.one();
+            crate::error!("the tap has vanished: this network interface is cut off from now on");
+        }
+    }
+}
+
+impl Device for Net {
+    const ID: u32 = device_id::NET;
+    const QUEUES: &'static [u16] = &[QUEUE_SIZE, QUEUE_SIZE];
+    type Update = Update;
+    type Counters = Counters;
+
+    fn features(&self) -> u64 {
+        let mut features = feature::COMMON | bit::ALWAYS;
+        if self.mac.is_some() {
+            features |= bit::MAC;
+        }
+        if self.mtu.is_some() {
+            features |= bit::MTU;
+        }
+        features
+    }
+
+    fn config(&self) -> ConfigSpace {
+        ConfigSpace::new()
+            .with(field::MAC, &self.mac.unwrap_or_default())
+            .with(field::MTU, &self.mtu.unwrap_or_default().to_le_bytes())
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    fn sources(&self) -> Vec<RawFd> {
+        vec![
+            self.tap.as_raw_fd(),
+            self.rx_throttle.as_raw_fd(),
+            self.tx_throttle.as_raw_fd(),
+        ]
+    }
+
+    fn activate(&mut self, features: u64) -> io::Result<()> {
+        let has = |bits| features & bits != 0;
+        self.mergeable = has(bit::MRG_RXBUF);
+        self.room_wanted = if !self.mergeable {
+            // One buffer at a time, whatever its size.
+            1
+        } else if has(bit::GUEST_LARGE) {
+            FRAME_MAX
+        } else {
+            u32::from(self.mtu.unwrap_or(MTU_DEFAULT).max(MTU_DEFAULT))
+                .saturating_add(FRAME_OVERHEAD)
+        };
+        // Frames may have come before the driver did: their edge is past.
+        self.readable = !self.gone;
+        let offloads = Offloads {
+            checksum: has(bit::GUEST_CSUM),
+            tso4: has(bit::GUEST_TSO4),
+            tso6: has(bit::GUEST_TSO6),
+            ecn: has(bit::GUEST_ECN),
+            ufo: has(bit::GUEST_UFO),
+        };
+        match self.tap.set_offloads(offloads) {
+            // Without a tap the card works like one without a cable.
+            Err(error) if tap::is_gone(&error) => {
+                self.note_if_gone(&error);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn process(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        ram: &Ram,
+    ) -> Result<Progress, BrokenRing> {
+        match index {
+            queue::RECEIVE => self.receive(queue, ram),
+            _ => self.transmit(queue, ram),
+        }
+    }
+
+    fn backend(&mut self, source: usize) -> QueueSet {
+        match source {
+            source::TAP => {
+                self.readable = !self.gone;
+                QueueSet::one(queue::RECEIVE)
+            }
+            source::RECEIVE_TIMER => QueueSet::one(queue::RECEIVE),
+            _ => QueueSet::one(queue::TRANSMIT),
+        }
+    }
+
+    fn update(&mut self, update: Update) -> Updated {
+        self.counters.updates.one();
+        self.rx_throttle.update(update.rx_limits);
+        self.tx_throttle.update(update.tx_limits);
+        Updated {
+            runnable: QueueSet::ALL,
+            ..Updated::default()
+        }
+    }
+
+    fn reset(&mut self) {
+        self.buffers.clear();
+        self.held = None;
+        self.mergeable = false;
+    }
+}

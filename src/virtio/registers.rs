@@ -1,0 +1,436 @@
+//! The virtio-mmio register block, version 2 (virtio 1.2, 4.2.2): what the guest's driver sees.
+//!
+//! It belongs to the vCPUs, behind one mutex that is never held while anything waits. Control
+//! takes it too when an update has changed the configuration space. It knows what the device
+//! offers and what the driver chose; it never touches guest memory, and what becomes of the
+//! driver's choices is the worker's business.
+//!
+//! Registers are 32 bits wide and aligned (4.2.2.1); any other access to them reads as zeros and
+//! writes nothing. The configuration space takes any size; beyond its end there are zeros. What
+//! the driver may not do at this moment is ignored and counted.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queue::QueueLayout;
+use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
+use super::{ConfigSpace, Counter, Interrupt, MAX_QUEUES, feature};
+use crate::bus::{self, Completer, Ticket, Written};
+use crate::inbox::Sender;
+
+/// Length of the block in bytes.
+pub const LENGTH: u64 = 0x1000;
+
+/// Offset of QueueNotify, for ioeventfds (datamatch: the queue's number, 4 bytes).
+pub const QUEUE_NOTIFY: u64 = reg::QUEUE_NOTIFY;
+
+/// Register offsets (virtio 1.2, 4.2.2, table 4.1).
+mod reg {
+    pub const MAGIC_VALUE: u64 = 0x000;
+    pub const VERSION: u64 = 0x004;
+    pub const DEVICE_ID: u64 = 0x008;
+    pub const VENDOR_ID: u64 = 0x00c;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub const QUEUE_SEL: u64 = 0x030;
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    pub const QUEUE_NUM: u64 = 0x038;
+    pub const QUEUE_READY: u64 = 0x044;
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    pub const STATUS: u64 = 0x070;
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// "virt", little-endian.
+const MAGIC: u32 = 0x7472_6976;
+/// Not a legacy device.
+const VERSION: u32 = 2;
+/// Drivers do not look at it.
+const VENDOR: u32 = 0;
+/// What SHMLen and SHMBase read when there is no such shared memory region.
+const NO_SHARED_MEMORY: u32 = u32::MAX;
+
+/// What a driver may do to Status, beside giving up (FAILED) and resetting (0): from, to. Some
+/// drivers set the first two bits in one write.
+const STEPS: [(u32, u32); 5] = [
+    (0, ACKNOWLEDGE),
+    (0, ACKNOWLEDGE | DRIVER),
+    (ACKNOWLEDGE, ACKNOWLEDGE | DRIVER),
+    (ACKNOWLEDGE | DRIVER, ACKNOWLEDGE | DRIVER | FEATURES_OK),
+    (
+        ACKNOWLEDGE | DRIVER | FEATURES_OK,
+        ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
+    ),
+];
+
+/// What a driver tells the device, by way of its registers.
+#[derive(Debug)]
+pub enum DriverMsg {
+    /// DRIVER_OK: serve these queues.
+    Activate {
+        /// What was negotiated.
+        features: u64,
+        /// The queues, as described and unchecked.
+        layouts: [QueueLayout; MAX_QUEUES],
+    },
+    /// Status was set to 0: end what is in flight, forget the queues, then drop the completer.
+    Reset(Completer),
+}
+
+/// At most this many messages can be under way: each vCPU (32) waits for its own reset, and one
+/// activation precedes a reset.
+pub(super) const DRIVER_MESSAGES: usize = 40;
+
+/// One device's registers.
+pub struct Registers {
+    device_id: u32,
+    offered: u64,
+    max_sizes: &'static [u16],
+    kicks: Vec<EventFd>,
+    interrupt: Arc<Interrupt>,
+    driver: Sender<DriverMsg>,
+    /// Accesses that no driver should have made.
+    ignored: Counter,
+    block: Mutex<Block>,
+}
+
+/// What is behind the mutex.
+#[derive(Debug)]
+struct Block {
+    status: u32,
+    /// The device was activated and has not been reset since.
+    active: bool,
+    /// A reset that the worker has not completed: Status stays as it is, and nothing else is taken.
+    resetting: Option<Ticket>,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    accepted: u64,
+    queue_sel: u32,
+    layouts: [QueueLayout; MAX_QUEUES],
+    config: ConfigSpace,
+    generation: u32,
+}
+
+impl Registers {
+    /// # Errors
+    /// When the host has no descriptor left for the kicks.
+    pub(super) fn new(
+        device_id: u32,
+        offered: u64,
+        max_sizes: &'static [u16],
+        config: ConfigSpace,
+        interrupt: Arc<Interrupt>,
+        driver: Sender<DriverMsg>,
+    ) -> io::Result<Self> {
+        let kicks = max_sizes
+            .iter()
+            .take(MAX_QUEUES)
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
+            .collect::<io::Result<_>>()?;
+        Ok(Registers {
+            device_id,
+            offered,
+            max_sizes,
+            kicks,
+            interrupt,
+            driver,
+            ignored: Counter::default(),
+            block: Mutex::new(Block::new(config)),
+        })
+    }
+
+    /// The queues' kicks, by queue number: to be registered as ioeventfds at [`QUEUE_NOTIFY`].
+    pub fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    /// The interrupt these registers show.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// Accesses so far that were ignored because no driver should have made them.
+    pub fn ignored(&self) -> u64 {
+        self.ignored.get()
+    }
+
+    /// Changes the configuration space, and tells the driver if there is one.
+    pub fn set_config(&self, config: ConfigSpace) {
+        let mut block = self.lock();
+        block.config = config;
+        block.generation = block.generation.wrapping_add(1);
+        if block.status & DRIVER_OK != 0 {
+            self.interrupt.config_changed();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Block> {
+        // A thread that panics ends the process; in tests the data is as whole as it was.
+        let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
+        if block.resetting.as_ref().is_some_and(Ticket::is_done) {
+            self.finish_reset(&mut block);
+        }
+        block
+    }
+
+    fn finish_reset(&self, block: &mut Block) {
+        self.interrupt.clear();
+        *block = Block {
+            generation: block.generation,
+            ..Block::new(block.config)
+        };
+    }
+
+    fn read_register(&self, offset: u64) -> Option<u32> {
+        match offset {
+            reg::MAGIC_VALUE => return Some(MAGIC),
+            reg::VERSION => return Some(VERSION),
+            reg::DEVICE_ID => return Some(self.device_id),
+            reg::VENDOR_ID => return Some(VENDOR),
+            reg::INTERRUPT_STATUS => return Some(self.interrupt.status()),
+            reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => return Some(NO_SHARED_MEMORY),
+            _ => {}
+        }
+        let block = self.lock();
+        Some(match offset {
+            reg::DEVICE_FEATURES => match block.device_features_sel {
+                0 => low(self.offered),
+                1 => high(self.offered),
+                _ => 0,
+            },
+            reg::QUEUE_NUM_MAX => block
+                .selected()
+                .and_then(|i| self.max_sizes.get(i))
+                .map_or(0, |size| u32::from(*size)),
+            reg::QUEUE_READY => block
+                .selected()
+                .and_then(|i| block.layouts.get(i))
+                .map_or(0, |layout| u32::from(layout.ready)),
+            reg::STATUS if self.interrupt.needs_reset() => block.status | DEVICE_NEEDS_RESET,
+            reg::STATUS => block.status,
+            reg::CONFIG_GENERATION => block.generation,
+            _ => return None,
+        })
+    }
+
+    /// What came of writing `value`; `None` when that may not be done, or not now.
+    fn write_register(&self, offset: u64, value: u32) -> Option<Written> {
+        match offset {
+            reg::INTERRUPT_ACK => {
+                self.interrupt.acknowledge(value);
+                return Some(Written::Done);
+            }
+            reg::QUEUE_NOTIFY => {
+                // Ordinarily an ioeventfd, and never seen here.
+                let kick = self.kicks.get(usize::try_from(value).ok()?)?;
+                let _ = kick.write(1);
+                return Some(Written::Done);
+            }
+            _ => {}
+        }
+        let mut block = self.lock();
+        let block = &mut *block;
+        if offset == reg::STATUS {
+            return self.write_status(block, value);
+        }
+        if block.resetting.is_some() {
+            return None;
+        }
+        match offset {
+            reg::DEVICE_FEATURES_SEL => block.device_features_sel = value,
+            reg::DRIVER_FEATURES_SEL => block.driver_features_sel = value,
+            reg::QUEUE_SEL => block.queue_sel = value,
+            reg::DRIVER_FEATURES => {
+                if !block.is_between(DRIVER, FEATURES_OK) {
+                    return None;
+                }
+                let rest = block.accepted;
+                block.accepted = match block.driver_features_sel {
+                    0 => with_low(rest, value),
+                    1 => with_high(rest, value),
+                    // Bits that do not exist can only be refused.
+                    _ if value == 0 => rest,
+                    _ => return None,
+                };
+            }
+            _ => {
+                if !block.is_between(FEATURES_OK, DRIVER_OK) {
+                    return None;
+                }
+                let index = block.selected().filter(|i| *i < self.max_sizes.len())?;
+                let layout = block.layouts.get_mut(index)?;
+                match offset {
+                    reg::QUEUE_NUM => layout.size = value,
+                    reg::QUEUE_READY => layout.ready = value & 1 != 0,
+                    reg::QUEUE_DESC_LOW => layout.descriptors = with_low(layout.descriptors, value),
+                    reg::QUEUE_DESC_HIGH => {
+                        layout.descriptors = with_high(layout.descriptors, value);
+                    }
+                    reg::QUEUE_DRIVER_LOW => layout.avail = with_low(layout.avail, value),
+                    reg::QUEUE_DRIVER_HIGH => layout.avail = with_high(layout.avail, value),
+                    reg::QUEUE_DEVICE_LOW => layout.used = with_low(layout.used, value),
+                    reg::QUEUE_DEVICE_HIGH => layout.used = with_high(layout.used, value),
+                    _ => return None,
+                }
+            }
+        }
+        Some(Written::Done)
+    }
+
+    fn write_status(&self, block: &mut Block, value: u32) -> Option<Written> {
+        if value == 0 {
+            return Some(self.reset(block));
+        }
+        if block.resetting.is_some() {
+            return None;
+        }
+        // Drivers write back what they read; this bit is ours.
+        let value = value & !DEVICE_NEEDS_RESET;
+        let status = block.status;
+        if value == status {
+            return Some(Written::Done);
+        }
+        if value == status | FAILED {
+            block.status = value;
+            return Some(Written::Done);
+        }
+        if !STEPS.contains(&(status, value)) {
+            return None;
+        }
+        if value & !status == FEATURES_OK && !self.can_accept(block.accepted) {
+            // Refused by leaving the bit clear (3.1.1, step 6).
+            return None;
+        }
+        block.status = value;
+        if value & !status == DRIVER_OK {
+            block.active = true;
+            let activate = DriverMsg::Activate {
+                features: block.accepted,
+                layouts: block.layouts,
+            };
+            if self.driver.send(activate).is_err() {
+                // The worker is gone.
+                self.interrupt.demand_reset();
+            }
+        }
+        Some(Written::Done)
+    }
+
+    fn reset(&self, block: &mut Block) -> Written {
+        if !block.active {
+            self.finish_reset(block);
+            return Written::Done;
+        }
+        let (ticket, completer) = bus::ticket();
+        if self.driver.send(DriverMsg::Reset(completer)).is_err() {
+            // The worker is gone, and with it whatever could still be in flight.
+            self.finish_reset(block);
+            return Written::Done;
+        }
+        // Messages are taken in order: of several resets the first is the one that counts.
+        block.resetting.get_or_insert_with(|| ticket.clone());
+        Written::After(ticket)
+    }
+
+    fn can_accept(&self, features: u64) -> bool {
+        features & !self.offered == 0 && features & feature::VERSION_1 != 0
+    }
+}
+
+impl bus::Registers for Registers {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(at) = offset.checked_sub(reg::CONFIG) {
+            if let Ok(at) = usize::try_from(at) {
+                self.lock().config.read(at, data);
+            }
+        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data)
+            && let Some(value) = self.read_register(offset)
+        {
+            *data = value.to_le_bytes();
+        } else {
+            self.ignored.one();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Written {
+        // No field of our devices' configuration spaces may be written.
+        let written = if offset < reg::CONFIG
+            && let Ok(data) = <[u8; 4]>::try_from(data)
+        {
+            self.write_register(offset, u32::from_le_bytes(data))
+        } else {
+            None
+        };
+        written.unwrap_or_else(|| {
+            self.ignored.one();
+            Written::Done
+        })
+    }
+}
+
+impl Block {
+    fn new(config: ConfigSpace) -> Self {
+        Block {
+            status: 0,
+            active: false,
+            resetting: None,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            accepted: 0,
+            queue_sel: 0,
+            layouts: [QueueLayout::default(); MAX_QUEUES],
+            config,
+            generation: 0,
+        }
+    }
+
+    /// Whether the driver has reached `from`, not yet `to`, and has not given up.
+    fn is_between(&self, from: u32, to: u32) -> bool {
+        self.status & (from | to | FAILED) == from
+    }
+
+    fn selected(&self) -> Option<usize> {
+        usize::try_from(self.queue_sel).ok()
+    }
+}
+
+impl fmt::Debug for Registers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registers")
+            .field("device_id", &self.device_id)
+            .finish_non_exhaustive()
+    }
+}
+
+const fn low(value: u64) -> u32 {
+    (value & 0xffff_ffff) as u32
+}
+
+const fn high(value: u64) -> u32 {
+    (value >> 32) as u32
+}
+
+const fn with_low(value: u64, low: u32) -> u64 {
+    value & !0xffff_ffff | low as u64
+}
+
+const fn with_high(value: u64, high: u32) -> u64 {
+    value & 0xffff_ffff | (high as u64) << 32
+}

@@ -1,0 +1,163 @@
+//! A built virtual machine: what control holds of it once it exists.
+
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use super::action::ActionError;
+use super::devices;
+use crate::arch::Vm;
+use crate::arch::i8042::{I8042, KeyboardFull};
+use crate::config::{Draft, DriveUpdate, NetworkUpdate};
+use crate::inbox::Sender;
+use crate::log;
+use crate::memory::Memory;
+use crate::serial::SerialMessage;
+use crate::vcpu::{Deaf, VcpuHandle};
+use crate::virtio::DeviceHandle;
+use crate::virtio::block::Block;
+use crate::virtio::net::Net;
+
+/// Handles of everything that makes up a VM. The threads own the things themselves.
+#[derive(Debug)]
+pub struct Machine {
+    /// What was asked for, kept up to date with what PATCH changes.
+    pub draft: Box<Draft>,
+    /// One for each vCPU, by number.
+    pub vcpus: Vec<VcpuHandle>,
+    /// One for each drive.
+    pub blocks: Vec<DeviceHandle<Block>>,
+    /// One for each network interface.
+    pub nets: Vec<DeviceHandle<Net>>,
+    /// The serial thread.
+    pub console: Sender<SerialMessage>,
+    /// Where the log went before it went through the serial thread.
+    pub log_before: RawFd,
+    /// The pipe it goes into now; kept open.
+    pub _log_writer: File,
+    /// Where Ctrl-Alt-Del is pressed.
+    pub keyboard: Arc<I8042>,
+    /// Kept open: the last one to hold it ends the virtual machine.
+    pub _vm: Vm,
+    /// Kept mapped.
+    pub memory: Memory,
+}
+
+impl Machine {
+    /// Lets every vCPU run.
+    ///
+    /// # Errors
+    /// When a vCPU's thread does not take messages.
+    pub fn run_vcpus(&self) -> Result<(), Deaf> {
+        self.vcpus.iter().try_for_each(VcpuHandle::run)
+    }
+
+    /// Asks every vCPU to pause; those that will answer, by bit.
+    pub fn pause_vcpus(&self) -> u32 {
+        let mut asked = 0u32;
+        for (index, vcpu) in (0..32u32).zip(&self.vcpus) {
+            if vcpu.pause().is_ok() {
+                asked |= 1u32.checked_shl(index).unwrap_or(0);
+            }
+        }
+        asked
+    }
+
+    /// Asks every device to pause, the first with `token`, the next with the number after it;
+    /// the tokens of those that will answer.
+    pub fn pause_devices(&self, token: u64) -> Vec<u64> {
+        let mut asked = Vec::new();
+        let mut tokens = token..;
+        for (device, token) in self.blocks.iter().zip(&mut tokens) {
+            if device.pause(token).is_ok() {
+                asked.push(token);
+            }
+        }
+        for (device, token) in self.nets.iter().zip(&mut tokens) {
+            if device.pause(token).is_ok() {
+                asked.push(token);
+            }
+        }
+        asked
+    }
+
+    /// Lets every device work again.
+    pub fn resume_devices(&self, token: u64) {
+        // A device that takes no message now is still in the I/O it was paused in, and its inbox
+        // holds an update for every slot: it never paused, so it has nothing to resume.
+        for device in &self.blocks {
+            let _ = device.resume(token);
+        }
+        for device in &self.nets {
+            let _ = device.resume(token);
+        }
+    }
+
+    /// Presses Ctrl-Alt-Del on the guest's keyboard.
+    ///
+    /// # Errors
+    /// When the guest has not read what was pressed before.
+    pub fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
+        self.keyboard.ctrl_alt_del()
+    }
+
+    /// Sends a drive a new disk image, new limits, or both.
+    ///
+    /// # Errors
+    /// No such drive, an image that can not be opened, a device that takes no messages.
+    pub fn update_drive(&mut self, update: &DriveUpdate, token: u64) -> Result<(), ActionError> {
+        let sentence = |e: &dyn std::error::Error| ActionError::of(e);
+        self.draft
+            .check_drive_update(update)
+            .map_err(|e| sentence(&e))?;
+        let device = devices::block_update(&self.draft, update)?;
+        let handle = self
+            .blocks
+            .iter()
+            .find(|handle| **handle.name() == *update.drive_id)
+            .ok_or_else(|| ActionError(format!("There is no drive `{}`.", update.drive_id)))?;
+        handle.update(token, device).map_err(|e| sentence(&e))?;
+        self.draft.patch_drive(update).map_err(|e| sentence(&e))
+    }
+
+    /// Sends a network interface new limits.
+    ///
+    /// # Errors
+    /// No such interface, a device that takes no messages.
+    pub fn update_network(
+        &mut self,
+        update: &NetworkUpdate,
+        token: u64,
+    ) -> Result<(), ActionError> {
+        let sentence = |e: &dyn std::error::Error| ActionError::of(e);
+        let handle = self
+            .nets
+            .iter()
+            .find(|handle| **handle.name() == *update.iface_id)
+            .ok_or_else(|| {
+                ActionError(format!(
+                    "There is no network interface `{}`.",
+                    update.iface_id
+                ))
+            })?;
+        handle
+            .update(token, devices::net_update(update))
+            .map_err(|e| sentence(&e))?;
+        self.draft.patch_network(update).map_err(|e| sentence(&e))
+    }
+
+    /// Tells the serial thread to write out what is left; whether it will answer.
+    pub fn finish_console(&self) -> bool {
+        self.console.send(SerialMessage::Finish).is_ok()
+    }
+
+    /// What was asked for.
+    pub fn draft(&self) -> &Draft {
+        &self.draft
+    }
+
+    /// Log lines go straight to their place again: the serial thread has ended its work.
+    pub fn take_log_back(&self) {
+        log::redirect(self.log_before);
+    }
+}

@@ -1,0 +1,178 @@
+//! The rules of state, in one table: what may be asked for before the start, while the guest
+//! runs, and while it is paused. Pure, so that it is tested without a VM.
+
+use super::action::{Action, ActionError};
+
+/// How far a VM has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It is being configured, or a start has failed.
+    NotStarted,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+}
+
+impl State {
+    /// The name that `GET /` tells.
+    pub const fn name(self) -> &'static str {
+        match self {
+            State::NotStarted => "Not started",
+            State::Running => "Running",
+            State::Paused => "Paused",
+        }
+    }
+}
+
+/// When something may be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    Always,
+    BeforeStart,
+    AfterStart,
+}
+
+/// The table.
+const fn when(action: &Action) -> When {
+    match action {
+        Action::DescribeInstance
+        | Action::GetVersion
+        | Action::GetVmConfig
+        | Action::GetMachineConfig
+        | Action::GetMetrics
+        | Action::GetTimeline => When::Always,
+
+        Action::PutMachineConfig(_)
+        | Action::PatchMachineConfig(_)
+        | Action::PutBootSource(_)
+        | Action::PutDrive(_)
+        | Action::PutNetwork(_)
+        | Action::PutLogger(_)
+        | Action::PutMetrics(_)
+        | Action::PutSerial(_)
+        | Action::PutCpuConfig(_)
+        | Action::PutVm { .. }
+        | Action::Start => When::BeforeStart,
+
+        // Pause and resume are idempotent, so both are for either state after the start.
+        Action::PatchDrive(_)
+        | Action::PatchNetwork(_)
+        | Action::SendCtrlAltDel
+        | Action::FlushMetrics
+        | Action::Pause
+        | Action::Resume => When::AfterStart,
+    }
+}
+
+/// Whether `action` may be asked for in `state`.
+///
+/// # Errors
+/// The sentence that Firecracker's clients know.
+pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
+    match (when(action), state) {
+        (When::Always, _)
+        | (When::BeforeStart, State::NotStarted)
+        | (When::AfterStart, State::Running | State::Paused) => Ok(()),
+        (When::BeforeStart, State::Running | State::Paused) => Err(ActionError(
+            "The requested operation is not supported after starting the microVM.".into(),
+        )),
+        (When::AfterStart, State::NotStarted) => Err(ActionError(
+            "The requested operation is not supported before starting the microVM.".into(),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{self, json};
+
+    fn from<T: serde::de::DeserializeOwned>(text: &str) -> T {
+        json::parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn allow_when_asked_in_each_state_follows_the_table() {
+        let put_vm = Action::PutVm {
+            config: Box::default(),
+            start: true,
+        };
+        // action, allowed before the start, allowed after it
+        let cases = [
+            (Action::DescribeInstance, true, true),
+            (Action::GetVersion, true, true),
+            (Action::GetVmConfig, true, true),
+            (Action::GetMachineConfig, true, true),
+            (Action::GetMetrics, true, true),
+            (Action::GetTimeline, true, true),
+            (
+                Action::PutMachineConfig(config::MachineConfig::default()),
+                true,
+                false,
+            ),
+            (
+                Action::PatchMachineConfig(config::MachineConfigUpdate::default()),
+                true,
+                false,
+            ),
+            (
+                Action::PutBootSource(from(r#"{"kernel_image_path":"k"}"#)),
+                true,
+                false,
+            ),
+            (
+                Action::PutDrive(from(
+                    r#"{"drive_id":"a","path_on_host":"p","is_root_device":true}"#,
+                )),
+                true,
+                false,
+            ),
+            (
+                Action::PutNetwork(from(r#"{"iface_id":"a","host_dev_name":"t"}"#)),
+                true,
+                false,
+            ),
+            (Action::PutLogger(from("{}")), true, false),
+            (
+                Action::PutMetrics(from(r#"{"metrics_path":"m"}"#)),
+                true,
+                false,
+            ),
+            (Action::PutSerial(from("{}")), true, false),
+            (Action::PutCpuConfig(from("{}")), true, false),
+            (put_vm, true, false),
+            (Action::Start, true, false),
+            (Action::PatchDrive(from(r#"{"drive_id":"a"}"#)), false, true),
+            (
+                Action::PatchNetwork(from(r#"{"iface_id":"a"}"#)),
+                false,
+                true,
+            ),
+            (Action::SendCtrlAltDel, false, true),
+            (Action::FlushMetrics, false, true),
+            (Action::Pause, false, true),
+            (Action::Resume, false, true),
+        ];
+        for (action, before, after) in cases {
+            for (state, expected) in [
+                (State::NotStarted, before),
+                (State::Running, after),
+                (State::Paused, after),
+            ] {
+                let answer = allow(&action, state);
+                assert_eq!(answer.is_ok(), expected, "{action:?} in {state:?}");
+                if let Err(ActionError(sentence)) = answer {
+                    let side = if before { "after" } else { "before" };
+                    assert!(sentence.contains(side), "{sentence}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn state_when_named_is_what_clients_know() {
+        let names = [State::NotStarted, State::Running, State::Paused].map(State::name);
+        assert_eq!(names, ["Not started", "Running", "Paused"]);
+    }
+}

@@ -1,0 +1,164 @@
+//! Threads that exist before they have anything to do.
+//!
+//! Making a thread can fail and takes time; a [`Berth`] is a thread made early, beside other work,
+//! that waits for what it is to do. If starting the VM fails after all, the berth is dropped and
+//! the thread ends, unfiltered and unnoticed. Given work, it names itself, installs its filter,
+//! reports ready, and works: from then on it lasts until the process ends.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle, Thread};
+
+use crate::seccomp::{self, Category};
+use crate::sys::process;
+use crate::{exit, log};
+
+/// Stack of a thread, in bytes: address space; only what is touched costs memory.
+const STACK: usize = 256 * 1024;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A thread without work.
+#[derive(Debug)]
+pub struct Berth {
+    work: SyncSender<Work>,
+    thread: JoinHandle<()>,
+}
+
+/// A thread could not be made.
+#[derive(Debug)]
+pub struct SpawnError {
+    name: String,
+    cause: io::Error,
+}
+
+impl fmt::Display for SpawnError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Making the thread `{}` failed (a limit on processes or memory?)",
+            self.name
+        )
+    }
+}
+
+impl Error for SpawnError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.cause)
+    }
+}
+
+/// Counts threads down to ready and wakes the one that waits for them.
+#[derive(Debug)]
+pub struct Muster {
+    missing: AtomicUsize,
+    waiter: Thread,
+}
+
+impl Muster {
+    /// For `count` threads; the calling thread will wait for them.
+    pub fn of(count: usize) -> Arc<Self> {
+        Arc::new(Muster {
+            missing: AtomicUsize::new(count),
+            waiter: thread::current(),
+        })
+    }
+
+    fn report(&self) {
+        if self.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.waiter.unpark();
+        }
+    }
+
+    /// Returns once all threads are ready. They always get there: what they do before is to
+    /// install a filter, and one that can not ends the process.
+    pub fn wait(&self) {
+        while self.missing.load(Ordering::Acquire) > 0 {
+            thread::park();
+        }
+    }
+}
+
+/// Makes a thread called `name` (at most 15 bytes are shown by tools) that waits for work.
+///
+/// # Errors
+/// When the host's limits do not allow another thread.
+pub fn berth(name: String) -> Result<Berth, SpawnError> {
+    let (work, berthed): (SyncSender<Work>, Receiver<Work>) = sync_channel(1);
+    let body = move || {
+        if let Ok(work) = berthed.recv() {
+            work();
+        }
+    };
+    match thread::Builder::new()
+        .name(name.clone())
+        .stack_size(STACK)
+        .spawn(body)
+    {
+        Ok(thread) => Ok(Berth { work, thread }),
+        Err(cause) => Err(SpawnError { name, cause }),
+    }
+}
+
+impl Berth {
+    /// Gives the thread its work, to be done behind the filter of `category` (none when the
+    /// command line said so), after it has reported to `muster`.
+    pub fn occupy(
+        self,
+        category: Option<Category>,
+        muster: &Arc<Muster>,
+        work: impl FnOnce() + Send + 'static,
+    ) -> JoinHandle<()> {
+        let muster = Arc::clone(muster);
+        let filtered = move || {
+            if let Some(name) = thread::current().name() {
+                log::set_thread_name(name);
+            }
+            filter_or_end(category);
+            muster.report();
+            work();
+        };
+        // The thread waits in `recv` and the channel has room for one.
+        let _ = self.work.try_send(Box::new(filtered));
+        self.thread
+    }
+}
+
+/// Installs the calling thread's filter; a host that can not is no place to run guests.
+pub fn filter_or_end(category: Option<Category>) {
+    if let Some(category) = category
+        && let Err(error) = seccomp::install(category)
+    {
+        crate::error!("{}", log::chain(&error));
+        process::exit(exit::ERROR);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    #[test]
+    fn berth_when_dropped_ends_its_thread() {
+        let berth = berth("mf-idle".into()).unwrap();
+        let Berth { work, thread } = berth;
+        drop(work);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn muster_when_all_have_work_returns() {
+        static DONE: AtomicBool = AtomicBool::new(false);
+        let muster = Muster::of(2);
+        for n in 0..2 {
+            let berth = berth(format!("mf-{n}")).unwrap();
+            let _ = berth.occupy(None, &muster, || DONE.store(true, Ordering::Release));
+        }
+        muster.wait();
+    }
+}

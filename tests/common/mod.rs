@@ -1,0 +1,529 @@
+//! What integration tests share: the binaries, guests, a client of the API, and the certainty
+//! that nothing outlives a test.
+#![expect(dead_code, reason = "each test file uses a part of it")]
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long anything may take before a test gives up. Generous: the machines are shared.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// The same for a Linux guest on a host that emulates its kernel.
+pub const LINUX_PATIENCE: Duration = Duration::from_secs(240);
+
+/// The monitor under test: MAYFLY_BIN, else the one cargo built beside this test.
+pub fn mayfly() -> PathBuf {
+    std::env::var_os("MAYFLY_BIN").map_or_else(|| env!("CARGO_BIN_EXE_mayfly").into(), Into::into)
+}
+
+/// The folder of the workspace.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Whether this host runs guests. Says so, in a form that `tools/test` counts, if it does not;
+/// with MAYFLY_REQUIRE_KVM=1 that is a failure.
+pub fn kvm(test: &str) -> bool {
+    if File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
+    {
+        return true;
+    }
+    skip(test, "no usable /dev/kvm");
+    false
+}
+
+/// Whether the test runs as root, which taps and namespaces need.
+pub fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
+}
+
+/// Whether the test runs as root; says so, and counts it, if it does not.
+pub fn needs_root(test: &str) -> bool {
+    if !is_root() {
+        skip(test, "needs root for taps and namespaces");
+    }
+    is_root()
+}
+
+/// Reports a test that did not run.
+pub fn skip(test: &str, why: &str) {
+    assert!(
+        std::env::var_os("MAYFLY_REQUIRE_KVM").is_none_or(|v| v != "1"),
+        "{test} can not run here: {why}"
+    );
+    if let Some(list) = std::env::var_os("MAYFLY_SKIPPED") {
+        let mut list = File::options()
+            .append(true)
+            .create(true)
+            .open(list)
+            .unwrap();
+        writeln!(list, "{test}: {why}").unwrap();
+    }
+    eprintln!("SKIPPED {test}: {why}");
+}
+
+/// The bare-metal probe guest: MAYFLY_PROBE, else the one `tools/test` built.
+pub fn probe() -> PathBuf {
+    guest_binary("MAYFLY_PROBE", "probe")
+}
+
+/// The guest whose first instruction writes a byte.
+pub fn firstbyte() -> PathBuf {
+    guest_binary("MAYFLY_FIRSTBYTE", "firstbyte")
+}
+
+fn guest_binary(variable: &str, name: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
+        return path.into();
+    }
+    let path = root()
+        .join("target/x86_64-unknown-linux-gnu/release")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: build it with `cargo build --release -p probe`",
+        path.display()
+    );
+    path
+}
+
+/// A Linux guest as `tools/guest` makes it.
+pub struct Linux {
+    pub kernel: PathBuf,
+    pub disk: PathBuf,
+    pub initrd: PathBuf,
+    pub cmdline: String,
+}
+
+/// The Linux guest; `tools/guest` must have run.
+pub fn linux() -> Linux {
+    let folder = std::env::var_os("MAYFLY_GUEST_DIR")
+        .map_or_else(|| root().join("target/guest"), PathBuf::from);
+    let cmdline = folder.join("cmdline");
+    let cmdline = fs::read_to_string(&cmdline)
+        .unwrap_or_else(|e| panic!("{}: {e}: run `tools/guest` first", cmdline.display()));
+    Linux {
+        kernel: folder.join("vmlinux"),
+        disk: folder.join("rootfs.ext4"),
+        initrd: folder.join("initramfs.cpio"),
+        cmdline: cmdline.trim().to_owned(),
+    }
+}
+
+/// A folder that goes away with its test, and with the next test run if this one is killed.
+pub struct Folder(PathBuf);
+
+impl Folder {
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        sweep();
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("mf-test-{}-{n}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// A file of `len` bytes, all zero.
+    pub fn disk(&self, name: &str, len: u64) -> PathBuf {
+        let path = self.join(name);
+        File::create(&path).unwrap().set_len(len).unwrap();
+        path
+    }
+
+    /// A file with this content.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Removes folders of test processes that no longer exist.
+fn sweep() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        for entry in fs::read_dir(std::env::temp_dir())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(rest) = name.strip_prefix("mf-test-") else {
+                continue;
+            };
+            let pid = rest.split('-').next().unwrap_or("");
+            if !Path::new("/proc").join(pid).exists() {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    });
+}
+
+#[derive(Default)]
+struct Output {
+    bytes: Mutex<Vec<u8>>,
+    more: Condvar,
+}
+
+/// A running monitor. Killed, by its own id, when dropped.
+pub struct Monitor {
+    pub child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Arc<Output>,
+    stderr: Arc<Output>,
+}
+
+impl Monitor {
+    /// Starts the monitor with `args`; its standard streams are ours.
+    pub fn start<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
+        let mut command = Command::new(mayfly());
+        command.args(args);
+        Monitor::spawn(command)
+    }
+
+    /// Starts `command`, which is or becomes a monitor.
+    pub fn spawn(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        Monitor {
+            stdin: child.stdin.take(),
+            stdout: collect(child.stdout.take().unwrap()),
+            stderr: collect(child.stderr.take().unwrap()),
+            child,
+        }
+    }
+
+    /// Starts a guest from a configuration, without the API.
+    pub fn boot(folder: &Folder, config: &serde_json::Value) -> Self {
+        Monitor::boot_with(folder, config, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn boot_with(folder: &Folder, config: &serde_json::Value, more: &[&str]) -> Self {
+        let file = folder.file("vm.json", config.to_string());
+        let mut args = vec!["--no-api", "--config-file", file.to_str().unwrap()];
+        args.extend(more);
+        Monitor::start(args)
+    }
+
+    /// All of standard output so far.
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&self.stdout.bytes.lock().unwrap()).into_owned()
+    }
+
+    /// All of standard error so far.
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.stderr.bytes.lock().unwrap()).into_owned()
+    }
+
+    /// Waits for `text` on standard output; what was there by then.
+    pub fn expect(&self, text: &str) -> String {
+        self.expect_within(text, PATIENCE)
+    }
+
+    pub fn expect_within(&self, text: &str, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
+        let mut bytes = self.stdout.bytes.lock().unwrap();
+        loop {
+            let seen = String::from_utf8_lossy(&bytes);
+            if seen.contains(text) {
+                return seen.into_owned();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero(),
+                "`{text}` did not appear. Output:\n{seen}\nErrors:\n{}",
+                self.stderr()
+            );
+            bytes = self.stdout.more.wait_timeout(bytes, left).unwrap().0;
+        }
+    }
+
+    /// Types on the console.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.stdin.as_mut().unwrap();
+        stdin.write_all(text.as_bytes()).unwrap();
+        stdin.flush().unwrap();
+    }
+
+    /// Closes standard input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the process to end.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.wait_within(PATIENCE)
+    }
+
+    pub fn wait_within(&mut self, patience: Duration) -> ExitStatus {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                // What it wrote last is still on its way through the pipes.
+                self.stdout.settle();
+                self.stderr.settle();
+                return status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the monitor does not end. Output:\n{}\nErrors:\n{}",
+                self.stdout(),
+                self.stderr()
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits for the end and checks the exit code.
+    pub fn exits_with(&mut self, code: i32) {
+        let status = self.wait();
+        assert_eq!(
+            status.code(),
+            Some(code),
+            "{status}. Output:\n{}\nErrors:\n{}",
+            self.stdout(),
+            self.stderr()
+        );
+    }
+
+    /// Names of its threads, by thread id.
+    pub fn threads(&self) -> Vec<(i32, String)> {
+        let folder = format!("/proc/{}/task", self.pid());
+        let mut threads: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| {
+                let path = entry.unwrap().path();
+                let id = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+                let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+                (id, name.trim_end().to_owned())
+            })
+            .collect();
+        threads.sort();
+        threads
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Output {
+    /// Waits until the pipe has been read to its end (marked by the reader's own reference gone).
+    fn settle(self: &Arc<Self>) {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while Arc::strong_count(self) > 1 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> Arc<Output> {
+    let output = Arc::new(Output::default());
+    let ours = Arc::clone(&output);
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(n @ 1..) = pipe.read(&mut bytes) {
+            ours.bytes.lock().unwrap().extend_from_slice(&bytes[..n]);
+            ours.more.notify_all();
+        }
+    });
+    output
+}
+
+/// A client of the API: one connection a request, as curl makes them.
+pub struct Api(pub PathBuf);
+
+impl Api {
+    /// Waits until the socket at `path` accepts clients.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        let deadline = Instant::now() + PATIENCE;
+        while UnixStream::connect(&path).is_err() {
+            assert!(
+                Instant::now() < deadline,
+                "{} accepts no client",
+                path.display()
+            );
+            thread::sleep(Duration::from_millis(1));
+        }
+        Api(path)
+    }
+
+    /// Status and body.
+    pub fn request(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let mut stream = UnixStream::connect(&self.0).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = if body.is_empty() {
+            String::new()
+        } else {
+            format!(
+                "Content-Type: application/json\r\nContent-Length: {}\r\n",
+                body.len()
+            )
+        };
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}"
+        )
+        .unwrap();
+        read_response(&mut stream)
+    }
+
+    pub fn get(&self, path: &str) -> serde_json::Value {
+        let (status, body) = self.request("GET", path, "");
+        assert_eq!(status, 200, "GET {path}: {body}");
+        serde_json::from_str(&body).unwrap()
+    }
+
+    /// A PUT that must succeed.
+    pub fn put(&self, path: &str, body: serde_json::Value) {
+        let (status, answer) = self.request("PUT", path, &body.to_string());
+        assert_eq!(status, 204, "PUT {path} {body}: {answer}");
+    }
+
+    /// A PATCH that must succeed.
+    pub fn patch(&self, path: &str, body: serde_json::Value) {
+        let (status, answer) = self.request("PATCH", path, &body.to_string());
+        assert_eq!(status, 204, "PATCH {path} {body}: {answer}");
+    }
+
+    /// A request that must be refused; the sentence.
+    pub fn refused(&self, method: &str, path: &str, body: serde_json::Value) -> String {
+        let (status, answer) = self.request(method, path, &body.to_string());
+        assert_eq!(status, 400, "{method} {path} {body}: {answer}");
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        answer["fault_message"].as_str().unwrap().to_owned()
+    }
+}
+
+/// Reads one response: status and body.
+pub fn read_response(stream: &mut UnixStream) -> (u16, String) {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while !bytes.ends_with(b"\r\n\r\n") {
+        let n = stream.read(&mut byte).unwrap();
+        assert!(n > 0, "closed after {:?}", String::from_utf8_lossy(&bytes));
+        bytes.push(byte[0]);
+    }
+    let head = String::from_utf8(bytes).unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let length = head
+        .lines()
+        .find_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            name.eq_ignore_ascii_case("content-length")
+                .then(|| value.trim().parse().unwrap())
+        })
+        .unwrap_or(0usize);
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).unwrap();
+    (status, String::from_utf8(body).unwrap())
+}
+
+/// A network namespace that goes away with its test. Named `mf` and the test's process.
+pub struct Netns(pub String);
+
+impl Netns {
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mf{}-{n}", std::process::id());
+        sweep_namespaces();
+        run("ip", &["netns", "add", &name]);
+        run("ip", &["-n", &name, "link", "set", "lo", "up"]);
+        Netns(name)
+    }
+
+    /// A command to run inside.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.0]).arg(program);
+        command
+    }
+
+    /// A tap with an address, up.
+    pub fn tap(&self, name: &str, address: &str) {
+        run(
+            "ip",
+            &[
+                "-n", &self.0, "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr",
+            ],
+        );
+        run("ip", &["-n", &self.0, "addr", "add", address, "dev", name]);
+        run("ip", &["-n", &self.0, "link", "set", name, "up"]);
+    }
+
+    /// Runs a command inside that must succeed; its output.
+    pub fn run(&self, program: &str, args: &[&str]) -> String {
+        let output = self.command(program).args(args).output().unwrap();
+        assert!(output.status.success(), "{program} {args:?}: {output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+/// Removes namespaces of test processes that no longer exist.
+fn sweep_namespaces() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(pid) = name.strip_prefix("mf").and_then(|r| r.split('-').next()) else {
+                continue;
+            };
+            if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
+                let _ = Command::new("ip").args(["netns", "del", &name]).status();
+            }
+        }
+    });
+}
+
+/// Runs a command that must succeed.
+pub fn run(program: &str, args: &[&str]) {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(output.status.success(), "{program} {args:?}: {output:?}");
+}

@@ -1,0 +1,147 @@
+//! Holds the code to the picture in `src/lib.rs`: imports point downwards only.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The height of each module, and what of the modules above or beside it may be seen anyway.
+const LAYERS: &[(&str, u8, &[&str])] = &[
+    ("main", 7, &[]),
+    ("args", 7, &[]),
+    // The API thread sees control's vocabulary, not control.
+    ("api", 6, &[]),
+    ("vmm", 5, &[]),
+    ("vcpu", 4, &[]),
+    ("virtio", 3, &[]),
+    ("arch", 3, &[]),
+    ("serial", 2, &[]),
+    ("memory", 2, &[]),
+    ("rate_limiter", 2, &[]),
+    ("bus", 1, &[]),
+    // A log level is a word of the configuration too.
+    ("config", 1, &["log"]),
+    ("inbox", 1, &[]),
+    ("seccomp", 1, &[]),
+    ("metrics", 1, &[]),
+    // The log and the wrappers below it are one floor: they write, wait and tell time for all.
+    ("log", 1, &["sys"]),
+    ("sys", 1, &["log", "exit"]),
+    ("exit", 0, &[]),
+    ("timeline", 1, &["sys"]),
+];
+
+/// What the API thread may name of `vmm`.
+const API_SEES: &[&str] = &["action"];
+
+fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            into.push(path);
+        }
+    }
+}
+
+/// The paths below `crate::` that `text` names, test modules left out.
+fn crate_paths(text: &str) -> Vec<String> {
+    let code = text.split("#[cfg(test)]").next().unwrap_or(text);
+    let code: String = code
+        .lines()
+        .filter(|l| !l.trim_start().starts_with("//"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    code.match_indices("crate::")
+        .filter(|(at, _)| !code[..*at].ends_with(|c: char| c == '$' || c.is_alphanumeric()))
+        .flat_map(|(at, _)| {
+            let rest = &code[at + "crate::".len()..];
+            match rest.strip_prefix('{') {
+                Some(list) => list
+                    .split('}')
+                    .next()
+                    .unwrap_or("")
+                    .split(',')
+                    .map(|part| path_of(part.trim()))
+                    .collect(),
+                None => vec![path_of(rest)],
+            }
+        })
+        .filter(|path| !path.is_empty())
+        .collect()
+}
+
+fn path_of(text: &str) -> String {
+    text.chars()
+        .take_while(|c| c.is_alphanumeric() || *c == '_' || *c == ':')
+        .collect()
+}
+
+#[test]
+fn imports_when_followed_point_downwards() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    assert!(files.len() > 10);
+
+    let mut wrong = Vec::new();
+    for file in &files {
+        let inside = file.strip_prefix(&src).unwrap();
+        let first = inside.iter().next().unwrap().to_str().unwrap();
+        let module = first.trim_end_matches(".rs");
+        if module == "lib" {
+            continue;
+        }
+        let Some((_, height, also)) = LAYERS.iter().find(|(name, ..)| *name == module) else {
+            wrong.push(format!(
+                "{}: `{module}` has no place in the picture",
+                inside.display()
+            ));
+            continue;
+        };
+        for path in crate_paths(&fs::read_to_string(file).unwrap()) {
+            let mut parts = path.split("::");
+            let target = parts.next().unwrap();
+            // A macro, or the file's own folder.
+            let Some((_, target_height, _)) = LAYERS.iter().find(|(name, ..)| *name == target)
+            else {
+                continue;
+            };
+            if target == module || also.contains(&target) {
+                continue;
+            }
+            let seen = parts.next().unwrap_or("");
+            let allowed = match (module, target) {
+                ("api", "vmm") => API_SEES.contains(&seen),
+                _ => target_height < height,
+            };
+            if !allowed {
+                wrong.push(format!("{}: sees crate::{path}", inside.display()));
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "imports that point up or sideways:\n{}",
+        wrong.join("\n")
+    );
+}
+
+#[test]
+fn unsafe_code_when_allowed_is_where_the_house_says() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    for file in &files {
+        let inside = file
+            .strip_prefix(&src)
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned();
+        let allowed = inside.starts_with("sys/") || inside.starts_with("memory");
+        let text = fs::read_to_string(file).unwrap();
+        let has =
+            text.contains("unsafe {") || text.contains("unsafe impl") || text.contains("unsafe fn");
+        assert!(allowed || !has, "{inside} holds unsafe code");
+    }
+}

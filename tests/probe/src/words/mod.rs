@@ -1,0 +1,167 @@
+//! The words of the command line, one function each.
+//!
+//! | word | what it does |
+//! |---|---|
+//! | `byte` | `!` on the serial port and nothing else: the end of a start measurement |
+//! | `print:TEXT` | prints it |
+//! | `bootinfo` | protocol, command line, memory map, initrd with its sum |
+//! | `cpus` `acpi` | what the MP table and the ACPI tables hold |
+//! | `cpuid[:LEAF:SUBLEAF]` | CPUID as ring 3 and ring 0 see it |
+//! | `rdmsr:INDEX` `tsc` | a model-specific register; the counter's rate |
+//! | `mem` | writes and checks both ends of every RAM region |
+//! | `fill:MIB:SEED` `check:MIB:SEED` | writes a pattern to free memory; compares it (across a snapshot) |
+//! | `timer` | writes 123 to the boot timer at 0xc0000000 |
+//! | `count[:N]` | a counter line every 20 ms, N of them or for ever |
+//! | `spin` `hlt` `stay` | for ever: busy, halted, halted |
+//! | `wait:MS` | busy for a while |
+//! | `echo[:LINES]` `shell` | prints serial input lines; executes them as words until `end` |
+//! | `kbd[:CODES[:MS]]` | prints scancodes from the keyboard controller |
+//! | `smp[:CPUS]` | starts the other processors and lets them count |
+//! | `reset` `triple` `poweroff` `fault` `panic` | ways for the machine to end |
+//! | `blkinfo:N` | features, capacity, id, read-only |
+//! | `blkread:N:SECTOR:COUNT` | sum and first bytes |
+//! | `blkwrite:N:SECTOR:COUNT:SEED` `blkverify:...` | the pattern of `crate::pattern` |
+//! | `blksg:N:SECTOR:COUNT` | reads in one request of many small buffers, compares with a plain read |
+//! | `blkflush:N` `blkdiscard:N:SECTOR:COUNT` `blkzero:N:SECTOR:COUNT` | those requests |
+//! | `blkbench:N:SIZE:OPS:DEPTH[:MODE]` | MODE `read`, `write`, `randread`, `randwrite` |
+//! | `netinfo:N` | features, MAC, MTU |
+//! | `netecho:N[:FRAMES]` | sends every frame back, addresses swapped |
+//! | `netcount:N:FRAMES[:MS]` | counts what arrives |
+//! | `netsend:N:COUNT:SIZE` | sends numbered broadcast frames |
+//! | `netping:N:IP[:ECHOES]` | answers ARP and ICMP echo for an IPv4 address |
+//! | `ports[:SEED[:STEP]]` | reads and writes all ports (above 0x700 every STEPth), in all sizes |
+//! | `mmionoise:SEED:COUNT` | accesses of any size to the device windows |
+//! | `attack:N[.QUEUE]:KIND[:ARG]` | see [`attack`]; `attack:N:all` for every kind |
+//!
+//! Numbers are decimal or `0x` hexadecimal, with `k` or `m` for 1024 and its square.
+
+mod attack;
+mod block;
+mod console;
+mod firmware;
+mod machine;
+mod memory;
+mod net;
+mod noise;
+pub mod power;
+mod smp;
+
+use crate::text::Text;
+use crate::{boot, serial, text};
+
+/// What a word has to say after `ok` or `FAILED`.
+pub type Outcome = Result<Text, Text>;
+type Word = fn(&mut Arguments) -> Outcome;
+
+const WORDS: &[(&str, Word)] = &[
+    ("byte", console::byte),
+    ("print", console::print),
+    ("echo", console::echo),
+    ("shell", console::shell),
+    ("kbd", console::keyboard),
+    ("bootinfo", machine::bootinfo),
+    ("cpuid", machine::cpuid),
+    ("rdmsr", machine::rdmsr),
+    ("tsc", machine::tsc),
+    ("timer", machine::timer),
+    ("count", machine::count),
+    ("wait", machine::wait),
+    ("spin", machine::spin),
+    ("hlt", machine::halt),
+    ("stay", machine::halt),
+    ("cpus", firmware::cpus),
+    ("acpi", firmware::acpi),
+    ("mem", memory::mem),
+    ("fill", memory::fill),
+    ("check", memory::check),
+    ("smp", smp::smp),
+    ("reset", power::reset_word),
+    ("triple", power::triple),
+    ("poweroff", power::poweroff),
+    ("fault", power::fault),
+    ("panic", power::panic),
+    ("blkinfo", block::info),
+    ("blkread", block::read),
+    ("blkwrite", block::write),
+    ("blkverify", block::verify),
+    ("blksg", block::scatter),
+    ("blkflush", block::flush),
+    ("blkdiscard", block::discard),
+    ("blkzero", block::zero),
+    ("blkbench", block::bench),
+    ("netinfo", net::info),
+    ("netecho", net::echo),
+    ("netcount", net::count),
+    ("netsend", net::send),
+    ("netping", net::ping),
+    ("ports", noise::ports),
+    ("mmionoise", noise::mmio),
+    ("attack", attack::attack),
+];
+
+/// What follows a word, separated by colons.
+pub struct Arguments<'a>(core::str::Split<'a, char>);
+
+impl<'a> Arguments<'a> {
+    /// The next one, if there is one.
+    pub fn text(&mut self) -> Option<&'a str> {
+        self.0.next()
+    }
+
+    /// The next one as a number.
+    pub fn number(&mut self, name: &str) -> Result<u64, Text> {
+        let word = self.text().ok_or_else(|| text!("{name} is missing"))?;
+        number(word).ok_or_else(|| text!("{name} is no number: {word}"))
+    }
+
+    /// The same with a value for when it is not there.
+    pub fn number_or(&mut self, name: &str, default: u64) -> Result<u64, Text> {
+        match self.text() {
+            None | Some("") => Ok(default),
+            Some(word) => number(word).ok_or_else(|| text!("{name} is no number: {word}")),
+        }
+    }
+}
+
+fn number(word: &str) -> Option<u64> {
+    if let Some(hex) = word.strip_prefix("0x") {
+        return u64::from_str_radix(hex, 16).ok();
+    }
+    let (digits, unit) = match word.as_bytes().last()? {
+        b'k' => (&word[..word.len() - 1], 1 << 10),
+        b'm' => (&word[..word.len() - 1], 1 << 20),
+        _ => (word, 1),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// Executes the words of `probe=`.
+pub fn run_command_line() {
+    let info = boot::info();
+    match info.option("probe=") {
+        Some(words) => run(words),
+        None => serial::line(format_args!(
+            "no probe= on the command line ({:?}, {} bytes)",
+            info.protocol,
+            info.command_line.len()
+        )),
+    }
+}
+
+/// Executes a comma-separated list.
+pub fn run(words: &str) {
+    for word in words.split(',').filter(|word| !word.is_empty()) {
+        let mut parts = word.split(':');
+        let name = parts.next().unwrap_or("");
+        let outcome = match WORDS.iter().find(|(known, _)| *known == name) {
+            Some((_, function)) => function(&mut Arguments(parts)),
+            None => Err("no such word".into()),
+        };
+        match outcome {
+            // The start measurement must not pay for a line.
+            Ok(_) if name == "byte" => {}
+            Ok(text) => serial::line(format_args!("{word} ok {text}")),
+            Err(text) => serial::line(format_args!("{word} FAILED {text}")),
+        }
+    }
+}

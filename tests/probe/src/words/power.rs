@@ -1,0 +1,55 @@
+//! Words that end the machine.
+
+use super::{Arguments, Outcome};
+use crate::{clock, fault, serial, x86};
+
+const KEYBOARD_COMMAND: u16 = 0x64;
+/// Pulse the reset line.
+const RESET: u8 = 0xfe;
+/// How long a monitor may take to end the machine.
+const PATIENCE_MS: u64 = 2000;
+
+/// By the keyboard controller; by a triple fault if that is not heard.
+pub fn reset() -> ! {
+    x86::outb(KEYBOARD_COMMAND, RESET);
+    clock::wait_ms(PATIENCE_MS);
+    serial::line(format_args!("reset not heard, triple fault follows"));
+    triple_fault()
+}
+
+pub fn reset_word(_: &mut Arguments) -> Outcome {
+    reset()
+}
+
+pub fn triple(_: &mut Arguments) -> Outcome {
+    triple_fault()
+}
+
+/// An exception with an empty exception table.
+fn triple_fault() -> ! {
+    fault::uninstall();
+    // SAFETY: this is the last instruction.
+    unsafe { core::arch::asm!("ud2", options(noreturn)) }
+}
+
+/// By the sleep control register of hardware-reduced ACPI (ACPI 6.x, section 4.8.3.7).
+pub fn poweroff(_: &mut Arguments) -> Outcome {
+    const SLEEP_ENABLE_TYPE_5: u8 = 1 << 5 | 5 << 2;
+    let (space, address) = super::firmware::sleep_control()?;
+    match space {
+        0 => x86::store(address, 1, u64::from(SLEEP_ENABLE_TYPE_5)),
+        _ => x86::outb(address as u16, SLEEP_ENABLE_TYPE_5),
+    }
+    clock::wait_ms(PATIENCE_MS);
+    Err("power-off not heard".into())
+}
+
+/// A page fault that is reported: tests of src/fault.rs.
+pub fn fault(_: &mut Arguments) -> Outcome {
+    x86::load(0x7f00_0000_1000, 8);
+    Err("memory where there is none".into())
+}
+
+pub fn panic(_: &mut Arguments) -> Outcome {
+    panic!("asked for")
+}

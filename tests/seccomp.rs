@@ -1,0 +1,258 @@
+//! The filters, from outside: every thread of the shipped binary is made to call what its filter
+//! does not allow, and the table in SECURITY.md is held to the rules.
+#![expect(unsafe_code, reason = "a forbidden call is injected by ptrace")]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::time::{Duration, Instant};
+
+use common::{Api, Folder, Monitor, Netns};
+use serde_json::json;
+
+/// Makes thread `id` of another process call `number` with all arguments 0, by way of the system
+/// call instruction it is at.
+fn inject(id: i32, number: i64) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        assert!(
+            Instant::now() < deadline,
+            "thread {id} is never in a system call"
+        );
+        // SAFETY: ptrace and waitpid act on the other process; `regs` is ours and whole.
+        unsafe {
+            let null = std::ptr::null_mut::<libc::c_void>();
+            assert_eq!(
+                libc::ptrace(libc::PTRACE_SEIZE, id, null, null),
+                0,
+                "seize {id}"
+            );
+            assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, null, null), 0);
+            let mut status = 0;
+            assert_eq!(libc::waitpid(id, &raw mut status, libc::__WALL), id);
+            assert!(libc::WIFSTOPPED(status));
+            let mut regs: libc::user_regs_struct = std::mem::zeroed();
+            assert_eq!(
+                libc::ptrace(libc::PTRACE_GETREGS, id, null, &raw mut regs),
+                0
+            );
+            let in_call = regs.orig_rax as i64 >= 0;
+            if in_call {
+                // Back to the two bytes of `syscall`, which it will execute again.
+                regs.rip -= 2;
+                regs.rax = number as u64;
+                regs.orig_rax = u64::MAX;
+                (regs.rdi, regs.rsi, regs.rdx) = (0, 0, 0);
+                (regs.r10, regs.r8, regs.r9) = (0, 0, 0);
+                assert_eq!(
+                    libc::ptrace(libc::PTRACE_SETREGS, id, null, &raw mut regs),
+                    0
+                );
+            }
+            assert_eq!(libc::ptrace(libc::PTRACE_DETACH, id, null, null), 0);
+            if in_call {
+                return;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A monitor with one thread of each kind and a guest that runs.
+fn whole_monitor(folder: &Folder, netns: &Netns, more: &[&str]) -> Monitor {
+    netns.tap("mftap", "172.16.9.1/24");
+    let disk = folder.disk("disk", 1 << 20);
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": common::probe(),
+            "boot_args": "probe=print:up,spin",
+        },
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 32},
+        "drives": [{"drive_id": "d", "path_on_host": disk, "is_root_device": false}],
+        "network-interfaces": [{"iface_id": "n", "host_dev_name": "mftap"}],
+    });
+    let file = folder.file("vm.json", config.to_string());
+    let mut command = netns.command(common::mayfly());
+    command
+        .arg("--api-sock")
+        .arg(folder.join("api"))
+        .arg("--config-file")
+        .arg(file)
+        .args(more);
+    let monitor = Monitor::spawn(command);
+    monitor.expect("probe: print up");
+    Api::at(folder.join("api"));
+    monitor
+}
+
+/// The kinds of thread, by the beginning of their names, and calls that none of them may make.
+const KINDS: [(&str, &str); 6] = [
+    ("mayfly", "control"),
+    ("fc_api", "api"),
+    ("fc_vcpu", "vcpu"),
+    ("block", "block"),
+    ("net", "net"),
+    ("serial", "serial"),
+];
+
+const FORBIDDEN: [(i64, &str); 5] = [
+    (libc::SYS_socket, "socket"),
+    (libc::SYS_execve, "execve"),
+    (libc::SYS_clone3, "clone3"),
+    (libc::SYS_mprotect, "mprotect"),
+    (libc::SYS_io_uring_setup, "io_uring_setup"),
+];
+
+#[test]
+fn call_outside_the_filter_when_made_on_any_thread_ends_the_process_with_148() {
+    let test = "call_outside_the_filter";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    for (begins, kind) in KINDS {
+        for (number, name) in FORBIDDEN {
+            let folder = Folder::new();
+            let netns = Netns::new();
+            let mut monitor = whole_monitor(&folder, &netns, &[]);
+            let (id, thread) = monitor
+                .threads()
+                .into_iter()
+                .find(|(_, name)| name.starts_with(begins))
+                .unwrap_or_else(|| panic!("no {kind} thread among {:?}", monitor.threads()));
+            inject(id, number);
+            monitor.exits_with(148);
+            let line = format!("system call {number} ({name})");
+            let errors = monitor.stderr();
+            assert!(errors.contains(&line), "{kind}: {errors}");
+            let named = if kind == "control" {
+                "main"
+            } else {
+                thread.as_str()
+            };
+            assert!(
+                errors.contains(&format!("thread {named}: ")),
+                "{thread}: {errors}"
+            );
+            assert_eq!(errors.lines().count(), 1, "one line: {errors}");
+        }
+    }
+}
+
+#[test]
+fn open_when_made_by_any_thread_but_control_ends_the_process() {
+    let test = "open_when_made_by_any_thread_but_control";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    for (begins, kind) in KINDS.into_iter().skip(1) {
+        let folder = Folder::new();
+        let netns = Netns::new();
+        let mut monitor = whole_monitor(&folder, &netns, &[]);
+        let threads = monitor.threads();
+        let (id, _) = threads
+            .iter()
+            .find(|(_, name)| name.starts_with(begins))
+            .unwrap();
+        inject(*id, libc::SYS_openat);
+        monitor.exits_with(148);
+        assert!(monitor.stderr().contains("(openat)"), "{kind}");
+    }
+}
+
+#[test]
+fn threads_when_a_guest_runs_are_all_filtered() {
+    let test = "threads_when_a_guest_runs_are_all_filtered";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    let folder = Folder::new();
+    let netns = Netns::new();
+    for (more, mode) in [(&[][..], "2"), (&["--no-seccomp"][..], "0")] {
+        let _ = fs::remove_file(folder.join("api"));
+        let monitor = whole_monitor(&folder, &netns, more);
+        let threads = monitor.threads();
+        assert_eq!(threads.len(), KINDS.len(), "{threads:?}");
+        for (id, name) in threads {
+            let status =
+                fs::read_to_string(format!("/proc/{}/task/{id}/status", monitor.pid())).unwrap();
+            let line = status.lines().find(|l| l.starts_with("Seccomp:")).unwrap();
+            assert_eq!(line.split_whitespace().last(), Some(mode), "{name}");
+        }
+        drop(monitor);
+        netns.run("ip", &["link", "del", "mftap"]);
+    }
+}
+
+/// The calls of each category as the rules have them: steady, and on the failure path.
+fn rules() -> BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)> {
+    let folder = common::root().join("resources/seccomp/x86_64");
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let text = fs::read_to_string(entry.unwrap().path()).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for (category, filter) in file.as_object().unwrap() {
+            let (mut steady, mut failure) = (BTreeSet::new(), BTreeSet::new());
+            for rule in filter["filter"].as_array().unwrap() {
+                let call = rule["syscall"].as_str().unwrap().to_owned();
+                let comment = rule["comment"].as_str().unwrap();
+                if comment.starts_with("Steady: ") {
+                    steady.insert(call);
+                } else {
+                    assert!(
+                        comment.starts_with("Failure: "),
+                        "{category} {call}: {comment}"
+                    );
+                    failure.insert(call);
+                }
+            }
+            all.insert(category.clone(), (steady, failure));
+        }
+    }
+    all
+}
+
+#[test]
+fn table_in_security_md_when_compared_is_what_the_filters_say() {
+    let text = fs::read_to_string(common::root().join("SECURITY.md")).unwrap();
+    let calls = |cell: &str| -> BTreeSet<String> {
+        cell.split([',', ' '])
+            .map(|word| word.trim_matches('`'))
+            .filter(|word| !word.is_empty())
+            .map(str::to_owned)
+            .collect()
+    };
+    let mut found = BTreeMap::new();
+    for line in text.lines() {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        if let ["", thread, _, steady, failure, ""] = cells[..]
+            && let Some(category) = thread.strip_prefix("**").and_then(|t| t.strip_suffix("**"))
+        {
+            found.insert(category.to_owned(), (calls(steady), calls(failure)));
+        }
+    }
+    assert_eq!(found, rules());
+}
+
+#[test]
+fn filters_when_counted_are_as_small_as_promised() {
+    for (category, (steady, _)) in rules() {
+        let most = match category.as_str() {
+            "vcpu" | "block" | "net" => 12,
+            "serial" => 10,
+            "api" => 14,
+            "control" => 20,
+            other => panic!("{other}"),
+        };
+        assert!(
+            steady.len() <= most,
+            "{category}: {} steady calls: {steady:?}",
+            steady.len()
+        );
+        for never in [
+            "clone", "clone3", "fork", "execve", "socket", "mprotect", "ptrace",
+        ] {
+            assert!(!steady.contains(never), "{category} may {never}");
+        }
+    }
+}

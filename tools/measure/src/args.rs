@@ -1,0 +1,216 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use crate::failure::{Failure, Result};
+use crate::monitor::{CommandLine, Monitor};
+
+/// What `--help` prints.
+pub const USAGE: &str = "\
+tools/bench FIGURE [OPTIONS]: measures mayfly beside a floor (a program that makes only the unavoidable KVM calls) and
+beside other monitors, interleaved round by round in rotating order.
+
+figures
+  start      exec to first guest byte and to the end of the process, by configuration file; tiny and 20 MiB kernels
+  api        exec to socket ready, to configured, to first guest byte, by API requests
+  memory     private dirty memory of the monitor; PSS per VM of 8 VMs with one 20 MiB kernel
+  density    host memory and PSS per VM of many idle VMs; starts per second
+
+options
+  --with NAME=PATH   also measure this monitor, which has Firecracker's command line; may be repeated
+  --extra NAME=WORDS more words (split at spaces) for that monitor's command line, --seccomp-filter FILE say
+  --mayfly PATH      measure this executable as mayfly, in place of the one just built
+  --no-mayfly        leave mayfly out
+  --runs N           rounds that count (start and api: 30; memory and density: 3)
+  --vms N            VMs at once, for density (50)
+  --devices          start and api: with one drive and one network interface (needs root)
+  --json FILE        also write every sample to FILE
+
+On a machine with other work, `nice -n -20 tools/bench ...` (root) measures what is started here before that work.
+";
+
+/// Which measurement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// See `start`.
+    Start,
+    /// See `api`.
+    Api,
+    /// See `memory`.
+    Memory,
+    /// See `density`.
+    Density,
+}
+
+/// What was asked for.
+#[derive(Debug)]
+pub struct Args {
+    /// Which measurement.
+    pub which: Which,
+    /// Whom to measure: the floor, mayfly, then the others.
+    pub monitors: Vec<Monitor>,
+    /// Rounds that count.
+    pub runs: usize,
+    /// VMs at once.
+    pub vms: usize,
+    /// With a drive and a network interface.
+    pub devices: bool,
+    /// Where the samples go.
+    pub json: Option<PathBuf>,
+}
+
+/// The name our own monitor is measured under.
+pub const OURS: &str = "mayfly";
+
+/// Reads the command line (without the program's name); nothing if help was asked for. `floor` is the floor program.
+pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<Option<Args>> {
+    let mut words = words.into_iter();
+    let (mut which, mut runs, mut json) = (None, None, None);
+    let (mut vms, mut devices) = (50, false);
+    let (mut ours, mut with_ours) = (None, true);
+    let mut others = Vec::new();
+    let mut extras = Vec::new();
+    while let Some(word) = words.next() {
+        let mut value = || {
+            words
+                .next()
+                .ok_or_else(|| Failure::new(format!("{word} needs a value")))
+        };
+        match word.as_str() {
+            "--help" | "-h" => return Ok(None),
+            "start" => which = Some(Which::Start),
+            "api" => which = Some(Which::Api),
+            "memory" => which = Some(Which::Memory),
+            "density" => which = Some(Which::Density),
+            "--with" => others.push(named(&word, &value()?)?),
+            "--extra" => extras.push(named(&word, &value()?)?),
+            "--mayfly" => ours = Some(value()?),
+            "--no-mayfly" => with_ours = false,
+            "--runs" => runs = Some(count(&word, &value()?)?),
+            "--vms" => vms = count(&word, &value()?)?,
+            "--devices" => devices = true,
+            "--json" => json = Some(PathBuf::from(value()?)),
+            _ => {
+                return Err(Failure::new(format!(
+                    "{word} is not known here; --help lists what is"
+                )));
+            }
+        }
+    }
+    let which =
+        which.ok_or_else(|| Failure::new("say what to measure: start, api, memory or density"))?;
+    if devices && !matches!(which, Which::Start | Which::Api) {
+        return Err(Failure::new("--devices goes with start and api only"));
+    }
+    let mut monitors = vec![monitor("floor", floor, CommandLine::Floor)?];
+    if with_ours {
+        let path = ours.ok_or_else(|| Failure::new("say which mayfly: --mayfly PATH"))?;
+        monitors.push(monitor(OURS, path.into(), CommandLine::Firecracker)?);
+    }
+    for (name, path) in others {
+        if monitors.iter().any(|known| known.name == name) {
+            return Err(Failure::new(format!("two monitors are called {name}")));
+        }
+        monitors.push(monitor(&name, path.into(), CommandLine::Firecracker)?);
+    }
+    for (name, words) in extras {
+        let known = monitors
+            .iter_mut()
+            .find(|known| known.name == name)
+            .ok_or_else(|| Failure::new(format!("--extra names {name}, which is not measured")))?;
+        known
+            .extra
+            .extend(words.split_whitespace().map(str::to_owned));
+    }
+    let usual = match which {
+        Which::Start | Which::Api => 30,
+        Which::Memory | Which::Density => 3,
+    };
+    Ok(Some(Args {
+        which,
+        monitors,
+        runs: runs.unwrap_or(usual),
+        vms,
+        devices,
+        json,
+    }))
+}
+
+fn named(option: &str, text: &str) -> Result<(String, String)> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() && !value.is_empty() => {
+            Ok((name.to_owned(), value.to_owned()))
+        }
+        _ => Err(Failure::new(format!(
+            "{option} takes NAME=VALUE, not {text}"
+        ))),
+    }
+}
+
+fn count(option: &str, text: &str) -> Result<usize> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err(Failure::new(format!(
+            "{option} takes a number above 0, not {text}"
+        ))),
+    }
+}
+
+fn monitor(name: &str, path: PathBuf, command_line: CommandLine) -> Result<Monitor> {
+    let path = path.canonicalize().map_err(|error| {
+        Failure::new(format!("cannot find {name} at {}: {error}", path.display()))
+    })?;
+    Ok(Monitor {
+        name: name.to_owned(),
+        path,
+        command_line,
+        extra: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Option<Args>> {
+        parse(text.split(' ').map(str::to_owned), "/proc/self/exe".into())
+    }
+
+    #[test]
+    fn figure_when_given_with_monitors_keeps_their_order() {
+        let args = parsed("start --with b=/proc/self/exe --mayfly /proc/self/exe --runs 7");
+        let args = args.unwrap().unwrap();
+        let names: Vec<&str> = args.monitors.iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(names, ["floor", "mayfly", "b"]);
+        assert_eq!((args.which, args.runs), (Which::Start, 7));
+    }
+
+    #[test]
+    fn extra_when_given_is_split_into_words() {
+        let args = parsed("start --no-mayfly --with b=/proc/self/exe --extra b=--level").unwrap();
+        assert_eq!(args.unwrap().monitors[1].extra, ["--level"]);
+    }
+
+    #[test]
+    fn mistakes_when_made_are_refused() {
+        for mistake in [
+            "",
+            "start",
+            "start --mayfly",
+            "start --no-mayfly --runs 0",
+            "start --no-mayfly --with firecracker",
+            "start --no-mayfly --with floor=/proc/self/exe",
+            "start --no-mayfly --with b=/no/such/file",
+            "start --no-mayfly --extra b=x",
+            "start --no-mayfly --what",
+            "memory --no-mayfly --devices",
+        ] {
+            assert!(parsed(mistake).is_err(), "{mistake:?} was taken");
+        }
+    }
+
+    #[test]
+    fn help_when_asked_for_is_nothing_to_do() {
+        assert!(parsed("start --help").unwrap().is_none());
+    }
+}

@@ -1,0 +1,42 @@
+//! The one error of this program: a sentence, complete enough to act on.
+
+use std::fmt;
+
+/// A sentence that says what could not be done and why.
+#[derive(Debug)]
+pub struct Failure(String);
+
+/// What every fallible function here returns.
+pub type Result<T> = std::result::Result<T, Failure>;
+
+impl Failure {
+    /// Makes a failure of a sentence (without its full stop).
+    pub fn new(sentence: impl Into<String>) -> Self {
+        Self(sentence.into())
+    }
+
+    /// The person at the terminal, or their supervisor, asked us to stop.
+    pub fn interrupted() -> Self {
+        Self::new("interrupted")
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Puts what was being done in front of a cause.
+pub trait Context<T> {
+    /// `doing` completes "cannot ...".
+    fn cannot(self, doing: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
+    fn cannot(self, doing: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|cause| Failure::new(format!("cannot {}: {cause}", doing())))
+    }
+}

@@ -1,0 +1,300 @@
+//! A monitor under measurement: started, watched until its guest speaks, stopped.
+
+use std::io::{ErrorKind, PipeReader, PipeWriter, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use crate::failure::{Context, Failure, Result};
+use crate::filter::{self, Filters};
+use crate::guest::MARKER;
+use crate::http::Client;
+use crate::sys;
+use crate::workspace::Kernel;
+
+/// Longer than any monitor takes for anything here.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Lets a monitor finish what follows its guest's first byte.
+pub const SETTLE: Duration = Duration::from_millis(50);
+
+/// How a monitor is told what to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommandLine {
+    /// The floor program's: `floor KERNEL`.
+    Floor,
+    /// Firecracker's.
+    Firecracker,
+}
+
+/// A program to measure.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    /// What the tables call it.
+    pub name: String,
+    /// The executable.
+    pub path: PathBuf,
+    /// How it is told what to run.
+    pub command_line: CommandLine,
+    /// More words for its command line.
+    pub extra: Vec<String>,
+}
+
+impl Monitor {
+    /// Whether it can be driven by an API socket.
+    pub fn has_api(&self) -> bool {
+        self.command_line == CommandLine::Firecracker
+    }
+
+    /// What it says about its version, if it says anything.
+    pub fn version(&self) -> Option<String> {
+        if self.command_line == CommandLine::Floor {
+            return None;
+        }
+        let output = Command::new(&self.path).arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        text.lines().next().map(|line| line.trim().to_owned())
+    }
+
+    /// Starts it with a configuration file and without an API.
+    pub fn boot(&self, kernel: &Kernel) -> Result<Running> {
+        let mut command = self.command();
+        match self.command_line {
+            CommandLine::Floor => command.arg(&kernel.path),
+            CommandLine::Firecracker => command
+                .arg("--no-api")
+                .arg("--config-file")
+                .arg(&kernel.config),
+        };
+        Running::start(&self.name, command)
+    }
+
+    /// Starts it waiting for requests on an API socket.
+    pub fn listen(&self, socket: &Path) -> Result<Running> {
+        let mut command = self.command();
+        command.arg("--api-sock").arg(socket);
+        Running::start(&self.name, command)
+    }
+
+    /// Boots a guest that stays, and looks at the filters of the monitor's threads.
+    pub fn filters(&self, staying: &Kernel) -> Result<Filters> {
+        let mut running = self.boot(staying)?;
+        running.first_byte(None)?;
+        // Some monitors install the last filter when the guest runs already.
+        std::thread::sleep(SETTLE);
+        let filters = filter::filters(running.pid())?;
+        running.stop()?;
+        Ok(filters)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.path);
+        command.env_clear().args(&self.extra);
+        command
+    }
+}
+
+/// A started monitor. It is killed when this value goes.
+#[derive(Debug)]
+pub struct Running {
+    name: String,
+    child: Child,
+    ended: bool,
+    pidfd: OwnedFd,
+    stdout: PipeReader,
+    stderr: PipeReader,
+    /// Held open: an idle console, not one at its end.
+    _stdin: PipeWriter,
+    /// Just before the process was made.
+    pub started: Instant,
+}
+
+impl Running {
+    /// The standard library starts programs by `posix_spawn` (vfork and exec) as long as nothing else is asked of the
+    /// child, so that the size of this process costs nothing.
+    fn start(name: &str, mut command: Command) -> Result<Self> {
+        let starting = || format!("start {name}");
+        let (stdin, keep_stdin) = std::io::pipe().cannot(starting)?;
+        let (stdout, give_stdout) = std::io::pipe().cannot(starting)?;
+        let (stderr, give_stderr) = std::io::pipe().cannot(starting)?;
+        command.stdin(stdin).stdout(give_stdout).stderr(give_stderr);
+        let started = Instant::now();
+        let mut child = command.spawn().cannot(starting)?;
+        // The command holds the child's ends of the pipes.
+        drop(command);
+        let pidfd = match sys::pidfd(child.id()) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                // Both can only fail when it is gone already.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(error).cannot(|| format!("watch {name}"));
+            }
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            ended: false,
+            pidfd,
+            stdout,
+            stderr,
+            _stdin: keep_stdin,
+            started,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Milliseconds from the start to `then`.
+    pub fn ms(&self, then: Instant) -> f64 {
+        then.duration_since(self.started).as_secs_f64() * 1e3
+    }
+
+    /// Waits for the guest's first byte. With a client whose start request is under way, its refusal is a failure (an
+    /// acceptance may come before or after the byte).
+    pub fn first_byte(&mut self, mut starting: Option<&mut Client>) -> Result<Instant> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let stdout = self.stdout.as_fd();
+            let [spoke, answered] = match &starting {
+                Some(client) => sys::poll([stdout, client.as_fd()], left),
+                None => sys::poll([stdout], left).map(|[spoke]| [spoke, false]),
+            }
+            .map_err(|error| self.poll_failure(&error))?;
+            let now = Instant::now();
+            if spoke {
+                let mut bytes = [0; 4096];
+                let len = self
+                    .stdout
+                    .read(&mut bytes)
+                    .cannot(|| format!("read what {} prints", self.name))?;
+                if bytes[..len].contains(&MARKER) {
+                    return Ok(now);
+                }
+                if len == 0 {
+                    return Err(self.failure("ended before its guest's first byte"));
+                }
+            } else if answered {
+                if let Some(client) = starting.take() {
+                    client.accepted("/actions")?;
+                }
+            } else {
+                return Err(self.failure("was silent: its guest's first byte never came"));
+            }
+        }
+    }
+
+    /// Waits for the name of its API socket to appear, then connects. Between bind and listen a connection is refused;
+    /// it is tried again after giving up the processor.
+    pub fn connect(
+        &mut self,
+        names: &OwnedFd,
+        socket: &Path,
+    ) -> Result<std::os::unix::net::UnixStream> {
+        let [appeared, ended] = sys::poll([names.as_fd(), self.pidfd.as_fd()], PATIENCE)
+            .map_err(|error| self.poll_failure(&error))?;
+        if !appeared {
+            return Err(self.failure(if ended {
+                "ended before its API socket was there"
+            } else {
+                "did not make its API socket"
+            }));
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match std::os::unix::net::UnixStream::connect(socket) {
+                Ok(stream) => return Ok(stream),
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionRefused
+                        && Instant::now() < deadline =>
+                {
+                    std::thread::yield_now();
+                }
+                Err(_) => return Err(self.failure("does not listen on its API socket")),
+            }
+        }
+    }
+
+    /// Waits until the process is gone, its VM closed.
+    pub fn exit(&mut self) -> Result<(Instant, ExitStatus)> {
+        let [ended] =
+            sys::poll([self.pidfd.as_fd()], PATIENCE).map_err(|error| self.poll_failure(&error))?;
+        let now = Instant::now();
+        if !ended {
+            return Err(self.failure("did not end after its guest's reset"));
+        }
+        let status = self.reap()?;
+        Ok((now, status))
+    }
+
+    /// Kills the process and waits until it is gone.
+    pub fn stop(mut self) -> Result<()> {
+        self.kill();
+        self.reap().map(|_| ())
+    }
+
+    /// Asks for the end, without waiting for it.
+    pub fn kill(&mut self) {
+        // It fails when the process is gone already.
+        let _ = self.child.kill();
+    }
+
+    fn reap(&mut self) -> Result<ExitStatus> {
+        let status = self
+            .child
+            .wait()
+            .cannot(|| format!("wait for {}", self.name))?;
+        self.ended = true;
+        Ok(status)
+    }
+
+    fn poll_failure(&self, error: &std::io::Error) -> Failure {
+        if error.kind() == ErrorKind::Interrupted {
+            Failure::interrupted()
+        } else {
+            Failure::new(format!("cannot wait for {}: {error}", self.name))
+        }
+    }
+
+    /// A failure that quotes what the monitor said last.
+    fn failure(&mut self, what: &str) -> Failure {
+        self.kill();
+        let status = self.reap();
+        let mut said = String::new();
+        for pipe in [&mut self.stdout, &mut self.stderr] {
+            let mut bytes = Vec::new();
+            // What cannot be read cannot be quoted.
+            let _ = pipe.read_to_end(&mut bytes);
+            said.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        let said: Vec<&str> = said
+            .lines()
+            .map(str::trim)
+            .filter(|l| !l.is_empty())
+            .collect();
+        let last = said.len().saturating_sub(4);
+        let mut text = format!("{} {what}", self.name);
+        if let Ok(status) = status {
+            text.push_str(&format!(" ({status})"));
+        }
+        if !said.is_empty() {
+            text.push_str(&format!("; it said: {}", said[last..].join(" / ")));
+        }
+        Failure::new(text)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.kill();
+            // Nothing is left to do if the process cannot be waited for.
+            let _ = self.child.wait();
+        }
+    }
+}

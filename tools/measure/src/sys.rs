@@ -1,0 +1,284 @@
+//! System calls that the standard library does not offer: the only file with `unsafe`.
+
+#![expect(
+    unsafe_code,
+    reason = "mmap, ioctl, poll, inotify, pidfd and a signal handler have no safe form in std; each is wrapped here once"
+)]
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+
+use crate::filter::Instruction;
+
+/// Guest memory of the floor program: one private anonymous mapping.
+#[derive(Debug)]
+pub struct GuestMemory {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl GuestMemory {
+    /// Maps `len` bytes.
+    pub fn new(len: usize) -> io::Result<Self> {
+        // SAFETY: no address is asked for, so no existing mapping is touched.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).expect("mmap returns no null pointer");
+        Ok(Self { start, len })
+    }
+
+    /// Copies `bytes` to the guest-physical address `at`.
+    pub fn write(&mut self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        self.check(at, bytes.len())?;
+        // SAFETY: `check` keeps the sum inside the mapping.
+        let to = unsafe { self.start.add(at) };
+        // SAFETY: `check` keeps the range inside the mapping, which `self` owns; `bytes` is ordinary Rust memory.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Maps `len` bytes of `file` privately in place of the memory at `at`.
+    pub fn map_file(&mut self, at: usize, file: &File, offset: u64, len: usize) -> io::Result<()> {
+        self.check(at, len)?;
+        let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: `check` keeps the sum inside the mapping.
+        let to = unsafe { self.start.add(at) };
+        // SAFETY: `check` keeps the range inside the mapping that `self` owns, so that MAP_FIXED replaces nothing else;
+        // no reference into it exists.
+        let mapped = unsafe {
+            libc::mmap(
+                to.as_ptr().cast(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Makes this memory the guest's, from guest-physical address 0.
+    pub fn register(&self, vm: &VmFd) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: self.len as u64,
+            userspace_addr: self.start.as_ptr() as u64,
+        };
+        // SAFETY: the region is the mapping of `self`, which is never unmapped (there is no `Drop`).
+        let registered = unsafe { vm.set_user_memory_region(region) };
+        registered.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    }
+
+    fn check(&self, at: usize, len: usize) -> io::Result<()> {
+        match at.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "outside guest memory",
+            )),
+        }
+    }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note_interrupt(_signal: libc::c_int) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// Makes SIGINT, SIGTERM and SIGHUP end the measurement in order, with everything cleaned up. Started programs get the
+/// default actions (an exec resets handlers).
+pub fn catch_interrupts() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        let handler = note_interrupt as extern "C" fn(libc::c_int);
+        // SAFETY: all zeroes is a valid sigaction: default action, empty mask, no flags.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = handler as usize;
+        // No SA_RESTART: a blocking poll returns, and its caller asks `interrupted`.
+        // SAFETY: `action` is initialised, and its handler does nothing but store to an atomic.
+        unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+    }
+}
+
+/// Whether one of those signals came.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
+/// Waits until one of `fds` is readable (or at its end) and says which; all false after `timeout`. An interrupt is an
+/// error of kind `Interrupted`.
+pub fn poll<const N: usize>(fds: [BorrowedFd<'_>; N], timeout: Duration) -> io::Result<[bool; N]> {
+    let deadline = Instant::now() + timeout;
+    let mut entries = fds.map(|fd| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    loop {
+        if interrupted() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        // A signal may be taken by another thread, so no wait is longer than this.
+        let wait = left.min(Duration::from_millis(250)).as_millis() as libc::c_int;
+        // SAFETY: `entries` has N valid elements, and the descriptors are borrowed for the whole call.
+        let ready = unsafe { libc::poll(entries.as_mut_ptr(), N as libc::nfds_t, wait) };
+        if ready > 0 {
+            return Ok(entries.map(|entry| entry.revents != 0));
+        }
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        } else if left.is_zero() {
+            return Ok([false; N]);
+        }
+    }
+}
+
+/// A descriptor of the child `pid` that becomes readable when it ends.
+pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: the call has two integer arguments.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// A descriptor that becomes readable when a name (a socket, say) appears in `directory`.
+pub fn watch_for_names(directory: &Path) -> io::Result<OwnedFd> {
+    let flags = libc::IN_CLOEXEC | libc::IN_NONBLOCK;
+    // SAFETY: the call has one integer argument.
+    let inotify = owned(i64::from(unsafe { libc::inotify_init1(flags) }))?;
+    let directory = CString::new(directory.as_os_str().as_bytes())?;
+    // SAFETY: the path is a C string that outlives the call.
+    let watch = unsafe {
+        libc::inotify_add_watch(inotify.as_raw_fd(), directory.as_ptr(), libc::IN_CREATE)
+    };
+    if watch < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(inotify)
+}
+
+/// Moves the calling thread, and whatever it starts, into a network namespace of its own. The kernel removes it, and
+/// all its interfaces, with its last process.
+pub fn enter_own_network() -> io::Result<()> {
+    // SAFETY: the call has one integer argument.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Makes a tap that stays until its network namespace goes.
+pub fn make_tap(name: &str) -> io::Result<()> {
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
+    // SAFETY: all zeroes is a valid ifreq: an empty name and no flags.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "name too long"));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is.
+    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: TUNSETPERSIST takes an integer.
+    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST as _, 1) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Reads the seccomp filters of a thread that is not this process's, the newest first. It is stopped meanwhile.
+pub fn seccomp_filters(tid: libc::pid_t) -> io::Result<Vec<Vec<Instruction>>> {
+    ptrace(libc::PTRACE_SEIZE as _, tid, 0)?;
+    let stopped = ptrace(libc::PTRACE_INTERRUPT as _, tid, 0).and_then(|_| {
+        let mut status = 0;
+        // SAFETY: `status` is an integer of ours.
+        match unsafe { libc::waitpid(tid, &mut status, libc::__WALL) } {
+            waited if waited == tid => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    });
+    let filters = stopped.and_then(|()| {
+        let mut filters = Vec::new();
+        loop {
+            match seccomp_filter(tid, filters.len()) {
+                Ok(filter) => filters.push(filter),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(filters),
+                Err(error) => return Err(error),
+            }
+        }
+    });
+    ptrace(libc::PTRACE_DETACH as _, tid, 0)?;
+    filters
+}
+
+fn seccomp_filter(tid: libc::pid_t, index: usize) -> io::Result<Vec<Instruction>> {
+    /// From the kernel's `linux/ptrace.h`.
+    const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+    let request = PTRACE_SECCOMP_GET_FILTER;
+    // Without a buffer the kernel answers with the number of instructions.
+    // SAFETY: a null buffer is not written to.
+    let count = unsafe { libc::ptrace(request, tid, index, std::ptr::null_mut::<Instruction>()) };
+    if count < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut filter = vec![Instruction::default(); count as usize];
+    // SAFETY: the buffer has room for `count` instructions of the kernel's layout, and a filter never changes.
+    let copied = unsafe { libc::ptrace(request, tid, index, filter.as_mut_ptr()) };
+    if copied < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(filter)
+}
+
+fn ptrace(request: libc::c_uint, tid: libc::pid_t, data: usize) -> io::Result<()> {
+    // SAFETY: only requests without pointers come here.
+    if unsafe { libc::ptrace(request, tid, 0_usize, data) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    match libc::c_int::try_from(fd) {
+        // SAFETY: a system call has just returned this descriptor, and nobody else knows it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
