@@ -5,7 +5,9 @@
 //! start, all guests of a host share one copy in its page cache, and what a guest writes is its
 //! own. The price: a file that is mapped must be replaced by rename, never rewritten in place.
 //! [`Memory::changed_file`] tells whether that was done, [`mapped::file_at`] who is to blame
-//! when it is done later.
+//! when it is done later: a file cut short shows as SIGBUS where this process touches guest
+//! memory, and where the guest does as EFAULT or a memory fault from KVM_RUN, or, when KVM
+//! emulates the instruction, as an MMIO exit with an address in RAM.
 #![cfg_attr(
     not(test),
     deny(

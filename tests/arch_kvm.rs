@@ -210,6 +210,27 @@ fn cpuid_when_set_is_read_back() {
 }
 
 #[test]
+fn run_when_the_kernels_file_is_cut_fails_and_the_file_is_named() {
+    let Some(kvm) = kvm() else { return };
+    // mov eax, [0x180000]; then as above.
+    let mut code = vec![0xa1, 0x00, 0x00, 0x18, 0x00];
+    code.extend_from_slice(&FIRST_BYTE);
+    let file = elf(&code, 1 << 20, true);
+    let mut steps = Steps::new();
+    let mut machine = machine(&kvm, file.as_file(), 16, 1, None, "", &mut steps);
+    assert_eq!(machine.memory.changed_file(), None);
+    file.as_file().set_len(0x2000).unwrap();
+    match machine.vcpus[0].run() {
+        Err(error) => assert_eq!(error.errno(), libc::EFAULT),
+        Ok(VcpuExit::MemoryFault { gpa, .. }) => assert_eq!(gpa & !0xfff, 0x18_0000),
+        // Where KVM emulates the instruction.
+        Ok(VcpuExit::MmioRead(address, _)) => assert_eq!(address, 0x18_0000),
+        Ok(other) => panic!("{other:?}"),
+    }
+    assert_eq!(machine.memory.changed_file(), Some("kernel"));
+}
+
+#[test]
 fn boot_when_measured_prints_the_time_of_each_step() {
     let Some(_) = kvm() else { return };
     const RUNS: usize = 15;
