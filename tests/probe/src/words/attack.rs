@@ -37,9 +37,9 @@ const KINDS: &[(&str, Attack)] = &[
     ("desc-loop", desc_loop),
     ("next-range", next_range),
     ("chain-long", chain_long),
-    ("zero-len", |t| t.with_data(|_, size| (None, size * 0))),
+    ("zero-len", |t| t.with_data(|_, _| (None, 0))),
     ("oob", |t| {
-        t.each_address(&[NOWHERE, u64::MAX & !0xfff, ram_end(), ram_end() - 16])
+        t.each_address(&[NOWHERE, !0xfff, ram_end(), ram_end() - 16])
     }),
     ("wrap", |t| t.each_address(&[u64::MAX - 4, u64::MAX])),
     ("mmio", |t| {
@@ -73,7 +73,7 @@ const KINDS: &[(&str, Attack)] = &[
     }),
     ("queue-odd", |t| t.sizes(&[0, 3, 255])),
     ("rings-oob", |t| {
-        t.rings(&[NOWHERE, u64::MAX & !0xfff, ram_end(), ram_end() - 16])
+        t.rings(&[NOWHERE, !0xfff, ram_end(), ram_end() - 16])
     }),
     ("rings-mmio", |t| t.rings(&[t.device.base(), 0xfee0_0000])),
     ("rings-odd", |t| {
@@ -517,13 +517,7 @@ fn indirect_loop(t: &mut Target) -> Result<(), Text> {
 }
 
 fn indirect_oob(t: &mut Target) -> Result<(), Text> {
-    for table in [
-        NOWHERE,
-        u64::MAX & !15,
-        ram_end(),
-        ram_end() - 16,
-        t.device.base(),
-    ] {
+    for table in [NOWHERE, !15, ram_end(), ram_end() - 16, t.device.base()] {
         t.queue
             .set_descriptor(0, table, 3 * DESCRIPTOR as u32, INDIRECT, 0);
         t.publish_all(&[0])?;
