@@ -21,7 +21,8 @@ const SPEAKER: u16 = 0x61;
 
 /// The counter's rate and where it is known from.
 pub fn rate() -> (u64, &'static str) {
-    let sources: [(fn() -> Option<u64>, &str); 5] = [
+    type Source = fn() -> Option<u64>;
+    let sources: [(Source, &str); 5] = [
         (from_command_line, "command line"),
         (from_crystal, "cpuid 15h"),
         (from_hypervisor, "cpuid 40000010h"),

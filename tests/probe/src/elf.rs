@@ -96,6 +96,19 @@ pub fn first_byte(end: End, segment_size: usize) -> Vec<u8> {
     file
 }
 
+/// Turns the note headers of any of the guests into nothing, so that a monitor takes the
+/// 64-bit Linux entry instead of PVH's.
+pub fn without_pvh(file: &mut [u8]) {
+    const COUNT_AT: usize = 56;
+    const NOTE: [u8; 4] = 4u32.to_le_bytes();
+    let count = usize::from(u16::from_le_bytes([file[COUNT_AT], file[COUNT_AT + 1]]));
+    for header in file[EHDR..].chunks_mut(PHDR).take(count) {
+        if header[..4] == NOTE {
+            header[..4].fill(0);
+        }
+    }
+}
+
 /// The PVH note with the segment's address as entry.
 fn note() -> Vec<u8> {
     let mut note = Vec::new();
@@ -118,6 +131,14 @@ mod tests {
         assert_eq!(&file[..4], b"\x7fELF");
         assert_eq!(file[24..32], LOAD_ADDRESS.to_le_bytes());
         assert_eq!(file[SEGMENT_OFFSET..][..code::RESET.len()], code::RESET);
+    }
+
+    #[test]
+    fn without_pvh_when_noted_then_only_the_load_remains() {
+        let mut file = first_byte(End::Reset, 0);
+        without_pvh(&mut file);
+        assert_eq!(file[EHDR], 1);
+        assert_eq!(file[EHDR + PHDR], 0);
     }
 
     #[test]

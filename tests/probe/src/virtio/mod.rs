@@ -203,11 +203,17 @@ impl Device {
             self.features & feature::EVENT_IDX != 0,
             self.features & feature::INDIRECT_DESC != 0,
         )?;
-        self.tell(index, size, queue.descriptors, queue.avail, queue.used);
+        self.tell_queue(index, &queue);
         if self.read(reg::QUEUE_READY) != 1 {
             return Err(text!("queue {index} does not become ready"));
         }
         Ok(queue)
+    }
+
+    /// Tells the device of a queue as it is.
+    pub fn tell_queue(&self, index: u32, queue: &Queue) {
+        let size = u32::from(queue.size);
+        self.tell(index, size, queue.descriptors, queue.avail, queue.used);
     }
 
     /// Writes a queue's registers and makes it ready: any values, for attacks.

@@ -37,9 +37,9 @@ const KINDS: &[(&str, Attack)] = &[
     ("desc-loop", desc_loop),
     ("next-range", next_range),
     ("chain-long", chain_long),
-    ("zero-len", |t| t.with_data(|_, size| (None, size * 0))),
+    ("zero-len", |t| t.with_data(|_, _| (None, 0))),
     ("oob", |t| {
-        t.each_address(&[NOWHERE, u64::MAX & !0xfff, ram_end(), ram_end() - 16])
+        t.each_address(&[NOWHERE, !0xfff, ram_end(), ram_end() - 16])
     }),
     ("wrap", |t| t.each_address(&[u64::MAX - 4, u64::MAX])),
     ("mmio", |t| {
@@ -73,7 +73,7 @@ const KINDS: &[(&str, Attack)] = &[
     }),
     ("queue-odd", |t| t.sizes(&[0, 3, 255])),
     ("rings-oob", |t| {
-        t.rings(&[NOWHERE, u64::MAX & !0xfff, ram_end(), ram_end() - 16])
+        t.rings(&[NOWHERE, !0xfff, ram_end(), ram_end() - 16])
     }),
     ("rings-mmio", |t| t.rings(&[t.device.base(), 0xfee0_0000])),
     ("rings-odd", |t| {
@@ -140,6 +140,8 @@ struct Target {
     arena: Arena,
     queue: Queue,
     number: u32,
+    /// The device's other queue, which stays as it should be.
+    other: Option<(u32, Queue)>,
     /// Some memory for requests: a block header at its start, a status byte at 16, data at 512.
     memory: u64,
     count: u64,
@@ -178,6 +180,8 @@ pub fn attack(arguments: &mut Arguments) -> Outcome {
 }
 
 fn all(device: u64, queue: Option<u64>, count: u64) -> Outcome {
+    // Without a device that works to begin with, every kind would fail.
+    health(device)?;
     let mut failed = 0;
     for (name, attack) in KINDS {
         match one(device, queue, count, *attack) {
@@ -230,11 +234,13 @@ impl Target {
         let number = queue.unwrap_or(queues - 1) as u32;
         let mut arena = Arena::new();
         device.negotiate(0)?;
-        let mut attacked = None;
+        let (mut attacked, mut other) = (None, None);
         for i in 0..queues as u32 {
             let queue = device.queue(&mut arena, i, 256)?;
             if i == number {
                 attacked = Some(queue);
+            } else {
+                other = Some((i, queue));
             }
         }
         let memory = arena.take(MEMORY, 4096)?;
@@ -244,6 +250,7 @@ impl Target {
             arena,
             queue: attacked.ok_or("no such queue")?,
             number,
+            other,
             memory,
             count,
         };
@@ -376,9 +383,16 @@ impl Target {
         }
     }
 
-    /// Sets up again as far as FEATURES_OK, for attacks on the queue registers.
+    /// Sets up again as far as FEATURES_OK, with empty rings and with the other queue as it
+    /// should be: for attacks on the queue registers.
     fn again(&mut self) -> Result<(), Text> {
-        self.device.negotiate(0)
+        self.device.negotiate(0)?;
+        self.queue.set_avail_index(0);
+        x86::store(self.queue.used + 2, 2, 0);
+        if let Some((number, queue)) = &self.other {
+            self.device.tell_queue(*number, queue);
+        }
+        Ok(())
     }
 
     fn sizes(&mut self, sizes: &[u32]) -> Result<(), Text> {
@@ -503,13 +517,7 @@ fn indirect_loop(t: &mut Target) -> Result<(), Text> {
 }
 
 fn indirect_oob(t: &mut Target) -> Result<(), Text> {
-    for table in [
-        NOWHERE,
-        u64::MAX & !15,
-        ram_end(),
-        ram_end() - 16,
-        t.device.base(),
-    ] {
+    for table in [NOWHERE, !15, ram_end(), ram_end() - 16, t.device.base()] {
         t.queue
             .set_descriptor(0, table, 3 * DESCRIPTOR as u32, INDIRECT, 0);
         t.publish_all(&[0])?;
@@ -608,10 +616,7 @@ fn bad_features(t: &mut Target) -> Result<(), Text> {
 
 fn early_kick(t: &mut Target) -> Result<(), Text> {
     t.again()?;
-    let queue = &t.queue;
-    let size = u32::from(queue.size);
-    t.device
-        .tell(t.number, size, queue.descriptors, queue.avail, queue.used);
+    t.device.tell_queue(t.number, &t.queue);
     t.write_chain(|_, ordinary| ordinary);
     t.device.driver_ok();
     Ok(())
@@ -621,12 +626,7 @@ fn early_kick(t: &mut Target) -> Result<(), Text> {
 fn reset_storm(t: &mut Target) -> Result<(), Text> {
     for _ in 0..t.count {
         t.again()?;
-        t.queue.set_avail_index(0);
-        x86::store(t.queue.used + 2, 2, 0);
-        let queue = &t.queue;
-        let size = u32::from(queue.size);
-        t.device
-            .tell(t.number, size, queue.descriptors, queue.avail, queue.used);
+        t.device.tell_queue(t.number, &t.queue);
         t.device.driver_ok();
         t.write_chain(|_, ordinary| ordinary);
     }

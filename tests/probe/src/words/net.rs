@@ -232,10 +232,10 @@ impl Nic {
             addresses: [0; CHAIN_MAX as usize],
             count: frame.count,
         };
-        for i in 0..frame.count {
+        for (i, piece) in chain[..frame.count].iter_mut().enumerate() {
             let address = self.buffers[usize::from(frame.heads[i])];
             back.addresses[i] = address;
-            chain[i] = Buffer::readable(address, frame.sizes[i]);
+            *piece = Buffer::readable(address, frame.sizes[i]);
         }
         // What is sent fills no buffers (section 5.1.6.2).
         x86::store(back.addresses[0] + NUM_BUFFERS, 2, 0);

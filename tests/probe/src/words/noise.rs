@@ -66,7 +66,7 @@ pub fn mmio(arguments: &mut Arguments) -> Outcome {
         // Three of four within a window's registers, where there is something to hit.
         let offset = match dice >> 2 & 3 {
             0 => (dice >> 8) % SIZE,
-            _ => (dice >> 8) % (SIZE >> 12) << 12 | (dice >> 32) % 0x140,
+            _ => (((dice >> 8) % (SIZE >> 12)) << 12) | ((dice >> 32) % 0x140),
         };
         let at = START + offset;
         if dice >> 4 & 1 == 0 {

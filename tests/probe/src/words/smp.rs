@@ -62,14 +62,13 @@ pub fn smp(arguments: &mut Arguments) -> Outcome {
         .ok_or("not enough guest memory")?;
     arena.reserve(spare & !0xf, 1)?;
     let stacks = arena.reserve(stacks, 16)?;
-    for slot in 0..MOST {
+    let entry = further_processor as *const () as u64;
+    let frames = core::array::from_fn(|slot| {
         let stack = stacks + (slot as u64 + 1) * STACK - 8;
-        let entry = further_processor as *const () as u64;
-        // SAFETY: no further processor has started; boot.s reserves that many frames.
-        unsafe {
-            (&raw mut ap_frames[slot]).write_volatile([entry, CODE, FLAGS, stack, STACK_SEGMENT])
-        };
-    }
+        [entry, CODE, FLAGS, stack, STACK_SEGMENT]
+    });
+    // SAFETY: no further processor has started; boot.s reserves that many frames.
+    unsafe { (&raw mut ap_frames).write_volatile(frames) };
     let code = &raw const ap_start as u64;
     let size = &raw const ap_end as u64 - code;
     arena::bytes(START_PAGE, size).copy_from_slice(arena::bytes(code, size));
