@@ -100,8 +100,9 @@ const MTU_DEFAULT: u16 = 1500;
 
 /// Buffers that can be kept at hand.
 const CHAINS_MAX: usize = QUEUE_SIZE as usize;
-/// Their pieces; the last place of a vector belongs to the spill.
-const PIECES_MAX: usize = MAX_SEGMENTS - 1;
+/// Their pieces. A vector has room for more: for the spill, and for pieces that lie across the
+/// border of two regions of RAM.
+const PIECES_MAX: usize = MAX_SEGMENTS * 3 / 4;
 
 /// How long the end of a frame waits for the guest's buffers before the frame is dropped.
 const PATIENCE_NANOS: u64 = 50_000_000;
@@ -212,7 +213,14 @@ impl Buffers {
         self.room = 0;
     }
 
-    /// Takes the writable part of `chain`; `false`, without it, when there is no place.
+    /// Whether `chain` is a buffer that can be used at all.
+    fn can_hold(chain: &Chain) -> bool {
+        chain.readable_len() == 0
+            && chain.writable_len() > HEADER
+            && chain.writable().len() <= PIECES_MAX
+    }
+
+    /// Takes the writable part of `chain`; `false`, without it, when there is no place left.
     fn push(&mut self, chain: &Chain) -> bool {
         let pieces = chain.writable();
         let (len, room) = (
@@ -425,9 +433,7 @@ impl Net {
         while self.buffers.room < wanted {
             match queue.pop(ram, &mut self.chain)? {
                 Popped::Empty => break,
-                Popped::Chain
-                    if self.chain.readable_len() == 0 && self.chain.writable_len() > HEADER =>
-                {
+                Popped::Chain if Buffers::can_hold(&self.chain) => {
                     if !self.buffers.push(&self.chain) {
                         queue.rewind(1);
                         break;
@@ -913,24 +919,34 @@ mod tests {
         let ram = bench.ram.clone();
         let mut rings = Rings::new(&ram, BASE, 256);
         let mut queue = queue(&rings);
-        // Two chains of 100 pieces find a place, a third must wait for its turn.
-        for chain in 0..2u64 {
-            let parts: Vec<_> = (0..100)
-                .map(|i| (DATA + chain * 2000 + i * 20, 20, true))
+        // Two chains of 90 pieces find a place, a third must wait for its turn; one of 193 pieces
+        // never finds one.
+        let offer = |first: u16, pieces: u64, at: u64| {
+            let parts: Vec<_> = (0..pieces)
+                .map(|i| (DATA + at + i * 20, 20, true))
                 .collect();
-            rings.offer_chain(chain as u16 * 100, &parts);
-        }
-        let parts: Vec<_> = (0..56).map(|i| (DATA + 4000 + i * 20, 20, true)).collect();
-        rings.offer_chain(200, &parts);
+            rings.offer_chain(first, &parts);
+        };
+        offer(0, 90, 0);
+        offer(90, 90, 1800);
+        offer(180, 70, 3600);
         for payload in [3000, 900] {
             bench.peer.send(&frame(payload)).unwrap();
         }
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        offer(0, 193, 0);
+        offer(200, 50, 0);
+        bench.peer.send(&frame(60)).unwrap();
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(
+            guest(&ram, DATA + 1812, 1000)[..988],
+            frame(3000)[1812..2800]
+        );
+        assert_eq!(guest(&ram, DATA + 3612, 900), frame(900)[12..]);
         let used: Vec<_> = std::iter::from_fn(|| rings.take()).collect();
-        assert_eq!(used, [(0, 2000), (100, 1012), (200, 912)]);
-        assert_eq!(guest(&ram, DATA + 12, 3000), frame(3000)[12..]);
-        assert_eq!(guest(&ram, DATA + 4012, 900), frame(900)[12..]);
+        assert_eq!(used, [(0, 1800), (90, 1212), (180, 912), (0, 0), (200, 72)]);
     }
 
     #[test]
