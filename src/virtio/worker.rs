@@ -1,7 +1,7 @@
 //! The event loop of any device, on a thread of its own.
 //!
 //! A [`Worker`] owns its device, the live queues, and its view of guest memory. It has two
-//! inboxes, one per authority: [`DriverMsg`] from the registers and [`ControlMsg`] from control.
+//! inboxes, one per authority: [`DriverMsg`] from the registers and `ControlMsg` from control.
 //!
 //! ```text
 //!                 Activate                        broken ring, host refuses
