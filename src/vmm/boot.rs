@@ -173,7 +173,10 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     host.timeline.mark_again(Moment::KernelLoaded);
 
     // What the guest can touch: registers on two buses.
-    let mut buses = Buses::default();
+    let mut buses = Buses {
+        ram: memory.regions().collect(),
+        ..Buses::default()
+    };
     let mut slots = Slots { vm: &vm, next: 0 };
     let blocks = make_blocks(host, &memory, &config, opened, &mut buses, &mut slots)?;
     let nets = make_nets(host, &memory, &config, opened, &mut buses, &mut slots)?;
