@@ -34,7 +34,7 @@ const IGNORED: [libc::c_int; 4] = [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTTIN, 
 
 const FATAL: [libc::c_int; 4] = [libc::SIGSYS, libc::SIGBUS, libc::SIGSEGV, libc::SIGILL];
 
-/// Names what lies at a host address, for the line about a SIGBUS.
+/// Says what lies at a host address, for the line about a SIGBUS.
 pub type DescribeAddress = fn(usize, &mut dyn FnMut(&str));
 
 /// The signals that control reads, as a descriptor for its loop.

@@ -40,6 +40,7 @@ use self::rules::State as Phase;
 use crate::arch::boot_timer::Booted;
 use crate::config::{self, Draft, Logger};
 use crate::inbox::{Inbox, Sender, inbox};
+use crate::memory::mapped::{self, NAME_MAX};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
@@ -181,6 +182,7 @@ impl Vmm {
     /// When the host has no descriptor left.
     pub fn new(settings: Settings, timeline: Timeline) -> io::Result<Self> {
         let signals = Signals::install()?;
+        signal::describe_addresses_by(name_mapped_file);
         let (events, inbox) = inbox(INBOX)?;
         Ok(Vmm {
             settings,
@@ -704,5 +706,20 @@ impl Vmm {
             },
             vmm_version: env!("CARGO_PKG_VERSION"),
         }
+    }
+}
+
+/// Says which file is mapped at `address`. Runs in a signal handler.
+fn name_mapped_file(address: usize, say: &mut dyn FnMut(&str)) {
+    let mut name = [0; NAME_MAX];
+    let len = mapped::file_at(address, &mut name).unwrap_or(0);
+    if let Some(Ok(name)) = name
+        .get(..len)
+        .filter(|n| !n.is_empty())
+        .map(std::str::from_utf8)
+    {
+        say(": `");
+        say(name);
+        say("` was cut short; replace such a file by rename");
     }
 }
