@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::thread;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm};
@@ -417,7 +418,11 @@ fn occupy<D: Device>(
     let mut handles = Vec::with_capacity(devices.len());
     for ((worker, handle), berth) in devices.into_iter().zip(berths) {
         let _ = berth.occupy(host.category(category), muster, move || {
-            worker.run();
+            // Not taken apart on this thread, which may neither close nor unmap.
+            let _kept = worker.run();
+            loop {
+                thread::park();
+            }
         });
         handles.push(handle);
     }
