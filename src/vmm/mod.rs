@@ -435,11 +435,6 @@ impl Vmm {
                 if let Err(error) = terminal::make_raw() {
                     warn!("The terminal stays as it is: {error}");
                 }
-                threads::filter_or_end(
-                    self.settings
-                        .seccomp
-                        .then_some(crate::seccomp::Category::Control),
-                );
                 let started = machine.run_vcpus();
                 self.state = State::Running(Box::new(machine));
                 started.map_err(|e| ActionError::of(&e))?;
