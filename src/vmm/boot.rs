@@ -37,7 +37,7 @@ use crate::seccomp::Category;
 use crate::serial::{self, Streams};
 use crate::sys::fd;
 use crate::timeline::{Moment, Timeline};
-use crate::vcpu::{Buses, Vcpu, VcpuHandle};
+use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
 use crate::virtio::{self, Device, DeviceHandle, Worker};
@@ -208,10 +208,11 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     // From here on nothing fails: every thread, this one included, gets its work and its filter.
     let muster = Muster::of(berths.count());
     let mut vcpu_handles = Vec::with_capacity(vcpus.len());
-    for (index, ((vcpu, messages), berth)) in (0u8..).zip(vcpus.into_iter().zip(berths.vcpus)) {
+    for ((vcpu, seat), berth) in vcpus.into_iter().zip(berths.vcpus) {
         let thread = berth.occupy(host.category(Category::Vcpu), &muster, move || vcpu.run());
-        vcpu_handles.push(VcpuHandle::new(index, messages, thread));
+        vcpu_handles.push(VcpuHandle::new(seat, thread));
     }
+    let console_counters = console.counters();
     let blocks = occupy(host, Category::Block, &muster, blocks, berths.blocks);
     let nets = occupy(host, Category::Net, &muster, nets, berths.nets);
     let _ = berths
@@ -230,6 +231,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         blocks,
         nets,
         console: console_sender,
+        console_counters,
         log_before: log::redirect(Place::NonBlocking(log_writer.as_raw_fd())),
         _log_writer: log_writer,
         keyboard,
@@ -474,7 +476,7 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), StartError
     Ok(())
 }
 
-type Seats = Vec<(Vcpu, std::sync::mpsc::SyncSender<crate::vcpu::VcpuMessage>)>;
+type Seats = Vec<(Vcpu, VcpuSeat)>;
 
 /// A vCPU that its thread is making.
 type Making = Receiver<Result<arch::Vcpu, StartError>>;
