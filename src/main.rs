@@ -44,7 +44,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
     };
     let mut vmm = Vmm::new(settings, timeline.clone())
         .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
-    if let Err(error) = vmm.set_logger(Logger {
+    if let Err(error) = vmm.set_logger(&Logger {
         log_path: args.log_path,
         level: args.level,
         show_level: Some(args.show_level),

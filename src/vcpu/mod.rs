@@ -36,6 +36,18 @@ pub struct Buses {
     pub memory: Bus,
     /// Ports.
     pub ports: Bus,
+    /// Where guest memory is: first address and length of each piece, in bytes.
+    pub ram: Vec<(u64, u64)>,
+}
+
+impl Buses {
+    /// Whether `address` is guest memory. The guest leaves for such an address only when the host
+    /// can no longer provide it.
+    fn is_ram(&self, address: u64) -> bool {
+        self.ram
+            .iter()
+            .any(|(first, len)| address.wrapping_sub(*first) < *len)
+    }
 }
 
 /// What control tells a vCPU.

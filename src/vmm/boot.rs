@@ -11,7 +11,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::thread;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -160,10 +162,13 @@ impl Host<'_> {
 /// [`StartError`]; nothing of the attempt is left then.
 pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine, StartError> {
     let config = draft.check()?;
+    let kvm = Arc::new(Kvm::new().map_err(StartError::Kvm)?);
     let berths = Berths::make(&config)?;
+    // Half a millisecond that needs no virtual machine: the serial thread asks meanwhile.
+    let for_asking = Arc::clone(&kvm);
+    let supported = berths.serial.ask(move || cpuid::supported(&for_asking));
 
     // The machine: memory first, then KVM's part of it.
-    let kvm = Kvm::new().map_err(StartError::Kvm)?;
     let mut memory = Memory::anonymous(config.machine.mem_size_mib)?;
     let vm = Vm::new(&kvm, &memory, config.machine.track_dirty_pages)?;
     host.timeline.mark_again(Moment::MemoryMade);
@@ -173,7 +178,10 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     host.timeline.mark_again(Moment::KernelLoaded);
 
     // What the guest can touch: registers on two buses.
-    let mut buses = Buses::default();
+    let mut buses = Buses {
+        ram: memory.regions().collect(),
+        ..Buses::default()
+    };
     let mut slots = Slots { vm: &vm, next: 0 };
     let blocks = make_blocks(host, &memory, &config, opened, &mut buses, &mut slots)?;
     let nets = make_nets(host, &memory, &config, opened, &mut buses, &mut slots)?;
@@ -188,7 +196,11 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
 
     // The vCPUs, their registers set.
     let buses = Arc::new(buses);
-    let vcpus = make_vcpus(host, &kvm, &vm, &config, &entry, &buses)?;
+    let supported = supported
+        .recv()
+        .unwrap_or_else(|_| cpuid::supported(&kvm))
+        .map_err(StartError::Cpuid)?;
+    let vcpus = make_vcpus(host, &supported, &vm, &config, &entry, &buses)?;
 
     // From here on nothing fails: every thread gets its work and installs its filter.
     let muster = Muster::of(berths.count());
@@ -406,7 +418,11 @@ fn occupy<D: Device>(
     let mut handles = Vec::with_capacity(devices.len());
     for ((worker, handle), berth) in devices.into_iter().zip(berths) {
         let _ = berth.occupy(host.category(category), muster, move || {
-            worker.run();
+            // Not taken apart on this thread, which may neither close nor unmap.
+            let _kept = worker.run();
+            loop {
+                thread::park();
+            }
         });
         handles.push(handle);
     }
@@ -458,18 +474,17 @@ type Seats = Vec<(Vcpu, std::sync::mpsc::SyncSender<crate::vcpu::VcpuMessage>)>;
 
 fn make_vcpus(
     host: &Host<'_>,
-    kvm: &Kvm,
+    supported: &CpuId,
     vm: &Vm,
     config: &Config,
     entry: &boot::Entry,
     buses: &Arc<Buses>,
 ) -> Result<Seats, StartError> {
-    let supported = cpuid::supported(kvm).map_err(StartError::Cpuid)?;
     let machine = &config.machine;
     (0..machine.vcpu_count)
         .map(|index| {
             let fd = vm.create_vcpu(index)?;
-            let cpuid = cpuid::table(&supported, index, machine.vcpu_count, machine.smt);
+            let cpuid = cpuid::table(supported, index, machine.vcpu_count, machine.smt);
             // Only the first starts at the entry; the others wait for the guest to wake them.
             crate::arch::vcpu::configure(&fd, (index == 0).then_some(entry), &cpuid)?;
             Ok(Vcpu::new(

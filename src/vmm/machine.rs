@@ -14,9 +14,9 @@ use crate::log::{self, Place};
 use crate::memory::Memory;
 use crate::serial::SerialMessage;
 use crate::vcpu::{Deaf, VcpuHandle};
-use crate::virtio::DeviceHandle;
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
+use crate::virtio::{ConfigSpace, DeviceHandle};
 
 /// Handles of everything that makes up a VM. The threads own the things themselves.
 #[derive(Debug)]
@@ -144,6 +144,14 @@ impl Machine {
             .update(token, devices::net_update(update))
             .map_err(|e| sentence(&e))?;
         self.draft.patch_network(update).map_err(|e| sentence(&e))
+    }
+
+    /// Shows the guest's driver a configuration space that an update has changed: of a disk, whose
+    /// size may be another now. No other device changes its own.
+    pub fn set_device_config(&self, device: &str, config: ConfigSpace) {
+        if let Some(handle) = self.blocks.iter().find(|handle| **handle.name() == *device) {
+            handle.registers().set_config(config);
+        }
     }
 
     /// Tells the serial thread to write out what is left; whether it will answer.

@@ -38,8 +38,9 @@ use self::opened::Opened;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, Draft, Logger};
+use crate::config::{self, Draft, Logger, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
+use crate::memory::mapped::{self, NAME_MAX};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
@@ -47,11 +48,12 @@ use crate::sys::signal::{self, Signals};
 use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{End, VcpuEvent};
-use crate::virtio::{WorkerEvent, WorkerReply};
+use crate::virtio::{Done, WorkerEvent, WorkerReply};
 use crate::{error, exit, info, log, warn};
 
-/// Events that may wait for control: one from every vCPU, worker and API connection, twice.
-const INBOX: usize = 1024;
+/// Events that may wait for control: what the API thread may ask at once, and as much again for
+/// two events of each of 32 vCPUs, three of each of 19 devices, and the serial thread's.
+const INBOX: usize = 256;
 
 /// How long devices may take to finish their I/O before a pause is reported without them.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
@@ -156,6 +158,14 @@ enum State {
     Between,
 }
 
+/// Opens where `logger` wants the log, if it says so.
+fn open_log(logger: &Logger) -> Result<Option<File>, ActionError> {
+    match &logger.log_path {
+        Some(path) => Ok(Some(opened::open_sink("log", path)?)),
+        None => Ok(None),
+    }
+}
+
 /// A pause under way.
 #[derive(Debug)]
 struct Pausing {
@@ -181,6 +191,7 @@ impl Vmm {
     /// When the host has no descriptor left.
     pub fn new(settings: Settings, timeline: Timeline) -> io::Result<Self> {
         let signals = Signals::install()?;
+        signal::describe_addresses_by(name_mapped_file);
         let (events, inbox) = inbox(INBOX)?;
         Ok(Vmm {
             settings,
@@ -218,24 +229,44 @@ impl Vmm {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
         let bytes = opened::read_text("configuration", path)?;
-        let mut config = config::parse_file(&bytes)
+        let config = config::parse_file(&bytes)
             .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))?;
-        if let Some(logger) = config.logger.take() {
-            self.set_logger(logger)?;
-        }
-        if let State::Configuring(draft, opened) = &mut self.state {
-            opened::put_all(draft, opened, config)?;
-        }
+        self.take_config(config)?;
         self.start().map(|_| ())
+    }
+
+    /// Takes up a whole configuration in place of what there was; all of it, or nothing.
+    fn take_config(&mut self, mut config: VmConfig) -> Result<(), ActionError> {
+        let (logger, metrics) = (config.logger.take(), config.metrics.take());
+        let State::Configuring(draft, opened) = &mut self.state else {
+            return Err(ActionError("The microVM is running.".into()));
+        };
+        let taken = opened::take_all(opened, config)?;
+        let log = match &logger {
+            Some(logger) => open_log(logger)?,
+            None => None,
+        };
+        // From here on nothing fails.
+        (**draft, *opened) = taken;
+        if let Some(logger) = logger {
+            self.use_logger(&logger, log);
+        }
+        let _ = metrics;
+        Ok(())
     }
 
     /// Takes up what the command line or a client says of the log.
     ///
     /// # Errors
     /// The sentence: its file can not be opened.
-    pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
-        if let Some(path) = &logger.log_path {
-            let sink = opened::open_sink("log", path)?;
+    pub fn set_logger(&mut self, logger: &Logger) -> Result<(), ActionError> {
+        let sink = open_log(logger)?;
+        self.use_logger(logger, sink);
+        Ok(())
+    }
+
+    fn use_logger(&mut self, logger: &Logger, sink: Option<File>) {
+        if let Some(sink) = sink {
             log::redirect(log::Place::Blocking(sink.as_raw_fd()));
             // The one before it is closed only now that nobody writes to it.
             self.log = Some(sink);
@@ -247,7 +278,6 @@ impl Vmm {
         if let Some(module) = &logger.module {
             log::set_module(module);
         }
-        Ok(())
     }
 
     /// The life of the thread, and so of the process, which ends with it. Nothing is taken apart
@@ -368,7 +398,15 @@ impl Vmm {
                 Ok(Outcome::Done)
             }
             Action::FlushMetrics => Ok(Outcome::Done),
-            Action::PutLogger(logger) => self.set_logger(logger).map(|()| Outcome::Done),
+            Action::PutLogger(logger) => self.set_logger(&logger).map(|()| Outcome::Done),
+            Action::PutVm { config, start } => {
+                self.take_config(*config)?;
+                if start {
+                    self.start()
+                } else {
+                    Ok(Outcome::Done)
+                }
+            }
             action => match &mut self.state {
                 State::Configuring(draft, opened) => opened::put(draft, opened, action),
                 _ => Err(ActionError("The microVM is running.".into())),
@@ -456,6 +494,14 @@ impl Vmm {
     fn worker_answered(&mut self, reply: WorkerReply) {
         if let State::Pausing(_, pausing) = &mut self.state {
             pausing.devices.retain(|token| *token != reply.token);
+        }
+        if let Done::Updated {
+            config: Some(config),
+            ..
+        } = &reply.done
+            && let Some(machine) = self.machine()
+        {
+            machine.set_device_config(&reply.device, *config);
         }
         if let Some(at) = self.updates.iter().position(|(t, ..)| *t == reply.token) {
             let (_, client, _) = self.updates.swap_remove(at);
@@ -704,5 +750,20 @@ impl Vmm {
             },
             vmm_version: env!("CARGO_PKG_VERSION"),
         }
+    }
+}
+
+/// Says which file is mapped at `address`. Runs in a signal handler.
+fn name_mapped_file(address: usize, say: &mut dyn FnMut(&str)) {
+    let mut name = [0; NAME_MAX];
+    let len = mapped::file_at(address, &mut name).unwrap_or(0);
+    if let Some(Ok(name)) = name
+        .get(..len)
+        .filter(|n| !n.is_empty())
+        .map(std::str::from_utf8)
+    {
+        say(": `");
+        say(name);
+        say("` was cut short; replace such a file by rename");
     }
 }
