@@ -35,13 +35,13 @@ use crate::log::Place;
 use crate::memory::{Memory, MemoryError};
 use crate::seccomp::Category;
 use crate::serial::{self, Streams};
-use crate::sys::fd;
+use crate::sys::{fd, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
 use crate::virtio::{self, Device, DeviceHandle, Worker};
-use crate::{error, log};
+use crate::{error, log, warn};
 
 /// Messages that may wait for the serial thread.
 const SERIAL_MESSAGES: usize = 4;
@@ -222,6 +222,9 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
                 error!("The console stopped: {cause}");
             }
         });
+    if let Err(cause) = terminal::make_raw() {
+        warn!("The terminal stays as it is: {cause}");
+    }
     threads::filter_or_end(host.category(Category::Control));
     muster.wait();
 
