@@ -146,6 +146,8 @@ pub struct Host<'a> {
     pub events: &'a Sender<Event>,
     /// When what happened.
     pub timeline: &'a Timeline,
+    /// /dev/kvm, if it was handed in.
+    pub kvm: Option<&'a Kvm>,
 }
 
 impl Host<'_> {
@@ -163,9 +165,16 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     let berths = Berths::make(&config)?;
 
     // The machine: memory first, then KVM's part of it.
-    let kvm = Kvm::new().map_err(StartError::Kvm)?;
+    let own;
+    let kvm = match host.kvm {
+        Some(handed_in) => handed_in,
+        None => {
+            own = Kvm::new().map_err(StartError::Kvm)?;
+            &own
+        }
+    };
     let mut memory = Memory::anonymous(config.machine.mem_size_mib)?;
-    let vm = Vm::new(&kvm, &memory, config.machine.track_dirty_pages)?;
+    let vm = Vm::new(kvm, &memory, config.machine.track_dirty_pages)?;
     host.timeline.mark_again(Moment::MemoryMade);
 
     // What the guest starts with: kernel, initrd, command line, tables.
@@ -188,7 +197,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
 
     // The vCPUs, their registers set.
     let buses = Arc::new(buses);
-    let vcpus = make_vcpus(host, &kvm, &vm, &config, &entry, &buses)?;
+    let vcpus = make_vcpus(host, kvm, &vm, &config, &entry, &buses)?;
 
     // From here on nothing fails: every thread gets its work and installs its filter.
     let muster = Muster::of(berths.count());
@@ -297,11 +306,11 @@ fn load(
 ) -> Result<boot::Entry, StartError> {
     let image = opened.kernel.as_ref().ok_or(ConfigError::NoBootSource)?;
     image.check_unchanged()?;
-    let kernel = Kernel::read(&image.file, &image.path)?;
+    let kernel = Kernel::read(&image.file, &image.name)?;
     let initrd = match &opened.initrd {
         Some(initrd) => {
             initrd.check_unchanged()?;
-            Some((&initrd.file, initrd.path.as_str()))
+            Some((&initrd.file, initrd.name.as_str()))
         }
         None => None,
     };

@@ -30,6 +30,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
+use kvm_ioctls::Kvm;
+
 use self::action::{
     API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply,
 };
@@ -38,11 +40,12 @@ use self::opened::Opened;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, Draft, Logger};
+use crate::config::{self, Draft, Logger, Source};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
+use crate::sys::handed::Handed;
 use crate::sys::signal::{self, Signals};
 use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
@@ -142,6 +145,8 @@ pub struct Vmm {
     next_token: u64,
     /// The log's place, when it is not standard output.
     log: Option<File>,
+    /// /dev/kvm as it was handed in, until a machine is made.
+    kvm: Option<Kvm>,
 }
 
 #[derive(Debug)]
@@ -192,6 +197,7 @@ impl Vmm {
             updates: Vec::new(),
             next_token: 0,
             log: None,
+            kvm: None,
         })
     }
 
@@ -200,16 +206,22 @@ impl Vmm {
         self.events.outbox()
     }
 
+    /// Makes the virtual machine by this /dev/kvm, instead of one opened for it.
+    pub fn set_kvm(&mut self, kvm: Kvm) {
+        self.kvm = Some(kvm);
+    }
+
     /// Does what a client would ask for, before there are any.
     ///
     /// # Errors
     /// The sentence a client would get.
     pub fn apply(&mut self, action: Action) -> Result<Outcome, ActionError> {
         rules::allow(&action, self.phase())?;
-        self.configure(action)
+        self.configure(action, &mut Handed::default())
     }
 
-    /// Takes up the configuration in the file at `path` and starts it.
+    /// Takes up the configuration in the file at `path` and starts it. The descriptors it names
+    /// are those that the process was started with.
     ///
     /// # Errors
     /// The sentence for the person who named the file.
@@ -217,14 +229,15 @@ impl Vmm {
         let path = path.to_str().ok_or_else(|| {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
-        let bytes = opened::read_text("configuration", path)?;
+        let handed = &mut Handed::Inherited;
+        let bytes = opened::read_text("configuration", &Source::from(path), handed)?;
         let mut config = config::parse_file(&bytes)
             .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))?;
         if let Some(logger) = config.logger.take() {
-            self.set_logger(logger)?;
+            self.set_logger(logger, handed)?;
         }
         if let State::Configuring(draft, opened) = &mut self.state {
-            opened::put_all(draft, opened, config)?;
+            opened::put_all(draft, opened, config, handed)?;
         }
         self.start().map(|_| ())
     }
@@ -233,9 +246,9 @@ impl Vmm {
     ///
     /// # Errors
     /// The sentence: its file can not be opened.
-    pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
-        if let Some(path) = &logger.log_path {
-            let sink = opened::open_sink("log", path)?;
+    pub fn set_logger(&mut self, logger: Logger, handed: &mut Handed) -> Result<(), ActionError> {
+        if let Some(source) = &logger.log_path {
+            let sink = opened::open_sink("log", source, handed)?;
             log::redirect(log::Place::Blocking(sink.as_raw_fd()));
             // The one before it is closed only now that nobody writes to it.
             self.log = Some(sink);
@@ -294,7 +307,11 @@ impl Vmm {
 
     fn handle(&mut self, event: Event) -> Next {
         match event {
-            Event::Command(Command { action, reply }) => self.command(*action, reply),
+            Event::Command(Command {
+                action,
+                mut handed,
+                reply,
+            }) => self.command(*action, &mut handed, reply),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.vcpu_paused(index),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
                 return Next::Exit(self.guest_ended(index, end));
@@ -326,7 +343,7 @@ impl Vmm {
     }
 
     /// One request: refused by the rules of state, begun, or done.
-    fn command(&mut self, action: Action, reply: Reply) {
+    fn command(&mut self, action: Action, handed: &mut Handed, reply: Reply) {
         if let Err(error) = rules::allow(&action, self.phase()) {
             return reply.send(Err(error));
         }
@@ -334,7 +351,9 @@ impl Vmm {
             Action::Pause => self.pause(reply),
             Action::Resume => reply.send(self.resume()),
             Action::PatchDrive(update) if self.machine().is_some() => {
-                self.update(reply, |machine, token| machine.update_drive(&update, token));
+                self.update(reply, |machine, token| {
+                    machine.update_drive(&update, handed, token)
+                });
             }
             Action::PatchNetwork(update) if self.machine().is_some() => {
                 self.update(reply, |machine, token| {
@@ -342,14 +361,14 @@ impl Vmm {
                 });
             }
             action => {
-                let answer = self.configure(action);
+                let answer = self.configure(action, handed);
                 reply.send(answer);
             }
         }
     }
 
     /// Requests that are done at once.
-    fn configure(&mut self, action: Action) -> Answer {
+    fn configure(&mut self, action: Action, handed: &mut Handed) -> Answer {
         match action {
             Action::DescribeInstance => Ok(Outcome::Instance(self.instance())),
             Action::GetVersion => Ok(Outcome::Version(API_VERSION)),
@@ -368,9 +387,9 @@ impl Vmm {
                 Ok(Outcome::Done)
             }
             Action::FlushMetrics => Ok(Outcome::Done),
-            Action::PutLogger(logger) => self.set_logger(logger).map(|()| Outcome::Done),
+            Action::PutLogger(logger) => self.set_logger(logger, handed).map(|()| Outcome::Done),
             action => match &mut self.state {
-                State::Configuring(draft, opened) => opened::put(draft, opened, action),
+                State::Configuring(draft, opened) => opened::put(draft, opened, action, handed),
                 _ => Err(ActionError("The microVM is running.".into())),
             },
         }
@@ -389,11 +408,13 @@ impl Vmm {
             settings: &self.settings,
             events: &self.events,
             timeline: &self.timeline,
+            kvm: self.kvm.as_ref(),
         };
         match boot::start(&host, &draft, &opened) {
             Ok(machine) => {
                 // The machine has its own copies of what was opened.
                 drop(opened);
+                self.kvm = None;
                 if let Err(error) = terminal::make_raw() {
                     warn!("The terminal stays as it is: {error}");
                 }
