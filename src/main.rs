@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use mayfly::api::{self, Server};
 use mayfly::args::{self, Args, Asked};
-use mayfly::config::{Logger, Source};
+use mayfly::config::{Logger, Metrics, Source};
 use mayfly::log;
 use mayfly::seccomp::Category;
 use mayfly::sys::handed::Handed;
 use mayfly::sys::{kvm, landlock, process, socket};
-use mayfly::timeline::{Moment, Timeline};
+use mayfly::timeline::Timeline;
 use mayfly::vmm::threads::{self, Muster};
 use mayfly::vmm::{Settings, Vmm};
 use mayfly::{error, exit, info};
@@ -42,9 +42,11 @@ fn run(args: Args, timeline: Timeline) -> ! {
         seccomp: args.seccomp,
         boot_timer: args.boot_timer,
         start_time_us: args.start_time_us,
+        start_time_cpu_us: args.start_time_cpu_us,
+        parent_cpu_time_us: args.parent_cpu_time_us,
         protocol: args.boot_protocol,
     };
-    let mut vmm = Vmm::new(settings, timeline.clone())
+    let mut vmm = Vmm::new(settings, timeline)
         .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
     let log_fails = match &args.log_path {
         Some(Source::Fd(_)) => exit::BAD_ARGUMENTS,
@@ -57,8 +59,20 @@ fn run(args: Args, timeline: Timeline) -> ! {
         show_log_origin: Some(args.show_log_origin),
         module: args.module,
     };
-    if let Err(error) = vmm.set_logger(logger, &mut Handed::Inherited) {
+    if let Err(error) = vmm.set_logger(&logger, &mut Handed::Inherited) {
         fail(&error.0, log_fails);
+    }
+    if let Some(metrics_path) = args.metrics_path
+        && let Err(error) = vmm.set_metrics(
+            Metrics {
+                metrics_path: Source::Named(metrics_path),
+                emit_id: false,
+                properties: None,
+            },
+            &mut Handed::default(),
+        )
+    {
+        fail(&error.0, exit::ERROR);
     }
     info!("Running {}", args::version());
     if let Some(number) = args.kvm_fd {
@@ -77,7 +91,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
         give_up_files();
     }
     if let Some(listener) = listener {
-        serve(&vmm, listener, args.payload_max, args.seccomp, &timeline);
+        serve(&mut vmm, listener, args.payload_max, args.seccomp);
     }
     if let Some(path) = &args.config_file
         && let Err(error) = vmm.start_from_file(path)
@@ -114,15 +128,10 @@ fn give_up_files() {
 }
 
 /// Makes the thread that serves the API.
-fn serve(
-    vmm: &Vmm,
-    listener: UnixListener,
-    payload_max: usize,
-    seccomp: bool,
-    timeline: &Timeline,
-) {
+fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: bool) {
     let server = Server::new(listener, vmm.commands(), payload_max)
         .unwrap_or_else(|e| fail(&format!("Serving the API failed: {e}"), exit::ERROR));
+    let counters = server.counters();
     let berth =
         threads::berth("fc_api".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
     let muster: Arc<Muster> = Muster::of(1);
@@ -133,7 +142,7 @@ fn serve(
             process::exit(exit::ERROR);
         }
     });
-    timeline.mark(Moment::ApiReady);
+    vmm.api_is_ready(counters);
 }
 
 /// Says why on standard error, where a person looks, and ends.

@@ -25,6 +25,7 @@
     )
 )]
 
+mod counters;
 pub mod http;
 pub mod routes;
 
@@ -34,14 +35,17 @@ use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::inbox::{self, Inbox, Outbox};
+use crate::metrics::Reader;
 use crate::sys::handed::{Handed, HandedError};
 use crate::sys::{process, socket};
 use crate::vmm::action::{Answer, Command, Reply};
+use counters::{Counted, Counters};
 use http::{Decoder, Piece, Request, Response};
 
 /// Most connections at once. When a new one needs its place, an idle one is closed.
@@ -50,9 +54,9 @@ pub const CONNECTIONS_MAX: usize = 256;
 /// Fewest connections at once, however few descriptors the process may have.
 const CONNECTIONS_MIN: usize = 8;
 
-/// Questions that control may owe an answer: one for each connection, and some whose client got
-/// tired of waiting.
-const OUTSTANDING_MAX: usize = CONNECTIONS_MAX + 64;
+/// Questions that control may owe an answer: half of the places in its inbox. Further ones wait
+/// in their connections.
+const OUTSTANDING_MAX: usize = 128;
 
 /// Bytes taken from a connection before others have their turn.
 const READ_MAX: usize = 16 * 1024;
@@ -169,6 +173,7 @@ pub struct Server {
     now: Instant,
     /// When it was last looked at deadlines.
     looked: Instant,
+    counters: Arc<Counters>,
 }
 
 impl Server {
@@ -215,7 +220,13 @@ impl Server {
             count: 0,
             now: Instant::now(),
             looked: Instant::now(),
+            counters: Arc::new(Counters::new()),
         })
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> Arc<dyn Reader> {
+        Arc::clone(&self.counters) as Arc<dyn Reader>
     }
 
     /// Serves until the process ends.
@@ -301,6 +312,7 @@ impl Server {
             };
             let token = connection.token;
             if let Some(late) = connection.asked.take_if(|asked| asked.until <= now) {
+                self.counters.late(late.counted);
                 let seconds = late.patience.as_secs();
                 let sentence = format!(
                     "There was no answer within {seconds} seconds; what was asked for may still \
@@ -328,6 +340,8 @@ impl Server {
             // Another question, or another client, may have come to this place since.
             if let Some(asked) = connection.asked.take_if(|asked| asked.token == token) {
                 let connection = connection.token;
+                let time = self.now.saturating_duration_since(asked.since);
+                self.counters.answered(asked.counted, answer.is_ok(), time);
                 self.answer(connection, asked.close, &routes::response(&answer));
             }
         }
@@ -382,6 +396,7 @@ impl Server {
             match connection.pending.pop_front() {
                 Some((Piece::Continue, _)) => connection.respond(&Response::empty(100), false),
                 Some((Piece::Malformed { reason, close }, _)) => {
+                    self.counters.malformed();
                     connection.respond(&Response::malformed(&reason, close), close);
                     connection.draining = close;
                 }
@@ -425,14 +440,17 @@ impl Server {
             connection.respond(&routes::refused(&why), request.close);
             return true;
         }
+        let operation = routes::operation(&request);
         let action = match routes::action(&request) {
             Ok(action) => action,
             Err(refused) => {
+                self.counters.refused(operation);
                 connection.respond(&refused, request.close);
                 return true;
             }
         };
         let patience = routes::patience(&action);
+        let counted = Counted::new(operation, &action);
         let token = self.token(place_of(connection.token));
         // What came with a question goes with it, delivered or not: no second try then.
         let once = !handed.is_empty();
@@ -452,10 +470,13 @@ impl Server {
                 until: self.now.checked_add(patience).unwrap_or(self.now),
                 patience,
                 close: request.close,
+                since,
+                counted,
             });
             return true;
         }
         if once || self.now.saturating_duration_since(since) >= BUSY {
+            self.counters.late(counted);
             connection.respond(
                 &routes::no_answer("The monitor is busy: try again later."),
                 request.close,
@@ -513,6 +534,7 @@ impl Server {
             (Ok(()), Some(slot)) => {
                 let connection = Connection::new(stream, token, self.payload_max, self.now);
                 *slot = Some(Box::new(connection));
+                self.counters.connected();
             }
             // Closed: there is no descriptor, or no memory, to serve it with.
             _ => self.free.push(place),
@@ -610,6 +632,9 @@ struct Asked {
     until: Instant,
     patience: Duration,
     close: bool,
+    /// When the request was whole.
+    since: Instant,
+    counted: Counted,
 }
 
 /// One client.

@@ -29,6 +29,10 @@ impl std::error::Error for JsonError {}
 /// The reason, line and column as serde_json says them, and the path of the member unless the
 /// reason names it already.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
+    // serde would take the members of a struct in a list, without their names.
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(JsonError::new("invalid type: sequence, expected an object"));
+    }
     let mut input = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut input).map_err(|error| {
         let path = error.path().to_string();
@@ -74,6 +78,7 @@ mod tests {
                 "trailing characters",
             ),
             ("", "EOF while parsing"),
+            (" [1,128]", "invalid type: sequence"),
             ("\u{feff}{}", "expected value"),
         ];
         for (body, reason) in cases {

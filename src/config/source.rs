@@ -115,7 +115,6 @@ mod tests {
         }
         let bad = [
             ("null", "expected a string or {\"fd\": N}"),
-            ("[0]", "expected a string or {\"fd\": N}"),
             ("true", "expected a string or {\"fd\": N}"),
             ("-1", "invalid type: integer `-1`"),
             ("1.0", "invalid type: floating point"),

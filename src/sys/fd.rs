@@ -151,6 +151,25 @@ pub fn access(fd: impl AsFd) -> io::Result<Access> {
     })
 }
 
+/// Makes reads and writes of the open file behind `fd` return instead of waiting, whichever
+/// descriptor they use.
+///
+/// # Errors
+/// None for a descriptor that is open and can be read or written.
+pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: F_GETFL touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: F_SETFL touches no memory of ours.
+    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// What a thread waits for on one descriptor, and what came.
 #[derive(Clone, Copy)]
 #[repr(transparent)]

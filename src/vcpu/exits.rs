@@ -65,6 +65,11 @@ pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> Outc
             }
             Outcome::Continue
         }
+        Ok(VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _))
+            if buses.is_ram(address) =>
+        {
+            Outcome::End(End::MemoryGone)
+        }
         Ok(VcpuExit::MmioRead(address, data)) => {
             buses.memory.read(address, data);
             Outcome::Continue

@@ -12,12 +12,12 @@ use crate::config::{Draft, DriveUpdate, NetworkUpdate};
 use crate::inbox::Sender;
 use crate::log::{self, Place};
 use crate::memory::Memory;
-use crate::serial::SerialMessage;
+use crate::serial::{self, SerialMessage};
 use crate::sys::handed::Handed;
 use crate::vcpu::{Deaf, VcpuHandle};
-use crate::virtio::DeviceHandle;
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
+use crate::virtio::{ConfigSpace, DeviceHandle};
 
 /// Handles of everything that makes up a VM. The threads own the things themselves.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub struct Machine {
     pub nets: Vec<DeviceHandle<Net>>,
     /// The serial thread.
     pub console: Sender<SerialMessage>,
+    /// What it and the UART count.
+    pub console_counters: Arc<serial::Counters>,
     /// Where the log went before it went through the serial thread.
     pub log_before: RawFd,
     /// The pipe it goes into now; kept open.
@@ -39,7 +41,7 @@ pub struct Machine {
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
     /// Kept open: the last one to hold it ends the virtual machine.
-    pub _vm: Vm,
+    pub _vm: Arc<Vm>,
     /// Kept mapped.
     pub memory: Memory,
 }
@@ -150,6 +152,14 @@ impl Machine {
             .update(token, devices::net_update(update))
             .map_err(|e| sentence(&e))?;
         self.draft.patch_network(update).map_err(|e| sentence(&e))
+    }
+
+    /// Shows the guest's driver a configuration space that an update has changed: of a disk, whose
+    /// size may be another now. No other device changes its own.
+    pub fn set_device_config(&self, device: &str, config: ConfigSpace) {
+        if let Some(handle) = self.blocks.iter().find(|handle| **handle.name() == *device) {
+            handle.registers().set_config(config);
+        }
     }
 
     /// Tells the serial thread to write out what is left; whether it will answer.

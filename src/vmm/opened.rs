@@ -106,6 +106,8 @@ pub struct Opened {
     pub disks: Vec<(String, File)>,
     /// Taps by interface id.
     pub taps: Vec<(String, Tap)>,
+    /// Taps of a configuration that this one replaces: a tap can be attached only once.
+    attached: Vec<Tap>,
     /// Where console output goes instead of standard output.
     pub console: Option<File>,
 }
@@ -125,6 +127,12 @@ impl Opened {
             .iter()
             .find(|(known, _)| known == id)
             .map(|(_, tap)| tap)
+    }
+
+    /// The tap called `name`, if it is attached already.
+    fn take_attached(&mut self, name: &str) -> Option<Tap> {
+        let at = self.attached.iter().position(|tap| tap.name() == name)?;
+        Some(self.attached.swap_remove(at))
     }
 
     /// Keeps `value` for `id` in `list`, in place of what was kept before.
@@ -212,7 +220,10 @@ pub fn put(draft: &mut Draft, opened: &mut Opened, action: Action, handed: &mut 
                     // The same interface again: a tap can be attached once, so the old one goes
                     // first.
                     opened.taps.retain(|(known, _)| *known != id);
-                    let tap = Tap::open(name)?;
+                    let tap = match opened.take_attached(name) {
+                        Some(tap) => tap,
+                        None => Tap::open(name)?,
+                    };
                     // The host may have chosen the name.
                     network.host_dev_name = tap.name().into();
                     tap
@@ -239,17 +250,20 @@ pub fn put(draft: &mut Draft, opened: &mut Opened, action: Action, handed: &mut 
     Ok(Outcome::Done)
 }
 
-/// Takes up a whole configuration, in place of what there was.
+/// Takes up a whole configuration, to be put in place of `before`, which stays as it is.
 ///
 /// # Errors
-/// The sentence for the client; nothing has changed then.
-pub fn put_all(
-    draft: &mut Draft,
-    opened: &mut Opened,
+/// The sentence for the client.
+pub fn take_all(
+    before: &Opened,
     config: VmConfig,
     handed: &mut Handed,
-) -> Result<(), ActionError> {
-    let (mut new_draft, mut new_opened) = (Draft::default(), Opened::default());
+) -> Result<(Draft, Opened), ActionError> {
+    let (mut draft, mut opened) = (Draft::default(), Opened::default());
+    for (_, tap) in &before.taps {
+        let again = tap.try_clone().map_err(|e| ActionError::of(&e))?;
+        opened.attached.push(again);
+    }
     let VmConfig {
         machine_config,
         boot_source,
@@ -268,13 +282,13 @@ pub fn put_all(
         .chain(drives.into_iter().map(Action::PutDrive))
         .chain(network_interfaces.into_iter().map(Action::PutNetwork));
     if let Some(cpu) = cpu_config {
-        new_draft.put_cpu_config(cpu_masks(cpu, handed)?);
+        draft.put_cpu_config(cpu_masks(cpu, handed)?);
     }
     for part in parts {
-        put(&mut new_draft, &mut new_opened, part, handed)?;
+        put(&mut draft, &mut opened, part, handed)?;
     }
-    (*draft, *opened) = (new_draft, new_opened);
-    Ok(())
+    opened.attached.clear();
+    Ok((draft, opened))
 }
 
 /// Opens the disk image that `source` names, for writing too unless `read_only`.

@@ -90,7 +90,7 @@ impl Muster {
 pub fn berth(name: String) -> Result<Berth, SpawnError> {
     let (work, berthed): (SyncSender<Work>, Receiver<Work>) = sync_channel(1);
     let body = move || {
-        if let Ok(work) = berthed.recv() {
+        while let Ok(work) = berthed.recv() {
             work();
         }
     };
@@ -105,6 +105,21 @@ pub fn berth(name: String) -> Result<Berth, SpawnError> {
 }
 
 impl Berth {
+    /// Lets the thread work something out beside the caller, while it has no other work; the
+    /// answer comes through the channel.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce() -> T + Send + 'static,
+    ) -> Receiver<T> {
+        let (answer, receiver) = sync_channel(1);
+        // The thread waits in `recv` and the channel has room for one; if it did not, the receiver
+        // would find the channel closed.
+        let _ = self.work.try_send(Box::new(move || {
+            let _ = answer.try_send(question());
+        }));
+        receiver
+    }
+
     /// Gives the thread its work, to be done behind the filter of `category` (none when the
     /// command line said so), after it has reported to `muster`.
     pub fn occupy(
@@ -122,8 +137,8 @@ impl Berth {
             muster.report();
             work();
         };
-        // The thread waits in `recv` and the channel has room for one.
-        let _ = self.work.try_send(Box::new(filtered));
+        // The thread waits in `recv`, or is about to; it lasts as long as this sender.
+        let _ = self.work.send(Box::new(filtered));
         self.thread
     }
 }

@@ -6,17 +6,21 @@
 //! guest has run out of buffers in the middle of a frame does its end wait, for a moment and in
 //! memory of ours, for the guest to bring more.
 
-use std::collections::VecDeque;
+mod buffers;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use super::queue::{Chain, MAX_SEGMENTS, Popped, Segment, copy_out, slices, window};
+use self::buffers::Buffers;
+use super::queue::{Chain, Popped};
+use super::segment::{copy_out, slices};
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated, device_id,
-    feature,
+    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
+    WorkerCounters, device_id, feature,
 };
+use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys;
 use crate::sys::clock;
@@ -98,11 +102,6 @@ const FRAME_MAX: u32 = 65562 + HEADER;
 const FRAME_OVERHEAD: u32 = HEADER + 14 + 8;
 const MTU_DEFAULT: u16 = 1500;
 
-/// Buffers that can be kept at hand.
-const CHAINS_MAX: usize = QUEUE_SIZE as usize;
-/// Their pieces; the last place of a vector belongs to the spill.
-const PIECES_MAX: usize = MAX_SEGMENTS - 1;
-
 /// How long the end of a frame waits for the guest's buffers before the frame is dropped.
 const PATIENCE_NANOS: u64 = 50_000_000;
 
@@ -135,6 +134,132 @@ pub struct Counters {
     pub tap_gone: Counter,
     /// Times the limits were changed.
     pub updates: Counter,
+}
+
+/// The keys of the original's metrics for a network interface.
+pub const LINE_KEYS: [&str; 26] = [
+    "activate_fails",
+    "cfg_fails",
+    "no_rx_avail_buffer",
+    "no_tx_avail_buffer",
+    "event_fails",
+    "rx_queue_event_count",
+    "rx_event_rate_limiter_count",
+    "rx_rate_limiter_throttled",
+    "rx_tap_event_count",
+    "rx_bytes_count",
+    "rx_packets_count",
+    "rx_fails",
+    "rx_count",
+    "tap_read_fails",
+    "tap_write_fails",
+    "tap_write_agg",
+    "tx_bytes_count",
+    "tx_malformed_frames",
+    "tx_fails",
+    "tx_count",
+    "tx_packets_count",
+    "tx_queue_event_count",
+    "tx_rate_limiter_event_count",
+    "tx_rate_limiter_throttled",
+    "tx_spoofed_mac_count",
+    "tx_remaining_reqs_count",
+];
+
+impl Counters {
+    fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
+        let both = [
+            ("receive", &self.rx_frames, &self.rx_bytes, &self.rx_dropped),
+            (
+                "transmit",
+                &self.tx_frames,
+                &self.tx_bytes,
+                &self.tx_dropped,
+            ),
+        ];
+        for (direction, frames, bytes, dropped) in both {
+            let labels = [("device", name), ("direction", direction)];
+            report.counter(
+                "mayfly_net_frames_total",
+                "Frames that the guest received or sent.",
+                &labels,
+                frames.get(),
+            );
+            report.counter(
+                "mayfly_net_bytes_total",
+                "Bytes of these frames, virtio's headers not counted.",
+                &labels,
+                bytes.get(),
+            );
+            report.counter(
+                "mayfly_net_dropped_total",
+                "Frames that did not fit the guest's buffers, or that the host did not take.",
+                &labels,
+                dropped.get(),
+            );
+        }
+        let both = [
+            ("receive", &self.rx_invalid, &self.rx_throttled),
+            ("transmit", &self.tx_invalid, &self.tx_throttled),
+        ];
+        for (direction, invalid, throttled) in both {
+            let labels = [("device", name), ("direction", direction)];
+            report.counter(
+                "mayfly_net_invalid_total",
+                "Buffers or frames of the guest that make no sense.",
+                &labels,
+                invalid.get(),
+            );
+            report.counter(
+                "mayfly_net_throttled_total",
+                "Times a frame had to wait for the rate limiter.",
+                &labels,
+                throttled.get(),
+            );
+        }
+        let device = [("device", name)];
+        report.counter(
+            "mayfly_net_tap_read_errors_total",
+            "Times reading the tap failed.",
+            &device,
+            self.rx_failed.get(),
+        );
+        report.gauge(
+            "mayfly_net_tap_gone",
+            "1 when the tap has vanished.",
+            &device,
+            self.tap_gone.get(),
+        );
+        report.counter(
+            "mayfly_net_updates_total",
+            "Times the limits were changed.",
+            &device,
+            self.updates.get(),
+        );
+        let [rx_kicks, tx_kicks] = &worker.kicks;
+        for group in [&*format!("net_{name}"), "net"] {
+            report.expect(group, &LINE_KEYS);
+            report.add(group, "event_fails", worker.broken.get());
+            report.add(group, "rx_queue_event_count", rx_kicks.get());
+            report.add(group, "rx_rate_limiter_throttled", self.rx_throttled.get());
+            report.add(group, "rx_bytes_count", self.rx_bytes.get());
+            report.add(group, "rx_packets_count", self.rx_frames.get());
+            report.add(group, "rx_count", self.rx_frames.get());
+            report.add(
+                group,
+                "rx_fails",
+                self.rx_invalid.get().saturating_add(self.rx_dropped.get()),
+            );
+            report.add(group, "tap_read_fails", self.rx_failed.get());
+            report.add(group, "tap_write_fails", self.tx_dropped.get());
+            report.add(group, "tx_bytes_count", self.tx_bytes.get());
+            report.add(group, "tx_malformed_frames", self.tx_invalid.get());
+            report.add(group, "tx_count", self.tx_frames.get());
+            report.add(group, "tx_packets_count", self.tx_frames.get());
+            report.add(group, "tx_queue_event_count", tx_kicks.get());
+            report.add(group, "tx_rate_limiter_throttled", self.tx_throttled.get());
+        }
+    }
 }
 
 /// A change of a running device.
@@ -178,82 +303,6 @@ struct Held {
     in_guest: u32,
     /// When it is dropped.
     until: u64,
-}
-
-/// The guest's buffers at hand for frames to come: fixed storage.
-#[derive(Debug)]
-struct Buffers {
-    pieces: VecDeque<Segment>,
-    chains: VecDeque<Buffer>,
-    /// Bytes of all of them.
-    room: u32,
-}
-
-/// One chain of the receive queue.
-#[derive(Clone, Copy, Debug)]
-struct Buffer {
-    head: u16,
-    len: u32,
-    pieces: usize,
-}
-
-impl Buffers {
-    fn new() -> Self {
-        Buffers {
-            pieces: VecDeque::with_capacity(PIECES_MAX),
-            chains: VecDeque::with_capacity(CHAINS_MAX),
-            room: 0,
-        }
-    }
-
-    fn clear(&mut self) {
-        self.pieces.clear();
-        self.chains.clear();
-        self.room = 0;
-    }
-
-    /// Takes the writable part of `chain`; `false`, without it, when there is no place.
-    fn push(&mut self, chain: &Chain) -> bool {
-        let pieces = chain.writable();
-        let (len, room) = (
-            chain.writable_len(),
-            self.room.saturating_add(chain.writable_len()),
-        );
-        if self.pieces.len().saturating_add(pieces.len()) > PIECES_MAX
-            || self.chains.len() >= CHAINS_MAX
-        {
-            return false;
-        }
-        self.pieces.extend(pieces.iter().copied());
-        self.chains.push_back(Buffer {
-            head: chain.head(),
-            len,
-            pieces: pieces.len(),
-        });
-        self.room = room;
-        true
-    }
-
-    fn pop(&mut self) -> Option<Buffer> {
-        let buffer = self.chains.pop_front()?;
-        self.pieces.drain(..buffer.pieces.min(self.pieces.len()));
-        self.room = self.room.saturating_sub(buffer.len);
-        Some(buffer)
-    }
-
-    /// How many of them `len` bytes take.
-    fn count_for(&self, len: u32) -> u16 {
-        let mut left = len;
-        let mut count: u16 = 0;
-        for buffer in &self.chains {
-            count = count.saturating_add(1);
-            left = left.saturating_sub(buffer.len);
-            if left == 0 {
-                break;
-            }
-        }
-        count
-    }
 }
 
 /// What came of gathering buffers.
@@ -316,12 +365,11 @@ impl Net {
             return Ok(Progress::Wait);
         }
         let room = if self.mergeable {
-            self.buffers.room
+            self.buffers.room()
         } else {
-            self.buffers.chains.front().map_or(0, |buffer| buffer.len)
+            self.buffers.next_room()
         };
-        let pieces = window(self.buffers.pieces.iter().copied(), 0, room);
-        let slices = slices(ram, pieces);
+        let slices = slices(ram, self.buffers.place(0, room));
         match sys::io::read_packet(self.tap.as_raw_fd(), slices, &mut self.spill) {
             Ok(len) => {
                 let len = u32::try_from(len).unwrap_or(u32::MAX);
@@ -357,7 +405,7 @@ impl Net {
         if let Gathered::Refused = self.gather(held.len, queue, ram)? {
             return Ok(Progress::More);
         }
-        let room = self.buffers.room;
+        let room = self.buffers.room();
         if room < held.len {
             let left = held.until.saturating_sub(clock::monotonic_nanos());
             if left > 0 {
@@ -370,7 +418,7 @@ impl Net {
         }
         self.held = None;
         let rest = held.len.saturating_sub(held.in_guest);
-        let place = window(self.buffers.pieces.iter().copied(), held.in_guest, rest);
+        let place = self.buffers.place(held.in_guest, rest);
         let end = self.spill.get(..rest as usize).unwrap_or_default();
         if !copy_out(ram, place, end) {
             return Err(BrokenRing::Memory);
@@ -395,8 +443,7 @@ impl Net {
         self.rx_throttle.charge(payload);
         // The tap leaves this field to us (5.1.6.3). Every buffer holds at least the header.
         let count = self.buffers.count_for(len);
-        let pieces = self.buffers.pieces.iter().copied();
-        let place = window(pieces, NUM_BUFFERS, size_of_val(&count) as u32);
+        let place = self.buffers.place(NUM_BUFFERS, size_of_val(&count) as u32);
         if !copy_out(ram, place, &count.to_le_bytes()) {
             return Err(BrokenRing::Memory);
         }
@@ -422,12 +469,10 @@ impl Net {
         queue: &mut Queue,
         ram: &Ram,
     ) -> Result<Gathered, BrokenRing> {
-        while self.buffers.room < wanted {
+        while self.buffers.room() < wanted {
             match queue.pop(ram, &mut self.chain)? {
                 Popped::Empty => break,
-                Popped::Chain
-                    if self.chain.readable_len() == 0 && self.chain.writable_len() > HEADER =>
-                {
+                Popped::Chain if Buffers::can_hold(&self.chain) => {
                     if !self.buffers.push(&self.chain) {
                         queue.rewind(1);
                         break;
@@ -440,7 +485,7 @@ impl Net {
                 }
             }
         }
-        Ok(if self.buffers.chains.is_empty() {
+        Ok(if self.buffers.room() == 0 {
             Gathered::None
         } else {
             Gathered::Ready
@@ -531,6 +576,15 @@ impl Device for Net {
 
     fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    fn read_counters(
+        counters: &Counters,
+        worker: &WorkerCounters,
+        name: &str,
+        report: &mut Report,
+    ) {
+        counters.read(worker, name, report);
     }
 
     fn sources(&self) -> Vec<RawFd> {
@@ -913,24 +967,34 @@ mod tests {
         let ram = bench.ram.clone();
         let mut rings = Rings::new(&ram, BASE, 256);
         let mut queue = queue(&rings);
-        // Two chains of 100 pieces find a place, a third must wait for its turn.
-        for chain in 0..2u64 {
-            let parts: Vec<_> = (0..100)
-                .map(|i| (DATA + chain * 2000 + i * 20, 20, true))
+        // Two chains of 90 pieces find a place, a third must wait for its turn; one of 193 pieces
+        // never finds one.
+        let offer = |first: u16, pieces: u64, at: u64| {
+            let parts: Vec<_> = (0..pieces)
+                .map(|i| (DATA + at + i * 20, 20, true))
                 .collect();
-            rings.offer_chain(chain as u16 * 100, &parts);
-        }
-        let parts: Vec<_> = (0..56).map(|i| (DATA + 4000 + i * 20, 20, true)).collect();
-        rings.offer_chain(200, &parts);
+            rings.offer_chain(first, &parts);
+        };
+        offer(0, 90, 0);
+        offer(90, 90, 1800);
+        offer(180, 70, 3600);
         for payload in [3000, 900] {
             bench.peer.send(&frame(payload)).unwrap();
         }
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        offer(0, 193, 0);
+        offer(200, 50, 0);
+        bench.peer.send(&frame(60)).unwrap();
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(
+            guest(&ram, DATA + 1812, 1000)[..988],
+            frame(3000)[1812..2800]
+        );
+        assert_eq!(guest(&ram, DATA + 3612, 900), frame(900)[12..]);
         let used: Vec<_> = std::iter::from_fn(|| rings.take()).collect();
-        assert_eq!(used, [(0, 2000), (100, 1012), (200, 912)]);
-        assert_eq!(guest(&ram, DATA + 12, 3000), frame(3000)[12..]);
-        assert_eq!(guest(&ram, DATA + 4012, 900), frame(900)[12..]);
+        assert_eq!(used, [(0, 1800), (90, 1212), (180, 912), (0, 0), (200, 72)]);
     }
 
     #[test]

@@ -1,0 +1,931 @@
+//! The API of the real monitor, over its socket: every operation with a good body, each member
+//! missing, of a wrong type or out of bounds, in each state; and HTTP as bad clients speak it.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Api, Folder, Monitor, PATIENCE, read_response};
+use serde_json::{Value, json};
+
+const GET: &[u8] = b"GET /version HTTP/1.1\r\n\r\n";
+const BEFORE: &str = "not supported before starting the microVM";
+const AFTER: &str = "not supported after starting the microVM";
+
+/// A monitor that waits at its socket, and a folder for it.
+struct Harness {
+    folder: Folder,
+    monitor: Monitor,
+    api: Api,
+}
+
+impl Harness {
+    fn new() -> Self {
+        Harness::with(&[])
+    }
+
+    fn with(args: &[&str]) -> Self {
+        let folder = Folder::new();
+        let socket = folder.join("api.socket");
+        let mut all = vec!["--api-sock", socket.to_str().unwrap()];
+        all.extend(args);
+        let monitor = Monitor::start(all);
+        let api = Api::at(&socket);
+        Harness {
+            folder,
+            monitor,
+            api,
+        }
+    }
+
+    /// With a guest that runs and does nothing.
+    fn running() -> Self {
+        let harness = Harness::new();
+        harness.api.put("/boot-source", harness.boot_source());
+        harness.api.put("/drives/d", harness.drive());
+        harness.start();
+        harness
+    }
+
+    fn start(&self) {
+        self.api
+            .put("/actions", json!({"action_type": "InstanceStart"}));
+    }
+
+    fn boot_source(&self) -> Value {
+        json!({
+            "kernel_image_path": path(&common::probe()),
+            "initrd_path": null,
+            "boot_args": "probe=stay"
+        })
+    }
+
+    fn kernel_like(&self) -> Value {
+        json!({"kernel_image_path": path(&self.folder.file("kernel", "no kernel")),
+            "initrd_path": path(&self.folder.file("initrd", "no initrd")), "boot_args": "quiet"})
+    }
+
+    fn drive(&self) -> Value {
+        let limiter = json!({"bandwidth": {"size": 1_000_000, "one_time_burst": 5, "refill_time": 100},
+            "ops": {"size": 1000, "refill_time": 100}});
+        json!({"drive_id": "d", "path_on_host": path(&self.folder.disk("disk", 8192)),
+            "is_root_device": false, "is_read_only": false, "partuuid": null,
+            "cache_type": "Unsafe", "io_engine": "Sync", "rate_limiter": limiter})
+    }
+
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.api.0).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// What comes back for raw bytes, up to the first response's end.
+    fn raw(&self, bytes: &[u8]) -> (u16, String) {
+        let mut stream = self.connect();
+        stream.write_all(bytes).unwrap();
+        read_response(&mut stream)
+    }
+
+    fn is_alive(&mut self) -> bool {
+        self.monitor.child.try_wait().unwrap().is_none() && self.api.get("/")["state"].is_string()
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn machine() -> Value {
+    json!({"vcpu_count": 2, "mem_size_mib": 64, "smt": false, "track_dirty_pages": false,
+        "huge_pages": "None"})
+}
+
+fn cpu_config() -> Value {
+    json!({"kvm_capabilities": [], "msr_modifiers": [{"addr": "0x10a", "bitmap": "0bx1"}],
+        "cpuid_modifiers": [{"leaf": "0x1", "subleaf": "0x0", "flags": 0,
+            "modifiers": [{"register": "ecx", "bitmap": "0bx"}]}]})
+}
+
+/// A copy of `body` in which the member at `pointer` is `value`.
+fn with(body: &Value, pointer: &str, value: Value) -> Value {
+    let mut body = body.clone();
+    let (parent, name) = pointer.rsplit_once('/').unwrap();
+    let parent = body.pointer_mut(parent).unwrap();
+    match parent {
+        Value::Array(items) => items[name.parse::<usize>().unwrap()] = value,
+        parent => parent[name] = value,
+    }
+    body
+}
+
+/// The places of all members of `body`, those inside others too.
+fn members(body: &Value, at: &str, found: &mut BTreeSet<String>) {
+    let inside: Vec<(String, &Value)> = match body {
+        Value::Object(map) => map.iter().map(|(k, v)| (k.clone(), v)).collect(),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(i, v)| (i.to_string(), v))
+            .collect(),
+        _ => return,
+    };
+    for (name, value) in inside {
+        let here = format!("{at}/{name}");
+        found.insert(here.clone());
+        members(value, &here, found);
+    }
+}
+
+/// Operations with a body that are taken before the start, and what their bodies must hold.
+fn bodies(harness: &Harness) -> Vec<(&'static str, &'static str, Value, Vec<&'static str>)> {
+    vec![
+        (
+            "PUT",
+            "/machine-config",
+            machine(),
+            vec!["/vcpu_count", "/mem_size_mib"],
+        ),
+        ("PATCH", "/machine-config", machine(), vec![]),
+        (
+            "PUT",
+            "/boot-source",
+            harness.kernel_like(),
+            vec!["/kernel_image_path"],
+        ),
+        (
+            "PUT",
+            "/drives/d",
+            harness.drive(),
+            vec![
+                "/drive_id",
+                "/path_on_host",
+                "/is_root_device",
+                "/rate_limiter/bandwidth/size",
+                "/rate_limiter/bandwidth/refill_time",
+                "/rate_limiter/ops/size",
+                "/rate_limiter/ops/refill_time",
+            ],
+        ),
+        (
+            "PUT",
+            "/cpu-config",
+            cpu_config(),
+            vec![
+                "/msr_modifiers/0/addr",
+                "/msr_modifiers/0/bitmap",
+                "/cpuid_modifiers/0/leaf",
+                "/cpuid_modifiers/0/subleaf",
+                "/cpuid_modifiers/0/flags",
+                "/cpuid_modifiers/0/modifiers",
+                "/cpuid_modifiers/0/modifiers/0/register",
+                "/cpuid_modifiers/0/modifiers/0/bitmap",
+            ],
+        ),
+        (
+            "PUT",
+            "/serial",
+            json!({"serial_out_path": path(&harness.folder.file("console", "")),
+                "rate_limiter": {"size": 1000, "refill_time": 100}}),
+            vec!["/rate_limiter/size", "/rate_limiter/refill_time"],
+        ),
+        (
+            "PUT",
+            "/logger",
+            json!({"log_path": path(&harness.folder.file("log", "")), "level": "Debug",
+                "show_level": true, "show_log_origin": false, "module": null}),
+            vec![],
+        ),
+    ]
+}
+
+#[test]
+fn operations_when_good_are_taken() {
+    let harness = Harness::new();
+    for (method, path, body, _) in bodies(&harness) {
+        let (status, answer) = harness.api.request(method, path, &body.to_string());
+        assert_eq!(status, 204, "{method} {path}: {answer}");
+        assert!(answer.is_empty());
+    }
+    let instance = harness.api.get("/");
+    assert_eq!(instance["state"], "Not started");
+    assert_eq!(instance["id"], "anonymous-instance");
+    assert!(instance["app_name"].is_string() && instance["vmm_version"].is_string());
+    assert_eq!(
+        harness.api.get("/version"),
+        json!({"firecracker_version": "1.17.0"})
+    );
+    assert_eq!(harness.api.get("/machine-config"), machine());
+    let config = harness.api.get("/vm/config");
+    assert_eq!(config["machine-config"], machine());
+    assert_eq!(config["drives"][0]["drive_id"], "d");
+    assert_eq!(config["boot-source"]["boot_args"], "quiet");
+    assert!(config["vsock"].is_null());
+    assert!(harness.api.get("/vm/timeline").is_object());
+}
+
+#[test]
+fn members_when_missing_are_named() {
+    let harness = Harness::new();
+    for (method, path, body, required) in bodies(&harness) {
+        let mut places = BTreeSet::new();
+        members(&body, "", &mut places);
+        for place in places {
+            let mut less = body.clone();
+            let (parent, name) = place.rsplit_once('/').unwrap();
+            let Some(map) = less.pointer_mut(parent).and_then(Value::as_object_mut) else {
+                continue;
+            };
+            map.remove(name);
+            let (status, answer) = harness.api.request(method, path, &less.to_string());
+            if required.contains(&place.as_str()) {
+                assert_eq!(status, 400, "{method} {path} without {place}");
+                assert!(
+                    answer.contains(&format!("missing field `{name}`")),
+                    "{method} {path} without {place}: {answer}"
+                );
+            } else {
+                assert_eq!(status, 204, "{method} {path} without {place}: {answer}");
+            }
+        }
+    }
+}
+
+#[test]
+fn members_when_of_a_wrong_type_or_unknown_are_named() {
+    let harness = Harness::new();
+    for (method, path, body, _) in bodies(&harness) {
+        let mut places = BTreeSet::new();
+        members(&body, "", &mut places);
+        for place in places {
+            let wrong = match body.pointer(&place).unwrap() {
+                Value::String(_) | Value::Object(_) | Value::Array(_) => json!(5),
+                Value::Null => json!(5),
+                _ => json!("five"),
+            };
+            let wrong = with(&body, &place, wrong);
+            let sentence = harness.api.refused(method, path, wrong);
+            let name = place
+                .rsplit('/')
+                .find(|n| n.parse::<u8>().is_err())
+                .unwrap();
+            assert!(
+                sentence.contains(name) || sentence.contains("wrong"),
+                "{method} {path} {place}: {sentence}"
+            );
+        }
+        let unknown = with(&body, "/nobody_knows", json!(1));
+        let sentence = harness.api.refused(method, path, unknown);
+        assert!(
+            sentence.contains("unknown field `nobody_knows`"),
+            "{sentence}"
+        );
+        let twice = body.to_string().replacen('{', &first_member(&body), 1);
+        let (status, answer) = harness.api.request(method, path, &twice);
+        assert_eq!(status, 400, "{twice}");
+        assert!(answer.contains("duplicate field"), "{twice}: {answer}");
+    }
+}
+
+/// `{` and the first member of `body`, for saying it twice.
+fn first_member(body: &Value) -> String {
+    let (name, value) = body.as_object().unwrap().iter().next().unwrap();
+    format!("{{\"{name}\":{value},")
+}
+
+#[test]
+fn members_when_null_are_not_always_absent() {
+    let harness = Harness::new();
+    let drive = harness.drive();
+    let kernel = harness.kernel_like();
+    let cases = [
+        ("/machine-config", machine(), "/smt", 400),
+        ("/machine-config", machine(), "/track_dirty_pages", 400),
+        ("/machine-config", machine(), "/huge_pages", 400),
+        ("/machine-config", machine(), "/cpu_template", 204),
+        ("/boot-source", kernel.clone(), "/kernel_image_path", 400),
+        ("/boot-source", kernel.clone(), "/boot_args", 204),
+        ("/boot-source", kernel, "/initrd_path", 204),
+        ("/drives/d", drive.clone(), "/cache_type", 400),
+        ("/drives/d", drive.clone(), "/is_root_device", 400),
+        ("/drives/d", drive.clone(), "/is_read_only", 204),
+        ("/drives/d", drive.clone(), "/io_engine", 204),
+        ("/drives/d", drive.clone(), "/rate_limiter", 204),
+        ("/drives/d", drive.clone(), "/rate_limiter/ops", 204),
+        ("/drives/d", drive.clone(), "/socket", 204),
+        ("/cpu-config", cpu_config(), "/msr_modifiers", 400),
+        ("/logger", json!({}), "/level", 204),
+        ("/serial", json!({}), "/serial_out_path", 204),
+    ];
+    for (path, body, place, expected) in cases {
+        let body = with(&body, place, Value::Null).to_string();
+        let (status, answer) = harness.api.request("PUT", path, &body);
+        assert_eq!(status, expected, "{path} {body}: {answer}");
+    }
+}
+
+#[test]
+fn bounds_when_crossed_are_refused() {
+    let harness = Harness::new();
+    let drive = harness.drive();
+    let long = |n: usize| json!("a".repeat(n));
+    let kernel = harness.kernel_like();
+    // path, body, what to put where, status
+    let cases = [
+        ("/machine-config", machine(), "/vcpu_count", json!(0), 400),
+        ("/machine-config", machine(), "/vcpu_count", json!(1), 204),
+        ("/machine-config", machine(), "/vcpu_count", json!(32), 204),
+        ("/machine-config", machine(), "/vcpu_count", json!(33), 400),
+        ("/machine-config", machine(), "/vcpu_count", json!(256), 400),
+        ("/machine-config", machine(), "/vcpu_count", json!(-1), 400),
+        ("/machine-config", machine(), "/vcpu_count", json!(1.0), 400),
+        ("/machine-config", machine(), "/mem_size_mib", json!(0), 400),
+        (
+            "/machine-config",
+            machine(),
+            "/mem_size_mib",
+            json!(u64::MAX),
+            204,
+        ),
+        (
+            "/machine-config",
+            with(&machine(), "/smt", json!(true)),
+            "/vcpu_count",
+            json!(3),
+            400,
+        ),
+        (
+            "/machine-config",
+            with(&machine(), "/mem_size_mib", json!(3)),
+            "/huge_pages",
+            json!("2M"),
+            400,
+        ),
+        (
+            "/machine-config",
+            machine(),
+            "/cpu_template",
+            json!("None"),
+            204,
+        ),
+        (
+            "/machine-config",
+            machine(),
+            "/cpu_template",
+            json!("T2"),
+            400,
+        ),
+        (
+            "/boot-source",
+            kernel.clone(),
+            "/boot_args",
+            long(2047),
+            204,
+        ),
+        (
+            "/boot-source",
+            kernel.clone(),
+            "/boot_args",
+            long(2048),
+            400,
+        ),
+        (
+            "/boot-source",
+            kernel.clone(),
+            "/kernel_image_path",
+            json!("/does/not/exist"),
+            400,
+        ),
+        (
+            "/boot-source",
+            kernel,
+            "/initrd_path",
+            json!("/does/not/exist"),
+            400,
+        ),
+        (
+            "/drives/d",
+            drive.clone(),
+            "/path_on_host",
+            json!("/does/not/exist"),
+            400,
+        ),
+        (
+            "/drives/d",
+            drive.clone(),
+            "/path_on_host",
+            json!(path(harness.folder.path())),
+            400,
+        ),
+        ("/drives/d", drive.clone(), "/socket", json!("/s"), 400),
+        ("/drives/d", drive.clone(), "/drive_id", json!("e"), 400),
+        ("/drives/d-d", drive.clone(), "/drive_id", json!("d-d"), 400),
+        ("/drives", drive.clone(), "/drive_id", json!("d"), 400),
+        (
+            "/drives/d",
+            drive.clone(),
+            "/rate_limiter/ops/size",
+            json!(0),
+            204,
+        ),
+        (
+            "/network-interfaces/n",
+            json!({"iface_id": "n", "host_dev_name": "mf-api0"}),
+            "/mtu",
+            json!(67),
+            400,
+        ),
+        (
+            "/network-interfaces/n",
+            json!({"iface_id": "n", "host_dev_name": "mf-api0"}),
+            "/guest_mac",
+            json!("06:00:00:00:00"),
+            400,
+        ),
+        (
+            "/network-interfaces/n",
+            json!({"iface_id": "n"}),
+            "/host_dev_name",
+            json!("a_name_too_long_"),
+            400,
+        ),
+        ("/logger", json!({}), "/level", json!("WARNING"), 204),
+        ("/logger", json!({}), "/level", json!("loud"), 400),
+    ];
+    for (path, body, place, value, expected) in cases {
+        let body = with(&body, place, value).to_string();
+        let (status, answer) = harness.api.request("PUT", path, &body);
+        assert_eq!(status, expected, "{path} {body:.200}: {answer}");
+    }
+}
+
+#[test]
+fn drives_when_put_again_replace_and_root_comes_first() {
+    let harness = Harness::new();
+    let disk = harness.folder.disk("disk", 513);
+    let put = |id: &str, root: bool| {
+        let body = json!({"drive_id": id, "path_on_host": path(&disk), "is_root_device": root});
+        harness
+            .api
+            .request("PUT", &format!("/drives/{id}"), &body.to_string())
+    };
+    let order = || -> Vec<String> {
+        let config = harness.api.get("/vm/config");
+        let drives = config["drives"].as_array().unwrap();
+        drives
+            .iter()
+            .map(|d| d["drive_id"].as_str().unwrap().into())
+            .collect()
+    };
+    for (id, root) in [("a", false), ("r", true), ("b", false), ("a", false)] {
+        assert_eq!(put(id, root).0, 204, "{id}");
+    }
+    assert_eq!(order(), ["r", "a", "b"]);
+    let (status, answer) = put("b", true);
+    assert_eq!(status, 400);
+    assert!(
+        answer.contains("root block device already exists"),
+        "{answer}"
+    );
+    assert_eq!(order(), ["r", "a", "b"]);
+}
+
+#[test]
+fn patch_when_before_the_start_changes_only_the_machine() {
+    let harness = Harness::new();
+    harness.api.put("/machine-config", machine());
+    harness
+        .api
+        .patch("/machine-config", json!({"vcpu_count": 4, "smt": true}));
+    let sentence = harness
+        .api
+        .refused("PATCH", "/machine-config", json!({"vcpu_count": 5}));
+    assert!(sentence.contains("vcpu_count"), "{sentence}");
+    for empty in [json!({}), json!({"smt": null})] {
+        let sentence = harness.api.refused("PATCH", "/machine-config", empty);
+        assert!(sentence.contains("Empty PATCH request"), "{sentence}");
+    }
+    let expected = with(
+        &with(&machine(), "/vcpu_count", json!(4)),
+        "/smt",
+        json!(true),
+    );
+    assert_eq!(harness.api.get("/machine-config"), expected);
+    harness.api.put(
+        "/machine-config",
+        json!({"vcpu_count": 1, "mem_size_mib": 64}),
+    );
+    assert_eq!(harness.api.get("/machine-config")["smt"], false);
+}
+
+#[test]
+fn requests_when_before_the_start_know_their_state() {
+    let harness = Harness::new();
+    for (method, path, body) in [
+        ("PATCH", "/vm", json!({"state": "Paused"})),
+        ("PATCH", "/vm", json!({"state": "Resumed"})),
+        ("PUT", "/actions", json!({"action_type": "SendCtrlAltDel"})),
+        ("PUT", "/actions", json!({"action_type": "FlushMetrics"})),
+        (
+            "PATCH",
+            "/drives/d",
+            json!({"drive_id": "d", "path_on_host": "/x"}),
+        ),
+        ("PATCH", "/network-interfaces/n", json!({"iface_id": "n"})),
+    ] {
+        let sentence = harness.api.refused(method, path, body);
+        assert!(sentence.contains(BEFORE), "{method} {path}: {sentence}");
+    }
+    let start = json!({"action_type": "InstanceStart"});
+    let sentence = harness.api.refused("PUT", "/actions", start.clone());
+    assert!(sentence.contains("boot source"), "{sentence}");
+    harness.api.put(
+        "/boot-source",
+        json!({"kernel_image_path": path(&harness.folder.file("empty", ""))}),
+    );
+    harness.api.refused("PUT", "/actions", start);
+    assert_eq!(harness.api.get("/")["state"], "Not started");
+}
+
+#[test]
+fn requests_when_after_the_start_know_their_state() {
+    if !common::kvm("requests_when_after_the_start_know_their_state") {
+        return;
+    }
+    let harness = Harness::running();
+    for state in ["Running", "Paused"] {
+        if state == "Paused" {
+            harness.api.patch("/vm", json!({"state": "Paused"}));
+            harness.api.patch("/vm", json!({"state": "Paused"}));
+        }
+        assert_eq!(harness.api.get("/")["state"], state);
+        for (method, path, body, _) in bodies(&harness) {
+            let sentence = harness.api.refused(method, path, body);
+            assert!(sentence.contains(AFTER), "{method} {path}: {sentence}");
+        }
+        for (method, path, body) in [
+            ("PUT", "/actions", json!({"action_type": "InstanceStart"})),
+            (
+                "PUT",
+                "/network-interfaces/n",
+                json!({"iface_id": "n", "host_dev_name": "mf-api0"}),
+            ),
+            (
+                "PUT",
+                "/metrics",
+                json!({"metrics_path": path(&harness.folder.join("metrics"))}),
+            ),
+        ] {
+            let sentence = harness.api.refused(method, path, body);
+            assert!(sentence.contains(AFTER), "{method} {path}: {sentence}");
+        }
+        harness
+            .api
+            .put("/actions", json!({"action_type": "FlushMetrics"}));
+        harness
+            .api
+            .refused("PATCH", "/drives/d", json!({"drive_id": "d"}));
+        harness.api.refused(
+            "PATCH",
+            "/drives/d",
+            json!({"drive_id": "d", "rate_limiter": null}),
+        );
+        harness.api.refused(
+            "PATCH",
+            "/drives/nobody",
+            json!({"drive_id": "nobody", "path_on_host": "/x"}),
+        );
+        harness.api.refused(
+            "PATCH",
+            "/drives/d",
+            json!({"drive_id": "d", "path_on_host": "/does/not/exist"}),
+        );
+        for path in [
+            "/",
+            "/version",
+            "/machine-config",
+            "/vm/config",
+            "/vm/timeline",
+        ] {
+            harness.api.get(path);
+        }
+    }
+    harness.api.patch("/vm", json!({"state": "Resumed"}));
+    harness.api.patch("/vm", json!({"state": "Resumed"}));
+    assert_eq!(harness.api.get("/")["state"], "Running");
+}
+
+#[test]
+fn start_when_it_failed_can_be_asked_for_again() {
+    if !common::kvm("start_when_it_failed_can_be_asked_for_again") {
+        return;
+    }
+    let harness = Harness::new();
+    harness.api.put("/boot-source", harness.boot_source());
+    harness.api.put(
+        "/machine-config",
+        json!({"vcpu_count": 1, "mem_size_mib": u64::MAX}),
+    );
+    let start = json!({"action_type": "InstanceStart"});
+    let sentence = harness.api.refused("PUT", "/actions", start);
+    assert!(sentence.contains("mem"), "{sentence}");
+    assert_eq!(harness.api.get("/")["state"], "Not started");
+    harness.api.put(
+        "/machine-config",
+        json!({"vcpu_count": 1, "mem_size_mib": 64}),
+    );
+    harness.start();
+    assert_eq!(harness.api.get("/")["state"], "Running");
+}
+
+#[test]
+fn paths_when_odd_are_read_as_the_original_does() {
+    let harness = Harness::new();
+    for (method, path, body, expected) in [
+        ("GET", "//version", "", 200),
+        ("GET", "/version/x", "", 200),
+        ("GET", "///", "", 200),
+        ("GET", "/vm/config/x", "", 200),
+        ("GET", "http://localhost/version", "", 200),
+        ("GET", "/vm", "", 400),
+        ("GET", "/vm//config", "", 400),
+        ("GET", "/version?x=1", "", 400),
+        ("GET", "/%76ersion", "", 400),
+        ("GET", "/version", "{}", 400),
+        ("PUT", "/machine-config", "", 400),
+        ("PATCH", "/machine-config", "", 400),
+        ("PATCH", "/boot-source", "{}", 400),
+        ("DELETE", "/drives/d", "", 400),
+        ("DELETE", "/", "", 400),
+        ("PUT", "/nope", "{}", 400),
+    ] {
+        let (status, answer) = harness.api.request(method, path, body);
+        assert_eq!(status, expected, "{method} {path}: {answer}");
+        assert_eq!(status == 400, answer.contains("fault_message"));
+    }
+}
+
+#[test]
+fn endpoints_when_out_of_scope_say_so() {
+    let harness = Harness::new();
+    for (method, path, body) in [
+        ("PUT", "/vsock", json!({"guest_cid": 3, "uds_path": "/s"})),
+        ("PUT", "/balloon", json!({"amount_mib": 1})),
+        ("PATCH", "/balloon/statistics", json!({})),
+        ("PUT", "/mmds", json!({})),
+        ("PUT", "/mmds/config", json!({})),
+        ("PUT", "/entropy", json!({})),
+        ("PUT", "/pmem/p", json!({})),
+        ("PUT", "/hotplug/memory", json!({})),
+    ] {
+        let sentence = harness.api.refused(method, path, body);
+        assert!(sentence.contains("out of scope"), "{sentence}");
+    }
+}
+
+#[test]
+fn http_when_malformed_gets_one_400_and_harms_nobody() {
+    let mut harness = Harness::new();
+    let long_line = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1100));
+    let long_header = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "x".repeat(1100));
+    let cases: Vec<&[u8]> = vec![
+        b"FOO\r\n\r\n",
+        b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\n\r\n",
+        b"get / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/2.0\r\n\r\n",
+        b"GET  HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\n\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nfoo\r\n\r\n",
+        b"GET / HTTP/1.1\r\na: b\r\n c\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nContent-Length: 51201\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"GET /version HTTP/1.1\r\n\r\nFOO\r\n\r\nGET /version HTTP/1.1\r\n\r\n",
+        long_line.as_bytes(),
+        long_header.as_bytes(),
+    ];
+    for bytes in cases {
+        let (status, answer) = harness.raw(bytes);
+        let shown = String::from_utf8_lossy(bytes);
+        assert_eq!(status, 400, "{shown}");
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        assert!(answer["error"].is_string(), "{shown}: {answer}");
+    }
+    assert!(harness.is_alive());
+}
+
+#[test]
+fn http_when_pipelined_answers_in_order_also_after_400() {
+    let harness = Harness::new();
+    let mut stream = harness.connect();
+    let nope = b"GET /nope HTTP/1.1\r\n\r\n".as_slice();
+    stream
+        .write_all(&[GET, nope, GET].concat().repeat(20))
+        .unwrap();
+    for _ in 0..20 {
+        let answers = [(); 3].map(|()| read_response(&mut stream).0);
+        assert_eq!(answers, [200, 400, 200]);
+    }
+}
+
+#[test]
+fn http_when_of_version_1_0_keeps_the_connection() {
+    let harness = Harness::new();
+    let mut stream = harness.connect();
+    for _ in 0..3 {
+        stream.write_all(b"GET /version HTTP/1.0\r\n\r\n").unwrap();
+        assert_eq!(read_response(&mut stream).0, 200);
+    }
+    stream
+        .write_all(b"GET /version HTTP/1.0\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    assert_eq!(read_response(&mut stream).0, 200);
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn http_when_in_pieces_or_expected_is_taken() {
+    let harness = Harness::new();
+    let mut stream = harness.connect();
+    let body = machine().to_string();
+    let head = format!(
+        "PUT /machine-config HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    for byte in head.bytes() {
+        stream.write_all(&[byte]).unwrap();
+    }
+    assert_eq!(read_response(&mut stream).0, 100);
+    for byte in body.bytes() {
+        stream.write_all(&[byte]).unwrap();
+    }
+    assert_eq!(read_response(&mut stream).0, 204);
+    let largest = format!("{body}{}", " ".repeat(51_200 - body.len()));
+    let (status, _) = harness.api.request("PUT", "/machine-config", &largest);
+    assert_eq!(status, 204);
+    let small = Harness::with(&["--http-api-max-payload-size", "10"]);
+    let (status, answer) = small.api.request("PUT", "/machine-config", &body);
+    assert_eq!(status, 400);
+    assert!(answer.contains("limit of 10"), "{answer}");
+}
+
+#[test]
+fn clients_when_they_stall_delay_nobody() {
+    let harness = Harness::new();
+    let mut half = harness.connect();
+    half.write_all(b"GET /ver").unwrap();
+    let mut greedy = harness.connect();
+    greedy
+        .set_write_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    while greedy.write_all(&GET.repeat(1000)).is_ok() {}
+    let slowest = (0..50)
+        .map(|_| {
+            let began = Instant::now();
+            harness.api.get("/version");
+            began.elapsed()
+        })
+        .max()
+        .unwrap();
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    half.write_all(b"sion HTTP/1.1\r\n\r\n").unwrap();
+    assert_eq!(read_response(&mut half).0, 200);
+    let mut ended = harness.connect();
+    ended.write_all(GET).unwrap();
+    ended.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_response(&mut ended).0, 200);
+    assert_eq!(ended.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn connections_when_300_are_open_the_newest_are_served() {
+    let mut harness = Harness::new();
+    let mut open: Vec<UnixStream> = (0..300).map(|_| harness.connect()).collect();
+    // Those that are still there are the last ones; each of them is served, and each in turn.
+    for stream in open.iter_mut().rev().take(200) {
+        stream.write_all(GET).unwrap();
+        assert_eq!(read_response(stream).0, 200);
+    }
+    for _ in 0..100 {
+        harness.api.get("/version");
+    }
+    assert!(harness.is_alive());
+}
+
+#[test]
+fn clients_when_200_ask_at_once_lose_no_request() {
+    let harness = Harness::new();
+    let mut stalled = harness.connect();
+    stalled
+        .write_all(b"PUT /machine-config HTTP/1.1\r\n")
+        .unwrap();
+    let clients: Vec<_> = (0..200)
+        .map(|_| {
+            let mut stream = harness.connect();
+            thread::spawn(move || {
+                for _ in 0..50 {
+                    stream.write_all(GET).unwrap();
+                    assert_eq!(read_response(&mut stream).0, 200);
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.join().unwrap();
+    }
+}
+
+#[test]
+fn api_when_the_monitor_has_few_descriptors_goes_on() {
+    let folder = Folder::new();
+    let socket = folder.join("api.socket");
+    let mut command = std::process::Command::new("sh");
+    command.args([
+        "-c",
+        "ulimit -n 32; exec \"$0\" --api-sock \"$1\"",
+        path(&common::mayfly()),
+        path(&socket),
+    ]);
+    let mut monitor = Monitor::spawn(command);
+    let api = Api::at(&socket);
+    let mut open = Vec::new();
+    for _ in 0..60 {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(GET).unwrap();
+        assert_eq!(read_response(&mut stream).0, 200);
+        open.push(stream);
+    }
+    api.get("/");
+    assert!(monitor.child.try_wait().unwrap().is_none());
+}
+
+#[test]
+fn socket_when_it_exists_is_an_error() {
+    let harness = Harness::new();
+    let mut second = Monitor::start(["--api-sock", path(&harness.api.0)]);
+    second.exits_with(1);
+    assert!(
+        second.stderr().contains("already used"),
+        "{}",
+        second.stderr()
+    );
+    harness.api.get("/");
+}
+
+#[test]
+fn command_line_when_bad_ends_with_its_code() {
+    for (args, code) in [
+        (vec!["--foo"], 153),
+        (vec!["--id=a"], 153),
+        (vec!["--id", "a", "--id", "b"], 153),
+        (vec!["--no-api"], 153),
+        (vec!["--seccomp-filter", "x"], 153),
+        (vec!["--enable-pci"], 153),
+        (vec!["--level", "loud"], 152),
+        (vec!["--no-api", "--config-file", "/does/not/exist"], 1),
+        (vec!["--version"], 0),
+        (vec!["-h"], 0),
+    ] {
+        let mut monitor = Monitor::start(&args);
+        monitor.exits_with(code);
+        let said = if code == 0 {
+            monitor.stdout()
+        } else {
+            monitor.stderr()
+        };
+        assert!(!said.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn config_file_when_bad_names_the_reason() {
+    let folder = Folder::new();
+    let cases: [(&[u8], &str); 5] = [
+        (b"{}", "missing field"),
+        (b"\xff", "UTF-8"),
+        (br#"{"boot-source":{"kernel_image_path":"/k"}}"#, "drives"),
+        (
+            br#"{"boot-source":{"kernel_image_path":"/k"},"drives":[],"vsock":{}}"#,
+            "`vsock` is out of scope",
+        ),
+        (
+            br#"{"boot-source":{"kernel_image_path":"/does/not/exist"},"drives":[]}"#,
+            "/does/not/exist",
+        ),
+    ];
+    for (text, reason) in cases {
+        let file = folder.file("vm.json", text);
+        let mut monitor = Monitor::start(["--no-api", "--config-file", path(&file)]);
+        monitor.exits_with(1);
+        assert!(monitor.stderr().contains(reason), "{}", monitor.stderr());
+    }
+}
