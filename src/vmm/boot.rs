@@ -149,6 +149,8 @@ pub struct Host<'a> {
     pub events: &'a Sender<Event>,
     /// When what happened.
     pub timeline: &'a Timeline,
+    /// /dev/kvm, if it was handed in.
+    pub kvm: Option<&'a Arc<Kvm>>,
 }
 
 impl Host<'_> {
@@ -163,7 +165,10 @@ impl Host<'_> {
 /// [`StartError`]; nothing of the attempt is left then.
 pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine, StartError> {
     let config = draft.check()?;
-    let kvm = Arc::new(Kvm::new().map_err(StartError::Kvm)?);
+    let kvm = match host.kvm {
+        Some(handed_in) => Arc::clone(handed_in),
+        None => Arc::new(Kvm::new().map_err(StartError::Kvm)?),
+    };
     let berths = Berths::make(&config)?;
     // Half a millisecond that needs no virtual machine: the serial thread asks meanwhile.
     let for_asking = Arc::clone(&kvm);
@@ -318,11 +323,11 @@ fn load(
 ) -> Result<boot::Entry, StartError> {
     let image = opened.kernel.as_ref().ok_or(ConfigError::NoBootSource)?;
     image.check_unchanged()?;
-    let kernel = Kernel::read(&image.file, &image.path)?;
+    let kernel = Kernel::read(&image.file, &image.name)?;
     let initrd = match &opened.initrd {
         Some(initrd) => {
             initrd.check_unchanged()?;
-            Some((&initrd.file, initrd.path.as_str()))
+            Some((&initrd.file, initrd.name.as_str()))
         }
         None => None,
     };
