@@ -417,3 +417,81 @@ fn metrics_when_their_fifo_is_not_read_hold_nobody_up() {
     assert!(sample(&harness.api, "mayfly_metrics_lines_missed_total") >= 1.0);
     assert_eq!(harness.api.get("/")["state"], "Running");
 }
+
+#[test]
+fn log_when_put_goes_where_it_is_told() {
+    if !common::kvm("log_when_put_goes") {
+        return;
+    }
+    let harness = Harness::with(&["--log-format", "json", "--id", "vm-7"]);
+    let (first, second) = (harness.folder.join("first"), harness.folder.join("second"));
+    harness.api.put("/logger", json!({}));
+    harness
+        .api
+        .put("/logger", json!({"log_path": path(&first)}));
+    assert!(first.exists(), "the file is made at once");
+    harness.api.put(
+        "/logger",
+        json!({"log_path": path(&second), "level": "iNfO", "show_level": true}),
+    );
+    harness.boot("stay");
+    let text = soon("the log", || {
+        fs::read_to_string(&second)
+            .ok()
+            .filter(|t| t.contains("running"))
+    });
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["id"], "vm-7");
+        assert_eq!(line["level"], "INFO");
+        for member in ["time", "thread", "message"] {
+            assert!(line[member].is_string(), "{line}");
+        }
+    }
+    let refused = harness.api.refused("PUT", "/logger", json!({}));
+    assert!(refused.contains("after starting"), "{refused}");
+}
+
+#[test]
+fn log_when_its_fifo_is_not_read_holds_nobody_up() {
+    if !common::kvm("log_when_its_fifo_is_not_read") {
+        return;
+    }
+    let mut harness = Harness::new();
+    let fifo = harness.folder.join("fifo");
+    common::run("mkfifo", &[path(&fifo)]);
+    harness.api.put(
+        "/logger",
+        json!({"log_path": path(&fifo), "level": "Trace"}),
+    );
+    harness.boot("print:up,shell,stay");
+    harness.monitor.expect("print:up ok");
+    for n in 0..50 {
+        harness.api.patch("/vm", json!({"state": "Paused"}));
+        harness.api.patch("/vm", json!({"state": "Resumed"}));
+        harness.monitor.type_in(&format!("print:round{n}\n"));
+        harness.monitor.expect(&format!("print:round{n} ok"));
+    }
+}
+
+#[test]
+fn log_when_a_guest_misbehaves_stays_small() {
+    if !common::kvm("log_when_a_guest_misbehaves") {
+        return;
+    }
+    let harness = Harness::new();
+    let log = harness.folder.join("log");
+    harness.api.put("/logger", json!({"log_path": path(&log)}));
+    harness.api.put(
+        "/drives/d",
+        json!({"drive_id": "d", "path_on_host": path(&harness.folder.disk("d", 1 << 20)),
+            "is_root_device": false}),
+    );
+    harness.boot("attack:0:all,attack:0:all,print:done,stay");
+    harness
+        .monitor
+        .expect_within("print:done", common::LINUX_PATIENCE);
+    let len = fs::metadata(&log).unwrap().len();
+    assert!(len < 200 * 1024, "{len} bytes of log");
+    assert_eq!(harness.api.get("/")["state"], "Running");
+}
