@@ -360,7 +360,7 @@ impl Input {
 struct Stream {
     source: File,
     sink: File,
-    bytes: Box<[u8; CHUNK]>,
+    bytes: Box<[u8]>,
     from: usize,
     to: usize,
     /// Nobody holds the writing end any more.
@@ -372,7 +372,8 @@ impl Stream {
         Stream {
             source,
             sink,
-            bytes: Box::new([0; CHUNK]),
+            // Fresh zeros: pages that are never used cost nothing.
+            bytes: vec![0; CHUNK].into_boxed_slice(),
             from: 0,
             to: 0,
             ended: false,

@@ -737,6 +737,21 @@ fn http_when_pipelined_answers_in_order_also_after_400() {
 }
 
 #[test]
+fn http_when_of_version_1_0_keeps_the_connection() {
+    let harness = Harness::new();
+    let mut stream = harness.connect();
+    for _ in 0..3 {
+        stream.write_all(b"GET /version HTTP/1.0\r\n\r\n").unwrap();
+        assert_eq!(read_response(&mut stream).0, 200);
+    }
+    stream
+        .write_all(b"GET /version HTTP/1.0\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    assert_eq!(read_response(&mut stream).0, 200);
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
 fn http_when_in_pieces_or_expected_is_taken() {
     let harness = Harness::new();
     let mut stream = harness.connect();

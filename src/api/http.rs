@@ -211,7 +211,9 @@ impl Decoder {
             Err(reason) => return Err(self.refuse(&reason, true)),
         };
         let old = parsed.version == Some(0);
-        let close = framing.connection.unwrap_or(old);
+        // As the original, which keeps the connections of HTTP/1.0 too: some clients that reuse
+        // theirs say no more than that.
+        let close = framing.connection.unwrap_or(false);
         let expects = framing.expects && !old && framing.length > 0;
 
         let method = Method::parse(parsed.method.unwrap_or_default());
@@ -455,6 +457,7 @@ mod tests {
                 "GET /%41 HTTP/1.1\r\nExpect: 103-checkpoint\r\n\r\n",
                 "/%41",
             ),
+            ("GET / HTTP/1.0\r\n\r\n", "/"),
             ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "/"),
             ("GET / HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n", "/"),
         ] {
@@ -467,7 +470,7 @@ mod tests {
         for input in [
             "GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
             "GET / HTTP/1.1\r\nconnection: keep-alive, CLOSE\r\n\r\n",
-            "GET / HTTP/1.0\r\n\r\n",
+            "GET / HTTP/1.0\r\nConnection: close\r\n\r\n",
         ] {
             let found = pieces(input.as_bytes(), 1000);
             assert!(

@@ -50,9 +50,9 @@ pub const CONNECTIONS_MAX: usize = 256;
 /// Fewest connections at once, however few descriptors the process may have.
 const CONNECTIONS_MIN: usize = 8;
 
-/// Questions that control may owe an answer: one for each connection, and some whose client got
-/// tired of waiting.
-const OUTSTANDING_MAX: usize = CONNECTIONS_MAX + 64;
+/// Questions that control may owe an answer: half of the places in its inbox. Further ones wait
+/// in their connections.
+const OUTSTANDING_MAX: usize = 128;
 
 /// Bytes taken from a connection before others have their turn.
 const READ_MAX: usize = 16 * 1024;

@@ -6,7 +6,7 @@
 //!   writes one line, gives the terminal back and exits; it allocates nothing and takes no lock.
 //! - SIGPIPE and SIGXFSZ are ignored: the write that raised them fails instead. So are SIGTTIN
 //!   and SIGTTOU: a monitor in the background loses its terminal, and does not stop.
-//! - The first real-time signal makes a vCPU's KVM_RUN return ([`Kick`]).
+//! - The first real-time signal makes a vCPU's KVM_RUN return ([`kick`]).
 
 use std::cell::Cell;
 use std::fs::File;

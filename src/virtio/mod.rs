@@ -36,6 +36,7 @@ mod interrupt;
 pub mod net;
 pub mod queue;
 pub mod registers;
+mod segment;
 #[cfg(test)]
 mod testing;
 mod throttle;

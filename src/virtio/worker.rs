@@ -1,7 +1,7 @@
 //! The event loop of any device, on a thread of its own.
 //!
 //! A [`Worker`] owns its device, the live queues, and its view of guest memory. It has two
-//! inboxes, one per authority: [`DriverMsg`] from the registers and [`ControlMsg`] from control.
+//! inboxes, one per authority: [`DriverMsg`] from the registers and `ControlMsg` from control.
 //!
 //! ```text
 //!                 Activate                        broken ring, host refuses
@@ -10,14 +10,14 @@
 //!       '------------ Reset -----------'------------------- Reset ---------------'
 //! ```
 //!
-//! Events only note what became ready; work is done in one place, [`Loop::turn`], in units that
-//! the device bounds, at most [`UNITS_PER_TURN`] of them between two looks at the descriptors,
+//! Events only note what became ready; work is done in one place, `Loop::turn`, in units that
+//! the device bounds, at most `UNITS_PER_TURN` of them between two looks at the descriptors,
 //! and with a look at both inboxes between any two. Paused, a worker does no unit at all and so
 //! touches no guest memory; messages are still answered.
 //!
 //! Everything is watched edge-triggered: kicks, bells and timers are never read, nothing has to
 //! be taken out of the epoll set, and nothing can make it spin. What became ready is remembered
-//! in [`Loop::runnable`] until a device says that there is nothing more to do. Kicks from before the
+//! in `Loop::runnable` until a device says that there is nothing more to do. Kicks from before the
 //! activation need no keeping: an activation looks into every queue.
 //!
 //! Everything is made by [`attach`], before the thread exists: [`Worker::run`] opens nothing,

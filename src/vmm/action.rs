@@ -1,7 +1,7 @@
 //! All that the outside can say to control, and all that control answers.
 //!
 //! The API thread turns a request into an [`Action`] and an [`Outcome`] into a response; it knows
-//! nothing else of `vmm`. Guest and device events arrive in the same inbox, as [`Event`]s, so one
+//! nothing else of `vmm`. Guest and device events arrive in the same inbox, as [`Event`](super::Event)s, so one
 //! place decides the order of everything that happens to a VM.
 
 use std::fmt;

@@ -40,7 +40,7 @@ pub struct Machine {
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
     /// Kept open: the last one to hold it ends the virtual machine.
-    pub _vm: Vm,
+    pub _vm: Arc<Vm>,
     /// Kept mapped.
     pub memory: Memory,
 }

@@ -2,6 +2,9 @@
 //! that nothing outlives a test.
 #![expect(dead_code, reason = "each test file uses a part of it")]
 
+pub mod fuse;
+pub mod sys;
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -148,6 +151,14 @@ impl Folder {
         path
     }
 
+    /// Content of a file, as text; empty when it is not there.
+    pub fn read(&self, name: &str) -> String {
+        fs::read(self.join(name)).map_or_else(
+            |_| String::new(),
+            |bytes| String::from_utf8_lossy(&bytes).into_owned(),
+        )
+    }
+
     /// A file with this content.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.join(name);
@@ -207,16 +218,23 @@ impl Monitor {
 
     /// Starts `command`, which is or becomes a monitor.
     pub fn spawn(mut command: Command) -> Self {
-        let mut child = command
+        command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(Stdio::piped());
+        Monitor::spawn_as_is(command)
+    }
+
+    /// The same with the standard streams that `command` says; those that are pipes are ours.
+    pub fn spawn_as_is(mut command: Command) -> Self {
+        sys::die_with_us(&mut command);
+        let mut child = command
             .spawn()
             .unwrap_or_else(|e| panic!("{command:?}: {e}"));
         Monitor {
             stdin: child.stdin.take(),
-            stdout: collect(child.stdout.take().unwrap()),
-            stderr: collect(child.stderr.take().unwrap()),
+            stdout: child.stdout.take().map(collect).unwrap_or_default(),
+            stderr: child.stderr.take().map(collect).unwrap_or_default(),
             child,
         }
     }
@@ -226,12 +244,38 @@ impl Monitor {
         Monitor::boot_with(folder, config, &[])
     }
 
-    /// The same with more arguments.
+    /// The same with more arguments. The log goes to the file `log` of the folder, so that
+    /// standard output is the guest's alone.
     pub fn boot_with(folder: &Folder, config: &serde_json::Value, more: &[&str]) -> Self {
-        let file = folder.file("vm.json", config.to_string());
-        let mut args = vec!["--no-api", "--config-file", file.to_str().unwrap()];
-        args.extend(more);
-        Monitor::start(args)
+        let mut command = Command::new(mayfly());
+        command.args(boot_args(folder, config)).args(more);
+        Monitor::spawn(command)
+    }
+
+    /// Starts a guest from a configuration, with the API at the socket `api` of the folder.
+    pub fn boot_with_api(folder: &Folder, config: &serde_json::Value) -> (Self, Api) {
+        let mut command = Command::new(mayfly());
+        command.args(api_args(folder, config));
+        let monitor = Monitor::spawn(command);
+        (monitor, Api::at(folder.join("api")))
+    }
+
+    /// The same inside of a network namespace.
+    pub fn boot_inside(netns: &Netns, folder: &Folder, config: &serde_json::Value) -> (Self, Api) {
+        let mut command = netns.command(mayfly());
+        command.args(api_args(folder, config));
+        let monitor = Monitor::spawn(command);
+        (monitor, Api::at(folder.join("api")))
+    }
+
+    /// A monitor that waits to be configured.
+    pub fn unconfigured(folder: &Folder) -> (Self, Api) {
+        let socket = folder.join("api");
+        let mut command = Command::new(mayfly());
+        command.arg("--api-sock").arg(&socket);
+        command.arg("--log-path").arg(folder.join("log"));
+        let monitor = Monitor::spawn(command);
+        (monitor, Api::at(socket))
     }
 
     /// All of standard output so far.
@@ -319,6 +363,65 @@ impl Monitor {
         );
     }
 
+    /// The id of the thread whose name begins with `name`.
+    pub fn thread(&self, name: &str) -> i32 {
+        let threads = self.threads();
+        threads
+            .iter()
+            .find(|(_, known)| known.starts_with(name))
+            .unwrap_or_else(|| panic!("no thread {name} among {threads:?}"))
+            .0
+    }
+
+    /// State, and nanoseconds on a processor, of a thread.
+    fn run_time(&self, id: i32) -> (char, u64) {
+        let folder = format!("/proc/{}/task/{id}", self.pid());
+        let stat = fs::read_to_string(format!("{folder}/stat")).unwrap();
+        let schedstat = fs::read_to_string(format!("{folder}/schedstat")).unwrap();
+        // The name may hold anything; what follows its closing parenthesis is the state.
+        let state = stat.rsplit(") ").next().unwrap().chars().next().unwrap();
+        let nanos = schedstat.split(' ').next().unwrap().parse().unwrap();
+        (state, nanos)
+    }
+
+    /// Waits until the thread whose name begins with `name` sleeps: a while in which it uses no
+    /// processor at all. One that spins never does.
+    pub fn comes_to_rest(&self, name: &str) {
+        let id = self.thread(name);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let before = self.run_time(id);
+            thread::sleep(Duration::from_millis(20));
+            let after = self.run_time(id);
+            if before == after && after.0 == 'S' {
+                return;
+            }
+            assert!(Instant::now() < deadline, "thread {name} never sleeps");
+        }
+    }
+
+    /// KiB of memory that are the monitor's alone and not the guest's: its heap, its stacks, its
+    /// variables. Guest memory shows as anonymous mappings of a MiB and more.
+    pub fn own_kib(&self) -> u64 {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
+        let (mut own, mut counts, mut anonymous) = (0, false, false);
+        for line in smaps.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let kib = || words[1].parse::<u64>().unwrap();
+            match words[0] {
+                "Size:" => counts |= anonymous && kib() < 1024,
+                "Private_Dirty:" if counts => own += kib(),
+                word if !word.ends_with(':') => {
+                    let name = words.get(5).copied().unwrap_or_default();
+                    anonymous = name.is_empty();
+                    counts = ["[heap]", "[stack]"].contains(&name) || name.ends_with("/mayfly");
+                }
+                _ => {}
+            }
+        }
+        own
+    }
+
     /// Names of its threads, by thread id.
     pub fn threads(&self) -> Vec<(i32, String)> {
         let folder = format!("/proc/{}/task", self.pid());
@@ -334,6 +437,58 @@ impl Monitor {
         threads.sort();
         threads
     }
+}
+
+/// Waits for something to become true.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The command line that starts a guest from a configuration and makes no socket.
+pub fn boot_args(folder: &Folder, config: &serde_json::Value) -> Vec<PathBuf> {
+    let file = folder.file("vm.json", config.to_string());
+    let log = folder.join("log");
+    vec![
+        "--no-api".into(),
+        "--config-file".into(),
+        file,
+        "--log-path".into(),
+        log,
+    ]
+}
+
+/// The same with a socket, `api` of the folder.
+fn api_args(folder: &Folder, config: &serde_json::Value) -> Vec<PathBuf> {
+    let mut args = boot_args(folder, config);
+    args.splice(0..1, ["--api-sock".into(), folder.join("api")]);
+    args
+}
+
+/// A machine whose guest is the probe, doing `words`.
+pub fn probe_vm(words: &str) -> serde_json::Value {
+    serde_json::json!({
+        "boot-source": {"kernel_image_path": probe(), "boot_args": format!("probe={words}")},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 32},
+        "drives": [],
+    })
+}
+
+/// A machine whose guest is the probe, doing `words`, with these disks, none of them the root.
+pub fn probe_vm_with_disks(words: &str, disks: &[&Path]) -> serde_json::Value {
+    let mut config = probe_vm(words);
+    let drives = disks.iter().enumerate().map(|(n, disk)| {
+        serde_json::json!({
+            "drive_id": format!("disk{n}"),
+            "path_on_host": disk,
+            "is_root_device": false,
+        })
+    });
+    config["drives"] = drives.collect();
+    config
 }
 
 impl Drop for Monitor {
@@ -487,6 +642,20 @@ impl Netns {
         );
         run("ip", &["-n", &self.0, "addr", "add", address, "dev", name]);
         run("ip", &["-n", &self.0, "link", "set", name, "up"]);
+    }
+
+    /// Does `work` on a thread inside.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let path = Path::new("/run/netns").join(&self.0);
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                sys::enter_netns(&path);
+                work()
+            });
+            inside
+                .join()
+                .unwrap_or_else(|e| std::panic::resume_unwind(e))
+        })
     }
 
     /// Runs a command inside that must succeed; its output.

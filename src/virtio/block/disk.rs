@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 
-use super::super::queue::Slice;
+use super::super::segment::Slice;
 use crate::sys;
 
 /// Bytes of a sector, whatever the disk (virtio 1.2, 5.2.4).

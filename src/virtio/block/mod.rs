@@ -16,7 +16,8 @@ pub use disk::{Disk, DiskError};
 #[cfg(test)]
 use self::request::status;
 use self::request::{Outcome, Request};
-use super::queue::{Chain, MAX_SEGMENTS, Popped, copy_out, window};
+use super::queue::{Chain, MAX_SEGMENTS, Popped};
+use super::segment::{copy_out, window};
 use super::throttle::Throttle;
 use super::{
     BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,

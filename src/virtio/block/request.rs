@@ -3,7 +3,8 @@
 use std::io;
 
 use super::super::Ram;
-use super::super::queue::{Chain, copy_in, copy_out, slices, window};
+use super::super::queue::Chain;
+use super::super::segment::{copy_in, copy_out, slices, window};
 use super::disk::Disk;
 use super::{REQUEST_MAX, SERIAL_LEN};
 

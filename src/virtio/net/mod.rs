@@ -6,12 +6,15 @@
 //! guest has run out of buffers in the middle of a frame does its end wait, for a moment and in
 //! memory of ours, for the guest to bring more.
 
-use std::collections::VecDeque;
+mod buffers;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use super::queue::{Chain, MAX_SEGMENTS, Popped, Segment, copy_out, slices, window};
+use self::buffers::Buffers;
+use super::queue::{Chain, Popped};
+use super::segment::{copy_out, slices};
 use super::throttle::Throttle;
 use super::{
     BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
@@ -98,11 +101,6 @@ const FRAME_MAX: u32 = 65562 + HEADER;
 /// The largest without segmentation, for an MTU of 1500: Ethernet's header, two VLAN tags.
 const FRAME_OVERHEAD: u32 = HEADER + 14 + 8;
 const MTU_DEFAULT: u16 = 1500;
-
-/// Buffers that can be kept at hand.
-const CHAINS_MAX: usize = QUEUE_SIZE as usize;
-/// Their pieces; the last place of a vector belongs to the spill.
-const PIECES_MAX: usize = MAX_SEGMENTS - 1;
 
 /// How long the end of a frame waits for the guest's buffers before the frame is dropped.
 const PATIENCE_NANOS: u64 = 50_000_000;
@@ -307,82 +305,6 @@ struct Held {
     until: u64,
 }
 
-/// The guest's buffers at hand for frames to come: fixed storage.
-#[derive(Debug)]
-struct Buffers {
-    pieces: VecDeque<Segment>,
-    chains: VecDeque<Buffer>,
-    /// Bytes of all of them.
-    room: u32,
-}
-
-/// One chain of the receive queue.
-#[derive(Clone, Copy, Debug)]
-struct Buffer {
-    head: u16,
-    len: u32,
-    pieces: usize,
-}
-
-impl Buffers {
-    fn new() -> Self {
-        Buffers {
-            pieces: VecDeque::with_capacity(PIECES_MAX),
-            chains: VecDeque::with_capacity(CHAINS_MAX),
-            room: 0,
-        }
-    }
-
-    fn clear(&mut self) {
-        self.pieces.clear();
-        self.chains.clear();
-        self.room = 0;
-    }
-
-    /// Takes the writable part of `chain`; `false`, without it, when there is no place.
-    fn push(&mut self, chain: &Chain) -> bool {
-        let pieces = chain.writable();
-        let (len, room) = (
-            chain.writable_len(),
-            self.room.saturating_add(chain.writable_len()),
-        );
-        if self.pieces.len().saturating_add(pieces.len()) > PIECES_MAX
-            || self.chains.len() >= CHAINS_MAX
-        {
-            return false;
-        }
-        self.pieces.extend(pieces.iter().copied());
-        self.chains.push_back(Buffer {
-            head: chain.head(),
-            len,
-            pieces: pieces.len(),
-        });
-        self.room = room;
-        true
-    }
-
-    fn pop(&mut self) -> Option<Buffer> {
-        let buffer = self.chains.pop_front()?;
-        self.pieces.drain(..buffer.pieces.min(self.pieces.len()));
-        self.room = self.room.saturating_sub(buffer.len);
-        Some(buffer)
-    }
-
-    /// How many of them `len` bytes take.
-    fn count_for(&self, len: u32) -> u16 {
-        let mut left = len;
-        let mut count: u16 = 0;
-        for buffer in &self.chains {
-            count = count.saturating_add(1);
-            left = left.saturating_sub(buffer.len);
-            if left == 0 {
-                break;
-            }
-        }
-        count
-    }
-}
-
 /// What came of gathering buffers.
 enum Gathered {
     /// There are some, as many as there is a use for.
@@ -443,12 +365,11 @@ impl Net {
             return Ok(Progress::Wait);
         }
         let room = if self.mergeable {
-            self.buffers.room
+            self.buffers.room()
         } else {
-            self.buffers.chains.front().map_or(0, |buffer| buffer.len)
+            self.buffers.next_room()
         };
-        let pieces = window(self.buffers.pieces.iter().copied(), 0, room);
-        let slices = slices(ram, pieces);
+        let slices = slices(ram, self.buffers.place(0, room));
         match sys::io::read_packet(self.tap.as_raw_fd(), slices, &mut self.spill) {
             Ok(len) => {
                 let len = u32::try_from(len).unwrap_or(u32::MAX);
@@ -484,7 +405,7 @@ impl Net {
         if let Gathered::Refused = self.gather(held.len, queue, ram)? {
             return Ok(Progress::More);
         }
-        let room = self.buffers.room;
+        let room = self.buffers.room();
         if room < held.len {
             let left = held.until.saturating_sub(clock::monotonic_nanos());
             if left > 0 {
@@ -497,7 +418,7 @@ impl Net {
         }
         self.held = None;
         let rest = held.len.saturating_sub(held.in_guest);
-        let place = window(self.buffers.pieces.iter().copied(), held.in_guest, rest);
+        let place = self.buffers.place(held.in_guest, rest);
         let end = self.spill.get(..rest as usize).unwrap_or_default();
         if !copy_out(ram, place, end) {
             return Err(BrokenRing::Memory);
@@ -522,8 +443,7 @@ impl Net {
         self.rx_throttle.charge(payload);
         // The tap leaves this field to us (5.1.6.3). Every buffer holds at least the header.
         let count = self.buffers.count_for(len);
-        let pieces = self.buffers.pieces.iter().copied();
-        let place = window(pieces, NUM_BUFFERS, size_of_val(&count) as u32);
+        let place = self.buffers.place(NUM_BUFFERS, size_of_val(&count) as u32);
         if !copy_out(ram, place, &count.to_le_bytes()) {
             return Err(BrokenRing::Memory);
         }
@@ -549,12 +469,10 @@ impl Net {
         queue: &mut Queue,
         ram: &Ram,
     ) -> Result<Gathered, BrokenRing> {
-        while self.buffers.room < wanted {
+        while self.buffers.room() < wanted {
             match queue.pop(ram, &mut self.chain)? {
                 Popped::Empty => break,
-                Popped::Chain
-                    if self.chain.readable_len() == 0 && self.chain.writable_len() > HEADER =>
-                {
+                Popped::Chain if Buffers::can_hold(&self.chain) => {
                     if !self.buffers.push(&self.chain) {
                         queue.rewind(1);
                         break;
@@ -567,7 +485,7 @@ impl Net {
                 }
             }
         }
-        Ok(if self.buffers.chains.is_empty() {
+        Ok(if self.buffers.room() == 0 {
             Gathered::None
         } else {
             Gathered::Ready
@@ -1049,24 +967,34 @@ mod tests {
         let ram = bench.ram.clone();
         let mut rings = Rings::new(&ram, BASE, 256);
         let mut queue = queue(&rings);
-        // Two chains of 100 pieces find a place, a third must wait for its turn.
-        for chain in 0..2u64 {
-            let parts: Vec<_> = (0..100)
-                .map(|i| (DATA + chain * 2000 + i * 20, 20, true))
+        // Two chains of 90 pieces find a place, a third must wait for its turn; one of 193 pieces
+        // never finds one.
+        let offer = |first: u16, pieces: u64, at: u64| {
+            let parts: Vec<_> = (0..pieces)
+                .map(|i| (DATA + at + i * 20, 20, true))
                 .collect();
-            rings.offer_chain(chain as u16 * 100, &parts);
-        }
-        let parts: Vec<_> = (0..56).map(|i| (DATA + 4000 + i * 20, 20, true)).collect();
-        rings.offer_chain(200, &parts);
+            rings.offer_chain(first, &parts);
+        };
+        offer(0, 90, 0);
+        offer(90, 90, 1800);
+        offer(180, 70, 3600);
         for payload in [3000, 900] {
             bench.peer.send(&frame(payload)).unwrap();
         }
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        offer(0, 193, 0);
+        offer(200, 50, 0);
+        bench.peer.send(&frame(60)).unwrap();
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(
+            guest(&ram, DATA + 1812, 1000)[..988],
+            frame(3000)[1812..2800]
+        );
+        assert_eq!(guest(&ram, DATA + 3612, 900), frame(900)[12..]);
         let used: Vec<_> = std::iter::from_fn(|| rings.take()).collect();
-        assert_eq!(used, [(0, 2000), (100, 1012), (200, 912)]);
-        assert_eq!(guest(&ram, DATA + 12, 3000), frame(3000)[12..]);
-        assert_eq!(guest(&ram, DATA + 4012, 900), frame(900)[12..]);
+        assert_eq!(used, [(0, 1800), (90, 1212), (180, 912), (0, 0), (200, 72)]);
     }
 
     #[test]

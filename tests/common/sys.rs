@@ -1,0 +1,240 @@
+//! What tests need of the system that the standard library has no word for.
+#![expect(unsafe_code, reason = "thin wrappers over single system calls")]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+fn check(result: i32) -> io::Result<i32> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Has the kernel kill what `command` starts when the calling thread ends, however it does: a
+/// test run that is killed leaves no monitor behind.
+pub fn die_with_us(command: &mut Command) {
+    // SAFETY: prctl is async-signal-safe and touches no memory.
+    unsafe {
+        command.pre_exec(|| check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL)).map(|_| ()))
+    };
+}
+
+/// Sends `signal` to the process `pid`, which is a child of ours.
+pub fn kill(pid: u32, signal: i32) {
+    let pid = i32::try_from(pid).unwrap();
+    // SAFETY: touches no memory.
+    check(unsafe { libc::kill(pid, signal) }).unwrap();
+}
+
+/// How much a pipe holds.
+pub fn set_pipe_size(pipe: &impl AsRawFd, size: i32) {
+    // SAFETY: the descriptor is open while `pipe` is borrowed; no memory is touched.
+    check(unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, size) }).unwrap();
+}
+
+/// Makes thread `id` of another process call `number` with all arguments 0, by way of the system
+/// call instruction it is at.
+pub fn inject(id: i32, number: i64) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        assert!(
+            Instant::now() < deadline,
+            "thread {id} is never in a system call"
+        );
+        // SAFETY: ptrace and waitpid act on the other process; `regs` is ours and whole.
+        unsafe {
+            let null = std::ptr::null_mut::<libc::c_void>();
+            assert_eq!(
+                libc::ptrace(libc::PTRACE_SEIZE, id, null, null),
+                0,
+                "seize {id}"
+            );
+            assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, null, null), 0);
+            let mut status = 0;
+            assert_eq!(libc::waitpid(id, &raw mut status, libc::__WALL), id);
+            assert!(libc::WIFSTOPPED(status));
+            let mut regs: libc::user_regs_struct = std::mem::zeroed();
+            assert_eq!(
+                libc::ptrace(libc::PTRACE_GETREGS, id, null, &raw mut regs),
+                0
+            );
+            let in_call = regs.orig_rax as i64 >= 0;
+            if in_call {
+                // Back to the two bytes of `syscall`, which it will execute again.
+                regs.rip -= 2;
+                regs.rax = number as u64;
+                regs.orig_rax = u64::MAX;
+                (regs.rdi, regs.rsi, regs.rdx) = (0, 0, 0);
+                (regs.r10, regs.r8, regs.r9) = (0, 0, 0);
+                assert_eq!(
+                    libc::ptrace(libc::PTRACE_SETREGS, id, null, &raw mut regs),
+                    0
+                );
+            }
+            assert_eq!(libc::ptrace(libc::PTRACE_DETACH, id, null, null), 0);
+            if in_call {
+                return;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A terminal: the end that people type at, and the end that programs have.
+pub struct Terminal {
+    pub keyboard: File,
+    pub line: File,
+}
+
+/// How a terminal is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    flags: [libc::tcflag_t; 4],
+    characters: [libc::cc_t; libc::NCCS],
+}
+
+impl Settings {
+    /// Whether lines are edited and typed characters shown, as people expect.
+    pub fn is_for_people(&self) -> bool {
+        let local = self.flags[3];
+        local & libc::ICANON != 0 && local & libc::ECHO != 0 && local & libc::ISIG != 0
+    }
+
+    /// Whether every byte passes as it is.
+    pub fn is_raw(&self) -> bool {
+        let local = self.flags[3];
+        local & (libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN) == 0
+    }
+}
+
+impl Terminal {
+    pub fn new() -> Self {
+        let (mut keyboard, mut line) = (-1, -1);
+        // SAFETY: both descriptors are ours to fill; the rest is optional.
+        let result = unsafe {
+            libc::openpty(
+                &raw mut keyboard,
+                &raw mut line,
+                std::ptr::null_mut(),
+                std::ptr::null(),
+                std::ptr::null(),
+            )
+        };
+        check(result).unwrap();
+        for fd in [keyboard, line] {
+            // SAFETY: just opened; no memory is touched.
+            check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }).unwrap();
+        }
+        // SAFETY: the call succeeded: both are open and nobody else's.
+        unsafe {
+            Terminal {
+                keyboard: File::from_raw_fd(keyboard),
+                line: File::from_raw_fd(line),
+            }
+        }
+    }
+
+    pub fn settings(&self) -> Settings {
+        // SAFETY: termios is plain numbers, for which zeros are valid.
+        let mut found: libc::termios = unsafe { std::mem::zeroed() };
+        // SAFETY: `found` is ours and what the call fills.
+        check(unsafe { libc::tcgetattr(self.line.as_raw_fd(), &raw mut found) }).unwrap();
+        Settings {
+            flags: [found.c_iflag, found.c_oflag, found.c_cflag, found.c_lflag],
+            characters: found.c_cc,
+        }
+    }
+}
+
+/// Puts the calling thread into the network namespace that the file `path` stands for.
+pub fn enter_netns(path: &Path) {
+    let file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    // SAFETY: the descriptor is open; no memory is touched.
+    check(unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) }).unwrap();
+}
+
+/// Gives the calling thread mounts of its own, seen by nobody but what it starts.
+pub fn own_mounts() {
+    let root = CString::new("/").unwrap();
+    // SAFETY: touches no memory.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }).unwrap();
+    // SAFETY: `root` is a C string that outlives the call; the others may be null for a change
+    // of propagation.
+    let result = unsafe {
+        libc::mount(
+            std::ptr::null(),
+            root.as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        )
+    };
+    check(result).unwrap();
+}
+
+/// Mounts a file system of type `kind` on `target`.
+pub fn mount(kind: &str, target: &Path, options: &str) {
+    let kind = CString::new(kind).unwrap();
+    let target = CString::new(target.to_str().unwrap()).unwrap();
+    let options = CString::new(options).unwrap();
+    // SAFETY: all four are C strings that outlive the call.
+    let result = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV,
+            options.as_ptr().cast(),
+        )
+    };
+    check(result).unwrap();
+}
+
+/// A socket for whole Ethernet frames of one type on interface `name`; one frame a read or write.
+pub fn frames(name: &str, ethertype: u16) -> File {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    let protocol = i32::from(ethertype.to_be());
+    // SAFETY: touches no memory.
+    let fd = check(unsafe { libc::socket(libc::AF_PACKET, kind, protocol) }).unwrap();
+    // SAFETY: the call succeeded: `fd` is open and nobody else's.
+    let socket = unsafe { File::from_raw_fd(fd) };
+    let name = CString::new(name).unwrap();
+    // SAFETY: `name` is a C string that outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    assert_ne!(index, 0, "{name:?}: {}", io::Error::last_os_error());
+    // SAFETY: sockaddr_ll is plain numbers, for which zeros are valid.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = ethertype.to_be();
+    address.sll_ifindex = i32::try_from(index).unwrap();
+    let patience = libc::timeval {
+        tv_sec: 60,
+        tv_usec: 0,
+    };
+    // SAFETY: `address` and `patience` are ours, whole, and of the sizes given.
+    unsafe {
+        check(libc::bind(
+            fd,
+            (&raw const address).cast(),
+            size_of_val(&address) as u32,
+        ))
+        .unwrap();
+        check(libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            (&raw const patience).cast(),
+            size_of_val(&patience) as u32,
+        ))
+        .unwrap();
+    }
+    socket
+}
