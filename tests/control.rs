@@ -383,7 +383,7 @@ fn metrics_when_asked_for_on_the_command_line_tell_the_startup() {
     );
     let again = json!({"metrics_path": sink});
     harness.api.refused("PUT", "/metrics", again);
-    harness.boot("reset");
+    harness.boot("wait:50,reset");
     harness.monitor.exits_with(0);
     // The first line, and the one at the end.
     let lines = metrics_lines(Path::new(&sink));
@@ -494,4 +494,69 @@ fn log_when_a_guest_misbehaves_stays_small() {
     let len = fs::metadata(&log).unwrap().len();
     assert!(len < 200 * 1024, "{len} bytes of log");
     assert_eq!(harness.api.get("/")["state"], "Running");
+}
+
+#[test]
+fn cpu_config_when_the_host_can_not_is_refused_at_the_start() {
+    if !common::kvm("cpu_config_when_the_host_can_not") {
+        return;
+    }
+    let harness = Harness::new();
+    harness.api.put("/boot-source", kernel("rdmsr:0x277,stay"));
+    let start = json!({"action_type": "InstanceStart"});
+    for (config, reason) in [
+        (
+            json!({"cpuid_modifiers": [{"leaf": "0x7777", "subleaf": "0x0", "flags": 0, "modifiers": []}]}),
+            "leaf 0x7777",
+        ),
+        (
+            json!({"msr_modifiers": [{"addr": "0xdeadbeef", "bitmap": "0b1"}]}),
+            "0xdeadbeef",
+        ),
+        (json!({"kvm_capabilities": ["4000"]}), "capability 4000"),
+    ] {
+        harness.api.put("/cpu-config", config);
+        let refused = harness.api.refused("PUT", "/actions", start.clone());
+        assert!(refused.contains(reason), "{refused}");
+        assert_eq!(harness.api.get("/")["state"], "Not started");
+    }
+    harness.api.put(
+        "/cpu-config",
+        json!({"kvm_capabilities": ["!4000", "3"],
+            "msr_modifiers": [{"addr": "0x277", "bitmap": "0b101"}]}),
+    );
+    harness.start();
+    // A guest sees the masks of MSRs also where KVM is software.
+    let text = harness.monitor.expect("rdmsr:0x277 ok");
+    assert!(!text.contains("FAILED"), "{text}");
+}
+
+#[test]
+fn memory_when_of_huge_pages_boots_or_says_what_is_missing() {
+    if !common::kvm("memory_when_of_huge_pages") {
+        return;
+    }
+    let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free: u64 = fs::read_to_string(pool).map_or(0, |t| t.trim().parse().unwrap());
+    let harness = Harness::new();
+    harness
+        .api
+        .put("/boot-source", kernel("mem,print:huge,stay"));
+    for pages in ["2M", "Transparent"] {
+        harness.api.put(
+            "/machine-config",
+            json!({"vcpu_count": 1, "mem_size_mib": 32, "huge_pages": pages,
+                "track_dirty_pages": true}),
+        );
+        assert_eq!(harness.api.get("/machine-config")["huge_pages"], pages);
+        if pages == "2M" && free < 16 {
+            let start = json!({"action_type": "InstanceStart"});
+            let refused = harness.api.refused("PUT", "/actions", start);
+            assert!(refused.contains("need 16 huge pages of 2 MiB"), "{refused}");
+            continue;
+        }
+        harness.start();
+        harness.monitor.expect("print:huge ok");
+        break;
+    }
 }
