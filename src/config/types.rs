@@ -6,6 +6,7 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::cpu::CpuConfig;
+use super::json::{object, optional_object};
 use super::mac::Mac;
 use crate::log::Level;
 
@@ -154,7 +155,7 @@ pub struct Drive {
     /// The disk image.
     pub path_on_host: String,
     /// Limits on operations and bandwidth.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// The engine asked for.
     #[serde(default)]
@@ -181,7 +182,7 @@ pub struct DriveUpdate {
     #[serde(default)]
     pub path_on_host: Option<String>,
     /// New limits.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -200,10 +201,10 @@ pub struct NetworkInterface {
     #[serde(default)]
     pub mtu: Option<u16>,
     /// Limits on what the guest receives.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// Limits on what the guest sends.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -214,10 +215,10 @@ pub struct NetworkUpdate {
     /// Which interface.
     pub iface_id: String,
     /// New limits on what the guest receives.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// New limits on what the guest sends.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -226,10 +227,10 @@ pub struct NetworkUpdate {
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
     /// Bytes.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub bandwidth: Option<TokenBucketConfig>,
     /// Operations.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub ops: Option<TokenBucketConfig>,
 }
 
@@ -337,7 +338,7 @@ pub struct Serial {
     #[serde(default)]
     pub serial_out_path: Option<String>,
     /// Limit on bytes; what exceeds it is dropped and counted.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<TokenBucketConfig>,
 }
 
@@ -348,7 +349,7 @@ pub enum CpuConfigSource {
     /// A file that holds the masks.
     Path(String),
     /// The masks.
-    Inline(CpuConfig),
+    Inline(#[serde(deserialize_with = "object")] CpuConfig),
 }
 
 /// A whole configuration: `--config-file`, `PUT /vm`, and the answer to `GET /vm/config`.
