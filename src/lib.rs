@@ -46,6 +46,7 @@ pub mod exit;
 pub mod inbox;
 pub mod log;
 pub mod memory;
+pub mod metrics;
 pub mod rate_limiter;
 pub mod seccomp;
 pub mod serial;

@@ -92,7 +92,9 @@ static SHOW_LEVEL: AtomicBool = AtomicBool::new(false);
 static SHOW_ORIGIN: AtomicBool = AtomicBool::new(false);
 /// Standard output until told otherwise.
 static DESCRIPTOR: AtomicI32 = AtomicI32::new(1);
+/// Lines lost that no line has told of yet, and all of them.
 static LOST: AtomicU64 = AtomicU64::new(0);
+static LOST_EVER: AtomicU64 = AtomicU64::new(0);
 static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
 /// The guest's budget as a time: it moves forward by each line's cost and may not run further
 /// ahead of the clock than a whole burst costs.
@@ -193,7 +195,7 @@ fn deliver(line: &[u8]) -> bool {
 /// Lines lost so far because their place could not take them, and lines the guest's limit held back.
 pub fn losses() -> (u64, u64) {
     (
-        LOST.load(Ordering::Relaxed),
+        LOST_EVER.load(Ordering::Relaxed),
         SUPPRESSED.load(Ordering::Relaxed),
     )
 }
@@ -232,7 +234,21 @@ pub fn line(level: Level, origin: (&str, &str, u32), message: Arguments<'_>) {
     if deliver(buffer.finish()) {
         LOST.fetch_sub(lost, Ordering::Relaxed);
     } else {
-        LOST.fetch_add(1, Ordering::Relaxed);
+        count_lost(1);
+    }
+}
+
+fn count_lost(lines: u64) {
+    LOST.fetch_add(lines, Ordering::Relaxed);
+    LOST_EVER.fetch_add(lines, Ordering::Relaxed);
+}
+
+/// Counts `bytes` of lines that were lost on their way; a line of them is at least one.
+pub fn count_lost_bytes(bytes: u64) {
+    // What such lines are long, so that the count is near the truth.
+    const USUAL: u64 = 100;
+    if bytes > 0 {
+        count_lost(bytes.div_ceil(USUAL));
     }
 }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use mayfly::api::{self, Server};
 use mayfly::args::{self, Args, Asked};
-use mayfly::config::Logger;
+use mayfly::config::{Logger, Metrics};
 use mayfly::log;
 use mayfly::seccomp::Category;
 use mayfly::sys::process;
-use mayfly::timeline::{Moment, Timeline};
+use mayfly::timeline::Timeline;
 use mayfly::vmm::threads::{self, Muster};
 use mayfly::vmm::{Settings, Vmm};
 use mayfly::{error, exit, info};
@@ -40,9 +40,11 @@ fn run(args: Args, timeline: Timeline) -> ! {
         seccomp: args.seccomp,
         boot_timer: args.boot_timer,
         start_time_us: args.start_time_us,
+        start_time_cpu_us: args.start_time_cpu_us,
+        parent_cpu_time_us: args.parent_cpu_time_us,
         protocol: args.boot_protocol,
     };
-    let mut vmm = Vmm::new(settings, timeline.clone())
+    let mut vmm = Vmm::new(settings, timeline)
         .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
     if let Err(error) = vmm.set_logger(&Logger {
         log_path: args.log_path,
@@ -53,9 +55,18 @@ fn run(args: Args, timeline: Timeline) -> ! {
     }) {
         fail(&error.0, exit::ERROR);
     }
+    if let Some(metrics_path) = args.metrics_path
+        && let Err(error) = vmm.set_metrics(Metrics {
+            metrics_path,
+            emit_id: false,
+            properties: None,
+        })
+    {
+        fail(&error.0, exit::ERROR);
+    }
     info!("Running {}", args::version());
     if let Some(path) = &args.api_sock {
-        serve(&vmm, path, args.payload_max, args.seccomp, &timeline);
+        serve(&mut vmm, path, args.payload_max, args.seccomp);
     }
     if let Some(path) = &args.config_file
         && let Err(error) = vmm.start_from_file(path)
@@ -70,10 +81,11 @@ fn run(args: Args, timeline: Timeline) -> ! {
 }
 
 /// Makes the API socket at `path` and the thread that serves it.
-fn serve(vmm: &Vmm, path: &Path, payload_max: usize, seccomp: bool, timeline: &Timeline) {
+fn serve(vmm: &mut Vmm, path: &Path, payload_max: usize, seccomp: bool) {
     let listener = api::bind(path).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
     let server = Server::new(listener, vmm.commands(), payload_max)
         .unwrap_or_else(|e| fail(&format!("Serving the API failed: {e}"), exit::ERROR));
+    let counters = server.counters();
     let berth =
         threads::berth("fc_api".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
     let muster: Arc<Muster> = Muster::of(1);
@@ -84,7 +96,7 @@ fn serve(vmm: &Vmm, path: &Path, payload_max: usize, seccomp: bool, timeline: &T
             process::exit(exit::ERROR);
         }
     });
-    timeline.mark(Moment::ApiReady);
+    vmm.api_is_ready(counters);
 }
 
 /// Says why on standard error, where a person looks, and ends.

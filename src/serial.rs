@@ -19,7 +19,6 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::SerialEvents;
@@ -28,6 +27,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Registers, Written};
 use crate::inbox::{Inbox, Outbox};
+use crate::log;
+use crate::metrics::{Counter, Report};
 use crate::sys::fd::{self, Interest};
 
 /// First port of COM1.
@@ -56,21 +57,65 @@ impl Trigger for Line {
     }
 }
 
+/// What the console counts.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes the guest wrote and the UART took; counted under its mutex.
+    written: Counter,
+    /// Bytes the guest read; counted under the UART's mutex.
+    read: Counter,
+    /// Bytes the guest wrote while the pipe to the serial thread was full; under the mutex.
+    overrun: Counter,
+    /// Bytes that their place did not take; by the serial thread.
+    lost: Counter,
+}
+
+impl Counters {
+    /// Writes all of them into `report`.
+    pub fn read(&self, report: &mut Report) {
+        for (direction, count) in [("output", &self.written), ("input", &self.read)] {
+            report.counter(
+                "mayfly_console_bytes_total",
+                "Bytes that the guest wrote to the console, and read from it.",
+                &[("direction", direction)],
+                count.get(),
+            );
+        }
+        for (why, count) in [("overrun", &self.overrun), ("place", &self.lost)] {
+            report.counter(
+                "mayfly_console_lost_bytes_total",
+                "Bytes of console output that came faster than they could be taken (overrun), \
+                 or that their place did not take.",
+                &[("cause", why)],
+                count.get(),
+            );
+        }
+        report.add("uart", "write_count", self.written.get());
+        report.add("uart", "read_count", self.read.get());
+        report.add("uart", "missed_write_count", self.overrun.get());
+        report.add("uart", "error_count", self.lost.get());
+    }
+}
+
 /// What a UART tells the host.
 #[derive(Debug)]
 struct Events {
     /// Rung when the guest has read all input.
     drained: EventFd,
-    lost: Arc<AtomicU64>,
+    counters: Arc<Counters>,
 }
 
 impl SerialEvents for Events {
-    fn buffer_read(&self) {}
+    fn buffer_read(&self) {
+        self.counters.read.one();
+    }
 
-    fn out_byte(&self) {}
+    fn out_byte(&self) {
+        self.counters.written.one();
+    }
 
     fn tx_lost_byte(&self) {
-        self.lost.fetch_add(1, Ordering::Relaxed);
+        self.counters.overrun.one();
     }
 
     fn in_buffer_empty(&self) {
@@ -161,6 +206,7 @@ pub struct Console {
     log: Stream,
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
+    counters: Arc<Counters>,
 }
 
 /// Makes the UART, whose interrupts go to `line`, and the console behind it.
@@ -175,10 +221,10 @@ pub fn console(
 ) -> io::Result<(Arc<Uart>, Console)> {
     let (from_guest, to_host) = fd::pipe()?;
     let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-    let lost = Arc::new(AtomicU64::new(0));
+    let counters = Arc::new(Counters::default());
     let uart_events = Events {
         drained: drained.try_clone()?,
-        lost: Arc::clone(&lost),
+        counters: Arc::clone(&counters),
     };
     let uart = Arc::new(Uart(Mutex::new(Serial::with_events(
         Line(line),
@@ -189,19 +235,21 @@ pub fn console(
         uart: Arc::clone(&uart),
         drained,
         input: Input::new(streams.input),
-        output: Stream::new(from_guest, streams.output, lost),
-        log: Stream::new(
-            streams.log_from,
-            streams.log_to,
-            Arc::new(AtomicU64::new(0)),
-        ),
+        output: Stream::new(from_guest, streams.output),
+        log: Stream::new(streams.log_from, streams.log_to),
         messages,
         events,
+        counters,
     };
     Ok((uart, console))
 }
 
 impl Console {
+    /// What it and the UART count.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
     /// The life of the thread.
     ///
     /// # Errors
@@ -244,10 +292,12 @@ impl Console {
             }
             self.input.offer(&self.uart);
             if output.is_ready() {
-                self.output.step();
+                let lost = self.output.step();
+                self.counters.lost.add(lost);
             }
             if log.is_ready() {
-                self.log.step();
+                let lost = self.log.step();
+                log::count_lost_bytes(lost);
             }
         }
     }
@@ -315,11 +365,10 @@ struct Stream {
     to: usize,
     /// Nobody holds the writing end any more.
     ended: bool,
-    lost: Arc<AtomicU64>,
 }
 
 impl Stream {
-    fn new(source: File, sink: File, lost: Arc<AtomicU64>) -> Self {
+    fn new(source: File, sink: File) -> Self {
         Stream {
             source,
             sink,
@@ -328,7 +377,6 @@ impl Stream {
             from: 0,
             to: 0,
             ended: false,
-            lost,
         }
     }
 
@@ -340,24 +388,26 @@ impl Stream {
         }
     }
 
-    /// One read or one write, whichever the stream is at.
-    fn step(&mut self) {
+    /// One read or one write, whichever the stream is at; how many bytes were lost.
+    fn step(&mut self) -> u64 {
         let Some(held) = self.bytes.get(self.from..self.to).filter(|h| !h.is_empty()) else {
             if let Ok(n) = fd::read(self.source.as_raw_fd(), &mut self.bytes[..]) {
                 (self.from, self.to) = (0, n);
                 self.ended = n == 0;
             }
-            return;
+            return 0;
         };
         match self.sink.write(held) {
             Ok(n) => self.from = self.from.saturating_add(n),
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
             Err(_) => {
                 // Nobody reads, or the disk is full: these bytes are lost, the next may not be.
-                self.lost.fetch_add(held.len() as u64, Ordering::Relaxed);
+                let lost = held.len() as u64;
                 self.from = self.to;
+                return lost;
             }
         }
+        0
     }
 }
 
@@ -462,13 +512,14 @@ mod tests {
     #[test]
     fn console_when_output_is_unread_loses_bytes_and_not_time() {
         let (rig, console) = rig();
-        let lost = Arc::clone(&console.output.lost);
+        let counters = console.counters();
         thread::spawn(move || console.run());
         // Two pipes and the buffer between them hold less than this.
         for n in 0..400_000u32 {
             let _ = rig.uart.write(DATA, &[n as u8]);
         }
-        assert!(lost.load(Ordering::Relaxed) > 0);
+        assert!(counters.overrun.get() > 0);
+        assert_eq!(counters.overrun.get() + counters.written.get(), 400_000);
         rig.messages.send(SerialMessage::Finish).unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         while rig.events.next().is_none() {
@@ -480,12 +531,12 @@ mod tests {
     #[test]
     fn console_when_reader_is_gone_counts_the_bytes() {
         let (rig, console) = rig();
-        let lost = Arc::clone(&console.output.lost);
+        let counters = console.counters();
         drop(rig.screen);
         thread::spawn(move || console.run());
         let _ = rig.uart.write(DATA, b"x");
         let deadline = Instant::now() + Duration::from_secs(20);
-        while lost.load(Ordering::Relaxed) == 0 {
+        while counters.lost.get() == 0 {
             assert!(Instant::now() < deadline);
             thread::sleep(Duration::from_millis(1));
         }

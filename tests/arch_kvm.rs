@@ -112,7 +112,10 @@ fn machine(
     for (index, vcpu) in (0u8..).zip(&vcpus) {
         let table = cpuid::table(&supported, index, count, false);
         let entry = (index == 0).then_some(&entry);
-        vcpu::configure(vcpu, entry, &table).unwrap();
+        vcpu::prepare(vcpu, &table).unwrap();
+        if let Some(entry) = entry {
+            vcpu::enter(vcpu, entry).unwrap();
+        }
     }
     steps.done("configure vCPUs");
     Machine {
@@ -191,7 +194,7 @@ fn cpuid_when_set_is_read_back() {
             } {
                 let vcpu = vm.create_vcpu(index).unwrap();
                 let table = cpuid::table(&supported, index, count, smt);
-                vcpu::configure(&vcpu, None, &table).unwrap();
+                vcpu::prepare(&vcpu, &table).unwrap();
                 let set = vcpu.get_cpuid2(256).unwrap();
                 let leaf = |function, sub| {
                     let found = set

@@ -219,22 +219,25 @@ fn devices_when_19_all_work_in_their_order() {
     let folder = Folder::new();
     let netns = Netns::new();
     let mut words = String::from("bootinfo");
-    let mut config = probe_vm("");
+    let (mut drives, mut cards) = (vec![], vec![]);
     for n in 0..16 {
         let disk = folder.disk(&format!("disk{n}"), 512 * (n + 1));
-        config["drives"][n as usize] =
-            json!({"drive_id": format!("d{n}"), "path_on_host": disk, "is_root_device": n == 9});
+        drives.push(
+            json!({"drive_id": format!("d{n}"), "path_on_host": disk, "is_root_device": n == 9}),
+        );
         words += &format!(",blkinfo:{n}");
     }
     for n in 16..19 {
-        config["network-interfaces"][n - 16] = json!({
+        cards.push(json!({
             "iface_id": format!("n{n}"),
             "host_dev_name": format!("mftap{n}"),
             "guest_mac": format!("06:00:00:00:00:{n:02x}"),
-        });
+        }));
         words += &format!(",netinfo:{n}");
     }
-    config["boot-source"]["boot_args"] = json!(format!("probe={words}"));
+    let mut config = probe_vm(&words);
+    config["drives"] = json!(drives);
+    config["network-interfaces"] = json!(cards);
     let (mut monitor, _) = Monitor::boot_inside(&netns, &folder, &config);
     monitor.exits_with(0);
     let output = monitor.stdout();
@@ -398,7 +401,7 @@ fn ctrl_alt_del_when_sent_reaches_the_guests_keyboard() {
         return;
     }
     let folder = Folder::new();
-    let (mut monitor, api) = Monitor::boot_with_api(&folder, &probe_vm("kbd:3:60000"));
+    let (mut monitor, api) = Monitor::boot_with_api(&folder, &probe_vm("kbd:4:60000"));
     monitor.expect("probe: kbd ready");
     api.put("/actions", json!({"action_type": "SendCtrlAltDel"}));
     monitor.exits_with(0);
@@ -407,10 +410,9 @@ fn ctrl_alt_del_when_sent_reaches_the_guests_keyboard() {
         .lines()
         .filter(|l| l.starts_with("probe: kbd 0x"))
         .collect();
-    assert_eq!(
-        pressed,
-        ["probe: kbd 0x1d", "probe: kbd 0x38", "probe: kbd 0x53"]
-    );
+    // Control, Alt, and Delete with its prefix, in scan code set 2.
+    let codes = ["0x14", "0x11", "0xe0", "0x71"].map(|code| format!("probe: kbd {code}"));
+    assert_eq!(pressed, codes);
 }
 
 // With and without the API
@@ -459,7 +461,8 @@ fn config_file_when_given_with_a_socket_starts_and_serves() {
     monitor.expect("probe: echo ready");
     assert_eq!(api.get("/")["state"], "Running");
     let shown = api.get("/vm/config");
-    assert_eq!(shown["boot-source"], config["boot-source"]);
+    let args = &config["boot-source"]["boot_args"];
+    assert_eq!(&shown["boot-source"]["boot_args"], args);
     assert_eq!(shown["machine-config"]["mem_size_mib"], 32);
     monitor.type_in("x\n");
     monitor.exits_with(0);

@@ -147,6 +147,12 @@ fn vm_when_refused_changes_nothing() {
                 "logger": {"log_path": "/no/folder/log"}}),
             "/no/folder/log",
         ),
+        (
+            json!({"boot-source": kernel("stay"), "drives": [], "machine-config": machine,
+                "logger": {"log_path": path(&log)},
+                "metrics": {"metrics_path": "/no/folder/metrics"}}),
+            "/no/folder/metrics",
+        ),
     ] {
         let refused = harness.api.refused("PUT", "/vm", body.clone());
         assert!(refused.contains(reason), "{body}: {refused}");
@@ -200,4 +206,214 @@ fn drive_when_its_new_disk_is_larger_shows_it_to_the_guest() {
     );
     harness.monitor.type_in("blkinfo:0\n");
     harness.monitor.expect("capacity=16 ");
+}
+
+/// The value of the only sample of `GET /metrics` that begins with `begins`.
+fn sample(api: &Api, begins: &str) -> f64 {
+    let (status, text) = api.request("GET", "/metrics", "");
+    assert_eq!(status, 200);
+    let mut found = text.lines().filter(|line| line.starts_with(begins));
+    let line = found
+        .next()
+        .unwrap_or_else(|| panic!("no {begins} in {text}"));
+    assert!(found.next().is_none(), "{begins} twice in {text}");
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// The lines of a sink, each a JSON object.
+fn metrics_lines(file: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    assert!(text.is_empty() || text.ends_with('\n'), "{text}");
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn metrics_when_read_are_prometheus_text() {
+    let harness = Harness::new();
+    let (_, text) = harness.api.request("GET", "/metrics", "");
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        assert!(name.starts_with("mayfly_"), "{line}");
+        value.parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
+        let family = name.split('{').next().unwrap();
+        let family = ["_bucket", "_sum", "_count"]
+            .iter()
+            .find_map(|end| family.strip_suffix(end))
+            .unwrap_or(family);
+        assert!(text.contains(&format!("# TYPE {family} ")), "{line}");
+    }
+    harness.api.refused("PUT", "/boot-source", json!({}));
+    harness.api.get("/version");
+    let put = "mayfly_api_refused_total{method=\"PUT\",path=\"/boot-source\"}";
+    assert_eq!(sample(&harness.api, put), 1.0);
+    let get = "mayfly_api_requests_total{method=\"GET\",path=\"/version\"}";
+    assert_eq!(sample(&harness.api, get), 1.0);
+    assert_eq!(
+        sample(&harness.api, "mayfly_state{state=\"Not started\"}"),
+        1.0
+    );
+}
+
+#[test]
+fn metrics_when_a_guest_works_count_it() {
+    let test = "metrics_when_a_guest_works";
+    if !common::kvm(test) {
+        return;
+    }
+    let harness = Harness::new();
+    let sink = harness.folder.join("metrics");
+    harness.api.put(
+        "/metrics",
+        json!({"metrics_path": path(&sink), "emit_id": true,
+            "properties": {"cell": "7"}}),
+    );
+    harness.api.put(
+        "/drives/d",
+        json!({"drive_id": "d", "path_on_host": path(&harness.folder.disk("d", 1 << 20)),
+            "is_root_device": false}),
+    );
+    harness.boot("blkwrite:0:0:8:1,blkread:0:0:16,print:done,stay");
+    harness.monitor.expect("print:done ok");
+
+    let operations = "mayfly_block_operations_total{device=\"d\",operation=";
+    let bytes = "mayfly_block_bytes_total{device=\"d\",operation=";
+    let writes = sample(&harness.api, &format!("{operations}\"write\"}}"));
+    let reads = sample(&harness.api, &format!("{operations}\"read\"}}"));
+    assert!(writes >= 1.0 && reads >= 1.0);
+    assert_eq!(sample(&harness.api, &format!("{bytes}\"write\"}}")), 4096.0);
+    let exits = "mayfly_vcpu_exits_total{vcpu=\"0\",kind=\"port_write\"}";
+    assert!(sample(&harness.api, exits) >= 100.0);
+    let exits = "mayfly_vcpu_exits_total{vcpu=\"0\",kind=\"mmio_write\"}";
+    assert!(sample(&harness.api, exits) >= 10.0);
+    let console = "mayfly_console_bytes_total{direction=\"output\"}";
+    assert!(sample(&harness.api, console) >= 50.0);
+    assert!(
+        sample(
+            &harness.api,
+            "mayfly_start_step_seconds{step=\"guest_entered\"}"
+        ) > 0.0
+    );
+
+    // The first line comes with the start, the next when asked for; counts are what is new.
+    soon("the first line", || {
+        (!metrics_lines(&sink).is_empty()).then_some(())
+    });
+    harness.api.patch("/vm", json!({"state": "Paused"}));
+    let flush = json!({"action_type": "FlushMetrics"});
+    harness.api.put("/actions", flush.clone());
+    harness.api.put("/actions", flush);
+    let lines = metrics_lines(&sink);
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    let sum = |group: &str, key: &str| -> u64 {
+        lines.iter().map(|l| l[group][key].as_u64().unwrap()).sum()
+    };
+    assert_eq!(sum("block_d", "write_bytes"), 4096);
+    assert_eq!(sum("block", "write_bytes"), 4096);
+    assert!(sum("vcpu", "exit_io_out") >= 100);
+    assert!(sum("uart", "write_count") >= 50);
+    assert_eq!(sum("put_api_requests", "drive_count"), 1);
+    assert_eq!(lines[2]["vcpu"]["exit_io_out"], 0, "the guest is paused");
+    assert_eq!(lines[2]["put_api_requests"]["actions_count"], 1);
+    assert_eq!(lines[1]["id"], "anonymous-instance");
+    assert_eq!(lines[1]["properties"]["cell"], "7");
+    let pause = &lines[1]["latencies_us"];
+    assert!(pause["pause_vm"].as_u64().unwrap() >= pause["vmm_pause_vm"].as_u64().unwrap());
+    assert!(pause["vmm_pause_vm"].as_u64().unwrap() > 0);
+    assert_eq!(
+        lines[0]["vcpu"]["exit_io_in_agg"],
+        json!({"min_us": 0, "max_us": 0, "sum_us": 0})
+    );
+    for group in [
+        "api_server",
+        "seccomp",
+        "signals",
+        "net",
+        "i8042",
+        "vsock",
+        "mmds",
+    ] {
+        assert!(lines[0][group].is_object(), "{group}");
+    }
+    let refused = harness
+        .api
+        .refused("PUT", "/metrics", json!({"metrics_path": path(&sink)}));
+    assert!(refused.contains("after starting"), "{refused}");
+}
+
+#[test]
+fn metrics_when_put_twice_or_nowhere_are_refused() {
+    let harness = Harness::new();
+    let nowhere = json!({"metrics_path": "/no/folder/metrics"});
+    let refused = harness.api.refused("PUT", "/metrics", nowhere);
+    assert!(refused.contains("/no/folder/metrics"), "{refused}");
+    let sink = json!({"metrics_path": path(&harness.folder.join("metrics"))});
+    harness.api.put("/metrics", sink.clone());
+    let refused = harness.api.refused("PUT", "/metrics", sink);
+    assert!(
+        refused.contains("Reinitialization of metrics not allowed"),
+        "{refused}"
+    );
+    let early = json!({"action_type": "FlushMetrics"});
+    let refused = harness.api.refused("PUT", "/actions", early);
+    assert!(refused.contains("before starting"), "{refused}");
+}
+
+#[test]
+fn metrics_when_asked_for_on_the_command_line_tell_the_startup() {
+    if !common::kvm("metrics_when_asked_for_on_the_command_line") {
+        return;
+    }
+    let folder = Folder::new();
+    let sink = folder.join("metrics");
+    let sink = path(&sink).to_owned();
+    let mut harness = Harness::in_folder(
+        folder,
+        &[
+            "--metrics-path",
+            &sink,
+            "--start-time-us",
+            "1",
+            "--start-time-cpu-us",
+            "0",
+            "--parent-cpu-time-us",
+            "5000000",
+        ],
+    );
+    let again = json!({"metrics_path": sink});
+    harness.api.refused("PUT", "/metrics", again);
+    harness.boot("reset");
+    harness.monitor.exits_with(0);
+    // The first line, and the one at the end.
+    let lines = metrics_lines(Path::new(&sink));
+    assert_eq!(lines.len(), 2);
+    let startup = &lines[0]["api_server"];
+    assert!(startup["process_startup_time_us"].as_u64().unwrap() > 0);
+    let cpu = startup["process_startup_time_cpu_us"].as_u64().unwrap();
+    assert!((5_000_000..6_000_000).contains(&cpu), "{cpu}");
+}
+
+#[test]
+fn metrics_when_their_fifo_is_not_read_hold_nobody_up() {
+    if !common::kvm("metrics_when_their_fifo_is_not_read") {
+        return;
+    }
+    let harness = Harness::new();
+    let fifo = harness.folder.join("fifo");
+    common::run("mkfifo", &[path(&fifo)]);
+    harness
+        .api
+        .put("/metrics", json!({"metrics_path": path(&fifo)}));
+    harness.boot("stay");
+    let flush = json!({"action_type": "FlushMetrics"}).to_string();
+    let began = Instant::now();
+    let mut refused = 0;
+    for _ in 0..40 {
+        let (status, _) = harness.api.request("PUT", "/actions", &flush);
+        refused += u32::from(status == 400);
+    }
+    assert!(refused > 0 && began.elapsed() < Duration::from_secs(20));
+    assert!(sample(&harness.api, "mayfly_metrics_lines_missed_total") >= 1.0);
+    assert_eq!(harness.api.get("/")["state"], "Running");
 }

@@ -172,7 +172,7 @@ fn sort(words: Vec<OsString>) -> Result<Words, Failure> {
     Ok(sorted)
 }
 
-fn value_of(name: &str, value: Option<OsString>) -> Result<OsString, Failure> {
+pub(crate) fn value_of(name: &str, value: Option<OsString>) -> Result<OsString, Failure> {
     value
         .filter(|value| !value.as_bytes().starts_with(b"--"))
         .ok_or_else(|| bad(&format!("use {name}"), "its value is missing"))
@@ -233,7 +233,7 @@ fn understand(mut words: Words, monitor_args: Vec<OsString>) -> Result<Compatibl
 }
 
 /// An id is a folder's name on the host and a cgroup's.
-fn check_id(id: OsString) -> Result<String, Failure> {
+pub(crate) fn check_id(id: OsString) -> Result<String, Failure> {
     let what = format!("use the id \"{}\" (--id)", id.display());
     let remedy = format!("an id has 1 to {LONGEST_ID} letters, digits and -");
     if id.is_empty() || id.len() > LONGEST_ID {
@@ -251,7 +251,7 @@ fn check_id(id: OsString) -> Result<String, Failure> {
     }
 }
 
-fn account(name: &str, text: OsString) -> Result<u32, Failure> {
+pub(crate) fn account(name: &str, text: OsString) -> Result<u32, Failure> {
     let number = text.to_str().and_then(|text| text.parse().ok());
     // The highest number means "leave as it is" to the kernel, which here would be root.
     number.filter(|&number| number != u32::MAX).ok_or_else(|| {
@@ -262,7 +262,7 @@ fn account(name: &str, text: OsString) -> Result<u32, Failure> {
     })
 }
 
-fn cgroup_version(text: OsString) -> Result<Version, Failure> {
+pub(crate) fn cgroup_version(text: OsString) -> Result<Version, Failure> {
     match text.as_bytes() {
         b"1" => Ok(Version::V1),
         b"2" => Ok(Version::V2),
@@ -273,7 +273,7 @@ fn cgroup_version(text: OsString) -> Result<Version, Failure> {
     }
 }
 
-fn cgroup_value(text: OsString) -> Result<Value, Failure> {
+pub(crate) fn cgroup_value(text: OsString) -> Result<Value, Failure> {
     let what = format!("use --cgroup \"{}\"", text.display());
     let refuse = |why: &str| {
         bad(&what, why).remedy("give FILE=VALUE, the file as CONTROLLER.NAME, e.g. cpu.shares=512")
@@ -298,7 +298,7 @@ fn cgroup_value(text: OsString) -> Result<Value, Failure> {
 }
 
 /// The names of a relative path that leads down only.
-fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, Failure> {
+pub(crate) fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, Failure> {
     let what = format!("use --parent-cgroup \"{}\"", text.display());
     let bytes = text.into_vec();
     let steps: Vec<&[u8]> = bytes.split(|&byte| byte == b'/').collect();
@@ -313,12 +313,15 @@ fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, Failure> {
         .collect())
 }
 
-enum Limit {
+/// A resource limit of the monitor's process.
+pub(crate) enum Limit {
+    /// Largest file in bytes.
     FileSize(u64),
+    /// Most descriptors.
     OpenFiles(u64),
 }
 
-fn resource_limit(text: OsString) -> Result<Limit, Failure> {
+pub(crate) fn resource_limit(text: OsString) -> Result<Limit, Failure> {
     let what = format!("use --resource-limit \"{}\"", text.display());
     let refuse = |why: &str| bad(&what, why).remedy("give fsize=BYTES or no-file=COUNT");
     let (name, value) = text

@@ -63,7 +63,7 @@ pub struct Hierarchies {
     /// Mount point and the options, controllers among them, of each version 1 hierarchy.
     v1: Vec<(PathBuf, Vec<String>)>,
     /// Mount point of the version 2 hierarchy.
-    v2: Option<PathBuf>,
+    pub(crate) v2: Option<PathBuf>,
 }
 
 impl Hierarchies {
@@ -99,7 +99,17 @@ impl Hierarchies {
         found
     }
 
-    fn of_controller(&self, controller: &str) -> Option<&(PathBuf, Vec<String>)> {
+    /// The names of the controllers that version 2 offers, with blanks between them.
+    pub(crate) fn offered(&self) -> Result<String, Failure> {
+        let Some(path) = &self.v2 else {
+            return Ok(String::new());
+        };
+        let file = path.join("cgroup.controllers");
+        std::fs::read_to_string(&file).doing(format_args!("read {}", file.display()))
+    }
+
+    /// The version 1 hierarchy that has `controller`.
+    pub(crate) fn of_controller(&self, controller: &str) -> Option<&(PathBuf, Vec<String>)> {
         self.v1
             .iter()
             .find(|(_, options)| options.iter().any(|option| option == controller))
@@ -158,9 +168,12 @@ struct Planned {
 /// A group this process can move into.
 #[derive(Debug)]
 pub struct Group {
-    version: Version,
-    dir: Rc<OwnedFd>,
-    path: PathBuf,
+    /// Of which interface it is.
+    pub(crate) version: Version,
+    /// Its folder, opened.
+    pub(crate) dir: Rc<OwnedFd>,
+    /// Its folder's name, for sentences.
+    pub(crate) path: PathBuf,
     mount: Rc<OwnedFd>,
     mount_path: PathBuf,
     options: Vec<String>,
@@ -434,7 +447,11 @@ impl Group {
 
 /// The path of this process's group in one hierarchy, from the text of /proc/self/cgroup: lines of
 /// `number:controllers:path`.
-fn home<'a>(memberships: &'a str, version: Version, options: &[String]) -> Option<&'a str> {
+pub(crate) fn home<'a>(
+    memberships: &'a str,
+    version: Version,
+    options: &[String],
+) -> Option<&'a str> {
     memberships.lines().find_map(|line| {
         let mut parts = line.splitn(3, ':');
         let (number, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
@@ -448,13 +465,14 @@ fn home<'a>(memberships: &'a str, version: Version, options: &[String]) -> Optio
     })
 }
 
-fn read_below(dir: &OwnedFd, name: &OsStr) -> Result<String, io::Error> {
+/// Reads a file of the group `dir`.
+pub(crate) fn read_below(dir: &OwnedFd, name: &OsStr) -> Result<String, io::Error> {
     let file = open_beneath(dir, name, OFlags::RDONLY)?;
     io::read_to_string(std::fs::File::from(file))
 }
 
 /// Writes a value in one piece: that is how the kernel wants these files written.
-fn write_below(dir: &OwnedFd, name: &OsStr, text: &str) -> Result<(), Errno> {
+pub(crate) fn write_below(dir: &OwnedFd, name: &OsStr, text: &str) -> Result<(), Errno> {
     let file = open_beneath(dir, name, OFlags::WRONLY | OFlags::TRUNC)?;
     rustix::io::write(&file, format!("{text}\n").as_bytes()).map(drop)
 }

@@ -57,6 +57,11 @@ impl Started {
             cpu_us: sys::process_cpu_us(),
         }
     }
+
+    /// Microseconds of the monotonic clock.
+    pub fn monotonic_us(self) -> u64 {
+        self.monotonic_us
+    }
 }
 
 /// Builds the jail and becomes the monitor. Returns `Ok` only in a process that started the monitor

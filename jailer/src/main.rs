@@ -1,8 +1,8 @@
 //! The jailer: builds the jail a mayfly runs in, drops privileges and executes the monitor.
 //!
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
-//! its place. `compat` is that sequence for the jail that Firecracker's clients know. What it is
-//! made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `made` (how to take everything
+//! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
+//! everyday command with the empty jail. What they are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `made` (how to take everything
 //! back), `failure` (how a step says that it failed), and `sys`, the only unsafe code.
 
 mod args;
@@ -12,10 +12,12 @@ mod failure;
 mod made;
 mod netns;
 mod root;
+mod run;
 mod sys;
 #[cfg(test)]
 mod testing;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -24,8 +26,14 @@ use failure::Failure;
 
 fn main() -> ExitCode {
     let started = compat::Started::now();
-    let result =
-        args::parse(std::env::args_os().skip(1).collect()).and_then(|command| match command {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let result = match words.split_first() {
+        Some((word, rest)) if word == "run" => match run::args::parse(rest.to_vec()) {
+            Ok(Some(options)) => sys::exit_now(run::run(options, started.monotonic_us())),
+            Ok(None) => print(run::args::HELP),
+            Err(failure) => Err(failure),
+        },
+        _ => args::parse(words).and_then(|command| match command {
             Command::Help => print(args::HELP),
             Command::Version => print(concat!(
                 "mayfly-jailer v",
@@ -33,7 +41,8 @@ fn main() -> ExitCode {
                 " (flags of Firecracker v1.17.0)\n"
             )),
             Command::Compatible(args) => compat::run(&args, started),
-        });
+        }),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -1,15 +1,16 @@
 //! The raw system calls of the jailer, each behind a safe function: the only unsafe code here.
 //!
-//! The jailer has one thread from start to end, and several promises below rest on that: `fork`
-//! copies a consistent process, and changed credentials hold for the whole process.
+//! The jailer has one thread from start to end, and several promises below rest on that: `fork` and
+//! `clone` copy a consistent process, and changed credentials hold for the whole process.
 
 #![expect(
     unsafe_code,
-    reason = "fork, exec, signal masks, close_range and namespaces have no safe wrapper"
+    reason = "fork, clone3, exec, signals, close_range and tap requests have no safe wrapper"
 )]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use rustix::io::Errno;
@@ -102,7 +103,7 @@ pub fn namespace_kind(namespace: BorrowedFd<'_>) -> Result<UnshareFlags, Errno> 
 }
 
 /// The signals a user or a service manager ends a program with.
-const ENDING: [c_int; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
+const ENDING: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
 
 /// Holds back the signals that end a program, so that none of them stops the jailer half-way.
 pub fn hold_ending_signals() -> Result<(), Errno> {
@@ -192,6 +193,286 @@ pub fn regain_capabilities() {
         // Without them the clean-up fails and says so; there is nothing better to do here.
         let _ = rustix::thread::set_capabilities(None, sets);
     }
+}
+
+/// Which side of a `clone` this is.
+pub enum Clone {
+    /// The new process.
+    Child,
+    /// The old one, with the new one's pid in this process's pid namespace and a descriptor of it.
+    Parent(Pid, OwnedFd),
+}
+
+/// Copies this process; the copy is alone in new namespaces.
+pub fn clone(namespaces: UnshareFlags) -> Result<Clone, Errno> {
+    let mut pidfd: c_int = -1;
+    // SAFETY: clone_args is plain numbers, for which zeros mean "nothing of this".
+    let mut args: libc::clone_args = unsafe { mem::zeroed() };
+    args.flags = u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64;
+    args.pidfd = (&raw mut pidfd) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: without CLONE_VM this is a fork: the child gets a copy of this process, which has one
+    // thread, so that the copy is whole. The kernel reads `args` and writes `pidfd`, both ours.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, mem::size_of_val(&args)) };
+    let pid = checked(pid)?;
+    Ok(match Pid::from_raw(pid as i32) {
+        None => Clone::Child,
+        // SAFETY: the call succeeded, so the kernel opened a descriptor for us alone.
+        Some(pid) => Clone::Parent(pid, unsafe { OwnedFd::from_raw_fd(pidfd) }),
+    })
+}
+
+/// Replaces this process by an opened program with `argv` and an empty environment. Returns only
+/// the reason why that did not happen.
+pub fn exec_opened(program: BorrowedFd<'_>, argv: &[CString]) -> Errno {
+    let mut pointers: Vec<*const c_char> = argv.iter().map(|word| word.as_ptr()).collect();
+    pointers.push(ptr::null());
+    let environment: [*const c_char; 1] = [ptr::null()];
+    // SAFETY: the descriptor is open while borrowed; the words of `argv` are C strings borrowed for
+    // the call; both lists end with a null pointer, put there above.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            pointers.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    last_error()
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this code.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+}
+
+/// What a child has used, as the kernel counts it at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Used {
+    /// Most memory resident at once, in bytes.
+    pub peak_memory: u64,
+    /// Processor time, its own and the kernel's for it, in microseconds.
+    pub cpu_us: u64,
+}
+
+/// Waits for the end of a child.
+pub fn wait(child: Pid) -> Result<(Ended, Used), Errno> {
+    let mut status: c_int = 0;
+    // SAFETY: rusage is plain numbers, for which zeros are valid.
+    let mut usage: libc::rusage = unsafe { mem::zeroed() };
+    loop {
+        // SAFETY: `status` and `usage` are ours and what the kernel fills.
+        let result = unsafe {
+            libc::wait4(
+                child.as_raw_nonzero().get(),
+                &raw mut status,
+                0,
+                &raw mut usage,
+            )
+        };
+        match checked(i64::from(result)) {
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+            Ok(_) => break,
+        }
+    }
+    let micros =
+        |time: libc::timeval| time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_usec.unsigned_abs();
+    let ended = if libc::WIFSIGNALED(status) {
+        Ended::Killed(libc::WTERMSIG(status))
+    } else {
+        Ended::Exited(libc::WEXITSTATUS(status))
+    };
+    let used = Used {
+        peak_memory: usage.ru_maxrss.unsigned_abs() * 1024,
+        cpu_us: micros(usage.ru_utime) + micros(usage.ru_stime),
+    };
+    Ok((ended, used))
+}
+
+/// Closes the descriptors from `first` to `last`, both included.
+fn close_between(first: RawFd, last: RawFd) -> Result<(), Errno> {
+    // SAFETY: the caller promises that no owner in this process holds one of these descriptors;
+    // the call touches no memory.
+    let result =
+        unsafe { libc::syscall(libc::SYS_close_range, first as c_uint, last as c_uint, 0) };
+    checked(result).map(drop)
+}
+
+/// Closes every descriptor above 2 but those in `kept`. Nothing of this program may own any other,
+/// or it must never be used nor dropped again.
+pub fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
+    let mut kept: Vec<RawFd> = kept.to_vec();
+    kept.sort_unstable();
+    let mut first = 3;
+    for number in kept {
+        if number > first {
+            close_between(first, number - 1)?;
+        }
+        first = first.max(number + 1);
+    }
+    close_between(first, RawFd::MAX)
+}
+
+/// Leaves to the program to come none of the descriptors from `first` up.
+pub fn close_at_exec_from(first: RawFd) -> Result<(), Errno> {
+    // SAFETY: nothing is closed before this process is replaced; the call touches no memory.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first as c_uint,
+            c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    checked(result).map(drop)
+}
+
+/// Takes over a descriptor that was open when this program started. Each number once.
+pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_SETFD touches no memory, and says if `number` is not open.
+    let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    checked(i64::from(result))?;
+    // SAFETY: it is open; the caller promises to ask for a number once, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Puts copies of `descriptors` at the numbers 0, 1, 2 and so on, for the program to come. Whatever
+/// else had those numbers is closed: this is for a process about to be replaced, which goes on to
+/// use only descriptors above them.
+pub fn place(descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    // First all out of the way, so that none is overwritten before it has been copied.
+    let mut aside = Vec::with_capacity(descriptors.len());
+    for descriptor in descriptors {
+        aside.push(rustix::io::fcntl_dupfd_cloexec(descriptor, ASIDE)?);
+    }
+    for (number, descriptor) in aside.iter().enumerate() {
+        // SAFETY: the caller promises not to use what had the number before.
+        let result = unsafe { libc::dup2(descriptor.as_raw_fd(), number as c_int) };
+        checked(i64::from(result))?;
+    }
+    Ok(())
+}
+
+/// Above every number that a jail's program is given.
+pub const ASIDE: RawFd = 32;
+
+/// The signals of `ENDING` as a descriptor; they must be held back.
+pub fn ending_signals() -> Result<OwnedFd, Errno> {
+    let mut set = empty_signal_set();
+    for signal in ENDING {
+        // SAFETY: `set` was initialised above and the numbers are constants below 64.
+        unsafe { libc::sigaddset(&mut set, signal) };
+    }
+    // SAFETY: `set` is initialised.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    let fd = checked(i64::from(fd))?;
+    // SAFETY: the call succeeded, so the kernel opened this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// The next signal from [`ending_signals`], if one has come.
+pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
+    // One record; it begins with the number.
+    let mut record = [0; mem::size_of::<libc::signalfd_siginfo>()];
+    let count = rustix::io::read(signals, &mut record).ok()?;
+    let number = record.get(..count)?.first_chunk::<4>()?;
+    c_int::try_from(u32::from_ne_bytes(*number)).ok()
+}
+
+/// Makes writing to a terminal or a broken pipe an error instead of an end or a stop.
+pub fn ignore_terminal_signals() {
+    for signal in [libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
+        // SAFETY: SIG_IGN installs no code of ours as a handler.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// What a tap for a guest is attached with: Ethernet frames with a virtio-net header.
+const TAP_FLAGS: i16 = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+
+/// Attaches an opened /dev/net/tun to the tap `name`, which is made if it does not exist.
+pub fn attach_tap(tun: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
+    // SAFETY: ifreq is plain bytes, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    // The last byte stays zero.
+    if name.len() >= request.ifr_name.len() {
+        return Err(Errno::NAMETOOLONG);
+    }
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *slot = byte as c_char;
+    }
+    request.ifr_ifru.ifru_flags = TAP_FLAGS;
+    // SAFETY: the descriptor is open while borrowed; the kernel reads and writes `request`, which
+    // is ours and of the size this request has.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    checked(i64::from(result)).map(drop)
+}
+
+/// Leaves the end of an attached tap to its network namespace.
+pub fn keep_tap(tap: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: the descriptor is open while borrowed; the argument is a number.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+    checked(i64::from(result)).map(drop)
+}
+
+/// Whether `fd` is a tap attached as a guest needs it; an error if it is no tap at all.
+pub fn is_guest_tap(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    // SAFETY: ifreq is plain bytes, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    // SAFETY: the descriptor is open while borrowed; the kernel writes `request`, which is ours and
+    // of the size this request has.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
+    checked(i64::from(result))?;
+    // SAFETY: the kernel filled the flags; any bits are a valid number.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok(flags & TAP_FLAGS == TAP_FLAGS)
+}
+
+/// The version of KVM's interface that an opened /dev/kvm speaks.
+pub fn kvm_version(kvm: BorrowedFd<'_>) -> Result<i32, Errno> {
+    /// `KVM_GET_API_VERSION` of linux/kvm.h.
+    const GET_API_VERSION: libc::c_ulong = 0xae00;
+    // SAFETY: the descriptor is open while borrowed; this request has no argument.
+    let result = unsafe { libc::ioctl(kvm.as_raw_fd(), GET_API_VERSION, 0) };
+    checked(i64::from(result)).map(|version| version as i32)
+}
+
+/// The version of Landlock's interface.
+pub fn landlock_version() -> Result<i64, Errno> {
+    /// `LANDLOCK_CREATE_RULESET_VERSION` of linux/landlock.h.
+    const VERSION: c_uint = 1;
+    // SAFETY: asked for the version alone, the kernel reads no memory.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            ptr::null::<u8>(),
+            0_usize,
+            VERSION,
+        )
+    };
+    checked(result)
+}
+
+/// Leaves the session's keys behind, for an empty set of them.
+pub fn leave_session_keys() -> Result<(), Errno> {
+    /// `KEYCTL_JOIN_SESSION_KEYRING` of linux/keyctl.h.
+    const JOIN_SESSION_KEYRING: c_int = 1;
+    // SAFETY: without a name the kernel reads no memory.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            JOIN_SESSION_KEYRING,
+            ptr::null::<c_char>(),
+        )
+    };
+    checked(result).map(drop)
 }
 
 fn checked(result: i64) -> Result<i64, Errno> {

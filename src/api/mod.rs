@@ -22,6 +22,7 @@
     )
 )]
 
+mod counters;
 pub mod http;
 pub mod routes;
 
@@ -31,13 +32,16 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::inbox::{self, Inbox, Outbox};
+use crate::metrics::Reader;
 use crate::sys::process;
 use crate::vmm::action::{Answer, Command, Reply};
+use counters::{Counted, Counters};
 use http::{Decoder, Piece, Request, Response};
 
 /// Most connections at once. When a new one needs its place, an idle one is closed.
@@ -159,6 +163,7 @@ pub struct Server {
     now: Instant,
     /// When it was last looked at deadlines.
     looked: Instant,
+    counters: Arc<Counters>,
 }
 
 impl Server {
@@ -202,7 +207,13 @@ impl Server {
             count: 0,
             now: Instant::now(),
             looked: Instant::now(),
+            counters: Arc::new(Counters::new()),
         })
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> Arc<dyn Reader> {
+        Arc::clone(&self.counters) as Arc<dyn Reader>
     }
 
     /// Serves until the process ends.
@@ -288,6 +299,7 @@ impl Server {
             };
             let token = connection.token;
             if let Some(late) = connection.asked.take_if(|asked| asked.until <= now) {
+                self.counters.late(late.counted);
                 let seconds = late.patience.as_secs();
                 let sentence = format!(
                     "There was no answer within {seconds} seconds; what was asked for may still \
@@ -315,6 +327,8 @@ impl Server {
             // Another question, or another client, may have come to this place since.
             if let Some(asked) = connection.asked.take_if(|asked| asked.token == token) {
                 let connection = connection.token;
+                let time = self.now.saturating_duration_since(asked.since);
+                self.counters.answered(asked.counted, answer.is_ok(), time);
                 self.answer(connection, asked.close, &routes::response(&answer));
             }
         }
@@ -369,6 +383,7 @@ impl Server {
             match connection.pending.pop_front() {
                 Some(Piece::Continue) => connection.respond(&Response::empty(100), false),
                 Some(Piece::Malformed { reason, close }) => {
+                    self.counters.malformed();
                     connection.respond(&Response::malformed(&reason, close), close);
                     connection.draining = close;
                 }
@@ -396,14 +411,17 @@ impl Server {
 
     /// Asks control, or answers at once; `false` when control has no room for the question.
     fn ask(&mut self, connection: &mut Connection, request: Request) -> bool {
+        let operation = routes::operation(&request);
         let action = match routes::action(&request) {
             Ok(action) => action,
             Err(refused) => {
+                self.counters.refused(operation);
                 connection.respond(&refused, request.close);
                 return true;
             }
         };
         let patience = routes::patience(&action);
+        let counted = Counted::new(operation, &action);
         let token = self.token(place_of(connection.token));
         let posted = self.outstanding < OUTSTANDING_MAX && {
             // Answered in any case: a command that nobody takes answers for itself.
@@ -420,10 +438,13 @@ impl Server {
                 until: self.now.checked_add(patience).unwrap_or(self.now),
                 patience,
                 close: request.close,
+                since,
+                counted,
             });
             return true;
         }
         if self.now.saturating_duration_since(since) >= BUSY {
+            self.counters.late(counted);
             connection.respond(
                 &routes::no_answer("The monitor is busy: try again later."),
                 request.close,
@@ -480,6 +501,7 @@ impl Server {
             (Ok(()), Some(slot)) => {
                 let connection = Connection::new(stream, token, self.payload_max, self.now);
                 *slot = Some(Box::new(connection));
+                self.counters.connected();
             }
             // Closed: there is no descriptor, or no memory, to serve it with.
             _ => self.free.push(place),
@@ -571,6 +593,9 @@ struct Asked {
     until: Instant,
     patience: Duration,
     close: bool,
+    /// When the request was whole.
+    since: Instant,
+    counted: Counted,
 }
 
 /// One client.

@@ -149,15 +149,28 @@ fn find(request: &Request) -> Result<Action, String> {
         _ => {}
     }
     let body = request.body.as_deref().unwrap_or_default();
-    for operation in OPERATIONS.iter().filter(|o| o.method == request.method) {
-        match (matches(operation.path, &request.path), &operation.to_action) {
-            (None, _) => {}
-            (Some(_), ToAction::Plain(make)) => return Ok(make()),
-            (Some(_), ToAction::Body(make)) => return make(body),
-            (Some(id), ToAction::Id(make)) => return make(checked_id(id)?, body),
-        }
+    let Some((_, operation, id)) = place(request) else {
+        return Err(unknown(request));
+    };
+    match &operation.to_action {
+        ToAction::Plain(make) => Ok(make()),
+        ToAction::Body(make) => make(body),
+        ToAction::Id(make) => make(checked_id(id)?, body),
     }
-    Err(unknown(request))
+}
+
+/// The place in [`OPERATIONS`] of what `request` asks for.
+pub fn operation(request: &Request) -> Option<usize> {
+    place(request).map(|(at, ..)| at)
+}
+
+/// What `request` asks for, where that is in the table, and the id in its path.
+fn place(request: &Request) -> Option<(usize, &'static Operation, &str)> {
+    OPERATIONS
+        .iter()
+        .enumerate()
+        .filter(|(_, operation)| operation.method == request.method)
+        .find_map(|(at, operation)| Some((at, operation, matches(operation.path, &request.path)?)))
 }
 
 /// Whether `path` is the one of `pattern`; and the segment in the place of `{id}`, if any.

@@ -3,6 +3,21 @@
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
 
+/// An access of the guest's to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// `in`
+    PortRead,
+    /// `out`
+    PortWrite,
+    /// A load from a register in memory.
+    MemoryRead,
+    /// A store to one.
+    MemoryWrite,
+    /// The last exit was for something else.
+    None,
+}
+
 /// One vCPU's `kvm_run` page.
 ///
 /// Two of its fields are needed beside what `VcpuFd::run` returns: the size of one unit of a port
@@ -40,6 +55,28 @@ impl RunPage {
     pub fn exit_reason(&self) -> u32 {
         // SAFETY: the page stays mapped while the vCPU is open; any bytes are a valid `u32`.
         unsafe { (*self.page).exit_reason }
+    }
+
+    /// What the guest did that KVM_RUN just returned for.
+    pub fn access(&self) -> Access {
+        match self.exit_reason() {
+            kvm_bindings::KVM_EXIT_IO => {
+                // SAFETY: as for `port_unit`.
+                let direction = unsafe { (*self.page).__bindgen_anon_1.io.direction };
+                match u32::from(direction) {
+                    kvm_bindings::KVM_EXIT_IO_OUT => Access::PortWrite,
+                    _ => Access::PortRead,
+                }
+            }
+            kvm_bindings::KVM_EXIT_MMIO => {
+                // SAFETY: as for `port_unit`.
+                match unsafe { (*self.page).__bindgen_anon_1.mmio.is_write } {
+                    0 => Access::MemoryRead,
+                    _ => Access::MemoryWrite,
+                }
+            }
+            _ => Access::None,
+        }
     }
 
     /// Makes the next KVM_RUN return at once, or lets it run.

@@ -37,8 +37,9 @@ pub fn restore() {
         return;
     }
     if let Some(found) = FOUND.get() {
-        // SAFETY: `found` is a whole termios that is never written again; tcsetattr is
-        // async-signal-safe and makes one ioctl.
-        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, std::ptr::from_ref(found)) };
+        // The bare ioctl: tcsetattr makes a second one, which no filter allows.
+        // SAFETY: the kernel reads its own termios, 36 bytes, which the C library's begins with;
+        // `found` is never written again.
+        unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TCSETS, std::ptr::from_ref(found)) };
     }
 }

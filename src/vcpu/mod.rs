@@ -25,7 +25,8 @@ use self::exits::{Outcome, run_once};
 use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
-use crate::sys::kvm::RunPage;
+use crate::metrics::{Counter, Report};
+use crate::sys::kvm::{Access, RunPage};
 use crate::sys::signal;
 use crate::timeline::{Moment, Timeline};
 
@@ -76,6 +77,32 @@ pub enum VcpuEvent {
     },
 }
 
+/// Exits of a vCPU by kind. On cache lines of its own: each vCPU writes to its.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Exits {
+    port_reads: Counter,
+    port_writes: Counter,
+    memory_reads: Counter,
+    memory_writes: Counter,
+    interruptions: Counter,
+    others: Counter,
+}
+
+impl Exits {
+    fn count(&self, outcome: &Outcome, page: &RunPage) {
+        let kind = match (outcome, page.access()) {
+            (Outcome::Interrupted, _) => &self.interruptions,
+            (_, Access::PortRead) => &self.port_reads,
+            (_, Access::PortWrite) => &self.port_writes,
+            (_, Access::MemoryRead) => &self.memory_reads,
+            (_, Access::MemoryWrite) => &self.memory_writes,
+            (_, Access::None) => &self.others,
+        };
+        kind.one();
+    }
+}
+
 /// A vCPU and everything its thread uses.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -89,6 +116,7 @@ pub struct Vcpu {
     /// A write of the guest's that another thread has yet to complete.
     waiting_for: Option<Ticket>,
     timeline: Timeline,
+    exits: Arc<Exits>,
 }
 
 /// Control's end of a vCPU.
@@ -96,7 +124,16 @@ pub struct Vcpu {
 pub struct VcpuHandle {
     index: u8,
     messages: SyncSender<VcpuMessage>,
+    exits: Arc<Exits>,
     thread: JoinHandle<()>,
+}
+
+/// The seat of a vCPU whose thread has yet to be known: becomes a [`VcpuHandle`].
+#[derive(Debug)]
+pub struct VcpuSeat {
+    index: u8,
+    messages: SyncSender<VcpuMessage>,
+    exits: Arc<Exits>,
 }
 
 /// A vCPU does not take messages: its thread is gone or does not answer.
@@ -125,8 +162,14 @@ impl Vcpu {
         buses: Arc<Buses>,
         events: Outbox<VcpuEvent>,
         timeline: Timeline,
-    ) -> (Self, SyncSender<VcpuMessage>) {
+    ) -> (Self, VcpuSeat) {
         let (sender, messages) = sync_channel(MESSAGES);
+        let exits = Arc::new(Exits::default());
+        let seat = VcpuSeat {
+            index,
+            messages: sender,
+            exits: Arc::clone(&exits),
+        };
         let vcpu = Vcpu {
             index,
             page: RunPage::of(&mut fd),
@@ -136,8 +179,9 @@ impl Vcpu {
             events,
             waiting_for: None,
             timeline,
+            exits,
         };
-        (vcpu, sender)
+        (vcpu, seat)
     }
 
     /// The life of the thread. Begins paused; returns only if control is gone.
@@ -187,7 +231,9 @@ impl Vcpu {
                 }
                 self.waiting_for = None;
             }
-            match run_once(&mut self.fd, &self.page, &self.buses) {
+            let outcome = run_once(&mut self.fd, &self.page, &self.buses);
+            self.exits.count(&outcome, &self.page);
+            match outcome {
                 Outcome::Continue | Outcome::Interrupted => {}
                 Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
                 Outcome::End(end) => {
@@ -227,11 +273,41 @@ enum State {
 
 impl VcpuHandle {
     /// A handle of the vCPU that runs on `thread`.
-    pub fn new(index: u8, messages: SyncSender<VcpuMessage>, thread: JoinHandle<()>) -> Self {
+    pub fn new(seat: VcpuSeat, thread: JoinHandle<()>) -> Self {
+        let VcpuSeat {
+            index,
+            messages,
+            exits,
+        } = seat;
         VcpuHandle {
             index,
             messages,
+            exits,
             thread,
+        }
+    }
+
+    /// Writes what the vCPU has counted into `report`.
+    pub fn read_counters(&self, report: &mut Report) {
+        let index = self.index.to_string();
+        let exits = &self.exits;
+        for (kind, key, count) in [
+            ("port_read", Some("exit_io_in"), &exits.port_reads),
+            ("port_write", Some("exit_io_out"), &exits.port_writes),
+            ("mmio_read", Some("exit_mmio_read"), &exits.memory_reads),
+            ("mmio_write", Some("exit_mmio_write"), &exits.memory_writes),
+            ("interrupted", None, &exits.interruptions),
+            ("other", None, &exits.others),
+        ] {
+            report.counter(
+                "mayfly_vcpu_exits_total",
+                "Times a vCPU left the guest and came to the monitor.",
+                &[("vcpu", &index), ("kind", kind)],
+                count.get(),
+            );
+            if let Some(key) = key {
+                report.add("vcpu", key, count.get());
+            }
         }
     }
 

@@ -47,13 +47,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::Ram;
+pub use crate::metrics::Counter;
+use crate::metrics::Report;
 pub use interrupt::Interrupt;
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
-pub use worker::{DeviceHandle, Done, Worker, WorkerEvent, WorkerReply, attach};
+pub use worker::{DeviceHandle, Done, Worker, WorkerCounters, WorkerEvent, WorkerReply, attach};
 
 /// The most queues any of our devices has.
 pub const MAX_QUEUES: usize = 2;
@@ -112,6 +113,14 @@ pub trait Device: Send + 'static {
     fn config(&self) -> ConfigSpace;
     /// The counters, for whoever wants to read them.
     fn counters(&self) -> Arc<Self::Counters>;
+    /// Writes `counters`, and what of `worker` belongs to the same line of the original's
+    /// metrics, into `report`, for the device `name`.
+    fn read_counters(
+        counters: &Self::Counters,
+        worker: &WorkerCounters,
+        name: &str,
+        report: &mut Report,
+    );
     /// Descriptors to watch, edge-triggered, beside the kicks; open for the device's life.
     fn sources(&self) -> Vec<RawFd>;
 
@@ -263,26 +272,5 @@ impl ConfigSpace {
 impl Default for ConfigSpace {
     fn default() -> Self {
         ConfigSpace::new()
-    }
-}
-
-/// A number that only grows: written by one thread, read by any.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Counts `n` more.
-    pub fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
-    }
-
-    /// Counts one more.
-    pub fn one(&self) {
-        self.add(1);
-    }
-
-    /// The count so far.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
     }
 }

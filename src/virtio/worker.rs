@@ -40,6 +40,7 @@ use super::{
 };
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox, Sender, inbox};
+use crate::metrics::Report;
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
 const UNITS_PER_TURN: u32 = 64;
@@ -118,10 +119,50 @@ pub struct WorkerCounters {
     pub resets: Counter,
     /// Times the device had to be marked NEEDS_RESET.
     pub broken: Counter,
-    /// Wake-ups by the driver.
-    pub kicks: Counter,
+    /// Wake-ups by the driver, by queue.
+    pub kicks: [Counter; MAX_QUEUES],
     /// Interrupts for used buffers.
     pub interrupts: Counter,
+}
+
+impl WorkerCounters {
+    /// Writes what any device counts into `report`, for the device `name`.
+    fn read(&self, name: &str, report: &mut Report) {
+        let device = [("device", name)];
+        report.counter(
+            "mayfly_device_activations_total",
+            "Times the driver activated the device.",
+            &device,
+            self.activations.get(),
+        );
+        report.counter(
+            "mayfly_device_resets_total",
+            "Times the driver reset the device.",
+            &device,
+            self.resets.get(),
+        );
+        report.counter(
+            "mayfly_device_broken_total",
+            "Times the driver did what only a reset mends.",
+            &device,
+            self.broken.get(),
+        );
+        report.counter(
+            "mayfly_device_interrupts_total",
+            "Interrupts for used buffers.",
+            &device,
+            self.interrupts.get(),
+        );
+        for (queue, kicks) in ["0", "1"].into_iter().zip(&self.kicks) {
+            report.counter(
+                "mayfly_device_kicks_total",
+                "Wake-ups of the device by the driver.",
+                &[("device", name), ("queue", queue)],
+                kicks.get(),
+            );
+        }
+        report.add("interrupts", "triggers", self.interrupts.get());
+    }
 }
 
 /// A message was not delivered: the worker has stopped listening, or has ended.
@@ -186,6 +227,12 @@ impl<D: Device> DeviceHandle<D> {
     /// The device's registers.
     pub fn registers(&self) -> &Registers {
         &self.registers
+    }
+
+    /// Writes what the device and its worker have counted into `report`.
+    pub fn read_counters(&self, report: &mut Report) {
+        self.worker_counters.read(&self.name, report);
+        D::read_counters(&self.counters, &self.worker_counters, &self.name, report);
     }
 
     /// What the device has counted.
@@ -402,7 +449,9 @@ impl<D: Device> MutEventSubscriber for Loop<D> {
             let ready = self.device.backend(source as usize);
             self.runnable.insert(ready);
         } else if let Some(queue) = number.checked_sub(token::KICKS) {
-            self.counters.kicks.one();
+            if let Some(kicks) = self.counters.kicks.get(queue as usize) {
+                kicks.one();
+            }
             self.runnable.insert(QueueSet::one(queue as usize));
         }
         // The inboxes are looked into in any case.
@@ -696,7 +745,7 @@ mod tests {
         thread::sleep(Duration::from_millis(50));
         let stat = |bench: &Bench| {
             let _ = bench;
-            bench.handle.worker_counters().kicks.get()
+            bench.handle.worker_counters().kicks[0].get()
         };
         let kicks = stat(&bench);
         thread::sleep(Duration::from_millis(50));

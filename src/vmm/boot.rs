@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::thread;
 
 use kvm_bindings::CpuId;
@@ -20,13 +21,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::devices;
 use super::machine::Machine;
 use super::opened::{OpenError, Opened};
-use super::threads::{Berth, Muster, SpawnError, berth};
+use super::threads::{self, Berth, Muster, SpawnError, berth};
 use super::{Event, Settings};
 use crate::arch::boot::{self, BootError, CommandLineError, Root};
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::i8042::I8042;
 use crate::arch::vcpu::VcpuError;
-use crate::arch::{Kernel, KernelError, Vm, VmError, cpuid, layout};
+use crate::arch::{self, Kernel, KernelError, Vm, VmError, cpuid, layout};
 use crate::bus::{Overlap, Registers};
 use crate::config::{Config, ConfigError, Draft};
 use crate::inbox::{Sender, inbox};
@@ -36,7 +37,7 @@ use crate::seccomp::Category;
 use crate::serial::{self, Streams};
 use crate::sys::fd;
 use crate::timeline::{Moment, Timeline};
-use crate::vcpu::{Buses, Vcpu, VcpuHandle};
+use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
 use crate::virtio::{self, Device, DeviceHandle, Worker};
@@ -170,8 +171,15 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
 
     // The machine: memory first, then KVM's part of it.
     let mut memory = Memory::anonymous(config.machine.mem_size_mib)?;
-    let vm = Vm::new(&kvm, &memory, config.machine.track_dirty_pages)?;
+    let vm = Arc::new(Vm::new(&kvm, &memory, config.machine.track_dirty_pages)?);
     host.timeline.mark_again(Moment::MemoryMade);
+
+    // The vCPUs, each made by the thread that will run it, beside all that follows.
+    let supported = supported
+        .recv()
+        .unwrap_or_else(|_| cpuid::supported(&kvm))
+        .map_err(StartError::Cpuid)?;
+    let vcpus = begin_vcpus(&berths.vcpus, &vm, &config, Arc::new(supported));
 
     // What the guest starts with: kernel, initrd, command line, tables.
     let entry = load(host, &mut memory, &config, opened)?;
@@ -194,21 +202,17 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         place_boot_timer(host, &mut buses)?;
     }
 
-    // The vCPUs, their registers set.
-    let buses = Arc::new(buses);
-    let supported = supported
-        .recv()
-        .unwrap_or_else(|_| cpuid::supported(&kvm))
-        .map_err(StartError::Cpuid)?;
-    let vcpus = make_vcpus(host, &supported, &vm, &config, &entry, &buses)?;
+    // The first vCPU starts at the kernel's entry; the guest wakes the others.
+    let vcpus = finish_vcpus(host, vcpus, &entry, &Arc::new(buses))?;
 
-    // From here on nothing fails: every thread gets its work and installs its filter.
+    // From here on nothing fails: every thread, this one included, gets its work and its filter.
     let muster = Muster::of(berths.count());
     let mut vcpu_handles = Vec::with_capacity(vcpus.len());
-    for (index, ((vcpu, messages), berth)) in (0u8..).zip(vcpus.into_iter().zip(berths.vcpus)) {
+    for ((vcpu, seat), berth) in vcpus.into_iter().zip(berths.vcpus) {
         let thread = berth.occupy(host.category(Category::Vcpu), &muster, move || vcpu.run());
-        vcpu_handles.push(VcpuHandle::new(index, messages, thread));
+        vcpu_handles.push(VcpuHandle::new(seat, thread));
     }
+    let console_counters = console.counters();
     let blocks = occupy(host, Category::Block, &muster, blocks, berths.blocks);
     let nets = occupy(host, Category::Net, &muster, nets, berths.nets);
     let _ = berths
@@ -218,6 +222,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
                 error!("The console stopped: {cause}");
             }
         });
+    threads::filter_or_end(host.category(Category::Control));
     muster.wait();
 
     Ok(Machine {
@@ -226,6 +231,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         blocks,
         nets,
         console: console_sender,
+        console_counters,
         log_before: log::redirect(Place::NonBlocking(log_writer.as_raw_fd())),
         _log_writer: log_writer,
         keyboard,
@@ -470,23 +476,49 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), StartError
     Ok(())
 }
 
-type Seats = Vec<(Vcpu, std::sync::mpsc::SyncSender<crate::vcpu::VcpuMessage>)>;
+type Seats = Vec<(Vcpu, VcpuSeat)>;
 
-fn make_vcpus(
-    host: &Host<'_>,
-    supported: &CpuId,
-    vm: &Vm,
+/// A vCPU that its thread is making.
+type Making = Receiver<Result<arch::Vcpu, StartError>>;
+
+/// Lets the thread of each vCPU make it.
+fn begin_vcpus(
+    berths: &[Berth],
+    vm: &Arc<Vm>,
     config: &Config,
+    supported: Arc<CpuId>,
+) -> Vec<Making> {
+    let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
+    (0u8..)
+        .zip(berths)
+        .map(|(index, berth)| {
+            let (vm, supported) = (Arc::clone(vm), Arc::clone(&supported));
+            berth.ask(move || {
+                let vcpu = vm.create_vcpu(index)?;
+                arch::vcpu::prepare(&vcpu, &cpuid::table(&supported, index, count, smt))?;
+                Ok(vcpu)
+            })
+        })
+        .collect()
+}
+
+/// Collects the vCPUs, in order, and puts the first before the guest's first instruction.
+fn finish_vcpus(
+    host: &Host<'_>,
+    making: Vec<Making>,
     entry: &boot::Entry,
     buses: &Arc<Buses>,
 ) -> Result<Seats, StartError> {
-    let machine = &config.machine;
-    (0..machine.vcpu_count)
-        .map(|index| {
-            let fd = vm.create_vcpu(index)?;
-            let cpuid = cpuid::table(supported, index, machine.vcpu_count, machine.smt);
-            // Only the first starts at the entry; the others wait for the guest to wake them.
-            crate::arch::vcpu::configure(&fd, (index == 0).then_some(entry), &cpuid)?;
+    (0u8..)
+        .zip(making)
+        .map(|(index, making)| {
+            let gone = |_| io::Error::other("its thread is gone");
+            let fd = making
+                .recv()
+                .map_err(|e| StartError::Descriptor("a vCPU", gone(e)))??;
+            if index == 0 {
+                arch::vcpu::enter(&fd, entry)?;
+            }
             Ok(Vcpu::new(
                 index,
                 fd,

@@ -12,7 +12,7 @@ use crate::config::{Draft, DriveUpdate, NetworkUpdate};
 use crate::inbox::Sender;
 use crate::log::{self, Place};
 use crate::memory::Memory;
-use crate::serial::SerialMessage;
+use crate::serial::{self, SerialMessage};
 use crate::vcpu::{Deaf, VcpuHandle};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
@@ -31,6 +31,8 @@ pub struct Machine {
     pub nets: Vec<DeviceHandle<Net>>,
     /// The serial thread.
     pub console: Sender<SerialMessage>,
+    /// What it and the UART count.
+    pub console_counters: Arc<serial::Counters>,
     /// Where the log went before it went through the serial thread.
     pub log_before: RawFd,
     /// The pipe it goes into now; kept open.
@@ -38,7 +40,7 @@ pub struct Machine {
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
     /// Kept open: the last one to hold it ends the virtual machine.
-    pub _vm: Vm,
+    pub _vm: Arc<Vm>,
     /// Kept mapped.
     pub memory: Memory,
 }

@@ -21,12 +21,14 @@ mod boot;
 mod devices;
 mod machine;
 mod opened;
+mod report;
 pub mod rules;
 pub mod threads;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
@@ -38,9 +40,10 @@ use self::opened::Opened;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, Draft, Logger, VmConfig};
+use crate::config::{self, Draft, Logger, Metrics, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::memory::mapped::{self, NAME_MAX};
+use crate::metrics::{Reader, Report, Sink};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
@@ -59,6 +62,8 @@ const INBOX: usize = 256;
 const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a client waits for a device to take up an update.
 const UPDATE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often a running machine's metrics are written to their sink.
+const METRICS_INTERVAL: Duration = Duration::from_secs(60);
 /// How long the console and the log may take to be written out at the end.
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
@@ -126,6 +131,10 @@ pub struct Settings {
     pub boot_timer: bool,
     /// When the jailer began, in microseconds of the monotonic clock.
     pub start_time_us: Option<u64>,
+    /// CPU time that this process had used when it began, by the jailer's account.
+    pub start_time_cpu_us: Option<u64>,
+    /// CPU time that the jailer used, in microseconds.
+    pub parent_cpu_time_us: Option<u64>,
     /// Boot by this protocol, whatever the kernel offers.
     pub protocol: Option<crate::arch::Protocol>,
 }
@@ -144,6 +153,13 @@ pub struct Vmm {
     next_token: u64,
     /// The log's place, when it is not standard output.
     log: Option<File>,
+    counters: report::Counters,
+    /// What other threads than a machine's count.
+    readers: Vec<Arc<dyn Reader>>,
+    /// Where metrics are written to.
+    metrics: Option<Sink>,
+    /// When that is due, while a machine runs.
+    metrics_due: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -166,9 +182,14 @@ fn open_log(logger: &Logger) -> Result<Option<File>, ActionError> {
     }
 }
 
+fn micros_since(then: Instant) -> u64 {
+    u64::try_from(then.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
 /// A pause under way.
 #[derive(Debug)]
 struct Pausing {
+    since: Instant,
     /// vCPUs that still run guest code, by bit.
     vcpus: u32,
     /// Tokens of devices that still work.
@@ -203,7 +224,26 @@ impl Vmm {
             updates: Vec::new(),
             next_token: 0,
             log: None,
+            counters: report::Counters::default(),
+            readers: Vec::new(),
+            metrics: None,
+            metrics_due: None,
         })
+    }
+
+    /// The API accepts clients; `counters` are what its thread counts.
+    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>) {
+        self.timeline.mark(Moment::ApiReady);
+        self.readers.push(counters);
+        if let Some(start) = self.settings.start_time_us {
+            let now = clock::monotonic_nanos() / 1000;
+            self.counters.startup_us = now.saturating_sub(start);
+        }
+        if let Some(start) = self.settings.start_time_cpu_us {
+            let now = clock::process_cpu_nanos() / 1000;
+            let parent = self.settings.parent_cpu_time_us.unwrap_or(0);
+            self.counters.startup_cpu_us = now.saturating_sub(start).saturating_add(parent);
+        }
     }
 
     /// Where requests go.
@@ -238,20 +278,82 @@ impl Vmm {
     /// Takes up a whole configuration in place of what there was; all of it, or nothing.
     fn take_config(&mut self, mut config: VmConfig) -> Result<(), ActionError> {
         let (logger, metrics) = (config.logger.take(), config.metrics.take());
-        let State::Configuring(draft, opened) = &mut self.state else {
+        let State::Configuring(_, opened) = &self.state else {
             return Err(ActionError("The microVM is running.".into()));
         };
         let taken = opened::take_all(opened, config)?;
+        let metrics = match metrics {
+            Some(metrics) => Some(self.open_metrics(metrics)?),
+            None => None,
+        };
         let log = match &logger {
             Some(logger) => open_log(logger)?,
             None => None,
         };
         // From here on nothing fails.
+        let State::Configuring(draft, opened) = &mut self.state else {
+            return Ok(());
+        };
         (**draft, *opened) = taken;
         if let Some(logger) = logger {
             self.use_logger(&logger, log);
         }
-        let _ = metrics;
+        if let Some(metrics) = metrics {
+            self.metrics = Some(metrics);
+        }
+        Ok(())
+    }
+
+    /// Takes up where the command line or a client wants the metrics: once.
+    ///
+    /// # Errors
+    /// The sentence: its file can not be opened, or there is one already.
+    pub fn set_metrics(&mut self, metrics: Metrics) -> Result<(), ActionError> {
+        self.metrics = Some(self.open_metrics(metrics)?);
+        Ok(())
+    }
+
+    fn open_metrics(&self, metrics: Metrics) -> Result<Sink, ActionError> {
+        const WHY: &str = "Cannot initialize the metrics system due to bad user input";
+        if self.metrics.is_some() {
+            return Err(ActionError(format!(
+                "{WHY}: Reinitialization of metrics not allowed."
+            )));
+        }
+        let file = opened::open_sink("metrics", &metrics.metrics_path)
+            .map_err(|e| ActionError(format!("{WHY}: {}", log::chain(&e))))?;
+        let id = metrics.emit_id.then(|| self.settings.id.clone());
+        Ok(Sink::new(file, id, metrics.properties))
+    }
+
+    /// All counters as they are now.
+    fn report(&self) -> Report {
+        let mut report = report::begin(
+            &self.settings.id,
+            self.phase(),
+            &self.timeline,
+            &self.counters,
+        );
+        for reader in &self.readers {
+            reader.read(&mut report);
+        }
+        if let Some(machine) = self.machine() {
+            report::machine(machine, &mut report);
+        }
+        report
+    }
+
+    /// Writes a line of metrics, if there is a place for it.
+    fn flush_metrics(&mut self) -> io::Result<()> {
+        if self.metrics.is_none() {
+            return Ok(());
+        }
+        let report = self.report();
+        if let Some(sink) = &mut self.metrics {
+            let result = sink.write(report);
+            self.counters.missed_lines = sink.missed();
+            return result;
+        }
         Ok(())
     }
 
@@ -327,6 +429,9 @@ impl Vmm {
             Event::Command(Command { action, reply }) => self.command(*action, reply),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.vcpu_paused(index),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
+                if !matches!(end, End::Reset | End::PowerOff) {
+                    self.counters.vcpu_failures = self.counters.vcpu_failures.saturating_add(1);
+                }
                 return Next::Exit(self.guest_ended(index, end));
             }
             Event::Worker(event) => {
@@ -397,7 +502,14 @@ impl Vmm {
                 }
                 Ok(Outcome::Done)
             }
-            Action::FlushMetrics => Ok(Outcome::Done),
+            Action::GetMetrics => Ok(Outcome::Metrics(self.report().prometheus())),
+            Action::PutMetrics(metrics) => self.set_metrics(metrics).map(|()| Outcome::Done),
+            Action::FlushMetrics => match self.flush_metrics() {
+                Ok(()) => Ok(Outcome::Done),
+                Err(cause) => Err(ActionError(format!(
+                    "The metrics could not be written, and will be with the next line: {cause}"
+                ))),
+            },
             Action::PutLogger(logger) => self.set_logger(&logger).map(|()| Outcome::Done),
             Action::PutVm { config, start } => {
                 self.take_config(*config)?;
@@ -435,13 +547,10 @@ impl Vmm {
                 if let Err(error) = terminal::make_raw() {
                     warn!("The terminal stays as it is: {error}");
                 }
-                threads::filter_or_end(
-                    self.settings
-                        .seccomp
-                        .then_some(crate::seccomp::Category::Control),
-                );
                 let started = machine.run_vcpus();
                 self.state = State::Running(Box::new(machine));
+                // The first line comes at once, beside the guest.
+                self.metrics_due = self.metrics.is_some().then(Instant::now);
                 started.map_err(|e| ActionError::of(&e))?;
                 info!("The microVM is running.");
                 Ok(Outcome::Done)
@@ -457,6 +566,7 @@ impl Vmm {
         match mem::replace(&mut self.state, State::Between) {
             State::Running(machine) => {
                 let pausing = Pausing {
+                    since: Instant::now(),
                     vcpus: machine.pause_vcpus(),
                     devices: Vec::new(),
                     clients: vec![reply],
@@ -518,6 +628,7 @@ impl Vmm {
                 if pausing.vcpus == 0 && pausing.devices.is_empty() =>
             {
                 self.state = State::Paused(machine);
+                self.counters.pause_us = micros_since(pausing.since);
                 for client in pausing.clients {
                     client.send(Ok(Outcome::Done));
                 }
@@ -528,11 +639,13 @@ impl Vmm {
 
     fn resume(&mut self) -> Answer {
         let token = self.new_token();
+        let since = Instant::now();
         match mem::replace(&mut self.state, State::Between) {
             State::Paused(machine) => {
                 machine.resume_devices(token);
                 let resumed = machine.run_vcpus();
                 self.state = State::Running(machine);
+                self.counters.resume_us = micros_since(since);
                 resumed.map_err(|e| ActionError::of(&e))?;
                 Ok(Outcome::Done)
             }
@@ -588,7 +701,8 @@ impl Vmm {
             State::Pausing(_, pausing) => Some(pausing.deadline),
             _ => None,
         };
-        let next = self.updates.iter().map(|(.., at)| *at).chain(pause).min()?;
+        let updates = self.updates.iter().map(|(.., at)| *at);
+        let next = updates.chain(pause).chain(self.metrics_due).min()?;
         let left = next.saturating_duration_since(Instant::now());
         Some(
             u32::try_from(left.as_millis())
@@ -599,6 +713,12 @@ impl Vmm {
 
     fn look_at_deadlines(&mut self) {
         let now = Instant::now();
+        if self.metrics_due.is_some_and(|at| at <= now) {
+            self.metrics_due = now.checked_add(METRICS_INTERVAL);
+            if let Err(cause) = self.flush_metrics() {
+                warn!("A line of metrics was not written: {cause}");
+            }
+        }
         while let Some(at) = self.updates.iter().position(|(.., at)| *at <= now) {
             let (_, client, _) = self.updates.swap_remove(at);
             client.send(Err(ActionError(format!(
@@ -626,14 +746,15 @@ impl Vmm {
     }
 
     /// The end: what the guest and the log still had to say is written out, as far as anybody reads.
-    fn finish(&self) {
-        let Some(machine) = self.machine() else {
-            return;
-        };
-        if machine.finish_console() {
+    fn finish(&mut self) {
+        if self.machine().is_some_and(Machine::finish_console) {
             self.await_finished();
         }
-        machine.take_log_back();
+        // There is nobody left to tell that it failed.
+        let _ = self.flush_metrics();
+        if let Some(machine) = self.machine() {
+            machine.take_log_back();
+        }
     }
 
     fn await_finished(&self) {

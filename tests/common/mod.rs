@@ -480,13 +480,14 @@ pub fn probe_vm(words: &str) -> serde_json::Value {
 /// A machine whose guest is the probe, doing `words`, with these disks, none of them the root.
 pub fn probe_vm_with_disks(words: &str, disks: &[&Path]) -> serde_json::Value {
     let mut config = probe_vm(words);
-    for (n, disk) in disks.iter().enumerate() {
-        config["drives"][n] = serde_json::json!({
+    let drives = disks.iter().enumerate().map(|(n, disk)| {
+        serde_json::json!({
             "drive_id": format!("disk{n}"),
             "path_on_host": disk,
             "is_root_device": false,
-        });
-    }
+        })
+    });
+    config["drives"] = drives.collect();
     config
 }
 

@@ -53,24 +53,29 @@ fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
     move |cause| VcpuError { what, cause }
 }
 
-/// Brings `vcpu` into its state before the first instruction: `entry` for the boot vCPU, `None`
-/// for the others, which stay in KVM's wait-for-SIPI state.
+/// Gives `vcpu` its CPUID table and the MSRs it starts with. It then waits for the guest to wake
+/// it (KVM's wait-for-SIPI state), unless it is the one that [`enter`] is called for.
 ///
 /// # Errors
 /// [`VcpuError`] when KVM refuses a part of it.
-pub fn configure(vcpu: &VcpuFd, entry: Option<&Entry>, cpuid: &CpuId) -> Result<(), VcpuError> {
+pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
     vcpu.set_cpuid2(cpuid).map_err(refused("CPUID table"))?;
     let msrs = Msrs::from_entries(&msr::BOOT).expect("two entries fit");
     let done = vcpu.set_msrs(&msrs).map_err(refused("MSRs"))?;
     if done != msr::BOOT.len() {
         return Err(refused("MSRs")(kvm_ioctls::Error::new(libc::EINVAL)));
     }
-    if let Some(entry) = entry {
-        vcpu.set_sregs(&sregs(entry))
-            .map_err(refused("system registers"))?;
-        vcpu.set_regs(&regs(entry)).map_err(refused("registers"))?;
-    }
     Ok(())
+}
+
+/// Puts `vcpu`, the boot vCPU, before the guest's first instruction.
+///
+/// # Errors
+/// [`VcpuError`] when KVM refuses the registers.
+pub fn enter(vcpu: &VcpuFd, entry: &Entry) -> Result<(), VcpuError> {
+    vcpu.set_sregs(&sregs(entry))
+        .map_err(refused("system registers"))?;
+    vcpu.set_regs(&regs(entry)).map_err(refused("registers"))
 }
 
 fn regs(entry: &Entry) -> kvm_regs {

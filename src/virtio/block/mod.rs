@@ -20,9 +20,10 @@ use super::queue::{Chain, MAX_SEGMENTS, Popped};
 use super::segment::{copy_out, window};
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated, device_id,
-    feature,
+    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
+    WorkerCounters, device_id, feature,
 };
+use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 
 /// Feature bits (virtio 1.2, 5.2.3).
@@ -80,6 +81,94 @@ pub struct Counters {
     pub throttled: Counter,
     /// Times the disk or the limits were changed.
     pub updates: Counter,
+}
+
+/// The keys of the original's metrics for a disk.
+pub const LINE_KEYS: [&str; 20] = [
+    "activate_fails",
+    "cfg_fails",
+    "no_avail_buffer",
+    "event_fails",
+    "execute_fails",
+    "invalid_reqs_count",
+    "flush_count",
+    "queue_event_count",
+    "rate_limiter_event_count",
+    "update_count",
+    "update_fails",
+    "read_bytes",
+    "write_bytes",
+    "read_count",
+    "write_count",
+    "read_agg",
+    "write_agg",
+    "rate_limiter_throttled_events",
+    "io_engine_throttled_events",
+    "remaining_reqs_count",
+];
+
+impl Counters {
+    fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
+        let reads = [
+            ("read", &self.reads),
+            ("write", &self.writes),
+            ("flush", &self.flushes),
+        ];
+        for (operation, count) in reads {
+            report.counter(
+                "mayfly_block_operations_total",
+                "Requests that were served.",
+                &[("device", name), ("operation", operation)],
+                count.get(),
+            );
+        }
+        for (operation, bytes) in [("read", &self.read_bytes), ("write", &self.write_bytes)] {
+            report.counter(
+                "mayfly_block_bytes_total",
+                "Bytes of requests that were served.",
+                &[("device", name), ("operation", operation)],
+                bytes.get(),
+            );
+        }
+        for (why, count) in [("guest", &self.invalid), ("host", &self.failed)] {
+            report.counter(
+                "mayfly_block_errors_total",
+                "Requests that made no sense (guest), or that the host failed (host).",
+                &[("device", name), ("fault", why)],
+                count.get(),
+            );
+        }
+        report.counter(
+            "mayfly_block_throttled_total",
+            "Times a request had to wait for the rate limiter.",
+            &[("device", name)],
+            self.throttled.get(),
+        );
+        report.counter(
+            "mayfly_block_updates_total",
+            "Times the disk or its limits were changed.",
+            &[("device", name)],
+            self.updates.get(),
+        );
+        let kicks = worker
+            .kicks
+            .iter()
+            .fold(0, |sum: u64, kicks| sum.saturating_add(kicks.get()));
+        for group in [&*format!("block_{name}"), "block"] {
+            report.expect(group, &LINE_KEYS);
+            report.add(group, "event_fails", worker.broken.get());
+            report.add(group, "execute_fails", self.failed.get());
+            report.add(group, "invalid_reqs_count", self.invalid.get());
+            report.add(group, "flush_count", self.flushes.get());
+            report.add(group, "queue_event_count", kicks);
+            report.add(group, "update_count", self.updates.get());
+            report.add(group, "read_bytes", self.read_bytes.get());
+            report.add(group, "write_bytes", self.write_bytes.get());
+            report.add(group, "read_count", self.reads.get());
+            report.add(group, "write_count", self.writes.get());
+            report.add(group, "rate_limiter_throttled_events", self.throttled.get());
+        }
+    }
 }
 
 /// A change of a running device.
@@ -192,6 +281,15 @@ impl Device for Block {
 
     fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    fn read_counters(
+        counters: &Counters,
+        worker: &WorkerCounters,
+        name: &str,
+        report: &mut Report,
+    ) {
+        counters.read(worker, name, report);
     }
 
     fn sources(&self) -> Vec<RawFd> {

@@ -17,9 +17,10 @@ use super::queue::{Chain, Popped};
 use super::segment::{copy_out, slices};
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated, device_id,
-    feature,
+    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
+    WorkerCounters, device_id, feature,
 };
+use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys;
 use crate::sys::clock;
@@ -133,6 +134,132 @@ pub struct Counters {
     pub tap_gone: Counter,
     /// Times the limits were changed.
     pub updates: Counter,
+}
+
+/// The keys of the original's metrics for a network interface.
+pub const LINE_KEYS: [&str; 26] = [
+    "activate_fails",
+    "cfg_fails",
+    "no_rx_avail_buffer",
+    "no_tx_avail_buffer",
+    "event_fails",
+    "rx_queue_event_count",
+    "rx_event_rate_limiter_count",
+    "rx_rate_limiter_throttled",
+    "rx_tap_event_count",
+    "rx_bytes_count",
+    "rx_packets_count",
+    "rx_fails",
+    "rx_count",
+    "tap_read_fails",
+    "tap_write_fails",
+    "tap_write_agg",
+    "tx_bytes_count",
+    "tx_malformed_frames",
+    "tx_fails",
+    "tx_count",
+    "tx_packets_count",
+    "tx_queue_event_count",
+    "tx_rate_limiter_event_count",
+    "tx_rate_limiter_throttled",
+    "tx_spoofed_mac_count",
+    "tx_remaining_reqs_count",
+];
+
+impl Counters {
+    fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
+        let both = [
+            ("receive", &self.rx_frames, &self.rx_bytes, &self.rx_dropped),
+            (
+                "transmit",
+                &self.tx_frames,
+                &self.tx_bytes,
+                &self.tx_dropped,
+            ),
+        ];
+        for (direction, frames, bytes, dropped) in both {
+            let labels = [("device", name), ("direction", direction)];
+            report.counter(
+                "mayfly_net_frames_total",
+                "Frames that the guest received or sent.",
+                &labels,
+                frames.get(),
+            );
+            report.counter(
+                "mayfly_net_bytes_total",
+                "Bytes of these frames, virtio's headers not counted.",
+                &labels,
+                bytes.get(),
+            );
+            report.counter(
+                "mayfly_net_dropped_total",
+                "Frames that did not fit the guest's buffers, or that the host did not take.",
+                &labels,
+                dropped.get(),
+            );
+        }
+        let both = [
+            ("receive", &self.rx_invalid, &self.rx_throttled),
+            ("transmit", &self.tx_invalid, &self.tx_throttled),
+        ];
+        for (direction, invalid, throttled) in both {
+            let labels = [("device", name), ("direction", direction)];
+            report.counter(
+                "mayfly_net_invalid_total",
+                "Buffers or frames of the guest that make no sense.",
+                &labels,
+                invalid.get(),
+            );
+            report.counter(
+                "mayfly_net_throttled_total",
+                "Times a frame had to wait for the rate limiter.",
+                &labels,
+                throttled.get(),
+            );
+        }
+        let device = [("device", name)];
+        report.counter(
+            "mayfly_net_tap_read_errors_total",
+            "Times reading the tap failed.",
+            &device,
+            self.rx_failed.get(),
+        );
+        report.gauge(
+            "mayfly_net_tap_gone",
+            "1 when the tap has vanished.",
+            &device,
+            self.tap_gone.get(),
+        );
+        report.counter(
+            "mayfly_net_updates_total",
+            "Times the limits were changed.",
+            &device,
+            self.updates.get(),
+        );
+        let [rx_kicks, tx_kicks] = &worker.kicks;
+        for group in [&*format!("net_{name}"), "net"] {
+            report.expect(group, &LINE_KEYS);
+            report.add(group, "event_fails", worker.broken.get());
+            report.add(group, "rx_queue_event_count", rx_kicks.get());
+            report.add(group, "rx_rate_limiter_throttled", self.rx_throttled.get());
+            report.add(group, "rx_bytes_count", self.rx_bytes.get());
+            report.add(group, "rx_packets_count", self.rx_frames.get());
+            report.add(group, "rx_count", self.rx_frames.get());
+            report.add(
+                group,
+                "rx_fails",
+                self.rx_invalid.get().saturating_add(self.rx_dropped.get()),
+            );
+            report.add(group, "tap_read_fails", self.rx_failed.get());
+            report.add(group, "tap_write_fails", self.tx_dropped.get());
+            report.add(group, "tx_bytes_count", self.tx_bytes.get());
+            report.add(group, "tx_malformed_frames", self.tx_invalid.get());
+            report.add(group, "tx_count", self.tx_frames.get());
+            report.add(group, "tx_packets_count", self.tx_frames.get());
+            report.add(group, "tx_queue_event_count", tx_kicks.get());
+            report.add(group, "tx_rate_limiter_throttled", self.tx_throttled.get());
+        }
+    }
 }
 
 /// A change of a running device.
@@ -449,6 +576,15 @@ impl Device for Net {
 
     fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    fn read_counters(
+        counters: &Counters,
+        worker: &WorkerCounters,
+        name: &str,
+        report: &mut Report,
+    ) {
+        counters.read(worker, name, report);
     }
 
     fn sources(&self) -> Vec<RawFd> {

@@ -1,0 +1,283 @@
+//! From everything opened to a microVM that is watched: starts the keeper, makes the jail, and
+//! gathers what the supervisor will watch.
+//!
+//! What can fail is done before the jail is asked for, as far as it goes; what fails afterwards dooms
+//! the watch, which then ends the process in the jail in the same way as always.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::process::Pid;
+
+use super::api::Client;
+use super::args;
+use super::channel::Channel;
+use super::console::{self, Console, Relay, Sink};
+use super::jail::{self, Tap};
+use super::keeper::{self, Keeper};
+use super::machine::{self, Machine, Own};
+use super::supervise::{FirstByte, Log, Watch};
+use super::{groups, names, network, refusal};
+use crate::failure::{Doing, Failure};
+use crate::root::Owner;
+use crate::sys::{self, Clone};
+
+/// Everything that was opened.
+#[derive(Debug)]
+pub struct Parts {
+    /// Name of the microVM.
+    pub id: String,
+    /// When the jailer began, microseconds of the monotonic clock.
+    pub began_us: u64,
+    /// Whom the monitor runs as.
+    pub owner: Owner,
+    /// Whether this process is root.
+    pub as_root: bool,
+    /// The monitor's executable.
+    pub monitor: File,
+    /// What that is called.
+    pub monitor_name: String,
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    /// What to run; none if a client says it.
+    pub machine: Option<Machine>,
+    /// The tap to be made in the jail.
+    pub own_tap: Option<Own>,
+    /// An API socket that was handed in, and a connection to it.
+    pub listener: Option<(OwnedFd, OwnedFd)>,
+    /// Where to make an API socket.
+    pub api_sock: Option<PathBuf>,
+    /// Control groups to make.
+    pub groups: Option<groups::Errand>,
+    /// Where the console goes.
+    pub console: args::Console,
+    /// Where the log goes.
+    pub log: Sink,
+    /// Whether only troubles are worth telling there.
+    pub only_troubles: bool,
+    /// Largest file in bytes.
+    pub file_size: Option<u64>,
+    /// Most descriptors.
+    pub open_files: Option<u64>,
+    /// When to end the microVM.
+    pub timeout: Option<Duration>,
+    /// Print nothing of our own.
+    pub quiet: bool,
+    /// What to do at the guest's first byte.
+    pub on_first_byte: Option<FirstByte>,
+}
+
+/// What the guest's own network is.
+fn tap_of(parts: &mut Parts) -> (Option<Tap>, String) {
+    let Some(machine) = &mut parts.machine else {
+        return (None, String::new());
+    };
+    match parts.own_tap {
+        None => (None, String::new()),
+        Some(Own::Auto) => {
+            // Whoever starts many at once finds each a place of its own.
+            let seed = (sys::monotonic_us() as u32).wrapping_mul(0x9e37_79b1) ^ std::process::id();
+            let block = network::choose_block(seed);
+            machine.set_guest_address(&block.words(), &block.mac());
+            let text = format!(
+                "mayfly-jailer: the guest's address is {} (the host's, to the guest: {})\n",
+                block.guest(),
+                block.host()
+            );
+            (Some(Tap::Auto(block)), text)
+        }
+        Some(Own::User) => {
+            let (guest, words, mac) = network::user_guest();
+            machine.set_guest_address(&words, &mac);
+            let text = format!(
+                "mayfly-jailer: the guest's address is {guest}; connect its network with one of\n  \
+                 slirp4netns --configure PID tap0\n  pasta --config-net PID\n\
+                 where PID is @PID@ (network namespace /proc/@PID@/ns/net)\n"
+            );
+            (Some(Tap::User), text)
+        }
+    }
+}
+
+/// Builds it.
+pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
+    // A signal from here on is answered by the watch.
+    sys::hold_ending_signals().doing("hold back signals")?;
+    let signals = sys::ending_signals().doing("hold back signals")?;
+    let own = keeper::own_descriptor()?;
+    let console_socket = match &parts.console {
+        args::Console::Socket(path) => Some(path.clone()),
+        _ => None,
+    };
+    let sockets: Vec<PathBuf> = parts
+        .api_sock
+        .iter()
+        .cloned()
+        .chain(console_socket)
+        .collect();
+    let (has_groups, has_sockets) = (parts.groups.is_some(), !sockets.is_empty());
+    let keeper = if has_groups || has_sockets {
+        let errand = keeper::Errand {
+            groups: parts.groups.take(),
+            sockets,
+        };
+        Some(Keeper::start(errand, &own)?)
+    } else {
+        None
+    };
+    let pieces = gather(&mut parts, keeper.as_ref().filter(|_| has_sockets));
+    let result = pieces.and_then(|pieces| start(parts, pieces, signals, own));
+    match result {
+        Ok(mut watch) => {
+            if let Some(keeper) = keeper {
+                watch.keeper_owes = u32::from(has_groups) + u32::from(has_groups && !has_sockets);
+                if has_groups && let Err(failure) = keeper.attach(watch.pid, watch.pidfd.as_fd()) {
+                    watch.doomed.get_or_insert(failure);
+                }
+                watch.keeper = Some(keeper);
+            }
+            Ok(watch)
+        }
+        Err(failure) => {
+            if let Some(keeper) = keeper {
+                keeper.end();
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// What the jail and the watch are connected by.
+struct Pieces {
+    api: Option<OwnedFd>,
+    client: Option<OwnedFd>,
+    sink: Sink,
+    typed: Option<OwnedFd>,
+    to_guest: (OwnedFd, OwnedFd),
+    from_guest: (OwnedFd, OwnedFd),
+    log: (OwnedFd, OwnedFd),
+}
+
+fn gather(parts: &mut Parts, keeper: Option<&Keeper>) -> Result<Pieces, Failure> {
+    let mut made = match keeper {
+        Some(keeper) => keeper.sockets()?.into_iter(),
+        None => Vec::new().into_iter(),
+    };
+    let (api, client) = match (&parts.api_sock, parts.listener.take()) {
+        (Some(path), _) => {
+            let client = names::connect(path)
+                .doing(format_args!("connect to the API socket {}", path.display()))?;
+            (made.next(), Some(client))
+        }
+        (None, Some((listener, client))) => (Some(listener), Some(client)),
+        (None, None) => (None, None),
+    };
+    let sink = match &parts.console {
+        args::Console::Terminal => Sink::output(std::io::stdout().as_fd()),
+        args::Console::None => Sink::Nowhere,
+        args::Console::File(path) => Sink::File(machine::open_to_append(path, "--console")?),
+        args::Console::Socket(_) => match made.next() {
+            Some(listener) => Sink::socket(listener),
+            None => return Err(Failure::new("make the console's socket", "there is none")),
+        },
+    };
+    let typed = matches!(parts.console, args::Console::Terminal)
+        .then(|| rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).ok())
+        .flatten();
+    let pipe = |reader_waits| {
+        console::pipe(reader_waits, !reader_waits).doing("make pipes for console and log")
+    };
+    Ok(Pieces {
+        api,
+        client,
+        sink,
+        typed,
+        to_guest: pipe(true)?,
+        from_guest: pipe(false)?,
+        log: pipe(false)?,
+    })
+}
+
+fn start(
+    mut parts: Parts,
+    pieces: Pieces,
+    signals: OwnedFd,
+    own: OwnedFd,
+) -> Result<Watch, Failure> {
+    let (tap, announcement) = tap_of(&mut parts);
+    let asked_us = sys::monotonic_us().saturating_sub(parts.began_us);
+    let plan = jail::Plan {
+        id: parts.id,
+        owner: parts.owner,
+        as_root: parts.as_root,
+        monitor: parts.monitor,
+        monitor_name: parts.monitor_name,
+        console: (pieces.to_guest.0, pieces.from_guest.1),
+        log: pieces.log.1,
+        kvm: parts.kvm,
+        api: pieces.api,
+        tap,
+        file_size: parts.file_size,
+        open_files: parts.open_files,
+        more: ["--level", "Info", "--show-level"]
+            .map(str::to_owned)
+            .to_vec(),
+        parent: own,
+    };
+    let (jail, theirs) = Channel::pair().doing("make the jail")?;
+    let (pid, pidfd) = match sys::clone(jail::NAMESPACES).map_err(refusal::of_namespaces)? {
+        Clone::Child => {
+            // Ours is the other end: when the supervisor's is closed, it is gone.
+            drop(jail);
+            let failure = refusal::explain(jail::enter(&plan, &theirs));
+            let _ = theirs.send(jail::FAILED, &failure.to_string(), &[]);
+            sys::exit_now(1)
+        }
+        Clone::Parent(pid, pidfd) => (pid, pidfd),
+    };
+    drop(theirs);
+    let doomed = settle(&plan, &jail, pid).err().map(refusal::explain);
+    drop(plan);
+    let announcement = if parts.quiet {
+        String::new()
+    } else {
+        announcement.replace("@PID@", &pid.as_raw_nonzero().to_string())
+    };
+    Ok(Watch {
+        began_us: parts.began_us,
+        asked_us,
+        pid,
+        pidfd,
+        jail,
+        keeper: None,
+        keeper_owes: 0,
+        machine: parts.machine,
+        console: Console::new(
+            Relay::new(pieces.from_guest.0, pieces.sink),
+            pieces.to_guest.1,
+            pieces.typed,
+        ),
+        log: Log::new(Relay::new(pieces.log.0, parts.log), parts.only_troubles),
+        signals,
+        client: pieces.client.map(Client::new),
+        time_limit_us: parts.timeout.map(|limit| limit.as_micros() as u64),
+        on_first_byte: parts.on_first_byte,
+        announcement,
+        doomed,
+    })
+}
+
+/// What the process in the jail waits for.
+fn settle(plan: &jail::Plan, jail: &Channel, pid: Pid) -> Result<(), Failure> {
+    jail::map_owner(pid, plan.owner, plan.as_root)?;
+    jail.send(jail::MAPPED, "", &[])
+        .doing("speak to the jail")?;
+    if let Some(Tap::Auto(block)) = &plan.tap {
+        network::connect_outside(*block, pid)?;
+        jail.send(jail::CONNECTED, "", &[])
+            .doing("speak to the jail")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,424 @@
+//! The guest's console between the monitor's pipes and wherever it is wanted: the terminal, a file, a
+//! socket, nowhere. And the monitor's log, which goes the same way.
+//!
+//! Nothing here waits: what cannot be written stays in a small buffer, and while that is full nothing
+//! more is read, so that a slow reader costs the guest console bytes and never the supervisor its
+//! attention.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::event::PollFlags;
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, SocketFlags};
+use rustix::termios::{OptionalActions, OutputModes, Termios};
+
+use crate::sys;
+
+/// Most bytes held for a slow reader.
+const HELD: usize = 64 * 1024;
+/// Bytes moved at once.
+const PIECE: usize = 16 * 1024;
+/// Ctrl-A, the key before a command.
+const COMMAND: u8 = 1;
+
+/// What can be waited for here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The guest writes.
+    Guest,
+    /// The sink takes more.
+    Sink,
+    /// Somebody types.
+    Typed,
+    /// The guest reads.
+    ToGuest,
+    /// Somebody connects.
+    Caller,
+}
+
+/// Where bytes go.
+#[derive(Debug)]
+pub enum Sink {
+    /// Nowhere.
+    Nowhere,
+    /// To an output of this process: `patient` if writing to it may wait.
+    Output {
+        /// The output.
+        to: OwnedFd,
+        /// Whether a write may wait, so that only a little is written at once.
+        patient: bool,
+    },
+    /// To a file.
+    File(File),
+    /// To whoever is connected.
+    Socket {
+        /// Where to connect.
+        listener: OwnedFd,
+        /// Who is.
+        client: Option<OwnedFd>,
+        /// What was written last, for the next one.
+        history: VecDeque<u8>,
+    },
+}
+
+impl Sink {
+    /// To whoever connects to `listener`.
+    pub fn socket(listener: OwnedFd) -> Sink {
+        Sink::Socket {
+            listener,
+            client: None,
+            history: VecDeque::new(),
+        }
+    }
+
+    /// Standard output or error. Opened anew where that is possible: not waiting is a property that
+    /// would otherwise be shared with whoever else has it open, the shell for one.
+    pub fn output(of: BorrowedFd<'_>) -> Sink {
+        let Ok(own) = rustix::io::fcntl_dupfd_cloexec(of, 3) else {
+            return Sink::Nowhere;
+        };
+        let kind = rustix::fs::fstat(&own).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        if matches!(kind, Ok(FileType::Fifo | FileType::CharacterDevice)) {
+            let path = format!("/proc/self/fd/{}", own.as_raw_fd());
+            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            if let Ok(to) = rustix::fs::open(path, flags, Mode::empty()) {
+                return Sink::Output { to, patient: false };
+            }
+        }
+        // Writing to a file does not wait for anybody.
+        let patient = kind != Ok(FileType::RegularFile);
+        Sink::Output { to: own, patient }
+    }
+
+    /// Writes what can be written now; how much that was. An error means that nobody will ever
+    /// read it.
+    fn write(&mut self, bytes: &[u8]) -> Result<usize, Errno> {
+        match self {
+            Sink::Nowhere => Ok(bytes.len()),
+            Sink::Output { to, patient } => {
+                let piece = if *patient {
+                    &bytes[..bytes.len().min(512)]
+                } else {
+                    bytes
+                };
+                match rustix::io::write(to, piece) {
+                    Err(Errno::AGAIN | Errno::INTR) => Ok(0),
+                    other => other,
+                }
+            }
+            Sink::File(file) => {
+                let result = file
+                    .write(bytes)
+                    .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
+                match result {
+                    Err(Errno::AGAIN | Errno::INTR) => Ok(0),
+                    other => other,
+                }
+            }
+            Sink::Socket {
+                client, history, ..
+            } => {
+                history.extend(bytes);
+                let excess = history.len().saturating_sub(HELD);
+                history.drain(..excess);
+                if let Some(to) = client {
+                    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                    let sent = rustix::net::send(&*to, bytes, flags);
+                    // One that is slow loses bytes; one that is gone is forgotten.
+                    if !matches!(sent, Ok(_) | Err(Errno::AGAIN | Errno::INTR)) {
+                        *client = None;
+                    }
+                }
+                Ok(bytes.len())
+            }
+        }
+    }
+}
+
+/// Bytes on their way from a pipe to a sink.
+#[derive(Debug)]
+pub struct Relay {
+    source: Option<OwnedFd>,
+    held: Vec<u8>,
+    sink: Sink,
+    /// Whether anything has come.
+    pub has_begun: bool,
+}
+
+impl Relay {
+    /// From the reading end of a pipe, which does not wait.
+    pub fn new(source: OwnedFd, sink: Sink) -> Relay {
+        Relay {
+            source: Some(source),
+            held: Vec::new(),
+            sink,
+            has_begun: false,
+        }
+    }
+
+    /// What to wait for.
+    pub fn interests<'a>(&'a self, add: &mut dyn FnMut(Part, BorrowedFd<'a>, PollFlags)) {
+        if let Some(source) = self.source.as_ref().filter(|_| self.held.len() < HELD) {
+            add(Part::Guest, source.as_fd(), PollFlags::IN);
+        }
+        match &self.sink {
+            Sink::Output { to, .. } if !self.held.is_empty() => {
+                add(Part::Sink, to.as_fd(), PollFlags::OUT);
+            }
+            Sink::Socket { listener, .. } => add(Part::Caller, listener.as_fd(), PollFlags::IN),
+            _ => {}
+        }
+    }
+
+    /// Takes what has come and passes it on; whether anything has.
+    pub fn take(&mut self) -> bool {
+        let mut came = Vec::new();
+        let has_come = self.look(&mut came);
+        self.pass(&came);
+        has_come
+    }
+
+    /// Takes what has come without passing it on; whether anything has.
+    pub fn look(&mut self, came: &mut Vec<u8>) -> bool {
+        let Some(source) = &self.source else {
+            return false;
+        };
+        let mut buffer = [0; PIECE];
+        match rustix::io::read(source, &mut buffer) {
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            Ok(0) | Err(_) => {
+                self.source = None;
+                false
+            }
+            Ok(count) => {
+                self.has_begun = true;
+                came.extend_from_slice(&buffer[..count]);
+                true
+            }
+        }
+    }
+
+    /// Passes bytes on, or holds them.
+    pub fn pass(&mut self, bytes: &[u8]) {
+        self.held.extend_from_slice(bytes);
+        self.flush();
+    }
+
+    /// Passes on what is held; whether some of it went.
+    pub fn flush(&mut self) -> bool {
+        if self.held.is_empty() {
+            return false;
+        }
+        match self.sink.write(&self.held) {
+            Ok(count) => {
+                self.held.drain(..count);
+                count > 0
+            }
+            Err(_) => {
+                self.held.clear();
+                self.sink = Sink::Nowhere;
+                false
+            }
+        }
+    }
+
+    /// Whether something is still to be written.
+    pub fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+}
+
+/// The console: a relay out, typed bytes in, and a terminal in raw mode.
+#[derive(Debug)]
+pub struct Console {
+    /// What the guest writes.
+    pub out: Relay,
+    to_guest: OwnedFd,
+    typed: Option<OwnedFd>,
+    unread: Vec<u8>,
+    raw: Option<Raw>,
+    /// The key before a command was pressed.
+    is_command: bool,
+}
+
+impl Console {
+    /// `to_guest` is the writing end of a pipe, which does not wait.
+    pub fn new(out: Relay, to_guest: OwnedFd, typed: Option<OwnedFd>) -> Console {
+        let terminal = typed
+            .as_ref()
+            .filter(|_| matches!(out.sink, Sink::Output { .. }));
+        let raw = terminal.and_then(|terminal| Raw::set(terminal.as_fd()));
+        Console {
+            out,
+            to_guest,
+            typed,
+            unread: Vec::new(),
+            raw,
+            is_command: false,
+        }
+    }
+
+    /// Whether a person types here.
+    pub fn is_terminal(&self) -> bool {
+        self.raw.is_some()
+    }
+
+    /// Writes to the guest as if typed.
+    pub fn type_in(&mut self, bytes: &[u8]) {
+        self.unread.extend_from_slice(bytes);
+    }
+
+    /// What to wait for.
+    pub fn interests<'a>(&'a self, add: &mut dyn FnMut(Part, BorrowedFd<'a>, PollFlags)) {
+        self.out.interests(add);
+        if self.unread.is_empty() {
+            if let Some(typed) = &self.typed {
+                add(Part::Typed, typed.as_fd(), PollFlags::IN);
+            }
+            if let Sink::Socket {
+                client: Some(client),
+                ..
+            } = &self.out.sink
+            {
+                add(Part::Typed, client.as_fd(), PollFlags::IN);
+            }
+        } else {
+            add(Part::ToGuest, self.to_guest.as_fd(), PollFlags::OUT);
+        }
+    }
+
+    /// Does what there is to do; whether the user asked to leave.
+    pub fn handle(&mut self, part: Part) -> bool {
+        match part {
+            Part::Guest => {
+                self.out.take();
+            }
+            Part::Sink => {
+                self.out.flush();
+            }
+            Part::Typed => return self.take_typed(),
+            Part::ToGuest => {}
+            Part::Caller => self.answer_caller(),
+        }
+        if !self.unread.is_empty() {
+            match rustix::io::write(&self.to_guest, &self.unread) {
+                Ok(count) => drop(self.unread.drain(..count)),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(_) => self.unread.clear(),
+            }
+        }
+        false
+    }
+
+    fn take_typed(&mut self) -> bool {
+        let mut buffer = [0; 1024];
+        let from_client = matches!(self.out.sink, Sink::Socket { .. });
+        let source = match &self.out.sink {
+            Sink::Socket { client, .. } => client.as_ref(),
+            _ => self.typed.as_ref(),
+        };
+        let Some(source) = source else { return false };
+        let count = match rustix::io::read(source, &mut buffer) {
+            Err(Errno::AGAIN | Errno::INTR) => return false,
+            Ok(0) | Err(_) => {
+                // Nobody types any more; the guest goes on.
+                if let Sink::Socket { client, .. } = &mut self.out.sink {
+                    *client = None;
+                }
+                self.typed = None;
+                return false;
+            }
+            Ok(count) => count,
+        };
+        if self.raw.is_none() || from_client {
+            self.unread.extend_from_slice(&buffer[..count]);
+        } else {
+            for &byte in &buffer[..count] {
+                match (self.is_command, byte) {
+                    (true, b'x' | b'X') => return true,
+                    (true, COMMAND) | (false, _) if byte != COMMAND || self.is_command => {
+                        self.unread.push(byte);
+                        self.is_command = false;
+                    }
+                    (false, _) => self.is_command = true,
+                    (true, _) => {
+                        self.unread.extend([COMMAND, byte]);
+                        self.is_command = false;
+                    }
+                }
+            }
+        }
+        self.handle(Part::ToGuest)
+    }
+
+    /// One caller at a time; the newest takes over, and sees what was last written.
+    fn answer_caller(&mut self) {
+        if let Sink::Socket {
+            listener,
+            client,
+            history,
+        } = &mut self.out.sink
+        {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            if let Ok(caller) = rustix::net::accept_with(&*listener, flags) {
+                let last: Vec<u8> = history.iter().copied().collect();
+                let _ =
+                    rustix::net::send(&caller, &last, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+                *client = Some(caller);
+            }
+        }
+    }
+
+    /// Gives the terminal back.
+    pub fn restore(&mut self) {
+        self.raw = None;
+    }
+}
+
+/// A terminal that passes on every key, until this is dropped.
+#[derive(Debug)]
+struct Raw {
+    terminal: OwnedFd,
+    before: Termios,
+}
+
+impl Raw {
+    /// Takes a terminal, if it is one and this process is in its foreground.
+    fn set(terminal: BorrowedFd<'_>) -> Option<Raw> {
+        let before = rustix::termios::tcgetattr(terminal).ok()?;
+        let group = rustix::termios::tcgetpgrp(terminal).ok()?;
+        if group != rustix::process::getpgrp() {
+            return None;
+        }
+        sys::ignore_terminal_signals();
+        let mut raw = before.clone();
+        raw.make_raw();
+        // Our own sentences end in a newline alone.
+        raw.output_modes |= before.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
+        rustix::termios::tcsetattr(terminal, OptionalActions::Now, &raw).ok()?;
+        let terminal = rustix::io::fcntl_dupfd_cloexec(terminal, 3).ok()?;
+        Some(Raw { terminal, before })
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        let _ = rustix::termios::tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
+    }
+}
+
+/// A pipe of which one end does not wait.
+pub fn pipe(reader_waits: bool, writer_waits: bool) -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    if !reader_waits {
+        rustix::fs::fcntl_setfl(&reader, OFlags::NONBLOCK)?;
+    }
+    if !writer_waits {
+        rustix::fs::fcntl_setfl(&writer, OFlags::NONBLOCK)?;
+    }
+    Ok((reader, writer))
+}

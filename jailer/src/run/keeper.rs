@@ -1,0 +1,298 @@
+//! The keeper: a small process outside the jail that makes what must have a name on the host (the
+//! control groups, a socket at a path) and removes it again, whoever dies first.
+//!
+//! It holds process descriptors of the supervisor and the monitor. When the supervisor says that the
+//! guest has ended, it adds up what the groups counted, removes everything, and ends. When the
+//! supervisor is gone without a word, it sees to it that the monitor is gone too, and does the same.
+//! Should it be killed itself, the supervisor removes what it can, or the next start does.
+//!
+//! It is started only when there is something to keep, and it makes groups and moves processes into
+//! them while the jail is being built: those moves are the slowest part of a start.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use super::channel::{Channel, Message};
+use super::groups::{self, Account, Groups};
+use super::names::Named;
+use crate::failure::{Doing, Failure};
+use crate::sys::{self, Fork};
+
+/// To the keeper: this process is the monitor.
+const ATTACH: u8 = b'a';
+/// To the keeper: the monitor has ended.
+const END: u8 = b'e';
+/// From the keeper: done, with what it came to.
+const DONE: u8 = b'+';
+/// From the keeper: a failure's sentence.
+const FAILED: u8 = b'-';
+
+/// How long a killed monitor may take to end.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 10,
+    tv_nsec: 0,
+};
+
+/// What there is to keep.
+#[derive(Debug, Default)]
+pub struct Errand {
+    /// Control groups.
+    pub groups: Option<groups::Errand>,
+    /// Listening sockets at these paths.
+    pub sockets: Vec<PathBuf>,
+}
+
+/// The supervisor's hold on the keeper.
+#[derive(Debug)]
+pub struct Keeper {
+    channel: Channel,
+    pid: Pid,
+    errand: Errand,
+}
+
+impl Keeper {
+    /// Starts one.
+    pub fn start(errand: Errand, supervisor: &OwnedFd) -> Result<Keeper, Failure> {
+        let what = "start the keeper";
+        let (channel, theirs) = Channel::pair().doing(what)?;
+        match sys::fork().doing(what)? {
+            Fork::Child => {
+                drop(channel);
+                keep(&errand, &theirs, supervisor.as_fd());
+                sys::exit_now(0)
+            }
+            Fork::Parent(pid) => Ok(Keeper {
+                channel,
+                pid,
+                errand,
+            }),
+        }
+    }
+
+    /// Waits until everything is made; the sockets, in the order in which they were asked for.
+    pub fn sockets(&self) -> Result<Vec<OwnedFd>, Failure> {
+        self.answer().map(|message| message.files)
+    }
+
+    /// Has the monitor moved into the groups; `answer` says when that is done.
+    pub fn attach(&self, pid: Pid, pidfd: BorrowedFd<'_>) -> Result<(), Failure> {
+        let text = pid.as_raw_nonzero().to_string();
+        self.channel
+            .send(ATTACH, &text, &[pidfd])
+            .doing("speak to the keeper")
+    }
+
+    /// The answer to the last request.
+    pub fn answer(&self) -> Result<Message, Failure> {
+        match self.channel.receive().doing("hear from the keeper")? {
+            Some(message) if message.kind == DONE => Ok(message),
+            Some(message) => Err(Failure::reported(message.text)),
+            None => Err(Failure::new("hear from the keeper", "it was killed")),
+        }
+    }
+
+    /// Has everything removed, once the monitor is gone.
+    pub fn end(self) -> Account {
+        let _ = self.channel.send(END, "", &[]);
+        let account = match self.answer() {
+            Ok(message) => decode(&message.text),
+            Err(_) => {
+                // It was killed. What it made is nobody's now.
+                if let Some(groups) = &self.errand.groups {
+                    groups.sweep();
+                }
+                for path in &self.errand.sockets {
+                    Named::remove_dead(path);
+                }
+                Account::default()
+            }
+        };
+        let _ = sys::wait(self.pid);
+        account
+    }
+}
+
+impl AsFd for Keeper {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+fn encode(account: Account) -> String {
+    let peak = account
+        .peak_memory
+        .map_or(String::new(), |bytes| bytes.to_string());
+    format!("{} {peak}", account.out_of_memory)
+}
+
+fn decode(text: &str) -> Account {
+    let (kills, peak) = text.split_once(' ').unwrap_or_default();
+    Account {
+        out_of_memory: kills.parse().unwrap_or(0),
+        peak_memory: peak.parse().ok(),
+    }
+}
+
+/// The life of the keeper.
+fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
+    // Signals that end a program stay held back; a terminal's do not come here.
+    let _ = rustix::process::setsid();
+    let _ = rustix::thread::set_name(c"mayfly-keeper");
+    if let Err(failure) = let_go(channel, supervisor) {
+        let _ = channel.send(FAILED, &failure.to_string(), &[]);
+        return;
+    }
+    let mut kept = Kept::default();
+    match kept.make(errand) {
+        Ok(sockets) => {
+            let sockets: Vec<BorrowedFd<'_>> = sockets.iter().map(AsFd::as_fd).collect();
+            let _ = channel.send(DONE, "", &sockets);
+        }
+        Err(failure) => {
+            kept.remove();
+            let _ = channel.send(FAILED, &failure.to_string(), &[]);
+            return;
+        }
+    }
+    let mut monitor = None;
+    loop {
+        match next(channel, supervisor) {
+            Some(message) if message.kind == ATTACH => {
+                let answer = kept.attach(&message);
+                monitor = message.files.into_iter().next();
+                let _ = match answer {
+                    Ok(()) => channel.send(DONE, "", &[]),
+                    Err(failure) => channel.send(FAILED, &failure.to_string(), &[]),
+                };
+            }
+            Some(_) => {
+                let account = kept.remove();
+                let _ = channel.send(DONE, &encode(account), &[]);
+                return;
+            }
+            None => {
+                if let Some(monitor) = monitor {
+                    let _ = rustix::process::pidfd_send_signal(&monitor, Signal::KILL);
+                    let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
+                    let _ = poll(&mut [ended], Some(&PATIENCE));
+                }
+                kept.remove();
+                return;
+            }
+        }
+    }
+}
+
+/// The next message; none once the supervisor is gone.
+fn next(channel: &Channel, supervisor: BorrowedFd<'_>) -> Option<Message> {
+    loop {
+        let mut events = [
+            PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(supervisor, PollFlags::IN),
+        ];
+        match poll(&mut events, None) {
+            Err(Errno::INTR) => continue,
+            Err(_) => return None,
+            Ok(_) => {}
+        }
+        // What it said before it ended still counts.
+        if !events[0].revents().is_empty() {
+            return channel.receive().ok().flatten();
+        }
+        if !events[1].revents().is_empty() {
+            return None;
+        }
+    }
+}
+
+/// Holds nothing of the supervisor's but what the keeper needs: an output kept open would keep its
+/// reader waiting.
+fn let_go(channel: &Channel, supervisor: BorrowedFd<'_>) -> Result<(), Failure> {
+    let what = "close inherited descriptors";
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    if let Ok(null) = &null {
+        rustix::stdio::dup2_stdin(null)
+            .and_then(|()| rustix::stdio::dup2_stdout(null))
+            .and_then(|()| rustix::stdio::dup2_stderr(null))
+            .doing(what)?;
+    }
+    sys::close_all_but(&[channel.as_fd().as_raw_fd(), supervisor.as_raw_fd()]).doing(what)?;
+    // Closed by the line above.
+    std::mem::forget(null);
+    Ok(())
+}
+
+/// What was made.
+#[derive(Default)]
+struct Kept {
+    groups: Option<Groups>,
+    sockets: Vec<Named>,
+}
+
+impl Kept {
+    fn make(&mut self, errand: &Errand) -> Result<Vec<OwnedFd>, Failure> {
+        let mut listening = Vec::new();
+        for path in &errand.sockets {
+            let (named, socket) = Named::bind(path)?;
+            self.sockets.push(named);
+            listening.push(socket);
+        }
+        self.groups = errand
+            .groups
+            .as_ref()
+            .map(groups::Errand::make)
+            .transpose()?;
+        Ok(listening)
+    }
+
+    fn attach(&self, message: &Message) -> Result<(), Failure> {
+        let pid = message.text.parse().ok().and_then(Pid::from_raw);
+        match (&self.groups, pid) {
+            (Some(groups), Some(pid)) => groups.attach(pid),
+            _ => Ok(()),
+        }
+    }
+
+    fn remove(&mut self) -> Account {
+        for socket in self.sockets.drain(..) {
+            socket.remove();
+        }
+        // What stays (a group somebody else has put a process in) the next start will sweep.
+        self.groups
+            .take()
+            .map(|groups| groups.end().0)
+            .unwrap_or_default()
+    }
+}
+
+/// A descriptor of this process, by which others can tell that it has ended.
+pub fn own_descriptor() -> Result<OwnedFd, Failure> {
+    rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).doing_or(
+        "get a descriptor of this process",
+        |_| "use Linux 5.10 or newer",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accounts_survive_the_channel() {
+        for account in [
+            Account::default(),
+            Account {
+                out_of_memory: 2,
+                peak_memory: Some(77),
+            },
+        ] {
+            assert_eq!(decode(&encode(account)), account);
+        }
+        assert_eq!(decode(""), Account::default());
+    }
+}

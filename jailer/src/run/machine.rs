@@ -1,0 +1,637 @@
+//! The machine to run: a configuration in the monitor's own JSON whose paths and tap names have been
+//! taken out, and the opened files that stand for them.
+//!
+//! Looking comes first and touches nothing (`Described`), then everything is opened (`Machine`),
+//! then it is told to the monitor: at best in one request that carries all descriptors, in several
+//! where there are more than one request can carry.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use serde_json::{Map, Value, json};
+
+use super::args::{self, Net, Plain};
+use crate::failure::{Doing, Failure};
+use crate::sys;
+
+/// Most descriptors one request can carry.
+const WITH_ONE_REQUEST: usize = 16;
+
+/// The monitor's own default command line, and a console: this command shows one.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
+                       i8042.nomux i8042.dumbkbd swiotlb=noforce";
+
+/// A configuration, and what it names.
+#[derive(Debug)]
+pub struct Described {
+    body: Map<String, Value>,
+    things: Vec<Thing>,
+    /// Where it wants the monitor's log.
+    pub log: Option<PathBuf>,
+    /// Where it wants the console.
+    pub console: Option<PathBuf>,
+}
+
+/// Something named by a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Thing {
+    /// Where in the configuration, as a JSON pointer to the object that names it.
+    at: String,
+    kind: Kind,
+    source: Source,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Kernel,
+    Initrd,
+    Disk { read_only: bool },
+    Metrics,
+    Tap,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Path(PathBuf),
+    Name(String),
+    Descriptor(RawFd),
+    Made(Own),
+}
+
+/// A tap made for this microVM, in the network namespace of its jail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Own {
+    /// Connected to the host.
+    Auto,
+    /// To be connected by a program of the user's.
+    User,
+}
+
+impl Kind {
+    /// The member that holds a path or name.
+    fn member(self) -> &'static str {
+        match self {
+            Kind::Kernel => "kernel_image_path",
+            Kind::Initrd => "initrd_path",
+            Kind::Disk { .. } => "path_on_host",
+            Kind::Metrics => "metrics_path",
+            Kind::Tap => "host_dev_name",
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Kind::Kernel => "kernel",
+            Kind::Initrd => "initrd",
+            Kind::Disk { .. } => "disk image",
+            Kind::Metrics => "metrics file",
+            Kind::Tap => "tap",
+        }
+    }
+}
+
+impl Described {
+    /// From plain options.
+    pub fn plain(plain: &Plain) -> Result<Described, Failure> {
+        let mut boot = Map::new();
+        boot.insert("kernel_image_path".into(), text(&plain.kernel)?);
+        if let Some(initrd) = &plain.initrd {
+            boot.insert("initrd_path".into(), text(initrd)?);
+        }
+        let cmdline = plain.cmdline.as_deref().unwrap_or(CMDLINE);
+        boot.insert("boot_args".into(), cmdline.into());
+        let mut drives = Vec::new();
+        for (index, (path, read_only)) in plain.drives.iter().enumerate() {
+            drives.push(json!({
+                "drive_id": if index == 0 { "root".to_owned() } else { format!("disk{index}") },
+                "path_on_host": text(path)?,
+                "is_read_only": read_only,
+                "is_root_device": index == 0 && plain.initrd.is_none(),
+            }));
+        }
+        let mut nets = Vec::new();
+        let mut own = Vec::new();
+        for (index, net) in plain.nets.iter().enumerate() {
+            let id = format!("eth{index}");
+            nets.push(match net {
+                Net::Tap(name) => json!({ "iface_id": id, "host_dev_name": name }),
+                Net::Descriptor(number) => json!({ "iface_id": id, "fd": number }),
+                Net::Auto | Net::User => {
+                    let kind = if *net == Net::Auto {
+                        Own::Auto
+                    } else {
+                        Own::User
+                    };
+                    own.push((index, kind));
+                    json!({ "iface_id": id })
+                }
+            });
+        }
+        let body = json!({
+            "boot-source": boot,
+            "drives": drives,
+            "network-interfaces": nets,
+            "machine-config": {
+                "vcpu_count": plain.vcpus.unwrap_or(1),
+                "mem_size_mib": plain.memory.unwrap_or(128),
+            },
+        });
+        Described::of(body, &own)
+    }
+
+    /// From a file.
+    pub fn config(path: &Path) -> Result<Described, Failure> {
+        let what = format!("use the configuration {} (--config)", path.display());
+        let bytes = std::fs::read(path).doing(&what)?;
+        let body = serde_json::from_slice(&bytes)
+            .map_err(|error| Failure::new(&what, error).remedy("it has to be JSON"))?;
+        Described::of(body, &[])
+            .map_err(|failure| failure.remedy(format_args!("see {}", path.display())))
+    }
+
+    fn of(body: Value, own: &[(usize, Own)]) -> Result<Described, Failure> {
+        let what = "understand the configuration";
+        let Value::Object(mut body) = body else {
+            return Err(Failure::new(what, "it is not a JSON object"));
+        };
+        let mut things = Vec::new();
+        if let Some(boot) = body.get("boot-source") {
+            for kind in [Kind::Kernel, Kind::Initrd] {
+                things.extend(thing(boot, "/boot-source", kind)?);
+            }
+        }
+        for (index, drive) in list(&body, "drives")?.iter().enumerate() {
+            let read_only = drive.get("is_read_only") == Some(&Value::Bool(true));
+            let at = format!("/drives/{index}");
+            things.extend(thing(drive, &at, Kind::Disk { read_only })?);
+        }
+        for (index, net) in list(&body, "network-interfaces")?.iter().enumerate() {
+            let at = format!("/network-interfaces/{index}");
+            match own.iter().find(|(made, _)| *made == index) {
+                Some((_, own)) => things.push(Thing {
+                    at,
+                    kind: Kind::Tap,
+                    source: Source::Made(*own),
+                }),
+                None => things.extend(thing(net, &at, Kind::Tap)?),
+            }
+        }
+        if own.len() > 1 {
+            return Err(Failure::new("use --net auto or user", "it is given twice")
+                .remedy("one such interface is what a jail has; give taps for others"));
+        }
+        if let Some(metrics) = body.get("metrics") {
+            things.extend(thing(metrics, "/metrics", Kind::Metrics)?);
+        }
+        let mut wanted = |section: &str, member: &str| {
+            let section = body.get_mut(section)?.as_object_mut()?;
+            section.remove(member)?.as_str().map(PathBuf::from)
+        };
+        let (log, console) = (
+            wanted("logger", "log_path"),
+            wanted("serial", "serial_out_path"),
+        );
+        if let Some(Value::String(path)) = body.get("cpu-config") {
+            let what = format!("use the CPU configuration {path}");
+            let bytes = std::fs::read(path).doing(&what)?;
+            let masks =
+                serde_json::from_slice(&bytes).map_err(|error| Failure::new(&what, error))?;
+            body.insert("cpu-config".into(), masks);
+        }
+        Ok(Described {
+            body,
+            things,
+            log,
+            console,
+        })
+    }
+
+    /// The inherited descriptors that stand for something.
+    pub fn inherited(&self) -> Vec<RawFd> {
+        let number = |thing: &Thing| match thing.source {
+            Source::Descriptor(number) => Some(number),
+            _ => None,
+        };
+        self.things.iter().filter_map(number).collect()
+    }
+
+    /// The tap that is to be made in the jail, if there is one.
+    pub fn own_tap(&self) -> Option<Own> {
+        self.things.iter().find_map(|thing| match thing.source {
+            Source::Made(own) => Some(own),
+            _ => None,
+        })
+    }
+
+    /// Opens everything. A tap to be made in the jail is left out until then.
+    pub fn open(
+        self,
+        mut inherit: impl FnMut(RawFd) -> Result<OwnedFd, Failure>,
+    ) -> Result<Machine, Failure> {
+        let mut files = Vec::new();
+        for thing in &self.things {
+            files.push(match &thing.source {
+                Source::Path(path) => Some(thing.kind.open(path)?),
+                Source::Name(name) => Some(open_tap(name)?),
+                Source::Descriptor(number) => {
+                    let fd = inherit(*number)?;
+                    thing
+                        .kind
+                        .examine(fd.as_fd(), &format!("descriptor {number}"))?;
+                    Some(fd)
+                }
+                Source::Made(_) => None,
+            });
+        }
+        Ok(Machine {
+            body: self.body,
+            things: self.things,
+            files,
+        })
+    }
+}
+
+fn text(path: &Path) -> Result<Value, Failure> {
+    path.to_str().map(Value::from).ok_or_else(|| {
+        Failure::new(
+            format_args!("use the path {}", path.display()),
+            "it is not UTF-8",
+        )
+    })
+}
+
+fn list<'a>(body: &'a Map<String, Value>, name: &str) -> Result<&'a [Value], Failure> {
+    match body.get(name) {
+        None | Some(Value::Null) => Ok(&[]),
+        Some(Value::Array(list)) => Ok(list),
+        Some(_) => Err(Failure::new(
+            format_args!("understand \"{name}\""),
+            "it is not a list",
+        )),
+    }
+}
+
+/// What `object` names as its `kind`, if it does. What else is wrong with it the monitor will say.
+fn thing(object: &Value, at: &str, kind: Kind) -> Result<Option<Thing>, Failure> {
+    let what = || {
+        format!(
+            "understand the {} of {at} in the configuration",
+            kind.word()
+        )
+    };
+    let number = |fd: &Value| {
+        let number = fd.as_i64().and_then(|number| RawFd::try_from(number).ok());
+        number
+            .filter(|&number| number > 2)
+            .ok_or_else(|| Failure::new(what(), "\"fd\" is not the number of a descriptor above 2"))
+    };
+    // A boot source names two files, so that "fd" alone would not say which.
+    let alone = !matches!(kind, Kind::Kernel | Kind::Initrd);
+    let own_fd = object.get("fd").filter(|_| alone);
+    let source = match (object.get(kind.member()), own_fd) {
+        (Some(Value::Object(inner)), None) if inner.contains_key("fd") => {
+            Source::Descriptor(number(&inner["fd"])?)
+        }
+        (Some(fd @ Value::Number(_)), None) => Source::Descriptor(number(fd)?),
+        (Some(Value::String(name)), None) if kind == Kind::Tap => Source::Name(name.clone()),
+        (Some(Value::String(path)), None) => Source::Path(path.into()),
+        (None, Some(fd)) => Source::Descriptor(number(fd)?),
+        (Some(Value::String(_)), Some(_)) => {
+            return Err(Failure::new(
+                what(),
+                format_args!("it has both \"fd\" and \"{}\"", kind.member()),
+            ));
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(Thing {
+        at: at.to_owned(),
+        kind,
+        source,
+    }))
+}
+
+impl Kind {
+    fn open(self, path: &Path) -> Result<OwnedFd, Failure> {
+        let what = format!("open the {} {}", self.word(), path.display());
+        // NONBLOCK: a pipe must not hold us up.
+        let common = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let flags = match self {
+            Kind::Disk { read_only: false } | Kind::Tap => OFlags::RDWR,
+            Kind::Metrics => OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE,
+            _ => OFlags::RDONLY,
+        };
+        let mode = Mode::from_raw_mode(0o600);
+        let file = rustix::fs::open(path, flags | common, mode).doing_or(&what, |error| {
+            let denied = matches!(
+                error.kind(),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+            );
+            if denied && self == (Kind::Disk { read_only: false }) {
+                "add :ro (\"is_read_only\" in a configuration) if the guest only reads it"
+            } else {
+                ""
+            }
+        })?;
+        self.examine(file.as_fd(), &path.display().to_string())?;
+        Ok(file)
+    }
+
+    /// Refuses what cannot be what it is said to be.
+    fn examine(self, fd: BorrowedFd<'_>, name: &str) -> Result<(), Failure> {
+        let what = format!("use {name} as {}", self.word());
+        if self == Kind::Tap {
+            return match sys::is_guest_tap(fd) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(Failure::new(what, "that tap is attached in another way")
+                    .remedy("attach it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")),
+                Err(_) => Err(Failure::new(what, "it is not an attached tap")),
+            };
+        }
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(fd).doing(&what)?.st_mode);
+        let fits = match self {
+            Kind::Kernel | Kind::Initrd => kind.is_file(),
+            Kind::Disk { .. } => kind.is_file() || kind.is_block_device(),
+            Kind::Metrics => kind.is_file() || kind.is_fifo(),
+            Kind::Tap => false,
+        };
+        if !fits {
+            return Err(Failure::new(what, format_args!("it is {}", describe(kind))));
+        }
+        let access = rustix::fs::fcntl_getfl(fd).doing(&what)? & OFlags::RWMODE;
+        let enough = match self {
+            Kind::Disk { read_only: false } => access == OFlags::RDWR,
+            Kind::Metrics => access != OFlags::RDONLY,
+            _ => access != OFlags::WRONLY,
+        };
+        if enough {
+            Ok(())
+        } else {
+            Err(Failure::new(
+                what,
+                "it is not open for what it is needed for",
+            ))
+        }
+    }
+}
+
+fn describe(kind: FileType) -> &'static str {
+    match kind {
+        FileType::Directory => "a folder",
+        FileType::CharacterDevice => "a character device",
+        FileType::BlockDevice => "a block device",
+        FileType::Fifo => "a pipe",
+        FileType::Socket => "a socket",
+        _ => "of another kind",
+    }
+}
+
+/// Attaches to a tap of the host. One that does not exist would be made, and lead nowhere.
+fn open_tap(name: &str) -> Result<OwnedFd, Failure> {
+    let what = format!("attach to the tap {name:?}");
+    if !Path::new("/sys/class/net").join(name).exists() || name.contains('/') || name.is_empty() {
+        return Err(
+            Failure::new(what, "this host has no such interface").remedy(
+                "make it (`ip tuntap add NAME mode tap user USER`), or give --net auto or user",
+            ),
+        );
+    }
+    let tun = open_tun()?;
+    sys::attach_tap(tun.as_fd(), name).map_err(|error| {
+        let failure = Failure::new(what, error);
+        match error {
+            rustix::io::Errno::BUSY => failure.remedy("another process is attached to it"),
+            rustix::io::Errno::PERM => {
+                failure.remedy("make it this user's with `ip tuntap add ... user USER`")
+            }
+            rustix::io::Errno::INVAL => failure.remedy("it is no tap with a single queue"),
+            _ => failure,
+        }
+    })?;
+    Ok(tun)
+}
+
+/// Opens the host's tun device.
+pub fn open_tun() -> Result<OwnedFd, Failure> {
+    const TUN: &str = "/dev/net/tun";
+    rustix::fs::open(
+        TUN,
+        OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        Mode::empty(),
+    )
+    .doing_or(format_args!("open {TUN}"), |error| match error.kind() {
+        std::io::ErrorKind::NotFound => "load it with `modprobe tun`",
+        std::io::ErrorKind::PermissionDenied => {
+            "give this user access (`setfacl -m u:USER:rw /dev/net/tun`), or hand in a tap (--net fd:N)"
+        }
+        _ => "",
+    })
+}
+
+/// A machine with everything it names opened.
+#[derive(Debug)]
+pub struct Machine {
+    body: Map<String, Value>,
+    things: Vec<Thing>,
+    /// One for each thing; none for a tap still to be made.
+    files: Vec<Option<OwnedFd>>,
+}
+
+/// One request to the monitor.
+#[derive(Debug, PartialEq)]
+pub struct Request {
+    /// Its method and path.
+    pub line: String,
+    /// Its body.
+    pub body: Value,
+    /// The files that go with it, by their place in the machine's list.
+    files: Vec<usize>,
+}
+
+impl Machine {
+    /// A machine of one kernel, for `check`.
+    pub fn of_kernel(kernel: OwnedFd, memory_mib: u64) -> Machine {
+        let body = json!({
+            "boot-source": { "boot_args": "" },
+            "drives": [],
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": memory_mib },
+        });
+        let Value::Object(body) = body else {
+            unreachable!("written as an object above")
+        };
+        let thing = Thing {
+            at: "/boot-source".into(),
+            kind: Kind::Kernel,
+            source: Source::Path(PathBuf::new()),
+        };
+        Machine {
+            body,
+            things: vec![thing],
+            files: vec![Some(kernel)],
+        }
+    }
+
+    /// Takes the tap that was made in the jail.
+    pub fn set_tap(&mut self, tap: OwnedFd) {
+        let made = self.files.iter_mut().find(|file| file.is_none());
+        if let Some(place) = made {
+            *place = Some(tap);
+        }
+    }
+
+    /// Tells the guest its address on the kernel's command line, unless that has one already.
+    pub fn set_guest_address(&mut self, words: &str, mac: &str) {
+        let boot = self
+            .body
+            .get_mut("boot-source")
+            .and_then(Value::as_object_mut);
+        if let Some(boot) = boot {
+            let old = boot
+                .get("boot_args")
+                .and_then(Value::as_str)
+                .unwrap_or(CMDLINE);
+            if !old.split_whitespace().any(|word| word.starts_with("ip=")) {
+                // Before what is for init.
+                let new = match old.split_once(" -- ") {
+                    Some((kernel, init)) => format!("{kernel} {words} -- {init}"),
+                    None => format!("{old} {words}"),
+                };
+                boot.insert("boot_args".into(), new.into());
+            }
+        }
+        let own = self
+            .things
+            .iter()
+            .find(|thing| matches!(thing.source, Source::Made(_)));
+        if let Some(own) = own.map(|thing| thing.at.clone())
+            && let Some(net) = self.interface(&own)
+        {
+            net.entry("guest_mac").or_insert_with(|| mac.into());
+        }
+    }
+
+    fn interface(&mut self, at: &str) -> Option<&mut Map<String, Value>> {
+        let index: usize = at.strip_prefix("/network-interfaces/")?.parse().ok()?;
+        self.body
+            .get_mut("network-interfaces")?
+            .get_mut(index)?
+            .as_object_mut()
+    }
+
+    /// What to send, in order; the last one starts the guest.
+    pub fn requests(&self) -> Vec<Request> {
+        if self.files.len() <= WITH_ONE_REQUEST {
+            let mut body = Value::Object(self.body.clone());
+            for (index, thing) in self.things.iter().enumerate() {
+                if let Some(object) = body.pointer_mut(&thing.at) {
+                    put(object, thing.kind, index);
+                }
+            }
+            if let Some(body) = body.as_object_mut() {
+                body.entry("drives").or_insert_with(|| json!([]));
+                body.insert("start".into(), true.into());
+            }
+            let files = (0..self.files.len()).collect();
+            return vec![Request {
+                line: "PUT /vm".into(),
+                body,
+                files,
+            }];
+        }
+        self.one_by_one()
+    }
+
+    fn one_by_one(&self) -> Vec<Request> {
+        let mut requests = Vec::new();
+        let mut tell = |line: String, at: &str, object: &Value| {
+            let mut body = object.clone();
+            let mut files = Vec::new();
+            for (index, thing) in self
+                .things
+                .iter()
+                .enumerate()
+                .filter(|(_, thing)| thing.at == at)
+            {
+                put(&mut body, thing.kind, files.len());
+                files.push(index);
+            }
+            requests.push(Request { line, body, files });
+        };
+        for section in [
+            "logger",
+            "metrics",
+            "serial",
+            "machine-config",
+            "cpu-config",
+            "boot-source",
+        ] {
+            if let Some(object) = self.body.get(section).filter(|object| object.is_object()) {
+                tell(format!("PUT /{section}"), &format!("/{section}"), object);
+            }
+        }
+        for (section, id) in [("drives", "drive_id"), ("network-interfaces", "iface_id")] {
+            for (index, object) in list(&self.body, section)
+                .unwrap_or_default()
+                .iter()
+                .enumerate()
+            {
+                let id = object.get(id).and_then(Value::as_str).unwrap_or_default();
+                tell(
+                    format!("PUT /{section}/{id}"),
+                    &format!("/{section}/{index}"),
+                    object,
+                );
+            }
+        }
+        tell(
+            "PUT /actions".into(),
+            "",
+            &json!({ "action_type": "InstanceStart" }),
+        );
+        requests
+    }
+
+    /// The files that go with `request`.
+    pub fn files(&self, request: &Request) -> Vec<BorrowedFd<'_>> {
+        request
+            .files
+            .iter()
+            .filter_map(|&index| self.files.get(index)?.as_ref())
+            .map(AsFd::as_fd)
+            .collect()
+    }
+}
+
+/// Puts the number of a descriptor in the place of a path or name.
+fn put(object: &mut Value, kind: Kind, number: usize) {
+    if let Some(object) = object.as_object_mut() {
+        if !matches!(kind, Kind::Kernel | Kind::Initrd) {
+            object.remove("fd");
+        }
+        object.insert(kind.member().into(), json!({ "fd": number }));
+    }
+}
+
+/// Opens `path` to append to, made if it does not exist.
+pub fn open_to_append(path: &Path, what: &str) -> Result<File, Failure> {
+    let flags = OFlags::WRONLY
+        | OFlags::APPEND
+        | OFlags::CREATE
+        | OFlags::CLOEXEC
+        | OFlags::NOCTTY
+        | OFlags::NONBLOCK;
+    rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))
+        .map(File::from)
+        .doing(format_args!("open {} ({what})", path.display()))
+}
+
+/// The options' words for the machine, described.
+pub fn describe_machine(machine: &args::Machine) -> Result<Option<Described>, Failure> {
+    match machine {
+        args::Machine::Client => Ok(None),
+        args::Machine::Config(path) => Described::config(path).map(Some),
+        args::Machine::Plain(plain) => Described::plain(plain).map(Some),
+    }
+}

@@ -1,0 +1,183 @@
+//! A listening socket at a path of the host's: made so that nothing that lives is replaced, and
+//! removed only if what is there is still ours.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, ResolveFlags, Stat};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::failure::{Doing, Failure};
+
+/// A name in a folder.
+#[derive(Debug)]
+pub struct Named {
+    folder: OwnedFd,
+    name: OsString,
+    /// What was made there.
+    stat: Stat,
+}
+
+impl Named {
+    /// Makes a socket at `path`, which only this user may connect to, and listens on it. A socket
+    /// that nobody listens on any more was left by somebody who was killed, and gives way. Changes
+    /// the working directory: the name of a socket has little room.
+    pub fn bind(path: &Path) -> Result<(Named, OwnedFd), Failure> {
+        let what = format!("make the socket {}", path.display());
+        let (folder, name) =
+            open_folder(path).doing_or(&what, |error| match Errno::from_io_error(error) {
+                Some(Errno::LOOP) => {
+                    "a symbolic link is part of it: give the path that `realpath` prints"
+                }
+                Some(Errno::NOENT) => "make its folder first",
+                _ => "",
+            })?;
+        let _lock = lock(&folder);
+        rustix::process::fchdir(&folder).doing(&what)?;
+        let address =
+            SocketAddrUnix::new(&*name).doing_or(&what, |_| "its name may have 107 bytes")?;
+        let socket = stream().doing(&what)?;
+        if let Ok(there) = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            if !is_dead(&there, &address) {
+                return Err(Failure::new(what, "something is there already")
+                    .remedy("choose another path, or remove it"));
+            }
+            rustix::fs::unlinkat(&folder, &name, AtFlags::empty()).doing(&what)?;
+        }
+        let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let bound = rustix::net::bind(&socket, &address);
+        rustix::process::umask(umask);
+        bound.doing(&what)?;
+        let stat = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW).doing(&what)?;
+        let named = Named { folder, name, stat };
+        if let Err(error) = rustix::net::listen(&socket, 128) {
+            named.remove();
+            return Err(Failure::new(what, error));
+        }
+        Ok((named, socket))
+    }
+
+    /// Removes the name if it still is that of what was made.
+    pub fn remove(self) {
+        let _lock = lock(&self.folder);
+        let same = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW)
+            .is_ok_and(|now| (now.st_dev, now.st_ino) == (self.stat.st_dev, self.stat.st_ino));
+        if same {
+            let _ = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty());
+        }
+    }
+
+    /// Removes a socket that nobody listens on any more. Changes the working directory.
+    pub fn remove_dead(path: &Path) {
+        let Ok((folder, name)) = open_folder(path) else {
+            return;
+        };
+        let _lock = lock(&folder);
+        let there = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW);
+        if let (Ok(there), Ok(address)) = (there, SocketAddrUnix::new(&*name))
+            && rustix::process::fchdir(&folder).is_ok()
+            && is_dead(&there, &address)
+        {
+            let _ = rustix::fs::unlinkat(&folder, &name, AtFlags::empty());
+        }
+    }
+}
+
+fn stream() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+/// Connects to a listening socket at `path`.
+pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// Whether it is a socket without anybody behind it. The working directory is its folder.
+fn is_dead(there: &Stat, address: &SocketAddrUnix) -> bool {
+    FileType::from_raw_mode(there.st_mode).is_socket()
+        && stream()
+            .is_ok_and(|socket| rustix::net::connect(&socket, address) == Err(Errno::CONNREFUSED))
+}
+
+/// Opens the folder of `path` without following links.
+fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), Errno> {
+    let name = path.file_name().ok_or(Errno::ISDIR)?;
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::openat2(
+        CWD,
+        folder.unwrap_or(Path::new(".")),
+        flags,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS,
+    )?;
+    Ok((folder, OsStr::to_owned(name)))
+}
+
+/// Keeps others that make or remove sockets in this folder off, for the moment that this takes. A
+/// stranger who holds the lock for ever does not hold us up.
+fn lock(folder: &OwnedFd) -> Option<OwnedFd> {
+    let own = rustix::fs::openat(
+        folder,
+        ".",
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    let own = own.ok()?;
+    for _ in 0..100 {
+        if rustix::fs::flock(&own, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return Some(own);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All in one: these change the working directory, which tests of one process share.
+    #[test]
+    fn sockets_give_way_only_when_dead_and_are_removed_only_when_ours() {
+        let folder = crate::testing::Folder::new("names");
+        let path = folder.path().join("s");
+
+        let (named, socket) = Named::bind(&path).unwrap();
+        assert!(connect(&path).is_ok());
+        let text = Named::bind(&path).unwrap_err().to_string();
+        assert!(text.contains("there already"), "{text}");
+        Named::remove_dead(&path);
+        assert!(path.exists());
+
+        drop(socket);
+        let (second, _socket) = Named::bind(&path).unwrap();
+        named.remove();
+        assert!(path.exists(), "it is the second one's");
+        second.remove();
+        assert!(!path.exists());
+
+        std::fs::write(&path, "precious").unwrap();
+        assert!(Named::bind(&path).is_err());
+        Named::remove_dead(&path);
+        assert!(path.exists());
+
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(folder.path(), &link).unwrap();
+        let text = Named::bind(&link.join("x")).unwrap_err().to_string();
+        assert!(text.contains("symbolic link"), "{text}");
+    }
+}

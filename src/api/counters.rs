@@ -1,0 +1,267 @@
+//! What the API thread counts: requests by operation, and how long their answers took.
+
+use std::time::Duration;
+
+use super::http::Method;
+use super::routes::OPERATIONS;
+use crate::metrics::{Counter, Histogram, Reader, Report};
+use crate::vmm::action::Action;
+
+/// Counters of the API.
+#[derive(Debug)]
+pub struct Counters {
+    /// One for each operation, in their order.
+    operations: Vec<Requests>,
+    /// Requests for what there is not.
+    unknown: Counter,
+    /// What was no request at all.
+    malformed: Counter,
+    /// Requests that were not answered in time, or found no place.
+    late: Counter,
+    connections: Counter,
+    times: Histogram,
+    /// Microseconds of the last pause and the last resume.
+    pause_us: Counter,
+    resume_us: Counter,
+}
+
+#[derive(Debug, Default)]
+struct Requests {
+    all: Counter,
+    refused: Counter,
+}
+
+/// What of a request is counted when it is answered.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted {
+    operation: Option<usize>,
+    kind: Kind,
+}
+
+/// Requests whose times are told one by one.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Pause,
+    Resume,
+    Other,
+}
+
+impl Counted {
+    /// A request for `operation` that became `action`.
+    pub fn new(operation: Option<usize>, action: &Action) -> Self {
+        Counted {
+            operation,
+            kind: match action {
+                Action::Pause => Kind::Pause,
+                Action::Resume => Kind::Resume,
+                _ => Kind::Other,
+            },
+        }
+    }
+}
+
+impl Counters {
+    /// Nothing counted yet.
+    pub fn new() -> Self {
+        Counters {
+            operations: OPERATIONS.iter().map(|_| Requests::default()).collect(),
+            unknown: Counter::new(),
+            malformed: Counter::new(),
+            late: Counter::new(),
+            connections: Counter::new(),
+            times: Histogram::default(),
+            pause_us: Counter::new(),
+            resume_us: Counter::new(),
+        }
+    }
+
+    /// A client has come.
+    pub fn connected(&self) {
+        self.connections.one();
+    }
+
+    /// Bytes that are no request.
+    pub fn malformed(&self) {
+        self.malformed.one();
+    }
+
+    /// A request was refused without asking control.
+    pub fn refused(&self, operation: Option<usize>) {
+        match operation.and_then(|at| self.operations.get(at)) {
+            Some(requests) => {
+                requests.all.one();
+                requests.refused.one();
+            }
+            None => self.unknown.one(),
+        }
+    }
+
+    /// Control has answered a request.
+    pub fn answered(&self, counted: Counted, good: bool, time: Duration) {
+        if let Some(requests) = counted.operation.and_then(|at| self.operations.get(at)) {
+            requests.all.one();
+            if !good {
+                requests.refused.one();
+            }
+        }
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.times.observe(micros);
+        match counted.kind {
+            Kind::Pause if good => self.pause_us.set(micros),
+            Kind::Resume if good => self.resume_us.set(micros),
+            _ => {}
+        }
+    }
+
+    /// Control has not answered a request in time.
+    pub fn late(&self, counted: Counted) {
+        if let Some(requests) = counted.operation.and_then(|at| self.operations.get(at)) {
+            requests.all.one();
+        }
+        self.late.one();
+    }
+}
+
+/// Where the original's line counts an operation: group, key of the count, key of the failures.
+fn line_keys(
+    method: Method,
+    path: &str,
+) -> Option<(&'static str, &'static str, Option<&'static str>)> {
+    let (group, count, fails) = match (method, path) {
+        (Method::Get, "/") => ("get_api_requests", "instance_info_count", None),
+        (Method::Get, "/version") => ("get_api_requests", "vmm_version_count", None),
+        (Method::Get, "/machine-config") => ("get_api_requests", "machine_cfg_count", None),
+        (Method::Put, path) => {
+            let (count, fails) = match path {
+                "/actions" => ("actions_count", "actions_fails"),
+                "/boot-source" => ("boot_source_count", "boot_source_fails"),
+                "/cpu-config" => ("cpu_cfg_count", "cpu_cfg_fails"),
+                "/drives/{id}" => ("drive_count", "drive_fails"),
+                "/logger" => ("logger_count", "logger_fails"),
+                "/machine-config" => ("machine_cfg_count", "machine_cfg_fails"),
+                "/metrics" => ("metrics_count", "metrics_fails"),
+                "/network-interfaces/{id}" => ("network_count", "network_fails"),
+                "/serial" => ("serial_count", "serial_fails"),
+                _ => return None,
+            };
+            ("put_api_requests", count, Some(fails))
+        }
+        (Method::Patch, path) => {
+            let (count, fails) = match path {
+                "/drives/{id}" => ("drive_count", "drive_fails"),
+                "/machine-config" => ("machine_cfg_count", "machine_cfg_fails"),
+                "/network-interfaces/{id}" => ("network_count", "network_fails"),
+                _ => return None,
+            };
+            ("patch_api_requests", count, Some(fails))
+        }
+        _ => return None,
+    };
+    Some((group, count, fails))
+}
+
+impl Reader for Counters {
+    fn read(&self, report: &mut Report) {
+        for (operation, requests) in OPERATIONS.iter().zip(&self.operations) {
+            let labels = [
+                ("method", operation.method.name()),
+                ("path", operation.path),
+            ];
+            report.counter(
+                "mayfly_api_requests_total",
+                "Requests for each operation.",
+                &labels,
+                requests.all.get(),
+            );
+            report.counter(
+                "mayfly_api_refused_total",
+                "Those of them that were refused.",
+                &labels,
+                requests.refused.get(),
+            );
+            if let Some((group, count, fails)) = line_keys(operation.method, operation.path) {
+                report.add(group, count, requests.all.get());
+                if let Some(fails) = fails {
+                    report.add(group, fails, requests.refused.get());
+                }
+            }
+        }
+        for (why, count) in [
+            ("unknown", &self.unknown),
+            ("malformed", &self.malformed),
+            ("late", &self.late),
+        ] {
+            report.counter(
+                "mayfly_api_errors_total",
+                "Requests for what there is not, bytes that are no request, and requests that \
+                 control had no time for.",
+                &[("kind", why)],
+                count.get(),
+            );
+        }
+        report.counter(
+            "mayfly_api_connections_total",
+            "Connections of clients.",
+            &[],
+            self.connections.get(),
+        );
+        report.histogram(
+            "mayfly_api_request_duration_seconds",
+            "Time from a whole request to its answer.",
+            &self.times,
+        );
+        report.set("latencies_us", "pause_vm", self.pause_us.get());
+        report.set("latencies_us", "resume_vm", self.resume_us.get());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(method: Method, path: &str) -> Option<usize> {
+        OPERATIONS
+            .iter()
+            .position(|o| o.method == method && o.path == path)
+    }
+
+    #[test]
+    fn read_when_counted_has_each_operation() {
+        let counters = Counters::new();
+        let put = at(Method::Put, "/drives/{id}");
+        counters.refused(put);
+        counters.refused(None);
+        counters.answered(
+            Counted::new(put, &Action::GetVersion),
+            true,
+            Duration::from_micros(100),
+        );
+        let pause = Counted::new(at(Method::Patch, "/vm"), &Action::Pause);
+        counters.answered(pause, true, Duration::from_micros(1234));
+        counters.answered(pause, false, Duration::from_micros(1));
+        counters.late(pause);
+        let mut report = Report::default();
+        counters.read(&mut report);
+        let text = report.prometheus();
+        for line in [
+            "mayfly_api_requests_total{method=\"PUT\",path=\"/drives/{id}\"} 2",
+            "mayfly_api_refused_total{method=\"PUT\",path=\"/drives/{id}\"} 1",
+            "mayfly_api_requests_total{method=\"PATCH\",path=\"/vm\"} 3",
+            "mayfly_api_errors_total{kind=\"unknown\"} 1",
+            "mayfly_api_errors_total{kind=\"late\"} 1",
+            "mayfly_api_request_duration_seconds_count 3",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} in {text}");
+        }
+        assert_eq!(counters.pause_us.get(), 1234);
+    }
+
+    #[test]
+    fn line_keys_when_asked_know_operations_that_exist() {
+        let known = OPERATIONS
+            .iter()
+            .filter(|o| line_keys(o.method, o.path).is_some())
+            .count();
+        assert_eq!(known, 15);
+    }
+}
