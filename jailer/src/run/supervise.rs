@@ -5,7 +5,7 @@
 //! heard of; the console, the log, signals and the time limit are served all the while.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -420,13 +420,11 @@ impl Watch {
             Ok(None) => return Ok(()),
             Err(failure) => {
                 progress.asked = None;
-                // If it ends right now, how it ended is the reason.
                 self.client = None;
-                return if progress.has_started {
-                    Ok(())
-                } else {
-                    Err(failure)
-                };
+                // A guest may be over before the answer to its start is out; how it ended counts.
+                let was_last = progress.requests.as_ref().is_some_and(VecDeque::is_empty);
+                progress.has_started |= was_last;
+                return if was_last { Ok(()) } else { Err(failure) };
             }
         };
         let line = progress.asked.take().unwrap_or_default();
@@ -479,6 +477,11 @@ impl Watch {
             if let Err(failure) = self.hear_jail(&mut progress) {
                 progress.failure.get_or_insert(failure);
             }
+        }
+        if progress.asked.is_some()
+            && let Err(failure) = self.hear_monitor(&mut progress)
+        {
+            progress.failure.get_or_insert(failure);
         }
         while self.log.take() {}
         while self.console.out.take() {}
