@@ -73,6 +73,8 @@ pub struct Plan {
     pub kvm: OwnedFd,
     /// A listening API socket, if it has a name outside; else one without a name is made.
     pub api: Option<OwnedFd>,
+    /// Files of version 1 control groups, to go into them by.
+    pub doors: Vec<OwnedFd>,
     /// The tap to be made inside.
     pub tap: Option<Tap>,
     /// Largest file in bytes.
@@ -104,6 +106,16 @@ pub fn enter(plan: &Plan, supervisor: &Channel) -> Failure {
 
 fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
     wait_for(supervisor, MAPPED)?;
+    // What is used from here on counts.
+    for door in &plan.doors {
+        rustix::io::write(door, b"0").doing_or("enter a control group", |error| {
+            match Errno::from_io_error(error) {
+                Some(Errno::NOSPC) => "its cpuset has no processor or no memory node",
+                Some(Errno::ACCESS) => "that group is not this user's: see --parent-cgroup",
+                _ => "",
+            }
+        })?;
+    }
     // While the host's devices are in reach, and this user may still be root.
     let tap = plan.tap.as_ref().map(|_| network::make_tap()).transpose()?;
     // Groups while we may; then nobody can be found in here who is not the jail's user. The
