@@ -19,6 +19,7 @@ use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
 use super::channel::Channel;
+use super::forbidden;
 use super::network::{self, Block};
 use crate::failure::{Doing, Failure};
 use crate::root::{Owner, pivot_into};
@@ -180,6 +181,12 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
     .and_then(|()| sys::close_at_exec_from(LOG as i32 + 1))
     .doing("hand over descriptors")
     .and_then(|()| die_with(parent.as_fd()))
+    // After what it denies.
+    .and_then(|()| {
+        let what = "install the jail's filter";
+        sys::install_filter(&forbidden::filter())
+            .doing_or(what, |_| "use a kernel with CONFIG_SECCOMP_FILTER")
+    })
     .and_then(|()| sys::reset_signals().doing("reset signals"));
     let failure = match result {
         Err(failure) => failure,
