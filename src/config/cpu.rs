@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
+use super::json::objects;
+
 /// `PUT /cpu-config`: what to change in the CPU that the guest sees.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -10,10 +12,10 @@ pub struct CpuConfig {
     #[serde(default)]
     pub kvm_capabilities: Vec<KvmCapability>,
     /// CPUID leaves to change.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "objects")]
     pub cpuid_modifiers: Vec<CpuidModifier>,
     /// Model specific registers to change.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "objects")]
     pub msr_modifiers: Vec<MsrModifier>,
 }
 
@@ -38,6 +40,7 @@ pub struct CpuidModifier {
     /// `KVM_CPUID_FLAG_*`.
     pub flags: u32,
     /// What to change.
+    #[serde(deserialize_with = "objects")]
     pub modifiers: Vec<CpuidRegisterModifier>,
 }
 

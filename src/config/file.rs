@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::json::{self, JsonError};
+use super::json::{self, JsonError, object, objects, optional_object};
 use super::{
     BootSource, CpuConfigSource, Drive, Logger, MachineConfig, Metrics, NetworkInterface, Serial,
     VmConfig,
@@ -15,14 +15,20 @@ use super::{
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Sections {
+    #[serde(deserialize_with = "object")]
     boot_source: BootSource,
+    #[serde(deserialize_with = "objects")]
     drives: Vec<Drive>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "objects")]
     network_interfaces: Vec<NetworkInterface>,
+    #[serde(default, deserialize_with = "optional_object")]
     machine_config: Option<MachineConfig>,
     cpu_config: Option<CpuConfigSource>,
+    #[serde(default, deserialize_with = "optional_object")]
     logger: Option<Logger>,
+    #[serde(default, deserialize_with = "optional_object")]
     metrics: Option<Metrics>,
+    #[serde(default, deserialize_with = "optional_object")]
     serial: Option<Serial>,
     balloon: Option<IgnoredAny>,
     vsock: Option<IgnoredAny>,

@@ -1,8 +1,10 @@
 //! JSON into types, with errors that name the member and the reason.
 
 use std::fmt;
+use std::marker::PhantomData;
 
-use serde::de::DeserializeOwned;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
 
 /// Why a body or a file is not what was asked for: the reason, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +31,7 @@ impl std::error::Error for JsonError {}
 /// The reason, line and column as serde_json says them, and the path of the member unless the
 /// reason names it already.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
-    // serde would take the members of a struct in a list, without their names.
+    // Of the body itself; inside, [`object`] and its like see to it.
     if bytes.trim_ascii_start().starts_with(b"[") {
         return Err(JsonError::new("invalid type: sequence, expected an object"));
     }
@@ -48,10 +50,73 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
     Ok(value)
 }
 
+/// Reads a struct from an object and from nothing else: serde by itself also takes the members of
+/// a struct in a list, without their names. For `deserialize_with`.
+///
+/// # Errors
+/// As the struct's own, and for what is no object.
+pub fn object<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Object::deserialize(deserializer).map(|Object(value)| value)
+}
+
+/// [`object`], or null.
+///
+/// # Errors
+/// As [`object`].
+pub fn optional_object<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let read = Option::<Object<T>>::deserialize(deserializer)?;
+    Ok(read.map(|Object(value)| value))
+}
+
+/// A list of what [`object`] reads.
+///
+/// # Errors
+/// As [`object`].
+pub fn objects<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let read = Vec::<Object<T>>::deserialize(deserializer)?;
+    Ok(read.into_iter().map(|Object(value)| value).collect())
+}
+
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+            type Value = T;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, members: A) -> Result<T, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(members))
+            }
+        }
+
+        deserializer
+            .deserialize_map(Members(PhantomData))
+            .map(Object)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Drive, MachineConfig};
+    use crate::config::{Drive, MachineConfig, VmConfig, parse_file};
 
     #[test]
     fn parse_when_wrong_names_member_and_reason() {
@@ -96,6 +161,50 @@ mod tests {
             error.to_string().ends_with("(in `rate_limiter.ops.size`)"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn parse_when_a_list_is_in_the_place_of_an_object_is_an_error() {
+        let drive = |limiter: &str| {
+            format!(
+                r#"{{"drive_id":"a","path_on_host":"p","is_root_device":false,"rate_limiter":{limiter}}}"#
+            )
+        };
+        for (limiter, place) in [
+            ("[null,null]", "rate_limiter"),
+            (r#"{"ops":[1,2,3]}"#, "rate_limiter.ops"),
+        ] {
+            let error = parse::<Drive>(drive(limiter).as_bytes()).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.contains("invalid type: sequence, expected an object")
+                    && error.contains(place),
+                "{error}"
+            );
+        }
+        for section in [
+            r#""boot-source":["k",null,null]"#,
+            r#""drives":[["a",null,false,"Unsafe",null,"p",null,null,null]]"#,
+            r#""machine-config":[1,128]"#,
+            r#""network-interfaces":[["n","t"]]"#,
+            r#""cpu-config":[[],[],[]]"#,
+            r#""cpu-config":{"msr_modifiers":[["0x1","0bx"]]}"#,
+            r#""cpu-config":{"cpuid_modifiers":[["0x1","0x0",0,[]]]}"#,
+            r#""logger":["l"]"#,
+            r#""metrics":["m"]"#,
+            r#""serial":["s"]"#,
+        ] {
+            let rest = [
+                r#""boot-source":{"kernel_image_path":"k"}"#,
+                r#""drives":[]"#,
+            ]
+            .into_iter()
+            .filter(|part| !section.starts_with(part.split(':').next().unwrap_or_default()));
+            let parts: Vec<&str> = rest.chain([section]).collect();
+            let parsed: Result<VmConfig, _> =
+                parse_file(format!("{{{}}}", parts.join(",")).as_bytes());
+            assert!(parsed.is_err(), "{section}");
+        }
     }
 
     #[test]

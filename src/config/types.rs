@@ -6,6 +6,7 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::cpu::CpuConfig;
+use super::json::{object, optional_object};
 use super::mac::Mac;
 use super::source::Source;
 use crate::log::Level;
@@ -156,7 +157,7 @@ pub struct Drive {
     #[serde(alias = "fd")]
     pub path_on_host: Source,
     /// Limits on operations and bandwidth.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// The engine asked for.
     #[serde(default)]
@@ -183,7 +184,7 @@ pub struct DriveUpdate {
     #[serde(default, alias = "fd")]
     pub path_on_host: Option<Source>,
     /// New limits.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -203,10 +204,10 @@ pub struct NetworkInterface {
     #[serde(default)]
     pub mtu: Option<u16>,
     /// Limits on what the guest receives.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// Limits on what the guest sends.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -217,10 +218,10 @@ pub struct NetworkUpdate {
     /// Which interface.
     pub iface_id: String,
     /// New limits on what the guest receives.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// New limits on what the guest sends.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -229,10 +230,10 @@ pub struct NetworkUpdate {
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
     /// Bytes.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub bandwidth: Option<TokenBucketConfig>,
     /// Operations.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub ops: Option<TokenBucketConfig>,
 }
 
@@ -341,7 +342,7 @@ pub struct Serial {
     #[serde(default, alias = "fd")]
     pub serial_out_path: Option<Source>,
     /// Limit on bytes; what exceeds it is dropped and counted.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<TokenBucketConfig>,
 }
 
@@ -352,7 +353,7 @@ pub enum CpuConfigSource {
     /// A file that holds the masks.
     File(Source),
     /// The masks.
-    Inline(CpuConfig),
+    Inline(#[serde(deserialize_with = "object")] CpuConfig),
 }
 
 /// A whole configuration: `--config-file`, `PUT /vm`, and the answer to `GET /vm/config`.

@@ -577,9 +577,6 @@ impl Vmm {
                 // The machine has its own copies of what was opened.
                 drop(opened);
                 self.kvm = None;
-                if let Err(error) = terminal::make_raw() {
-                    warn!("The terminal stays as it is: {error}");
-                }
                 let started = machine.run_vcpus();
                 self.state = State::Running(Box::new(machine));
                 // The first line comes at once, beside the guest.

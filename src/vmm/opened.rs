@@ -217,12 +217,14 @@ pub fn put(draft: &mut Draft, opened: &mut Opened, action: Action, handed: &mut 
             let id = network.iface_id.clone();
             let tap = match &network.host_dev_name {
                 Source::Named(name) => {
-                    // The same interface again: a tap can be attached once, so the old one goes
-                    // first.
-                    opened.taps.retain(|(known, _)| *known != id);
-                    let tap = match opened.take_attached(name) {
-                        Some(tap) => tap,
-                        None => Tap::open(name)?,
+                    // The same interface again: a tap can be attached only once, so it stays.
+                    let before = opened.tap(&id).filter(|tap| tap.name() == name);
+                    let tap = match before.map(Tap::try_clone) {
+                        Some(again) => again.map_err(|e| ActionError::of(&e))?,
+                        None => match opened.take_attached(name) {
+                            Some(tap) => tap,
+                            None => Tap::open(name)?,
+                        },
                     };
                     // The host may have chosen the name.
                     network.host_dev_name = tap.name().into();
