@@ -198,9 +198,12 @@ fn guest_when_the_configuration_names_descriptors_runs() {
         add(&folder.join("log")),
         add(&folder.join("console")),
         console,
+        both(DEV_KVM),
     ];
     let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-    let mut monitor = with(&fds, &["--no-api", "--config-file", file.to_str().unwrap()]);
+    let mut args = vec!["--no-api", "--config-file", file.to_str().unwrap()];
+    args.extend(["--kvm-fd", "17", "--landlock"]);
+    let mut monitor = with(&fds, &args);
     monitor.exits_with(0);
     let console = folder.read("console");
     for word in ["print:up", "bootinfo", "blkinfo:0", "blkinfo:1"] {
