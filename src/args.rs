@@ -9,6 +9,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::arch::Protocol;
+use crate::config::Source;
 use crate::exit;
 use crate::log::{Format, Level};
 use crate::vmm::action::API_VERSION;
@@ -40,8 +41,14 @@ pub enum Asked {
 /// How to run a microVM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Args {
-    /// Where to make the API socket; none with `--no-api`.
+    /// Where to make the API socket; none with `--no-api` and with `--api-fd`.
     pub api_sock: Option<PathBuf>,
+    /// The API socket, as a descriptor that the process was started with.
+    pub api_fd: Option<u32>,
+    /// /dev/kvm, as a descriptor that the process was started with.
+    pub kvm_fd: Option<u32>,
+    /// Give up the file system, and what else Landlock can deny, before anything else.
+    pub landlock: bool,
     /// A configuration to boot from at once.
     pub config_file: Option<PathBuf>,
     /// The name of this microVM.
@@ -53,7 +60,7 @@ pub struct Args {
     /// Least important lines of the log.
     pub level: Option<Level>,
     /// Where the log goes, other than stdout.
-    pub log_path: Option<String>,
+    pub log_path: Option<Source>,
     /// Write the level of a line.
     pub show_level: bool,
     /// Write the origin of a line.
@@ -80,6 +87,9 @@ impl Default for Args {
     fn default() -> Self {
         Args {
             api_sock: Some(DEFAULT_API_SOCK.into()),
+            api_fd: None,
+            kvm_fd: None,
+            landlock: false,
             config_file: None,
             id: DEFAULT_ID.into(),
             seccomp: true,
@@ -111,6 +121,8 @@ pub enum ArgsError {
     Twice(&'static str),
     /// An option that needs another.
     Needs(&'static str, &'static str),
+    /// An option given beside another that says the same.
+    Beside(&'static str, &'static str),
     /// A value that the option does not take.
     Value {
         /// The option.
@@ -153,6 +165,10 @@ impl fmt::Display for ArgsError {
             ArgsError::Needs(one, other) => {
                 write!(f, "Arguments parsing error: --{one} needs --{other}")?;
             }
+            ArgsError::Beside(one, other) => write!(
+                f,
+                "Arguments parsing error: --{one} and --{other} exclude each other"
+            )?,
             ArgsError::Value {
                 option,
                 value,
@@ -195,6 +211,11 @@ const fn option(name: &'static str, value: &'static str, help: &'static str) -> 
 
 const OPTIONS: &[Opt] = &[
     option(
+        "api-fd",
+        "fd",
+        "Serve the API on this inherited socket, which listens.",
+    ),
+    option(
         "api-sock",
         "path",
         "Where to make the API socket. [default: /run/firecracker.socket]",
@@ -230,7 +251,18 @@ const OPTIONS: &[Opt] = &[
         "id",
         "Name of this microVM. [default: anonymous-instance]",
     ),
+    option("kvm-fd", "fd", "Use this inherited /dev/kvm."),
+    option(
+        "landlock",
+        "",
+        "Give up all access to files by name, with Landlock.",
+    ),
     option("level", "level", "Least important lines of the log."),
+    option(
+        "log-fd",
+        "fd",
+        "Write the log to this inherited file or pipe.",
+    ),
     option(
         "log-format",
         "text|json",
@@ -276,6 +308,13 @@ const NOT_OFFERED: &[(&str, &str)] = &[
     ("metadata", "there is no metadata service"),
     ("mmds-size-limit", "there is no metadata service"),
     ("seccomp-filter", "the filters are part of the program"),
+];
+
+/// Options that say the same in different ways.
+const EXCLUDE: &[(&str, &str)] = &[
+    ("api-fd", "api-sock"),
+    ("api-fd", "no-api"),
+    ("log-fd", "log-path"),
 ];
 
 /// What `--help` prints.
@@ -330,10 +369,20 @@ where
     if no_api && !given.has("config-file") {
         return Err(ArgsError::Needs("no-api", "config-file"));
     }
+    for (one, other) in EXCLUDE {
+        if given.has(one) && given.has(other) {
+            return Err(ArgsError::Beside(one, other));
+        }
+    }
     let default = Args::default();
+    let api_fd = given.number("api-fd")?;
+    let log_fd: Option<u32> = given.number("log-fd")?;
     let api_sock = given.path("api-sock").or(default.api_sock);
     Ok(Asked::Run(Box::new(Args {
-        api_sock: api_sock.filter(|_| !no_api),
+        api_sock: api_sock.filter(|_| !no_api && api_fd.is_none()),
+        api_fd,
+        kvm_fd: given.number("kvm-fd")?,
+        landlock: given.has("landlock"),
         config_file: given.path("config-file"),
         id: match given.text("id")? {
             Some(id) => checked_id(id)?,
@@ -345,7 +394,10 @@ where
             Some(name) => Some(Level::parse(&name).ok_or(ArgsError::Level(name))?),
             None => None,
         },
-        log_path: given.text("log-path")?,
+        log_path: match log_fd {
+            Some(fd) => Some(Source::Fd(fd)),
+            None => given.text("log-path")?.map(Source::Named),
+        },
         show_level: given.has("show-level"),
         show_log_origin: given.has("show-log-origin"),
         module: given.text("module")?,
@@ -523,6 +575,17 @@ mod tests {
                 },
             ),
             (
+                "--api-fd 5 --kvm-fd 6 --log-fd 7 --landlock",
+                Args {
+                    api_sock: None,
+                    api_fd: Some(5),
+                    kvm_fd: Some(6),
+                    log_path: Some(Source::Fd(7)),
+                    landlock: true,
+                    ..default()
+                },
+            ),
+            (
                 "--start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 --metrics-path m",
                 Args {
                     start_time_us: Some(1),
@@ -590,6 +653,12 @@ mod tests {
             (&long, "--id takes 1 to 64", 153),
             ("--no-api", "--no-api needs --config-file", 153),
             ("--level loud", "`loud` is none of", 152),
+            ("--api-fd x", "takes a whole number", 153),
+            ("--api-fd -1", "takes a whole number", 153),
+            ("--kvm-fd 4294967296", "takes a whole number", 153),
+            ("--api-fd 3 --api-sock s", "exclude each other", 153),
+            ("--api-fd 3 --no-api --config-file f", "exclude", 153),
+            ("--log-fd 3 --log-path p", "exclude each other", 153),
             ("--level", "--level needs a value", 153),
             ("--start-time-us x", "takes a whole number", 153),
             (

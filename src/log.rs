@@ -7,7 +7,8 @@
 //! costs lines and never the time of a vCPU or a device.
 //!
 //! Lines that a guest can provoke go through [`guest_warn!`](crate::guest_warn), which limits them
-//! for the whole VM to 64 KiB at once and 4 KiB a second after that. Lines never hold bytes that a
+//! for the whole VM to 64 KiB at once and 4 KiB a second after that, and each kind of line to a
+//! quarter of that, so that one kind can not silence the others. Lines never hold bytes that a
 //! guest or a client chose: numbers and our own words only.
 
 use std::cell::Cell;
@@ -84,6 +85,8 @@ const LINE_MAX: usize = 1024;
 /// What the guest may make us write at once, and in a second, in bytes.
 const GUEST_BURST: u64 = 64 * 1024;
 const GUEST_RATE: u64 = 4 * 1024;
+/// The part of it that one kind of line may have.
+const KIND_SHARE: u64 = 4;
 const NANOS: u64 = 1_000_000_000;
 
 static LEVEL: AtomicU8 = AtomicU8::new(Level::Info as u8);
@@ -252,16 +255,46 @@ pub fn count_lost_bytes(bytes: u64) {
     }
 }
 
-/// Writes a line that the guest provoked, if the VM's allowance for such lines permits it.
-pub fn guest_line(level: Level, origin: (&str, &str, u32), message: Arguments<'_>) {
+/// One kind of line that a guest can provoke: one place in the code.
+#[derive(Debug, Default)]
+pub struct Kind {
+    /// Its own allowance, kept as that of all of them is.
+    spent_until: AtomicU64,
+    /// Lines held back that no line has told of yet.
+    held_back: AtomicU64,
+}
+
+impl Kind {
+    /// A kind that has all its allowance.
+    pub const fn new() -> Self {
+        Kind {
+            spent_until: AtomicU64::new(0),
+            held_back: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Writes a line that the guest provoked, if its kind's and the VM's allowance for such lines
+/// permit it.
+pub fn guest_line(kind: &Kind, level: Level, origin: (&str, &str, u32), message: Arguments<'_>) {
     // The cost is an upper bound, taken before formatting: what is refused costs no formatting.
     const COST: u64 = 256;
     if !enabled(level) {
         return;
     }
-    if spend(&GUEST_SPENT_UNTIL, clock::monotonic_nanos(), COST) {
-        line(level, origin, message);
+    let now = clock::monotonic_nanos();
+    let share = COST.saturating_mul(KIND_SHARE);
+    if spend(&kind.spent_until, now, share) && spend(&GUEST_SPENT_UNTIL, now, COST) {
+        match kind.held_back.swap(0, Ordering::Relaxed) {
+            0 => line(level, origin, message),
+            more => line(
+                level,
+                origin,
+                format_args!("{message} ({more} such lines held back before)"),
+            ),
+        }
     } else {
+        kind.held_back.fetch_add(1, Ordering::Relaxed);
         SUPPRESSED.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -456,7 +489,10 @@ macro_rules! debug {
 /// Logs something odd that the guest did, within the guest's allowance.
 #[macro_export]
 macro_rules! guest_warn {
-    ($($arg:tt)+) => { $crate::log::guest_line($crate::log::Level::Warn, (module_path!(), file!(), line!()), format_args!($($arg)+)) };
+    ($($arg:tt)+) => {{
+        static KIND: $crate::log::Kind = $crate::log::Kind::new();
+        $crate::log::guest_line(&KIND, $crate::log::Level::Warn, (module_path!(), file!(), line!()), format_args!($($arg)+))
+    }};
 }
 
 #[cfg(test)]
@@ -506,6 +542,21 @@ mod tests {
         assert_eq!(lines(NANOS), 0);
         assert_eq!(lines(2 * NANOS), 16);
         assert_eq!(lines(1000 * NANOS), 256);
+    }
+
+    #[test]
+    fn guest_lines_when_of_one_kind_leave_room_for_others() {
+        let noisy = Kind::new();
+        let before = losses().1;
+        for _ in 0..1000 {
+            guest_line(&noisy, Level::Warn, ("test", "", 0), format_args!("noise"));
+        }
+        let held = noisy.held_back.load(Ordering::Relaxed);
+        assert!((900..960).contains(&held), "{held}");
+        assert!(losses().1 >= before + held);
+        let quiet = Kind::new();
+        guest_line(&quiet, Level::Warn, ("test", "", 0), format_args!("heard"));
+        assert_eq!(quiet.held_back.load(Ordering::Relaxed), 0);
     }
 
     #[test]

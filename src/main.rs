@@ -1,14 +1,16 @@
 //! The monitor: arguments in, control thread, exit code out.
 
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use mayfly::api::{self, Server};
 use mayfly::args::{self, Args, Asked};
-use mayfly::config::{Logger, Metrics};
+use mayfly::config::{Logger, Metrics, Source};
 use mayfly::log;
 use mayfly::seccomp::Category;
-use mayfly::sys::process;
+use mayfly::sys::handed::Handed;
+use mayfly::sys::{kvm, landlock, process, socket};
 use mayfly::timeline::Timeline;
 use mayfly::vmm::threads::{self, Muster};
 use mayfly::vmm::{Settings, Vmm};
@@ -46,27 +48,50 @@ fn run(args: Args, timeline: Timeline) -> ! {
     };
     let mut vmm = Vmm::new(settings, timeline)
         .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
-    if let Err(error) = vmm.set_logger(&Logger {
+    let log_fails = match &args.log_path {
+        Some(Source::Fd(_)) => exit::BAD_ARGUMENTS,
+        _ => exit::ERROR,
+    };
+    let logger = Logger {
         log_path: args.log_path,
         level: args.level,
         show_level: Some(args.show_level),
         show_log_origin: Some(args.show_log_origin),
         module: args.module,
-    }) {
-        fail(&error.0, exit::ERROR);
+    };
+    if let Err(error) = vmm.set_logger(&logger, &mut Handed::Inherited) {
+        fail(&error.0, log_fails);
     }
     if let Some(metrics_path) = args.metrics_path
-        && let Err(error) = vmm.set_metrics(Metrics {
-            metrics_path,
-            emit_id: false,
-            properties: None,
-        })
+        && let Err(error) = vmm.set_metrics(
+            Metrics {
+                metrics_path: Source::Named(metrics_path),
+                emit_id: false,
+                properties: None,
+            },
+            &mut Handed::default(),
+        )
     {
         fail(&error.0, exit::ERROR);
     }
     info!("Running {}", args::version());
-    if let Some(path) = &args.api_sock {
-        serve(&mut vmm, path, args.payload_max, args.seccomp);
+    if let Some(number) = args.kvm_fd {
+        vmm.set_kvm(adopt("kvm-fd", number, |fd| {
+            kvm::adopt(fd).ok_or("not /dev/kvm")
+        }));
+    }
+    let listener = match (args.api_fd, &args.api_sock) {
+        (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
+        (None, Some(path)) => {
+            Some(api::bind(path).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR)))
+        }
+        (None, None) => None,
+    };
+    if args.landlock {
+        give_up_files();
+    }
+    if let Some(listener) = listener {
+        serve(&mut vmm, listener, args.payload_max, args.seccomp);
     }
     if let Some(path) = &args.config_file
         && let Err(error) = vmm.start_from_file(path)
@@ -80,9 +105,30 @@ fn run(args: Args, timeline: Timeline) -> ! {
     vmm.run()
 }
 
-/// Makes the API socket at `path` and the thread that serves it.
-fn serve(vmm: &mut Vmm, path: &Path, payload_max: usize, seccomp: bool) {
-    let listener = api::bind(path).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
+/// Takes over the descriptor that `--option number` hands in, for what `kind` makes of it; `kind`
+/// says what it is if it is something else.
+fn adopt<T>(option: &str, number: u32, kind: impl FnOnce(OwnedFd) -> Result<T, &'static str>) -> T {
+    let refuse = |why: String| -> ! {
+        let sentence = format!("--{option} {number} can not be used: {why}.");
+        fail(&sentence, exit::BAD_ARGUMENTS)
+    };
+    match Handed::Inherited.claim(number) {
+        Ok(fd) => kind(fd).unwrap_or_else(|what| refuse(format!("Descriptor {number} is {what}"))),
+        Err(error) => refuse(error.to_string()),
+    }
+}
+
+/// Applies Landlock, where the kernel has it. Threads made later inherit it.
+fn give_up_files() {
+    match landlock::restrict() {
+        Ok(Some(abi)) => info!("Landlock holds the monitor (its version {abi})."),
+        Ok(None) => info!("This kernel has no Landlock: the monitor goes on without it."),
+        Err(cause) => fail(&format!("Applying Landlock failed: {cause}"), exit::ERROR),
+    }
+}
+
+/// Makes the thread that serves the API.
+fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: bool) {
     let server = Server::new(listener, vmm.commands(), payload_max)
         .unwrap_or_else(|e| fail(&format!("Serving the API failed: {e}"), exit::ERROR));
     let counters = server.counters();

@@ -30,9 +30,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use vm_memory::mmap::FromRangesError;
+use vm_memory::mmap::{FromRangesError, MmapRegionError};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
 };
 
 /// Guest RAM as devices see it. Cloning it copies a few pointers.
@@ -63,11 +64,23 @@ const MAP_MIN: u64 = 16 * PAGE;
 /// How much is read at a time when a file is copied.
 const COPY_CHUNK: u64 = 256 * 1024;
 
+/// What guest memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// The host's ordinary pages.
+    Ordinary,
+    /// Ordinary pages that the host is asked to join to huge ones where it can.
+    Transparent,
+    /// Pages of 2 MiB out of the host's pool, all of them set aside at once.
+    TwoMib,
+}
+
 /// Guest memory, and the files that are mapped into it.
 #[derive(Debug)]
 pub struct Memory {
     ram: Ram,
     size_mib: u64,
+    pages: Pages,
     /// Kept open to see whether they change.
     sources: Vec<Source>,
     records: Vec<mapped::Record>,
@@ -101,6 +114,13 @@ pub enum MemoryError {
         /// The host's reason.
         cause: FromRangesError,
     },
+    /// The host's pool has not as many huge pages.
+    HugePages {
+        /// What was asked for.
+        size_mib: u64,
+        /// The host's reason.
+        cause: MmapRegionError,
+    },
     /// A range that is not in RAM, or not in one piece of it.
     Outside {
         /// First guest address.
@@ -133,6 +153,12 @@ impl fmt::Display for MemoryError {
             MemoryError::Map { size_mib, .. } => {
                 write!(f, "the host can not map {size_mib} MiB of guest memory")
             }
+            MemoryError::HugePages { size_mib, .. } => write!(
+                f,
+                "{size_mib} MiB of guest memory need {} huge pages of 2 MiB, and the host's pool \
+                 has not as many free (see nr_hugepages below /sys/kernel/mm/hugepages)",
+                size_mib.div_ceil(2)
+            ),
             MemoryError::Outside { address, len } => {
                 write!(f, "{len} bytes at {address:#x} are not in guest memory")
             }
@@ -146,6 +172,7 @@ impl Error for MemoryError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             MemoryError::Map { cause, .. } => Some(cause),
+            MemoryError::HugePages { cause, .. } => Some(cause),
             MemoryError::Read { cause, .. } => Some(cause),
             MemoryError::Register(cause) => Some(cause),
             _ => None,
@@ -220,6 +247,15 @@ impl Memory {
     /// # Errors
     /// [`MemoryError`] when the size is 0 or more than the host can map.
     pub fn anonymous(size_mib: u64) -> Result<Memory, MemoryError> {
+        Memory::new(size_mib, Pages::Ordinary)
+    }
+
+    /// The same, made of `pages`.
+    ///
+    /// # Errors
+    /// [`MemoryError`] when the size is 0, more than the host can map, or more than its pool of
+    /// huge pages has.
+    pub fn new(size_mib: u64, pages: Pages) -> Result<Memory, MemoryError> {
         if size_mib == 0 {
             return Err(MemoryError::Nothing);
         }
@@ -246,11 +282,21 @@ impl Memory {
                 ranges.push((GuestAddress(first), len));
             }
         }
-        let ram =
-            Ram::from_ranges(&ranges).map_err(|cause| MemoryError::Map { size_mib, cause })?;
+        let refused = |cause| MemoryError::Map { size_mib, cause };
+        let ram = match pages {
+            Pages::Ordinary => Ram::from_ranges(&ranges).map_err(refused)?,
+            Pages::Transparent => {
+                let ram = Ram::from_ranges(&ranges).map_err(refused)?;
+                ram.iter()
+                    .for_each(|region| advise_huge(region.as_ptr(), region.size()));
+                ram
+            }
+            Pages::TwoMib => huge(&ranges, size_mib)?,
+        };
         Ok(Memory {
             ram,
             size_mib,
+            pages,
             sources: Vec::new(),
             records: Vec::new(),
         })
@@ -323,7 +369,8 @@ impl Memory {
         let head = address.wrapping_neg() & (PAGE - 1);
         let whole = len.saturating_sub(head) & !(PAGE - 1);
         let agree = (address ^ offset) & (PAGE - 1) == 0;
-        if !agree || whole < MAP_MIN {
+        // A part of a huge page can not be exchanged.
+        if !agree || whole < MAP_MIN || self.pages == Pages::TwoMib {
             return self.copy(source, offset, address, len);
         }
         let (Some(from), Some(to)) = (offset.checked_add(head), address.checked_add(head)) else {
@@ -451,6 +498,37 @@ impl Memory {
         }
         Ok(())
     }
+}
+
+/// Guest memory of huge pages. They are set aside here (there is no MAP_NORESERVE), so that the
+/// guest can not come to an end for want of one.
+fn huge(ranges: &[(GuestAddress, usize)], size_mib: u64) -> Result<Ram, MemoryError> {
+    const FLAGS: i32 =
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    let mut regions = Vec::with_capacity(ranges.len());
+    for (first, len) in ranges {
+        let (address, len) = (first.raw_value(), *len);
+        let mapped = MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, FLAGS)
+            .map_err(|cause| MemoryError::HugePages { size_mib, cause })?;
+        regions.push(
+            GuestRegionMmap::new(mapped, *first).ok_or(MemoryError::Outside {
+                address,
+                len: len as u64,
+            })?,
+        );
+    }
+    Ram::from_regions(regions).map_err(|cause| MemoryError::Map {
+        size_mib,
+        cause: cause.into(),
+    })
+}
+
+/// Asks the host to use huge pages for `len` bytes of guest memory at `host` where it can.
+#[expect(unsafe_code, reason = "madvise(2) on guest memory")]
+fn advise_huge(host: *mut u8, len: usize) {
+    // SAFETY: the range is one region of guest memory, mapped and ours; the advice changes
+    // nothing that is in it. A host that does not take it uses ordinary pages.
+    unsafe { libc::madvise(host.cast(), len, libc::MADV_HUGEPAGE) };
 }
 
 /// Replaces `len` bytes of guest memory at `host` by private pages of a file, or by fresh ones.
@@ -626,5 +704,44 @@ mod tests {
         assert_eq!(memory.changed_file(), None);
         file.as_file().set_len(10 * 4096).unwrap();
         assert_eq!(memory.changed_file(), Some(source.name()));
+    }
+
+    /// Huge pages that nobody uses.
+    fn free_huge_pages() -> u64 {
+        let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+        std::fs::read_to_string(path).map_or(0, |text| text.trim().parse().unwrap_or(0))
+    }
+
+    #[test]
+    fn huge_when_the_pool_has_too_few_says_so() {
+        // More than any pool has, less than would be refused for its size alone.
+        let mib = host_bytes() / MIB + (host_bytes() / MIB) % 2;
+        let error = Memory::new(mib, Pages::TwoMib).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("need {} huge pages", mib / 2)),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn huge_when_there_are_pages_holds_what_is_copied() {
+        if free_huge_pages() < 2 {
+            eprintln!("no huge pages here: only the refusal is tested");
+            return;
+        }
+        let bytes = pattern(1 << 20);
+        let (_file, source) = source(&bytes);
+        let mut memory = Memory::new(4, Pages::TwoMib).unwrap();
+        memory.map_file(&source, 0, 0, 1 << 20).unwrap();
+        assert_eq!(read(&memory, 0, 1 << 20), bytes);
+    }
+
+    #[test]
+    fn transparent_when_asked_for_is_memory_all_the_same() {
+        let bytes = pattern(1 << 20);
+        let (_file, source) = source(&bytes);
+        let mut memory = Memory::new(4, Pages::Transparent).unwrap();
+        memory.map_file(&source, 0, 0, 1 << 20).unwrap();
+        assert_eq!(read(&memory, 0, 1 << 20), bytes);
     }
 }

@@ -8,9 +8,11 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuExit};
 use mayfly::arch::boot::command_line;
 use mayfly::arch::{Entry, Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
+use mayfly::config::cpu::{CpuConfig, MsrModifier};
 use mayfly::memory::Memory;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
@@ -210,6 +212,86 @@ fn cpuid_when_set_is_read_back() {
             }
         }
     }
+}
+
+#[test]
+fn cpu_config_when_applied_is_read_back_as_in_the_golden_tables() {
+    let Some(kvm) = kvm() else { return };
+    let config: CpuConfig = serde_json::from_value(serde_json::json!({
+        "cpuid_modifiers": [
+            {"leaf": "0x80000000", "subleaf": "0x0", "flags": 0, "modifiers": [
+                {"register": "ecx", "bitmap": "0b01010101010101010101010101010101"}]},
+            {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
+                {"register": "eax", "bitmap": "0b00000000000000110000011010101001"}]},
+            {"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [
+                {"register": "ebx", "bitmap": "0b00000000000000000000000000000001"}]},
+        ],
+        "msr_modifiers": [
+            {"addr": "0x277", "bitmap": "0b00000101"},
+            {"addr": "0x174", "bitmap": "0b10x00"},
+            {"addr": "0x1a0", "bitmap": "0b0"},
+            {"addr": "0x2ff", "bitmap": "0bxxx"},
+        ]
+    }))
+    .unwrap();
+    let offered = cpuid::supported(&kvm).unwrap();
+    let mut supported = offered.clone();
+    cpuid::mask(&mut supported, &config.cpuid_modifiers).unwrap();
+    let memory = Memory::anonymous(2).unwrap();
+    let vm = Vm::new(&kvm, &memory, false).unwrap();
+    for index in [0, 1] {
+        let vcpu = vm.create_vcpu(index).unwrap();
+        vcpu::prepare(&vcpu, &cpuid::table(&supported, index, 2, false)).unwrap();
+        vcpu::mask_msrs(&vcpu, &config.msr_modifiers).unwrap();
+
+        let leaf = |table: &CpuId, function| {
+            let found = table
+                .as_slice()
+                .iter()
+                .find(|e| e.function == function && e.index == 0);
+            *found.unwrap_or_else(|| panic!("{function:#x}"))
+        };
+        let set = vcpu.get_cpuid2(256).unwrap();
+        assert_eq!(leaf(&set, 0x8000_0000).ecx, 0x5555_5555);
+        assert_eq!(leaf(&set, 1).eax, 0x306a9);
+        // What is not masked is what KVM makes of the table without masks.
+        let other = vm.create_vcpu(index + 10).unwrap();
+        vcpu::prepare(&other, &cpuid::table(&offered, index, 2, false)).unwrap();
+        let without = other.get_cpuid2(256).unwrap();
+        assert_eq!(leaf(&set, 1).ecx, leaf(&without, 1).ecx);
+        assert_eq!(leaf(&set, 1).ebx >> 24, u32::from(index));
+        // KVM that is software adds the features it can not hide.
+        let given = cpuid::table(&offered, index, 2, false);
+        if leaf(&without, 7).ebx == leaf(&given, 7).ebx {
+            assert_eq!(leaf(&set, 7).ebx, 1);
+        }
+        assert_eq!(leaf(&set, 0), leaf(&without, 0));
+
+        // Page attributes as after a reset but for the first; segment 0x10; no fast strings;
+        // memory types as every guest finds them.
+        let golden: [(u32, u64, u64); 4] = [
+            (0x277, u64::MAX, 0x0007_0406_0007_0405),
+            (0x174, u64::MAX, 0x10),
+            (0x1a0, 1, 0),
+            (0x2ff, u64::MAX, 0x806),
+        ];
+        for (address, mask, value) in golden {
+            let entry = kvm_msr_entry {
+                index: address,
+                ..kvm_msr_entry::default()
+            };
+            let mut msrs = Msrs::from_entries(&[entry]).unwrap();
+            assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1);
+            let data = msrs.as_slice()[0].data;
+            assert_eq!(data & mask, value, "{address:#x}: {data:#x}");
+        }
+    }
+    let unknown = serde_json::from_value(serde_json::json!([
+        {"addr": "0xdeadbeef", "bitmap": "0b1"}]));
+    let unknown: Vec<MsrModifier> = unknown.unwrap();
+    let vcpu = vm.create_vcpu(2).unwrap();
+    let error = vcpu::mask_msrs(&vcpu, &unknown).unwrap_err().to_string();
+    assert!(error.ends_with("address 0xdeadbeef"), "{error}");
 }
 
 #[test]

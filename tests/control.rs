@@ -383,7 +383,7 @@ fn metrics_when_asked_for_on_the_command_line_tell_the_startup() {
     );
     let again = json!({"metrics_path": sink});
     harness.api.refused("PUT", "/metrics", again);
-    harness.boot("reset");
+    harness.boot("wait:50,reset");
     harness.monitor.exits_with(0);
     // The first line, and the one at the end.
     let lines = metrics_lines(Path::new(&sink));
@@ -416,4 +416,147 @@ fn metrics_when_their_fifo_is_not_read_hold_nobody_up() {
     assert!(refused > 0 && began.elapsed() < Duration::from_secs(20));
     assert!(sample(&harness.api, "mayfly_metrics_lines_missed_total") >= 1.0);
     assert_eq!(harness.api.get("/")["state"], "Running");
+}
+
+#[test]
+fn log_when_put_goes_where_it_is_told() {
+    if !common::kvm("log_when_put_goes") {
+        return;
+    }
+    let harness = Harness::with(&["--log-format", "json", "--id", "vm-7"]);
+    let (first, second) = (harness.folder.join("first"), harness.folder.join("second"));
+    harness.api.put("/logger", json!({}));
+    harness
+        .api
+        .put("/logger", json!({"log_path": path(&first)}));
+    assert!(first.exists(), "the file is made at once");
+    harness.api.put(
+        "/logger",
+        json!({"log_path": path(&second), "level": "iNfO", "show_level": true}),
+    );
+    harness.boot("stay");
+    let text = soon("the log", || {
+        fs::read_to_string(&second)
+            .ok()
+            .filter(|t| t.contains("running"))
+    });
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["id"], "vm-7");
+        assert_eq!(line["level"], "INFO");
+        for member in ["time", "thread", "message"] {
+            assert!(line[member].is_string(), "{line}");
+        }
+    }
+    let refused = harness.api.refused("PUT", "/logger", json!({}));
+    assert!(refused.contains("after starting"), "{refused}");
+}
+
+#[test]
+fn log_when_its_fifo_is_not_read_holds_nobody_up() {
+    if !common::kvm("log_when_its_fifo_is_not_read") {
+        return;
+    }
+    let mut harness = Harness::new();
+    let fifo = harness.folder.join("fifo");
+    common::run("mkfifo", &[path(&fifo)]);
+    harness.api.put(
+        "/logger",
+        json!({"log_path": path(&fifo), "level": "Trace"}),
+    );
+    harness.boot("print:up,shell,stay");
+    harness.monitor.expect("print:up ok");
+    for n in 0..50 {
+        harness.api.patch("/vm", json!({"state": "Paused"}));
+        harness.api.patch("/vm", json!({"state": "Resumed"}));
+        harness.monitor.type_in(&format!("print:round{n}\n"));
+        harness.monitor.expect(&format!("print:round{n} ok"));
+    }
+}
+
+#[test]
+fn log_when_a_guest_misbehaves_stays_small() {
+    if !common::kvm("log_when_a_guest_misbehaves") {
+        return;
+    }
+    let harness = Harness::new();
+    let log = harness.folder.join("log");
+    harness.api.put("/logger", json!({"log_path": path(&log)}));
+    harness.api.put(
+        "/drives/d",
+        json!({"drive_id": "d", "path_on_host": path(&harness.folder.disk("d", 1 << 20)),
+            "is_root_device": false}),
+    );
+    harness.boot("attack:0:all,attack:0:all,print:done,stay");
+    harness
+        .monitor
+        .expect_within("print:done", common::LINUX_PATIENCE);
+    let len = fs::metadata(&log).unwrap().len();
+    assert!(len < 200 * 1024, "{len} bytes of log");
+    assert_eq!(harness.api.get("/")["state"], "Running");
+}
+
+#[test]
+fn cpu_config_when_the_host_can_not_is_refused_at_the_start() {
+    if !common::kvm("cpu_config_when_the_host_can_not") {
+        return;
+    }
+    let harness = Harness::new();
+    harness.api.put("/boot-source", kernel("rdmsr:0x277,stay"));
+    let start = json!({"action_type": "InstanceStart"});
+    for (config, reason) in [
+        (
+            json!({"cpuid_modifiers": [{"leaf": "0x7777", "subleaf": "0x0", "flags": 0, "modifiers": []}]}),
+            "leaf 0x7777",
+        ),
+        (
+            json!({"msr_modifiers": [{"addr": "0xdeadbeef", "bitmap": "0b1"}]}),
+            "0xdeadbeef",
+        ),
+        (json!({"kvm_capabilities": ["4000"]}), "capability 4000"),
+    ] {
+        harness.api.put("/cpu-config", config);
+        let refused = harness.api.refused("PUT", "/actions", start.clone());
+        assert!(refused.contains(reason), "{refused}");
+        assert_eq!(harness.api.get("/")["state"], "Not started");
+    }
+    harness.api.put(
+        "/cpu-config",
+        json!({"kvm_capabilities": ["!4000", "3"],
+            "msr_modifiers": [{"addr": "0x277", "bitmap": "0b101"}]}),
+    );
+    harness.start();
+    // A guest sees the masks of MSRs also where KVM is software.
+    let text = harness.monitor.expect("rdmsr:0x277 ok");
+    assert!(!text.contains("FAILED"), "{text}");
+}
+
+#[test]
+fn memory_when_of_huge_pages_boots_or_says_what_is_missing() {
+    if !common::kvm("memory_when_of_huge_pages") {
+        return;
+    }
+    let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free: u64 = fs::read_to_string(pool).map_or(0, |t| t.trim().parse().unwrap());
+    let harness = Harness::new();
+    harness
+        .api
+        .put("/boot-source", kernel("mem,print:huge,stay"));
+    for pages in ["2M", "Transparent"] {
+        harness.api.put(
+            "/machine-config",
+            json!({"vcpu_count": 1, "mem_size_mib": 32, "huge_pages": pages,
+                "track_dirty_pages": true}),
+        );
+        assert_eq!(harness.api.get("/machine-config")["huge_pages"], pages);
+        if pages == "2M" && free < 16 {
+            let start = json!({"action_type": "InstanceStart"});
+            let refused = harness.api.refused("PUT", "/actions", start);
+            assert!(refused.contains("need 16 huge pages of 2 MiB"), "{refused}");
+            continue;
+        }
+        harness.start();
+        harness.monitor.expect("print:huge ok");
+        break;
+    }
 }

@@ -17,9 +17,12 @@ use crate::root::Owner;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
-usage: mayfly-jailer --id ID --exec-file FILE --uid UID --gid GID [options] [-- monitor arguments]
+usage: mayfly-jailer run --kernel FILE [options]    run a microVM in an empty jail: run --help
+       mayfly-jailer check                          whether this host can: check --help
+       mayfly-jailer --id ID --exec-file FILE --uid UID --gid GID [options] [-- monitor arguments]
 
-Builds a jail for one microVM, drops privileges, and executes the monitor in it.
+The last builds a jail with a root folder on the host, drops privileges, and executes the monitor in
+it, as Firecracker's jailer does.
 
 required:
   --id ID                      name of the jail: letters, digits and -, at most 64

@@ -2,13 +2,15 @@
 //!
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
-//! everyday command with the empty jail. What they are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `made` (how to take everything
+//! everyday command with the empty jail, `check` the question whether it would work. What they are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `made` (how to take everything
 //! back), `failure` (how a step says that it failed), and `sys`, the only unsafe code.
 
 mod args;
 mod cgroup;
+mod check;
 mod compat;
 mod failure;
+mod guest;
 mod made;
 mod netns;
 mod root;
@@ -31,6 +33,11 @@ fn main() -> ExitCode {
         Some((word, rest)) if word == "run" => match run::args::parse(rest.to_vec()) {
             Ok(Some(options)) => sys::exit_now(run::run(options, started.monotonic_us())),
             Ok(None) => print(run::args::HELP),
+            Err(failure) => Err(failure),
+        },
+        Some((word, rest)) if word == "check" => match check::parse(rest.to_vec()) {
+            Ok(Some(options)) => sys::exit_now(check::check(&options, started.monotonic_us())),
+            Ok(None) => print(check::HELP),
             Err(failure) => Err(failure),
         },
         _ => args::parse(words).and_then(|command| match command {

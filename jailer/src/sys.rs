@@ -203,14 +203,22 @@ pub enum Clone {
     Parent(Pid, OwnedFd),
 }
 
-/// Copies this process; the copy is alone in new namespaces.
-pub fn clone(namespaces: UnshareFlags) -> Result<Clone, Errno> {
+/// Of linux/sched.h; the C library's constant is too narrow.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Copies this process; the copy is alone in new namespaces, and in a control group of version 2 if
+/// one is given.
+pub fn clone(namespaces: UnshareFlags, group: Option<BorrowedFd<'_>>) -> Result<Clone, Errno> {
     let mut pidfd: c_int = -1;
     // SAFETY: clone_args is plain numbers, for which zeros mean "nothing of this".
     let mut args: libc::clone_args = unsafe { mem::zeroed() };
     args.flags = u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64;
     args.pidfd = (&raw mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(group) = group {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = group.as_raw_fd() as u64;
+    }
     // SAFETY: without CLONE_VM this is a fork: the child gets a copy of this process, which has one
     // thread, so that the copy is whole. The kernel reads `args` and writes `pidfd`, both ours.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, mem::size_of_val(&args)) };
@@ -458,6 +466,25 @@ pub fn landlock_version() -> Result<i64, Errno> {
         )
     };
     checked(result)
+}
+
+/// Puts a filter on this process's system calls, for good. It must have no_new_privs.
+pub fn install_filter(program: &[libc::sock_filter]) -> Result<(), Errno> {
+    let program = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel copies `len` instructions from `filter`, which is borrowed for the call, and
+    // checks them; it writes nothing.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0_u32,
+            &raw const program,
+        )
+    };
+    checked(result).map(drop)
 }
 
 /// Leaves the session's keys behind, for an empty set of them.

@@ -119,6 +119,25 @@ impl Decoder {
         self.bytes.is_empty() && self.head.is_none()
     }
 
+    /// Whether the next byte is the first of a request.
+    pub fn is_between(&self) -> bool {
+        self.is_empty() && self.skip == 0
+    }
+
+    /// How many of the bytes that come `next` may be fed without going beyond the request that
+    /// is being received: the first of one, a line of its head, or what is missing of its body.
+    pub fn most(&self, next: &[u8]) -> usize {
+        match &self.head {
+            _ if self.is_between() => 1,
+            Some(head) => head.length.saturating_sub(self.bytes.len()),
+            None if self.skip > 0 => self.skip,
+            None => {
+                let end = next.iter().position(|byte| *byte == b'\n');
+                end.map_or(next.len(), |at| at.saturating_add(1))
+            }
+        }
+    }
+
     /// Takes what was received.
     pub fn feed(&mut self, received: &[u8]) {
         let skipped = self.skip.min(received.len());
@@ -425,6 +444,37 @@ mod tests {
             body: None,
             close: false,
         })
+    }
+
+    #[test]
+    fn most_when_obeyed_never_goes_beyond_a_request() {
+        let requests: [&[u8]; 5] = [
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"PUT /a HTTP/1.1\r\nContent-Length: 5\r\n\r\nhel\no",
+            b"PUT /a HTTP/1.1\r\nContent-Length: 60000\r\n\r\n",
+            &[b'\n'; 60_000],
+            b"GET / HTTP/1.1\r\n\r\n",
+        ];
+        let input = requests.concat();
+        let (mut decoder, mut at, mut between) = (Decoder::new(LIMIT), 0, Vec::new());
+        while at < input.len() {
+            if decoder.is_between() {
+                between.push(at);
+            }
+            let count = decoder.most(&input[at..]);
+            assert!(count > 0 && at + count <= input.len());
+            decoder.feed(&input[at..at + count]);
+            while decoder.next_piece().is_some() {}
+            at += count;
+        }
+        let mut starts = vec![0];
+        for request in requests {
+            starts.push(starts.last().unwrap() + request.len());
+        }
+        // The fourth is what is thrown away of the third.
+        starts.remove(3);
+        starts.pop();
+        assert_eq!(between, starts);
     }
 
     fn put(path: &str, body: &[u8]) -> Piece {

@@ -6,6 +6,9 @@
 //! which keeps pipelined answers in order, and is not read from while one is open, which bounds
 //! what it can make this thread hold. A client that stalls delays itself.
 //!
+//! Descriptors come along with bytes (SCM_RIGHTS). Those that came with the first byte of a request
+//! go with it to control, which claims them; all others are closed here, at once.
+//!
 //! ```text
 //!            bytes      pieces              Command            (token, Answer)       bytes
 //!   client -------> Decoder -----> routes ----------> control ----------------> routes -----> client
@@ -28,7 +31,7 @@ pub mod routes;
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -39,7 +42,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::inbox::{self, Inbox, Outbox};
 use crate::metrics::Reader;
-use crate::sys::process;
+use crate::sys::handed::{Handed, HandedError};
+use crate::sys::{process, socket};
 use crate::vmm::action::{Answer, Command, Reply};
 use counters::{Counted, Counters};
 use http::{Decoder, Piece, Request, Response};
@@ -59,6 +63,10 @@ const READ_MAX: usize = 16 * 1024;
 
 /// Steps that one connection may make before others have their turn.
 const STEPS_MAX: usize = 64;
+
+/// One connection for so many descriptors of the process may hold descriptors of a request that is
+/// half sent: with 16 each, that is a quarter of them all.
+const PER_HOLDER: usize = 64;
 
 /// Bytes of a connection's last words that are read and thrown away.
 const DRAIN_MAX: usize = 1 << 20;
@@ -149,6 +157,8 @@ pub struct Server {
     /// Questions that control has not answered.
     outstanding: usize,
     payload_max: usize,
+    /// Most connections that may hold descriptors of a request that is half sent.
+    holders_max: usize,
     /// Boxed: places that were never taken cost next to nothing.
     connections: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
@@ -187,8 +197,10 @@ impl Server {
         add(listener.as_raw_fd(), LISTENER)?;
         add(answers.as_raw_fd(), ANSWERS)?;
         // Control needs descriptors too.
-        let half = usize::try_from(process::descriptor_limit() / 2).unwrap_or(usize::MAX);
+        let limit = usize::try_from(process::descriptor_limit()).unwrap_or(usize::MAX);
+        let half = limit.checked_div(2).unwrap_or_default();
         let places = half.clamp(CONNECTIONS_MIN, CONNECTIONS_MAX);
+        let holders = limit.checked_div(PER_HOLDER).unwrap_or_default();
         Ok(Server {
             listener,
             listening: true,
@@ -199,6 +211,7 @@ impl Server {
             answer_to: sender.outbox(),
             outstanding: 0,
             payload_max,
+            holders_max: holders.clamp(1, CONNECTIONS_MAX),
             connections: (0..places).map(|_| None).collect(),
             free: (0..places).rev().collect(),
             again: Vec::new(),
@@ -381,14 +394,14 @@ impl Server {
                 return true;
             }
             match connection.pending.pop_front() {
-                Some(Piece::Continue) => connection.respond(&Response::empty(100), false),
-                Some(Piece::Malformed { reason, close }) => {
+                Some((Piece::Continue, _)) => connection.respond(&Response::empty(100), false),
+                Some((Piece::Malformed { reason, close }, _)) => {
                     self.counters.malformed();
                     connection.respond(&Response::malformed(&reason, close), close);
                     connection.draining = close;
                 }
-                Some(Piece::Request(request)) => {
-                    if !self.ask(connection, request) {
+                Some((Piece::Request(request), handed)) => {
+                    if !self.ask(connection, request, handed) {
                         return true;
                     }
                 }
@@ -402,6 +415,9 @@ impl Server {
                     self.count = self.count.wrapping_add(1);
                     connection.used = self.count;
                     connection.read(&mut self.scratch, self.now);
+                    if connection.is_holding() && self.holders() >= self.holders_max {
+                        connection.arriving = Handed::Refused(HandedError::Crowded);
+                    }
                 }
             }
         }
@@ -409,8 +425,21 @@ impl Server {
         true
     }
 
+    /// How many connections in their places hold descriptors of a request that is half sent.
+    fn holders(&self) -> usize {
+        let holding = |slot: &&Option<Box<Connection>>| {
+            slot.as_ref()
+                .is_some_and(|connection| connection.is_holding())
+        };
+        self.connections.iter().filter(holding).count()
+    }
+
     /// Asks control, or answers at once; `false` when control has no room for the question.
-    fn ask(&mut self, connection: &mut Connection, request: Request) -> bool {
+    fn ask(&mut self, connection: &mut Connection, request: Request, handed: Handed) -> bool {
+        if let Handed::Refused(why) = handed {
+            connection.respond(&routes::refused(&why), request.close);
+            return true;
+        }
         let operation = routes::operation(&request);
         let action = match routes::action(&request) {
             Ok(action) => action,
@@ -423,11 +452,14 @@ impl Server {
         let patience = routes::patience(&action);
         let counted = Counted::new(operation, &action);
         let token = self.token(place_of(connection.token));
+        // What came with a question goes with it, delivered or not: no second try then.
+        let once = !handed.is_empty();
         let posted = self.outstanding < OUTSTANDING_MAX && {
             // Answered in any case: a command that nobody takes answers for itself.
             self.outstanding = self.outstanding.saturating_add(1);
             self.to_control.post(Command {
                 action: Box::new(action),
+                handed,
                 reply: Reply::new(token, self.answer_to.clone()),
             })
         };
@@ -443,7 +475,7 @@ impl Server {
             });
             return true;
         }
-        if self.now.saturating_duration_since(since) >= BUSY {
+        if once || self.now.saturating_duration_since(since) >= BUSY {
             self.counters.late(counted);
             connection.respond(
                 &routes::no_answer("The monitor is busy: try again later."),
@@ -452,7 +484,8 @@ impl Server {
             return true;
         }
         connection.waiting = Some(since);
-        connection.pending.push_front(Piece::Request(request));
+        let request = Piece::Request(request);
+        connection.pending.push_front((request, Handed::default()));
         self.busy = true;
         false
     }
@@ -533,8 +566,14 @@ impl Server {
             if idle {
                 // It may have sent a request that nobody has looked at.
                 connection.read(&mut self.scratch, self.now);
-                if !connection.is_idle() {
-                    self.again.push(connection.token);
+                let (idle, token) = (connection.is_idle(), connection.token);
+                if !idle {
+                    if self.holders() > self.holders_max
+                        && let Some(connection) = self.connection(token)
+                    {
+                        connection.arriving = Handed::Refused(HandedError::Crowded);
+                    }
+                    self.again.push(token);
                     continue;
                 }
             }
@@ -605,8 +644,10 @@ struct Connection {
     /// Its token in the epoll set.
     token: u64,
     decoder: Decoder,
-    /// What was received and not dealt with yet.
-    pending: VecDeque<Piece>,
+    /// What was received and not dealt with yet, and the descriptors that came with it.
+    pending: VecDeque<(Piece, Handed)>,
+    /// The descriptors that came with the first byte of the request that is being received.
+    arriving: Handed,
     /// The question whose answer is awaited.
     asked: Option<Asked>,
     /// Since when the first of `pending` waits for room in control's inbox.
@@ -645,6 +686,7 @@ impl Connection {
             token,
             decoder: Decoder::new(payload_max),
             pending: VecDeque::new(),
+            arriving: Handed::default(),
             asked: None,
             waiting: None,
             output: Vec::new(),
@@ -666,6 +708,11 @@ impl Connection {
             && self.pending.is_empty()
             && self.output.is_empty()
             && self.decoder.is_empty()
+    }
+
+    /// Whether it has descriptors of a request that is half sent.
+    fn is_holding(&self) -> bool {
+        matches!(&self.arriving, Handed::Received(some) if !some.is_empty())
     }
 
     /// Why it may be closed for the sake of another, if it may.
@@ -744,21 +791,28 @@ impl Connection {
 
     /// Reads once, and finds the pieces in what has come.
     fn read(&mut self, scratch: &mut [u8], now: Instant) {
-        let count = match self.stream.read(scratch) {
-            Ok(count) => count,
+        // Dropped, and so closed, unless it is the first byte of a request that brought them.
+        let mut handed = Handed::default();
+        // Descriptors are not to come with bytes of two requests.
+        let most = |next: &[u8]| match self.draining {
+            true => next.len(),
+            false => self.decoder.most(next),
+        };
+        let (count, more) = match socket::receive(&self.stream, scratch, most, &mut handed) {
+            Ok(received) => (received.count, received.more),
             Err(error) if error.kind() == ErrorKind::Interrupted => return,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 self.readable = false;
                 return;
             }
-            Err(_) => 0,
+            Err(_) => (0, false),
         };
         if count == 0 {
             (self.ended, self.readable) = (true, false);
             return;
         }
-        // Less than was asked for is all there was, unless the end has come too.
-        self.readable = count >= scratch.len() || self.hung_up;
+        // If there is no more, that was all, unless the end has come too.
+        self.readable = more || self.hung_up;
         let received = scratch.get(..count).unwrap_or_default();
         if self.draining {
             self.drained = self.drained.saturating_add(count);
@@ -768,12 +822,22 @@ impl Connection {
         if self.decoder.is_empty() {
             self.since = now;
         }
+        if self.decoder.is_between() {
+            self.arriving = handed;
+        }
         self.decoder.feed(received);
         while let Some(piece) = self.decoder.next_piece() {
-            if matches!(piece, Piece::Malformed { .. }) {
-                self.pending.clear();
-            }
-            self.pending.push_back(piece);
+            let handed = match piece {
+                // It goes on to be received.
+                Piece::Continue => Handed::default(),
+                Piece::Request(_) => std::mem::take(&mut self.arriving),
+                Piece::Malformed { .. } => {
+                    self.pending.clear();
+                    self.arriving = Handed::default();
+                    Handed::default()
+                }
+            };
+            self.pending.push_back((piece, handed));
         }
     }
 
@@ -792,12 +856,16 @@ impl Connection {
 mod tests {
     use super::*;
     use crate::inbox::Sender;
+    use crate::sys::socket::send_with;
     use crate::vmm::action::{Action, ActionError, Outcome};
+    use std::fs::File;
+    use std::io::Read;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
     use std::thread;
     use vmm_sys_util::tempdir::TempDir;
 
+    const HOLDERS_MAX: usize = 4;
     const GET: &[u8] = b"GET /version HTTP/1.1\r\n\r\n";
     const VERSION: &str = r#"{"firecracker_version":"1.17.0"}"#;
 
@@ -806,6 +874,8 @@ mod tests {
         dir: TempDir,
         commands: Sender<Command>,
         held: Arc<Mutex<Vec<Reply>>>,
+        /// How many descriptors came with each question.
+        came: Arc<Mutex<Vec<usize>>>,
         stopped: Arc<AtomicBool>,
     }
 
@@ -814,15 +884,26 @@ mod tests {
             let dir = TempDir::new().unwrap();
             let (commands, inbox) = inbox::inbox::<Command>(control_room).unwrap();
             let listener = bind(&dir.as_path().join("s")).unwrap();
-            let server = Server::new(listener, commands.outbox(), 51_200).unwrap();
+            let mut server = Server::new(listener, commands.outbox(), 51_200).unwrap();
+            server.holders_max = HOLDERS_MAX;
             thread::spawn(move || server.run());
             let held = Arc::new(Mutex::new(Vec::new()));
+            let came = Arc::new(Mutex::new(Vec::new()));
+            let count = Arc::clone(&came);
             let stopped = Arc::new(AtomicBool::new(false));
             let (hold, stop) = (Arc::clone(&held), Arc::clone(&stopped));
             thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     thread::sleep(Duration::from_millis(1));
-                    while let Some(Command { action, reply }) = inbox.next() {
+                    while let Some(Command {
+                        action,
+                        handed,
+                        reply,
+                    }) = inbox.next()
+                    {
+                        if let Handed::Received(fds) = handed {
+                            count.lock().unwrap().push(fds.len());
+                        }
                         match *action {
                             Action::GetVersion => reply.send(Ok(Outcome::Version("1.17.0"))),
                             Action::Resume => reply.send(Ok(Outcome::Done)),
@@ -836,6 +917,7 @@ mod tests {
                 dir,
                 commands,
                 held,
+                came,
                 stopped,
             }
         }
@@ -852,6 +934,31 @@ mod tests {
     impl Drop for Fixture {
         fn drop(&mut self) {
             self.stopped.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// A pipe whose end shows when all copies of `writer` are closed.
+    struct Witness {
+        reader: File,
+        writer: File,
+    }
+
+    impl Witness {
+        fn new() -> Self {
+            let (reader, writer) = crate::sys::fd::pipe().unwrap();
+            Witness { reader, writer }
+        }
+
+        fn sees_all_closed(self) -> bool {
+            drop(self.writer);
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while Instant::now() < deadline {
+                if matches!((&self.reader).read(&mut [0]), Ok(0)) {
+                    return true;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            false
         }
     }
 
@@ -1088,6 +1195,103 @@ mod tests {
     }
 
     #[test]
+    fn descriptors_when_requests_are_pipelined_go_with_the_one_they_began() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        for _ in 0..50 {
+            let mut client = fixture.connect();
+            client.send(&[GET, GET].concat());
+            send_with(&client.0, GET, &[&witness.writer; 2]);
+            client.send(GET);
+            send_with(&client.0, &[GET, GET].concat(), &[&witness.writer; 16]);
+            send_with(&client.0, GET, &[&witness.writer; 1]);
+            for _ in 0..7 {
+                assert_eq!(client.response().0, 200);
+            }
+            let came = std::mem::take(&mut *fixture.came.lock().unwrap());
+            assert_eq!(came, [0, 0, 2, 0, 16, 0, 1]);
+        }
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
+    fn descriptors_when_not_with_a_first_byte_are_closed() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let mut client = fixture.connect();
+        let body = put("/drives/a", "{}");
+        // In the head, in the body, in what is thrown away, and behind the end.
+        for at in [1, 20, body.len() - 1] {
+            let (first, rest) = body.split_at(at);
+            client.send(first);
+            thread::sleep(Duration::from_millis(20));
+            send_with(&client.0, rest, &[&witness.writer; 3]);
+            assert_eq!(client.response().0, 400);
+        }
+        client.send(b"PUT / HTTP/1.1\r\nContent-Length: 60000\r\n\r\n");
+        assert_eq!(client.response().0, 400);
+        send_with(&client.0, &[b' '; 60_000], &[&witness.writer; 3]);
+        client.get();
+        client.send(b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n");
+        assert_eq!(client.response().0, 400);
+        send_with(&client.0, GET, &[&witness.writer; 3]);
+        assert!(fixture.came.lock().unwrap().iter().all(|count| *count == 0));
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
+    fn descriptors_when_the_request_is_refused_are_closed() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let mut client = fixture.connect();
+        send_with(&client.0, GET, &[&witness.writer; 17]);
+        let (status, body) = client.response();
+        assert_eq!(status, 400);
+        assert!(body.contains("More than 16 descriptors"), "{body}");
+        for request in [&b"GET /nope HTTP/1.1\r\n\r\n"[..], b"FOO\r\n\r\n"] {
+            send_with(&client.0, request, &[&witness.writer; 16]);
+            assert_eq!(client.response().0, 400);
+        }
+        client.get();
+        // A body that is waited for keeps what came with the head, and gives it up with the client.
+        send_with(
+            &client.0,
+            b"PUT /drives/a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n",
+            &[&witness.writer; 16],
+        );
+        assert_eq!(client.response().0, 100);
+        drop(client);
+        assert!(witness.sees_all_closed());
+        assert_eq!(*fixture.came.lock().unwrap(), [0]);
+    }
+
+    #[test]
+    fn descriptors_when_many_requests_are_half_sent_are_refused() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let mut half: Vec<Client> = (0..HOLDERS_MAX)
+            .map(|_| {
+                let client = fixture.connect();
+                send_with(&client.0, b"GET /ver", &[&witness.writer; 16]);
+                client
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(100));
+        let mut late = fixture.connect();
+        send_with(&late.0, b"GET /ver", &[&witness.writer; 1]);
+        thread::sleep(Duration::from_millis(100));
+        late.send(b"sion HTTP/1.1\r\n\r\n");
+        let (status, body) = late.response();
+        assert_eq!(status, 400);
+        assert!(body.contains("half sent"), "{body}");
+        for client in &mut half {
+            client.send(b"sion HTTP/1.1\r\n\r\n");
+            assert_eq!(client.response().0, 200);
+        }
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
     fn request_when_control_is_gone_is_answered() {
         let fixture = Fixture::new(2);
         fixture.stopped.store(true, Ordering::Relaxed);
@@ -1095,6 +1299,7 @@ mod tests {
             .commands
             .send(Command {
                 action: Box::new(Action::GetVersion),
+                handed: Handed::default(),
                 reply: Reply::new(0, inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox()),
             })
             .is_ok()

@@ -308,6 +308,11 @@ pub fn response(answer: &Answer) -> Response {
     }
 }
 
+/// The response to a request whose descriptors can not be had.
+pub fn refused(why: &impl std::fmt::Display) -> Response {
+    fault(400, &format!("{why}."))
+}
+
 /// The response to a request that control could not be asked, or did not answer.
 pub fn no_answer(why: &str) -> Response {
     fault(503, why)

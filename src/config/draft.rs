@@ -4,7 +4,7 @@ use super::cpu::CpuConfig;
 use super::{
     BootSource, ConfigError, CpuConfigSource, Drive, DriveUpdate, HugePages, IoEngine,
     MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkUpdate, RateLimiterConfig, Serial,
-    TokenBucketConfig, VmConfig,
+    Source, TokenBucketConfig, VmConfig,
 };
 
 /// The kernel command line of a boot source that names none.
@@ -45,9 +45,9 @@ pub struct Config {
     /// The machine.
     pub machine: MachineConfig,
     /// The kernel.
-    pub kernel_image_path: String,
+    pub kernel_image_path: Source,
     /// The initial RAM disk.
-    pub initrd_path: Option<String>,
+    pub initrd_path: Option<Source>,
     /// The kernel command line as the user wants it, or the default one.
     pub boot_args: String,
     /// The disks in the order of their devices.
@@ -250,14 +250,16 @@ impl Draft {
     /// A tap or MAC that another interface has, a name the host cannot have, a wrong MTU.
     pub fn check_network(&self, network: &NetworkInterface) -> Result<(), ConfigError> {
         let id = || network.iface_id.clone();
-        let tap = &network.host_dev_name;
+        // What a descriptor is a tap of is the client's affair: a name says nothing across
+        // network namespaces.
+        let tap = network.host_dev_name.name().unwrap_or_default();
         if tap.len() > TAP_NAME_MAX
             || tap.contains(['/', '\0'])
             || tap.contains(char::is_whitespace)
         {
             return Err(ConfigError::TapName {
                 iface: id(),
-                tap: tap.clone(),
+                tap: tap.into(),
             });
         }
         if let Some(mtu) = network.mtu.filter(|mtu| *mtu < MTU_MIN) {
@@ -268,10 +270,10 @@ impl Draft {
                 continue;
             }
             // An empty name, or one with a `%d`, lets the host choose.
-            if other.host_dev_name == *tap && !tap.is_empty() && !tap.contains('%') {
+            if other.host_dev_name.name() == Some(tap) && !tap.is_empty() && !tap.contains('%') {
                 return Err(ConfigError::TapInUse {
                     iface: id(),
-                    tap: tap.clone(),
+                    tap: tap.into(),
                     other: other.iface_id.clone(),
                 });
             }
@@ -653,7 +655,7 @@ mod tests {
         assert!(patch(r#"{"drive_id":"a","rate_limiter":null}"#).is_err());
         assert!(patch(r#"{"drive_id":"a","rate_limiter":{}}"#).is_ok());
         assert!(patch(r#"{"drive_id":"a","path_on_host":"/new"}"#).is_ok());
-        assert_eq!(draft.drives().first().unwrap().path_on_host, "/new");
+        assert_eq!(draft.drives().first().unwrap().path_on_host, "/new".into());
     }
 
     #[test]
@@ -677,7 +679,10 @@ mod tests {
         draft
             .put_network(network("a", "tap9", r#","mtu":1500"#))
             .unwrap();
-        assert_eq!(draft.networks().first().unwrap().host_dev_name, "tap9");
+        assert_eq!(
+            draft.networks().first().unwrap().host_dev_name,
+            "tap9".into()
+        );
     }
 
     #[test]

@@ -133,7 +133,7 @@ mod tests {
         assert_eq!(config.network_interfaces.len(), 1);
         assert_eq!(
             config.cpu_config,
-            Some(CpuConfigSource::Path("/masks.json".into()))
+            Some(CpuConfigSource::File("/masks.json".into()))
         );
         assert!(config.serial.is_some() && config.metrics.is_some() && config.logger.is_some());
     }

@@ -22,6 +22,7 @@ mod draft;
 mod file;
 pub mod json;
 mod mac;
+mod source;
 mod types;
 
 use draft::TAP_NAME_MAX;
@@ -29,6 +30,7 @@ pub use draft::*;
 pub use file::{parse_file, parse_vm};
 pub use json::JsonError;
 pub use mac::{BadMac, Mac};
+pub use source::Source;
 pub use types::*;
 
 /// Why a part of the configuration, or all of it together, is refused.

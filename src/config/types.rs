@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::cpu::CpuConfig;
 use super::json::{object, optional_object};
 use super::mac::Mac;
+use super::source::Source;
 use crate::log::Level;
 
 /// `PUT /boot-source`.
@@ -15,10 +16,10 @@ use crate::log::Level;
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// The kernel: an ELF `vmlinux`.
-    pub kernel_image_path: String,
+    pub kernel_image_path: Source,
     /// An initial RAM disk.
     #[serde(default)]
-    pub initrd_path: Option<String>,
+    pub initrd_path: Option<Source>,
     /// The kernel command line; the default one when absent or null.
     #[serde(default)]
     pub boot_args: Option<String>,
@@ -153,7 +154,8 @@ pub struct Drive {
     #[serde(default)]
     pub is_read_only: Option<bool>,
     /// The disk image.
-    pub path_on_host: String,
+    #[serde(alias = "fd")]
+    pub path_on_host: Source,
     /// Limits on operations and bandwidth.
     #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
@@ -179,8 +181,8 @@ pub struct DriveUpdate {
     /// Which drive.
     pub drive_id: String,
     /// A new disk image.
-    #[serde(default)]
-    pub path_on_host: Option<String>,
+    #[serde(default, alias = "fd")]
+    pub path_on_host: Option<Source>,
     /// New limits.
     #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
@@ -192,8 +194,9 @@ pub struct DriveUpdate {
 pub struct NetworkInterface {
     /// Letters, digits and `_`.
     pub iface_id: String,
-    /// Name of the tap; made when missing.
-    pub host_dev_name: String,
+    /// The tap; made when missing.
+    #[serde(alias = "fd")]
+    pub host_dev_name: Source,
     /// MAC address of the guest's side; the driver chooses one when absent or null.
     #[serde(default)]
     pub guest_mac: Option<Mac>,
@@ -284,8 +287,8 @@ impl TokenBucketConfig {
 #[serde(deny_unknown_fields)]
 pub struct Logger {
     /// A file, made when missing, or a FIFO.
-    #[serde(default)]
-    pub log_path: Option<String>,
+    #[serde(default, alias = "fd")]
+    pub log_path: Option<Source>,
     /// The least important lines that are still written.
     #[serde(default)]
     pub level: Option<Level>,
@@ -321,7 +324,8 @@ impl Serialize for Level {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Metrics {
     /// A file, made when missing, or a FIFO: one line of JSON for each flush.
-    pub metrics_path: String,
+    #[serde(alias = "fd")]
+    pub metrics_path: Source,
     /// Write the instance's id into each line.
     #[serde(default)]
     pub emit_id: bool,
@@ -335,8 +339,8 @@ pub struct Metrics {
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// A file or FIFO in place of stdout.
-    #[serde(default)]
-    pub serial_out_path: Option<String>,
+    #[serde(default, alias = "fd")]
+    pub serial_out_path: Option<Source>,
     /// Limit on bytes; what exceeds it is dropped and counted.
     #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<TokenBucketConfig>,
@@ -347,7 +351,7 @@ pub struct Serial {
 #[serde(untagged)]
 pub enum CpuConfigSource {
     /// A file that holds the masks.
-    Path(String),
+    File(Source),
     /// The masks.
     Inline(#[serde(deserialize_with = "object")] CpuConfig),
 }
@@ -378,7 +382,7 @@ impl Serialize for VmConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         const NULL: Option<()> = None;
         let no_kernel = BootSource {
-            kernel_image_path: String::new(),
+            kernel_image_path: "".into(),
             initrd_path: None,
             boot_args: None,
         };

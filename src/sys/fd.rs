@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Standard input.
 pub const STDIN: RawFd = libc::STDIN_FILENO;
@@ -88,6 +88,86 @@ pub fn duplicate(fd: RawFd) -> io::Result<File> {
 pub fn is_open(fd: RawFd) -> bool {
     // SAFETY: F_GETFD has no effect; the kernel checks `fd`.
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+}
+
+/// Takes over descriptor `fd`, which this process was started with: closed with the value that
+/// owns it now, and at the next exec. A standard stream stays, and is copied.
+///
+/// All that this process opens for itself is closed at exec from the first moment on, and nothing
+/// that is could have been handed in: so what is taken here has no other owner, and is taken once.
+///
+/// # Errors
+/// `None` when `fd` is the process's own, or taken already; else the host's: it is not open.
+pub fn take_over(fd: RawFd) -> Result<OwnedFd, Option<io::Error>> {
+    // SAFETY: F_GETFD has no effect; the kernel checks `fd`.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(Some(io::Error::last_os_error()));
+    }
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(None);
+    }
+    if fd <= libc::STDERR_FILENO {
+        return duplicate(fd).map(OwnedFd::from).map_err(Some);
+    }
+    // SAFETY: only marks the descriptor, which is open.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) } < 0 {
+        return Err(Some(io::Error::last_os_error()));
+    }
+    // SAFETY: it is open, and was not marked until now: nobody in this process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What may be done with an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// It can be read.
+    pub read: bool,
+    /// It can be written.
+    pub write: bool,
+    /// Every write goes to its end, wherever it was meant for (O_APPEND).
+    pub append: bool,
+    /// It takes whole aligned blocks only (O_DIRECT).
+    pub direct: bool,
+}
+
+/// How `fd` was opened.
+///
+/// # Errors
+/// None for a descriptor that is open.
+pub fn access(fd: impl AsFd) -> io::Result<Access> {
+    // SAFETY: F_GETFL touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // A mere name for a file (O_PATH) can be neither read nor written.
+    let mode = (flags & libc::O_PATH == 0).then_some(flags & libc::O_ACCMODE);
+    Ok(Access {
+        read: matches!(mode, Some(libc::O_RDONLY | libc::O_RDWR)),
+        write: matches!(mode, Some(libc::O_WRONLY | libc::O_RDWR)),
+        append: flags & libc::O_APPEND != 0,
+        direct: flags & libc::O_DIRECT != 0,
+    })
+}
+
+/// Makes reads and writes of the open file behind `fd` return instead of waiting, whichever
+/// descriptor they use.
+///
+/// # Errors
+/// None for a descriptor that is open and can be read or written.
+pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: F_GETFL touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: F_SETFL touches no memory of ours.
+    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// What a thread waits for on one descriptor, and what came.
@@ -178,6 +258,50 @@ mod tests {
         drop(reader);
         assert!(!write_now(writer.as_raw_fd(), b"x"));
         assert!(!write_now(-1, b"x"));
+    }
+
+    #[test]
+    fn take_over_when_it_is_our_own_is_refused() {
+        let (ours, _) = pipe().unwrap();
+        assert!(matches!(take_over(ours.as_raw_fd()), Err(None)));
+        assert!(matches!(take_over(-1), Err(Some(_))));
+        assert!(matches!(take_over(1 << 20), Err(Some(_))));
+    }
+
+    #[test]
+    fn take_over_when_handed_in_is_taken_once() {
+        let (reader, mut writer) = pipe().unwrap();
+        // SAFETY: makes a descriptor that an exec would leave open, as handed-in ones are.
+        let fd = unsafe { libc::dup(reader.as_raw_fd()) };
+        drop(reader);
+        let taken = take_over(fd).unwrap();
+        assert_eq!(taken.as_raw_fd(), fd);
+        assert!(matches!(take_over(fd), Err(None)));
+        writer.write_all(b"!").unwrap();
+        assert_eq!(read(fd, &mut [0; 2]).unwrap(), 1);
+        drop(taken);
+        assert!(writer.write_all(b"!").is_err());
+        let stream = take_over(2).unwrap();
+        assert!(stream.as_raw_fd() > 2 && is_open(2));
+    }
+
+    #[test]
+    fn access_when_asked_is_how_it_was_opened() {
+        use std::fs::OpenOptions;
+        use std::os::unix::fs::OpenOptionsExt;
+        let how = |access: Access| (access.read, access.write, access.append, access.direct);
+        let (reader, writer) = pipe().unwrap();
+        assert_eq!(how(access(&reader).unwrap()), (true, false, false, false));
+        assert_eq!(how(access(&writer).unwrap()), (false, true, false, false));
+        let mut both = OpenOptions::new();
+        let file = both.read(true).append(true).open("/dev/null").unwrap();
+        assert_eq!(how(access(&file).unwrap()), (true, true, true, false));
+        let mut name = OpenOptions::new();
+        let file = name.read(true).custom_flags(libc::O_PATH).open("/");
+        assert_eq!(
+            how(access(file.unwrap()).unwrap()),
+            (false, false, false, false)
+        );
     }
 
     #[test]

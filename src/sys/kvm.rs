@@ -1,7 +1,26 @@
-//! The page KVM shares with a vCPU's thread, where kvm-ioctls gives no safe access.
+//! Where kvm-ioctls gives no safe access: a /dev/kvm that was handed in, and the page KVM shares
+//! with a vCPU's thread.
 
-use kvm_bindings::kvm_run;
-use kvm_ioctls::VcpuFd;
+use std::fs::File;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+
+use kvm_bindings::{KVM_API_VERSION, kvm_run};
+use kvm_ioctls::{Kvm, VcpuFd};
+
+/// Takes `fd` for /dev/kvm, if it is: `None` when it is something else.
+pub fn adopt(fd: OwnedFd) -> Option<Kvm> {
+    let file = File::from(fd);
+    // The question that follows is put to devices only: no other file can have an opinion on it.
+    let kind = file.metadata().ok()?.file_type();
+    if !kind.is_char_device() {
+        return None;
+    }
+    let fd = OwnedFd::from(file).into_raw_fd();
+    // SAFETY: `fd` is open and was ours until now.
+    let kvm = unsafe { Kvm::from_raw_fd(fd) };
+    (u32::try_from(kvm.get_api_version()) == Ok(KVM_API_VERSION)).then_some(kvm)
+}
 
 /// An access of the guest's to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,3 +114,20 @@ impl RunPage {
 // SAFETY: the page belongs to the vCPU that is sent along with it, and is used by the thread that
 // owns that vCPU alone.
 unsafe impl Send for RunPage {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adopt_when_it_is_not_kvm_is_none() {
+        for path in ["/dev/null", "/dev/zero", "/", "/proc/self/exe"] {
+            assert!(adopt(File::open(path).unwrap().into()).is_none(), "{path}");
+        }
+        let (reader, _) = super::super::fd::pipe().unwrap();
+        assert!(adopt(reader.into()).is_none());
+        if let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") {
+            assert!(adopt(kvm.into()).is_some());
+        }
+    }
+}

@@ -4,10 +4,13 @@
 
 pub mod clock;
 pub mod fd;
+pub mod handed;
 pub mod io;
 pub mod kvm;
+pub mod landlock;
 pub mod process;
 pub mod signal;
+pub mod socket;
 pub mod syscalls;
 pub mod tap;
 pub mod terminal;

@@ -9,6 +9,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use super::fd;
+
 /// Bytes of the header in front of each frame: `struct virtio_net_hdr` with `num_buffers`
 /// (virtio 1.2, 5.1.6).
 pub const HEADER: usize = 12;
@@ -143,7 +145,7 @@ impl Tap {
         if flags & FLAGS != FLAGS {
             return Err(TapError::Flags(name_in(&request)));
         }
-        set_nonblocking(&file).map_err(|e| TapError::SetUp(name_in(&request), e))?;
+        fd::set_nonblocking(&file).map_err(|e| TapError::SetUp(name_in(&request), e))?;
         Tap::set_up(file, &request)
     }
 
@@ -267,20 +269,6 @@ fn name_in(request: &libc::ifreq) -> String {
 fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
     // SAFETY: both numbers this is called with take an ifreq, and write no more than one.
     if unsafe { libc::ioctl(file.as_raw_fd(), number, std::ptr::from_mut(request)) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-fn set_nonblocking(file: &File) -> io::Result<()> {
-    let fd = file.as_raw_fd();
-    // SAFETY: F_GETFL touches no memory of ours.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: F_SETFL touches no memory of ours.
-    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

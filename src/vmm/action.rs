@@ -12,6 +12,7 @@ use crate::config::{
     NetworkInterface, NetworkUpdate, Serial, VmConfig,
 };
 use crate::inbox::Outbox;
+use crate::sys::handed::Handed;
 
 /// The version of Firecracker's API that this program answers for.
 pub const API_VERSION: &str = "1.17.0";
@@ -166,6 +167,8 @@ impl Drop for Reply {
 pub struct Command {
     /// What is asked. Boxed: a slot of the inbox stays small.
     pub action: Box<Action>,
+    /// The descriptors that came with it; those that nobody claims are closed when it is done.
+    pub handed: Handed,
     /// Where the answer goes.
     pub reply: Reply,
 }

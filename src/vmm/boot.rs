@@ -6,6 +6,7 @@
 //! last. Whatever fails, nothing is left but what was configured: the start can be tried again.
 
 use std::error::Error;
+use std::ffi::c_ulong;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -25,23 +26,25 @@ use super::threads::{self, Berth, Muster, SpawnError, berth};
 use super::{Event, Settings};
 use crate::arch::boot::{self, BootError, CommandLineError, Root};
 use crate::arch::boot_timer::{self, BootTimer};
+use crate::arch::cpuid::NoSuchLeaf;
 use crate::arch::i8042::I8042;
 use crate::arch::vcpu::VcpuError;
 use crate::arch::{self, Kernel, KernelError, Vm, VmError, cpuid, layout};
 use crate::bus::{Overlap, Registers};
-use crate::config::{Config, ConfigError, Draft};
+use crate::config::cpu::{CpuConfig, KvmCapability, MsrModifier};
+use crate::config::{Config, ConfigError, Draft, HugePages};
 use crate::inbox::{Sender, inbox};
 use crate::log::Place;
-use crate::memory::{Memory, MemoryError};
+use crate::memory::{Memory, MemoryError, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, Streams};
-use crate::sys::fd;
+use crate::sys::{fd, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
 use crate::virtio::{self, Device, DeviceHandle, Worker};
-use crate::{error, log};
+use crate::{error, log, warn};
 
 /// Messages that may wait for the serial thread.
 const SERIAL_MESSAGES: usize = 4;
@@ -59,6 +62,10 @@ pub enum StartError {
     Kvm(kvm_ioctls::Error),
     /// What the host's processor offers guests.
     Cpuid(kvm_ioctls::Error),
+    /// The CPU configuration asks for what KVM does not have.
+    Mask(NoSuchLeaf),
+    /// A KVM capability, by number, that the CPU configuration asks for and KVM does not have.
+    Capability(u32),
     /// The virtual machine.
     Vm(VmError),
     /// Guest memory.
@@ -90,6 +97,11 @@ impl fmt::Display for StartError {
                 "Opening /dev/kvm failed (is the module loaded, and may this user open it?)",
             ),
             StartError::Cpuid(_) => f.write_str("KVM does not tell what guests may see of the CPU"),
+            StartError::Mask(_) => f.write_str("The CPU can not be as it was asked for"),
+            StartError::Capability(number) => write!(
+                f,
+                "The CPU can not be as it was asked for: KVM lacks the capability {number}"
+            ),
             StartError::Vm(_) => f.write_str("Making the virtual machine failed"),
             StartError::Memory(_) => f.write_str("Making guest memory failed"),
             StartError::Kernel(_) => f.write_str("The kernel can not be booted"),
@@ -110,6 +122,8 @@ impl Error for StartError {
             StartError::Config(e) => Some(e),
             StartError::File(e) => Some(e),
             StartError::Kvm(e) | StartError::Cpuid(e) => Some(e),
+            StartError::Mask(e) => Some(e),
+            StartError::Capability(_) => None,
             StartError::Vm(e) => Some(e),
             StartError::Memory(e) => Some(e),
             StartError::Kernel(e) => Some(e),
@@ -135,7 +149,7 @@ macro_rules! from {
 }
 
 from! {
-    ConfigError => Config, OpenError => File, VmError => Vm, MemoryError => Memory,
+    NoSuchLeaf => Mask, ConfigError => Config, OpenError => File, VmError => Vm, MemoryError => Memory,
     KernelError => Kernel, CommandLineError => CommandLine, BootError => Load,
     VcpuError => Vcpu, SpawnError => Thread, Overlap => Bus,
 }
@@ -149,6 +163,8 @@ pub struct Host<'a> {
     pub events: &'a Sender<Event>,
     /// When what happened.
     pub timeline: &'a Timeline,
+    /// /dev/kvm, if it was handed in.
+    pub kvm: Option<&'a Arc<Kvm>>,
 }
 
 impl Host<'_> {
@@ -163,22 +179,34 @@ impl Host<'_> {
 /// [`StartError`]; nothing of the attempt is left then.
 pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine, StartError> {
     let config = draft.check()?;
-    let kvm = Arc::new(Kvm::new().map_err(StartError::Kvm)?);
+    let kvm = match host.kvm {
+        Some(handed_in) => Arc::clone(handed_in),
+        None => Arc::new(Kvm::new().map_err(StartError::Kvm)?),
+    };
     let berths = Berths::make(&config)?;
     // Half a millisecond that needs no virtual machine: the serial thread asks meanwhile.
     let for_asking = Arc::clone(&kvm);
     let supported = berths.serial.ask(move || cpuid::supported(&for_asking));
 
     // The machine: memory first, then KVM's part of it.
-    let mut memory = Memory::anonymous(config.machine.mem_size_mib)?;
+    let pages = match config.machine.huge_pages {
+        HugePages::None => Pages::Ordinary,
+        HugePages::Transparent => Pages::Transparent,
+        HugePages::TwoMib => Pages::TwoMib,
+    };
+    let mut memory = Memory::new(config.machine.mem_size_mib, pages)?;
     let vm = Arc::new(Vm::new(&kvm, &memory, config.machine.track_dirty_pages)?);
     host.timeline.mark_again(Moment::MemoryMade);
 
     // The vCPUs, each made by the thread that will run it, beside all that follows.
-    let supported = supported
+    let mut supported = supported
         .recv()
         .unwrap_or_else(|_| cpuid::supported(&kvm))
         .map_err(StartError::Cpuid)?;
+    if let Some(cpu) = &config.cpu {
+        check_capabilities(&kvm, cpu)?;
+        cpuid::mask(&mut supported, &cpu.cpuid_modifiers)?;
+    }
     let vcpus = begin_vcpus(&berths.vcpus, &vm, &config, Arc::new(supported));
 
     // What the guest starts with: kernel, initrd, command line, tables.
@@ -222,6 +250,10 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
                 error!("The console stopped: {cause}");
             }
         });
+    // The filter lets the terminal be given back, not taken.
+    if let Err(error) = terminal::make_raw() {
+        warn!("The terminal stays as it is: {error}");
+    }
     threads::filter_or_end(host.category(Category::Control));
     muster.wait();
 
@@ -315,11 +347,11 @@ fn load(
 ) -> Result<boot::Entry, StartError> {
     let image = opened.kernel.as_ref().ok_or(ConfigError::NoBootSource)?;
     image.check_unchanged()?;
-    let kernel = Kernel::read(&image.file, &image.path)?;
+    let kernel = Kernel::read(&image.file, &image.name)?;
     let initrd = match &opened.initrd {
         Some(initrd) => {
             initrd.check_unchanged()?;
-            Some((&initrd.file, initrd.path.as_str()))
+            Some((&initrd.file, initrd.name.as_str()))
         }
         None => None,
     };
@@ -478,6 +510,18 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), StartError
 
 type Seats = Vec<(Vcpu, VcpuSeat)>;
 
+/// Whether KVM has what the CPU configuration asks it to have.
+fn check_capabilities(kvm: &Kvm, cpu: &CpuConfig) -> Result<(), StartError> {
+    for capability in &cpu.kvm_capabilities {
+        if let KvmCapability::Add(number) = *capability
+            && kvm.check_extension_raw(c_ulong::from(number)) <= 0
+        {
+            return Err(StartError::Capability(number));
+        }
+    }
+    Ok(())
+}
+
 /// A vCPU that its thread is making.
 type Making = Receiver<Result<arch::Vcpu, StartError>>;
 
@@ -489,13 +533,17 @@ fn begin_vcpus(
     supported: Arc<CpuId>,
 ) -> Vec<Making> {
     let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
+    let masks = config.cpu.as_ref().map(|cpu| &*cpu.msr_modifiers);
+    let masks: Arc<[MsrModifier]> = Arc::from(masks.unwrap_or_default());
     (0u8..)
         .zip(berths)
         .map(|(index, berth)| {
             let (vm, supported) = (Arc::clone(vm), Arc::clone(&supported));
+            let masks = Arc::clone(&masks);
             berth.ask(move || {
                 let vcpu = vm.create_vcpu(index)?;
                 arch::vcpu::prepare(&vcpu, &cpuid::table(&supported, index, count, smt))?;
+                arch::vcpu::mask_msrs(&vcpu, &masks)?;
                 Ok(vcpu)
             })
         })

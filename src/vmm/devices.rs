@@ -10,6 +10,7 @@ use crate::config::{
     TokenBucketConfig,
 };
 use crate::rate_limiter::{BucketUpdate, RateLimiter, RateLimiterUpdate, TokenBucket};
+use crate::sys::handed::Handed;
 use crate::virtio::block::{self, Block, Disk};
 use crate::virtio::net::{self, Net};
 
@@ -42,15 +43,19 @@ pub fn net(network: &NetworkInterface, opened: &Opened) -> io::Result<Net> {
 }
 
 /// What `update` means to the device of its drive; opens the new image if there is one.
-pub fn block_update(draft: &Draft, update: &DriveUpdate) -> Result<block::Update, ActionError> {
+pub fn block_update(
+    draft: &Draft,
+    update: &DriveUpdate,
+    handed: &mut Handed,
+) -> Result<block::Update, ActionError> {
     let disk = match &update.path_on_host {
-        Some(path) => {
+        Some(source) => {
             let read_only = draft
                 .drives()
                 .iter()
                 .find(|drive| drive.drive_id == update.drive_id)
                 .is_none_or(Drive::read_only);
-            let file = open_disk(path, read_only).map_err(|e| ActionError::of(&e))?;
+            let file = open_disk(source, read_only, handed)?;
             Some(Disk::new(file, read_only).map_err(|e| ActionError::of(&e))?)
         }
         None => None,

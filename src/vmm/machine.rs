@@ -13,6 +13,7 @@ use crate::inbox::Sender;
 use crate::log::{self, Place};
 use crate::memory::Memory;
 use crate::serial::{self, SerialMessage};
+use crate::sys::handed::Handed;
 use crate::vcpu::{Deaf, VcpuHandle};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
@@ -107,12 +108,17 @@ impl Machine {
     ///
     /// # Errors
     /// No such drive, an image that can not be opened, a device that takes no messages.
-    pub fn update_drive(&mut self, update: &DriveUpdate, token: u64) -> Result<(), ActionError> {
+    pub fn update_drive(
+        &mut self,
+        update: &DriveUpdate,
+        handed: &mut Handed,
+        token: u64,
+    ) -> Result<(), ActionError> {
         let sentence = |e: &dyn std::error::Error| ActionError::of(e);
         self.draft
             .check_drive_update(update)
             .map_err(|e| sentence(&e))?;
-        let device = devices::block_update(&self.draft, update)?;
+        let device = devices::block_update(&self.draft, update, handed)?;
         let handle = self
             .blocks
             .iter()

@@ -32,6 +32,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
+use kvm_ioctls::Kvm;
+
 use self::action::{
     API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply,
 };
@@ -40,13 +42,14 @@ use self::opened::Opened;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, Draft, Logger, Metrics, VmConfig};
+use crate::config::{self, Draft, Logger, Metrics, Source, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::memory::mapped::{self, NAME_MAX};
 use crate::metrics::{Reader, Report, Sink};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
+use crate::sys::handed::Handed;
 use crate::sys::signal::{self, Signals};
 use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
@@ -153,6 +156,8 @@ pub struct Vmm {
     next_token: u64,
     /// The log's place, when it is not standard output.
     log: Option<File>,
+    /// /dev/kvm as it was handed in, until a machine is made.
+    kvm: Option<Arc<Kvm>>,
     counters: report::Counters,
     /// What other threads than a machine's count.
     readers: Vec<Arc<dyn Reader>>,
@@ -175,9 +180,9 @@ enum State {
 }
 
 /// Opens where `logger` wants the log, if it says so.
-fn open_log(logger: &Logger) -> Result<Option<File>, ActionError> {
+fn open_log(logger: &Logger, handed: &mut Handed) -> Result<Option<File>, ActionError> {
     match &logger.log_path {
-        Some(path) => Ok(Some(opened::open_sink("log", path)?)),
+        Some(sink) => Ok(Some(opened::open_sink("log", sink, handed)?)),
         None => Ok(None),
     }
 }
@@ -224,6 +229,7 @@ impl Vmm {
             updates: Vec::new(),
             next_token: 0,
             log: None,
+            kvm: None,
             counters: report::Counters::default(),
             readers: Vec::new(),
             metrics: None,
@@ -251,16 +257,22 @@ impl Vmm {
         self.events.outbox()
     }
 
+    /// Makes the virtual machine by this /dev/kvm, instead of one opened for it.
+    pub fn set_kvm(&mut self, kvm: Kvm) {
+        self.kvm = Some(Arc::new(kvm));
+    }
+
     /// Does what a client would ask for, before there are any.
     ///
     /// # Errors
     /// The sentence a client would get.
     pub fn apply(&mut self, action: Action) -> Result<Outcome, ActionError> {
         rules::allow(&action, self.phase())?;
-        self.configure(action)
+        self.configure(action, &mut Handed::default())
     }
 
-    /// Takes up the configuration in the file at `path` and starts it.
+    /// Takes up the configuration in the file at `path` and starts it. The descriptors it names
+    /// are those that the process was started with.
     ///
     /// # Errors
     /// The sentence for the person who named the file.
@@ -268,26 +280,31 @@ impl Vmm {
         let path = path.to_str().ok_or_else(|| {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
-        let bytes = opened::read_text("configuration", path)?;
+        let handed = &mut Handed::Inherited;
+        let bytes = opened::read_text("configuration", &Source::from(path), handed)?;
         let config = config::parse_file(&bytes)
             .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))?;
-        self.take_config(config)?;
+        self.take_config(config, handed)?;
         self.start().map(|_| ())
     }
 
     /// Takes up a whole configuration in place of what there was; all of it, or nothing.
-    fn take_config(&mut self, mut config: VmConfig) -> Result<(), ActionError> {
+    fn take_config(
+        &mut self,
+        mut config: VmConfig,
+        handed: &mut Handed,
+    ) -> Result<(), ActionError> {
         let (logger, metrics) = (config.logger.take(), config.metrics.take());
         let State::Configuring(_, opened) = &self.state else {
             return Err(ActionError("The microVM is running.".into()));
         };
-        let taken = opened::take_all(opened, config)?;
+        let taken = opened::take_all(opened, config, handed)?;
         let metrics = match metrics {
-            Some(metrics) => Some(self.open_metrics(metrics)?),
+            Some(metrics) => Some(self.open_metrics(metrics, handed)?),
             None => None,
         };
         let log = match &logger {
-            Some(logger) => open_log(logger)?,
+            Some(logger) => open_log(logger, handed)?,
             None => None,
         };
         // From here on nothing fails.
@@ -308,20 +325,26 @@ impl Vmm {
     ///
     /// # Errors
     /// The sentence: its file can not be opened, or there is one already.
-    pub fn set_metrics(&mut self, metrics: Metrics) -> Result<(), ActionError> {
-        self.metrics = Some(self.open_metrics(metrics)?);
+    pub fn set_metrics(
+        &mut self,
+        metrics: Metrics,
+        handed: &mut Handed,
+    ) -> Result<(), ActionError> {
+        self.metrics = Some(self.open_metrics(metrics, handed)?);
         Ok(())
     }
 
-    fn open_metrics(&self, metrics: Metrics) -> Result<Sink, ActionError> {
+    fn open_metrics(&self, metrics: Metrics, handed: &mut Handed) -> Result<Sink, ActionError> {
         const WHY: &str = "Cannot initialize the metrics system due to bad user input";
         if self.metrics.is_some() {
             return Err(ActionError(format!(
                 "{WHY}: Reinitialization of metrics not allowed."
             )));
         }
-        let file = opened::open_sink("metrics", &metrics.metrics_path)
+        let file = opened::open_sink("metrics", &metrics.metrics_path, handed)
             .map_err(|e| ActionError(format!("{WHY}: {}", log::chain(&e))))?;
+        // Opened by somebody else it may not be; and control waits for no reader.
+        fd::set_nonblocking(&file).map_err(|e| ActionError(format!("{WHY}: {e}")))?;
         let id = metrics.emit_id.then(|| self.settings.id.clone());
         Ok(Sink::new(file, id, metrics.properties))
     }
@@ -361,8 +384,8 @@ impl Vmm {
     ///
     /// # Errors
     /// The sentence: its file can not be opened.
-    pub fn set_logger(&mut self, logger: &Logger) -> Result<(), ActionError> {
-        let sink = open_log(logger)?;
+    pub fn set_logger(&mut self, logger: &Logger, handed: &mut Handed) -> Result<(), ActionError> {
+        let sink = open_log(logger, handed)?;
         self.use_logger(logger, sink);
         Ok(())
     }
@@ -426,7 +449,11 @@ impl Vmm {
 
     fn handle(&mut self, event: Event) -> Next {
         match event {
-            Event::Command(Command { action, reply }) => self.command(*action, reply),
+            Event::Command(Command {
+                action,
+                mut handed,
+                reply,
+            }) => self.command(*action, &mut handed, reply),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.vcpu_paused(index),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
                 if !matches!(end, End::Reset | End::PowerOff) {
@@ -461,7 +488,7 @@ impl Vmm {
     }
 
     /// One request: refused by the rules of state, begun, or done.
-    fn command(&mut self, action: Action, reply: Reply) {
+    fn command(&mut self, action: Action, handed: &mut Handed, reply: Reply) {
         if let Err(error) = rules::allow(&action, self.phase()) {
             return reply.send(Err(error));
         }
@@ -469,7 +496,9 @@ impl Vmm {
             Action::Pause => self.pause(reply),
             Action::Resume => reply.send(self.resume()),
             Action::PatchDrive(update) if self.machine().is_some() => {
-                self.update(reply, |machine, token| machine.update_drive(&update, token));
+                self.update(reply, |machine, token| {
+                    machine.update_drive(&update, handed, token)
+                });
             }
             Action::PatchNetwork(update) if self.machine().is_some() => {
                 self.update(reply, |machine, token| {
@@ -477,14 +506,14 @@ impl Vmm {
                 });
             }
             action => {
-                let answer = self.configure(action);
+                let answer = self.configure(action, handed);
                 reply.send(answer);
             }
         }
     }
 
     /// Requests that are done at once.
-    fn configure(&mut self, action: Action) -> Answer {
+    fn configure(&mut self, action: Action, handed: &mut Handed) -> Answer {
         match action {
             Action::DescribeInstance => Ok(Outcome::Instance(self.instance())),
             Action::GetVersion => Ok(Outcome::Version(API_VERSION)),
@@ -503,16 +532,18 @@ impl Vmm {
                 Ok(Outcome::Done)
             }
             Action::GetMetrics => Ok(Outcome::Metrics(self.report().prometheus())),
-            Action::PutMetrics(metrics) => self.set_metrics(metrics).map(|()| Outcome::Done),
+            Action::PutMetrics(metrics) => {
+                self.set_metrics(metrics, handed).map(|()| Outcome::Done)
+            }
             Action::FlushMetrics => match self.flush_metrics() {
                 Ok(()) => Ok(Outcome::Done),
                 Err(cause) => Err(ActionError(format!(
                     "The metrics could not be written, and will be with the next line: {cause}"
                 ))),
             },
-            Action::PutLogger(logger) => self.set_logger(&logger).map(|()| Outcome::Done),
+            Action::PutLogger(logger) => self.set_logger(&logger, handed).map(|()| Outcome::Done),
             Action::PutVm { config, start } => {
-                self.take_config(*config)?;
+                self.take_config(*config, handed)?;
                 if start {
                     self.start()
                 } else {
@@ -520,7 +551,7 @@ impl Vmm {
                 }
             }
             action => match &mut self.state {
-                State::Configuring(draft, opened) => opened::put(draft, opened, action),
+                State::Configuring(draft, opened) => opened::put(draft, opened, action, handed),
                 _ => Err(ActionError("The microVM is running.".into())),
             },
         }
@@ -539,14 +570,13 @@ impl Vmm {
             settings: &self.settings,
             events: &self.events,
             timeline: &self.timeline,
+            kvm: self.kvm.as_ref(),
         };
         match boot::start(&host, &draft, &opened) {
             Ok(machine) => {
                 // The machine has its own copies of what was opened.
                 drop(opened);
-                if let Err(error) = terminal::make_raw() {
-                    warn!("The terminal stays as it is: {error}");
-                }
+                self.kvm = None;
                 let started = machine.run_vcpus();
                 self.state = State::Running(Box::new(machine));
                 // The first line comes at once, beside the guest.

@@ -15,6 +15,7 @@ use super::api::Client;
 use super::args;
 use super::channel::Channel;
 use super::console::{self, Console, Relay, Sink};
+use super::groups::Doors;
 use super::jail::{self, Tap};
 use super::keeper::{self, Keeper};
 use super::machine::{self, Machine, Own};
@@ -117,8 +118,8 @@ pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
         .cloned()
         .chain(console_socket)
         .collect();
-    let (has_groups, has_sockets) = (parts.groups.is_some(), !sockets.is_empty());
-    let keeper = if has_groups || has_sockets {
+    let has_groups = parts.groups.is_some();
+    let keeper = if has_groups || !sockets.is_empty() {
         let errand = keeper::Errand {
             groups: parts.groups.take(),
             sockets,
@@ -127,13 +128,17 @@ pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
     } else {
         None
     };
-    let pieces = gather(&mut parts, keeper.as_ref().filter(|_| has_sockets));
-    let result = pieces.and_then(|pieces| start(parts, pieces, signals, own));
+    let made = keeper.as_ref().map_or(Ok(Default::default()), Keeper::made);
+    let limited_us = has_groups.then(|| sys::monotonic_us().saturating_sub(parts.began_us));
+    let result = made.and_then(|(sockets, doors)| {
+        let pieces = gather(&mut parts, sockets)?;
+        start(parts, pieces, doors, signals, own)
+    });
     match result {
         Ok(mut watch) => {
+            watch.limited_us = limited_us;
             if let Some(keeper) = keeper {
-                watch.keeper_owes = u32::from(has_groups) + u32::from(has_groups && !has_sockets);
-                if has_groups && let Err(failure) = keeper.attach(watch.pid, watch.pidfd.as_fd()) {
+                if let Err(failure) = keeper.watch(watch.pidfd.as_fd()) {
                     watch.doomed.get_or_insert(failure);
                 }
                 watch.keeper = Some(keeper);
@@ -160,11 +165,9 @@ struct Pieces {
     log: (OwnedFd, OwnedFd),
 }
 
-fn gather(parts: &mut Parts, keeper: Option<&Keeper>) -> Result<Pieces, Failure> {
-    let mut made = match keeper {
-        Some(keeper) => keeper.sockets()?.into_iter(),
-        None => Vec::new().into_iter(),
-    };
+/// `sockets` are those the keeper made: for the API first, then for the console.
+fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
+    let mut made = sockets.into_iter();
     let (api, client) = match (&parts.api_sock, parts.listener.take()) {
         (Some(path), _) => {
             let client = names::connect(path)
@@ -203,6 +206,7 @@ fn gather(parts: &mut Parts, keeper: Option<&Keeper>) -> Result<Pieces, Failure>
 fn start(
     mut parts: Parts,
     pieces: Pieces,
+    doors: Doors,
     signals: OwnedFd,
     own: OwnedFd,
 ) -> Result<Watch, Failure> {
@@ -218,6 +222,7 @@ fn start(
         log: pieces.log.1,
         kvm: parts.kvm,
         api: pieces.api,
+        doors: doors.v1,
         tap,
         file_size: parts.file_size,
         open_files: parts.open_files,
@@ -227,7 +232,9 @@ fn start(
         parent: own,
     };
     let (jail, theirs) = Channel::pair().doing("make the jail")?;
-    let (pid, pidfd) = match sys::clone(jail::NAMESPACES).map_err(refusal::of_namespaces)? {
+    let (pid, pidfd) = match sys::clone(jail::NAMESPACES, doors.v2.as_ref().map(AsFd::as_fd))
+        .map_err(refusal::of_namespaces)?
+    {
         Clone::Child => {
             // Ours is the other end: when the supervisor's is closed, it is gone.
             drop(jail);
@@ -252,7 +259,7 @@ fn start(
         pidfd,
         jail,
         keeper: None,
-        keeper_owes: 0,
+        limited_us: None,
         machine: parts.machine,
         console: Console::new(
             Relay::new(pieces.from_guest.0, pieces.sink),

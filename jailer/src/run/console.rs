@@ -262,11 +262,6 @@ impl Console {
         }
     }
 
-    /// Whether a person types here.
-    pub fn is_terminal(&self) -> bool {
-        self.raw.is_some()
-    }
-
     /// Writes to the guest as if typed.
     pub fn type_in(&mut self, bytes: &[u8]) {
         self.unread.extend_from_slice(bytes);

@@ -12,12 +12,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, OFlags};
-use rustix::process::Pid;
 
 use super::args::{CgroupLimit, Options};
-use crate::cgroup::{
-    Group, Hierarchies, Plan, Value, Version, Wanted, home, read_below, write_below,
-};
+use crate::cgroup::{Group, Hierarchies, Plan, Value, Version, Wanted, home, read_below};
 use crate::failure::{Doing, Failure};
 use crate::made::Made;
 use crate::root::open_beneath;
@@ -323,23 +320,31 @@ pub struct Groups {
     made: Made,
 }
 
+/// The way into the groups for a new process.
+#[derive(Debug, Default)]
+pub struct Doors {
+    /// The version 2 group, to be made in.
+    pub v2: Option<OwnedFd>,
+    /// Files of version 1 groups, to write `0` to: that moves the one thread that writes, and so
+    /// does not wait for a quiet moment of every processor, as moving a process by number does.
+    pub v1: Vec<OwnedFd>,
+}
+
 impl Groups {
-    /// Moves a process into all of them, back to back.
-    pub fn attach(&self, pid: Pid) -> Result<(), Failure> {
+    /// Opens the way in.
+    pub fn doors(&self) -> Result<Doors, Failure> {
+        let mut doors = Doors::default();
         for group in &self.groups {
-            let pid = pid.as_raw_nonzero().to_string();
-            write_below(&group.dir, OsStr::new("cgroup.procs"), &pid).doing_or(
-                format_args!("move the monitor into {}", group.path.display()),
-                |error| match error.kind() {
-                    std::io::ErrorKind::PermissionDenied => {
-                        "the group that holds both this one and the jailer's own must be \
-                         writable: see --parent-cgroup"
-                    }
-                    _ => "",
-                },
-            )?;
+            let what = format!("open the control group {}", group.path.display());
+            match group.version {
+                Version::V1 => {
+                    let tasks = open_beneath(&group.dir, OsStr::new("tasks"), OFlags::WRONLY);
+                    doors.v1.push(tasks.doing(what)?);
+                }
+                Version::V2 => doors.v2 = Some(rustix::io::dup(&*group.dir).doing(what)?),
+            }
         }
-        Ok(())
+        Ok(doors)
     }
 
     /// What the limits came to, and the end of the groups. Lines for what could not be removed.

@@ -19,6 +19,7 @@ use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
 use super::channel::Channel;
+use super::forbidden;
 use super::network::{self, Block};
 use crate::failure::{Doing, Failure};
 use crate::root::{Owner, pivot_into};
@@ -73,6 +74,8 @@ pub struct Plan {
     pub kvm: OwnedFd,
     /// A listening API socket, if it has a name outside; else one without a name is made.
     pub api: Option<OwnedFd>,
+    /// Files of version 1 control groups, to go into them by.
+    pub doors: Vec<OwnedFd>,
     /// The tap to be made inside.
     pub tap: Option<Tap>,
     /// Largest file in bytes.
@@ -104,6 +107,16 @@ pub fn enter(plan: &Plan, supervisor: &Channel) -> Failure {
 
 fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
     wait_for(supervisor, MAPPED)?;
+    // What is used from here on counts.
+    for door in &plan.doors {
+        rustix::io::write(door, b"0").doing_or("enter a control group", |error| {
+            match Errno::from_io_error(error) {
+                Some(Errno::NOSPC) => "its cpuset has no processor or no memory node",
+                Some(Errno::ACCESS) => "that group is not this user's: see --parent-cgroup",
+                _ => "",
+            }
+        })?;
+    }
     // While the host's devices are in reach, and this user may still be root.
     let tap = plan.tap.as_ref().map(|_| network::make_tap()).transpose()?;
     // Groups while we may; then nobody can be found in here who is not the jail's user. The
@@ -168,6 +181,12 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
     .and_then(|()| sys::close_at_exec_from(LOG as i32 + 1))
     .doing("hand over descriptors")
     .and_then(|()| die_with(parent.as_fd()))
+    // After what it denies.
+    .and_then(|()| {
+        let what = "install the jail's filter";
+        sys::install_filter(&forbidden::filter())
+            .doing_or(what, |_| "use a kernel with CONFIG_SECCOMP_FILTER")
+    })
     .and_then(|()| sys::reset_signals().doing("reset signals"));
     let failure = match result {
         Err(failure) => failure,

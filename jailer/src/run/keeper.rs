@@ -6,8 +6,7 @@
 //! supervisor is gone without a word, it sees to it that the monitor is gone too, and does the same.
 //! Should it be killed itself, the supervisor removes what it can, or the next start does.
 //!
-//! It is started only when there is something to keep, and it makes groups and moves processes into
-//! them while the jail is being built: those moves are the slowest part of a start.
+//! It is started only when there is something to keep.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -18,17 +17,19 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::channel::{Channel, Message};
-use super::groups::{self, Account, Groups};
+use super::groups::{self, Account, Doors, Groups};
 use super::names::Named;
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Fork};
 
-/// To the keeper: this process is the monitor.
-const ATTACH: u8 = b'a';
+/// To the keeper: the process in the jail, by a descriptor.
+const WATCH: u8 = b'w';
 /// To the keeper: the monitor has ended.
 const END: u8 = b'e';
 /// From the keeper: done, with what it came to.
 const DONE: u8 = b'+';
+/// With that: the last descriptor is a version 2 group.
+const WITH_V2: &str = "v2";
 /// From the keeper: a failure's sentence.
 const FAILED: u8 = b'-';
 
@@ -74,21 +75,28 @@ impl Keeper {
         }
     }
 
-    /// Waits until everything is made; the sockets, in the order in which they were asked for.
-    pub fn sockets(&self) -> Result<Vec<OwnedFd>, Failure> {
-        self.answer().map(|message| message.files)
+    /// Waits until everything is made: the sockets, in the order in which they were asked for, and
+    /// the way into the groups.
+    pub fn made(&self) -> Result<(Vec<OwnedFd>, Doors), Failure> {
+        let message = self.answer()?;
+        let mut sockets = message.files;
+        let mut doors = Doors::default();
+        if message.text == WITH_V2 {
+            doors.v2 = sockets.pop();
+        }
+        doors.v1 = sockets.split_off(sockets.len().min(self.errand.sockets.len()));
+        Ok((sockets, doors))
     }
 
-    /// Has the monitor moved into the groups; `answer` says when that is done.
-    pub fn attach(&self, pid: Pid, pidfd: BorrowedFd<'_>) -> Result<(), Failure> {
-        let text = pid.as_raw_nonzero().to_string();
+    /// Tells it which process is in the jail.
+    pub fn watch(&self, pidfd: BorrowedFd<'_>) -> Result<(), Failure> {
         self.channel
-            .send(ATTACH, &text, &[pidfd])
+            .send(WATCH, "", &[pidfd])
             .doing("speak to the keeper")
     }
 
     /// The answer to the last request.
-    pub fn answer(&self) -> Result<Message, Failure> {
+    fn answer(&self) -> Result<Message, Failure> {
         match self.channel.receive().doing("hear from the keeper")? {
             Some(message) if message.kind == DONE => Ok(message),
             Some(message) => Err(Failure::reported(message.text)),
@@ -114,12 +122,6 @@ impl Keeper {
         };
         let _ = sys::wait(self.pid);
         account
-    }
-}
-
-impl AsFd for Keeper {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.channel.as_fd()
     }
 }
 
@@ -149,9 +151,19 @@ fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
     }
     let mut kept = Kept::default();
     match kept.make(errand) {
-        Ok(sockets) => {
-            let sockets: Vec<BorrowedFd<'_>> = sockets.iter().map(AsFd::as_fd).collect();
-            let _ = channel.send(DONE, "", &sockets);
+        Ok(made) => {
+            let (sockets, doors) = &made;
+            let text = if doors.v2.is_some() { WITH_V2 } else { "" };
+            let files: Vec<BorrowedFd<'_>> = sockets
+                .iter()
+                .chain(&doors.v1)
+                .chain(&doors.v2)
+                .map(AsFd::as_fd)
+                .collect();
+            if channel.send(DONE, text, &files).is_err() {
+                kept.remove();
+                return;
+            }
         }
         Err(failure) => {
             kept.remove();
@@ -162,14 +174,7 @@ fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
     let mut monitor = None;
     loop {
         match next(channel, supervisor) {
-            Some(message) if message.kind == ATTACH => {
-                let answer = kept.attach(&message);
-                monitor = message.files.into_iter().next();
-                let _ = match answer {
-                    Ok(()) => channel.send(DONE, "", &[]),
-                    Err(failure) => channel.send(FAILED, &failure.to_string(), &[]),
-                };
-            }
+            Some(message) if message.kind == WATCH => monitor = message.files.into_iter().next(),
             Some(_) => {
                 let account = kept.remove();
                 let _ = channel.send(DONE, &encode(account), &[]);
@@ -235,7 +240,7 @@ struct Kept {
 }
 
 impl Kept {
-    fn make(&mut self, errand: &Errand) -> Result<Vec<OwnedFd>, Failure> {
+    fn make(&mut self, errand: &Errand) -> Result<(Vec<OwnedFd>, Doors), Failure> {
         let mut listening = Vec::new();
         for path in &errand.sockets {
             let (named, socket) = Named::bind(path)?;
@@ -247,15 +252,8 @@ impl Kept {
             .as_ref()
             .map(groups::Errand::make)
             .transpose()?;
-        Ok(listening)
-    }
-
-    fn attach(&self, message: &Message) -> Result<(), Failure> {
-        let pid = message.text.parse().ok().and_then(Pid::from_raw);
-        match (&self.groups, pid) {
-            (Some(groups), Some(pid)) => groups.attach(pid),
-            _ => Ok(()),
-        }
+        let doors = self.groups.as_ref().map(Groups::doors).transpose()?;
+        Ok((listening, doors.unwrap_or_default()))
     }
 
     fn remove(&mut self) -> Account {

@@ -27,6 +27,7 @@ pub mod supervise;
 mod api;
 mod channel;
 mod console;
+mod forbidden;
 mod groups;
 mod handed;
 mod jail;

@@ -17,8 +17,8 @@ use crate::failure::{Doing, Failure};
 pub struct Named {
     folder: OwnedFd,
     name: OsString,
-    /// What was made there.
-    stat: Stat,
+    /// What was made there. Held open, so that nothing made later gets its number.
+    made: OwnedFd,
 }
 
 impl Named {
@@ -51,8 +51,9 @@ impl Named {
         let bound = rustix::net::bind(&socket, &address);
         rustix::process::umask(umask);
         bound.doing(&what)?;
-        let stat = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW).doing(&what)?;
-        let named = Named { folder, name, stat };
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = rustix::fs::openat(&folder, &name, flags, Mode::empty()).doing(&what)?;
+        let named = Named { folder, name, made };
         if let Err(error) = rustix::net::listen(&socket, 128) {
             named.remove();
             return Err(Failure::new(what, error));
@@ -63,8 +64,10 @@ impl Named {
     /// Removes the name if it still is that of what was made.
     pub fn remove(self) {
         let _lock = lock(&self.folder);
-        let same = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW)
-            .is_ok_and(|now| (now.st_dev, now.st_ino) == (self.stat.st_dev, self.stat.st_ino));
+        let there = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW);
+        let same = rustix::fs::fstat(&self.made).is_ok_and(|own| {
+            there.is_ok_and(|it| (it.st_dev, it.st_ino) == (own.st_dev, own.st_ino))
+        });
         if same {
             let _ = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty());
         }

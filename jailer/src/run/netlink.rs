@@ -111,16 +111,16 @@ impl Netlink {
     }
 
     /// Makes two interfaces connected by a cable: `name` here, `peer` in the network namespace of
-    /// process `pid`; both up.
+    /// process `pid`. Neither is up: it takes both to exist for that.
     pub fn make_cable(&self, name: &str, peer: &str, pid: i32) -> Result<(), Errno> {
         let mut request = Request::new(NEWLINK, CREATE | EXCLUSIVE);
-        request.interface(0, true);
+        request.interface(0, false);
         request.name(IFLA_IFNAME, name);
         request.nest(IFLA_LINKINFO, |request| {
             request.attribute(IFLA_INFO_KIND, b"veth");
             request.nest(IFLA_INFO_DATA, |request| {
                 request.nest(VETH_INFO_PEER, |request| {
-                    request.interface(0, true);
+                    request.interface(0, false);
                     request.name(IFLA_IFNAME, peer);
                     request.attribute(IFLA_NET_NS_PID, &pid.to_ne_bytes());
                 });

@@ -140,6 +140,7 @@ pub fn connect_outside(block: Block, pid: Pid) -> Result<(), Failure> {
     netlink
         .add_address(index, block.host(), PREFIX)
         .doing(&what)?;
+    netlink.set_up(index).doing(&what)?;
     netlink
         .add_route(block.guests_network(), PREFIX, Some(block.jail()), index)
         .doing_or(&what, |error| match Errno::from_io_error(error) {
@@ -167,6 +168,7 @@ pub fn connect_inside(block: &Block) -> Result<(), Failure> {
     let what = "set up the jail's network";
     let netlink = Netlink::open().doing(what)?;
     let cable = netlink.index(CABLE).doing(what)?;
+    netlink.set_up(cable).doing(what)?;
     netlink
         .add_address(cable, block.jail(), PREFIX)
         .doing(what)?;
@@ -188,7 +190,6 @@ pub fn open_inside() -> Result<(), Failure> {
     for (name, value) in [
         ("conf/all/proxy_arp", "1"),
         ("conf/default/proxy_arp", "1"),
-        ("neigh/default/proxy_delay", "0"),
         (&format!("neigh/{TAP}/proxy_delay"), "0"),
         (&format!("conf/{TAP}/proxy_arp"), "1"),
     ] {

@@ -1,11 +1,11 @@
 //! The supervisor's watch over one microVM: from the moment its jail is asked for until it is gone.
 //!
-//! One loop over one set of descriptors. What has to happen in order (the jail stands, the groups
-//! hold the monitor, the configuration is sent, the guest starts) happens as soon as each has been
+//! One loop over one set of descriptors. What has to happen in order (the jail stands, the
+//! configuration is sent, the guest starts) happens as soon as each has been
 //! heard of; the console, the log, signals and the time limit are served all the while.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -48,9 +48,8 @@ pub struct Watch {
     pub jail: Channel,
     /// Who keeps what has a name.
     pub keeper: Option<Keeper>,
-    /// How many answers the keeper is yet to give before what has a name is there and the groups
-    /// hold the monitor.
-    pub keeper_owes: u32,
+    /// When the control groups were made, microseconds after the jailer began.
+    pub limited_us: Option<u64>,
     /// What to start; none if a client does that.
     pub machine: Option<Machine>,
     /// The console.
@@ -163,7 +162,6 @@ enum Ready {
     Ended,
     Signal,
     Jail,
-    Keeper,
     Api,
     Console(Part),
     Log(Part),
@@ -191,6 +189,7 @@ impl Watch {
     pub fn run(mut self) -> Watched {
         let mut progress = Progress::default();
         progress.times.asked_us = Some(self.asked_us);
+        progress.times.limited_us = self.limited_us;
         if let Some(failure) = self.doomed.take() {
             self.give_up(&mut progress, failure);
         }
@@ -238,14 +237,10 @@ impl Watch {
         self.kill();
     }
 
-    /// Whether what the guest may use is settled.
-    fn is_ready(&self, progress: &Progress) -> bool {
-        progress.times.jailed_us.is_some() && self.keeper_owes == 0
-    }
-
     /// Sends what is next, if its time has come.
     fn advance(&mut self, progress: &mut Progress) -> Result<(), Failure> {
-        if !self.is_ready(progress) || progress.asked.is_some() || progress.failure.is_some() {
+        let is_ready = progress.times.jailed_us.is_some();
+        if !is_ready || progress.asked.is_some() || progress.failure.is_some() {
             return Ok(());
         }
         let (Some(machine), Some(client)) = (&self.machine, &self.client) else {
@@ -302,9 +297,6 @@ impl Watch {
             if !progress.is_monitor {
                 add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
             }
-            if let Some(keeper) = self.keeper.as_ref().filter(|_| self.keeper_owes > 0) {
-                add(Ready::Keeper, keeper.as_fd(), PollFlags::IN);
-            }
             if let Some(client) = self.client.as_ref().filter(|_| progress.asked.is_some()) {
                 add(Ready::Api, client.as_fd(), PollFlags::IN);
             }
@@ -350,13 +342,6 @@ impl Watch {
                 }
             }
             Ready::Jail => self.hear_jail(progress)?,
-            Ready::Keeper => {
-                if let Some(keeper) = &self.keeper {
-                    keeper.answer()?;
-                    self.keeper_owes -= 1;
-                    progress.times.limited_us = Some(self.now_us());
-                }
-            }
             Ready::Api => self.hear_monitor(progress)?,
             Ready::Console(part) => {
                 if self.console.handle(part) {
@@ -420,13 +405,11 @@ impl Watch {
             Ok(None) => return Ok(()),
             Err(failure) => {
                 progress.asked = None;
-                // If it ends right now, how it ended is the reason.
                 self.client = None;
-                return if progress.has_started {
-                    Ok(())
-                } else {
-                    Err(failure)
-                };
+                // A guest may be over before the answer to its start is out; how it ended counts.
+                let was_last = progress.requests.as_ref().is_some_and(VecDeque::is_empty);
+                progress.has_started |= was_last;
+                return if was_last { Ok(()) } else { Err(failure) };
             }
         };
         let line = progress.asked.take().unwrap_or_default();
@@ -479,6 +462,11 @@ impl Watch {
             if let Err(failure) = self.hear_jail(&mut progress) {
                 progress.failure.get_or_insert(failure);
             }
+        }
+        if progress.asked.is_some()
+            && let Err(failure) = self.hear_monitor(&mut progress)
+        {
+            progress.failure.get_or_insert(failure);
         }
         while self.log.take() {}
         while self.console.out.take() {}

@@ -5,8 +5,13 @@
 //! first two levels of cache. IDs are laid out in powers of two, as kernels expect, so that a
 //! guest of 3 vCPUs has room for 4.
 
+use std::error::Error;
+use std::fmt;
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
+
+use crate::config::cpu::{CpuidModifier, CpuidRegister};
 
 /// Leaves that tell about topology (Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E).
 const FEATURES: u32 = 0x1;
@@ -51,6 +56,53 @@ const LEVEL_CORE: u32 = 2 << 8;
 /// KVM's.
 pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
     kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+}
+
+/// A mask for a leaf that KVM does not offer here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoSuchLeaf {
+    leaf: u32,
+    subleaf: u32,
+}
+
+impl fmt::Display for NoSuchLeaf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the CPU configuration changes a CPUID entry that KVM does not support: leaf {:#x}, \
+             subleaf {:#x}",
+            self.leaf, self.subleaf
+        )
+    }
+}
+
+impl Error for NoSuchLeaf {}
+
+/// Changes what KVM offers by masks. Topology is set after it, by [`table`], and stays the guest's.
+///
+/// # Errors
+/// A mask for a leaf that is not there.
+pub fn mask(supported: &mut CpuId, masks: &[CpuidModifier]) -> Result<(), NoSuchLeaf> {
+    for mask in masks {
+        let (leaf, subleaf) = (mask.leaf, mask.subleaf);
+        let entry = supported
+            .as_mut_slice()
+            .iter_mut()
+            .find(|entry| (entry.function, entry.index) == (leaf, subleaf))
+            .ok_or(NoSuchLeaf { leaf, subleaf })?;
+        entry.flags = mask.flags;
+        for change in &mask.modifiers {
+            let register = match change.register {
+                CpuidRegister::Eax => &mut entry.eax,
+                CpuidRegister::Ebx => &mut entry.ebx,
+                CpuidRegister::Ecx => &mut entry.ecx,
+                CpuidRegister::Edx => &mut entry.edx,
+            };
+            // The mask has 32 bits, so what it makes of 32 bits has no more.
+            *register = change.bitmap.apply(u64::from(*register)) as u32;
+        }
+    }
+    Ok(())
 }
 
 /// The table of vCPU number `index` out of `count` (1 to 32); `smt` puts two on a core.
@@ -373,6 +425,35 @@ mod tests {
                 assert_eq!(both, levels, "{case}");
             }
         }
+    }
+
+    #[test]
+    fn mask_when_applied_changes_just_its_bits() {
+        let masks: Vec<CpuidModifier> = serde_json::from_value(serde_json::json!([
+            {"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [
+                {"register": "ebx", "bitmap": "0b0xxx_xxxx_xxxx_xxxx_xxxx_xxxx_xxxx_xx0x"},
+                {"register": "ecx", "bitmap": "0b1"},
+                {"register": "ebx", "bitmap": "0bx"}]},
+            {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
+                {"register": "ebx", "bitmap": "0b11111111xxxxxxxxxxxxxxxxxxxxxxxx"}]},
+        ]))
+        .unwrap();
+        let mut supported = intel();
+        mask(&mut supported, &masks).unwrap();
+        assert_eq!(
+            get(&supported, 7, 0),
+            [1, 0x71bf_27e9, 0x1a40_5f6f, 0xffd1_4412]
+        );
+        // The APIC ID is the guest's, whatever the mask says.
+        let table = table(&supported, 1, 2, false);
+        assert_eq!(get(&table, 1, 0)[1] >> 24, 1);
+        assert_eq!(get(&table, 7, 0)[1], 0x71bf_27e9);
+
+        let absent: Vec<CpuidModifier> = serde_json::from_value(serde_json::json!([
+            {"leaf": "0x7", "subleaf": "0x9", "flags": 0, "modifiers": []}]))
+        .unwrap();
+        let error = mask(&mut supported, &absent).unwrap_err().to_string();
+        assert!(error.ends_with("leaf 0x7, subleaf 0x9"), "{error}");
     }
 
     #[test]

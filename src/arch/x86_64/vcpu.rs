@@ -6,12 +6,13 @@
 use std::error::Error;
 use std::fmt;
 
-use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::boot::{Entry, Protocol};
 use super::gdt::{self, Segments};
 use super::{layout, msr};
+use crate::config::cpu::MsrModifier;
 
 /// Bit 1 of RFLAGS is always set.
 const RFLAGS: u64 = 0x2;
@@ -33,13 +34,28 @@ const APIC_BOOT_PROCESSOR: u64 = 1 << 8;
 /// A step of configuring a vCPU that KVM refused.
 #[derive(Debug)]
 pub struct VcpuError {
-    what: &'static str,
+    what: Refused,
     cause: kvm_ioctls::Error,
+}
+
+/// What KVM refused.
+#[derive(Debug)]
+enum Refused {
+    Part(&'static str),
+    /// A register that the CPU configuration changes.
+    Msr(u32),
 }
 
 impl fmt::Display for VcpuError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "KVM refused the {} of a vCPU", self.what)
+        match self.what {
+            Refused::Part(what) => write!(f, "KVM refused the {what} of a vCPU"),
+            Refused::Msr(address) => write!(
+                f,
+                "the CPU configuration changes an MSR that KVM does not support so: register \
+                 address {address:#x}"
+            ),
+        }
     }
 }
 
@@ -50,7 +66,10 @@ impl Error for VcpuError {
 }
 
 fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
-    move |cause| VcpuError { what, cause }
+    move |cause| VcpuError {
+        what: Refused::Part(what),
+        cause,
+    }
 }
 
 /// Gives `vcpu` its CPUID table and the MSRs it starts with. It then waits for the guest to wake
@@ -64,6 +83,34 @@ pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
     let done = vcpu.set_msrs(&msrs).map_err(refused("MSRs"))?;
     if done != msr::BOOT.len() {
         return Err(refused("MSRs")(kvm_ioctls::Error::new(libc::EINVAL)));
+    }
+    Ok(())
+}
+
+/// Changes model-specific registers of `vcpu` by masks, on top of what [`prepare`] has set.
+///
+/// # Errors
+/// [`VcpuError`] for a register that KVM does not know, or does not let be as it was asked for.
+pub fn mask_msrs(vcpu: &VcpuFd, masks: &[MsrModifier]) -> Result<(), VcpuError> {
+    for mask in masks {
+        let unknown = |cause| VcpuError {
+            what: Refused::Msr(mask.addr),
+            cause,
+        };
+        let entry = kvm_msr_entry {
+            index: mask.addr,
+            ..kvm_msr_entry::default()
+        };
+        let mut msrs = Msrs::from_entries(&[entry]).expect("one entry fits");
+        if vcpu.get_msrs(&mut msrs).map_err(unknown)? != 1 {
+            return Err(unknown(kvm_ioctls::Error::new(libc::EINVAL)));
+        }
+        for entry in msrs.as_mut_slice() {
+            entry.data = mask.bitmap.apply(entry.data);
+        }
+        if vcpu.set_msrs(&msrs).map_err(unknown)? != 1 {
+            return Err(unknown(kvm_ioctls::Error::new(libc::EINVAL)));
+        }
     }
     Ok(())
 }

@@ -1,0 +1,378 @@
+//! `mayfly-jailer check`: whether this host can run microVMs, one line for each thing that matters,
+//! with the remedy; then a built-in guest in the empty jail, with the milliseconds of every step.
+//!
+//! It changes nothing and works for any user; what it finds holds for that user.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::MemfdFlags;
+use rustix::process::Resource;
+
+use crate::args::value_of;
+use crate::cgroup::Hierarchies;
+use crate::failure::{Doing, Failure};
+use crate::guest;
+use crate::run::args::Console;
+use crate::run::build::{Parts, build};
+use crate::run::machine::{self, Machine};
+use crate::run::refusal;
+use crate::run::supervise::{FirstByte, Watch, Watched};
+use crate::run::{self, Sink};
+use crate::sys;
+
+/// What `check --help` prints.
+pub const HELP: &str = "\
+usage: mayfly-jailer check [--mayfly FILE] [--uid UID --gid GID]
+
+Says whether this host can run microVMs, one line for each thing that matters, then boots a built-in
+guest in an empty jail and prints the milliseconds of each step. Ends with 0 if that worked.
+";
+
+/// The user and group of the guest when root checks: what the kernel calls nobody.
+const NOBODY: u32 = 65_534;
+/// How long the guest may take.
+const TIMEOUT: Duration = Duration::from_secs(20);
+const GUEST_MIB: u64 = 16;
+
+/// How a thing is.
+enum Finding {
+    /// As it should be.
+    Good(String),
+    /// MicroVMs run, with less.
+    Less(String, &'static str),
+    /// No microVM runs.
+    Bad(String, String),
+}
+
+/// The words after `check`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    mayfly: Option<PathBuf>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+}
+
+/// Understands them; none when help is asked for.
+pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, Failure> {
+    let mut options = Options::default();
+    let mut words = words.into_iter();
+    while let Some(word) = words.next() {
+        match word.to_str() {
+            Some("--help" | "-h") => return Ok(None),
+            Some("--mayfly") => options.mayfly = Some(value_of("--mayfly", words.next())?.into()),
+            Some(name @ ("--uid" | "--gid")) => {
+                let number = crate::args::account(name, value_of(name, words.next())?)?;
+                *(if name == "--uid" {
+                    &mut options.uid
+                } else {
+                    &mut options.gid
+                }) = Some(number);
+            }
+            _ => {
+                let what = format!("use the argument \"{}\"", word.display());
+                return Err(Failure::new(what, "it is not known").remedy("see check --help"));
+            }
+        }
+    }
+    Ok(Some(options))
+}
+
+/// Checks, and returns the exit code.
+pub fn check(options: &Options, began_us: u64) -> i32 {
+    let mut can_run = true;
+    let findings = [
+        ("KVM", kvm()),
+        ("namespaces", namespaces()),
+        ("seccomp", seccomp()),
+        ("Landlock", landlock()),
+        ("io_uring", io_uring()),
+        ("taps", taps()),
+        ("cgroups", cgroups()),
+        ("descriptors", descriptors()),
+        ("huge pages", huge_pages()),
+    ];
+    for (name, finding) in findings {
+        let (mark, text) = match finding {
+            Finding::Good(text) => ("ok  ", text),
+            Finding::Less(text, remedy) => ("less", format!("{text}; {remedy}")),
+            Finding::Bad(text, remedy) => {
+                can_run = false;
+                ("NO  ", format!("{text}; {remedy}"))
+            }
+        };
+        say(&format!("{mark}  {name}: {text}\n"));
+    }
+    if !can_run {
+        say("This host cannot run microVMs for this user: see the lines marked NO.\n");
+        return 1;
+    }
+    match boot(options, began_us).map(Watch::run) {
+        Ok(watched) => conclude(&watched),
+        Err(failure) => {
+            say(&format!("NO    guest: {failure}\n"));
+            1
+        }
+    }
+}
+
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Boots the built-in guest.
+fn boot(options: &Options, began_us: u64) -> Result<Watch, Failure> {
+    let as_root = rustix::process::geteuid().is_root();
+    let or_nobody = |id: Option<u32>| id.or(as_root.then_some(NOBODY));
+    let (owner, as_root) = run::owner(or_nobody(options.uid), or_nobody(options.gid))?;
+    let name = run::monitor_path(options.mayfly.as_deref())?;
+    let what = "make the built-in guest";
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let kernel = File::from(rustix::fs::memfd_create("guest", flags).doing(what)?);
+    (&kernel).write_all(&guest::image()).doing(what)?;
+    let parts = Parts {
+        id: format!("check-{}", std::process::id()),
+        began_us: sys::monotonic_us().max(began_us),
+        owner,
+        as_root,
+        monitor: run::open_monitor(&name)?,
+        monitor_name: name.display().to_string(),
+        kvm: run::open_kvm()?,
+        machine: Some(Machine::of_kernel(kernel.into(), GUEST_MIB)),
+        own_tap: None,
+        listener: None,
+        api_sock: None,
+        groups: None,
+        console: Console::None,
+        log: Sink::output(std::io::stderr().as_fd()),
+        only_troubles: true,
+        file_size: None,
+        open_files: None,
+        timeout: Some(TIMEOUT),
+        quiet: true,
+        on_first_byte: Some(FirstByte { reply: b"?" }),
+    };
+    build(parts)
+}
+
+/// Says how the guest did.
+fn conclude(watched: &Watched) -> i32 {
+    let verdict = watched.verdict();
+    let worked = verdict.word == "reset" && watched.times.first_byte_us.is_some();
+    if worked {
+        say("ok    guest: started in the empty jail, spoke, was spoken to, reset; milliseconds:\n");
+    } else {
+        let why = if verdict.sentence.is_empty() {
+            verdict.word
+        } else {
+            &verdict.sentence
+        };
+        say(&format!("NO    guest: {why}\n"));
+    }
+    for (name, time) in watched.times.steps() {
+        let name = match name {
+            "asked_us" => "everything opened",
+            "jailed_us" => "jail stands, API socket made",
+            "executed_us" => "monitor runs",
+            "started_us" => "monitor says the guest runs",
+            "first_byte_us" => "guest's first byte",
+            "ended_us" => "guest and jail gone",
+            _ => continue,
+        };
+        if let Some(time) = time {
+            say(&format!("      {:>9.3}  {name}\n", time as f64 / 1000.0));
+        }
+    }
+    let timeline = watched.timeline.as_deref().unwrap_or_default();
+    if let Ok(serde_json::Value::Object(steps)) = serde_json::from_slice(timeline) {
+        say("      of that in the monitor, since it began:\n");
+        let mut steps: Vec<(String, u64)> = steps
+            .into_iter()
+            .filter_map(|(name, time)| Some((name, time.as_u64()?)))
+            .collect();
+        steps.sort_by_key(|(_, time)| *time);
+        for (name, time) in steps {
+            let name = name.trim_end_matches("_us").replace('_', " ");
+            say(&format!("      {:>9.3}  {name}\n", time as f64 / 1000.0));
+        }
+    }
+    i32::from(!worked)
+}
+
+fn kvm() -> Finding {
+    match run::open_kvm() {
+        Err(failure) => Finding::Bad("/dev/kvm cannot be used".into(), failure.to_string()),
+        Ok(_) => {
+            let has = |module: &str| Path::new("/sys/module").join(module).exists();
+            let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            let nested = flags.split_whitespace().any(|flag| flag == "hypervisor");
+            let nested = if nested {
+                ", itself in a virtual machine"
+            } else {
+                ""
+            };
+            if has("kvm_pvm") {
+                return Finding::Less(
+                    "software KVM (kvm_pvm): guest kernels are emulated".into(),
+                    "use a guest kernel made for it (tools/guest), or a host with VT-x or SVM",
+                );
+            }
+            let kind = match (has("kvm_intel"), has("kvm_amd")) {
+                (true, _) => "Intel",
+                (_, true) => "AMD",
+                _ => "of a kind that is not known",
+            };
+            Finding::Good(format!("hardware, {kind}{nested}"))
+        }
+    }
+}
+
+fn namespaces() -> Finding {
+    if let Some(obstacle) = refusal::here() {
+        return Finding::Bad(obstacle.reason().into(), obstacle.remedy().into());
+    }
+    let who = if rustix::process::geteuid().is_root() {
+        "root"
+    } else {
+        "this user"
+    };
+    Finding::Good(format!(
+        "nothing keeps {who} from making them (the guest below proves it)"
+    ))
+}
+
+fn seccomp() -> Finding {
+    let actions = std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail");
+    match actions {
+        Ok(actions) if actions.contains("trap") => Finding::Good("filters".into()),
+        Ok(_) => Finding::Bad(
+            "filters cannot trap".into(),
+            "use Linux 4.14 or newer".into(),
+        ),
+        Err(_) => Finding::Bad(
+            "no filters".into(),
+            "use a kernel with CONFIG_SECCOMP_FILTER".into(),
+        ),
+    }
+}
+
+fn landlock() -> Finding {
+    match sys::landlock_version() {
+        Ok(version) => Finding::Good(format!("version {version}")),
+        Err(_) => Finding::Less(
+            "this kernel has none: the jail is one wall thinner".into(),
+            "boot it with landlock in lsm=, or use Linux 5.13 or newer",
+        ),
+    }
+}
+
+fn io_uring() -> Finding {
+    let disabled =
+        std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+    match disabled.trim() {
+        "1" if !rustix::process::geteuid().is_root() => Finding::Less(
+            "not for ordinary users: disks use plain system calls".into(),
+            "as root: sysctl -w kernel.io_uring_disabled=0",
+        ),
+        "2" => Finding::Less(
+            "disabled: disks use plain system calls".into(),
+            "as root: sysctl -w kernel.io_uring_disabled=0",
+        ),
+        _ => Finding::Good("offered".into()),
+    }
+}
+
+fn taps() -> Finding {
+    match machine::open_tun() {
+        Ok(_) => Finding::Good("/dev/net/tun can be opened".into()),
+        Err(_) => Finding::Less(
+            "/dev/net/tun cannot be opened: only a tap handed in (--net fd:N) connects a guest"
+                .into(),
+            "as root: modprobe tun, then chmod 666 /dev/net/tun (it is safe: taps take capabilities)",
+        ),
+    }
+}
+
+fn cgroups() -> Finding {
+    let remedy = "limits (--limit) need a group this user may write in: run microVMs under \
+                  `systemd-run --user --scope -p Delegate=yes`, or as root";
+    let Ok(hierarchies) = Hierarchies::of_host() else {
+        return Finding::Less("none mounted".into(), remedy);
+    };
+    let wanted = ["cpu", "memory", "pids", "io"];
+    let offered = hierarchies.offered().unwrap_or_default();
+    let found: Vec<String> = wanted
+        .iter()
+        .filter_map(|&name| {
+            let v1 = if name == "io" { "blkio" } else { name };
+            if offered.split_whitespace().any(|other| other == name) {
+                Some(format!("{name} (2)"))
+            } else {
+                hierarchies.of_controller(v1).map(|_| format!("{v1} (1)"))
+            }
+        })
+        .collect();
+    if found.len() < wanted.len() {
+        let text = format!(
+            "only {}",
+            if found.is_empty() {
+                "none".into()
+            } else {
+                found.join(", ")
+            }
+        );
+        return Finding::Less(text, remedy);
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Finding::Less(
+            format!("{} for those they are delegated to", found.join(", ")),
+            remedy,
+        );
+    }
+    Finding::Good(found.join(", "))
+}
+
+fn descriptors() -> Finding {
+    let most = rustix::process::getrlimit(Resource::Nofile).maximum;
+    match most {
+        Some(most) if most < 256 => Finding::Less(
+            format!("at most {most}: too few for many API clients"),
+            "raise ulimit -Hn to 2048",
+        ),
+        Some(most) => Finding::Good(format!("at most {most}")),
+        None => Finding::Good("without limit".into()),
+    }
+}
+
+fn huge_pages() -> Finding {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    let count = std::fs::read_to_string(path)
+        .ok()
+        .and_then(|text| text.trim().parse::<u64>().ok());
+    match count {
+        Some(count) if count > 0 => Finding::Good(format!("{count} of 2 MiB")),
+        _ => Finding::Less(
+            "none reserved: \"huge_pages\": \"2M\" will be refused".into(),
+            "as root: sysctl -w vm.nr_hugepages=COUNT",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_knows_its_words() {
+        let line = |text: &str| parse(text.split_whitespace().map(OsString::from).collect());
+        assert_eq!(line("").unwrap(), Some(Options::default()));
+        assert_eq!(line("-h").unwrap(), None);
+        let options = line("--mayfly m --uid 3").unwrap().unwrap();
+        assert_eq!((options.mayfly, options.uid), (Some("m".into()), Some(3)));
+        assert!(line("--nonsense").is_err());
+    }
+}

@@ -1,0 +1,167 @@
+//! Descriptors that `"fd": N` can name: those a request came with, or those this process was
+//! started with. Each is claimed once; what nobody claims is closed with the whole.
+
+use std::fmt;
+use std::os::fd::{OwnedFd, RawFd};
+
+use super::fd;
+
+/// Most descriptors that may come with one request.
+pub const HANDED_MAX: usize = 16;
+
+/// What there is to claim.
+#[derive(Debug)]
+pub enum Handed {
+    /// All that the process was started with, by the numbers they have there.
+    Inherited,
+    /// What came with a request, in its order; a place is empty once it was claimed.
+    Received(Vec<Option<OwnedFd>>),
+    /// What came with a request can not be had, and why. None of it is open any more.
+    Refused(HandedError),
+}
+
+impl Default for Handed {
+    fn default() -> Self {
+        Handed::Received(Vec::new())
+    }
+}
+
+/// Why there is no such descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandedError {
+    /// Fewer came with the request.
+    Missing {
+        /// The one that was named.
+        number: u32,
+        /// How many came.
+        count: usize,
+    },
+    /// It was named before.
+    ClaimedTwice(u32),
+    /// The process was not started with it.
+    NotOpen(u32),
+    /// The process opened it itself, or it was named before.
+    NotHandedIn(u32),
+    /// More came with the request than may.
+    TooMany,
+    /// The host could not give them to this process.
+    Lost,
+    /// Too many other requests with descriptors are half sent.
+    Crowded,
+}
+
+impl fmt::Display for HandedError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HandedError::Missing { number, count } => write!(
+                f,
+                "There is no descriptor {number}: {count} came with the first byte of the request, \
+                 counted from 0"
+            ),
+            HandedError::ClaimedTwice(number) => {
+                write!(f, "Descriptor {number} is named twice in one request")
+            }
+            HandedError::NotOpen(number) => write!(f, "Descriptor {number} is not open"),
+            HandedError::NotHandedIn(number) => write!(
+                f,
+                "Descriptor {number} was not handed in to this process, or is named twice"
+            ),
+            HandedError::TooMany => write!(
+                f,
+                "More than {HANDED_MAX} descriptors came with the request; all of them were closed"
+            ),
+            HandedError::Lost => f.write_str(
+                "Not all descriptors that came with the request could be taken: this process has \
+                 reached its limit of open files",
+            ),
+            HandedError::Crowded => f.write_str(
+                "The descriptors that came with the request were closed: too many other requests \
+                 with descriptors are half sent",
+            ),
+        }
+    }
+}
+
+impl std::error::Error for HandedError {}
+
+impl Handed {
+    /// Descriptor `number`, which is the caller's from now on.
+    ///
+    /// # Errors
+    /// There is none of that number, or it was claimed before.
+    pub fn claim(&mut self, number: u32) -> Result<OwnedFd, HandedError> {
+        match self {
+            Handed::Inherited => {
+                let fd = RawFd::try_from(number).map_err(|_| HandedError::NotOpen(number))?;
+                fd::take_over(fd).map_err(|cause| match cause {
+                    Some(_) => HandedError::NotOpen(number),
+                    None => HandedError::NotHandedIn(number),
+                })
+            }
+            Handed::Received(received) => {
+                let count = received.len();
+                usize::try_from(number)
+                    .ok()
+                    .and_then(|place| received.get_mut(place))
+                    .ok_or(HandedError::Missing { number, count })?
+                    .take()
+                    .ok_or(HandedError::ClaimedTwice(number))
+            }
+            Handed::Refused(error) => Err(*error),
+        }
+    }
+
+    /// Whether anything came with the request.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Handed::Received(received) if received.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn claim_when_received_gives_each_once() {
+        let (a, b) = fd::pipe().unwrap();
+        let (first, second) = (a.as_raw_fd(), b.as_raw_fd());
+        let mut handed = Handed::Received(vec![Some(a.into()), Some(b.into())]);
+        assert!(!handed.is_empty());
+        assert_eq!(handed.claim(1).unwrap().as_raw_fd(), second);
+        assert_eq!(handed.claim(1).unwrap_err(), HandedError::ClaimedTwice(1));
+        let missing = |number| HandedError::Missing { number, count: 2 };
+        assert_eq!(handed.claim(2).unwrap_err(), missing(2));
+        assert_eq!(handed.claim(u32::MAX).unwrap_err(), missing(u32::MAX));
+        assert!(fd::is_open(first));
+        assert_eq!(
+            Handed::default().claim(0).unwrap_err().to_string(),
+            "There is no descriptor 0: 0 came with the first byte of the request, counted from 0"
+        );
+    }
+
+    #[test]
+    fn claim_when_inherited_takes_what_was_handed_in_only() {
+        let (ours, _) = fd::pipe().unwrap();
+        let number = u32::try_from(ours.as_raw_fd()).unwrap();
+        let mut handed = Handed::Inherited;
+        assert_eq!(
+            handed.claim(number).unwrap_err(),
+            HandedError::NotHandedIn(number)
+        );
+        for number in [1 << 20, u32::MAX] {
+            assert_eq!(
+                handed.claim(number).unwrap_err(),
+                HandedError::NotOpen(number)
+            );
+        }
+        assert!(handed.claim(2).is_ok());
+    }
+
+    #[test]
+    fn claim_when_refused_says_why() {
+        let mut handed = Handed::Refused(HandedError::TooMany);
+        assert!(!handed.is_empty());
+        assert_eq!(handed.claim(0).unwrap_err(), HandedError::TooMany);
+    }
+}

@@ -1,0 +1,360 @@
+//! Unix sockets: one that listens and was handed in, and bytes that bring descriptors along.
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use super::handed::{HANDED_MAX, Handed, HandedError};
+
+/// Takes `fd` for a Unix stream socket that listens.
+///
+/// # Errors
+/// What it is instead, to be put after "is".
+pub fn listener(fd: OwnedFd) -> Result<UnixListener, &'static str> {
+    match option(&fd, libc::SO_DOMAIN) {
+        Err(_) => return Err("not a socket"),
+        Ok(libc::AF_UNIX) => {}
+        Ok(_) => return Err("not a Unix socket"),
+    }
+    if option(&fd, libc::SO_TYPE).ok() != Some(libc::SOCK_STREAM) {
+        return Err("not a stream socket");
+    }
+    if option(&fd, libc::SO_ACCEPTCONN).ok() != Some(1) {
+        return Err("a socket that does not listen");
+    }
+    // Connections are born with what the listener has: nothing is to come with their bytes but
+    // descriptors. Kernels that do not know one of these do not do it either.
+    for extra in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
+        let off: libc::c_int = 0;
+        let size = mem::size_of_val(&off) as libc::socklen_t;
+        // SAFETY: the kernel reads one int behind the pointer.
+        unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                extra,
+                (&raw const off).cast(),
+                size,
+            )
+        };
+    }
+    Ok(UnixListener::from(fd))
+}
+
+/// Since Linux 6.5.
+const SO_PASSPIDFD: libc::c_int = 76;
+
+fn option(fd: &OwnedFd, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut size = mem::size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `size` bytes, which is what `value` has.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &raw mut size,
+        )
+    };
+    if result == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// What a [`receive`] got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Bytes; 0 at the end of the stream.
+    pub count: usize,
+    /// There may be more: it stopped short of descriptors, or where `bytes` ended.
+    pub more: bool,
+}
+
+/// Reads what has come on `stream`, without waiting; descriptors that came with it go into
+/// `handed`.
+///
+/// The kernel ends a read behind the bytes of a message with descriptors, but puts bytes of
+/// messages before it into the same read: with which byte they came can not be told. So the bytes
+/// are looked at first. If descriptors are among them or behind them, this reads no more than
+/// `most` says of the bytes to come, and at least one; else it reads all.
+///
+/// # Errors
+/// The host's, WouldBlock included.
+pub fn receive(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+    most: impl FnOnce(&[u8]) -> usize,
+    handed: &mut Handed,
+) -> io::Result<Received> {
+    let fd = stream.as_raw_fd();
+    let limit = bytes.len();
+    let (count, marked) = peek(fd, bytes)?;
+    let wanted = if marked {
+        most(bytes.get(..count).unwrap_or_default()).clamp(1, count.max(1))
+    } else {
+        count
+    };
+    let (count, came) = take(fd, bytes.get_mut(..wanted).unwrap_or_default())?;
+    *handed = came;
+    Ok(Received {
+        count,
+        more: count > 0 && (marked || count >= limit),
+    })
+}
+
+/// The next bytes, and whether descriptors came with any of them; or, as kernels have it, with any
+/// that come after them.
+fn peek(fd: RawFd, bytes: &mut [u8]) -> io::Result<(usize, bool)> {
+    let mut piece = piece_of(bytes);
+    let mut message = message_of(&mut piece);
+    // SAFETY: `message` points to one piece, which is `bytes`, borrowed mutably for the call; it
+    // has no room for control data, so no descriptor is made, and the flag says that there is.
+    let count = unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
+}
+
+/// Room for more descriptors than may come, so that too many are noticed, and for credentials,
+/// which nobody asked for. `u64` for the alignment of `cmsghdr`.
+type Control = [u64; (16 + 4 * HANDED_MAX + 64) / 8];
+
+/// Reads into `bytes`; and the descriptors that came with them.
+fn take(fd: RawFd, bytes: &mut [u8]) -> io::Result<(usize, Handed)> {
+    let mut control = Control::default();
+    let mut piece = piece_of(bytes);
+    let mut message = message_of(&mut piece);
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = mem::size_of_val(&control);
+    // SAFETY: `message` points to one piece, which is `bytes`, borrowed mutably for the call, and
+    // to `control`, ours and as long as it says.
+    let count = unsafe {
+        libc::recvmsg(
+            fd,
+            &raw mut message,
+            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT,
+        )
+    };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+
+    let mut received = Vec::new();
+    // SAFETY: the kernel has filled `control` and told its length in `message`.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: the macros give null or a header that lies whole in `control`.
+    while let Some(found) = unsafe { header.as_ref() } {
+        if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: `found` is a header of `control`; its data follows it.
+            let (data, empty) = unsafe { (libc::CMSG_DATA(header), libc::CMSG_LEN(0)) };
+            let length = found.cmsg_len.saturating_sub(empty as usize);
+            for place in 0..length / mem::size_of::<RawFd>() {
+                // SAFETY: the kernel wrote `length` bytes of descriptors there.
+                let fd = unsafe { data.cast::<RawFd>().add(place).read_unaligned() };
+                // SAFETY: the kernel has just made it for us, and it is told once.
+                received.push(Some(unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        // SAFETY: as for the first.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    let handed = if received.len() > HANDED_MAX {
+        Handed::Refused(HandedError::TooMany)
+    } else if message.msg_flags & libc::MSG_CTRUNC != 0 {
+        Handed::Refused(HandedError::Lost)
+    } else {
+        Handed::Received(received)
+    };
+    Ok((count, handed))
+}
+
+fn piece_of(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    }
+}
+
+fn message_of(piece: &mut libc::iovec) -> libc::msghdr {
+    // SAFETY: msghdr is plain numbers and pointers, for which zeros are valid.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = piece;
+    message.msg_iovlen = 1;
+    message
+}
+
+#[cfg(test)]
+pub(crate) use tests::send_with;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::fd::pipe;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixDatagram;
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+    /// Sends `bytes` and `fds` in one message.
+    pub(crate) fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[&File]) {
+        let fds: Vec<RawFd> = fds.iter().map(|file| file.as_raw_fd()).collect();
+        assert_eq!(stream.send_with_fds(&[bytes], &fds).unwrap(), bytes.len());
+    }
+
+    /// The reads that it takes to get `total` bytes, one at a time where descriptors are about:
+    /// bytes and descriptors.
+    fn reads(stream: &UnixStream, room: usize, total: usize) -> Vec<(String, usize)> {
+        let (mut found, mut bytes, mut sum) = (Vec::new(), vec![0; room], 0);
+        while sum < total {
+            let mut handed = Handed::default();
+            let received = receive(stream, &mut bytes, |_| 1, &mut handed).unwrap();
+            sum += received.count;
+            let Handed::Received(fds) = handed else {
+                panic!("{handed:?}")
+            };
+            assert!(received.more || sum == total);
+            let text = String::from_utf8_lossy(&bytes[..received.count]);
+            found.push((text.into_owned(), fds.len()));
+        }
+        let empty = receive(stream, &mut bytes, |_| 1, &mut Handed::default());
+        assert_eq!(empty.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        found
+    }
+
+    #[test]
+    fn receive_when_messages_differ_tells_the_byte_that_brought_descriptors() {
+        // What is sent, each with so many descriptors; room of a read; what the reads give.
+        type Sent<'a> = &'a [(&'a str, usize)];
+        let cases: &[(Sent, usize, Sent)] = &[
+            (&[("ab", 0), ("cd", 0)], 64, &[("abcd", 0)]),
+            (&[("abc", 2)], 64, &[("a", 2), ("bc", 0)]),
+            (
+                &[("ab", 0), ("cd", 1)],
+                64,
+                &[("a", 0), ("b", 0), ("c", 1), ("d", 0)],
+            ),
+            (&[("abc", 1), ("cd", 0)], 64, &[("a", 1), ("bccd", 0)]),
+            (
+                &[("ab", 1), ("cd", 2)],
+                64,
+                &[("a", 1), ("b", 0), ("c", 2), ("d", 0)],
+            ),
+            (
+                &[("a", 0), ("bc", 0), ("d", 16), ("e", 0), ("f", 0)],
+                64,
+                &[("a", 0), ("b", 0), ("c", 0), ("d", 16), ("ef", 0)],
+            ),
+            // Messages longer than a read.
+            (&[("abcdef", 3)], 4, &[("a", 3), ("bcde", 0), ("f", 0)]),
+            (&[("abcdef", 0)], 4, &[("abcd", 0), ("ef", 0)]),
+        ];
+        let file = File::open("/dev/null").unwrap();
+        for (sent, room, expected) in cases {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let mut total = 0;
+            for (text, fds) in *sent {
+                total += text.len();
+                if *fds > 0 {
+                    send_with(&theirs, text.as_bytes(), &vec![&file; *fds]);
+                } else {
+                    (&theirs).write_all(text.as_bytes()).unwrap();
+                }
+            }
+            let got = reads(&ours, *room, total);
+            let got: Vec<_> = got
+                .iter()
+                .map(|(text, fds)| (text.as_str(), *fds))
+                .collect();
+            assert_eq!(got, *expected, "{sent:?}");
+        }
+    }
+
+    #[test]
+    fn receive_when_told_how_many_reads_no_more() {
+        let file = File::open("/dev/null").unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (&theirs).write_all(b"one\ntwo\n").unwrap();
+        send_with(&theirs, b"three", &[&file]);
+        let line = |next: &[u8]| next.iter().position(|b| *b == b'\n').unwrap() + 1;
+        let (mut bytes, mut handed) = ([0; 64], Handed::default());
+        for expected in [4, 4] {
+            let received = receive(&ours, &mut bytes, line, &mut handed).unwrap();
+            assert_eq!((received.count, handed.is_empty()), (expected, true));
+        }
+        // Nothing and too much are understood as little and all.
+        let received = receive(&ours, &mut bytes, |_| 0, &mut handed).unwrap();
+        assert_eq!((received.count, handed.is_empty()), (1, false));
+        send_with(&theirs, b"four", &[&file]);
+        let received = receive(&ours, &mut bytes, |_| usize::MAX, &mut handed).unwrap();
+        assert_eq!(received.count, 8);
+    }
+
+    #[test]
+    fn receive_when_descriptors_come_they_close_at_exec_and_work() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = pipe().unwrap();
+        send_with(&theirs, b"x", &[&writer]);
+        drop(writer);
+        let mut handed = Handed::default();
+        receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();
+        let fd = handed.claim(0).unwrap();
+        // SAFETY: F_GETFD has no effect.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFD) };
+        assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
+        File::from(fd).write_all(b"through").unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through");
+    }
+
+    #[test]
+    fn receive_when_there_are_too_many_closes_all() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (reader, writer) = pipe().unwrap();
+        for count in [17, 32, 40, 253] {
+            send_with(&theirs, b"x", &vec![&writer; count]);
+            let mut handed = Handed::default();
+            let received = receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();
+            assert_eq!(received.count, 1);
+            assert!(
+                matches!(handed, Handed::Refused(HandedError::TooMany)),
+                "{handed:?}"
+            );
+        }
+        drop(writer);
+        // Nobody has the writing end any more: its end can be read.
+        assert_eq!((&reader).read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn receive_when_the_client_is_gone_is_the_end() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let mut handed = Handed::default();
+        let received = receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();
+        assert_eq!((received.count, received.more), (0, false));
+    }
+
+    #[test]
+    fn listener_when_it_is_none_says_what_it_is() {
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = dir.as_path().join("s");
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let datagram = UnixDatagram::unbound().unwrap();
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let cases: [(OwnedFd, &str); 4] = [
+            (File::open("/dev/null").unwrap().into(), "not a socket"),
+            (tcp.into(), "not a Unix socket"),
+            (datagram.into(), "not a stream socket"),
+            (stream.into(), "a socket that does not listen"),
+        ];
+        for (fd, expected) in cases {
+            assert_eq!(listener(fd).unwrap_err(), expected);
+        }
+        let good = UnixListener::bind(&path).unwrap();
+        let listener = listener(good.into()).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+    }
+}
