@@ -366,12 +366,19 @@ impl Monitor {
 
     /// The id of the thread whose name begins with `name`.
     pub fn thread(&self, name: &str) -> i32 {
-        let threads = self.threads();
-        threads
-            .iter()
-            .find(|(_, known)| known.starts_with(name))
-            .unwrap_or_else(|| panic!("no thread {name} among {threads:?}"))
-            .0
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // A thread names itself once it runs.
+            let threads = self.threads();
+            if let Some((id, _)) = threads.iter().find(|(_, known)| known.starts_with(name)) {
+                return *id;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "no thread {name} among {threads:?}"
+            );
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// State, and nanoseconds on a processor, of a thread.
