@@ -8,7 +8,6 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Api, Folder, Monitor, PATIENCE, read_response};
@@ -264,8 +263,9 @@ fn members_when_of_a_wrong_type_or_unknown_are_named() {
         members(&body, "", &mut places);
         for place in places {
             let wrong = match body.pointer(&place).unwrap() {
-                Value::String(_) | Value::Object(_) | Value::Array(_) => json!(5),
-                Value::Null => json!(5),
+                // Not a number: that names a descriptor where a path may stand.
+                Value::String(_) | Value::Null => json!(true),
+                Value::Object(_) | Value::Array(_) => json!(5),
                 _ => json!("five"),
             };
             let wrong = with(&body, &place, wrong);
@@ -803,44 +803,6 @@ fn clients_when_they_stall_delay_nobody() {
     ended.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_response(&mut ended).0, 200);
     assert_eq!(ended.read(&mut [0]).unwrap(), 0);
-}
-
-#[test]
-fn connections_when_300_are_open_the_newest_are_served() {
-    let mut harness = Harness::new();
-    let mut open: Vec<UnixStream> = (0..300).map(|_| harness.connect()).collect();
-    // Those that are still there are the last ones; each of them is served, and each in turn.
-    for stream in open.iter_mut().rev().take(200) {
-        stream.write_all(GET).unwrap();
-        assert_eq!(read_response(stream).0, 200);
-    }
-    for _ in 0..100 {
-        harness.api.get("/version");
-    }
-    assert!(harness.is_alive());
-}
-
-#[test]
-fn clients_when_200_ask_at_once_lose_no_request() {
-    let harness = Harness::new();
-    let mut stalled = harness.connect();
-    stalled
-        .write_all(b"PUT /machine-config HTTP/1.1\r\n")
-        .unwrap();
-    let clients: Vec<_> = (0..200)
-        .map(|_| {
-            let mut stream = harness.connect();
-            thread::spawn(move || {
-                for _ in 0..50 {
-                    stream.write_all(GET).unwrap();
-                    assert_eq!(read_response(&mut stream).0, 200);
-                }
-            })
-        })
-        .collect();
-    for client in clients {
-        client.join().unwrap();
-    }
 }
 
 #[test]

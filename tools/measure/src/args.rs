@@ -13,6 +13,8 @@ beside other monitors, interleaved round by round in rotating order.
 figures
   start      exec to first guest byte and to the end of the process, by configuration file; tiny and 20 MiB kernels
   api        exec to socket ready, to configured, to first guest byte, by API requests
+  api-load   how long GET / takes beside a halted guest and beside one that writes
+  limits     rate limiters: how exact they are, and how soon a change takes hold (needs root)
   memory     private dirty memory of the monitor; PSS per VM of 8 VMs with one 20 MiB kernel
   density    host memory and PSS per VM of many idle VMs; starts per second
 
@@ -21,7 +23,8 @@ options
   --extra NAME=WORDS more words (split at spaces) for that monitor's command line, --seccomp-filter FILE say
   --mayfly PATH      measure this executable as mayfly, in place of the one just built
   --no-mayfly        leave mayfly out
-  --runs N           rounds that count (start and api: 30; memory and density: 3)
+  --probe PATH       api-load and limits: the probe guest, in place of the one just built
+  --runs N           rounds that count (start and api: 30; api-load and limits: 5; memory and density: 3)
   --vms N            VMs at once, for density (50)
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
@@ -36,6 +39,10 @@ pub enum Which {
     Start,
     /// See `api`.
     Api,
+    /// See `api_load`.
+    ApiLoad,
+    /// See `limits`.
+    Limits,
     /// See `memory`.
     Memory,
     /// See `density`.
@@ -55,6 +62,8 @@ pub struct Args {
     pub vms: usize,
     /// With a drive and a network interface.
     pub devices: bool,
+    /// The probe guest, for the figures that need it.
+    pub probe: Option<PathBuf>,
     /// Where the samples go.
     pub json: Option<PathBuf>,
 }
@@ -66,7 +75,7 @@ pub const OURS: &str = "mayfly";
 pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<Option<Args>> {
     let mut words = words.into_iter();
     let (mut which, mut runs, mut json) = (None, None, None);
-    let (mut vms, mut devices) = (50, false);
+    let (mut vms, mut devices, mut probe) = (50, false, None);
     let (mut ours, mut with_ours) = (None, true);
     let mut others = Vec::new();
     let mut extras = Vec::new();
@@ -80,11 +89,14 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "--help" | "-h" => return Ok(None),
             "start" => which = Some(Which::Start),
             "api" => which = Some(Which::Api),
+            "api-load" => which = Some(Which::ApiLoad),
+            "limits" => which = Some(Which::Limits),
             "memory" => which = Some(Which::Memory),
             "density" => which = Some(Which::Density),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
             "--mayfly" => ours = Some(value()?),
+            "--probe" => probe = Some(PathBuf::from(value()?)),
             "--no-mayfly" => with_ours = false,
             "--runs" => runs = Some(count(&word, &value()?)?),
             "--vms" => vms = count(&word, &value()?)?,
@@ -97,8 +109,9 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             }
         }
     }
-    let which =
-        which.ok_or_else(|| Failure::new("say what to measure: start, api, memory or density"))?;
+    let which = which.ok_or_else(|| {
+        Failure::new("say what to measure: start, api, api-load, limits, memory or density")
+    })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
         return Err(Failure::new("--devices goes with start and api only"));
     }
@@ -124,14 +137,19 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let usual = match which {
         Which::Start | Which::Api => 30,
+        Which::ApiLoad | Which::Limits => 5,
         Which::Memory | Which::Density => 3,
     };
+    if matches!(which, Which::ApiLoad | Which::Limits) && probe.is_none() {
+        return Err(Failure::new("say which probe guest: --probe PATH"));
+    }
     Ok(Some(Args {
         which,
         monitors,
         runs: runs.unwrap_or(usual),
         vms,
         devices,
+        probe,
         json,
     }))
 }
@@ -204,6 +222,7 @@ mod tests {
             "start --no-mayfly --extra b=x",
             "start --no-mayfly --what",
             "memory --no-mayfly --devices",
+            "limits --no-mayfly",
         ] {
             assert!(parsed(mistake).is_err(), "{mistake:?} was taken");
         }

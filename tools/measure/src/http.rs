@@ -30,6 +30,20 @@ impl Client {
         })
     }
 
+    /// Sends a PATCH and waits until it is accepted.
+    pub fn patch(&mut self, path: &str, body: &Value) -> Result<()> {
+        self.send_as("PATCH", path, &body.to_string())?;
+        self.accepted(path)
+    }
+
+    /// Sends a GET and waits for the answer.
+    pub fn get(&mut self, path: &str) -> Result<()> {
+        self.stream
+            .write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes())
+            .cannot(|| format!("send GET {path}"))?;
+        self.accepted(path)
+    }
+
     /// Sends a PUT and waits until it is accepted.
     pub fn put(&mut self, path: &str, body: &Value) -> Result<()> {
         self.send(path, body)?;
@@ -38,10 +52,13 @@ impl Client {
 
     /// Sends a PUT.
     pub fn send(&mut self, path: &str, body: &Value) -> Result<()> {
-        let request = request(path, &body.to_string());
+        self.send_as("PUT", path, &body.to_string())
+    }
+
+    fn send_as(&mut self, method: &str, path: &str, body: &str) -> Result<()> {
         self.stream
-            .write_all(request.as_bytes())
-            .cannot(|| format!("send PUT {path}"))
+            .write_all(request(method, path, body).as_bytes())
+            .cannot(|| format!("send {method} {path}"))
     }
 
     /// Reads one answer; anything but 2xx is a failure.
@@ -53,7 +70,7 @@ impl Client {
                     return Ok(());
                 }
                 return Err(Failure::new(format!(
-                    "PUT {path} was refused: {}",
+                    "{path} was refused: {}",
                     String::from_utf8_lossy(&answer).replace("\r\n", " ")
                 )));
             }
@@ -61,7 +78,7 @@ impl Client {
             match self.stream.read(&mut chunk) {
                 Ok(0) => {
                     return Err(Failure::new(format!(
-                        "the API connection was closed before the answer to PUT {path}"
+                        "the API connection was closed before the answer to {path}"
                     )));
                 }
                 Ok(len) => self.received.extend(&chunk[..len]),
@@ -71,7 +88,7 @@ impl Client {
                     }
                 }
                 Err(error) => {
-                    return Err(error).cannot(|| format!("read the answer to PUT {path}"));
+                    return Err(error).cannot(|| format!("read the answer to {path}"));
                 }
             }
         }
@@ -84,9 +101,9 @@ impl AsFd for Client {
     }
 }
 
-fn request(path: &str, body: &str) -> String {
+fn request(method: &str, path: &str, body: &str) -> String {
     format!(
-        "PUT {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )
 }
@@ -126,6 +143,6 @@ mod tests {
 
     #[test]
     fn request_when_made_declares_its_length() {
-        assert!(request("/x", "{\"a\":1}").contains("Content-Length: 7\r\n\r\n{"));
+        assert!(request("PUT", "/x", "{\"a\":1}").contains("Content-Length: 7\r\n\r\n{"));
     }
 }

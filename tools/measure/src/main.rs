@@ -11,7 +11,7 @@ use mayfly_measure::host::Host;
 use mayfly_measure::monitor::CommandLine;
 use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::workspace::Workspace;
-use mayfly_measure::{api, density, memory, report, start, sys};
+use mayfly_measure::{api, api_load, density, limits, memory, report, start, sys};
 use serde_json::json;
 
 fn main() -> ExitCode {
@@ -34,7 +34,7 @@ fn run() -> Result<()> {
     };
     sys::catch_interrupts();
     let host = Host::read();
-    let workspace = Workspace::new(args.devices)?;
+    let workspace = Workspace::new(args.devices || args.which == Which::Limits)?;
     let filters = filters(&args, &workspace)?;
     let (figures, notes) = figures(&args, &workspace)?;
 
@@ -92,7 +92,7 @@ fn run() -> Result<()> {
 fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api => 2,
-        Which::Memory | Which::Density => 1,
+        Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
     };
     Plan {
         warm_up,
@@ -111,6 +111,7 @@ fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
 
 fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static str)> {
     let (monitors, plan) = (&args.monitors[..], plan(args));
+    let probe = args.probe.as_deref().unwrap_or_else(|| "".as_ref());
     Ok(match args.which {
         Which::Start => (start::measure(workspace, monitors, plan)?, ""),
         Which::Api => {
@@ -119,6 +120,14 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             }
             (api::measure(workspace, monitors, plan)?, "")
         }
+        Which::ApiLoad => (
+            api_load::measure(workspace, monitors, plan, probe)?,
+            api_load::NOTES,
+        ),
+        Which::Limits => (
+            limits::measure(workspace, monitors, plan, probe)?,
+            limits::NOTES,
+        ),
         Which::Memory => (memory::measure(workspace, monitors, plan)?, memory::NOTES),
         Which::Density => (
             density::measure(workspace, monitors, plan, args.vms)?,

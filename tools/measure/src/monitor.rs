@@ -70,6 +70,21 @@ impl Monitor {
         Running::start(&self.name, command)
     }
 
+    /// Starts it with the configuration file `config` and without an API.
+    pub fn boot_config(&self, config: &Path) -> Result<Running> {
+        let mut command = self.command();
+        command.arg("--no-api").arg("--config-file").arg(config);
+        Running::start(&self.name, command)
+    }
+
+    /// The same with an API socket.
+    pub fn boot_config_and_listen(&self, config: &Path, socket: &Path) -> Result<Running> {
+        let mut command = self.command();
+        command.arg("--config-file").arg(config);
+        command.arg("--api-sock").arg(socket);
+        Running::start(&self.name, command)
+    }
+
     /// Starts it waiting for requests on an API socket.
     pub fn listen(&self, socket: &Path) -> Result<Running> {
         let mut command = self.command();
@@ -106,6 +121,8 @@ pub struct Running {
     stderr: PipeReader,
     /// Held open: an idle console, not one at its end.
     _stdin: PipeWriter,
+    /// What `said` has read.
+    printed: String,
     /// Just before the process was made.
     pub started: Instant,
 }
@@ -140,6 +157,7 @@ impl Running {
             stdout,
             stderr,
             _stdin: keep_stdin,
+            printed: String::new(),
             started,
         })
     }
@@ -187,6 +205,31 @@ impl Running {
                 return Err(self.failure("was silent: its guest's first byte never came"));
             }
         }
+    }
+
+    /// Waits until its guest has said `text`; all that was printed by then.
+    pub fn said(&mut self, text: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.printed.contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let [spoke] = sys::poll([self.stdout.as_fd()], left)
+                .map_err(|error| self.poll_failure(&error))?;
+            let mut bytes = [0; 4096];
+            let len = if spoke {
+                self.stdout
+                    .read(&mut bytes)
+                    .cannot(|| format!("read what {} prints", self.name))?
+            } else {
+                0
+            };
+            if len == 0 {
+                let printed = self.printed.trim().to_owned();
+                return Err(self.failure(&format!("never said `{text}`, but: {printed}")));
+            }
+            self.printed
+                .push_str(&String::from_utf8_lossy(&bytes[..len]));
+        }
+        Ok(self.printed.clone())
     }
 
     /// Waits for the name of its API socket to appear, then connects. Between bind and listen a connection is refused;

@@ -44,6 +44,14 @@ pub fn ratio(ours: &[f64], theirs: &[f64]) -> Option<Ratio> {
     })
 }
 
+/// The smallest sample that at least `share` of all samples are not above; nothing for no samples.
+pub fn percentile(samples: &[f64], share: f64) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
 fn median(sorted: &[f64]) -> Option<f64> {
     let middle = sorted.len() / 2;
     if sorted.len() % 2 == 1 {
@@ -77,6 +85,14 @@ mod tests {
     #[test]
     fn summary_when_empty_is_nothing() {
         assert_eq!(summary(&[]), None);
+    }
+
+    #[test]
+    fn percentile_when_taken_is_a_sample() {
+        let samples: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        let found = [0.0, 0.5, 0.99, 1.0].map(|share| percentile(&samples, share).unwrap());
+        assert_eq!(found, [1.0, 100.0, 198.0, 200.0]);
+        assert_eq!(percentile(&[], 0.5), None);
     }
 
     #[test]

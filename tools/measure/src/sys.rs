@@ -223,6 +223,35 @@ pub fn make_tap(name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// EtherType for local experiments.
+pub const EXPERIMENT: u16 = 0x88b5;
+
+/// A socket that sends whole Ethernet frames to interface `name`.
+pub fn frame_socket(name: &str) -> io::Result<File> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: the call has three integer arguments. Protocol 0: it only sends.
+    let socket = owned(i64::from(unsafe { libc::socket(libc::AF_PACKET, kind, 0) }))?;
+    let name = CString::new(name)?;
+    // SAFETY: the name is a C string that outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    // SAFETY: all zeroes is a valid sockaddr_ll.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = index as libc::c_int;
+    // SAFETY: the address is ours and has the size given.
+    let bound = unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of_val(&address) as u32,
+        )
+    };
+    if index == 0 || bound < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(File::from(socket))
+}
+
 /// Reads the seccomp filters of a thread that is not this process's, the newest first. It is stopped meanwhile.
 pub fn seccomp_filters(tid: libc::pid_t) -> io::Result<Vec<Vec<Instruction>>> {
     ptrace(libc::PTRACE_SEIZE as _, tid, 0)?;

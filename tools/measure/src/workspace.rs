@@ -13,8 +13,11 @@ use crate::sys;
 /// Guest memory in every measurement, in MiB.
 pub const MEMORY_MIB: u64 = 128;
 
-const TAP: &str = "mf0";
+/// The tap, in the network namespace of this program.
+pub const TAP: &str = "mf0";
 const DISK_LEN: u64 = 1 << 20;
+/// The disk of probe guests.
+const PROBED_LEN: u64 = 16 << 20;
 
 /// A directory that exists as long as this value.
 #[derive(Debug)]
@@ -77,6 +80,45 @@ impl Workspace {
             config,
             signature_at: image.signature_at,
         })
+    }
+
+    /// A configuration that boots the probe guest for `words`, with these limiters on the drive, on what is received
+    /// and on what is sent; a network interface only where it has a limiter.
+    pub fn probe(
+        &self,
+        name: &str,
+        probe: &Path,
+        words: &str,
+        [drive, rx, tx]: [Option<Value>; 3],
+    ) -> Result<PathBuf> {
+        let config = self.path(&format!("{name}.json"));
+        let disk = self.path("probed");
+        fs::File::create(&disk)
+            .and_then(|file| file.set_len(PROBED_LEN))
+            .cannot(|| format!("make the disk {}", disk.display()))?;
+        let mut net = network_interface();
+        let networks = if rx.is_some() || tx.is_some() {
+            net["rx_rate_limiter"] = rx.unwrap_or_default();
+            net["tx_rate_limiter"] = tx.unwrap_or_default();
+            vec![net]
+        } else {
+            vec![]
+        };
+        let text = json!({
+            "boot-source": { "kernel_image_path": probe, "boot_args": format!("probe={words},stay") },
+            "machine-config": machine_config(),
+            "drives": [{
+                "drive_id": "disk",
+                "path_on_host": disk,
+                "is_root_device": false,
+                "is_read_only": false,
+                "rate_limiter": drive,
+            }],
+            "network-interfaces": networks,
+        });
+        fs::write(&config, text.to_string())
+            .cannot(|| format!("write the configuration {}", config.display()))?;
+        Ok(config)
     }
 
     /// The requests that configure a VM for `kernel`, in order.

@@ -1,0 +1,266 @@
+//! Rate limiters as a guest feels them: a drive and both directions of a network interface, bytes
+//! and operations, bursts, changes and removal while it runs. The guest measures with its own
+//! clock. What a limit forbids is checked closely (a busy host makes nothing faster), what it
+//! allows loosely; `tools/bench limits` measures how exact they are.
+
+mod common;
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use common::{Api, Folder, Monitor, Netns};
+use serde_json::{Value, json};
+
+/// EtherType for local experiments.
+const EXPERIMENT: u16 = 0x88b5;
+/// The shortest time in which a bucket of `SIZE` comes back.
+const REFILL_MS: u64 = 250;
+
+/// A probe guest that does what is typed.
+struct Guest {
+    monitor: Monitor,
+    api: Api,
+    asked: usize,
+}
+
+/// A disk of 1 MiB with this limiter, in a guest.
+fn guest_with_disk(folder: &Folder, limiter: Value) -> Guest {
+    let disk = folder.disk("disk", 1 << 20);
+    let mut config = common::probe_vm_with_disks("shell", &[&disk]);
+    config["drives"][0]["rate_limiter"] = limiter;
+    Guest::new(Monitor::boot_with_api(folder, &config))
+}
+
+/// A network interface with these limiters, in a guest and a network namespace.
+fn guest_with_net(netns: &Netns, folder: &Folder, rx: Value, tx: Value) -> Guest {
+    netns.tap("tap0", "192.0.2.1/24");
+    let mut config = common::probe_vm("shell");
+    config["network-interfaces"] = json!([{
+        "iface_id": "n", "host_dev_name": "tap0", "rx_rate_limiter": rx, "tx_rate_limiter": tx,
+    }]);
+    Guest::new(Monitor::boot_inside(netns, folder, &config))
+}
+
+impl Guest {
+    fn new((monitor, api): (Monitor, Api)) -> Self {
+        monitor.expect("shell ready");
+        Guest {
+            monitor,
+            api,
+            asked: 0,
+        }
+    }
+
+    /// Types a word and does not wait for it.
+    fn type_word(&mut self, word: &str) {
+        self.asked += 1;
+        self.monitor
+            .type_in(&format!("{word},print:mark{}\n", self.asked));
+    }
+
+    /// What was said since the word before, once the last one is done.
+    fn said(&self) -> String {
+        let said = self.monitor.expect(&format!("print:mark{} ok", self.asked));
+        let before = format!("print:mark{} ok", self.asked - 1);
+        let from = said.find(&before).map_or(0, |at| at + before.len());
+        let said = &said[from..];
+        assert!(!said.contains("FAILED"), "{said}");
+        said.to_owned()
+    }
+
+    /// Seconds that `word` took by the guest's clock.
+    fn seconds(&mut self, word: &str) -> f64 {
+        self.type_word(word);
+        seconds_in(&self.said())
+    }
+
+    fn limit_drive(&self, limiter: Value) {
+        self.api.patch(
+            "/drives/disk0",
+            json!({"drive_id": "disk0", "rate_limiter": limiter}),
+        );
+    }
+}
+
+fn seconds_in(said: &str) -> f64 {
+    let (_, ns) = said
+        .split_once(" ns=")
+        .unwrap_or_else(|| panic!("no time in {said}"));
+    let digits: String = ns.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse::<f64>().unwrap() / 1e9
+}
+
+fn bucket(size: u64, burst: u64) -> Value {
+    json!({"size": size, "one_time_burst": burst, "refill_time": REFILL_MS})
+}
+
+/// Seconds that `amount` takes from a full bucket of `size`.
+fn allowed(amount: u64, size: u64) -> f64 {
+    (amount - size) as f64 / size as f64 * REFILL_MS as f64 / 1e3
+}
+
+/// Not faster than the limit (2 % for the clocks), and not stopped by it.
+fn assert_limited(seconds: f64, expected: f64, what: &str) {
+    assert!(
+        seconds > expected * 0.98 && seconds < expected * 4.0 + 2.0,
+        "{what}: {seconds} s, and the limit makes it {expected} s"
+    );
+}
+
+const OPS: &str = "blkbench:0:512:250:1";
+
+#[test]
+fn drive_when_limited_keeps_to_operations_and_to_bytes() {
+    if !common::kvm("drive_when_limited_keeps_to_operations_and_to_bytes") {
+        return;
+    }
+    let folder = Folder::new();
+    let mut guest = guest_with_disk(&folder, json!({"ops": bucket(50, 0)}));
+    let seconds = guest.seconds(OPS);
+    assert_limited(seconds, allowed(250, 50), "operations");
+    // The other bucket alone, for reads and for writes of several depths.
+    const SIZE: u64 = 256 << 10;
+    guest.limit_drive(json!({"bandwidth": bucket(SIZE, 0), "ops": bucket(0, 0)}));
+    for word in ["blkbench:0:32k:40:4:read", "blkbench:0:32k:40:16:write"] {
+        let seconds = guest.seconds(word);
+        // The bucket has at most filled up since the word before.
+        assert_limited(seconds, allowed(40 * (32 << 10), SIZE), word);
+    }
+}
+
+#[test]
+fn drive_when_given_a_burst_has_it_once() {
+    if !common::kvm("drive_when_given_a_burst_has_it_once") {
+        return;
+    }
+    let folder = Folder::new();
+    let mut guest = guest_with_disk(&folder, json!({"ops": bucket(50, 200)}));
+    let (first, second) = (guest.seconds(OPS), guest.seconds(OPS));
+    assert_limited(second, allowed(250, 50), "without the burst");
+    assert!(first < second / 2.0, "{first} s, then {second} s");
+}
+
+#[test]
+fn drive_when_its_limits_change_follows_at_once() {
+    if !common::kvm("drive_when_its_limits_change_follows_at_once") {
+        return;
+    }
+    let folder = Folder::new();
+    let mut guest = guest_with_disk(&folder, json!({}));
+    let free = guest.seconds(OPS);
+    guest.limit_drive(json!({"ops": bucket(50, 0), "bandwidth": bucket(1 << 30, 0)}));
+    assert_limited(guest.seconds(OPS), allowed(250, 50), "limited");
+    guest.limit_drive(json!({"ops": bucket(25, 0)}));
+    assert_limited(
+        guest.seconds("blkbench:0:512:125:1"),
+        allowed(125, 25),
+        "half",
+    );
+    // A bucket of nothing takes the limit away, and that one only.
+    guest.limit_drive(json!({"ops": {"size": 0, "refill_time": 0}}));
+    let config = guest.api.get("/vm/config");
+    let limiter = &config["drives"][0]["rate_limiter"];
+    assert!(
+        limiter["ops"].is_null() && limiter["bandwidth"]["size"] == 1 << 30,
+        "{limiter}"
+    );
+    let again = guest.seconds(OPS);
+    assert!(
+        free < 0.5 && again < 0.5,
+        "{free} s, and after the limit {again} s"
+    );
+}
+
+#[test]
+fn drive_when_it_waits_and_its_limit_goes_does_not_wait_on() {
+    if !common::kvm("drive_when_it_waits_and_its_limit_goes_does_not_wait_on") {
+        return;
+    }
+    let folder = Folder::new();
+    let minute = json!({"ops": {"size": 2, "refill_time": 120_000}});
+    let mut guest = guest_with_disk(&folder, minute);
+    // The third has to wait for a minute; the guest itself gives up after ten seconds.
+    guest.type_word("blkbench:0:512:3:1");
+    let began = Instant::now();
+    std::thread::sleep(Duration::from_millis(300));
+    guest.limit_drive(json!({"ops": {"size": 0, "refill_time": 0}}));
+    assert!(seconds_in(&guest.said()) < 10.0);
+    assert!(began.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
+fn net_when_limited_keeps_to_frames_and_bytes_sent() {
+    let name = "net_when_limited_keeps_to_frames_and_bytes_sent";
+    if !common::kvm(name) || !common::needs_root(name) {
+        return;
+    }
+    let (folder, netns) = (Folder::new(), Netns::new());
+    let mut guest = guest_with_net(&netns, &folder, Value::Null, json!({"ops": bucket(50, 0)}));
+    let seconds = guest.seconds("netsend:0:250:200");
+    assert_limited(seconds, allowed(250, 50), "frames");
+    const SIZE: u64 = 50_000;
+    let limit = |limiter: Value| {
+        guest.api.patch(
+            "/network-interfaces/n",
+            json!({"iface_id": "n", "tx_rate_limiter": limiter}),
+        );
+    };
+    limit(json!({"bandwidth": bucket(SIZE, 0), "ops": bucket(0, 0)}));
+    let seconds = guest.seconds("netsend:0:250:1000");
+    assert_limited(seconds, allowed(250_000, SIZE), "bytes");
+    let limiter = guest.api.get("/vm/config")["network-interfaces"][0]["tx_rate_limiter"].clone();
+    assert!(limiter["ops"].is_null(), "{limiter}");
+    guest.api.patch(
+        "/network-interfaces/n",
+        json!({"iface_id": "n", "tx_rate_limiter": {"bandwidth": bucket(0, 0)}}),
+    );
+    let free = guest.seconds("netsend:0:250:1000");
+    assert!(free < 0.5, "{free} s without a limit");
+}
+
+#[test]
+fn net_when_limited_keeps_to_frames_and_bytes_received() {
+    let name = "net_when_limited_keeps_to_frames_and_bytes_received";
+    if !common::kvm(name) || !common::needs_root(name) {
+        return;
+    }
+    let (folder, netns) = (Folder::new(), Netns::new());
+    let mut guest = guest_with_net(&netns, &folder, json!({"ops": bucket(50, 0)}), Value::Null);
+    let seconds = guest.received(&netns, 250, 200);
+    assert_limited(seconds, allowed(250, 50), "frames");
+    const SIZE: u64 = 50_000;
+    guest.api.patch(
+        "/network-interfaces/n",
+        json!({"iface_id": "n", "rx_rate_limiter": {"bandwidth": bucket(SIZE, 0), "ops": bucket(0, 0)}}),
+    );
+    let seconds = guest.received(&netns, 250, 1000);
+    assert_limited(seconds, allowed(250_000, SIZE), "bytes");
+    guest.api.patch(
+        "/network-interfaces/n",
+        json!({"iface_id": "n", "rx_rate_limiter": {"bandwidth": bucket(0, 0)}}),
+    );
+    let free = guest.received(&netns, 250, 1000);
+    assert!(free < 0.5, "{free} s without a limit");
+}
+
+impl Guest {
+    /// Seconds from the first to the last of so many frames that the host sends at once.
+    fn received(&mut self, netns: &Netns, count: usize, size: usize) -> f64 {
+        let ready = "netcount ready";
+        let before = self.monitor.stdout().matches(ready).count();
+        self.type_word(&format!("netcount:0:{count}:20000"));
+        common::wait_until("the guest counts frames", || {
+            self.monitor.stdout().matches(ready).count() > before
+        });
+        // Fewer than the tap's queue holds, so none is lost.
+        netns.inside(|| {
+            let mut socket = common::sys::frames("tap0", EXPERIMENT);
+            let mut frame = vec![0xff; size];
+            frame[12..14].copy_from_slice(&EXPERIMENT.to_be_bytes());
+            for _ in 0..count {
+                socket.write_all(&frame).unwrap();
+            }
+        });
+        seconds_in(&self.said())
+    }
+}
