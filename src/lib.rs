@@ -33,8 +33,8 @@
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
-//!   2  serial   memory   rate_limiter
-//!   1  bus   config   inbox   seccomp   metrics   timeline   log   sys   see nothing of ours
+//!   2  serial   memory
+//!   1  bus   config   rate_limiter   inbox   seccomp   metrics   timeline   log   sys   see nothing of ours
 //! ```
 
 pub mod api;

@@ -80,6 +80,10 @@ fn run(args: Args, timeline: Timeline) -> ! {
             kvm::adopt(fd).ok_or("not /dev/kvm")
         }));
     }
+    // Read before there is nothing to be opened by name.
+    let config = args
+        .config_file
+        .map(|path| Vmm::read_config(&path).unwrap_or_else(|e| fail(&e.0, exit::ERROR)));
     let listener = match (args.api_fd, &args.api_sock) {
         (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
         (None, Some(path)) => {
@@ -93,8 +97,8 @@ fn run(args: Args, timeline: Timeline) -> ! {
     if let Some(listener) = listener {
         serve(&mut vmm, listener, args.payload_max, args.seccomp);
     }
-    if let Some(path) = &args.config_file
-        && let Err(error) = vmm.start_from_file(path)
+    if let Some(config) = config
+        && let Err(error) = vmm.start_from(config)
     {
         if let Some(socket) = &args.api_sock {
             // Made by this process a moment ago; nobody can have been served.

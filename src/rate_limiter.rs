@@ -72,6 +72,15 @@ impl TokenBucket {
         u64::try_from(nanos).unwrap_or(u64::MAX)
     }
 
+    /// Takes as many of the `wanted` tokens as there are; how many these are.
+    pub fn take_some(&mut self, now: u64, wanted: u64) -> u64 {
+        self.refill(now);
+        let there = u64::try_from(self.tokens.max(0)).unwrap_or(u64::MAX);
+        let some = wanted.min(there.saturating_add(self.burst));
+        self.take(now, some);
+        some
+    }
+
     fn take(&mut self, now: u64, wanted: u64) {
         self.refill(now);
         let from_burst = wanted.min(self.burst);
@@ -196,6 +205,16 @@ mod tests {
         assert_eq!(limiter.wait(5, 1000), 100 * MS);
         assert_eq!(limiter.wait(5 + 50 * MS, 1000), 50 * MS);
         assert_eq!(limiter.wait(5 + 50 * MS, 500), 0);
+    }
+
+    #[test]
+    fn take_some_when_there_are_fewer_takes_those() {
+        let mut bucket = TokenBucket::new(100, 20, 1000).unwrap();
+        assert_eq!(bucket.take_some(0, 90), 90);
+        assert_eq!(bucket.take_some(0, 90), 30);
+        assert_eq!(bucket.take_some(0, 90), 0);
+        assert_eq!(bucket.take_some(100 * MS, 90), 10);
+        assert_eq!(bucket.take_some(5000 * MS, 200), 100);
     }
 
     #[test]

@@ -14,21 +14,31 @@
 //! [`Console`] lives on the serial thread and owns the host's side. It also carries the log of the
 //! other threads to its place, for the same reason. It writes only where there is room, so it can
 //! always be reached by its inbox; it never exits before the process does.
+//!
+//! With a console socket (`port`) the pipe is emptied at once into a ring, which the usual place
+//! of output and the socket's clients read at their own pace. Output can be limited: what exceeds
+//! the limit is dropped and counted.
+
+mod port;
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::port::{CLIENTS, Port};
 use crate::bus::{Registers, Written};
 use crate::inbox::{Inbox, Outbox};
 use crate::log;
 use crate::metrics::{Counter, Report};
+use crate::rate_limiter::TokenBucket;
+use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 
 /// First port of COM1.
@@ -68,6 +78,10 @@ pub struct Counters {
     overrun: Counter,
     /// Bytes that their place did not take; by the serial thread.
     lost: Counter,
+    /// Bytes that exceeded the limit; by the serial thread.
+    limited: Counter,
+    /// Bytes that clients of the socket were too slow for; by the serial thread.
+    skipped: Counter,
 }
 
 impl Counters {
@@ -81,11 +95,17 @@ impl Counters {
                 count.get(),
             );
         }
-        for (why, count) in [("overrun", &self.overrun), ("place", &self.lost)] {
+        for (why, count) in [
+            ("overrun", &self.overrun),
+            ("place", &self.lost),
+            ("limit", &self.limited),
+            ("client", &self.skipped),
+        ] {
             report.counter(
                 "mayfly_console_lost_bytes_total",
                 "Bytes of console output that came faster than they could be taken (overrun), \
-                 or that their place did not take.",
+                 that their place did not take, that exceeded the limit, or that a client of the \
+                 console socket was too slow for.",
                 &[("cause", why)],
                 count.get(),
             );
@@ -94,6 +114,7 @@ impl Counters {
         report.add("uart", "read_count", self.read.get());
         report.add("uart", "missed_write_count", self.overrun.get());
         report.add("uart", "error_count", self.lost.get());
+        report.add("uart", "rate_limiter_dropped_bytes", self.limited.get());
     }
 }
 
@@ -131,6 +152,15 @@ impl Uart {
     fn lock(&self) -> MutexGuard<'_, Serial<Line, Events, File>> {
         // A panic ends the process, so a poisoned lock is never seen.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the UART's buffer as large as it gets, while there is nobody to see it: the serial
+    /// thread fills it later and is not to allocate.
+    fn warm_up(&self) {
+        let full = [0; INPUT_CHUNK];
+        for _ in 0..self.feed(&full) {
+            self.lock().read(0);
+        }
     }
 
     /// Room for input, in bytes.
@@ -176,6 +206,10 @@ pub struct Streams {
     pub input: Option<File>,
     /// Console output.
     pub output: File,
+    /// The most output there may be.
+    pub limit: Option<TokenBucket>,
+    /// Where clients may come to see it, and to type.
+    pub socket: Option<UnixListener>,
     /// Lines that the other threads log.
     pub log_from: File,
     /// The log's place.
@@ -203,6 +237,8 @@ pub struct Console {
     drained: EventFd,
     input: Input,
     output: Stream,
+    limit: Option<TokenBucket>,
+    port: Option<Port>,
     log: Stream,
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
@@ -231,11 +267,14 @@ pub fn console(
         uart_events,
         to_host,
     ))));
+    uart.warm_up();
     let console = Console {
         uart: Arc::clone(&uart),
         drained,
         input: Input::new(streams.input),
         output: Stream::new(from_guest, streams.output),
+        limit: streams.limit,
+        port: streams.socket.map(Port::new),
         log: Stream::new(streams.log_from, streams.log_to),
         messages,
         events,
@@ -257,24 +296,46 @@ impl Console {
     pub fn run(mut self) -> io::Result<()> {
         let mut finishing = false;
         loop {
-            let room = self.input.wants_to_read() && self.uart.room() > 0;
+            let typing = self.input.is_empty() && self.uart.room() > 0;
+            let (newcomer, clients) = match &self.port {
+                Some(port) => port.interests(typing),
+                None => (Interest::none(), [Interest::none(); CLIENTS]),
+            };
+            let (output, sink) = self.output_interests();
+            let [one, two, three, four] = clients;
             let mut interests = [
                 Interest::read(self.messages.as_raw_fd()),
                 Interest::read(self.drained.as_raw_fd()),
-                Interest::read(self.input.descriptor()).when(room),
-                self.output.interest(),
+                Interest::read(self.input.descriptor()).when(typing && !self.input.ended),
+                output,
+                sink,
                 self.log.interest(),
+                newcomer,
+                one,
+                two,
+                three,
+                four,
             ];
             // While finishing, what has no room now is given up.
             let patience = if finishing {
                 Some(0)
             } else {
-                self.input.is_held_back().then_some(RETRY_MILLIS)
+                (!self.input.is_empty()).then_some(RETRY_MILLIS)
             };
             fd::wait(&mut interests, patience)?;
-            let [message, drained, input, output, log] = interests;
+            let [
+                message,
+                drained,
+                input,
+                output,
+                sink,
+                log,
+                newcomer,
+                clients @ ..,
+            ] = interests;
 
-            if finishing && !output.is_ready() && !log.is_ready() {
+            let busy = output.is_ready() || sink.is_ready() || log.is_ready();
+            if finishing && !busy && !self.port.as_ref().is_some_and(|p| p.is_draining(&clients)) {
                 let _ = self.events.post(SerialEvent::Finished);
                 finishing = false;
             }
@@ -290,15 +351,56 @@ impl Console {
             if input.is_ready() {
                 self.input.read();
             }
+            if let Some(port) = &mut self.port {
+                port.serve(&clients, &mut self.input);
+                if newcomer.is_ready() {
+                    port.accept();
+                }
+                if sink.is_ready() {
+                    port.step_sink(&self.output.sink, &self.counters);
+                }
+            }
             self.input.offer(&self.uart);
             if output.is_ready() {
-                let lost = self.output.step();
-                self.counters.lost.add(lost);
+                self.step_output();
             }
             if log.is_ready() {
                 let lost = self.log.step();
                 log::count_lost_bytes(lost);
             }
+        }
+    }
+
+    /// What to wait for to move output: of the guest's end, and of the usual place when that has
+    /// a pace of its own.
+    fn output_interests(&self) -> (Interest, Interest) {
+        match &self.port {
+            Some(port) => (
+                Interest::read(self.output.source.as_raw_fd()).when(!self.output.ended),
+                Interest::write(self.output.sink.as_raw_fd()).when(port.sink_is_behind()),
+            ),
+            None => (self.output.interest(), Interest::none()),
+        }
+    }
+
+    fn step_output(&mut self) {
+        let held = self.output.held();
+        let lost = self.output.step();
+        self.counters.lost.add(lost);
+        if held > 0 {
+            return;
+        }
+        // New bytes.
+        if let Some(limit) = &mut self.limit {
+            let came = self.output.held() as u64;
+            let kept = limit.take_some(clock::monotonic_nanos(), came);
+            self.counters.limited.add(came.saturating_sub(kept));
+            self.output.to = usize::try_from(kept).unwrap_or(self.output.to);
+        }
+        if let Some(port) = &mut self.port {
+            let bytes = self.output.bytes.get(..self.output.to).unwrap_or_default();
+            port.keep(bytes, &self.counters);
+            (self.output.from, self.output.to) = (0, 0);
         }
     }
 }
@@ -325,12 +427,9 @@ impl Input {
         }
     }
 
-    const fn is_held_back(&self) -> bool {
-        self.from < self.to
-    }
-
-    const fn wants_to_read(&self) -> bool {
-        !self.ended && !self.is_held_back()
+    /// Whether the UART has taken all.
+    const fn is_empty(&self) -> bool {
+        self.from >= self.to
     }
 
     fn descriptor(&self) -> RawFd {
@@ -380,6 +479,11 @@ impl Stream {
         }
     }
 
+    /// Bytes that wait to be written.
+    const fn held(&self) -> usize {
+        self.to.saturating_sub(self.from)
+    }
+
     fn interest(&self) -> Interest {
         if self.from < self.to {
             Interest::write(self.sink.as_raw_fd())
@@ -416,8 +520,10 @@ mod tests {
     use super::*;
     use crate::inbox::{Sender, inbox};
     use std::io::Read;
+    use std::os::unix::net::UnixStream;
     use std::thread;
     use std::time::{Duration, Instant};
+    use vmm_sys_util::tempdir::TempDir;
 
     const DATA: u64 = 0;
     const MODEM_CONTROL: u64 = 4;
@@ -435,6 +541,10 @@ mod tests {
     }
 
     fn rig() -> (Rig, Console) {
+        rig_with(None, None)
+    }
+
+    fn rig_with(limit: Option<TokenBucket>, socket: Option<UnixListener>) -> (Rig, Console) {
         let (input, type_in) = fd::pipe().unwrap();
         let (screen, output) = fd::pipe().unwrap();
         let (log_from, log_in) = fd::pipe().unwrap();
@@ -444,6 +554,8 @@ mod tests {
         let streams = Streams {
             input: Some(input),
             output,
+            limit,
+            socket,
             log_from,
             log_to,
         };
@@ -563,5 +675,125 @@ mod tests {
         rig.uart.read(LINE_STATUS, &mut []);
         let _ = rig.uart.write(LINE_STATUS, &[]);
         let _ = rig.uart.write(u64::MAX, &[1]);
+    }
+
+    fn socket(name: &str) -> (TempDir, UnixListener, std::path::PathBuf) {
+        let folder = TempDir::new().unwrap();
+        let path = folder.as_path().join(name);
+        let listener = UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        (folder, listener, path)
+    }
+
+    fn write_all(uart: &Uart, text: &[u8]) {
+        for byte in text {
+            let _ = uart.write(DATA, &[*byte]);
+        }
+    }
+
+    /// What a client reads until it has `len` bytes.
+    fn client_reads(client: &mut UnixStream, len: usize) -> Vec<u8> {
+        client
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut got = vec![0; len];
+        client.read_exact(&mut got).unwrap();
+        got
+    }
+
+    #[test]
+    fn clients_when_they_come_late_see_what_was_and_type() {
+        let (_folder, listener, path) = socket("console");
+        let (mut rig, console) = rig_with(None, Some(listener));
+        thread::spawn(move || console.run());
+        write_all(&rig.uart, b"before ");
+        assert_eq!(read_soon(&mut rig.screen, 7), b"before ");
+        let mut one = UnixStream::connect(&path).unwrap();
+        assert_eq!(client_reads(&mut one, 7), b"before ");
+        write_all(&rig.uart, b"after");
+        assert_eq!(client_reads(&mut one, 5), b"after");
+        assert_eq!(read_soon(&mut rig.screen, 5), b"after");
+        let mut two = UnixStream::connect(&path).unwrap();
+        assert_eq!(client_reads(&mut two, 12), b"before after");
+
+        let typed: Vec<u8> = (0..200).collect();
+        one.write_all(&typed).unwrap();
+        // It goes; what it typed is not lost.
+        drop(one);
+        assert_eq!(guest_reads(&rig.uart, typed.len()), typed);
+        two.write_all(b"two").unwrap();
+        two.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(guest_reads(&rig.uart, 3), b"two");
+        write_all(&rig.uart, b"!");
+        assert_eq!(client_reads(&mut two, 1), b"!");
+        rig.type_in.write_all(b"stdin").unwrap();
+        assert_eq!(guest_reads(&rig.uart, 5), b"stdin");
+    }
+
+    #[test]
+    fn clients_when_too_many_come_and_go_are_served_four_at_a_time() {
+        let (_folder, listener, path) = socket("console");
+        let (rig, console) = rig_with(None, Some(listener));
+        thread::spawn(move || console.run());
+        write_all(&rig.uart, b"x");
+        for _ in 0..50 {
+            let mut all: Vec<_> = (0..CLIENTS)
+                .map(|_| UnixStream::connect(&path).unwrap())
+                .collect();
+            for client in &mut all {
+                assert_eq!(client_reads(client, 1), b"x");
+            }
+            let mut turned_away = UnixStream::connect(&path).unwrap();
+            assert_eq!(turned_away.read(&mut [0]).unwrap_or(0), 0);
+            drop(all);
+            // Their places are free once their ends have been seen.
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn clients_when_slow_lose_bytes_and_hold_nobody_up() {
+        let (_folder, listener, path) = socket("console");
+        let (rig, console) = rig_with(None, Some(listener));
+        let counters = console.counters();
+        thread::spawn(move || console.run());
+        let mut slow = UnixStream::connect(&path).unwrap();
+        // Neither it nor the screen is read.
+        for n in 0..600_000u32 {
+            let _ = rig.uart.write(DATA, &[b'a' + (n % 26) as u8]);
+            if n % 4096 == 0 {
+                thread::sleep(Duration::from_micros(200));
+            }
+        }
+        rig.messages.send(SerialMessage::Finish).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while rig.events.next().is_none() {
+            assert!(Instant::now() < deadline, "finishing waits for the reader");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(counters.skipped.get() > 0 && counters.lost.get() > 0);
+        // It reads on, from where it can.
+        let _ = client_reads(&mut slow, 1000);
+    }
+
+    #[test]
+    fn output_when_limited_is_dropped_and_counted() {
+        let bucket = TokenBucket::new(1000, 0, 3_600_000);
+        let (mut rig, console) = rig_with(bucket, None);
+        let counters = console.counters();
+        thread::spawn(move || console.run());
+        write_all(&rig.uart, &[b'x'; 3000]);
+        assert_eq!(read_soon(&mut rig.screen, 1000).len(), 1000);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while counters.limited.get() < 2000 {
+            assert!(Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(1));
+        }
+        let mut more = [0; 10];
+        assert!(
+            rig.screen.read(&mut more).is_err(),
+            "1000 bytes were allowed"
+        );
+        assert_eq!(counters.limited.get(), 2000);
     }
 }

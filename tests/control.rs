@@ -4,6 +4,8 @@
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -559,4 +561,98 @@ fn memory_when_of_huge_pages_boots_or_says_what_is_missing() {
         harness.monitor.expect("print:huge ok");
         break;
     }
+}
+
+/// Reads from a client of the console until `text` has come.
+fn console_shows(client: &mut UnixStream, text: &str) -> String {
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut seen = Vec::new();
+    let mut bytes = [0; 4096];
+    loop {
+        let n = client.read(&mut bytes).unwrap();
+        assert!(n > 0, "the console closed");
+        seen.extend_from_slice(&bytes[..n]);
+        let seen = String::from_utf8_lossy(&seen);
+        if seen.contains(text) {
+            return seen.into_owned();
+        }
+    }
+}
+
+#[test]
+fn console_socket_when_attached_late_replays_and_takes_input() {
+    if !common::kvm("console_socket_when_attached_late") {
+        return;
+    }
+    let harness = Harness::new();
+    let socket = harness.folder.join("console");
+    let output = harness.folder.join("output");
+    let body = json!({"console_socket": path(&socket), "serial_out_path": path(&output)});
+    harness.api.put("/serial", body.clone());
+    harness.api.put("/serial", body);
+    harness.boot("print:first,shell,stay");
+    soon("the console's file", || {
+        fs::read_to_string(&output)
+            .ok()
+            .filter(|text| text.contains("print:first ok"))
+    });
+    let mut client = UnixStream::connect(&socket).unwrap();
+    console_shows(&mut client, "print:first ok");
+    client.write_all(b"print:typed\n").unwrap();
+    console_shows(&mut client, "print:typed ok");
+    drop(client);
+    for n in 0..20 {
+        let mut client = UnixStream::connect(&socket).unwrap();
+        client
+            .write_all(format!("print:again{n}\n").as_bytes())
+            .unwrap();
+        let seen = console_shows(&mut client, &format!("print:again{n} ok"));
+        assert!(seen.contains("print:first ok"), "{seen}");
+    }
+    let text = fs::read_to_string(&output).unwrap();
+    assert!(text.contains("print:again19"), "{text}");
+    assert!(!harness.monitor.stdout().contains("print:first"));
+}
+
+#[test]
+fn console_socket_when_it_can_not_be_made_is_refused() {
+    let harness = Harness::new();
+    let taken = harness.folder.file("taken", "");
+    for place in [path(&taken), "/no/folder/console"] {
+        let refused = harness
+            .api
+            .refused("PUT", "/serial", json!({"console_socket": place}));
+        assert!(refused.contains(place), "{refused}");
+    }
+    let (one, two) = (harness.folder.join("one"), harness.folder.join("two"));
+    harness
+        .api
+        .put("/serial", json!({"console_socket": path(&one)}));
+    assert!(one.exists());
+    harness
+        .api
+        .put("/serial", json!({"console_socket": path(&two)}));
+    assert!(two.exists() && !one.exists());
+    harness.api.put("/serial", json!({}));
+    assert!(!two.exists());
+}
+
+#[test]
+fn console_when_limited_drops_what_is_too_much() {
+    if !common::kvm("console_when_limited") {
+        return;
+    }
+    let harness = Harness::new();
+    let output = harness.folder.join("output");
+    harness.api.put(
+        "/serial",
+        json!({"serial_out_path": path(&output),
+            "rate_limiter": {"size": 100, "one_time_burst": 50, "refill_time": 3_600_000}}),
+    );
+    harness.boot("bootinfo,print:more,print:more,print:more,print:more,stay");
+    let dropped = "mayfly_console_lost_bytes_total{cause=\"limit\"}";
+    soon("the limit", || {
+        (sample(&harness.api, dropped) > 50.0).then_some(())
+    });
+    assert_eq!(fs::metadata(&output).unwrap().len(), 150);
 }

@@ -15,7 +15,7 @@ const LAYERS: &[(&str, u8, &[&str])] = &[
     ("arch", 3, &[]),
     ("serial", 2, &[]),
     ("memory", 2, &[]),
-    ("rate_limiter", 2, &[]),
+    ("rate_limiter", 1, &[]),
     ("bus", 1, &[]),
     // A log level is a word of the configuration too.
     ("config", 1, &["log"]),

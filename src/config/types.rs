@@ -344,6 +344,9 @@ pub struct Serial {
     /// Limit on bytes; what exceeds it is dropped and counted.
     #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<TokenBucketConfig>,
+    /// A socket to make, for clients that want to see the console and to type.
+    #[serde(default)]
+    pub console_socket: Option<Source>,
 }
 
 /// The `cpu-config` section of a config file.

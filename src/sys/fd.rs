@@ -194,6 +194,32 @@ impl Interest {
         })
     }
 
+    /// Waits for something to read, for room to write, or both; for the end in any case.
+    pub fn both(fd: RawFd, reads: bool, writes: bool) -> Self {
+        let read = if reads { libc::POLLIN } else { 0 };
+        let write = if writes { libc::POLLOUT } else { 0 };
+        Interest(libc::pollfd {
+            fd,
+            events: read | write,
+            revents: 0,
+        })
+    }
+
+    /// Whether there is something to read.
+    pub fn may_read(&self) -> bool {
+        self.0.revents & libc::POLLIN != 0
+    }
+
+    /// Whether there is room to write.
+    pub fn may_write(&self) -> bool {
+        self.0.revents & libc::POLLOUT != 0
+    }
+
+    /// Whether the other side is gone.
+    pub fn hung_up(&self) -> bool {
+        self.0.revents & (libc::POLLHUP | libc::POLLERR) != 0
+    }
+
     /// Waits for nothing: keeps a place in an array.
     pub fn none() -> Self {
         Interest::read(-1)

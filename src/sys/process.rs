@@ -62,3 +62,56 @@ pub fn descriptor_limit() -> u64 {
     let result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
     if result == 0 { limit.rlim_cur } else { 1024 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    /// Set for the process that is to panic.
+    const TOLD: &str = "MAYFLY_TEST_PANIC";
+
+    /// Not a test of its own: what the process below does.
+    #[test]
+    fn panics_if_told_to() {
+        if std::env::var_os(TOLD).is_some() {
+            end_on_panic();
+            panic!("told to");
+        }
+    }
+
+    #[test]
+    fn panic_when_on_any_thread_ends_the_process_with_its_code() {
+        let ours = std::env::current_exe().unwrap();
+        let words = [
+            "--nocapture",
+            "--exact",
+            "sys::process::tests::panics_if_told_to",
+        ];
+        let mut plain = Command::new(&ours);
+        plain.args(words);
+        // As the first process of a namespace, where a signal that is not handled does nothing.
+        let mut first = Command::new("unshare");
+        first.args(["--pid", "--fork", "--kill-child"]);
+        first.arg(&ours).args(words);
+        let permitted = Command::new("unshare")
+            .args(["--pid", "--fork", "true"])
+            .stderr(Stdio::null())
+            .status();
+        let mut commands = vec![plain];
+        if permitted.is_ok_and(|status| status.success()) {
+            commands.push(first);
+        } else {
+            eprintln!("SKIPPED as the first process: needs root for a pid namespace");
+        }
+        for mut command in commands {
+            let output = command.env(TOLD, "1").output().unwrap();
+            assert_eq!(output.status.code(), Some(exit::PANIC), "{output:?}");
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                errors.contains("the monitor found itself wrong"),
+                "{errors}"
+            );
+        }
+    }
+}

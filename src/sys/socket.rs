@@ -42,6 +42,56 @@ pub fn listener(fd: OwnedFd) -> Result<UnixListener, &'static str> {
     Ok(UnixListener::from(fd))
 }
 
+/// Takes one connection that waits at `listener`, without waiting for one if that does not block.
+///
+/// # Errors
+/// The host's, EAGAIN included.
+pub fn accept(listener: RawFd) -> io::Result<OwnedFd> {
+    let null = std::ptr::null_mut();
+    // SAFETY: the addresses may be null; the kernel checks `listener`.
+    let fd = unsafe {
+        libc::accept4(
+            listener,
+            null,
+            std::ptr::null_mut(),
+            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded: `fd` is open and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Reads what has come on the socket `fd`, without waiting; 0 at its end.
+///
+/// # Errors
+/// The host's, EAGAIN included.
+pub fn receive_now(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: `bytes` is ours and writable for its whole length; the kernel checks `fd`.
+    let n = unsafe {
+        libc::recv(
+            fd,
+            bytes.as_mut_ptr().cast(),
+            bytes.len(),
+            libc::MSG_DONTWAIT,
+        )
+    };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes what the socket `fd` takes now.
+///
+/// # Errors
+/// The host's, EAGAIN included.
+pub fn send_now(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
+    const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `bytes` is readable for its whole length; the kernel checks `fd`.
+    let n = unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), FLAGS) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// Since Linux 6.5.
 const SO_PASSPIDFD: libc::c_int = 76;
 

@@ -221,7 +221,8 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     let mut slots = Slots { vm: &vm, next: 0 };
     let blocks = make_blocks(host, &memory, &config, opened, &mut buses, &mut slots)?;
     let nets = make_nets(host, &memory, &config, opened, &mut buses, &mut slots)?;
-    let (console, console_sender, log_writer) = make_console(host, &vm, opened, &mut buses)?;
+    let (console, console_sender, log_writer) =
+        make_console(host, &vm, &config, opened, &mut buses)?;
     let keyboard = Arc::new(I8042::new(line(&vm, layout::I8042_GSI)?));
     buses
         .ports
@@ -264,6 +265,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         nets,
         console: console_sender,
         console_counters,
+        _console_socket: opened.console_socket.clone(),
         log_before: log::redirect(Place::NonBlocking(log_writer.as_raw_fd())),
         _log_writer: log_writer,
         keyboard,
@@ -471,6 +473,7 @@ fn occupy<D: Device>(
 fn make_console(
     host: &Host<'_>,
     vm: &Vm,
+    config: &Config,
     opened: &Opened,
     buses: &mut Buses,
 ) -> Result<(serial::Console, Sender<serial::SerialMessage>, File), StartError> {
@@ -484,9 +487,15 @@ fn make_console(
             fd::duplicate(fd::STDOUT).map_err(fail)?,
         ),
     };
+    let socket = match &opened.console_socket {
+        Some(socket) => Some(socket.listener.try_clone().map_err(fail)?),
+        None => None,
+    };
     let streams = Streams {
         input,
         output,
+        limit: config.serial.rate_limiter.and_then(devices::bucket),
+        socket,
         log_from,
         log_to: fd::duplicate(log::descriptor()).map_err(fail)?,
     };

@@ -96,7 +96,8 @@ fn limiter_update(config: Option<RateLimiterConfig>) -> RateLimiterUpdate {
     }
 }
 
-fn bucket(config: TokenBucketConfig) -> Option<TokenBucket> {
+/// The bucket that `config` asks for, if it is one.
+pub fn bucket(config: TokenBucketConfig) -> Option<TokenBucket> {
     TokenBucket::new(
         config.size,
         config.one_time_burst.unwrap_or(0),

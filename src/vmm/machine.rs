@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::action::ActionError;
 use super::devices;
+use super::opened::ConsoleSocket;
 use crate::arch::Vm;
 use crate::arch::i8042::{I8042, KeyboardFull};
 use crate::config::{Draft, DriveUpdate, NetworkUpdate};
@@ -34,6 +35,8 @@ pub struct Machine {
     pub console: Sender<SerialMessage>,
     /// What it and the UART count.
     pub console_counters: Arc<serial::Counters>,
+    /// Its socket stays for as long as the machine does.
+    pub _console_socket: Option<Arc<ConsoleSocket>>,
     /// Where the log went before it went through the serial thread.
     pub log_before: RawFd,
     /// The pipe it goes into now; kept open.

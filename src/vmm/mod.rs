@@ -271,20 +271,27 @@ impl Vmm {
         self.configure(action, &mut Handed::default())
     }
 
-    /// Takes up the configuration in the file at `path` and starts it. The descriptors it names
-    /// are those that the process was started with.
+    /// Reads the configuration in the file at `path`.
     ///
     /// # Errors
     /// The sentence for the person who named the file.
-    pub fn start_from_file(&mut self, path: &Path) -> Result<(), ActionError> {
+    pub fn read_config(path: &Path) -> Result<VmConfig, ActionError> {
         let path = path.to_str().ok_or_else(|| {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
-        let handed = &mut Handed::Inherited;
-        let bytes = opened::read_text("configuration", &Source::from(path), handed)?;
-        let config = config::parse_file(&bytes)
-            .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))?;
-        self.take_config(config, handed)?;
+        let source = Source::from(path);
+        let bytes = opened::read_text("configuration", &source, &mut Handed::default())?;
+        config::parse_file(&bytes)
+            .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))
+    }
+
+    /// Takes up `config` and starts it. The descriptors it names are those that the process was
+    /// started with.
+    ///
+    /// # Errors
+    /// The sentence for the person who wrote it.
+    pub fn start_from(&mut self, config: VmConfig) -> Result<(), ActionError> {
+        self.take_config(config, &mut Handed::Inherited)?;
         self.start().map(|_| ())
     }
 

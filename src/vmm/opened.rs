@@ -9,12 +9,15 @@ use std::fmt;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use super::action::{Action, ActionError, Answer, Outcome};
 use crate::config::cpu::CpuConfig;
 use crate::config::{ConfigError, CpuConfigSource, Draft, JsonError, Source, VmConfig, json};
 use crate::sys::fd;
 use crate::sys::handed::{Handed, HandedError};
+use crate::sys::socket;
 use crate::sys::tap::{Tap, TapError};
 
 /// A file of a VM could not be had.
@@ -33,6 +36,7 @@ enum Why {
     /// What can not be done with the descriptor as it was opened.
     Mode(&'static str),
     Tap(TapError),
+    NoListener(&'static str),
     Changed,
 }
 
@@ -48,6 +52,7 @@ impl fmt::Display for OpenError {
             Why::Handed(_) => write!(f, "The {what} {name} can not be had"),
             Why::WrongKind(kind) => write!(f, "The {what} {name} is {kind}, not a file"),
             Why::Mode(mode) => write!(f, "The {what} {name} {mode}"),
+            Why::NoListener(kind) => write!(f, "The {what} {name} is {kind}"),
             Why::Tap(_) => write!(f, "The {what} {name} can not be used"),
             Why::Changed => write!(
                 f,
@@ -110,6 +115,59 @@ pub struct Opened {
     attached: Vec<Tap>,
     /// Where console output goes instead of standard output.
     pub console: Option<File>,
+    /// Where clients of the console come.
+    pub console_socket: Option<Arc<ConsoleSocket>>,
+}
+
+/// The socket for clients of the console. It goes when the configuration does that asked for it.
+#[derive(Debug)]
+pub struct ConsoleSocket {
+    /// Made here, or handed in.
+    pub listener: UnixListener,
+    /// Where it was made.
+    path: Option<String>,
+}
+
+impl ConsoleSocket {
+    fn open(source: &Source, handed: &mut Handed) -> Result<Self, OpenError> {
+        let fail = |why| OpenError {
+            what: "console socket",
+            source: source.clone(),
+            why,
+        };
+        let (listener, path) = match source {
+            Source::Named(path) => {
+                let listener = UnixListener::bind(path).map_err(|e| fail(Why::Open(e)))?;
+                (listener, Some(path.clone()))
+            }
+            Source::Fd(number) => {
+                let claimed = handed.claim(*number);
+                let fd = claimed.map_err(|cause| fail(Why::Handed(cause)))?;
+                let listener = socket::listener(fd).map_err(|what| fail(Why::NoListener(what)))?;
+                (listener, None)
+            }
+        };
+        listener
+            .set_nonblocking(true)
+            .map_err(|e| fail(Why::Open(e)))?;
+        Ok(ConsoleSocket { listener, path })
+    }
+}
+
+impl ConsoleSocket {
+    /// Whether it was made where `source` says.
+    fn is_at(&self, source: &Source) -> bool {
+        self.path.is_some() && self.path.as_deref() == source.name()
+    }
+}
+
+impl Drop for ConsoleSocket {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Somebody else may have removed it.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 impl Opened {
@@ -236,10 +294,18 @@ pub fn put(draft: &mut Draft, opened: &mut Opened, action: Action, handed: &mut 
             Opened::keep(&mut opened.taps, &id, tap);
         }
         Action::PutSerial(serial) => {
-            opened.console = match &serial.serial_out_path {
+            let console = match &serial.serial_out_path {
                 Some(sink) => Some(open_sink("console output", sink, handed)?),
                 None => None,
             };
+            opened.console_socket = match &serial.console_socket {
+                Some(source) => match opened.console_socket.take_if(|s| s.is_at(source)) {
+                    Some(same) => Some(same),
+                    None => Some(Arc::new(ConsoleSocket::open(source, handed)?)),
+                },
+                None => None,
+            };
+            opened.console = console;
             draft.put_serial(serial);
         }
         Action::PutCpuConfig(cpu) => draft.put_cpu_config(cpu),
@@ -266,6 +332,7 @@ pub fn take_all(
         let again = tap.try_clone().map_err(|e| ActionError::of(&e))?;
         opened.attached.push(again);
     }
+    opened.console_socket.clone_from(&before.console_socket);
     let VmConfig {
         machine_config,
         boot_source,
@@ -276,6 +343,7 @@ pub fn take_all(
         logger: _,
         metrics: _,
     } = config;
+    let has_serial = serial.is_some();
     let parts = machine_config
         .map(Action::PutMachineConfig)
         .into_iter()
@@ -290,6 +358,9 @@ pub fn take_all(
         put(&mut draft, &mut opened, part, handed)?;
     }
     opened.attached.clear();
+    if !has_serial {
+        opened.console_socket = None;
+    }
     Ok((draft, opened))
 }
 

@@ -7,6 +7,7 @@ pub mod sys;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -365,12 +366,19 @@ impl Monitor {
 
     /// The id of the thread whose name begins with `name`.
     pub fn thread(&self, name: &str) -> i32 {
-        let threads = self.threads();
-        threads
-            .iter()
-            .find(|(_, known)| known.starts_with(name))
-            .unwrap_or_else(|| panic!("no thread {name} among {threads:?}"))
-            .0
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // A thread names itself once it runs.
+            let threads = self.threads();
+            if let Some((id, _)) = threads.iter().find(|(_, known)| known.starts_with(name)) {
+                return *id;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "no thread {name} among {threads:?}"
+            );
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// State, and nanoseconds on a processor, of a thread.
@@ -558,6 +566,43 @@ impl Api {
         )
         .unwrap();
         read_response(&mut stream)
+    }
+
+    /// The same with descriptors that come with the first byte.
+    pub fn request_with(
+        &self,
+        method: &str,
+        path: &str,
+        body: &str,
+        fds: &[BorrowedFd<'_>],
+    ) -> (u16, String) {
+        let length = if body.is_empty() {
+            String::new()
+        } else {
+            format!("Content-Length: {}\r\n", body.len())
+        };
+        let request = format!("{method} {path} HTTP/1.1\r\n{length}\r\n{body}");
+        read_response(&mut self.send_with(request.as_bytes(), fds))
+    }
+
+    /// A new connection by which these bytes and descriptors were sent, in one message.
+    pub fn send_with(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> UnixStream {
+        let stream = UnixStream::connect(&self.0).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        sys::send_with(&stream, bytes, fds);
+        stream
+    }
+
+    /// A PUT with descriptors that must succeed.
+    pub fn put_with(&self, path: &str, body: serde_json::Value, fds: &[BorrowedFd<'_>]) {
+        let (status, answer) = self.request_with("PUT", path, &body.to_string(), fds);
+        assert_eq!(status, 204, "PUT {path} {body}: {answer}");
+    }
+
+    /// A PATCH with descriptors that must succeed.
+    pub fn patch_with(&self, path: &str, body: serde_json::Value, fds: &[BorrowedFd<'_>]) {
+        let (status, answer) = self.request_with("PATCH", path, &body.to_string(), fds);
+        assert_eq!(status, 204, "PATCH {path} {body}: {answer}");
     }
 
     pub fn get(&self, path: &str) -> serde_json::Value {

@@ -4,7 +4,8 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -25,6 +26,91 @@ pub fn die_with_us(command: &mut Command) {
     unsafe {
         command.pre_exec(|| check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL)).map(|_| ()))
     };
+}
+
+/// Has `command` start with `fd` as its descriptor `number`, open beyond the exec.
+pub fn hand_in(command: &mut Command, fd: OwnedFd, number: i32) {
+    // SAFETY: dup2 is async-signal-safe and touches no memory. Should `fd` have that number
+    // already, only its mark goes.
+    unsafe {
+        command.pre_exec(move || {
+            if fd.as_raw_fd() == number {
+                return check(libc::fcntl(number, libc::F_SETFD, 0)).map(|_| ());
+            }
+            check(libc::dup2(fd.as_raw_fd(), number)).map(|_| ())
+        })
+    };
+}
+
+/// Has `command` start with at most `count` descriptors to have.
+pub fn limit_descriptors(command: &mut Command, count: u64) {
+    let limit = libc::rlimit {
+        rlim_cur: count,
+        rlim_max: count,
+    };
+    // SAFETY: setrlimit is async-signal-safe and reads what the closure owns.
+    unsafe {
+        command.pre_exec(move || {
+            check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)).map(|_| ())
+        })
+    };
+}
+
+/// Sends `bytes` and `fds` in one message.
+pub fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut control = [0u64; 64];
+    let mut piece = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let length = u32::try_from(size_of_val(fds)).unwrap();
+    // SAFETY: zeros are a valid msghdr; `control` has room for the header and all of `fds`, which
+    // the assertion holds; everything outlives the call, which only reads.
+    let sent = unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&raw mut piece, 1);
+        if !fds.is_empty() {
+            let space = libc::CMSG_SPACE(length) as usize;
+            assert!(space <= size_of_val(&control));
+            message.msg_control = control.as_mut_ptr().cast();
+            message.msg_controllen = space;
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(length) as usize;
+            let data = libc::CMSG_DATA(header).cast::<i32>();
+            for (place, fd) in fds.iter().enumerate() {
+                data.add(place).write_unaligned(fd.as_raw_fd());
+            }
+        }
+        libc::sendmsg(stream.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
+    };
+    assert_eq!(usize::try_from(sent).unwrap(), bytes.len());
+}
+
+/// A new tap as a monitor takes it, attached and up, in the network namespace of this thread.
+pub fn open_tap(name: &str) -> OwnedFd {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    // SAFETY: zeros are a valid ifreq; the kernel reads and writes no more than that.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap();
+        check(libc::ioctl(
+            file.as_raw_fd(),
+            libc::TUNSETIFF,
+            &raw mut request,
+        ))
+        .unwrap();
+    }
+    file.into()
 }
 
 /// Sends `signal` to the process `pid`, which is a child of ours.
