@@ -789,9 +789,6 @@ impl Vmm {
         }
         // There is nobody left to tell that it failed.
         let _ = self.flush_metrics();
-        if let Some(machine) = self.machine() {
-            machine.take_log_back();
-        }
     }
 
     fn await_finished(&self) {
