@@ -796,9 +796,6 @@ impl Vmm {
         }
         // There is nobody left to tell that it failed.
         let _ = self.flush_metrics();
-        if let Some(machine) = self.machine() {
-            machine.take_log_back();
-        }
         self.await_answers();
     }
 
