@@ -15,7 +15,7 @@
 //! other threads to its place, for the same reason. It writes only where there is room, so it can
 //! always be reached by its inbox; it never exits before the process does.
 //!
-//! With a console socket ([`port`]) the pipe is emptied at once into a ring, which the usual place
+//! With a console socket (`port`) the pipe is emptied at once into a ring, which the usual place
 //! of output and the socket's clients read at their own pace. Output can be limited: what exceeds
 //! the limit is dropped and counted.
 

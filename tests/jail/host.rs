@@ -1,5 +1,10 @@
 //! What the jail tests need of the host: a folder and names of their own, a way to start the
 //! jailer, eyes for what it leaves, and a broom for what a killed run left.
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test file uses a part of it"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -86,6 +91,11 @@ impl Host {
         let host = Host { folder, name };
         fs::copy(&programs().witness, host.exec_file()).expect("the witness was built");
         host
+    }
+
+    /// The jailer's program.
+    pub fn jailer_program(&self) -> &'static Path {
+        &programs().jailer
     }
 
     pub fn path(&self, below: &str) -> PathBuf {
@@ -227,7 +237,7 @@ fn sweep() {
 }
 
 /// All cgroups with `name` in their path, the lowest first.
-fn cgroups_named(name: &str) -> Vec<PathBuf> {
+pub fn cgroups_named(name: &str) -> Vec<PathBuf> {
     fn look(folder: &Path, name: &str, inside: bool, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, SocketFlags};
@@ -100,12 +100,12 @@ impl Sink {
         match self {
             Sink::Nowhere => Ok(bytes.len()),
             Sink::Output { to, patient } => {
-                let piece = if *patient {
-                    &bytes[..bytes.len().min(512)]
-                } else {
-                    bytes
-                };
-                match rustix::io::write(to, piece) {
+                // What has room for something has room for this much.
+                let most = if *patient { 512 } else { bytes.len() };
+                if *patient && !has_room(to.as_fd()) {
+                    return Ok(0);
+                }
+                match rustix::io::write(to, &bytes[..bytes.len().min(most)]) {
                     Err(Errno::AGAIN | Errno::INTR) => Ok(0),
                     other => other,
                 }
@@ -137,6 +137,13 @@ impl Sink {
             }
         }
     }
+}
+
+/// Whether a write would not wait.
+fn has_room(to: BorrowedFd<'_>) -> bool {
+    let now = Timespec::default();
+    let mut fds = [PollFd::from_borrowed_fd(to, PollFlags::OUT)];
+    poll(&mut fds, Some(&now)) == Ok(1)
 }
 
 /// Bytes on their way from a pipe to a sink.

@@ -3,7 +3,7 @@
 //! The monitor's threads each have a filter that allows a dozen calls; this one is for the time
 //! before those are in place, and for a program that is not the monitor. It denies what could
 //! reopen the jail or look behind it: new namespaces (a user namespace gives back capabilities),
-//! mounts, other processes, kernel programs, keys, and the tie to the supervisor.
+//! mounts, other processes, kernel programs, keys, sockets of a network, and the tie to the supervisor.
 
 use libc::{
     BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long,
@@ -147,6 +147,12 @@ pub fn filter() -> Vec<sock_filter> {
         compare(BPF_JSET, NAMESPACES, 0, 1),
         give(error(libc::EPERM)),
         give(ALLOW),
+        // The jail's network, if it has one, is the guest's.
+        compare(BPF_JEQ, libc::SYS_socket as u32, 0, 4),
+        load(FIRST_ARGUMENT),
+        compare(BPF_JEQ, libc::AF_UNIX as u32, 1, 0),
+        give(error(libc::EPERM)),
+        give(ALLOW),
         compare(BPF_JEQ, libc::SYS_prctl as u32, 0, 4),
         load(FIRST_ARGUMENT),
         compare(BPF_JEQ, libc::PR_SET_PDEATHSIG as u32, 0, 1),
@@ -210,6 +216,9 @@ mod tests {
         assert_eq!(run(libc::SYS_prctl, libc::PR_SET_NAME as u32, ARCH), ALLOW);
         let death = libc::PR_SET_PDEATHSIG as u32;
         assert_eq!(run(libc::SYS_prctl, death, ARCH), error(libc::EPERM));
+        assert_eq!(run(libc::SYS_socket, libc::AF_UNIX as u32, ARCH), ALLOW);
+        let inet = libc::AF_INET as u32;
+        assert_eq!(run(libc::SYS_socket, inet, ARCH), error(libc::EPERM));
         assert_eq!(run(libc::SYS_read, 0, 0x4000_0003), KILL);
         assert_eq!(run(libc::c_long::from(X32), 0, ARCH), KILL);
     }

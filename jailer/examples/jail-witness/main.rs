@@ -3,6 +3,12 @@
 //! One fact a line, "name value", on standard output, or with `--report FILE` in that file. With
 //! `--attack` it tries to get out first. With `--stay` it then waits, a minute at most, so that it
 //! can be looked at from outside: until standard input ends, or for ever where that is /dev/null.
+//!
+//! In an empty jail, where nothing can be said on its command line, it is the `monitor`.
+
+mod escape;
+mod monitor;
+mod raw;
 
 use std::fmt::Write as _;
 use std::io::Read;
@@ -15,6 +21,9 @@ use rustix::process::{Pid, Resource, Rlimit, Signal};
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
+    if args.iter().any(|arg| arg == "--api-fd") {
+        monitor::run(&args);
+    }
     let after = |name: &str| {
         let at = args.iter().position(|arg| arg == name)?;
         args.get(at + 1)

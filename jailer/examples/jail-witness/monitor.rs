@@ -1,0 +1,180 @@
+//! The witness as the monitor of an empty jail: it serves as much of the API as the jailer needs,
+//! and does what the words on the guest's kernel command line say.
+//!
+//! `report` says what it sees, `attack` tries to get out (`victim=PID port=N abstract=NAME` name
+//! what to reach), `exit=N`, `signal=N`, `hog=MIB`, `stay`, `echo`, `flood`, `refuse`, `silent`,
+//! `hangup` are what they say; `log=WORDS` is written to the log with blanks for underscores.
+
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+use crate::{escape, raw};
+
+/// Serves the API until the guest would run, then does what it says.
+pub fn run(args: &[String]) -> ! {
+    let after = |name: &str| {
+        let at = args.iter().position(|arg| arg == name)?;
+        args.get(at + 1)?.parse::<i32>().ok()
+    };
+    let before: Vec<String> = (0..4096).filter_map(raw::describe).collect();
+    let listener = UnixListener::from(raw::take(
+        after("--api-fd").expect("the jailer hands it in"),
+    ));
+    let mut log = std::fs::File::from(raw::take(after("--log-fd").expect("handed in")));
+    let (mut client, _) = listener.accept().expect("the jailer is connected");
+    let mut files = Vec::new();
+    let mut words = String::new();
+    loop {
+        let text = receive(&mut client, &mut files);
+        if text.is_empty() {
+            std::process::exit(0);
+        }
+        if let Some(found) = boot_args(&text) {
+            words = found;
+        }
+        let starts = text.contains("\"start\":true") || text.contains("InstanceStart");
+        let has = |word: &str| words.split(' ').any(|other| other == word);
+        if has("silent") {
+            std::thread::sleep(Duration::from_secs(100));
+        }
+        if has("hangup") {
+            drop(client);
+            std::thread::sleep(Duration::from_secs(100));
+            std::process::exit(0);
+        }
+        let answer: &[u8] = if has("refuse") {
+            b"HTTP/1.1 400 \r\nContent-Length: 38\r\n\r\n{\"fault_message\":\"Not with\\nthis one.\"}"
+        } else {
+            b"HTTP/1.1 204 \r\n\r\n"
+        };
+        client.write_all(answer).expect("the jailer listens");
+        if starts {
+            break;
+        }
+    }
+    obey(&words, args, &before, &files, &mut log);
+    std::process::exit(0)
+}
+
+/// One request, with its descriptors.
+fn receive(client: &mut UnixStream, files: &mut Vec<OwnedFd>) -> String {
+    let mut text = Vec::new();
+    loop {
+        let mut bytes = [0; 65536];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        let received = rustix::net::recvmsg(&*client, &mut into, &mut control, RecvFlags::empty());
+        let count = received.map_or(0, |received| received.bytes);
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                files.extend(rights);
+            }
+        }
+        text.extend_from_slice(&bytes[..count]);
+        let so_far = String::from_utf8_lossy(&text).into_owned();
+        let whole = so_far.split_once("\r\n\r\n").is_some_and(|(head, body)| {
+            let length = head.split("Content-Length: ").nth(1).and_then(|rest| {
+                rest.split("\r\n")
+                    .next()
+                    .and_then(|number| number.parse().ok())
+            });
+            body.len() >= length.unwrap_or(0)
+        });
+        if count == 0 || whole {
+            return so_far;
+        }
+    }
+}
+
+fn boot_args(request: &str) -> Option<String> {
+    let (_, rest) = request.split_once("\"boot_args\":\"")?;
+    rest.split('"').next().map(str::to_owned)
+}
+
+fn obey(
+    words: &str,
+    args: &[String],
+    before: &[String],
+    files: &[OwnedFd],
+    log: &mut std::fs::File,
+) {
+    let value = |name: &str| {
+        words
+            .split(' ')
+            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+            .map(str::to_owned)
+    };
+    let number = |name: &str| value(name).and_then(|text| text.parse::<i64>().ok());
+    let has = |word: &str| words.split(' ').any(|other| other == word);
+    let mut report = String::new();
+    if has("report") {
+        crate::see(&mut report, args);
+        for line in before {
+            report.push_str(&format!("fd {line}\n"));
+        }
+        for file in files {
+            let described = raw::describe(file.as_raw_fd()).unwrap_or_default();
+            let kind = described.split_once(' ').map_or("", |(_, kind)| kind);
+            report.push_str(&format!("received {kind}\n"));
+        }
+        report.push_str(&format!("words {words}\n"));
+        report.push_str(&format!(
+            "host {}\n",
+            rustix::system::uname().nodename().to_string_lossy()
+        ));
+        report.push_str("end\n");
+    }
+    if has("attack") {
+        escape::attack(&mut report, &value);
+        report.push_str("end\n");
+    }
+    print!("{report}");
+    let _ = std::io::stdout().flush();
+    if let Some(line) = value("log") {
+        let _ = writeln!(log, "now [witness:main:INFO] {}", line.replace('_', " "));
+    }
+    if let Some(line) = value("warn") {
+        let _ = writeln!(log, "now [witness:main:WARN] {}", line.replace('_', " "));
+    }
+    if has("echo") {
+        for byte in std::io::stdin().lock().bytes() {
+            let Ok(byte) = byte else { break };
+            print!("<{}>", byte.escape_ascii());
+            let _ = std::io::stdout().flush();
+            if byte == b'q' {
+                break;
+            }
+        }
+    }
+    if has("flood") {
+        let line = "x".repeat(1023) + "\n";
+        for _ in 0..number("flood-kib").unwrap_or(64 * 1024) {
+            print!("{line}");
+        }
+    }
+    let mut memory = Vec::new();
+    for _ in 0..number("hog").unwrap_or(0) {
+        memory.push(vec![1_u8; 1 << 20]);
+    }
+    if has("stay") {
+        std::thread::sleep(Duration::from_secs(100));
+    }
+    if let Some(signal) = number("signal") {
+        let _ = raw::call(
+            libc::SYS_kill,
+            &[std::process::id() as usize, signal as usize],
+        );
+    }
+    if has("abort") {
+        std::process::abort();
+    }
+    if let Some(code) = number("exit") {
+        std::process::exit(code as i32);
+    }
+}

@@ -1,0 +1,477 @@
+//! `mayfly-jailer run`, with a witness in the monitor's place: what it finds in the empty jail, that
+//! it cannot get out, how each end is told, and that bad input gets a sentence and leaves nothing.
+//! Each as root and as an ordinary user made for the test.
+//!
+//! They take root (to become both), and are skipped, loudly, without it.
+
+#[path = "jail/host.rs"]
+mod host;
+#[path = "jail/run.rs"]
+mod run;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use host::{GID, Report, UID, cgroup_mount, is_root, wait_until};
+use run::{BOTH, Place, Who, fact};
+
+/// The place for a test of this name, unless it has to be skipped.
+macro_rules! place {
+    ($test:literal) => {{
+        if !is_root($test) {
+            return;
+        }
+        if !std::path::Path::new("/dev/kvm").exists() {
+            eprintln!("SKIPPED {}: no /dev/kvm", $test);
+            return;
+        }
+        Place::new($test)
+    }};
+}
+
+#[test]
+fn empty_jail_holds_six_descriptors_and_nothing_else() {
+    let place = place!("rempty");
+    let disk = format!("{}:ro", place.path("disk"));
+    for who in BOTH {
+        let mut command = place.run(who, "report exit=0", &["--drive", &disk, "--id", "box-1"]);
+        command.env("SECRET", "1");
+        // Descriptors that a careless caller leaves open.
+        let shell = inheriting(&command, "exec 3</etc/passwd 7<>/tmp 50</dev/null;");
+        let report = Report::parse(place.ends(shell, 0).out.lines());
+        assert_eq!(report.one("pid"), "1");
+        assert_eq!(report.one("uid"), UID.to_string());
+        assert_eq!(report.one("egid"), GID.to_string());
+        assert_eq!(report.one("groups"), "0");
+        assert_eq!(report.one("cwd"), "/");
+        assert_eq!(report.one("host"), "box-1");
+        assert_eq!(report.one("nofile"), "2048 2048");
+        assert!(report.all("env").is_empty());
+        // The root folder alone, for nobody to write in.
+        assert_eq!(report.all("file").len(), 1, "{:?}", report.all("file"));
+        assert!(report.one("file").starts_with("40555 "));
+        let fds = [
+            "0 Fifo 0",
+            "1 Fifo 1",
+            "2 Fifo 1",
+            "3 Socket 2",
+            "4 CharacterDevice 2",
+            "5 Fifo 1",
+        ];
+        assert_eq!(report.all("fd"), fds);
+        // Kernel and disk, both for reading.
+        assert_eq!(report.all("received"), ["RegularFile 0", "RegularFile 0"]);
+        assert!(report.all("open").iter().all(|line| line.ends_with(" no")));
+    }
+}
+
+/// `command`, started by a shell that does `before` first.
+fn inheriting(command: &Command, before: &str) -> Command {
+    let mut shell = Command::new("bash");
+    shell.args(["-c", &format!("{before} exec \"$0\" \"$@\"")]);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            shell.env(name, value);
+        }
+    }
+    shell.stdin(Stdio::null());
+    shell
+}
+
+#[test]
+fn monitor_gone_bad_cannot_get_out() {
+    let place = place!("rattack");
+    let tcp = TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let address = SocketAddr::from_abstract_name(place.host.name.as_bytes()).unwrap();
+    let _abstract = UnixListener::bind_addr(&address).unwrap();
+    let mut victim = Command::new("sleep").arg("60").spawn().unwrap();
+    let words = format!(
+        "attack victim={} port={port} abstract={} exit=0",
+        victim.id(),
+        place.host.name
+    );
+    // An outsider of the jail's own user is no easier to reach.
+    let mut kinds: Vec<(Who, Vec<&str>)> = vec![
+        (Who::Root, vec![]),
+        (Who::User, vec![]),
+        (Who::Root, vec!["--uid", "0", "--gid", "0"]),
+    ];
+    if fs::File::open("/dev/net/tun").is_ok() {
+        kinds.push((Who::Root, vec!["--net", "auto"]));
+        kinds.push((Who::User, vec!["--net", "user"]));
+    }
+    for (who, more) in kinds {
+        let report = Report::parse(place.ends(place.run(who, &words, &more), 0).out.lines());
+        let attacks = report.all("attack");
+        assert!(attacks.len() > 100, "{attacks:?}");
+        for attack in attacks {
+            assert!(attack.contains(" refused "), "{who:?} {more:?}: {attack}");
+        }
+    }
+    assert!(victim.try_wait().unwrap().is_none());
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+}
+
+#[test]
+fn every_end_has_its_code_and_its_word() {
+    let place = place!("rends");
+    let report = place.path("shared/report.json");
+    for who in BOTH {
+        for (words, more, code, word) in [
+            ("exit=0", &[][..], 0, "ended"),
+            (
+                "log=The_guest_powered_its_machine_off. exit=0",
+                &[],
+                0,
+                "shutdown",
+            ),
+            ("log=The_guest_reset_its_machine. exit=0", &[], 0, "reset"),
+            ("exit=1", &[], 1, "error"),
+            ("exit=148", &[], 148, "seccomp"),
+            ("exit=149", &[], 149, "file-cut-short"),
+            ("exit=160", &[], 160, "crash"),
+            ("exit=161", &[], 161, "not-runnable"),
+            ("exit=162", &[], 162, "worker-failed"),
+            ("exit=163", &[], 163, "fault"),
+            ("abort", &[], 139, "fault"),
+            ("stay", &["--timeout", "0.3"], 124, "time-limit"),
+            ("refuse", &[], 1, "not-started"),
+        ] {
+            let more = [more, &["--exit-report", &report]].concat();
+            let output = place.run(who, words, &more).output().unwrap();
+            let text = fs::read_to_string(&report).unwrap();
+            assert_eq!(fact(&text, "ended"), word, "{words}: {text}");
+            assert_eq!(
+                fact(&text, "exit_code"),
+                code.to_string(),
+                "{words}: {text}"
+            );
+            assert_eq!(output.status.code(), Some(code), "{words}: {text}");
+            let wall: u64 = fact(&text, "wall_us").parse().unwrap();
+            assert!((1000..60_000_000).contains(&wall), "{text}");
+            assert!(
+                fact(&text, "peak_memory_bytes").parse::<u64>().unwrap() > 100_000,
+                "{text}"
+            );
+            let err = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(
+                err.lines().count(),
+                usize::from(code != 0),
+                "{words}: {err}"
+            );
+            fs::remove_file(&report).unwrap();
+            place.nothing_is_left();
+        }
+    }
+}
+
+#[test]
+fn refusal_of_the_monitor_is_passed_on_in_one_line() {
+    let place = place!("rrefuse");
+    for who in BOTH {
+        place.refuses(
+            place.run(who, "refuse", &[]),
+            "start the microVM: Not with this one.",
+        );
+        place.refuses(place.run(who, "hangup", &[]), "closed the connection");
+    }
+}
+
+#[test]
+fn killed_and_asked_to_end_are_told_apart() {
+    let place = place!("rkilled");
+    for who in BOTH {
+        for signal in ["KILL", "SEGV"] {
+            let running = Running::start(&place, who, "report stay", &[]);
+            kill(running.monitor(), signal);
+            let (status, err) = running.end();
+            let (code, word) = if signal == "KILL" {
+                (137, "signal 9")
+            } else {
+                (139, "signal 11")
+            };
+            assert_eq!(status.code(), Some(code), "{err}");
+            assert!(err.contains(word), "{err}");
+            place.nothing_is_left();
+        }
+        for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
+            let running = Running::start(&place, who, "report stay", &[]);
+            // The witness does not handle SIGTERM, and as process 1 it does not even die of it.
+            kill(running.child.id(), signal);
+            let (status, err) = running.end();
+            assert_eq!(status.code(), Some(code), "{err}");
+            place.nothing_is_left();
+        }
+    }
+}
+
+#[test]
+fn death_of_the_jailer_is_the_end_of_the_guest() {
+    let place = place!("rorphan");
+    for who in BOTH {
+        let running = Running::start(&place, who, "report stay", &[]);
+        kill(running.child.id(), "KILL");
+        let (status, _) = running.end();
+        assert_eq!(status.signal(), Some(9));
+        place.nothing_is_left();
+    }
+}
+
+/// A run that stays, with its report read.
+struct Running {
+    child: std::process::Child,
+    report: Report,
+}
+
+impl Running {
+    fn start(place: &Place, who: Who, words: &str, more: &[&str]) -> Running {
+        let mut command = place.run(who, words, more);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut lines = Vec::new();
+        loop {
+            let mut line = String::new();
+            let count = std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+            lines.push(line.trim_end().to_owned());
+            if count == 0 || line.trim_end() == "end" {
+                break;
+            }
+        }
+        child.stdout = Some(out.into_inner());
+        let report = Report::parse(lines.iter().map(String::as_str));
+        report.one("end");
+        Running { child, report }
+    }
+
+    /// The process in the jail.
+    fn monitor(&self) -> u32 {
+        let pid = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let is_keeper = |pid: &&str| {
+            fs::read_to_string(format!("/proc/{pid}/comm"))
+                .unwrap_or_default()
+                .trim()
+                == "mayfly-keeper"
+        };
+        let mut others = children.split_whitespace().filter(|pid| !is_keeper(pid));
+        others.next().expect("it has one").parse().unwrap()
+    }
+
+    fn end(mut self) -> (std::process::ExitStatus, String) {
+        let mut err = String::new();
+        self.child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut err)
+            .unwrap();
+        (self.child.wait().unwrap(), err)
+    }
+}
+
+fn kill(pid: u32, signal: &str) {
+    let status = Command::new("kill")
+        .args([&format!("-{signal}"), &pid.to_string()])
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn console_is_relayed_both_ways_and_log_goes_elsewhere() {
+    let place = place!("rconsole");
+    for who in BOTH {
+        let log = place.path("shared/log");
+        let mut command = place.run(who, "echo log=some_words exit=0", &["--log", &log]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Ctrl-A X means nothing where nobody types.
+        child.stdin.take().unwrap().write_all(b"ab\x01xq").unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.stdout, b"<a><b><\\x01><x><q>");
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(
+            fs::read_to_string(&log).unwrap(),
+            "now [witness:main:INFO] some words\n"
+        );
+        fs::remove_file(&log).unwrap();
+
+        let file = place.path("shared/console");
+        place
+            .run(who, "report exit=0", &["--console", &file])
+            .status()
+            .unwrap();
+        let report = fs::read_to_string(&file).unwrap();
+        assert_eq!(Report::parse(report.lines()).one("end"), "");
+        fs::remove_file(&file).unwrap();
+        let ended = place.ends(place.run(who, "report exit=0", &["--console", "none"]), 0);
+        assert!(ended.out.is_empty());
+        // Without a place of its own, the log shows troubles only.
+        let ended = place.ends(place.run(who, "log=quiet warn=loud exit=0", &[]), 0);
+        assert_eq!(ended.err, "now [witness:main:WARN] loud\n");
+    }
+}
+
+#[test]
+fn console_socket_takes_a_caller_and_is_removed() {
+    let place = place!("rsocket");
+    for who in BOTH {
+        let socket = place.shared("console");
+        let mut command = place.run(
+            who,
+            "report echo exit=0",
+            &["--console", &format!("unix:{socket}")],
+        );
+        let mut child = command.spawn().unwrap();
+        wait_until("the socket", || UnixStream::connect(&socket).is_ok());
+        std::thread::sleep(Duration::from_millis(100));
+        let mode = fs::metadata(&socket).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(b"hq").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.contains("end\n") && text.ends_with("<h><q>"), "{text}");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        place.nothing_is_left();
+    }
+}
+
+#[test]
+fn reader_that_does_not_read_holds_nobody_up() {
+    let place = place!("rslow");
+    for who in BOTH {
+        let mut command = place.run(who, "flood exit=0", &["--timeout", "1"]);
+        // Never read: the guest's flood stops at full buffers, the time limit still holds.
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let start = std::time::Instant::now();
+        assert_eq!(child.wait().unwrap().code(), Some(124));
+        assert!(start.elapsed() < Duration::from_secs(8));
+        let mut command = place.run(who, "flood flood-kib=2000 exit=0", &[]);
+        let output = command.stdout(Stdio::piped()).output().unwrap();
+        assert_eq!(output.stdout.len(), 2000 * 1024);
+        place.nothing_is_left();
+    }
+}
+
+#[test]
+fn terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_leaves() {
+    let place = place!("rterminal");
+    for who in BOTH {
+        let mut command = place.run(who, "echo", &[]);
+        command.stdin(Stdio::piped());
+        // script(1) gives it a terminal.
+        let words: Vec<String> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(|word| format!("'{}'", word.to_str().unwrap().replace('\'', "'\\''")))
+            .collect();
+        let mut script = Command::new("script");
+        script.args([
+            "-qec",
+            &format!(
+                "stty -g >&2; {}; code=$?; stty -g >&2; exit $code",
+                words.join(" ")
+            ),
+        ]);
+        script
+            .arg("/dev/null")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = script.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        std::thread::sleep(Duration::from_millis(700));
+        stdin.write_all(b"a\x03\x01\x01").unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        stdin.write_all(b"\x01x").unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        // Ctrl-C is the guest's, and so is a second Ctrl-A.
+        assert!(text.contains("<a><\\x03><\\x01>"), "{who:?}: {text:?}");
+        assert_eq!(output.status.code(), Some(130), "{text}");
+        let settings: Vec<&str> = text
+            .lines()
+            .filter(|line| line.matches(':').count() > 10)
+            .collect();
+        assert_eq!(settings.len(), 2, "{text:?}");
+        assert_eq!(settings[0].trim(), settings[1].trim());
+        place.nothing_is_left();
+    }
+}
+
+#[test]
+fn api_socket_at_a_path_is_for_clients_and_gives_way_when_dead() {
+    let place = place!("rapi");
+    for who in BOTH {
+        let socket = place.shared("api");
+        // Left by somebody who was killed.
+        drop(UnixListener::bind(&socket).unwrap());
+        if who == Who::User {
+            std::os::unix::fs::chown(&socket, Some(UID), Some(GID)).unwrap();
+        }
+        let running = Running::start(&place, who, "report stay", &["--api-sock", &socket]);
+        assert!(UnixStream::connect(&socket).is_ok());
+        let again = place
+            .run(who, "exit=0", &["--api-sock", &socket])
+            .output()
+            .unwrap();
+        let err = String::from_utf8_lossy(&again.stderr).into_owned();
+        assert!(err.contains("there already"), "{err}");
+        kill(running.child.id(), "TERM");
+        running.end();
+        place.nothing_is_left();
+
+        // Without a machine, the first request comes from outside.
+        let mut command = place.jailer(who, &["run", "--api-sock", &socket]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        wait_until("the socket", || UnixStream::connect(&socket).is_ok());
+        kill(child.id(), "TERM");
+        assert!(!child.wait().unwrap().success());
+        place.nothing_is_left();
+    }
+}
+
+#[test]
+fn socket_from_a_service_manager_is_handed_on() {
+    let place = place!("rlisten");
+    for who in BOTH {
+        let path = place.shared("activated");
+        let listener = UnixListener::bind(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        let command = place.run(who, "report exit=0", &[]);
+        // As sd_listen_fds(3) has it; the shell's process id becomes the jailer's.
+        let before = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$;";
+        let mut shell = inheriting(&command, before);
+        shell.stdin(OwnedFd::from(listener.try_clone().unwrap()));
+        let output = shell.output().unwrap();
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{err}");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            Report::parse(text.lines())
+                .all("fd")
+                .contains(&"3 Socket 2".to_owned())
+        );
+        // It is the manager's: it stays.
+        assert!(fs::metadata(&path).is_ok());
+        drop(listener);
+        fs::remove_file(&path).unwrap();
+        place.nothing_is_left();
+    }
+}
