@@ -952,3 +952,29 @@ fn instance_when_named_answers_with_its_name() {
     let _monitor = Monitor::spawn(command);
     assert_eq!(Api::at(socket).get("/")["id"], "some-name");
 }
+
+/// Thirty times, because it is a race that is won or lost.
+#[test]
+fn start_when_the_guest_ends_at_once_is_answered() {
+    let test = "start_when_the_guest_ends_at_once_is_answered";
+    if !common::kvm(test) {
+        return;
+    }
+    for round in 0..30 {
+        let folder = Folder::new();
+        let socket = folder.join("api");
+        let mut monitor = Monitor::start(["--api-sock", socket.to_str().unwrap()]);
+        let api = Api::at(&socket);
+        api.put(
+            "/boot-source",
+            json!({"kernel_image_path": common::firstbyte()}),
+        );
+        let (status, answer) = api.request(
+            "PUT",
+            "/actions",
+            &json!({"action_type": "InstanceStart"}).to_string(),
+        );
+        assert_eq!(status, 204, "round {round}: {answer}");
+        monitor.exits_with(0);
+    }
+}

@@ -44,7 +44,7 @@ use crate::inbox::{self, Inbox, Outbox};
 use crate::metrics::Reader;
 use crate::sys::handed::{Handed, HandedError};
 use crate::sys::{process, socket};
-use crate::vmm::action::{Answer, Command, Reply};
+use crate::vmm::action::{Answer, Command, Owed, Reply};
 use crate::warn;
 use counters::{Counted, Counters};
 use http::{Decoder, Piece, Request, Response};
@@ -157,6 +157,8 @@ pub struct Server {
     answer_to: Outbox<(u64, Answer)>,
     /// Questions that control has not answered.
     outstanding: usize,
+    /// Answers of control's that are not written yet.
+    owed: Owed,
     payload_max: usize,
     /// Most connections that may hold descriptors of a request that is half sent.
     holders_max: usize,
@@ -211,6 +213,7 @@ impl Server {
             answers,
             answer_to: sender.outbox(),
             outstanding: 0,
+            owed: Owed::default(),
             payload_max,
             holders_max: holders.clamp(1, CONNECTIONS_MAX),
             connections: (0..places).map(|_| None).collect(),
@@ -228,6 +231,11 @@ impl Server {
     /// What it counts.
     pub fn counters(&self) -> Arc<dyn Reader> {
         Arc::clone(&self.counters) as Arc<dyn Reader>
+    }
+
+    /// What it has still to write.
+    pub fn owed(&self) -> Owed {
+        self.owed.clone()
     }
 
     /// Serves until the process ends.
@@ -334,10 +342,14 @@ impl Server {
         self.answers.silence();
         while let Some(Answered { token, answer }) = self.answers.next() {
             self.outstanding = self.outstanding.saturating_sub(1);
-            let place = place_of(token);
-            let Some(connection) = self.at(place) else {
-                continue;
-            };
+            self.take_answer(token, &answer);
+            // Written, as far as the client takes it.
+            self.owed.settle();
+        }
+    }
+
+    fn take_answer(&mut self, token: u64, answer: &Answer) {
+        if let Some(connection) = self.at(place_of(token)) {
             // Another question, or another client, may have come to this place since.
             if let Some(asked) = connection.asked.take_if(|asked| asked.token == token) {
                 let connection = connection.token;
@@ -345,7 +357,7 @@ impl Server {
                 self.counters.answered(asked.counted, answer.is_ok(), time);
                 let response = Response {
                     deprecated: asked.deprecated,
-                    ..routes::response(&answer)
+                    ..routes::response(answer)
                 };
                 self.answer(connection, asked.close, &response);
             }
@@ -466,7 +478,7 @@ impl Server {
             self.to_control.post(Command {
                 action: Box::new(action),
                 handed,
-                reply: Reply::new(token, self.answer_to.clone()),
+                reply: Reply::new(token, self.answer_to.clone(), self.owed.clone()),
             })
         };
         let since = connection.waiting.take().unwrap_or(self.now);
@@ -1311,7 +1323,11 @@ mod tests {
             .send(Command {
                 action: Box::new(Action::GetVersion),
                 handed: Handed::default(),
-                reply: Reply::new(0, inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox()),
+                reply: Reply::new(
+                    0,
+                    inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox(),
+                    Owed::default(),
+                ),
             })
             .is_ok()
         {

@@ -12,14 +12,16 @@ pub fn exit(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Keeps the C library's allocator to one arena that grows by `brk` and never shrinks: device
-/// threads then need no `mmap`, `mprotect` or file under /proc when they allocate, and a filter
-/// can say so. Call it before the first thread is made.
+/// Keeps the C library's allocator to one arena that grows by `brk`, or by `mmap` where `brk` has
+/// come to its end, and never shrinks: no thread then needs `mprotect`, `mremap`, `munmap` or a
+/// file under /proc when it allocates, and a filter can say so. Call it before the first thread
+/// is made.
 pub fn use_one_arena() {
     for (parameter, value) in [
         (libc::M_ARENA_MAX, 1),
         (libc::M_TRIM_THRESHOLD, i32::MAX),
-        (libc::M_MMAP_THRESHOLD, i32::MAX),
+        // No allocation has a mapping of its own, however large.
+        (libc::M_MMAP_MAX, 0),
     ] {
         // SAFETY: only sets a parameter of the allocator, before other threads exist.
         unsafe { libc::mallopt(parameter, value) };

@@ -41,6 +41,7 @@ use super::{
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox, Sender, inbox};
 use crate::metrics::Report;
+use crate::sys::io::Brief;
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
 const UNITS_PER_TURN: u32 = 64;
@@ -586,7 +587,7 @@ impl<D: Device> Loop<D> {
             }
         }
         if let Err(error) = self.device.activate(features) {
-            self.break_down(&error);
+            self.break_down(&Brief(&error));
         }
     }
 

@@ -257,6 +257,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     }
     threads::filter_or_end(host.category(Category::Control));
     muster.wait();
+    log::redirect(Place::NonBlocking(log_writer.as_raw_fd()));
 
     Ok(Machine {
         draft: Box::new(draft.clone()),
@@ -266,7 +267,6 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         console: console_sender,
         console_counters,
         _console_socket: opened.console_socket.clone(),
-        log_before: log::redirect(Place::NonBlocking(log_writer.as_raw_fd())),
         _log_writer: log_writer,
         keyboard,
         _vm: vm,

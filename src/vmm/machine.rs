@@ -1,7 +1,6 @@
 //! A built virtual machine: what control holds of it once it exists.
 
 use std::fs::File;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::action::ActionError;
@@ -11,7 +10,6 @@ use crate::arch::Vm;
 use crate::arch::i8042::{I8042, KeyboardFull};
 use crate::config::{Draft, DriveUpdate, NetworkUpdate};
 use crate::inbox::Sender;
-use crate::log::{self, Place};
 use crate::memory::Memory;
 use crate::serial::{self, SerialMessage};
 use crate::sys::handed::Handed;
@@ -37,9 +35,7 @@ pub struct Machine {
     pub console_counters: Arc<serial::Counters>,
     /// Its socket stays for as long as the machine does.
     pub _console_socket: Option<Arc<ConsoleSocket>>,
-    /// Where the log went before it went through the serial thread.
-    pub log_before: RawFd,
-    /// The pipe it goes into now; kept open.
+    /// The pipe that the log goes into, to the end: other threads may not write it anywhere else.
     pub _log_writer: File,
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
@@ -173,10 +169,5 @@ impl Machine {
     /// What was asked for.
     pub fn draft(&self) -> &Draft {
         &self.draft
-    }
-
-    /// Log lines go straight to their place again: the serial thread has ended its work.
-    pub fn take_log_back(&self) {
-        log::redirect(Place::Blocking(self.log_before));
     }
 }

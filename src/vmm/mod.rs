@@ -35,7 +35,7 @@ use std::{io, mem};
 use kvm_ioctls::Kvm;
 
 use self::action::{
-    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply,
+    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Owed, Reply,
 };
 use self::machine::Machine;
 use self::opened::Opened;
@@ -67,6 +67,8 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 const UPDATE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a running machine's metrics are written to their sink.
 const METRICS_INTERVAL: Duration = Duration::from_secs(60);
+/// How long clients' last answers may take to be written at the end.
+const ANSWERS_PATIENCE: Duration = Duration::from_millis(50);
 /// How long the console and the log may take to be written out at the end.
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
@@ -154,6 +156,8 @@ pub struct Vmm {
     /// Clients that wait for a device: token, reply, deadline.
     updates: Vec<(u64, Reply, Instant)>,
     next_token: u64,
+    /// Answers that the API thread has still to write.
+    owed: Owed,
     /// The log's place, when it is not standard output.
     log: Option<File>,
     /// /dev/kvm as it was handed in, until a machine is made.
@@ -228,6 +232,7 @@ impl Vmm {
             signals,
             updates: Vec::new(),
             next_token: 0,
+            owed: Owed::default(),
             log: None,
             kvm: None,
             counters: report::Counters::default(),
@@ -237,8 +242,10 @@ impl Vmm {
         })
     }
 
-    /// The API accepts clients; `counters` are what its thread counts.
-    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>) {
+    /// The API accepts clients; `counters` are what its thread counts, `owed` what it has still to
+    /// write.
+    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>, owed: Owed) {
+        self.owed = owed;
         self.timeline.mark(Moment::ApiReady);
         self.readers.push(counters);
         if let Some(start) = self.settings.start_time_us {
@@ -789,8 +796,19 @@ impl Vmm {
         }
         // There is nobody left to tell that it failed.
         let _ = self.flush_metrics();
-        if let Some(machine) = self.machine() {
-            machine.take_log_back();
+        self.await_answers();
+    }
+
+    /// Gives the API thread time to write what clients have been answered; those that were not
+    /// are told that the microVM is ending.
+    fn await_answers(&self) {
+        while let Some(unanswered) = self.inbox.next() {
+            drop(unanswered);
+        }
+        let deadline = Instant::now() + ANSWERS_PATIENCE;
+        while !self.owed.is_settled() && Instant::now() < deadline {
+            // Nothing rings when an answer is written, and most are by now.
+            let _ = fd::wait(&mut [], Some(1));
         }
     }
 
