@@ -227,6 +227,137 @@ fn drives_when_put_again_replace_and_root_comes_first() {
 }
 
 #[test]
+fn sentences_when_refused_hold_the_words_that_clients_match() {
+    let harness = Harness::new();
+    harness.api.put("/boot-source", harness.boot_source());
+    harness.api.put("/drives/d", harness.drive());
+    let root = json!({"drive_id": "r", "is_root_device": true,
+        "path_on_host": path(&harness.folder.disk("root", 512))});
+    harness.api.put("/drives/r", root.clone());
+    let again = with(&root, "/drive_id", json!("s"));
+    let lost = with(&root, "/path_on_host", json!("foo.bar"));
+    let both = json!({"drive_id": "d", "is_read_only": true, "path_on_host": "foo.bar"});
+    let kernel = json!({"kernel_image_path": "foo.bar"});
+    for (method, path, body, words) in [
+        (
+            "PUT",
+            "/boot-source",
+            kernel.clone(),
+            "The kernel file cannot be opened: No such file or directory (os error 2)",
+        ),
+        ("PATCH", "/boot-source", kernel, "Invalid request method"),
+        (
+            "PATCH",
+            "/logger",
+            json!({"level": "Error"}),
+            "Invalid request method",
+        ),
+        (
+            "PUT",
+            "/drives/r",
+            lost,
+            "Error manipulating the backing file: No such file or directory (os error 2) foo.bar",
+        ),
+        (
+            "PUT",
+            "/drives/s",
+            again,
+            "A root block device already exists",
+        ),
+        ("PATCH", "/drives/d", both, "unknown field `is_read_only`"),
+        (
+            "PUT",
+            "/machine-config",
+            json!({"mem_size_mib": 128}),
+            "missing field `vcpu_count` at line 1 column 20.",
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            json!({"vcpu_count": 2}),
+            "missing field `mem_size_mib` at line 1 column 16.",
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            json!({"vcpu_count": 2, "mem_size_mib": 1e19 * 2.0}),
+            "error occurred when deserializing the json body of a request: invalid type",
+        ),
+        (
+            "PATCH",
+            "/machine-config",
+            json!({"mem_size_mib": 0}),
+            "The memory size (MiB) is either 0, or not a multiple of the configured page size.",
+        ),
+        (
+            "PUT",
+            "/actions",
+            json!({"action_type": "FlushMetrics"}),
+            "The requested operation is not supported before starting the microVM.",
+        ),
+    ] {
+        let sentence = harness.api.refused(method, path, body);
+        assert!(sentence.contains(words), "{sentence}");
+    }
+    if !common::kvm("sentences_when_refused_hold_the_words_that_clients_match") {
+        return;
+    }
+    harness
+        .api
+        .patch("/machine-config", json!({"mem_size_mib": u64::MAX}));
+    let start = json!({"action_type": "InstanceStart"});
+    let sentence = harness.api.refused("PUT", "/actions", start);
+    let words =
+        "Invalid Memory Configuration: Cannot create mmap region: Out of memory (os error 12)";
+    assert!(sentence.contains(words), "{sentence}");
+    harness
+        .api
+        .patch("/machine-config", json!({"mem_size_mib": 64}));
+    harness.start();
+    for (body, words) in [
+        (
+            json!({"drive_id": "d"}),
+            "Running method expected different backend.",
+        ),
+        (
+            json!({"drive_id": "d", "path_on_host": "foo.bar"}),
+            "Error manipulating the backing file: No such file or directory (os error 2) foo.bar",
+        ),
+        (
+            json!({"drive_id": "d", "io_engine": "Sync"}),
+            "unknown field `io_engine`",
+        ),
+    ] {
+        let sentence = harness.api.refused("PATCH", "/drives/d", body);
+        assert!(sentence.contains(words), "{sentence}");
+    }
+}
+
+#[test]
+fn members_when_deprecated_are_told_in_a_header_and_in_the_log() {
+    let harness = Harness::new();
+    let head = |method: &str, body: &str| {
+        let mut stream = harness.connect();
+        let length = body.len();
+        write!(stream, "{method} /machine-config HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 204"), "{answer}");
+        answer
+    };
+    let deprecation = "Deprecation: true\r\n";
+    let machine = r#"{"vcpu_count":1,"mem_size_mib":64"#;
+    assert!(!head("PUT", &format!("{machine}}}")).contains(deprecation));
+    let named = format!(r#"{machine},"cpu_template":"None"}}"#);
+    assert!(head("PUT", &named).contains(deprecation));
+    assert!(head("PATCH", r#"{"cpu_template":"None"}"#).contains(deprecation));
+    for method in ["PUT", "PATCH"] {
+        let line = format!("{method} /machine-config: cpu_template field is deprecated.");
+        harness.monitor.expect(&line);
+    }
+}
+
+#[test]
 fn patch_when_before_the_start_changes_only_the_machine() {
     let harness = Harness::new();
     harness.api.put("/machine-config", machine());

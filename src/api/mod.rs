@@ -45,6 +45,7 @@ use crate::metrics::Reader;
 use crate::sys::handed::{Handed, HandedError};
 use crate::sys::{process, socket};
 use crate::vmm::action::{Answer, Command, Owed, Reply};
+use crate::warn;
 use counters::{Counted, Counters};
 use http::{Decoder, Piece, Request, Response};
 
@@ -102,7 +103,7 @@ impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Failed to open the API socket at {}, check that it is not already used",
+            "Failed to open the API socket at: {}. Check that it is not already used.",
             self.path.display()
         )
     }
@@ -354,7 +355,11 @@ impl Server {
                 let connection = connection.token;
                 let time = self.now.saturating_duration_since(asked.since);
                 self.counters.answered(asked.counted, answer.is_ok(), time);
-                self.answer(connection, asked.close, &routes::response(answer));
+                let response = Response {
+                    deprecated: asked.deprecated,
+                    ..routes::response(answer)
+                };
+                self.answer(connection, asked.close, &response);
             }
         }
     }
@@ -463,6 +468,7 @@ impl Server {
         };
         let patience = routes::patience(&action);
         let counted = Counted::new(operation, &action);
+        let deprecated = routes::deprecated(&action);
         let token = self.token(place_of(connection.token));
         // What came with a question goes with it, delivered or not: no second try then.
         let once = !handed.is_empty();
@@ -477,6 +483,9 @@ impl Server {
         };
         let since = connection.waiting.take().unwrap_or(self.now);
         if posted {
+            if let Some(sentence) = deprecated {
+                warn!("{sentence}");
+            }
             connection.asked = Some(Asked {
                 token,
                 until: self.now.checked_add(patience).unwrap_or(self.now),
@@ -484,6 +493,7 @@ impl Server {
                 close: request.close,
                 since,
                 counted,
+                deprecated: deprecated.is_some(),
             });
             return true;
         }
@@ -647,6 +657,7 @@ struct Asked {
     /// When the request was whole.
     since: Instant,
     counted: Counted,
+    deprecated: bool,
 }
 
 /// One client.

@@ -133,7 +133,8 @@ impl fmt::Display for ConfigError {
             ),
             MemoryUnaddressable(mib) => write!(
                 f,
-                "Machine config error: mem_size_mib is {mib}: that is more memory than a machine \
+                "Invalid Memory Configuration: Cannot create mmap region: Out of memory (os error \
+                 12): mem_size_mib is {mib}, which is more memory than a machine \
                  can address"
             ),
             BootArgsTooLong(length) => write!(
@@ -157,9 +158,10 @@ impl fmt::Display for ConfigError {
                 "Drive config error: `{drive}` has a `socket`: vhost-user devices are out of scope"
             ),
             NoSuchDrive(drive) => write!(f, "Drive config error: drive `{drive}` not found"),
+            // "Running method expected different backend" is how the original says it.
             NothingToPatch(drive) => write!(
                 f,
-                "Drive config error: the update of `{drive}` has neither `path_on_host` nor \
+                "Drive config error: Running method expected different backend. The update of `{drive}` has neither `path_on_host` nor \
                  `rate_limiter`"
             ),
             NoSuchNetwork(iface) => {
