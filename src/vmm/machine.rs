@@ -65,6 +65,11 @@ impl Machine {
         asked
     }
 
+    /// How many devices there are.
+    pub fn devices(&self) -> usize {
+        self.blocks.len().saturating_add(self.nets.len())
+    }
+
     /// Asks every device to pause, the first with `token`, the next with the number after it;
     /// the tokens of those that will answer.
     pub fn pause_devices(&self, token: u64) -> Vec<u64> {
@@ -85,13 +90,31 @@ impl Machine {
 
     /// Lets every device work again.
     pub fn resume_devices(&self, token: u64) {
-        // A device that takes no message now is still in the I/O it was paused in, and its inbox
-        // holds an update for every slot: it never paused, so it has nothing to resume.
+        // A device that hangs may have an inbox full of what it was told before: `catch_up`.
         for device in &self.blocks {
             let _ = device.resume(token);
         }
         for device in &self.nets {
             let _ = device.resume(token);
+        }
+    }
+
+    /// Tells devices to pause, or else to work, that could not take it when they were told:
+    /// some device has just answered, and may have room again.
+    pub fn catch_up(&self, pause: bool, token: u64) {
+        for device in self.blocks.iter().filter(|d| d.has_missed()) {
+            let _ = if pause {
+                device.pause(token)
+            } else {
+                device.resume(token)
+            };
+        }
+        for device in self.nets.iter().filter(|d| d.has_missed()) {
+            let _ = if pause {
+                device.pause(token)
+            } else {
+                device.resume(token)
+            };
         }
     }
 

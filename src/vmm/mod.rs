@@ -204,7 +204,17 @@ struct Pausing {
     /// Tokens of devices that still work.
     devices: Vec<u64>,
     clients: Vec<Reply>,
+    /// What was asked for since: done in order once everything stands still. A vCPU is told one
+    /// thing at a time, so that its answer can only belong to that.
+    then: Vec<(Wanted, Reply)>,
     deadline: Instant,
+}
+
+/// What a client wants of the vCPUs.
+#[derive(Clone, Copy, Debug)]
+enum Wanted {
+    Pause,
+    Resume,
 }
 
 /// Whether the loop goes on.
@@ -422,12 +432,14 @@ impl Vmm {
     /// The life of the thread, and so of the process, which ends with it. Nothing is taken apart
     /// piece by piece: the kernel does that faster, and all at once.
     pub fn run(mut self) -> ! {
+        let mut more = false;
         let code = loop {
             let mut interests = [
                 Interest::read(self.inbox.as_raw_fd()),
                 Interest::read(self.signals.as_raw_fd()),
             ];
-            if let Err(error) = fd::wait(&mut interests, self.patience()) {
+            let patience = if more { Some(0) } else { self.patience() };
+            if let Err(error) = fd::wait(&mut interests, patience) {
                 error!("Control can not wait for events any more: {error}");
                 break Next::Exit(exit::ERROR);
             }
@@ -441,10 +453,17 @@ impl Vmm {
             let mut next = Next::GoOn;
             if event.is_ready() {
                 self.inbox.silence();
-                while matches!(next, Next::GoOn)
-                    && let Some(event) = self.inbox.next()
-                {
-                    next = self.handle(event);
+            }
+            // No more than an inbox at a time, or busy clients could keep out signals and deadlines.
+            more = true;
+            for _ in 0..INBOX {
+                let Some(event) = self.inbox.next() else {
+                    more = false;
+                    break;
+                };
+                next = self.handle(event);
+                if !matches!(next, Next::GoOn) {
+                    break;
                 }
             }
             self.look_at_deadlines();
@@ -508,7 +527,7 @@ impl Vmm {
         }
         match action {
             Action::Pause => self.pause(reply),
-            Action::Resume => reply.send(self.resume()),
+            Action::Resume => self.resume(reply),
             Action::PatchDrive(update) if self.machine().is_some() => {
                 self.update(reply, |machine, token| {
                     machine.update_drive(&update, handed, token)
@@ -614,12 +633,17 @@ impl Vmm {
                     vcpus: machine.pause_vcpus(),
                     devices: Vec::new(),
                     clients: vec![reply],
+                    then: Vec::new(),
                     deadline: Instant::now() + PAUSE_PATIENCE,
                 };
                 self.state = State::Pausing(machine, pausing);
             }
             State::Pausing(machine, mut pausing) => {
-                pausing.clients.push(reply);
+                if pausing.then.is_empty() {
+                    pausing.clients.push(reply);
+                } else {
+                    pausing.then.push((Wanted::Pause, reply));
+                }
                 self.state = State::Pausing(machine, pausing);
             }
             // Pausing what is paused is fine.
@@ -641,7 +665,7 @@ impl Vmm {
         }
         // No new kick can come: now the devices finish what they have begun.
         pausing.devices = machine.pause_devices(first_token);
-        self.next_token = first_token.wrapping_add(pausing.devices.len() as u64);
+        self.next_token = first_token.wrapping_add(machine.devices() as u64);
         self.finish_pause_if_done();
     }
 
@@ -663,6 +687,10 @@ impl Vmm {
         }
         // What a worker hands back is closed here: it may not do so itself.
         drop(reply);
+        let token = self.new_token();
+        if let Some(machine) = self.machine() {
+            machine.catch_up(!matches!(self.state, State::Running(_)), token);
+        }
         self.finish_pause_if_done();
     }
 
@@ -676,12 +704,18 @@ impl Vmm {
                 for client in pausing.clients {
                     client.send(Ok(Outcome::Done));
                 }
+                for (wanted, client) in pausing.then {
+                    match wanted {
+                        Wanted::Pause => self.pause(client),
+                        Wanted::Resume => self.resume(client),
+                    }
+                }
             }
             other => self.state = other,
         }
     }
 
-    fn resume(&mut self) -> Answer {
+    fn resume(&mut self, reply: Reply) {
         let token = self.new_token();
         let since = Instant::now();
         match mem::replace(&mut self.state, State::Between) {
@@ -690,25 +724,17 @@ impl Vmm {
                 let resumed = machine.run_vcpus();
                 self.state = State::Running(machine);
                 self.counters.resume_us = micros_since(since);
-                resumed.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
+                let resumed = resumed.map(|()| Outcome::Done);
+                reply.send(resumed.map_err(|e| ActionError::of(&e)));
             }
-            State::Pausing(machine, pausing) => {
-                machine.resume_devices(token);
-                let resumed = machine.run_vcpus();
-                self.state = State::Running(machine);
-                for client in pausing.clients {
-                    client.send(Err(ActionError(
-                        "The pause was overtaken by a resume.".into(),
-                    )));
-                }
-                resumed.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
+            State::Pausing(machine, mut pausing) => {
+                pausing.then.push((Wanted::Resume, reply));
+                self.state = State::Pausing(machine, pausing);
             }
             // Resuming what runs is fine.
             other => {
                 self.state = other;
-                Ok(Outcome::Done)
+                reply.send(Ok(Outcome::Done));
             }
         }
     }
@@ -919,11 +945,7 @@ impl Vmm {
         InstanceInfo {
             app_name: "mayfly",
             id: self.settings.id.clone(),
-            state: match self.phase() {
-                Phase::NotStarted => "Not started",
-                Phase::Running => "Running",
-                Phase::Paused => "Paused",
-            },
+            state: self.phase().name(),
             vmm_version: env!("CARGO_PKG_VERSION"),
         }
     }
