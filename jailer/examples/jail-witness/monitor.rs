@@ -47,12 +47,19 @@ pub fn run(args: &[String]) -> ! {
             std::thread::sleep(Duration::from_secs(100));
             std::process::exit(0);
         }
-        let answer: &[u8] = if has("refuse") {
-            b"HTTP/1.1 400 \r\nContent-Length: 38\r\n\r\n{\"fault_message\":\"Not with\\nthis one.\"}"
+        let fault = "{\"fault_message\":\"Not with\\nthis one.\"}";
+        let refusal = format!(
+            "HTTP/1.1 400 \r\nContent-Length: {}\r\n\r\n{fault}",
+            fault.len()
+        );
+        let answer = if has("refuse") {
+            refusal.as_str()
         } else {
-            b"HTTP/1.1 204 \r\n\r\n"
+            "HTTP/1.1 204 \r\n\r\n"
         };
-        client.write_all(answer).expect("the jailer listens");
+        client
+            .write_all(answer.as_bytes())
+            .expect("the jailer listens");
         if starts {
             break;
         }

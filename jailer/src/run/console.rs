@@ -375,9 +375,10 @@ impl Console {
         }
     }
 
-    /// Gives the terminal back.
-    pub fn restore(&mut self) {
+    /// Gives the terminal back, and everything else.
+    pub fn close(&mut self) {
         self.raw = None;
+        self.out.sink = Sink::Nowhere;
     }
 }
 

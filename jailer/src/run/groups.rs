@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, OFlags};
 
@@ -21,6 +22,8 @@ use crate::root::open_beneath;
 
 /// First part of the names of our groups.
 const MARK: &str = "mayfly-";
+/// The group that holds root's, unless another is named.
+const PARENT: &str = "mayfly";
 /// Period of processor time limits, in microseconds.
 const PERIOD_US: u64 = 100_000;
 
@@ -91,20 +94,20 @@ pub fn plan(options: &Options, id: &str, as_root: bool) -> Result<Option<Errand>
             add(version, value);
         }
     }
-    for part in &mut parts {
-        part.parent = match &options.parent_cgroup {
-            Some(parent) => parent.clone(),
-            None if as_root => vec!["mayfly".into()],
-            None => delegated(&hierarchies, part)?,
-        };
-    }
-    let errand = Errand {
+    let mut errand = Errand {
         id: format!("{MARK}{id}"),
         parts,
         hierarchies,
     };
     // Missing controllers are better found before anything is started.
     errand.plans()?;
+    for part in &mut errand.parts {
+        part.parent = match &options.parent_cgroup {
+            Some(parent) => parent.clone(),
+            None if as_root => vec![PARENT.into()],
+            None => delegated(&errand.hierarchies, part)?,
+        };
+    }
     Ok(Some(errand))
 }
 
@@ -268,24 +271,52 @@ impl Errand {
 
     /// Removes groups whose runs and keepers are gone.
     pub fn sweep(&self) {
-        for part in &self.parts {
-            let mounts: Vec<&PathBuf> = match part.version {
-                Version::V2 => self.hierarchies.v2.iter().collect(),
-                Version::V1 => {
-                    let of = |value: &Value| self.hierarchies.of_controller(value.controller());
-                    part.values
-                        .iter()
-                        .filter_map(of)
-                        .map(|(path, _)| path)
-                        .collect()
+        for folder in self.parents() {
+            sweep_folder(&folder);
+        }
+    }
+
+    /// Removes this run's groups, whose keeper was killed and whose last process has just ended.
+    pub fn remove_abandoned(&self) {
+        for folder in self.parents() {
+            // A group stays busy for a moment after its last process.
+            for _ in 0..500 {
+                sweep_folder(&folder);
+                if !folder.join(&self.id).exists() {
+                    break;
                 }
-            };
-            let mut parent = PathBuf::new();
-            parent.extend(&part.parent);
-            for mount in mounts {
-                sweep_folder(&mount.join(&parent));
+                std::thread::sleep(Duration::from_millis(2));
             }
         }
+        self.tidy();
+    }
+
+    /// Removes the groups that only hold ours, when none is left: whoever made them may be gone.
+    pub fn tidy(&self) {
+        let own = Path::new(PARENT);
+        for folder in self.parents().iter().filter(|folder| folder.ends_with(own)) {
+            let _ = rustix::fs::rmdir(folder);
+        }
+    }
+
+    /// The groups that hold ours, in every hierarchy.
+    fn parents(&self) -> Vec<PathBuf> {
+        let mut parents = Vec::new();
+        for part in &self.parts {
+            let mut below = PathBuf::new();
+            below.extend(&part.parent);
+            match part.version {
+                Version::V2 => parents.extend(self.hierarchies.v2.iter().map(|it| it.join(&below))),
+                Version::V1 => parents.extend(
+                    part.values
+                        .iter()
+                        .filter_map(|value| self.hierarchies.of_controller(value.controller()))
+                        .map(|(path, _)| path.join(&below)),
+                ),
+            }
+        }
+        parents.dedup();
+        parents
     }
 }
 

@@ -112,7 +112,7 @@ impl Keeper {
             Err(_) => {
                 // It was killed. What it made is nobody's now.
                 if let Some(groups) = &self.errand.groups {
-                    groups.sweep();
+                    groups.remove_abandoned();
                 }
                 for path in &self.errand.sockets {
                     Named::remove_dead(path);
@@ -161,12 +161,12 @@ fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
                 .map(AsFd::as_fd)
                 .collect();
             if channel.send(DONE, text, &files).is_err() {
-                kept.remove();
+                kept.remove(errand);
                 return;
             }
         }
         Err(failure) => {
-            kept.remove();
+            kept.remove(errand);
             let _ = channel.send(FAILED, &failure.to_string(), &[]);
             return;
         }
@@ -176,7 +176,7 @@ fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
         match next(channel, supervisor) {
             Some(message) if message.kind == WATCH => monitor = message.files.into_iter().next(),
             Some(_) => {
-                let account = kept.remove();
+                let account = kept.remove(errand);
                 let _ = channel.send(DONE, &encode(account), &[]);
                 return;
             }
@@ -186,7 +186,7 @@ fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
                     let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
                     let _ = poll(&mut [ended], Some(&PATIENCE));
                 }
-                kept.remove();
+                kept.remove(errand);
                 return;
             }
         }
@@ -256,15 +256,16 @@ impl Kept {
         Ok((listening, doors.unwrap_or_default()))
     }
 
-    fn remove(&mut self) -> Account {
+    fn remove(&mut self, errand: &Errand) -> Account {
         for socket in self.sockets.drain(..) {
             socket.remove();
         }
         // What stays (a group somebody else has put a process in) the next start will sweep.
-        self.groups
-            .take()
-            .map(|groups| groups.end().0)
-            .unwrap_or_default()
+        let account = self.groups.take().map(|groups| groups.end().0);
+        if let Some(groups) = &errand.groups {
+            groups.tidy();
+        }
+        account.unwrap_or_default()
     }
 }
 

@@ -179,6 +179,8 @@ struct Progress {
     is_monitor: bool,
     failure: Option<Failure>,
     kill_at_us: Option<u64>,
+    /// The monitor closed its API without an answer; by when it has to have ended.
+    hung_up: Option<(u64, Failure)>,
     seen: Seen,
     times: Times,
     timeline: Option<Vec<u8>>,
@@ -273,6 +275,9 @@ impl Watch {
             progress.kill_at_us = None;
             self.kill();
         }
+        if let Some((_, failure)) = progress.hung_up.take_if(|(at, _)| now >= *at) {
+            self.give_up(progress, failure);
+        }
         if !progress.seen.timed_out && self.time_limit_us.is_some_and(|at| now >= at) {
             progress.seen.timed_out = true;
             self.kill();
@@ -322,7 +327,8 @@ impl Watch {
     fn patience(&self, progress: &Progress) -> Option<Timespec> {
         let start = (!progress.has_started && progress.failure.is_none()).then_some(START_US);
         let limit = self.time_limit_us.filter(|_| !progress.seen.timed_out);
-        let due = [start, limit, progress.kill_at_us]
+        let hung_up = progress.hung_up.as_ref().map(|(at, _)| *at);
+        let due = [start, limit, progress.kill_at_us, hung_up]
             .into_iter()
             .flatten()
             .min()?;
@@ -407,9 +413,12 @@ impl Watch {
                 progress.asked = None;
                 self.client = None;
                 // A guest may be over before the answer to its start is out; how it ended counts.
-                let was_last = progress.requests.as_ref().is_some_and(VecDeque::is_empty);
-                progress.has_started |= was_last;
-                return if was_last { Ok(()) } else { Err(failure) };
+                if progress.requests.as_ref().is_some_and(VecDeque::is_empty) {
+                    progress.has_started = true;
+                    progress.hung_up = Some((self.now_us() + GRACE_US, failure));
+                    return Ok(());
+                }
+                return Err(failure);
             }
         };
         let line = progress.asked.take().unwrap_or_default();
@@ -472,9 +481,6 @@ impl Watch {
         while self.console.out.take() {}
         progress.seen.powered_off = self.log.powered_off;
         progress.seen.reset = self.log.reset;
-        if let Some(keeper) = self.keeper.take() {
-            progress.seen.account = keeper.end();
-        }
         if !progress.has_started && progress.failure.is_none() && progress.seen.asked.is_none() {
             let why = match ended {
                 Ended::Exited(code) => {
@@ -488,7 +494,11 @@ impl Watch {
             progress.failure = (!progress.seen.timed_out).then_some(failure);
         }
         self.write_the_rest();
-        self.console.restore();
+        // Nobody listens any more on what is now removed.
+        self.console.close();
+        if let Some(keeper) = self.keeper.take() {
+            progress.seen.account = keeper.end();
+        }
         Watched {
             ended,
             used,
