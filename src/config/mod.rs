@@ -107,13 +107,6 @@ pub enum ConfigError {
         /// Network interfaces.
         networks: usize,
     },
-    /// A kernel command line that does not fit with the devices' words.
-    CommandLineFull {
-        /// Bytes it would have.
-        length: usize,
-        /// Bytes that were left beside the user's words.
-        room: usize,
-    },
 }
 
 impl fmt::Display for ConfigError {
@@ -193,12 +186,6 @@ impl fmt::Display for ConfigError {
                 f,
                 "Start microvm error: {drives} drives and {networks} network interfaces are more \
                  than the {DEVICES_MAX} devices there is room for"
-            ),
-            CommandLineFull { length, room } => write!(
-                f,
-                "Start microvm error: the kernel command line would have {length} bytes with the \
-                 words of the devices, and may have {COMMAND_LINE_MAX}: boot_args leaves room for \
-                 {room}"
             ),
         }
     }

@@ -1,6 +1,5 @@
-//! The process as a whole: its end, its allocator, its threads' names.
+//! The process as a whole: its end, its allocator, its limits.
 
-use std::ffi::CString;
 use std::panic;
 
 use super::terminal;
@@ -38,15 +37,6 @@ pub fn end_on_panic() {
         terminal::restore();
         self::exit(exit::PANIC)
     }));
-}
-
-/// Names the calling thread for tools such as `ps`; cut at 15 bytes.
-pub fn name_thread(name: &str) {
-    let short: Vec<u8> = name.bytes().filter(|b| *b != 0).take(15).collect();
-    if let Ok(name) = CString::new(short) {
-        // SAFETY: `name` is a C string that outlives the call, which copies it.
-        unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
-    }
 }
 
 /// Whether this is process 1 of its namespace, where default signal actions do not apply.
