@@ -10,6 +10,15 @@
 //! for the whole VM to 64 KiB at once and 4 KiB a second after that, and each kind of line to a
 //! quarter of that, so that one kind can not silence the others. Lines never hold bytes that a
 //! guest or a client chose: numbers and our own words only.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
 
 use std::cell::Cell;
 use std::error::Error;
@@ -171,14 +180,13 @@ pub enum Place {
 /// Set in [`DESCRIPTOR`] beside the number of one that never blocks, to change both at once.
 const NON_BLOCKING: i32 = 1 << 30;
 
-/// Sends lines to `place` from now on and returns the descriptor used before. The caller keeps
-/// the new one open for as long as lines may go there.
-pub fn redirect(place: Place) -> i32 {
+/// Sends lines to `place` from now on. The caller keeps it open for as long as lines may go there.
+pub fn redirect(place: Place) {
     let value = match place {
         Place::Blocking(fd) => fd,
         Place::NonBlocking(fd) => fd | NON_BLOCKING,
     };
-    DESCRIPTOR.swap(value, Ordering::AcqRel) & !NON_BLOCKING
+    DESCRIPTOR.store(value, Ordering::Release);
 }
 
 /// The descriptor lines go to now.
@@ -232,11 +240,11 @@ pub fn line(level: Level, origin: (&str, &str, u32), message: Arguments<'_>) {
         return;
     }
     let mut buffer = Line::new();
-    let lost = LOST.load(Ordering::Relaxed);
+    // Taken, so that of two threads only one tells of them.
+    let lost = LOST.swap(0, Ordering::Relaxed);
     compose(&mut buffer, level, origin, message, lost);
-    if deliver(buffer.finish()) {
-        LOST.fetch_sub(lost, Ordering::Relaxed);
-    } else {
+    if !deliver(buffer.finish()) {
+        LOST.fetch_add(lost, Ordering::Relaxed);
         count_lost(1);
     }
 }

@@ -135,7 +135,7 @@ fn give_up_files() {
 fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: bool) {
     let server = Server::new(listener, vmm.commands(), payload_max)
         .unwrap_or_else(|e| fail(&format!("Serving the API failed: {e}"), exit::ERROR));
-    let counters = server.counters();
+    let (counters, owed) = (server.counters(), server.owed());
     let berth =
         threads::berth("fc_api".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
     let muster: Arc<Muster> = Muster::of(1);
@@ -146,7 +146,7 @@ fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: boo
             process::exit(exit::ERROR);
         }
     });
-    vmm.api_is_ready(counters);
+    vmm.api_is_ready(counters, owed);
 }
 
 /// Says why on standard error, where a person looks, and ends.

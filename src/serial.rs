@@ -15,9 +15,19 @@
 //! other threads to its place, for the same reason. It writes only where there is room, so it can
 //! always be reached by its inbox; it never exits before the process does.
 //!
-//! With a console socket ([`port`]) the pipe is emptied at once into a ring, which the usual place
+//! With a console socket (`port`) the pipe is emptied at once into a ring, which the usual place
 //! of output and the socket's clients read at their own pace. Output can be limited: what exceeds
 //! the limit is dropped and counted.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
 
 mod port;
 
@@ -41,12 +51,8 @@ use crate::rate_limiter::TokenBucket;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 
-/// First port of COM1.
-pub const COM1_PORT: u64 = 0x3f8;
 /// Ports of a 16550.
 pub const PORTS: u64 = 8;
-/// The interrupt of COM1.
-pub const COM1_GSI: u32 = 4;
 
 /// Bytes moved at once: at most PIPE_BUF, so that a pipe that has room takes them all.
 const CHUNK: usize = 4096;

@@ -71,7 +71,7 @@ impl Bad {
     }
 
     /// Refused on the command line, with the API and without.
-    fn is_refused_on_the_command_line(&self) {
+    fn must_be_refused_on_the_command_line(&self) {
         for with_api in [false, true] {
             let folder = Folder::new();
             let file = folder.file("vm.json", self.config.to_string());
@@ -94,7 +94,7 @@ impl Bad {
     }
 
     /// Refused at the API; with what was wrong put right, the same process starts a guest.
-    fn is_refused_at_the_api(&self, folder: &Folder) {
+    fn must_be_refused_at_the_api(&self, folder: &Folder) {
         let socket = folder.join("api");
         let _ = fs::remove_file(&socket);
         let mut command = self.command();
@@ -120,16 +120,16 @@ impl Bad {
         starts(monitor, &api);
     }
 
-    fn is_refused(&self) {
-        self.is_refused_on_the_command_line();
-        self.is_refused_at_the_api(&Folder::new());
+    fn must_be_refused(&self) {
+        self.must_be_refused_on_the_command_line();
+        self.must_be_refused_at_the_api(&Folder::new());
     }
 
-    fn is_refused_inside(mut self, netns: &Netns) {
+    fn must_be_refused_inside(mut self, netns: &Netns) {
         let wrapper = ["ip", "netns", "exec", &netns.0].map(str::to_owned);
         self.wrapper.splice(0..0, wrapper);
         let before = netns.run("ip", &["-br", "link"]);
-        self.is_refused();
+        self.must_be_refused();
         assert_eq!(netns.run("ip", &["-br", "link"]), before, "a tap is left");
     }
 }
@@ -199,18 +199,18 @@ fn fifo(folder: &Folder, name: &str) -> PathBuf {
 // Kernel and initrd
 
 #[test]
-fn kernel_when_missing_is_refused_at_put() {
-    if !common::kvm("kernel_when_missing_is_refused_at_put") {
+fn kernel_when_missing_must_be_refused_at_put() {
+    if !common::kvm("kernel_when_missing_must_be_refused_at_put") {
         return;
     }
     let says = ["kernel", "/no/such/vmlinux", "No such file or directory"];
     let config = with_kernel(Path::new("/no/such/vmlinux"));
-    Bad::new(config, At::Put("/boot-source"), &says).is_refused();
+    Bad::new(config, At::Put("/boot-source"), &says).must_be_refused();
 }
 
 #[test]
-fn kernel_when_no_regular_file_is_refused_at_put() {
-    if !common::kvm("kernel_when_no_regular_file_is_refused_at_put") {
+fn kernel_when_no_regular_file_must_be_refused_at_put() {
+    if !common::kvm("kernel_when_no_regular_file_must_be_refused_at_put") {
         return;
     }
     let folder = Folder::new();
@@ -222,24 +222,24 @@ fn kernel_when_no_regular_file_is_refused_at_put() {
         (Path::new("/dev/null"), "a character device"),
     ] {
         let says = ["kernel", text(path), kind];
-        Bad::new(with_kernel(path), At::Put("/boot-source"), &says).is_refused();
+        Bad::new(with_kernel(path), At::Put("/boot-source"), &says).must_be_refused();
     }
 }
 
 #[test]
-fn kernel_when_empty_is_refused_at_the_start() {
-    if !common::kvm("kernel_when_empty_is_refused_at_the_start") {
+fn kernel_when_empty_must_be_refused_at_the_start() {
+    if !common::kvm("kernel_when_empty_must_be_refused_at_the_start") {
         return;
     }
     let folder = Folder::new();
     let path = folder.file("vmlinux", "");
     let says = ["kernel", text(&path), "empty"];
-    Bad::new(with_kernel(&path), At::Start, &says).is_refused();
+    Bad::new(with_kernel(&path), At::Start, &says).must_be_refused();
 }
 
 #[test]
-fn kernel_when_truncated_is_refused_at_the_start() {
-    if !common::kvm("kernel_when_truncated_is_refused_at_the_start") {
+fn kernel_when_truncated_must_be_refused_at_the_start() {
+    if !common::kvm("kernel_when_truncated_must_be_refused_at_the_start") {
         return;
     }
     let folder = Folder::new();
@@ -248,13 +248,13 @@ fn kernel_when_truncated_is_refused_at_the_start() {
     for len in [40, 100, whole.len() / 2] {
         let path = folder.file("vmlinux", &whole[..len]);
         let says = ["kernel", text(&path), "truncated", &format!("has {len}")];
-        Bad::new(with_kernel(&path), At::Start, &says).is_refused();
+        Bad::new(with_kernel(&path), At::Start, &says).must_be_refused();
     }
 }
 
 #[test]
-fn kernel_when_unrecognised_is_refused_at_the_start() {
-    if !common::kvm("kernel_when_unrecognised_is_refused_at_the_start") {
+fn kernel_when_unrecognised_must_be_refused_at_the_start() {
+    if !common::kvm("kernel_when_unrecognised_must_be_refused_at_the_start") {
         return;
     }
     let folder = Folder::new();
@@ -269,29 +269,29 @@ fn kernel_when_unrecognised_is_refused_at_the_start() {
     ] {
         let path = folder.file("vmlinux", content);
         let says = ["kernel", text(&path), why];
-        Bad::new(with_kernel(&path), At::Start, &says).is_refused();
+        Bad::new(with_kernel(&path), At::Start, &says).must_be_refused();
     }
 }
 
 #[test]
-fn kernel_when_larger_than_memory_is_refused_at_the_start() {
-    if !common::kvm("kernel_when_larger_than_memory_is_refused_at_the_start") {
+fn kernel_when_larger_than_memory_must_be_refused_at_the_start() {
+    if !common::kvm("kernel_when_larger_than_memory_must_be_refused_at_the_start") {
         return;
     }
     let folder = Folder::new();
     let path = folder.file("vmlinux", elf::first_byte(elf::End::Reset, 40 << 20));
     let ram = (32 << 20).to_string();
     let says = ["kernel", text(&path), "too large", &ram];
-    Bad::new(with_kernel(&path), At::Start, &says).is_refused();
+    Bad::new(with_kernel(&path), At::Start, &says).must_be_refused();
     // With 1 MiB there is no room for any.
     let probe = common::probe();
     let says = ["kernel", text(&probe), "too large", "1048576"];
-    Bad::new(with_machine(1, 1), At::Start, &says).is_refused();
+    Bad::new(with_machine(1, 1), At::Start, &says).must_be_refused();
 }
 
 #[test]
-fn kernel_when_without_pvh_entry_is_refused_where_pvh_is_asked_for() {
-    if !common::kvm("kernel_when_without_pvh_entry_is_refused_where_pvh_is_asked_for") {
+fn kernel_when_without_pvh_entry_must_be_refused_where_pvh_is_asked_for() {
+    if !common::kvm("kernel_when_without_pvh_entry_must_be_refused_where_pvh_is_asked_for") {
         return;
     }
     let folder = Folder::new();
@@ -303,12 +303,12 @@ fn kernel_when_without_pvh_entry_is_refused_where_pvh_is_asked_for() {
         arguments: vec!["--boot-protocol", "pvh"],
         ..Bad::new(with_kernel(&path), At::Start, &says)
     };
-    bad.is_refused();
+    bad.must_be_refused();
 }
 
 #[test]
-fn kernel_when_cut_after_put_is_refused_at_the_start() {
-    if !common::kvm("kernel_when_cut_after_put_is_refused_at_the_start") {
+fn kernel_when_cut_after_put_must_be_refused_at_the_start() {
+    if !common::kvm("kernel_when_cut_after_put_must_be_refused_at_the_start") {
         return;
     }
     let folder = Folder::new();
@@ -337,18 +337,18 @@ fn kernel_when_cut_after_put_is_refused_at_the_start() {
 }
 
 #[test]
-fn initrd_when_missing_is_refused_at_put() {
-    if !common::kvm("initrd_when_missing_is_refused_at_put") {
+fn initrd_when_missing_must_be_refused_at_put() {
+    if !common::kvm("initrd_when_missing_must_be_refused_at_put") {
         return;
     }
     let says = ["initrd", "/no/such/initrd", "No such file or directory"];
     let config = with_initrd(Path::new("/no/such/initrd"));
-    Bad::new(config, At::Put("/boot-source"), &says).is_refused();
+    Bad::new(config, At::Put("/boot-source"), &says).must_be_refused();
 }
 
 #[test]
-fn initrd_when_it_does_not_fit_is_refused_at_the_start() {
-    if !common::kvm("initrd_when_it_does_not_fit_is_refused_at_the_start") {
+fn initrd_when_it_does_not_fit_must_be_refused_at_the_start() {
+    if !common::kvm("initrd_when_it_does_not_fit_must_be_refused_at_the_start") {
         return;
     }
     let folder = Folder::new();
@@ -363,46 +363,46 @@ fn initrd_when_it_does_not_fit_is_refused_at_the_start() {
         if len > 0 {
             says.extend([format!("{len} bytes"), "room for".to_owned()]);
         }
-        Bad::new(with_initrd(&path), At::Start, &says).is_refused();
+        Bad::new(with_initrd(&path), At::Start, &says).must_be_refused();
     }
 }
 
 // The machine
 
 #[test]
-fn vcpu_count_when_0_or_33_is_refused() {
-    if !common::kvm("vcpu_count_when_0_or_33_is_refused") {
+fn vcpu_count_when_0_or_33_must_be_refused() {
+    if !common::kvm("vcpu_count_when_0_or_33_must_be_refused") {
         return;
     }
     for count in [0, 33] {
         let says = [format!("vcpu_count is {count}"), "at most 32".to_owned()];
-        Bad::new(with_machine(count, 32), At::Put("/machine-config"), &says).is_refused();
+        Bad::new(with_machine(count, 32), At::Put("/machine-config"), &says).must_be_refused();
     }
 }
 
 #[test]
-fn memory_when_0_is_refused() {
-    if !common::kvm("memory_when_0_is_refused") {
+fn memory_when_0_must_be_refused() {
+    if !common::kvm("memory_when_0_must_be_refused") {
         return;
     }
     let says = ["mem_size_mib is 0", "memory size"];
-    Bad::new(with_machine(1, 0), At::Put("/machine-config"), &says).is_refused();
+    Bad::new(with_machine(1, 0), At::Put("/machine-config"), &says).must_be_refused();
 }
 
 #[test]
-fn memory_when_more_than_the_host_can_map_is_refused_at_the_start() {
-    if !common::kvm("memory_when_more_than_the_host_can_map_is_refused_at_the_start") {
+fn memory_when_more_than_the_host_can_map_must_be_refused_at_the_start() {
+    if !common::kvm("memory_when_more_than_the_host_can_map_must_be_refused_at_the_start") {
         return;
     }
     for mib in [1 << 30, 1 << 43, u64::MAX] {
         let says = [mib.to_string(), "more".to_owned()];
-        Bad::new(with_machine(1, mib), At::Start, &says).is_refused();
+        Bad::new(with_machine(1, mib), At::Start, &says).must_be_refused();
     }
 }
 
 #[test]
-fn memory_when_a_limit_forbids_it_is_refused_at_the_start() {
-    if !common::kvm("memory_when_a_limit_forbids_it_is_refused_at_the_start") {
+fn memory_when_a_limit_forbids_it_must_be_refused_at_the_start() {
+    if !common::kvm("memory_when_a_limit_forbids_it_must_be_refused_at_the_start") {
         return;
     }
     let bad = Bad {
@@ -413,24 +413,24 @@ fn memory_when_a_limit_forbids_it_is_refused_at_the_start() {
             &["4096 MiB", "can not map", "Cannot allocate memory"],
         )
     };
-    bad.is_refused();
+    bad.must_be_refused();
 }
 
 // Disks
 
 #[test]
-fn drive_when_missing_is_refused_at_put() {
-    if !common::kvm("drive_when_missing_is_refused_at_put") {
+fn drive_when_missing_must_be_refused_at_put() {
+    if !common::kvm("drive_when_missing_must_be_refused_at_put") {
         return;
     }
     let says = ["disk", "/no/such/disk", "No such file or directory"];
     let config = with_disk(Path::new("/no/such/disk"));
-    Bad::new(config, At::Put("/drives/disk0"), &says).is_refused();
+    Bad::new(config, At::Put("/drives/disk0"), &says).must_be_refused();
 }
 
 #[test]
-fn drive_when_a_directory_is_refused_at_put() {
-    if !common::kvm("drive_when_a_directory_is_refused_at_put") {
+fn drive_when_a_directory_must_be_refused_at_put() {
+    if !common::kvm("drive_when_a_directory_must_be_refused_at_put") {
         return;
     }
     let folder = Folder::new();
@@ -438,13 +438,13 @@ fn drive_when_a_directory_is_refused_at_put() {
         let says = ["disk", text(folder.path()), "directory"];
         let mut config = with_disk(folder.path());
         config["drives"][0]["is_read_only"] = json!(read_only);
-        Bad::new(config, At::Put("/drives/disk0"), &says).is_refused();
+        Bad::new(config, At::Put("/drives/disk0"), &says).must_be_refused();
     }
 }
 
 #[test]
-fn drive_when_not_writable_is_refused_at_put() {
-    let test = "drive_when_not_writable_is_refused_at_put";
+fn drive_when_not_writable_must_be_refused_at_put() {
+    let test = "drive_when_not_writable_must_be_refused_at_put";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
@@ -464,7 +464,7 @@ fn drive_when_not_writable_is_refused_at_put() {
             &["disk", text(&disk), "Read-only file system"],
         )
     };
-    bad.is_refused();
+    bad.must_be_refused();
     // To be read only, it is good enough.
     let mut config = common::probe_vm_with_disks("blkinfo:0", &[&disk]);
     config["drives"][0]["is_read_only"] = json!(true);
@@ -476,8 +476,8 @@ fn drive_when_not_writable_is_refused_at_put() {
 }
 
 #[test]
-fn drive_when_a_second_root_is_refused_at_put() {
-    if !common::kvm("drive_when_a_second_root_is_refused_at_put") {
+fn drive_when_a_second_root_must_be_refused_at_put() {
+    if !common::kvm("drive_when_a_second_root_must_be_refused_at_put") {
         return;
     }
     let folder = Folder::new();
@@ -487,14 +487,14 @@ fn drive_when_a_second_root_is_refused_at_put() {
         config["drives"][n]["is_root_device"] = json!(true);
     }
     let says = ["`disk1`", "root", "already exists", "`disk0`"];
-    Bad::new(config, At::Put("/drives/disk1"), &says).is_refused();
+    Bad::new(config, At::Put("/drives/disk1"), &says).must_be_refused();
 }
 
 // Taps
 
 #[test]
-fn tap_when_its_name_can_not_be_is_refused_at_put() {
-    let test = "tap_when_its_name_can_not_be_is_refused_at_put";
+fn tap_when_its_name_can_not_be_must_be_refused_at_put() {
+    let test = "tap_when_its_name_can_not_be_must_be_refused_at_put";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
@@ -502,24 +502,25 @@ fn tap_when_its_name_can_not_be_is_refused_at_put() {
     for name in ["sixteen-letters-", "a/b", "with space"] {
         let says = ["eth0", name, "no interface name"];
         Bad::new(with_tap(name), At::Put("/network-interfaces/eth0"), &says)
-            .is_refused_inside(&netns);
+            .must_be_refused_inside(&netns);
     }
 }
 
 #[test]
-fn tap_when_another_kind_of_interface_is_refused_at_put() {
-    let test = "tap_when_another_kind_of_interface_is_refused_at_put";
+fn tap_when_another_kind_of_interface_must_be_refused_at_put() {
+    let test = "tap_when_another_kind_of_interface_must_be_refused_at_put";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
     let netns = Netns::new();
     let says = ["\"lo\"", "no tap"];
-    Bad::new(with_tap("lo"), At::Put("/network-interfaces/eth0"), &says).is_refused_inside(&netns);
+    Bad::new(with_tap("lo"), At::Put("/network-interfaces/eth0"), &says)
+        .must_be_refused_inside(&netns);
 }
 
 #[test]
-fn tap_when_busy_is_refused_at_put() {
-    let test = "tap_when_busy_is_refused_at_put";
+fn tap_when_busy_must_be_refused_at_put() {
+    let test = "tap_when_busy_must_be_refused_at_put";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
@@ -535,14 +536,14 @@ fn tap_when_busy_is_refused_at_put() {
         At::Put("/network-interfaces/eth0"),
         &says,
     )
-    .is_refused_inside(&netns);
+    .must_be_refused_inside(&netns);
     monitor.type_in("x\n");
     monitor.exits_with(0);
 }
 
 #[test]
-fn tap_when_it_may_not_be_made_is_refused_at_put() {
-    let test = "tap_when_it_may_not_be_made_is_refused_at_put";
+fn tap_when_it_may_not_be_made_must_be_refused_at_put() {
+    let test = "tap_when_it_may_not_be_made_must_be_refused_at_put";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
@@ -561,12 +562,12 @@ fn tap_when_it_may_not_be_made_is_refused_at_put() {
             &["mfnone", "not permitted"],
         )
     };
-    bad.is_refused_inside(&netns);
+    bad.must_be_refused_inside(&netns);
 }
 
 #[test]
-fn tap_when_two_interfaces_want_it_is_refused_at_the_second_put() {
-    let test = "tap_when_two_interfaces_want_it_is_refused_at_the_second_put";
+fn tap_when_two_interfaces_want_it_must_be_refused_at_the_second_put() {
+    let test = "tap_when_two_interfaces_want_it_must_be_refused_at_the_second_put";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
@@ -577,12 +578,12 @@ fn tap_when_two_interfaces_want_it_is_refused_at_the_second_put() {
         {"iface_id": "eth1", "host_dev_name": "mftap"},
     ]);
     let says = ["`eth1`", "mftap", "already in use", "`eth0`"];
-    Bad::new(config, At::Put("/network-interfaces/eth1"), &says).is_refused_inside(&netns);
+    Bad::new(config, At::Put("/network-interfaces/eth1"), &says).must_be_refused_inside(&netns);
 }
 
 #[test]
-fn tap_when_a_second_put_of_its_interface_is_refused_stays_attached() {
-    let test = "tap_when_a_second_put_of_its_interface_is_refused_stays_attached";
+fn tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached() {
+    let test = "tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached";
     if !common::kvm(test) || !common::needs_root(test) {
         return;
     }
@@ -621,11 +622,11 @@ fn devices_when_20_are_refused_at_the_start() {
     let disk = folder.disk("disk", 4096);
     let config = common::probe_vm_with_disks("print:ran", &[disk.as_path(); 20]);
     let says = ["20 drives", "19 devices"];
-    Bad::new(config, At::Start, &says).is_refused();
+    Bad::new(config, At::Start, &says).must_be_refused();
 }
 
 #[test]
-fn command_line_when_the_devices_words_do_not_fit_is_refused_with_the_room_left() {
+fn command_line_when_the_devices_words_do_not_fit_must_be_refused_with_the_room_left() {
     let test = "command_line_when_the_devices_words_do_not_fit";
     if !common::kvm(test) {
         return;
@@ -644,7 +645,7 @@ fn command_line_when_the_devices_words_do_not_fit_is_refused_with_the_room_left(
         &format!("takes {} bytes", word.len()),
         &format!("{} are left", word.len() - 1),
     ];
-    Bad::new(config, At::Start, &says).is_refused();
+    Bad::new(config, At::Start, &says).must_be_refused();
 }
 
 #[test]
@@ -658,7 +659,7 @@ fn boot_args_when_longer_than_a_command_line_are_refused_at_put() {
     ] {
         let mut config = probe_vm("");
         config["boot-source"]["boot_args"] = json!(args);
-        Bad::new(config, At::Put("/boot-source"), &says).is_refused();
+        Bad::new(config, At::Put("/boot-source"), &says).must_be_refused();
     }
 }
 
@@ -674,12 +675,12 @@ fn descriptors_when_they_run_out_are_named_and_nothing_is_left() {
         wrapper: prepared_by("ulimit -n 60"),
         ..Bad::new(config, At::Start, &["Too many open files"])
     };
-    bad.is_refused();
+    bad.must_be_refused();
 }
 
 #[test]
-fn host_when_it_has_no_kvm_is_refused_at_the_start() {
-    let test = "host_when_it_has_no_kvm_is_refused_at_the_start";
+fn host_when_it_has_no_kvm_must_be_refused_at_the_start() {
+    let test = "host_when_it_has_no_kvm_must_be_refused_at_the_start";
     if !common::needs_root(test) {
         return;
     }
@@ -692,7 +693,7 @@ fn host_when_it_has_no_kvm_is_refused_at_the_start() {
             &["/dev/kvm", "No such file or directory"],
         )
     };
-    bad.is_refused_on_the_command_line();
+    bad.must_be_refused_on_the_command_line();
     let socket = folder.join("api");
     let mut command = bad.command();
     command.arg("--api-sock").arg(&socket);
@@ -706,7 +707,7 @@ fn host_when_it_has_no_kvm_is_refused_at_the_start() {
 // The socket
 
 #[test]
-fn socket_path_when_in_use_is_refused_and_its_user_left_alone() {
+fn socket_path_when_in_use_must_be_refused_and_its_user_left_alone() {
     let folder = Folder::new();
     let (_first, api) = Monitor::unconfigured(&folder);
     let socket = folder.join("api");
@@ -720,7 +721,7 @@ fn socket_path_when_in_use_is_refused_and_its_user_left_alone() {
 }
 
 #[test]
-fn socket_path_when_something_is_there_is_refused_and_left_as_it_is() {
+fn socket_path_when_something_is_there_must_be_refused_and_left_as_it_is() {
     let folder = Folder::new();
     let stale = folder.join("stale");
     drop(UnixListener::bind(&stale).unwrap());
@@ -738,7 +739,7 @@ fn socket_path_when_something_is_there_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn socket_path_when_it_can_not_be_is_refused() {
+fn socket_path_when_it_can_not_be_must_be_refused() {
     let folder = Folder::new();
     let nowhere = folder.join("no/such/folder/api");
     let long = folder.join(&"x".repeat(200));
@@ -1137,7 +1138,7 @@ fn arguments_when_wrong_end_with_153_and_a_sentence() {
 }
 
 #[test]
-fn log_path_when_it_can_not_be_written_is_refused() {
+fn log_path_when_it_can_not_be_written_must_be_refused() {
     let folder = Folder::new();
     let socket = folder.join("api");
     for (path, reason) in [
@@ -1151,7 +1152,7 @@ fn log_path_when_it_can_not_be_written_is_refused() {
 }
 
 #[test]
-fn config_file_when_it_can_not_be_read_is_refused() {
+fn config_file_when_it_can_not_be_read_must_be_refused() {
     let folder = Folder::new();
     let missing = folder.join("missing.json");
     let fifo = fifo(&folder, "fifo");
@@ -1168,7 +1169,7 @@ fn config_file_when_it_can_not_be_read_is_refused() {
 }
 
 #[test]
-fn config_file_when_it_makes_no_sense_is_refused() {
+fn config_file_when_it_makes_no_sense_must_be_refused() {
     let folder = Folder::new();
     let source = r#""boot-source":{"kernel_image_path":"/dev/null"}"#;
     for (content, reason) in [

@@ -533,6 +533,39 @@ fn pause_when_asked_for_stops_the_guest_until_resume() {
     assert!(monitor.child.try_wait().unwrap().is_none());
 }
 
+#[test]
+fn pauses_and_resumes_when_asked_for_at_once_are_done_one_after_the_other() {
+    if !common::kvm("pauses_and_resumes_when_asked_for_at_once") {
+        return;
+    }
+    let folder = Folder::new();
+    let mut config = probe_vm("count");
+    config["machine-config"]["vcpu_count"] = json!(2);
+    let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
+    monitor.expect("probe: count 2 ");
+    std::thread::scope(|scope| {
+        for client in 0..8 {
+            let api = Api::at(folder.join("api"));
+            scope.spawn(move || {
+                for turn in 0..50 {
+                    let state = ["Paused", "Resumed"][(client + turn) % 2];
+                    api.patch("/vm", json!({ "state": state }));
+                }
+            });
+        }
+    });
+    api.patch("/vm", json!({"state": "Paused"}));
+    monitor.comes_to_rest("serial");
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let before = monitor.stdout();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert_eq!(monitor.stdout(), before, "a paused guest goes on");
+    api.patch("/vm", json!({"state": "Resumed"}));
+    let lines = before.matches("probe: count ").count();
+    monitor.expect(&format!("probe: count {} ", lines + 2));
+    assert!(monitor.child.try_wait().unwrap().is_none());
+}
+
 // The end
 
 #[test]
@@ -951,4 +984,30 @@ fn instance_when_named_answers_with_its_name() {
         .arg(&socket);
     let _monitor = Monitor::spawn(command);
     assert_eq!(Api::at(socket).get("/")["id"], "some-name");
+}
+
+/// Thirty times, because it is a race that is won or lost.
+#[test]
+fn start_when_the_guest_ends_at_once_is_answered() {
+    let test = "start_when_the_guest_ends_at_once_is_answered";
+    if !common::kvm(test) {
+        return;
+    }
+    for round in 0..30 {
+        let folder = Folder::new();
+        let socket = folder.join("api");
+        let mut monitor = Monitor::start(["--api-sock", socket.to_str().unwrap()]);
+        let api = Api::at(&socket);
+        api.put(
+            "/boot-source",
+            json!({"kernel_image_path": common::firstbyte()}),
+        );
+        let (status, answer) = api.request(
+            "PUT",
+            "/actions",
+            &json!({"action_type": "InstanceStart"}).to_string(),
+        );
+        assert_eq!(status, 204, "round {round}: {answer}");
+        monitor.exits_with(0);
+    }
 }

@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Folder, LINUX_PATIENCE, Monitor, Netns};
 use serde_json::json;
@@ -17,8 +17,11 @@ const GUEST: &str = "172.16.9.2";
 const HOST: &str = "172.16.9.1";
 const PORT: u16 = 8000;
 
-/// More than 10 MB that nobody else has.
-const LEN: usize = 11 << 20;
+/// More than 10 MB, and no whole number of anything.
+const LEN: usize = 10_500_001;
+
+/// Large frames, and so few of them: each one costs an emulated kernel half a millisecond.
+const MTU: u16 = 32_000;
 
 /// The checksum of a file, by the host's own tool.
 fn sha256(folder: &Folder, name: &str) -> String {
@@ -33,7 +36,18 @@ fn sha256(folder: &Folder, name: &str) -> String {
 
 /// Answers one HTTP request with `content`.
 fn serve(listener: &TcpListener, content: &[u8]) {
-    let (mut client, _) = listener.accept().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let deadline = Instant::now() + LINUX_PATIENCE;
+    let mut client = loop {
+        match listener.accept() {
+            Ok((client, _)) => break client,
+            Err(e) => assert!(Instant::now() < deadline, "the guest asks for nothing: {e}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    client.set_nonblocking(false).unwrap();
+    client.set_read_timeout(Some(LINUX_PATIENCE)).unwrap();
+    client.set_write_timeout(Some(LINUX_PATIENCE)).unwrap();
     let mut request = Vec::new();
     let mut byte = [0];
     while !request.ends_with(b"\r\n\r\n") {
@@ -77,6 +91,7 @@ fn linux_when_booted_from_a_disk_reads_writes_and_talks() {
     let linux = common::linux();
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", &format!("{HOST}/24"));
+    netns.run("ip", &["link", "set", "mftap", "mtu", &MTU.to_string()]);
     let disk = folder.join("rootfs.ext4");
     fs::copy(&linux.disk, &disk).unwrap();
     let content: Vec<u8> = (0u32..)
@@ -104,6 +119,7 @@ fn linux_when_booted_from_a_disk_reads_writes_and_talks() {
             "iface_id": "eth0",
             "host_dev_name": "mftap",
             "guest_mac": "06:00:AC:10:09:02",
+            "mtu": MTU,
         }],
     });
     let listener = netns.inside(|| TcpListener::bind((HOST, PORT)).unwrap());

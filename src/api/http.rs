@@ -366,6 +366,8 @@ pub struct Response {
     pub body: Option<String>,
     /// The connection ends with this.
     pub close: bool,
+    /// The request had a member that clients should stop using.
+    pub deprecated: bool,
 }
 
 impl Response {
@@ -376,6 +378,7 @@ impl Response {
             content_type: "application/json",
             body: Some(body),
             close: false,
+            deprecated: false,
         }
     }
 
@@ -404,6 +407,9 @@ impl Response {
             self.status
         );
         out.extend_from_slice(head.as_bytes());
+        if self.deprecated {
+            out.extend_from_slice(b"Deprecation: true\r\n");
+        }
         if let Some(body) = &self.body {
             let kind = format!(
                 "Content-Type: {}\r\nContent-Length: {}\r\n\r\n",

@@ -44,7 +44,8 @@ use crate::inbox::{self, Inbox, Outbox};
 use crate::metrics::Reader;
 use crate::sys::handed::{Handed, HandedError};
 use crate::sys::{process, socket};
-use crate::vmm::action::{Answer, Command, Reply};
+use crate::vmm::action::{Answer, Command, Owed, Reply};
+use crate::warn;
 use counters::{Counted, Counters};
 use http::{Decoder, Piece, Request, Response};
 
@@ -102,7 +103,7 @@ impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Failed to open the API socket at {}, check that it is not already used",
+            "Failed to open the API socket at: {}. Check that it is not already used.",
             self.path.display()
         )
     }
@@ -156,6 +157,8 @@ pub struct Server {
     answer_to: Outbox<(u64, Answer)>,
     /// Questions that control has not answered.
     outstanding: usize,
+    /// Answers of control's that are not written yet.
+    owed: Owed,
     payload_max: usize,
     /// Most connections that may hold descriptors of a request that is half sent.
     holders_max: usize,
@@ -210,6 +213,7 @@ impl Server {
             answers,
             answer_to: sender.outbox(),
             outstanding: 0,
+            owed: Owed::default(),
             payload_max,
             holders_max: holders.clamp(1, CONNECTIONS_MAX),
             connections: (0..places).map(|_| None).collect(),
@@ -227,6 +231,11 @@ impl Server {
     /// What it counts.
     pub fn counters(&self) -> Arc<dyn Reader> {
         Arc::clone(&self.counters) as Arc<dyn Reader>
+    }
+
+    /// What it has still to write.
+    pub fn owed(&self) -> Owed {
+        self.owed.clone()
     }
 
     /// Serves until the process ends.
@@ -333,16 +342,24 @@ impl Server {
         self.answers.silence();
         while let Some(Answered { token, answer }) = self.answers.next() {
             self.outstanding = self.outstanding.saturating_sub(1);
-            let place = place_of(token);
-            let Some(connection) = self.at(place) else {
-                continue;
-            };
+            self.take_answer(token, &answer);
+            // Written, as far as the client takes it.
+            self.owed.settle();
+        }
+    }
+
+    fn take_answer(&mut self, token: u64, answer: &Answer) {
+        if let Some(connection) = self.at(place_of(token)) {
             // Another question, or another client, may have come to this place since.
             if let Some(asked) = connection.asked.take_if(|asked| asked.token == token) {
                 let connection = connection.token;
                 let time = self.now.saturating_duration_since(asked.since);
                 self.counters.answered(asked.counted, answer.is_ok(), time);
-                self.answer(connection, asked.close, &routes::response(&answer));
+                let response = Response {
+                    deprecated: asked.deprecated,
+                    ..routes::response(answer)
+                };
+                self.answer(connection, asked.close, &response);
             }
         }
     }
@@ -451,6 +468,7 @@ impl Server {
         };
         let patience = routes::patience(&action);
         let counted = Counted::new(operation, &action);
+        let deprecated = routes::deprecated(&action);
         let token = self.token(place_of(connection.token));
         // What came with a question goes with it, delivered or not: no second try then.
         let once = !handed.is_empty();
@@ -460,11 +478,14 @@ impl Server {
             self.to_control.post(Command {
                 action: Box::new(action),
                 handed,
-                reply: Reply::new(token, self.answer_to.clone()),
+                reply: Reply::new(token, self.answer_to.clone(), self.owed.clone()),
             })
         };
         let since = connection.waiting.take().unwrap_or(self.now);
         if posted {
+            if let Some(sentence) = deprecated {
+                warn!("{sentence}");
+            }
             connection.asked = Some(Asked {
                 token,
                 until: self.now.checked_add(patience).unwrap_or(self.now),
@@ -472,6 +493,7 @@ impl Server {
                 close: request.close,
                 since,
                 counted,
+                deprecated: deprecated.is_some(),
             });
             return true;
         }
@@ -635,6 +657,7 @@ struct Asked {
     /// When the request was whole.
     since: Instant,
     counted: Counted,
+    deprecated: bool,
 }
 
 /// One client.
@@ -1300,7 +1323,11 @@ mod tests {
             .send(Command {
                 action: Box::new(Action::GetVersion),
                 handed: Handed::default(),
-                reply: Reply::new(0, inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox()),
+                reply: Reply::new(
+                    0,
+                    inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox(),
+                    Owed::default(),
+                ),
             })
             .is_ok()
         {

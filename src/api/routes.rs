@@ -282,6 +282,19 @@ fn patch_vm(bytes: &[u8]) -> Result<Action, String> {
     })
 }
 
+/// What the log says of a request with a member that clients should stop using, if it has one.
+pub fn deprecated(action: &Action) -> Option<&'static str> {
+    match action {
+        Action::PutMachineConfig(machine) => machine.cpu_template.and(Some(
+            "PUT /machine-config: cpu_template field is deprecated.",
+        )),
+        Action::PatchMachineConfig(update) => update.cpu_template.and(Some(
+            "PATCH /machine-config: cpu_template field is deprecated.",
+        )),
+        _ => None,
+    }
+}
+
 /// How long control may think about `action` before the client is told that it still does.
 pub fn patience(action: &Action) -> Duration {
     match action {

@@ -2,9 +2,9 @@
 
 use super::cpu::CpuConfig;
 use super::{
-    BootSource, ConfigError, CpuConfigSource, Drive, DriveUpdate, HugePages, IoEngine,
-    MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkUpdate, RateLimiterConfig, Serial,
-    Source, TokenBucketConfig, VmConfig,
+    BootSource, ConfigError, Drive, DriveUpdate, HugePages, IoEngine, MachineConfig,
+    MachineConfigUpdate, NetworkInterface, NetworkUpdate, RateLimiterConfig, Serial, Source,
+    TokenBucketConfig, VmConfig,
 };
 
 /// The kernel command line of a boot source that names none.
@@ -61,34 +61,6 @@ pub struct Config {
 }
 
 impl Draft {
-    /// All parts of `config` that a draft keeps. Masks in a file of their own, the log and the
-    /// metrics are the caller's.
-    ///
-    /// # Errors
-    /// The first part that is refused.
-    pub fn from_vm_config(config: &VmConfig) -> Result<Self, ConfigError> {
-        let mut draft = Draft::default();
-        if let Some(machine) = &config.machine_config {
-            draft.put_machine_config(machine.clone())?;
-        }
-        if let Some(CpuConfigSource::Inline(cpu)) = &config.cpu_config {
-            draft.put_cpu_config(cpu.clone());
-        }
-        if let Some(serial) = &config.serial {
-            draft.put_serial(serial.clone());
-        }
-        if let Some(boot_source) = &config.boot_source {
-            draft.put_boot_source(boot_source.clone())?;
-        }
-        for drive in &config.drives {
-            draft.put_drive(drive.clone())?;
-        }
-        for network in &config.network_interfaces {
-            draft.put_network(network.clone())?;
-        }
-        Ok(draft)
-    }
-
     /// The machine as asked for so far.
     pub fn machine_config(&self) -> &MachineConfig {
         &self.machine
@@ -396,50 +368,6 @@ fn check_machine(machine: &MachineConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::MemorySize(mib));
     }
     Ok(())
-}
-
-impl Config {
-    /// The words that the kernel needs for the root disk; none when there is no root disk.
-    pub fn root_words(&self) -> Vec<String> {
-        let Some(root) = self.drives.iter().find(|d| d.is_root_device) else {
-            return Vec::new();
-        };
-        let device = match &root.partuuid {
-            Some(partuuid) => format!("root=PARTUUID={partuuid}"),
-            None => "root=/dev/vda".into(),
-        };
-        let mode = if root.read_only() { "ro" } else { "rw" };
-        vec![device, mode.into()]
-    }
-}
-
-/// The kernel command line: `boot_args` with `words` added, before what is meant for init.
-///
-/// # Errors
-/// When it is longer than the kernel takes; the error tells the room that was left.
-pub fn command_line(boot_args: &str, words: &[String]) -> Result<String, ConfigError> {
-    let (kernel, init) = match boot_args.split_once(" -- ") {
-        Some((kernel, init)) => (kernel, Some(init)),
-        None => (boot_args, None),
-    };
-    let mut line = kernel.trim().to_string();
-    for word in words {
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
-    }
-    if let Some(init) = init {
-        line.push_str(" -- ");
-        line.push_str(init.trim());
-    }
-    if line.len() > COMMAND_LINE_MAX {
-        return Err(ConfigError::CommandLineFull {
-            length: line.len(),
-            room: COMMAND_LINE_MAX.saturating_sub(boot_args.trim().len()),
-        });
-    }
-    Ok(line)
 }
 
 #[cfg(test)]
@@ -751,56 +679,5 @@ mod tests {
             draft.check(),
             Err(ConfigError::MemoryUnaddressable(u64::MAX))
         );
-    }
-
-    #[test]
-    fn command_line_when_built_puts_words_before_those_of_init() {
-        let words = ["pci=off".to_string(), "root=/dev/vda".to_string()];
-        for (boot_args, line) in [
-            ("", "pci=off root=/dev/vda"),
-            (" quiet ", "quiet pci=off root=/dev/vda"),
-            ("a -- b -- c", "a pci=off root=/dev/vda -- b -- c"),
-        ] {
-            assert_eq!(command_line(boot_args, &words).unwrap(), line);
-        }
-        let room = COMMAND_LINE_MAX - " pci=off root=/dev/vda".len();
-        assert!(command_line(&"a".repeat(room), &words).is_ok());
-        assert_eq!(
-            command_line(&"a".repeat(room + 1), &words),
-            Err(ConfigError::CommandLineFull {
-                length: COMMAND_LINE_MAX + 1,
-                room: 21
-            })
-        );
-    }
-
-    #[test]
-    fn root_words_when_there_is_a_root_name_it() {
-        let config = |root: Drive| {
-            let mut draft = Draft::default();
-            draft
-                .put_boot_source(json::parse(br#"{"kernel_image_path":"/k"}"#).unwrap())
-                .unwrap();
-            draft.put_drive(root).unwrap();
-            draft.check().unwrap().root_words()
-        };
-        assert_eq!(config(drive("a", true)), ["root=/dev/vda", "rw"]);
-        assert!(config(drive("a", false)).is_empty());
-        let mut read_only = drive("a", true);
-        read_only.is_read_only = Some(true);
-        read_only.partuuid = Some("1-2".into());
-        assert_eq!(config(read_only), ["root=PARTUUID=1-2", "ro"]);
-    }
-
-    #[test]
-    fn draft_when_made_of_a_file_holds_all_of_it() {
-        let file = br#"{"boot-source":{"kernel_image_path":"k"},
-            "drives":[{"drive_id":"a","path_on_host":"p","is_root_device":true},
-                      {"drive_id":"b","path_on_host":"p","is_root_device":true}]}"#;
-        let config = crate::config::parse_file(file).unwrap();
-        assert!(matches!(
-            Draft::from_vm_config(&config),
-            Err(ConfigError::SecondRoot { .. })
-        ));
     }
 }

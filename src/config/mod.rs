@@ -107,13 +107,6 @@ pub enum ConfigError {
         /// Network interfaces.
         networks: usize,
     },
-    /// A kernel command line that does not fit with the devices' words.
-    CommandLineFull {
-        /// Bytes it would have.
-        length: usize,
-        /// Bytes that were left beside the user's words.
-        room: usize,
-    },
 }
 
 impl fmt::Display for ConfigError {
@@ -133,7 +126,8 @@ impl fmt::Display for ConfigError {
             ),
             MemoryUnaddressable(mib) => write!(
                 f,
-                "Machine config error: mem_size_mib is {mib}: that is more memory than a machine \
+                "Invalid Memory Configuration: Cannot create mmap region: Out of memory (os error \
+                 12): mem_size_mib is {mib}, which is more memory than a machine \
                  can address"
             ),
             BootArgsTooLong(length) => write!(
@@ -157,9 +151,10 @@ impl fmt::Display for ConfigError {
                 "Drive config error: `{drive}` has a `socket`: vhost-user devices are out of scope"
             ),
             NoSuchDrive(drive) => write!(f, "Drive config error: drive `{drive}` not found"),
+            // "Running method expected different backend" is how the original says it.
             NothingToPatch(drive) => write!(
                 f,
-                "Drive config error: the update of `{drive}` has neither `path_on_host` nor \
+                "Drive config error: Running method expected different backend. The update of `{drive}` has neither `path_on_host` nor \
                  `rate_limiter`"
             ),
             NoSuchNetwork(iface) => {
@@ -191,12 +186,6 @@ impl fmt::Display for ConfigError {
                 f,
                 "Start microvm error: {drives} drives and {networks} network interfaces are more \
                  than the {DEVICES_MAX} devices there is room for"
-            ),
-            CommandLineFull { length, room } => write!(
-                f,
-                "Start microvm error: the kernel command line would have {length} bytes with the \
-                 words of the devices, and may have {COMMAND_LINE_MAX}: boot_args leaves room for \
-                 {room}"
             ),
         }
     }

@@ -7,9 +7,9 @@ use serde::de::{Error, MapAccess, Unexpected, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// In JSON a string, or `{"fd": N}`. Where an object names one source only, a member `"fd": N`
-/// takes the place of the member that names it; it is an alias of that member, which is why a
-/// bare number is a descriptor too.
+/// In JSON a string, or `{"fd": N}`. A member `"fd": N` of some objects takes the place of the
+/// member that names their (first) source; it is an alias of that member, which is why a bare
+/// number is a descriptor too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A path, or the name of a tap.

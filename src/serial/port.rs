@@ -38,7 +38,7 @@ impl Ring {
 
     /// The index of position `at`: a ring's size is a power of two.
     fn index(at: u64) -> usize {
-        (at & (REPLAY as u64 - 1)) as usize
+        (at & (REPLAY as u64).wrapping_sub(1)) as usize
     }
 
     fn write(&mut self, mut bytes: &[u8]) {

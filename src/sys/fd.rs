@@ -59,15 +59,10 @@ pub fn read(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
 /// # Errors
 /// When the host has no descriptor left.
 pub fn pipe() -> io::Result<(File, File)> {
-    let mut ends = [0; 2];
-    // SAFETY: `ends` is an array of two, which is what the call writes.
-    let result = unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded, so both are open and nobody else owns them.
-    let [reader, writer] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-    Ok((File::from(reader), File::from(writer)))
+    let (reader, writer) = io::pipe()?;
+    set_nonblocking(&reader)?;
+    set_nonblocking(&writer)?;
+    Ok((OwnedFd::from(reader).into(), OwnedFd::from(writer).into()))
 }
 
 /// A copy of a descriptor that the process was started with (standard input, say), above 2.
@@ -75,19 +70,25 @@ pub fn pipe() -> io::Result<(File, File)> {
 /// # Errors
 /// When `fd` is not open, or the host has no descriptor left.
 pub fn duplicate(fd: RawFd) -> io::Result<File> {
-    // SAFETY: F_DUPFD_CLOEXEC only makes a new descriptor; the kernel checks `fd`.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    if copy < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let copy = fcntl(fd, libc::F_DUPFD_CLOEXEC, 3)?;
     // SAFETY: the call succeeded: `copy` is open and nobody else's.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(copy) }))
 }
 
 /// Whether `fd` is an open descriptor of this process.
 pub fn is_open(fd: RawFd) -> bool {
-    // SAFETY: F_GETFD has no effect; the kernel checks `fd`.
-    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+    fcntl(fd, libc::F_GETFD, 0).is_ok()
+}
+
+/// Asks about a descriptor or its flags, changes them, or makes a copy of it.
+fn fcntl(fd: RawFd, command: libc::c_int, argument: libc::c_int) -> io::Result<libc::c_int> {
+    // SAFETY: the commands given here take a number and touch no memory of ours; the kernel
+    // checks `fd`.
+    let result = unsafe { libc::fcntl(fd, command, argument) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
 }
 
 /// Takes over descriptor `fd`, which this process was started with: closed with the value that
@@ -99,21 +100,14 @@ pub fn is_open(fd: RawFd) -> bool {
 /// # Errors
 /// `None` when `fd` is the process's own, or taken already; else the host's: it is not open.
 pub fn take_over(fd: RawFd) -> Result<OwnedFd, Option<io::Error>> {
-    // SAFETY: F_GETFD has no effect; the kernel checks `fd`.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
-    if flags < 0 {
-        return Err(Some(io::Error::last_os_error()));
-    }
+    let flags = fcntl(fd, libc::F_GETFD, 0).map_err(Some)?;
     if flags & libc::FD_CLOEXEC != 0 {
         return Err(None);
     }
     if fd <= libc::STDERR_FILENO {
         return duplicate(fd).map(OwnedFd::from).map_err(Some);
     }
-    // SAFETY: only marks the descriptor, which is open.
-    if unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) } < 0 {
-        return Err(Some(io::Error::last_os_error()));
-    }
+    fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC).map_err(Some)?;
     // SAFETY: it is open, and was not marked until now: nobody in this process owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -136,11 +130,7 @@ pub struct Access {
 /// # Errors
 /// None for a descriptor that is open.
 pub fn access(fd: impl AsFd) -> io::Result<Access> {
-    // SAFETY: F_GETFL touches no memory of ours.
-    let flags = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let flags = fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL, 0)?;
     // A mere name for a file (O_PATH) can be neither read nor written.
     let mode = (flags & libc::O_PATH == 0).then_some(flags & libc::O_ACCMODE);
     Ok(Access {
@@ -158,16 +148,8 @@ pub fn access(fd: impl AsFd) -> io::Result<Access> {
 /// None for a descriptor that is open and can be read or written.
 pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     let fd = fd.as_fd().as_raw_fd();
-    // SAFETY: F_GETFL touches no memory of ours.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: F_SETFL touches no memory of ours.
-    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    let flags = fcntl(fd, libc::F_GETFL, 0)?;
+    fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK).map(drop)
 }
 
 /// What a thread waits for on one descriptor, and what came.

@@ -3,6 +3,7 @@
 //! Guest memory is only ever given to the kernel here, as [`VolatileSlice`]s whose lifetimes hold
 //! the mapping in place; nothing in this process makes a reference to it.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
@@ -94,6 +95,21 @@ impl<'a> Vectors<'a> {
         let filled = self.filled();
         let start = filled.iter().position(|p| p.iov_len > 0);
         start.and_then(|at| filled.get(at..)).unwrap_or_default()
+    }
+}
+
+/// An error of the host's in words that take no allocation: a device's thread may not allocate,
+/// and the error itself fetches its words from the C library.
+pub struct Brief<'a>(pub &'a io::Error);
+
+impl fmt::Display for Brief<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.raw_os_error() {
+            // The usual one has no kind.
+            Some(libc::EIO) => write!(f, "input/output error (os error {})", libc::EIO),
+            Some(number) => write!(f, "{} (os error {number})", self.0.kind()),
+            None => write!(f, "{}", self.0.kind()),
+        }
     }
 }
 
@@ -208,10 +224,36 @@ pub fn write_packet<'a, B: BitmapSlice + 'a>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::allocator_calls;
     use super::*;
     use std::io::{Seek, Write};
     use std::os::unix::net::UnixDatagram;
     use vmm_sys_util::tempfile::TempFile;
+
+    #[test]
+    fn brief_when_printed_says_what_it_is_and_allocates_nothing() {
+        for (error, text) in [
+            (
+                io::Error::from_raw_os_error(libc::EIO),
+                "input/output error (os error 5)",
+            ),
+            (
+                io::Error::from_raw_os_error(libc::ENOSPC),
+                "no storage space (os error 28)",
+            ),
+            (
+                io::ErrorKind::UnexpectedEof.into(),
+                "unexpected end of file",
+            ),
+        ] {
+            let mut line = [0; 64];
+            let mut rest = &mut line[..];
+            let before = allocator_calls();
+            write!(rest, "{}", Brief(&error)).unwrap();
+            assert_eq!(allocator_calls(), before);
+            assert_eq!(&line[..text.len()], text.as_bytes());
+        }
+    }
 
     fn file_of(bytes: &[u8]) -> File {
         let mut file = TempFile::new().unwrap().into_file();

@@ -1,6 +1,5 @@
-//! The process as a whole: its end, its allocator, its threads' names.
+//! The process as a whole: its end, its allocator, its limits.
 
-use std::ffi::CString;
 use std::panic;
 
 use super::terminal;
@@ -12,14 +11,16 @@ pub fn exit(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Keeps the C library's allocator to one arena that grows by `brk` and never shrinks: device
-/// threads then need no `mmap`, `mprotect` or file under /proc when they allocate, and a filter
-/// can say so. Call it before the first thread is made.
+/// Keeps the C library's allocator to one arena that grows by `brk`, or by `mmap` where `brk` has
+/// come to its end, and never shrinks: no thread then needs `mprotect`, `mremap`, `munmap` or a
+/// file under /proc when it allocates, and a filter can say so. Call it before the first thread
+/// is made.
 pub fn use_one_arena() {
     for (parameter, value) in [
         (libc::M_ARENA_MAX, 1),
         (libc::M_TRIM_THRESHOLD, i32::MAX),
-        (libc::M_MMAP_THRESHOLD, i32::MAX),
+        // No allocation has a mapping of its own, however large.
+        (libc::M_MMAP_MAX, 0),
     ] {
         // SAFETY: only sets a parameter of the allocator, before other threads exist.
         unsafe { libc::mallopt(parameter, value) };
@@ -36,15 +37,6 @@ pub fn end_on_panic() {
         terminal::restore();
         self::exit(exit::PANIC)
     }));
-}
-
-/// Names the calling thread for tools such as `ps`; cut at 15 bytes.
-pub fn name_thread(name: &str) {
-    let short: Vec<u8> = name.bytes().filter(|b| *b != 0).take(15).collect();
-    if let Ok(name) = CString::new(short) {
-        // SAFETY: `name` is a C string that outlives the call, which copies it.
-        unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
-    }
 }
 
 /// Whether this is process 1 of its namespace, where default signal actions do not apply.

@@ -54,7 +54,9 @@ impl Signals {
         for signal in FATAL {
             let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
                 on_fatal;
-            set_action(signal, handler as libc::sighandler_t, libc::SA_SIGINFO)?;
+            // On the thread's other stack, which the standard library makes: the first may be full.
+            let flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            set_action(signal, handler as libc::sighandler_t, flags)?;
         }
         let handler: extern "C" fn(libc::c_int) = on_kick;
         set_action(libc::SIGRTMIN(), handler as libc::sighandler_t, 0)?;

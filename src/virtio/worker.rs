@@ -23,6 +23,7 @@
 //! Everything is made by [`attach`], before the thread exists: [`Worker::run`] opens nothing,
 //! watches nothing new, and allocates nothing.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -41,6 +42,7 @@ use super::{
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox, Sender, inbox};
 use crate::metrics::Report;
+use crate::sys::io::Brief;
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
 const UNITS_PER_TURN: u32 = 64;
@@ -184,6 +186,8 @@ pub struct DeviceHandle<D: Device> {
     registers: Arc<Registers>,
     counters: Arc<D::Counters>,
     worker_counters: Arc<WorkerCounters>,
+    /// The last word about pausing or resuming found the inbox full.
+    missed: Cell<bool>,
 }
 
 impl<D: Device> DeviceHandle<D> {
@@ -197,7 +201,9 @@ impl<D: Device> DeviceHandle<D> {
     /// # Errors
     /// When the worker can not be reached.
     pub fn pause(&self, token: u64) -> Result<(), Unreachable> {
-        self.send(ControlMsg::Pause(token))
+        let sent = self.send(ControlMsg::Pause(token));
+        self.missed.set(sent.is_err());
+        sent
     }
 
     /// Asks for [`Done::Resumed`].
@@ -205,7 +211,15 @@ impl<D: Device> DeviceHandle<D> {
     /// # Errors
     /// When the worker can not be reached.
     pub fn resume(&self, token: u64) -> Result<(), Unreachable> {
-        self.send(ControlMsg::Resume(token))
+        let sent = self.send(ControlMsg::Resume(token));
+        self.missed.set(sent.is_err());
+        sent
+    }
+
+    /// Whether the last pause or resume did not reach the worker: to be said again once it
+    /// answers what it was asked before.
+    pub fn has_missed(&self) -> bool {
+        self.missed.get()
     }
 
     /// Asks for [`Done::Updated`].
@@ -290,6 +304,7 @@ pub fn attach<D: Device>(
         registers: Arc::clone(&registers),
         counters: device.counters(),
         worker_counters: Arc::clone(&worker_counters),
+        missed: Cell::new(false),
     };
     let watched = watched(&registers, &driver, &control, &device);
     let events_at_once = watched.len();
@@ -586,7 +601,7 @@ impl<D: Device> Loop<D> {
             }
         }
         if let Err(error) = self.device.activate(features) {
-            self.break_down(&error);
+            self.break_down(&Brief(&error));
         }
     }
 
@@ -987,6 +1002,31 @@ mod tests {
         handle.stop().unwrap();
         let (calls, _worker) = thread.join().unwrap();
         assert_eq!(calls, 0);
+    }
+
+    #[test]
+    fn resume_when_the_inbox_is_full_is_remembered_as_missed() {
+        let block = Block::new(disk(64), "disk", true, RateLimiter::default()).unwrap();
+        let (to_replies, replies) = mailbox();
+        let (to_events, _events) = mailbox();
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (_registers, worker, handle) =
+            attach(block, "disk", ram(), line, to_replies, to_events).unwrap();
+        for token in 0..CONTROL_MESSAGES as u64 {
+            handle.pause(token).unwrap();
+        }
+        assert!(handle.resume(100).is_err() && handle.has_missed());
+        let thread = thread::spawn(move || worker.run());
+        next(&replies);
+        handle.resume(100).unwrap();
+        assert!(!handle.has_missed());
+        let mut last = next(&replies);
+        while last.token != 100 {
+            last = next(&replies);
+        }
+        assert!(matches!(last.done, Done::Resumed));
+        handle.stop().unwrap();
+        thread.join().unwrap();
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! place decides the order of everything that happens to a VM.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::config::cpu::CpuConfig;
 use crate::config::{
@@ -133,22 +135,49 @@ pub type Answer = Result<Outcome, ActionError>;
 pub struct Reply {
     token: u64,
     to: Option<Outbox<(u64, Answer)>>,
+    owed: Owed,
+}
+
+/// Answers that control has given and that have not been written to their clients yet. Control
+/// looks at it before it ends the process, so that a client whose request made the guest end
+/// still hears that it was done.
+#[derive(Clone, Debug, Default)]
+pub struct Owed(Arc<AtomicUsize>);
+
+impl Owed {
+    /// An answer was written, or its client is gone.
+    pub fn settle(&self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether every client has its answer.
+    pub fn is_settled(&self) -> bool {
+        self.0.load(Ordering::Acquire) == 0
+    }
+
+    fn give(&self, to: &Outbox<(u64, Answer)>, token: u64, answer: Answer) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        if !to.post((token, answer)) {
+            // A requester that is gone no longer wants to know.
+            self.settle();
+        }
+    }
 }
 
 impl Reply {
-    /// Answers go to `to`, marked with `token`.
-    pub fn new(token: u64, to: Outbox<(u64, Answer)>) -> Self {
+    /// Answers go to `to`, marked with `token`, and are owed until `owed` is told otherwise.
+    pub fn new(token: u64, to: Outbox<(u64, Answer)>, owed: Owed) -> Self {
         Reply {
             token,
             to: Some(to),
+            owed,
         }
     }
 
     /// Answers the request.
     pub fn send(mut self, answer: Answer) {
         if let Some(to) = self.to.take() {
-            // A requester that is gone no longer wants to know.
-            let _ = to.post((self.token, answer));
+            self.owed.give(&to, self.token, answer);
         }
     }
 }
@@ -157,7 +186,7 @@ impl Drop for Reply {
     fn drop(&mut self) {
         if let Some(to) = self.to.take() {
             let error = ActionError("The request was given up: the microVM is ending.".into());
-            let _ = to.post((self.token, Err(error)));
+            self.owed.give(&to, self.token, Err(error));
         }
     }
 }

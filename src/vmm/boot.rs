@@ -13,7 +13,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::thread;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm};
@@ -43,13 +42,12 @@ use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
-use crate::virtio::{self, Device, DeviceHandle, Worker};
+use crate::virtio::{self, Device, DeviceHandle, Worker, registers};
 use crate::{error, log, warn};
 
 /// Messages that may wait for the serial thread.
 const SERIAL_MESSAGES: usize = 4;
-/// The register a driver kicks by: QueueNotify (virtio 1.2, 4.2.2).
-const QUEUE_NOTIFY: u64 = 0x50;
+const _: () = assert!(registers::LENGTH == layout::VIRTIO_MMIO_SIZE);
 
 /// Why a VM could not be started.
 #[derive(Debug)]
@@ -257,6 +255,7 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     }
     threads::filter_or_end(host.category(Category::Control));
     muster.wait();
+    log::redirect(Place::NonBlocking(log_writer.as_raw_fd()));
 
     Ok(Machine {
         draft: Box::new(draft.clone()),
@@ -266,7 +265,6 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         console: console_sender,
         console_counters,
         _console_socket: opened.console_socket.clone(),
-        log_before: log::redirect(Place::NonBlocking(log_writer.as_raw_fd())),
         _log_writer: log_writer,
         keyboard,
         _vm: vm,
@@ -330,7 +328,7 @@ impl Slots<'_> {
         self.next += 1;
         self.vm.register_irqfd(irqfd, gsi).map_err(fail)?;
         for (queue, kick) in (0u32..).zip(registers.kicks()) {
-            let at = IoEventAddress::Mmio(address + QUEUE_NOTIFY);
+            let at = IoEventAddress::Mmio(address + registers::QUEUE_NOTIFY);
             self.vm.register_ioevent(kick, &at, queue).map_err(fail)?;
         }
         let registers: Arc<dyn Registers> = registers;
@@ -457,13 +455,7 @@ fn occupy<D: Device>(
 ) -> Vec<DeviceHandle<D>> {
     let mut handles = Vec::with_capacity(devices.len());
     for ((worker, handle), berth) in devices.into_iter().zip(berths) {
-        let _ = berth.occupy(host.category(category), muster, move || {
-            // Not taken apart on this thread, which may neither close nor unmap.
-            let _kept = worker.run();
-            loop {
-                thread::park();
-            }
-        });
+        let _ = berth.occupy(host.category(category), muster, move || worker.run());
         handles.push(handle);
     }
     handles
@@ -500,10 +492,12 @@ fn make_console(
         log_to: fd::duplicate(log::descriptor()).map_err(fail)?,
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).map_err(fail)?;
-    let line = line(vm, serial::COM1_GSI)?;
+    let line = line(vm, layout::SERIAL_GSI)?;
     let (uart, console) =
         serial::console(line, streams, inbox, host.events.outbox()).map_err(fail)?;
-    buses.ports.insert(serial::COM1_PORT, serial::PORTS, uart)?;
+    buses
+        .ports
+        .insert(layout::SERIAL_PORT, serial::PORTS, uart)?;
     Ok((console, messages, log_writer))
 }
 

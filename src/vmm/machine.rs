@@ -1,7 +1,6 @@
 //! A built virtual machine: what control holds of it once it exists.
 
 use std::fs::File;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::action::ActionError;
@@ -11,7 +10,6 @@ use crate::arch::Vm;
 use crate::arch::i8042::{I8042, KeyboardFull};
 use crate::config::{Draft, DriveUpdate, NetworkUpdate};
 use crate::inbox::Sender;
-use crate::log::{self, Place};
 use crate::memory::Memory;
 use crate::serial::{self, SerialMessage};
 use crate::sys::handed::Handed;
@@ -37,9 +35,7 @@ pub struct Machine {
     pub console_counters: Arc<serial::Counters>,
     /// Its socket stays for as long as the machine does.
     pub _console_socket: Option<Arc<ConsoleSocket>>,
-    /// Where the log went before it went through the serial thread.
-    pub log_before: RawFd,
-    /// The pipe it goes into now; kept open.
+    /// The pipe that the log goes into, to the end: other threads may not write it anywhere else.
     pub _log_writer: File,
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
@@ -69,6 +65,11 @@ impl Machine {
         asked
     }
 
+    /// How many devices there are.
+    pub fn devices(&self) -> usize {
+        self.blocks.len().saturating_add(self.nets.len())
+    }
+
     /// Asks every device to pause, the first with `token`, the next with the number after it;
     /// the tokens of those that will answer.
     pub fn pause_devices(&self, token: u64) -> Vec<u64> {
@@ -89,13 +90,31 @@ impl Machine {
 
     /// Lets every device work again.
     pub fn resume_devices(&self, token: u64) {
-        // A device that takes no message now is still in the I/O it was paused in, and its inbox
-        // holds an update for every slot: it never paused, so it has nothing to resume.
+        // A device that hangs may have an inbox full of what it was told before: `catch_up`.
         for device in &self.blocks {
             let _ = device.resume(token);
         }
         for device in &self.nets {
             let _ = device.resume(token);
+        }
+    }
+
+    /// Tells devices to pause, or else to work, that could not take it when they were told:
+    /// some device has just answered, and may have room again.
+    pub fn catch_up(&self, pause: bool, token: u64) {
+        for device in self.blocks.iter().filter(|d| d.has_missed()) {
+            let _ = if pause {
+                device.pause(token)
+            } else {
+                device.resume(token)
+            };
+        }
+        for device in self.nets.iter().filter(|d| d.has_missed()) {
+            let _ = if pause {
+                device.pause(token)
+            } else {
+                device.resume(token)
+            };
         }
     }
 
@@ -173,10 +192,5 @@ impl Machine {
     /// What was asked for.
     pub fn draft(&self) -> &Draft {
         &self.draft
-    }
-
-    /// Log lines go straight to their place again: the serial thread has ended its work.
-    pub fn take_log_back(&self) {
-        log::redirect(Place::Blocking(self.log_before));
     }
 }

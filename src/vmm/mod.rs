@@ -15,6 +15,15 @@
 //! hangs.
 //!
 //! Control alone may open files once the guest runs; what it opens it hands to the worker.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
 
 pub mod action;
 mod boot;
@@ -35,7 +44,7 @@ use std::{io, mem};
 use kvm_ioctls::Kvm;
 
 use self::action::{
-    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Reply,
+    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Owed, Reply,
 };
 use self::machine::Machine;
 use self::opened::Opened;
@@ -67,6 +76,8 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 const UPDATE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a running machine's metrics are written to their sink.
 const METRICS_INTERVAL: Duration = Duration::from_secs(60);
+/// How long clients' last answers may take to be written at the end.
+const ANSWERS_PATIENCE: Duration = Duration::from_millis(50);
 /// How long the console and the log may take to be written out at the end.
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
@@ -154,6 +165,8 @@ pub struct Vmm {
     /// Clients that wait for a device: token, reply, deadline.
     updates: Vec<(u64, Reply, Instant)>,
     next_token: u64,
+    /// Answers that the API thread has still to write.
+    owed: Owed,
     /// The log's place, when it is not standard output.
     log: Option<File>,
     /// /dev/kvm as it was handed in, until a machine is made.
@@ -200,7 +213,17 @@ struct Pausing {
     /// Tokens of devices that still work.
     devices: Vec<u64>,
     clients: Vec<Reply>,
+    /// What was asked for since: done in order once everything stands still. A vCPU is told one
+    /// thing at a time, so that its answer can only belong to that.
+    then: Vec<(Wanted, Reply)>,
     deadline: Instant,
+}
+
+/// What a client wants of the vCPUs.
+#[derive(Clone, Copy, Debug)]
+enum Wanted {
+    Pause,
+    Resume,
 }
 
 /// Whether the loop goes on.
@@ -228,6 +251,7 @@ impl Vmm {
             signals,
             updates: Vec::new(),
             next_token: 0,
+            owed: Owed::default(),
             log: None,
             kvm: None,
             counters: report::Counters::default(),
@@ -237,8 +261,10 @@ impl Vmm {
         })
     }
 
-    /// The API accepts clients; `counters` are what its thread counts.
-    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>) {
+    /// The API accepts clients; `counters` are what its thread counts, `owed` what it has still to
+    /// write.
+    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>, owed: Owed) {
+        self.owed = owed;
         self.timeline.mark(Moment::ApiReady);
         self.readers.push(counters);
         if let Some(start) = self.settings.start_time_us {
@@ -415,12 +441,14 @@ impl Vmm {
     /// The life of the thread, and so of the process, which ends with it. Nothing is taken apart
     /// piece by piece: the kernel does that faster, and all at once.
     pub fn run(mut self) -> ! {
+        let mut more = false;
         let code = loop {
             let mut interests = [
                 Interest::read(self.inbox.as_raw_fd()),
                 Interest::read(self.signals.as_raw_fd()),
             ];
-            if let Err(error) = fd::wait(&mut interests, self.patience()) {
+            let patience = if more { Some(0) } else { self.patience() };
+            if let Err(error) = fd::wait(&mut interests, patience) {
                 error!("Control can not wait for events any more: {error}");
                 break Next::Exit(exit::ERROR);
             }
@@ -434,10 +462,17 @@ impl Vmm {
             let mut next = Next::GoOn;
             if event.is_ready() {
                 self.inbox.silence();
-                while matches!(next, Next::GoOn)
-                    && let Some(event) = self.inbox.next()
-                {
-                    next = self.handle(event);
+            }
+            // No more than an inbox at a time, or busy clients could keep out signals and deadlines.
+            more = true;
+            for _ in 0..INBOX {
+                let Some(event) = self.inbox.next() else {
+                    more = false;
+                    break;
+                };
+                next = self.handle(event);
+                if !matches!(next, Next::GoOn) {
+                    break;
                 }
             }
             self.look_at_deadlines();
@@ -501,7 +536,7 @@ impl Vmm {
         }
         match action {
             Action::Pause => self.pause(reply),
-            Action::Resume => reply.send(self.resume()),
+            Action::Resume => self.resume(reply),
             Action::PatchDrive(update) if self.machine().is_some() => {
                 self.update(reply, |machine, token| {
                     machine.update_drive(&update, handed, token)
@@ -607,12 +642,17 @@ impl Vmm {
                     vcpus: machine.pause_vcpus(),
                     devices: Vec::new(),
                     clients: vec![reply],
+                    then: Vec::new(),
                     deadline: Instant::now() + PAUSE_PATIENCE,
                 };
                 self.state = State::Pausing(machine, pausing);
             }
             State::Pausing(machine, mut pausing) => {
-                pausing.clients.push(reply);
+                if pausing.then.is_empty() {
+                    pausing.clients.push(reply);
+                } else {
+                    pausing.then.push((Wanted::Pause, reply));
+                }
                 self.state = State::Pausing(machine, pausing);
             }
             // Pausing what is paused is fine.
@@ -634,7 +674,7 @@ impl Vmm {
         }
         // No new kick can come: now the devices finish what they have begun.
         pausing.devices = machine.pause_devices(first_token);
-        self.next_token = first_token.wrapping_add(pausing.devices.len() as u64);
+        self.next_token = first_token.wrapping_add(machine.devices() as u64);
         self.finish_pause_if_done();
     }
 
@@ -656,6 +696,10 @@ impl Vmm {
         }
         // What a worker hands back is closed here: it may not do so itself.
         drop(reply);
+        let token = self.new_token();
+        if let Some(machine) = self.machine() {
+            machine.catch_up(!matches!(self.state, State::Running(_)), token);
+        }
         self.finish_pause_if_done();
     }
 
@@ -669,12 +713,18 @@ impl Vmm {
                 for client in pausing.clients {
                     client.send(Ok(Outcome::Done));
                 }
+                for (wanted, client) in pausing.then {
+                    match wanted {
+                        Wanted::Pause => self.pause(client),
+                        Wanted::Resume => self.resume(client),
+                    }
+                }
             }
             other => self.state = other,
         }
     }
 
-    fn resume(&mut self) -> Answer {
+    fn resume(&mut self, reply: Reply) {
         let token = self.new_token();
         let since = Instant::now();
         match mem::replace(&mut self.state, State::Between) {
@@ -683,25 +733,17 @@ impl Vmm {
                 let resumed = machine.run_vcpus();
                 self.state = State::Running(machine);
                 self.counters.resume_us = micros_since(since);
-                resumed.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
+                let resumed = resumed.map(|()| Outcome::Done);
+                reply.send(resumed.map_err(|e| ActionError::of(&e)));
             }
-            State::Pausing(machine, pausing) => {
-                machine.resume_devices(token);
-                let resumed = machine.run_vcpus();
-                self.state = State::Running(machine);
-                for client in pausing.clients {
-                    client.send(Err(ActionError(
-                        "The pause was overtaken by a resume.".into(),
-                    )));
-                }
-                resumed.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
+            State::Pausing(machine, mut pausing) => {
+                pausing.then.push((Wanted::Resume, reply));
+                self.state = State::Pausing(machine, pausing);
             }
             // Resuming what runs is fine.
             other => {
                 self.state = other;
-                Ok(Outcome::Done)
+                reply.send(Ok(Outcome::Done));
             }
         }
     }
@@ -789,8 +831,19 @@ impl Vmm {
         }
         // There is nobody left to tell that it failed.
         let _ = self.flush_metrics();
-        if let Some(machine) = self.machine() {
-            machine.take_log_back();
+        self.await_answers();
+    }
+
+    /// Gives the API thread time to write what clients have been answered; those that were not
+    /// are told that the microVM is ending.
+    fn await_answers(&self) {
+        while let Some(unanswered) = self.inbox.next() {
+            drop(unanswered);
+        }
+        let deadline = Instant::now() + ANSWERS_PATIENCE;
+        while !self.owed.is_settled() && Instant::now() < deadline {
+            // Nothing rings when an answer is written, and most are by now.
+            let _ = fd::wait(&mut [], Some(1));
         }
     }
 
@@ -901,11 +954,7 @@ impl Vmm {
         InstanceInfo {
             app_name: "mayfly",
             id: self.settings.id.clone(),
-            state: match self.phase() {
-                Phase::NotStarted => "Not started",
-                Phase::Running => "Running",
-                Phase::Paused => "Paused",
-            },
+            state: self.phase().name(),
             vmm_version: env!("CARGO_PKG_VERSION"),
         }
     }

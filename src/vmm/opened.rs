@@ -20,6 +20,11 @@ use crate::sys::handed::{Handed, HandedError};
 use crate::sys::socket;
 use crate::sys::tap::{Tap, TapError};
 
+/// What is opened, as sentences call it.
+const KERNEL: &str = "kernel";
+const INITRD: &str = "initrd";
+const DISK: &str = "disk";
+
 /// A file of a VM could not be had.
 #[derive(Debug)]
 pub struct OpenError {
@@ -48,6 +53,22 @@ impl fmt::Display for OpenError {
             Source::Fd(number) => format!("in descriptor {number}"),
         };
         match why {
+            // The words after the first colon are the original's, which clients match.
+            Why::Open(_) if *what == KERNEL => write!(
+                f,
+                "Opening the {what} {name} failed: The kernel file cannot be opened"
+            ),
+            Why::Open(_) if *what == INITRD => write!(
+                f,
+                "Opening the {what} {name} failed: The initrd file cannot be opened due to \
+                 invalid path or invalid permissions"
+            ),
+            // The path once more, behind the cause.
+            Why::Open(cause) if *what == DISK => write!(
+                f,
+                "Opening the {what} {name} failed: Error manipulating the backing file: {cause} {}",
+                name.trim_matches('`')
+            ),
             Why::Open(_) => write!(f, "Opening the {what} {name} failed"),
             Why::Handed(_) => write!(f, "The {what} {name} can not be had"),
             Why::WrongKind(kind) => write!(f, "The {what} {name} is {kind}, not a file"),
@@ -66,6 +87,7 @@ impl fmt::Display for OpenError {
 impl Error for OpenError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match &self.why {
+            Why::Open(_) if self.what == DISK => None,
             Why::Open(cause) => Some(cause),
             Why::Handed(cause) => Some(cause),
             Why::Tap(cause) => Some(cause),
@@ -255,9 +277,9 @@ pub fn put(draft: &mut Draft, opened: &mut Opened, action: Action, handed: &mut 
         Action::PatchMachineConfig(update) => draft.patch_machine_config(update)?,
         Action::PutBootSource(source) => {
             draft.check_boot_source(&source)?;
-            let kernel = Image::open("kernel", &source.kernel_image_path, handed)?;
+            let kernel = Image::open(KERNEL, &source.kernel_image_path, handed)?;
             let initrd = match &source.initrd_path {
-                Some(initrd) => Some(Image::open("initrd", initrd, handed)?),
+                Some(initrd) => Some(Image::open(INITRD, initrd, handed)?),
                 None => None,
             };
             draft.put_boot_source(source)?;
@@ -369,7 +391,7 @@ pub fn take_all(
 /// # Errors
 /// When it is missing, not permitted, or neither a regular file nor a block device.
 pub fn open_disk(source: &Source, read_only: bool, handed: &mut Handed) -> Result<File, OpenError> {
-    const WHAT: &str = "disk";
+    const WHAT: &str = DISK;
     let mode = if read_only {
         Mode::Read
     } else {
@@ -590,7 +612,7 @@ mod tests {
         let error = Image::open("kernel", &"/no/such".into(), none).unwrap_err();
         assert_eq!(
             crate::log::chain(&error),
-            "Opening the kernel `/no/such` failed: No such file or directory (os error 2)"
+            "Opening the kernel `/no/such` failed: The kernel file cannot be opened: No such file or directory (os error 2)"
         );
     }
 

@@ -122,11 +122,11 @@ impl Berth {
 
     /// Gives the thread its work, to be done behind the filter of `category` (none when the
     /// command line said so), after it has reported to `muster`.
-    pub fn occupy(
+    pub fn occupy<T: 'static>(
         self,
         category: Option<Category>,
         muster: &Arc<Muster>,
-        work: impl FnOnce() + Send + 'static,
+        work: impl FnOnce() -> T + Send + 'static,
     ) -> JoinHandle<()> {
         let muster = Arc::clone(muster);
         let filtered = move || {
@@ -135,7 +135,12 @@ impl Berth {
             }
             filter_or_end(category);
             muster.report();
-            work();
+            // Neither is what it owned taken apart nor does the thread end: no filter has the
+            // calls for that.
+            let _kept = work();
+            loop {
+                thread::park();
+            }
         };
         // The thread waits in `recv`, or is about to; it lasts as long as this sender.
         let _ = self.work.send(Box::new(filtered));

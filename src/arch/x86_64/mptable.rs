@@ -2,9 +2,7 @@
 //! (MultiProcessor Specification 1.4, chapter 4).
 
 use super::layout;
-
-/// As many as there is room for in the last KiB of base memory.
-const VCPUS_MAX: u8 = 32;
+use crate::config::VCPUS_MAX;
 
 /// Version of the specification, and of the APICs.
 const SPECIFICATION: u8 = 4;

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
+use crate::sys::io::Brief;
 
 /// Feature bits (virtio 1.2, 5.2.3).
 mod bit {
@@ -236,7 +237,7 @@ impl Block {
             Outcome::Invalid(_) => counters.invalid.one(),
             Outcome::Failed(error) => {
                 counters.failed.one();
-                crate::guest_warn!("a request failed on the host: {error}");
+                crate::guest_warn!("a request failed on the host: {}", Brief(error));
             }
         }
         // The status is the last byte the device may write (5.2.6).
