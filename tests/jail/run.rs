@@ -80,7 +80,7 @@ impl Place {
     pub fn jailer(&self, who: Who, words: &[&str]) -> Command {
         let mut command = match who {
             Who::Root => Command::new(self.host.path("mayfly-jailer")),
-            Who::User | Who::Stranger => self.as_user(who),
+            Who::User | Who::Stranger => self.as_user(who, &self.host.path("mayfly-jailer")),
         };
         command.args(words);
         let monitor = self.mayfly.clone().unwrap_or_else(|| self.host.exec_file());
@@ -96,8 +96,8 @@ impl Place {
     }
 
     /// A mount namespace in which the devices are anybody's, and an ordinary user in it; nothing of
-    /// the host's own changes. It becomes the jailer, so that the process started is the jailer.
-    fn as_user(&self, who: Who) -> Command {
+    /// the host's own changes. It becomes `program`, so that the process started is that.
+    pub fn as_user(&self, who: Who, program: &Path) -> Command {
         const SCRIPT: &str = r#"
             if [ "$1" = User ]; then
                 mount -t tmpfs none "$2" && mknod -m 666 "$2/kvm" c 10 232 &&
@@ -120,7 +120,7 @@ impl Place {
         ]);
         command.arg(format!("{who:?}")).arg(devices);
         command.args([UID.to_string(), GID.to_string()]);
-        command.arg(self.host.path("mayfly-jailer"));
+        command.arg(program);
         command
     }
 

@@ -6,6 +6,7 @@
 //!
 //! In an empty jail, where nothing can be said on its command line, it is the `monitor`.
 
+mod cable;
 mod escape;
 mod monitor;
 mod raw;

@@ -2,18 +2,19 @@
 //! and does what the words on the guest's kernel command line say.
 //!
 //! `report` says what it sees, `attack` tries to get out (`victim=PID port=N abstract=NAME` name
-//! what to reach), `exit=N`, `signal=N`, `hog=MIB`, `stay`, `echo`, `flood`, `refuse`, `silent`,
+//! what to reach), `udp=PORT` asks the host (or `udp-to=ADDRESS`) over its tap, `exit=N`, `signal=N`, `hog=MIB`, `stay`, `echo`, `flood`, `refuse`, `silent`,
 //! `hangup` are what they say; `log=WORDS` is written to the log with blanks for underscores.
 
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
-use crate::{escape, raw};
+use crate::{cable, escape, raw};
 
 /// Serves the API until the guest would run, then does what it says.
 pub fn run(args: &[String]) -> ! {
@@ -148,6 +149,33 @@ fn obey(
     }
     if let Some(line) = value("warn") {
         let _ = writeln!(log, "now [witness:main:WARN] {}", line.replace('_', " "));
+    }
+    if let Some(port) = number("udp")
+        && let Some(tap) = files.last()
+    {
+        let tap = std::fs::File::from(tap.try_clone().expect("there is room"));
+        let ip = value("ip").unwrap_or_default();
+        let mut parts = ip
+            .split(':')
+            .filter_map(|part| part.parse::<Ipv4Addr>().ok());
+        let own = parts.next().expect("the jailer says it");
+        let gateway = parts.next().expect("the jailer says it");
+        // The host is the first of the block that the guest's address lies in.
+        let host = Ipv4Addr::from_bits(own.to_bits() & !7 | 1);
+        let to = value("udp-to")
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(host);
+        let answer = cable::ask(
+            &tap,
+            own,
+            gateway,
+            (to, port as u16),
+            b"hello from the guest",
+        );
+        println!(
+            "answer {}",
+            String::from_utf8_lossy(&answer.unwrap_or_default())
+        );
     }
     if has("echo") {
         for byte in std::io::stdin().lock().bytes() {
