@@ -136,6 +136,7 @@ fn whoever_is_killed_whenever_nothing_is_left() {
         dead += u64::from(!hit.is_empty());
         // Where only the keeper was, or nobody yet, the guest goes on until it is killed later.
         let survives = hit.iter().all(|victim| *victim == Victim::Keeper);
+        let what = format!("{what}; met {hit:?}");
         end(&mut child, survives, &what);
         let keeper_too = hit.contains(&Victim::Keeper) && hit.contains(&Victim::Jailer);
         settle(&place, &what, keeper_too, *who, more);
@@ -223,13 +224,14 @@ fn settle(place: &Place, what: &str, sweeps: bool, who: Who, more: &[&str]) {
         let is_process = left.iter().any(|it| it.starts_with("process"));
         if sweeps && !is_process && !has_swept && start.elapsed() > Duration::from_millis(50) {
             has_swept = true;
-            let code = place
-                .run(who, "exit=0", more)
-                .stderr(Stdio::null())
-                .status()
-                .unwrap()
-                .code();
-            assert_eq!(code, Some(0), "{what}: the next start after {left:?}");
+            let output = place.run(who, "exit=0", more).output().unwrap();
+            let err = String::from_utf8_lossy(&output.stderr).into_owned();
+            let code = output.status.code();
+            assert_eq!(
+                code,
+                Some(0),
+                "{what}: the next start after {left:?}: {err}"
+            );
         }
         assert!(
             start.elapsed() < Duration::from_secs(10),

@@ -237,8 +237,10 @@ impl Errand {
     /// whoever makes the groups. Sweeps first.
     pub fn make(&self) -> Result<Groups, Failure> {
         let mut last = None;
-        // A sweep or a clean-up elsewhere may take a shared group away under us.
-        for _ in 0..4 {
+        // A sweep or a clean-up elsewhere may take a shared group away under us, and a keeper that
+        // was killed a moment ago may still hold its lock while it ends.
+        for attempt in 0..8 {
+            std::thread::sleep(Duration::from_millis(5 * attempt));
             self.sweep();
             let mut made = Made::default();
             match self.make_once(&mut made) {
@@ -280,7 +282,7 @@ impl Errand {
     pub fn remove_abandoned(&self) {
         for folder in self.parents() {
             // A group stays busy for a moment after its last process.
-            for _ in 0..500 {
+            for _ in 0..2500 {
                 sweep_folder(&folder);
                 if !folder.join(&self.id).exists() {
                     break;

@@ -261,11 +261,19 @@ impl Kept {
             socket.remove();
         }
         // What stays (a group somebody else has put a process in) the next start will sweep.
-        let account = self.groups.take().map(|groups| groups.end().0);
-        if let Some(groups) = &errand.groups {
-            groups.tidy();
+        let Some(groups) = self.groups.take() else {
+            return Account::default();
+        };
+        let (account, left) = groups.end();
+        if let Some(errand) = &errand.groups {
+            // A process in the jail that nobody told us of may take its time to end.
+            if left.is_empty() {
+                errand.tidy();
+            } else {
+                errand.remove_abandoned();
+            }
         }
-        account.unwrap_or_default()
+        account
     }
 }
 

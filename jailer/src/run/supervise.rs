@@ -253,18 +253,9 @@ impl Watch {
         let requests = progress
             .requests
             .get_or_insert_with(|| machine.requests().into());
-        match requests.pop_front() {
-            Some(request) => {
-                client.send(&request.line, Some(&request.body), &machine.files(&request))?;
-                progress.asked = Some(request.line);
-            }
-            None if !progress.has_started => {
-                progress.has_started = true;
-                progress.times.started_us = Some(self.now_us());
-                // The monitor has its own now; a tap or disk is not held open here.
-                self.machine = None;
-            }
-            None => {}
+        if let Some(request) = requests.pop_front() {
+            client.send(&request.line, Some(&request.body), &machine.files(&request))?;
+            progress.asked = Some(request.line);
         }
         Ok(())
     }
@@ -438,10 +429,16 @@ impl Watch {
             }
             return Ok(());
         }
-        if answer.is_success() {
-            return Ok(());
+        if !answer.is_success() {
+            return Err(Failure::new("start the microVM", answer.fault()));
         }
-        Err(Failure::new("start the microVM", answer.fault()))
+        if progress.requests.as_ref().is_some_and(VecDeque::is_empty) {
+            progress.has_started = true;
+            progress.times.started_us = Some(self.now_us());
+            // The monitor has its own now; a tap or disk is not held open here.
+            self.machine = None;
+        }
+        Ok(())
     }
 
     /// For `check`: the guest has spoken and waits for an answer.
