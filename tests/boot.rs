@@ -965,7 +965,10 @@ fn start_when_the_guest_ends_at_once_is_answered() {
         let socket = folder.join("api");
         let mut monitor = Monitor::start(["--api-sock", socket.to_str().unwrap()]);
         let api = Api::at(&socket);
-        api.put("/boot-source", json!({"kernel_image_path": common::firstbyte()}));
+        api.put(
+            "/boot-source",
+            json!({"kernel_image_path": common::firstbyte()}),
+        );
         let (status, answer) = api.request(
             "PUT",
             "/actions",
