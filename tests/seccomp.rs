@@ -92,6 +92,30 @@ fn call_outside_the_filter_when_made_on_any_thread_ends_the_process_with_148() {
     }
 }
 
+/// Where the host's clock source can not be read without a call, every thread makes it.
+#[test]
+fn time_when_asked_for_by_a_call_is_no_violation_on_any_thread() {
+    let test = "time_when_asked_for_by_a_call_is_no_violation_on_any_thread";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    for (begins, kind) in KINDS {
+        let folder = Folder::new();
+        let netns = Netns::new();
+        let mut monitor = whole_monitor(&folder, &netns, &[]);
+        let threads = monitor.threads();
+        let (id, _) = threads
+            .iter()
+            .find(|(_, name)| name.starts_with(begins))
+            .unwrap();
+        inject(*id, libc::SYS_clock_gettime);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        // What the thread was waiting for has failed, and it may end the process for that.
+        let code = monitor.child.try_wait().unwrap().map(|s| s.code());
+        assert_ne!(code, Some(Some(148)), "{kind}: {}", monitor.stderr());
+    }
+}
+
 #[test]
 fn open_when_made_by_any_thread_but_control_ends_the_process() {
     let test = "open_when_made_by_any_thread_but_control";

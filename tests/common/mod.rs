@@ -6,7 +6,7 @@ pub mod fuse;
 pub mod sys;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -637,7 +637,11 @@ pub fn read_response(stream: &mut UnixStream) -> (u16, String) {
     let mut bytes = Vec::new();
     let mut byte = [0];
     while !bytes.ends_with(b"\r\n\r\n") {
-        let n = stream.read(&mut byte).unwrap();
+        let n = match stream.read(&mut byte) {
+            // A read with a time limit is not begun again after a stop and a continue.
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            n => n.unwrap(),
+        };
         assert!(n > 0, "closed after {:?}", String::from_utf8_lossy(&bytes));
         bytes.push(byte[0]);
     }
