@@ -1,0 +1,206 @@
+//! The empty jail with the real monitor and real guests in it, as root and as an ordinary user:
+//! `check`, the ends a guest can come to, a disk by descriptor, the monitor's own end; and the units
+//! for systemd.
+
+#[path = "common/mod.rs"]
+mod common;
+#[path = "jail/host.rs"]
+mod host;
+#[path = "jail/run.rs"]
+mod run;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use host::is_root;
+use run::{BOTH, Ended, Place, Who, fact};
+
+/// The place for a test of this name, with the real monitor, unless it has to be skipped.
+macro_rules! place {
+    ($test:literal) => {{
+        if !is_root($test) || !common::kvm($test) {
+            return;
+        }
+        Place::real($test, &common::mayfly())
+    }};
+}
+
+#[test]
+fn check_boots_its_guest_and_prints_every_step() {
+    let place = place!("gcheck");
+    for who in BOTH {
+        let ended = place.ends(place.jailer(who, &["check"]), 0);
+        for words in [
+            "KVM:",
+            "namespaces:",
+            "seccomp:",
+            "Landlock:",
+            "taps:",
+            "cgroups:",
+            "ok    guest: started",
+            "everything opened",
+            "jail stands",
+            "monitor runs",
+            "guest's first byte",
+            "jail gone",
+            "guest entered",
+        ] {
+            assert!(ended.out.contains(words), "{words} in {}", ended.out);
+        }
+        assert!(!ended.out.contains("\nNO"), "{}", ended.out);
+    }
+    let ended = place.ends(place.jailer(Who::Stranger, &["check"]), 1);
+    assert!(
+        ended.out.contains("NO    KVM: ") && ended.out.contains("group kvm"),
+        "{}",
+        ended.out
+    );
+}
+
+#[test]
+fn guests_end_in_every_way_they_can() {
+    let place = place!("gends");
+    copy_readable(&common::probe(), &place.path("probe"));
+    copy_readable(&common::firstbyte(), &place.path("firstbyte"));
+    let report = place.path("shared/report.json");
+    for who in BOTH {
+        let kernel = place.path("firstbyte");
+        let words = ["run", "--kernel", &kernel, "--exit-report", &report];
+        let output = place.jailer(who, &words).output().unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            "!",
+            "{:?}",
+            Ended::of(&output)
+        );
+        assert_eq!(output.status.code(), Some(0));
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "ended"), "reset", "{text}");
+        assert!(
+            fact(&text, "first_byte_us").parse::<u64>().is_ok(),
+            "{text}"
+        );
+        assert!(
+            fact(&text, "peak_memory_bytes").parse::<u64>().unwrap() > 1 << 20,
+            "{text}"
+        );
+        for (word, code, ended) in [("reset", 0, "reset"), ("triple", 160, "crash")] {
+            let kernel = place.path("probe");
+            let cmdline = format!("probe={word}");
+            let words = [
+                "run",
+                "--kernel",
+                &kernel,
+                "--cmdline",
+                &cmdline,
+                "--exit-report",
+                &report,
+            ];
+            let output = place.jailer(who, &words).output().unwrap();
+            let text = fs::read_to_string(&report).unwrap();
+            assert_eq!(
+                fact(&text, "ended"),
+                ended,
+                "{who:?} {word}: {text} {:?}",
+                Ended::of(&output)
+            );
+            assert_eq!(output.status.code(), Some(code));
+        }
+        fs::remove_file(&report).unwrap();
+        place.nothing_is_left();
+    }
+}
+
+#[test]
+fn configuration_in_a_file_has_its_paths_opened_outside() {
+    let place = place!("gconfig");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let config = format!(
+        r#"{{ "boot-source": {{ "kernel_image_path": "{}", "boot_args": "probe=blkinfo:0,reset" }},
+             "drives": [{{ "drive_id": "d", "path_on_host": "{}", "is_root_device": false,
+                          "is_read_only": true }}],
+             "machine-config": {{ "vcpu_count": 1, "mem_size_mib": 64 }} }}"#,
+        place.path("probe"),
+        place.path("disk")
+    );
+    fs::write(place.path("vm.json"), config).unwrap();
+    let config = place.path("vm.json");
+    for who in BOTH {
+        let ended = place.ends(place.jailer(who, &["run", "--config", &config]), 0);
+        assert!(ended.out.contains("blkinfo ok"), "{ended:?}");
+    }
+    // What the monitor does not take is its own sentence.
+    fs::write(
+        place.path("bad.json"),
+        r#"{ "boot-source": { "kernel_image_path": "/x" }, "vsock": {} }"#,
+    )
+    .unwrap();
+    let bad = place.path("bad.json");
+    place.refuses(
+        place.jailer(Who::Root, &["run", "--config", &bad]),
+        "No such file",
+    );
+    let kernel = place.path("kernel");
+    place.refuses(
+        place.jailer(Who::Root, &["run", "--kernel", &kernel]),
+        "start the microVM: ",
+    );
+}
+
+#[test]
+fn monitor_ends_in_order_when_asked() {
+    let place = place!("gterm");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let kernel = place.path("probe");
+    for who in BOTH {
+        let words = [
+            "run",
+            "--kernel",
+            &kernel,
+            "--cmdline",
+            "probe=print:here,stay",
+        ];
+        let mut child = place
+            .jailer(who, &words)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut byte = [0];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
+        let start = std::time::Instant::now();
+        let _ = Command::new("kill").arg(child.id().to_string()).status();
+        assert_eq!(child.wait().unwrap().code(), Some(143));
+        // By itself, not by the kill that comes after three seconds.
+        assert!(start.elapsed().as_millis() < 2500, "{:?}", start.elapsed());
+        place.nothing_is_left();
+    }
+}
+
+fn copy_readable(from: &Path, to: &str) {
+    fs::copy(from, to).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    fs::set_permissions(to, mode).unwrap();
+}
+
+#[test]
+fn units_are_what_systemd_takes() {
+    if !Path::new("/usr/bin/systemd-analyze").exists() {
+        common::skip("units", "no systemd-analyze");
+        return;
+    }
+    let folder = common::Folder::new();
+    for name in ["mayfly@.service", "mayfly@.socket"] {
+        let text = fs::read_to_string(common::root().join("resources/systemd").join(name)).unwrap();
+        // A program that is there, on any machine.
+        let text = text.replace("/usr/local/bin/mayfly-jailer", "/bin/true");
+        fs::write(folder.path().join(name), text).unwrap();
+    }
+    let output = Command::new("systemd-analyze")
+        .arg("verify")
+        .args(["mayfly@one.service", "mayfly@one.socket"].map(|name| folder.path().join(name)))
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && !err.contains("mayfly@"), "{err}");
+}
