@@ -128,7 +128,7 @@ fn configuration_in_a_file_has_its_paths_opened_outside() {
     let config = place.path("vm.json");
     for who in BOTH {
         let ended = place.ends(place.jailer(who, &["run", "--config", &config]), 0);
-        assert!(ended.out.contains("blkinfo ok"), "{ended:?}");
+        assert!(ended.out.contains("blkinfo:0 ok"), "{ended:?}");
     }
     // What the monitor does not take is its own sentence.
     fs::write(

@@ -19,7 +19,8 @@ use crate::failure::{Doing, Failure};
 use crate::guest;
 use crate::run::args::Console;
 use crate::run::build::{Parts, build};
-use crate::run::machine::{self, Machine};
+use crate::run::machine::Machine;
+use crate::run::opening;
 use crate::run::refusal;
 use crate::run::supervise::{FirstByte, Watch, Watched};
 use crate::run::{self, Sink};
@@ -287,7 +288,7 @@ fn io_uring() -> Finding {
 }
 
 fn taps() -> Finding {
-    match machine::open_tun() {
+    match opening::open_tun() {
         Ok(_) => Finding::Good("/dev/net/tun can be opened".into()),
         Err(_) => Finding::Less(
             "/dev/net/tun cannot be opened: only a tap handed in (--net fd:N) connects a guest"

@@ -18,9 +18,9 @@ use super::console::{self, Console, Relay, Sink};
 use super::groups::Doors;
 use super::jail::{self, Tap};
 use super::keeper::{self, Keeper};
-use super::machine::{self, Machine, Own};
+use super::machine::{Machine, Own};
 use super::supervise::{FirstByte, Log, Watch};
-use super::{groups, names, network, refusal};
+use super::{groups, names, network, opening, refusal};
 use crate::failure::{Doing, Failure};
 use crate::root::Owner;
 use crate::sys::{self, Clone};
@@ -180,7 +180,7 @@ fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
     let sink = match &parts.console {
         args::Console::Terminal => Sink::output(std::io::stdout().as_fd()),
         args::Console::None => Sink::Nowhere,
-        args::Console::File(path) => Sink::File(machine::open_to_append(path, "--console")?),
+        args::Console::File(path) => Sink::File(opening::open_to_append(path, "--console")?),
         args::Console::Socket(_) => match made.next() {
             Some(listener) => Sink::socket(listener),
             None => return Err(Failure::new("make the console's socket", "there is none")),

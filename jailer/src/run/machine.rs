@@ -5,16 +5,14 @@
 //! then it is told to the monitor: at best in one request that carries all descriptors, in several
 //! where there are more than one request can carry.
 
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags};
 use serde_json::{Map, Value, json};
 
 use super::args::{self, Net, Plain};
+use super::opening::open_tap;
 use crate::failure::{Doing, Failure};
-use crate::sys;
 
 /// Most descriptors one request can carry.
 const WITH_ONE_REQUEST: usize = 16;
@@ -43,12 +41,21 @@ struct Thing {
     source: Source,
 }
 
+/// What sort of thing a configuration names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
+    /// Guest kernel.
     Kernel,
+    /// Initial RAM disk.
     Initrd,
-    Disk { read_only: bool },
+    /// Disk image.
+    Disk {
+        /// Whether the guest only reads it.
+        read_only: bool,
+    },
+    /// Where metrics are written.
     Metrics,
+    /// Network interface.
     Tap,
 }
 
@@ -81,7 +88,8 @@ impl Kind {
         }
     }
 
-    fn word(self) -> &'static str {
+    /// What it is called.
+    pub(super) fn word(self) -> &'static str {
         match self {
             Kind::Kernel => "kernel",
             Kind::Initrd => "initrd",
@@ -313,123 +321,6 @@ fn thing(object: &Value, at: &str, kind: Kind) -> Result<Option<Thing>, Failure>
     }))
 }
 
-impl Kind {
-    fn open(self, path: &Path) -> Result<OwnedFd, Failure> {
-        let what = format!("open the {} {}", self.word(), path.display());
-        // NONBLOCK: a pipe must not hold us up.
-        let common = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let flags = match self {
-            Kind::Disk { read_only: false } | Kind::Tap => OFlags::RDWR,
-            Kind::Metrics => OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE,
-            _ => OFlags::RDONLY,
-        };
-        let mode = Mode::from_raw_mode(0o600);
-        let file = rustix::fs::open(path, flags | common, mode).doing_or(&what, |error| {
-            let denied = matches!(
-                error.kind(),
-                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
-            );
-            if denied && self == (Kind::Disk { read_only: false }) {
-                "add :ro (\"is_read_only\" in a configuration) if the guest only reads it"
-            } else {
-                ""
-            }
-        })?;
-        self.examine(file.as_fd(), &path.display().to_string())?;
-        Ok(file)
-    }
-
-    /// Refuses what cannot be what it is said to be.
-    fn examine(self, fd: BorrowedFd<'_>, name: &str) -> Result<(), Failure> {
-        let what = format!("use {name} as {}", self.word());
-        if self == Kind::Tap {
-            return match sys::is_guest_tap(fd) {
-                Ok(true) => Ok(()),
-                Ok(false) => Err(Failure::new(what, "that tap is attached in another way")
-                    .remedy("attach it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")),
-                Err(_) => Err(Failure::new(what, "it is not an attached tap")),
-            };
-        }
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(fd).doing(&what)?.st_mode);
-        let fits = match self {
-            Kind::Kernel | Kind::Initrd => kind.is_file(),
-            Kind::Disk { .. } => kind.is_file() || kind.is_block_device(),
-            Kind::Metrics => kind.is_file() || kind.is_fifo(),
-            Kind::Tap => false,
-        };
-        if !fits {
-            return Err(Failure::new(what, format_args!("it is {}", describe(kind))));
-        }
-        let access = rustix::fs::fcntl_getfl(fd).doing(&what)? & OFlags::RWMODE;
-        let enough = match self {
-            Kind::Disk { read_only: false } => access == OFlags::RDWR,
-            Kind::Metrics => access != OFlags::RDONLY,
-            _ => access != OFlags::WRONLY,
-        };
-        if enough {
-            Ok(())
-        } else {
-            Err(Failure::new(
-                what,
-                "it is not open for what it is needed for",
-            ))
-        }
-    }
-}
-
-fn describe(kind: FileType) -> &'static str {
-    match kind {
-        FileType::Directory => "a folder",
-        FileType::CharacterDevice => "a character device",
-        FileType::BlockDevice => "a block device",
-        FileType::Fifo => "a pipe",
-        FileType::Socket => "a socket",
-        _ => "of another kind",
-    }
-}
-
-/// Attaches to a tap of the host. One that does not exist would be made, and lead nowhere.
-fn open_tap(name: &str) -> Result<OwnedFd, Failure> {
-    let what = format!("attach to the tap {name:?}");
-    if !Path::new("/sys/class/net").join(name).exists() || name.contains('/') || name.is_empty() {
-        return Err(
-            Failure::new(what, "this host has no such interface").remedy(
-                "make it (`ip tuntap add NAME mode tap user USER`), or give --net auto or user",
-            ),
-        );
-    }
-    let tun = open_tun()?;
-    sys::attach_tap(tun.as_fd(), name).map_err(|error| {
-        let failure = Failure::new(what, error);
-        match error {
-            rustix::io::Errno::BUSY => failure.remedy("another process is attached to it"),
-            rustix::io::Errno::PERM => {
-                failure.remedy("make it this user's with `ip tuntap add ... user USER`")
-            }
-            rustix::io::Errno::INVAL => failure.remedy("it is no tap with a single queue"),
-            _ => failure,
-        }
-    })?;
-    Ok(tun)
-}
-
-/// Opens the host's tun device.
-pub fn open_tun() -> Result<OwnedFd, Failure> {
-    const TUN: &str = "/dev/net/tun";
-    rustix::fs::open(
-        TUN,
-        OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK,
-        Mode::empty(),
-    )
-    .doing_or(format_args!("open {TUN}"), |error| match error.kind() {
-        std::io::ErrorKind::NotFound => "load it with `modprobe tun`",
-        std::io::ErrorKind::PermissionDenied => {
-            "give this user access (`setfacl -m u:USER:rw /dev/net/tun`), or hand in a tap (--net fd:N)"
-        }
-        _ => "",
-    })
-}
-
 /// A machine with everything it names opened.
 #[derive(Debug)]
 pub struct Machine {
@@ -614,24 +505,154 @@ fn put(object: &mut Value, kind: Kind, number: usize) {
     }
 }
 
-/// Opens `path` to append to, made if it does not exist.
-pub fn open_to_append(path: &Path, what: &str) -> Result<File, Failure> {
-    let flags = OFlags::WRONLY
-        | OFlags::APPEND
-        | OFlags::CREATE
-        | OFlags::CLOEXEC
-        | OFlags::NOCTTY
-        | OFlags::NONBLOCK;
-    rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))
-        .map(File::from)
-        .doing(format_args!("open {} ({what})", path.display()))
-}
-
 /// The options' words for the machine, described.
 pub fn describe_machine(machine: &args::Machine) -> Result<Option<Described>, Failure> {
     match machine {
         args::Machine::Client => Ok(None),
         args::Machine::Config(path) => Described::config(path).map(Some),
         args::Machine::Plain(plain) => Described::plain(plain).map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(text: &str) -> Result<Described, Failure> {
+        Described::of(serde_json::from_str(text).unwrap(), &[])
+    }
+
+    fn null() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    const WHOLE: &str = r#"{
+        "boot-source": { "kernel_image_path": "/k", "initrd_path": { "fd": 8 } },
+        "drives": [{ "drive_id": "a", "path_on_host": "/d", "is_read_only": true },
+                   { "drive_id": "b", "fd": 7 }],
+        "network-interfaces": [{ "iface_id": "e", "host_dev_name": "tap0" }],
+        "logger": { "log_path": "/l", "level": "Info" },
+        "serial": { "serial_out_path": "/s" } }"#;
+
+    #[test]
+    fn configuration_is_searched_for_everything_it_names() {
+        let described = described(WHOLE).unwrap();
+        assert_eq!(described.inherited(), [8, 7]);
+        assert_eq!(described.log, Some("/l".into()));
+        assert_eq!(described.console, Some("/s".into()));
+        let kinds: Vec<Kind> = described.things.iter().map(|thing| thing.kind).collect();
+        let disk = |read_only| Kind::Disk { read_only };
+        assert_eq!(
+            kinds,
+            [
+                Kind::Kernel,
+                Kind::Initrd,
+                disk(true),
+                disk(false),
+                Kind::Tap
+            ]
+        );
+    }
+
+    #[test]
+    fn request_has_descriptors_in_place_of_names() {
+        let described = described(WHOLE).unwrap();
+        let files = described.things.iter().map(|_| Some(null())).collect();
+        let machine = Machine {
+            body: described.body,
+            things: described.things,
+            files,
+        };
+        let requests = machine.requests();
+        let [request] = &requests[..] else {
+            panic!("{requests:?}")
+        };
+        assert_eq!(request.line, "PUT /vm");
+        assert_eq!(machine.files(request).len(), 5);
+        let at = |pointer: &str| request.body.pointer(pointer).cloned();
+        assert_eq!(at("/boot-source/kernel_image_path/fd"), Some(0.into()));
+        assert_eq!(at("/boot-source/initrd_path/fd"), Some(1.into()));
+        assert_eq!(at("/drives/1/path_on_host/fd"), Some(3.into()));
+        assert_eq!(at("/drives/1/fd"), None);
+        assert_eq!(at("/network-interfaces/0/host_dev_name/fd"), Some(4.into()));
+        assert_eq!(at("/logger/log_path"), None);
+        assert_eq!(at("/start"), Some(true.into()));
+    }
+
+    #[test]
+    fn more_than_one_request_can_carry_goes_in_several() {
+        let drives: Vec<Value> = (0..17)
+            .map(|n| json!({ "drive_id": format!("d{n}"), "path_on_host": "/d", "is_root_device": false }))
+            .collect();
+        let body = json!({ "boot-source": { "kernel_image_path": "/k" }, "drives": drives });
+        let described = Described::of(body, &[]).unwrap();
+        let files = described.things.iter().map(|_| Some(null())).collect();
+        let machine = Machine {
+            body: described.body,
+            things: described.things,
+            files,
+        };
+        let requests = machine.requests();
+        let lines: Vec<&str> = requests
+            .iter()
+            .map(|request| request.line.as_str())
+            .collect();
+        assert_eq!(lines.len(), 19);
+        assert_eq!(
+            (lines[0], lines[17]),
+            ("PUT /boot-source", "PUT /drives/d16")
+        );
+        assert_eq!(requests[18].body, json!({ "action_type": "InstanceStart" }));
+        assert!(
+            requests[..18]
+                .iter()
+                .all(|request| machine.files(request).len() == 1)
+        );
+    }
+
+    #[test]
+    fn plain_options_become_a_configuration_and_the_address_is_told_once() {
+        let plain = Plain {
+            kernel: "/k".into(),
+            cmdline: Some("quiet -- single".into()),
+            drives: vec![("/d".into(), true)],
+            nets: vec![Net::Auto],
+            ..Plain::default()
+        };
+        let described = Described::plain(&plain).unwrap();
+        assert_eq!(described.own_tap(), Some(Own::Auto));
+        let files = described.things.iter().map(|_| None).collect();
+        let mut machine = Machine {
+            body: described.body,
+            things: described.things,
+            files,
+        };
+        machine.set_guest_address("ip=1", "06:00:00:00:00:01");
+        machine.set_guest_address("ip=2", "06:00:00:00:00:02");
+        let body = Value::Object(machine.body.clone());
+        assert_eq!(
+            body.pointer("/boot-source/boot_args"),
+            Some(&"quiet ip=1 -- single".into())
+        );
+        let mac = body.pointer("/network-interfaces/0/guest_mac");
+        assert_eq!(mac, Some(&"06:00:00:00:00:01".into()));
+        assert_eq!(body.pointer("/drives/0/is_root_device"), Some(&true.into()));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for (text, expected) in [
+            ("[]", "not a JSON object"),
+            (r#"{ "drives": {} }"#, "not a list"),
+            (r#"{ "drives": [{ "fd": 1 }] }"#, "above 2"),
+            (r#"{ "drives": [{ "fd": "x" }] }"#, "above 2"),
+            (
+                r#"{ "drives": [{ "fd": 5, "path_on_host": "/d" }] }"#,
+                "both",
+            ),
+        ] {
+            let failure = described(text).unwrap_err().to_string();
+            assert!(failure.contains(expected), "{text}: {failure}");
+        }
     }
 }

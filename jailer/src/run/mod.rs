@@ -35,6 +35,7 @@ mod keeper;
 mod names;
 mod netlink;
 mod network;
+pub mod opening;
 
 use std::fs::File;
 use std::io::Write as _;
@@ -151,7 +152,7 @@ fn open(
         .map(|it| it.open(|number| handed.take(number)))
         .transpose()?;
     let sink = match &log {
-        Some(path) => Sink::File(machine::open_to_append(path, "--log")?),
+        Some(path) => Sink::File(opening::open_to_append(path, "--log")?),
         None => Sink::output(std::io::stderr().as_fd()),
     };
     let console = match (options.console, console) {

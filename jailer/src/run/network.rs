@@ -19,8 +19,8 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-use super::machine::open_tun;
 use super::netlink::Netlink;
+use super::opening::open_tun;
 use crate::failure::{Doing, Failure};
 use crate::sys;
 
