@@ -326,7 +326,8 @@ impl Console {
             let patience = if finishing {
                 Some(0)
             } else {
-                (!self.input.is_empty()).then_some(RETRY_MILLIS)
+                let rests = self.port.as_mut().is_some_and(Port::rests);
+                (rests || !self.input.is_empty()).then_some(RETRY_MILLIS)
             };
             fd::wait(&mut interests, patience)?;
             let [

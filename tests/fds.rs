@@ -612,7 +612,8 @@ fn first_process_when_told_to_end_ends_with_143() {
     }
     // And with a guest, so behind the filter.
     let file = folder.file("vm.json", common::probe_vm("print:up,spin").to_string());
-    let args = ["--no-api", "--config-file", file.to_str().unwrap()];
+    let config = file.to_str().unwrap();
+    let args = ["--no-api", "--config-file", config, "--level", "Error"];
     let (mut monitor, pid) = as_first_process(&args);
     monitor.expect("probe: print:up ok");
     sys::kill(pid, libc::SIGTERM);

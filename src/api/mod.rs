@@ -77,7 +77,7 @@ const DRAIN_MAX: usize = 1 << 20;
 const STALLED: Duration = Duration::from_secs(2);
 
 /// How long to go on asking when control's inbox is full.
-const BUSY: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 10 });
 
 /// Between looks at what nothing wakes this thread for: room in control's inbox, room for a
 /// newcomer, deadlines.

@@ -93,6 +93,8 @@ pub struct Port {
     clients: [Option<Client>; CLIENTS],
     /// Where the console's usual place is in the ring.
     sink_at: u64,
+    /// The last newcomer could not be taken: for one wait, none is looked for.
+    resting: bool,
 }
 
 const _: () = assert!(REPLAY.is_power_of_two());
@@ -104,6 +106,7 @@ impl Port {
             ring: Ring::new(),
             clients: [const { None }; CLIENTS],
             sink_at: 0,
+            resting: false,
         }
     }
 
@@ -147,21 +150,33 @@ impl Port {
                 *interest = Interest::both(client.socket.as_raw_fd(), reads, writes).when(wanted);
             }
         }
-        (Interest::read(self.listener.as_raw_fd()), all)
+        let newcomer = Interest::read(self.listener.as_raw_fd());
+        (newcomer.when(!self.resting), all)
+    }
+
+    /// Whether newcomers are not looked for in the wait that follows; they are in the next.
+    pub fn rests(&mut self) -> bool {
+        std::mem::take(&mut self.resting)
     }
 
     /// Whether a client would take output now.
     pub fn is_draining(&self, ready: &[Interest; CLIENTS]) -> bool {
-        let clients = self.clients.iter().flatten();
-        clients.zip(ready).any(|(client, ready)| {
-            client.at < self.ring.end && ready.may_write() && !ready.hung_up()
+        self.clients.iter().zip(ready).any(|(client, ready)| {
+            let behind = client.as_ref().is_some_and(|c| c.at < self.ring.end);
+            behind && ready.may_write() && !ready.hung_up()
         })
     }
 
     /// Takes one newcomer.
     pub fn accept(&mut self) {
-        let Ok(socket) = socket::accept(self.listener.as_raw_fd()) else {
-            return;
+        let socket = match socket::accept(self.listener.as_raw_fd()) {
+            Ok(socket) => socket,
+            Err(e) => {
+                // Out of descriptors: the newcomer stays where it is, and is not asked about
+                // again at once.
+                self.resting = !passing(&e);
+                return;
+            }
         };
         // One too many is closed at once.
         if let Some(free) = self.clients.iter_mut().find(|client| client.is_none()) {

@@ -66,9 +66,10 @@ use crate::vcpu::{End, VcpuEvent};
 use crate::virtio::{Done, WorkerEvent, WorkerReply};
 use crate::{error, exit, info, log, warn};
 
-/// Events that may wait for control: what the API thread may ask at once, and as much again for
-/// two events of each of 32 vCPUs, three of each of 19 devices, and the serial thread's.
-const INBOX: usize = 256;
+/// Events that may wait for control: the 128 requests that the API thread may have under way and
+/// as many answers of devices to them, two events of each of 32 vCPUs, three of each of 19
+/// devices, eight of the boot timer and the serial thread's.
+const INBOX: usize = 400;
 
 /// How long devices may take to finish their I/O before a pause is reported without them.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
@@ -619,12 +620,13 @@ impl Vmm {
                 // The machine has its own copies of what was opened.
                 drop(opened);
                 self.kvm = None;
+                // Said before the guest can speak, so that it does not come in between its words.
+                info!("The microVM is running.");
                 let started = machine.run_vcpus();
                 self.state = State::Running(Box::new(machine));
                 // The first line comes at once, beside the guest.
                 self.metrics_due = self.metrics.is_some().then(Instant::now);
                 started.map_err(|e| ActionError::of(&e))?;
-                info!("The microVM is running.");
                 Ok(Outcome::Done)
             }
             Err(error) => {

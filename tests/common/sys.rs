@@ -30,16 +30,15 @@ pub fn die_with_us(command: &mut Command) {
 
 /// Has `command` start with `fd` as its descriptor `number`, open beyond the exec.
 pub fn hand_in(command: &mut Command, fd: OwnedFd, number: i32) {
-    // SAFETY: dup2 is async-signal-safe and touches no memory. Should `fd` have that number
-    // already, only its mark goes.
-    unsafe {
-        command.pre_exec(move || {
-            if fd.as_raw_fd() == number {
-                return check(libc::fcntl(number, libc::F_SETFD, 0)).map(|_| ());
-            }
-            check(libc::dup2(fd.as_raw_fd(), number)).map(|_| ())
-        })
-    };
+    // Out of the way of the numbers that others are given before it.
+    const ASIDE: i32 = 400;
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor and has no other effect.
+    let aside = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ASIDE) };
+    // SAFETY: the call succeeded, so it is open and nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(check(aside).unwrap()) };
+    assert!(number < ASIDE);
+    // SAFETY: dup2 is async-signal-safe and touches no memory.
+    unsafe { command.pre_exec(move || check(libc::dup2(fd.as_raw_fd(), number)).map(|_| ())) };
 }
 
 /// Has `command` start with at most `count` descriptors to have.

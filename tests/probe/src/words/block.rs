@@ -228,7 +228,15 @@ pub fn read(arguments: &mut Arguments) -> Outcome {
         }
         sum = pattern::sum(sum, bytes);
     }
-    let interrupts = disk.device.take_interrupts();
+    // The interrupt comes after the completion that polling has seen already.
+    let mut interrupts = disk.device.take_interrupts();
+    for _ in 0..10_000 {
+        if interrupts != 0 {
+            break;
+        }
+        core::hint::spin_loop();
+        interrupts = disk.device.take_interrupts();
+    }
     Ok(text!(
         "sum={sum:016x} isr={interrupts} first={:032x}",
         u128::from_be_bytes(first)
