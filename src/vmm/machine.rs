@@ -89,14 +89,22 @@ impl Machine {
 
     /// Lets every device work again.
     pub fn resume_devices(&self, token: u64) {
-        // A device that takes no message now is still in the I/O it was paused in, and its inbox
-        // holds an update for every slot: it never paused, so it has nothing to resume.
+        // A device that takes no message now is still in the I/O it was paused in. Should it come
+        // to a pause later, its answer brings it [`Machine::resume_device`].
         for device in &self.blocks {
             let _ = device.resume(token);
         }
         for device in &self.nets {
             let _ = device.resume(token);
         }
+    }
+
+    /// Lets the device of that name work again.
+    pub fn resume_device(&self, device: &str, token: u64) {
+        let block = self.blocks.iter().find(|handle| **handle.name() == *device);
+        let net = self.nets.iter().find(|handle| **handle.name() == *device);
+        let _ = block.map(|handle| handle.resume(token));
+        let _ = net.map(|handle| handle.resume(token));
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard.

@@ -204,6 +204,9 @@ struct Pausing {
     /// Tokens of devices that still work.
     devices: Vec<u64>,
     clients: Vec<Reply>,
+    /// Clients that want the guest to run again. It can once every vCPU has answered: a vCPU is
+    /// never told a second thing before it has done the first.
+    resumers: Vec<Reply>,
     deadline: Instant,
 }
 
@@ -508,7 +511,7 @@ impl Vmm {
         }
         match action {
             Action::Pause => self.pause(reply),
-            Action::Resume => reply.send(self.resume()),
+            Action::Resume => self.resume(reply),
             Action::PatchDrive(update) if self.machine().is_some() => {
                 self.update(reply, |machine, token| {
                     machine.update_drive(&update, handed, token)
@@ -614,11 +617,16 @@ impl Vmm {
                     vcpus: machine.pause_vcpus(),
                     devices: Vec::new(),
                     clients: vec![reply],
+                    resumers: Vec::new(),
                     deadline: Instant::now() + PAUSE_PATIENCE,
                 };
                 self.state = State::Pausing(machine, pausing);
             }
             State::Pausing(machine, mut pausing) => {
+                // Who wanted it to run would have seen it run for no time at all.
+                for resumer in pausing.resumers.drain(..) {
+                    resumer.send(Ok(Outcome::Done));
+                }
                 pausing.clients.push(reply);
                 self.state = State::Pausing(machine, pausing);
             }
@@ -639,6 +647,10 @@ impl Vmm {
         if pausing.vcpus != 0 {
             return;
         }
+        if !pausing.resumers.is_empty() {
+            self.give_up_pause();
+            return;
+        }
         // No new kick can come: now the devices finish what they have begun.
         pausing.devices = machine.pause_devices(first_token);
         self.next_token = first_token.wrapping_add(pausing.devices.len() as u64);
@@ -648,6 +660,10 @@ impl Vmm {
     fn worker_answered(&mut self, reply: WorkerReply) {
         if let State::Pausing(_, pausing) = &mut self.state {
             pausing.devices.retain(|token| *token != reply.token);
+        }
+        if let (Done::Paused, State::Running(machine)) = (&reply.done, &self.state) {
+            // Its inbox may have had no room for the resume that overtook this pause.
+            machine.resume_device(&reply.device, reply.token);
         }
         if let Done::Updated {
             config: Some(config),
@@ -681,7 +697,7 @@ impl Vmm {
         }
     }
 
-    fn resume(&mut self) -> Answer {
+    fn resume(&mut self, reply: Reply) {
         let token = self.new_token();
         let since = Instant::now();
         match mem::replace(&mut self.state, State::Between) {
@@ -690,9 +706,31 @@ impl Vmm {
                 let resumed = machine.run_vcpus();
                 self.state = State::Running(machine);
                 self.counters.resume_us = micros_since(since);
-                resumed.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
+                reply.send(match resumed {
+                    Ok(()) => Ok(Outcome::Done),
+                    Err(error) => Err(ActionError::of(&error)),
+                });
             }
+            State::Pausing(machine, mut pausing) => {
+                pausing.resumers.push(reply);
+                let all_answered = pausing.vcpus == 0;
+                self.state = State::Pausing(machine, pausing);
+                if all_answered {
+                    self.give_up_pause();
+                }
+            }
+            // Resuming what runs is fine.
+            other => {
+                self.state = other;
+                reply.send(Ok(Outcome::Done));
+            }
+        }
+    }
+
+    /// Lets the guest run again that was to be paused. Every vCPU has answered.
+    fn give_up_pause(&mut self) {
+        let token = self.new_token();
+        match mem::replace(&mut self.state, State::Between) {
             State::Pausing(machine, pausing) => {
                 machine.resume_devices(token);
                 let resumed = machine.run_vcpus();
@@ -702,14 +740,14 @@ impl Vmm {
                         "The pause was overtaken by a resume.".into(),
                     )));
                 }
-                resumed.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
+                for resumer in pausing.resumers {
+                    resumer.send(match &resumed {
+                        Ok(()) => Ok(Outcome::Done),
+                        Err(error) => Err(ActionError::of(error)),
+                    });
+                }
             }
-            // Resuming what runs is fine.
-            other => {
-                self.state = other;
-                Ok(Outcome::Done)
-            }
+            other => self.state = other,
         }
     }
 
