@@ -566,6 +566,40 @@ fn pauses_and_resumes_when_asked_for_at_once_are_done_one_after_the_other() {
     assert!(monitor.child.try_wait().unwrap().is_none());
 }
 
+#[test]
+fn resume_when_a_vcpu_is_slow_to_hear_of_many_pauses_is_what_counts() {
+    if !common::kvm("resume_when_a_vcpu_is_slow_to_hear_of_many_pauses_is_what_counts") {
+        return;
+    }
+    let folder = Folder::new();
+    let (mut monitor, api) = Monitor::boot_with_api(&folder, &probe_vm("count"));
+    monitor.expect("probe: count 2 ");
+    api.patch("/vm", json!({"state": "Paused"}));
+    let held = common::sys::Held::thread(monitor.thread("fc_vcpu 0"));
+    let clients: Vec<_> = (0..25)
+        .map(|i| {
+            let state = ["Resumed", "Paused"][i % 2];
+            let body = json!({"state": state}).to_string();
+            let length = body.len();
+            let request = format!("PATCH /vm HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
+            let client = api.send_with(request.as_bytes(), &[]);
+            // Each is for control to see before the next.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            client
+        })
+        .collect();
+    drop(held);
+    // The last one was a resume.
+    let mut answers = clients
+        .into_iter()
+        .map(|mut client| common::read_response(&mut client));
+    assert_eq!(answers.next_back().unwrap().0, 204);
+    assert_eq!(api.get("/")["state"], "Running");
+    let lines = monitor.stdout().matches("probe: count ").count();
+    monitor.expect(&format!("probe: count {} ", lines + 2));
+    assert!(monitor.child.try_wait().unwrap().is_none());
+}
+
 // The end
 
 #[test]

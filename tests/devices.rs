@@ -297,6 +297,53 @@ fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
 }
 
 #[test]
+fn disk_when_it_hangs_through_many_pauses_works_again_afterwards() {
+    let test = "disk_when_it_hangs_through_many_pauses_works_again_afterwards";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    std::thread::spawn(|| {
+        let folder = Folder::new();
+        let slow = Slow::mount(&folder.join("slow"), 1 << 20);
+        let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
+        config["drives"][0]["cache_type"] = json!("Writeback");
+        let hanging = slow.hang();
+        let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
+        let hanging = hanging;
+        hanging.wait();
+        // More messages than the worker's inbox has room for, an odd one first: the last that it
+        // takes is a pause.
+        let update = json!({"drive_id": "disk0", "rate_limiter": {"ops": null}});
+        let sent: Vec<_> = std::iter::once(("/drives/disk0", update))
+            .chain((0..20).map(|i| {
+                let state = ["Paused", "Resumed"][i % 2];
+                ("/vm", json!({"state": state}))
+            }))
+            .map(|(path, body)| {
+                let body = body.to_string();
+                let length = body.len();
+                let request =
+                    format!("PATCH {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
+                let stream = api.send_with(request.as_bytes(), &[]);
+                std::thread::sleep(Duration::from_millis(50));
+                stream
+            })
+            .collect();
+        assert!(hanging.is_waited_for(), "it did not hang all that time");
+        drop(hanging);
+        monitor.expect("probe: echo ready");
+        assert_eq!(api.get("/")["state"], "Running");
+        succeeded(&monitor.stdout(), "blkflush:0");
+        succeeded(&monitor.stdout(), "blkread:0:0");
+        monitor.type_in("x\n");
+        monitor.exits_with(0);
+        drop(sent);
+    })
+    .join()
+    .unwrap_or_else(|e| std::panic::resume_unwind(e));
+}
+
+#[test]
 fn disk_when_its_fsync_hangs_and_the_guest_resets_it_waits_without_holding_up_the_api() {
     let test = "disk_when_its_fsync_hangs_and_the_guest_resets_it";
     if !common::kvm(test) || !common::needs_root(test) {

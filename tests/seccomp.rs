@@ -163,6 +163,31 @@ fn threads_when_a_guest_runs_are_all_filtered() {
     }
 }
 
+#[test]
+fn threads_when_stopped_and_continued_go_on() {
+    let test = "threads_when_stopped_and_continued_go_on";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    let folder = Folder::new();
+    let netns = Netns::new();
+    let mut monitor = whole_monitor(&folder, &netns, &[]);
+    let api = Api::at(folder.join("api"));
+    // What shells, debuggers, frozen cgroups and a host that sleeps do to a process at any time.
+    for _ in 0..5 {
+        common::sys::kill(monitor.pid(), libc::SIGSTOP);
+        common::wait_until("every thread to stop", || {
+            monitor.threads().iter().all(|(id, _)| {
+                let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+                stat.rsplit(") ").next().unwrap().starts_with('T')
+            })
+        });
+        common::sys::kill(monitor.pid(), libc::SIGCONT);
+        assert_eq!(api.get("/")["state"], "Running", "{}", monitor.stderr());
+        assert!(monitor.child.try_wait().unwrap().is_none());
+    }
+}
+
 /// The calls of each category as the rules have them: steady, and on the failure path.
 fn rules() -> BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)> {
     let folder = common::root().join("resources/seccomp/x86_64");

@@ -74,7 +74,7 @@ const DRAIN_MAX: usize = 1 << 20;
 
 /// How long a request may be half sent, or an answer half taken, before the connection may have
 /// to give way to a new one.
-const STALLED: Duration = Duration::from_secs(2);
+const STALLED: Duration = Duration::from_millis(250);
 
 /// How long to go on asking when control's inbox is full.
 const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 10 });
@@ -741,10 +741,13 @@ impl Connection {
     /// Why it may be closed for the sake of another, if it may.
     fn dispensable(&self, now: Instant) -> Option<Dispensable> {
         let stalled = now.saturating_duration_since(self.since) >= STALLED;
-        if self.asked.is_some() || !self.pending.is_empty() {
+        if self.asked.is_some() {
             None
-        } else if !self.output.is_empty() {
+        } else if self.wants_out {
+            // Whatever else it asks: that waits until this answer is taken.
             stalled.then_some(Dispensable::HalfTaken)
+        } else if !self.output.is_empty() || !self.pending.is_empty() {
+            None
         } else if self.draining {
             Some(Dispensable::Finished)
         } else if self.decoder.is_empty() {
@@ -1197,6 +1200,25 @@ mod tests {
         assert!(began.elapsed() < STALLED * 3);
         stalled[CONNECTIONS_MAX - 1].send(b"version HTTP/1.1\r\n\r\n");
         assert_eq!(stalled[CONNECTIONS_MAX - 1].response().0, 200);
+    }
+
+    #[test]
+    fn connections_when_they_ask_on_and_never_read_give_way_after_a_while() {
+        let fixture = Fixture::new(64);
+        let greedy: Vec<Client> = (0..CONNECTIONS_MAX)
+            .map(|_| {
+                let mut client = fixture.connect();
+                client.get();
+                client.0.set_nonblocking(true).unwrap();
+                // More than it is sent at once, so that questions are left over.
+                while client.0.write_all(&GET.repeat(1000)).is_ok() {}
+                client
+            })
+            .collect();
+        let began = Instant::now();
+        fixture.connect().get();
+        assert!(began.elapsed() < STALLED * 8, "{:?}", began.elapsed());
+        drop(greedy);
     }
 
     #[test]

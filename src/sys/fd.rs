@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
 
 /// Standard input.
 pub const STDIN: RawFd = libc::STDIN_FILENO;
@@ -225,9 +226,17 @@ impl Interest {
 /// When the host is out of memory.
 pub fn wait(interests: &mut [Interest], millis: Option<u32>) -> io::Result<()> {
     let count = interests.len() as libc::nfds_t;
-    let millis = millis.map_or(-1, |m| i32::try_from(m).unwrap_or(i32::MAX));
-    // SAFETY: `Interest` is a transparent pollfd, and the slice is ours for `count` of them.
-    let result = unsafe { libc::poll(interests.as_mut_ptr().cast(), count, millis) };
+    let limit = millis.map(|millis| libc::timespec {
+        tv_sec: i64::from(millis / 1000),
+        tv_nsec: i64::from(millis % 1000) * 1_000_000,
+    });
+    let limit = limit.as_ref().map_or(ptr::null(), ptr::from_ref);
+    let fds = interests.as_mut_ptr().cast();
+    // Not poll: that goes on after SIGSTOP and SIGCONT, a frozen cgroup or a tracer's look by
+    // another system call (restart_syscall), which no filter allows.
+    // SAFETY: `Interest` is a transparent pollfd, and the slice is ours for `count` of them; the
+    // limit is null or outlives the call, and the signal mask is left alone.
+    let result = unsafe { libc::ppoll(fds, count, limit, ptr::null()) };
     if result >= 0 {
         return Ok(());
     }

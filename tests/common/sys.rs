@@ -173,6 +173,32 @@ pub fn inject(id: i32, number: i64) {
     }
 }
 
+/// A thread of another process that is kept from running, until dropped by the same thread.
+pub struct Held(i32);
+
+impl Held {
+    pub fn thread(id: i32) -> Self {
+        // SAFETY: ptrace and waitpid act on the other process; `status` is ours.
+        unsafe {
+            let null = std::ptr::null_mut::<libc::c_void>();
+            assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, id, null, null), 0);
+            assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, null, null), 0);
+            let mut status = 0;
+            assert_eq!(libc::waitpid(id, &raw mut status, libc::__WALL), id);
+            assert!(libc::WIFSTOPPED(status));
+        }
+        Held(id)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let null = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: acts on the other process.
+        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, null, null) };
+    }
+}
+
 /// A terminal: the end that people type at, and the end that programs have.
 pub struct Terminal {
     pub keyboard: File,
