@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::failure::{Failure, Result};
+use crate::jail;
 use crate::monitor::{CommandLine, Monitor};
 
 /// What `--help` prints.
@@ -17,14 +18,16 @@ figures
   limits     rate limiters: how exact they are, and how soon a change takes hold (needs root)
   memory     private dirty memory of the monitor; PSS per VM of 8 VMs with one 20 MiB kernel
   density    host memory and PSS per VM of many idle VMs; starts per second
+  jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
   --with NAME=PATH   also measure this monitor, which has Firecracker's command line; may be repeated
   --extra NAME=WORDS more words (split at spaces) for that monitor's command line, --seccomp-filter FILE say
-  --mayfly PATH      measure this executable as mayfly, in place of the one just built
+  --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
+  --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
   --probe PATH       api-load and limits: the probe guest, in place of the one just built
-  --runs N           rounds that count (start and api: 30; api-load and limits: 5; memory and density: 3)
+  --runs N           rounds that count (start, api and jail: 30; api-load and limits: 5; memory and density: 3)
   --vms N            VMs at once, for density (50)
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
@@ -47,6 +50,8 @@ pub enum Which {
     Memory,
     /// See `density`.
     Density,
+    /// See `jail`.
+    Jail,
 }
 
 /// What was asked for.
@@ -64,6 +69,8 @@ pub struct Args {
     pub devices: bool,
     /// The probe guest, for the figures that need it.
     pub probe: Option<PathBuf>,
+    /// The jailers with Firecracker's command line, by the monitor's name.
+    pub jailers: Vec<(String, PathBuf)>,
     /// Where the samples go.
     pub json: Option<PathBuf>,
 }
@@ -79,6 +86,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let (mut ours, mut with_ours) = (None, true);
     let mut others = Vec::new();
     let mut extras = Vec::new();
+    let mut jailers = Vec::new();
     while let Some(word) = words.next() {
         let mut value = || {
             words
@@ -93,8 +101,13 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "limits" => which = Some(Which::Limits),
             "memory" => which = Some(Which::Memory),
             "density" => which = Some(Which::Density),
+            "jail" => which = Some(Which::Jail),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
+            "--jailer" => {
+                let (name, path) = named(&word, &value()?)?;
+                jailers.push((name, PathBuf::from(path)));
+            }
             "--mayfly" => ours = Some(value()?),
             "--probe" => probe = Some(PathBuf::from(value()?)),
             "--no-mayfly" => with_ours = false,
@@ -110,7 +123,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         }
     }
     let which = which.ok_or_else(|| {
-        Failure::new("say what to measure: start, api, api-load, limits, memory or density")
+        Failure::new("say what to measure: start, api, api-load, limits, memory, density or jail")
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
         return Err(Failure::new("--devices goes with start and api only"));
@@ -135,8 +148,12 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             .extra
             .extend(words.split_whitespace().map(str::to_owned));
     }
+    if !jailers.is_empty() && which != Which::Jail {
+        return Err(Failure::new("--jailer goes with jail only"));
+    }
+    jail::check(&monitors, &jailers)?;
     let usual = match which {
-        Which::Start | Which::Api => 30,
+        Which::Start | Which::Api | Which::Jail => 30,
         Which::ApiLoad | Which::Limits => 5,
         Which::Memory | Which::Density => 3,
     };
@@ -150,6 +167,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         vms,
         devices,
         probe,
+        jailers,
         json,
     }))
 }
@@ -223,6 +241,8 @@ mod tests {
             "start --no-mayfly --what",
             "memory --no-mayfly --devices",
             "limits --no-mayfly",
+            "start --no-mayfly --with b=/proc/self/exe --jailer b=/proc/self/exe",
+            "jail --no-mayfly --jailer b=/proc/self/exe",
         ] {
             assert!(parsed(mistake).is_err(), "{mistake:?} was taken");
         }

@@ -8,10 +8,10 @@ use mayfly_measure::failure::{Context, Failure, Result};
 use mayfly_measure::filter::Filters;
 use mayfly_measure::guest::{Size, Task};
 use mayfly_measure::host::Host;
-use mayfly_measure::monitor::CommandLine;
+use mayfly_measure::monitor::{CommandLine, Monitor};
 use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::workspace::Workspace;
-use mayfly_measure::{api, api_load, density, limits, memory, report, start, sys};
+use mayfly_measure::{api, api_load, density, jail, limits, memory, report, start, sys};
 use serde_json::json;
 
 fn main() -> ExitCode {
@@ -33,10 +33,14 @@ fn run() -> Result<()> {
         return Ok(());
     };
     sys::catch_interrupts();
+    if args.which == Which::Jail && !jail::permitted() {
+        print!("{}", jail::SKIPPED);
+        return Ok(());
+    }
     let host = Host::read();
     let workspace = Workspace::new(args.devices || args.which == Which::Limits)?;
     let filters = filters(&args, &workspace)?;
-    let (figures, notes) = figures(&args, &workspace)?;
+    let (rows, figures, notes) = rows_and_figures(&args, &workspace)?;
 
     print!("{}", host.text());
     for (monitor, filters) in args.monitors.iter().zip(&filters) {
@@ -53,7 +57,7 @@ fn run() -> Result<()> {
         }
     );
     for figure in &figures {
-        println!("{}", report::table(figure, &args.monitors, OURS));
+        println!("{}", report::table(figure, &rows, OURS));
     }
     print!("{}{notes}", report::LEGEND);
 
@@ -75,7 +79,7 @@ fn run() -> Result<()> {
             .collect();
         let figures: Vec<_> = figures
             .iter()
-            .map(|figure| report::json(figure, &args.monitors, OURS))
+            .map(|figure| report::json(figure, &rows, OURS))
             .collect();
         let all = json!({
             "host": host.json(),
@@ -91,7 +95,7 @@ fn run() -> Result<()> {
 
 fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
-        Which::Start | Which::Api => 2,
+        Which::Start | Which::Api | Which::Jail => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
     };
     Plan {
@@ -107,6 +111,20 @@ fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
         .iter()
         .map(|monitor| monitor.filters(&staying))
         .collect()
+}
+
+/// The rows of the tables: the monitors, but for `jail`, which has some in several ways.
+fn rows_and_figures(
+    args: &Args,
+    workspace: &Workspace,
+) -> Result<(Vec<Monitor>, Vec<Figure>, &'static str)> {
+    if args.which == Which::Jail {
+        let (rows, figures) =
+            jail::measure(workspace, &args.monitors, OURS, &args.jailers, plan(args))?;
+        return Ok((rows, figures, jail::NOTES));
+    }
+    let (figures, notes) = figures(args, workspace)?;
+    Ok((args.monitors.clone(), figures, notes))
 }
 
 fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static str)> {
@@ -133,10 +151,11 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
+        Which::Jail => unreachable!("its rows are its own"),
     })
 }
 
-fn described(monitor: &mayfly_measure::monitor::Monitor, filters: Filters) -> String {
+fn described(monitor: &Monitor, filters: Filters) -> String {
     let mut text = monitor.name.clone();
     if let Some(version) = monitor.version() {
         text.push_str(&format!(": {version}"));

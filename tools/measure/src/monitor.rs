@@ -128,9 +128,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// Starts `command`, which is called `name`.
+    ///
     /// The standard library starts programs by `posix_spawn` (vfork and exec) as long as nothing else is asked of the
     /// child, so that the size of this process costs nothing.
-    fn start(name: &str, mut command: Command) -> Result<Self> {
+    pub fn start(name: &str, mut command: Command) -> Result<Self> {
         let starting = || format!("start {name}");
         let (stdin, keep_stdin) = std::io::pipe().cannot(starting)?;
         let (stdout, give_stdout) = std::io::pipe().cannot(starting)?;

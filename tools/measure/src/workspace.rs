@@ -134,6 +134,11 @@ impl Workspace {
         requests
     }
 
+    /// The directory itself.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Where API sockets go, and nothing else.
     pub fn sockets(&self) -> PathBuf {
         self.path("sockets")
