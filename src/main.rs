@@ -151,6 +151,8 @@ fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: boo
 
 /// Says why on standard error, where a person looks, and ends.
 fn fail(sentence: &str, code: i32) -> ! {
+    // A path may hold anything: one line stays one line, and a terminal is not told what to do.
+    let sentence = sentence.replace(char::is_control, "?");
     eprintln!("mayfly: {sentence}");
     process::exit(code)
 }

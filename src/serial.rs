@@ -368,12 +368,13 @@ impl Console {
                 }
             }
             self.input.offer(&self.uart);
-            if output.is_ready() {
-                self.step_output();
-            }
+            // The log first: a line said before the guest spoke is not to come in between its words.
             if log.is_ready() {
                 let lost = self.log.step();
                 log::count_lost_bytes(lost);
+            }
+            if output.is_ready() {
+                self.step_output();
             }
         }
     }
