@@ -368,13 +368,13 @@ impl Console {
                 }
             }
             self.input.offer(&self.uart);
-            // The log first: a line said before the guest spoke is not to come in between its words.
+            // The output first: what the guest said before it ended comes before the line about that.
+            if output.is_ready() {
+                self.step_output();
+            }
             if log.is_ready() {
                 let lost = self.log.step();
                 log::count_lost_bytes(lost);
-            }
-            if output.is_ready() {
-                self.step_output();
             }
         }
     }
