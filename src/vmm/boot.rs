@@ -40,8 +40,6 @@ use crate::serial::{self, Streams};
 use crate::sys::{fd, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
-use crate::virtio::block::Block;
-use crate::virtio::net::Net;
 use crate::virtio::{self, Device, DeviceHandle, Worker, registers};
 use crate::{error, log, warn};
 
@@ -217,8 +215,12 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         ..Buses::default()
     };
     let mut slots = Slots { vm: &vm, next: 0 };
-    let blocks = make_blocks(host, &memory, &config, opened, &mut buses, &mut slots)?;
-    let nets = make_nets(host, &memory, &config, opened, &mut buses, &mut slots)?;
+    let disks = config.drives.iter();
+    let disks = disks.map(|drive| (drive.drive_id.as_str(), devices::block(drive, opened)));
+    let blocks = attach_all(host, &memory, disks, &mut buses, &mut slots)?;
+    let cards = config.networks.iter();
+    let cards = cards.map(|network| (network.iface_id.as_str(), devices::net(network, opened)));
+    let nets = attach_all(host, &memory, cards, &mut buses, &mut slots)?;
     let (console, console_sender, log_writer) =
         make_console(host, &vm, &config, opened, &mut buses)?;
     let keyboard = Arc::new(I8042::new(line(&vm, layout::I8042_GSI)?));
@@ -382,44 +384,19 @@ fn load(
 
 type Attached<D> = Vec<(Worker<D>, DeviceHandle<D>)>;
 
-fn make_blocks(
+/// Attaches each device of `made`, in order, by its name.
+fn attach_all<'a, D: Device>(
     host: &Host<'_>,
     memory: &Memory,
-    config: &Config,
-    opened: &Opened,
+    made: impl Iterator<Item = (&'a str, io::Result<D>)>,
     buses: &mut Buses,
     slots: &mut Slots<'_>,
-) -> Result<Attached<Block>, StartError> {
-    config
-        .drives
-        .iter()
-        .map(|drive| {
-            let name = &drive.drive_id;
-            let device =
-                devices::block(drive, opened).map_err(|e| StartError::Device(name.clone(), e))?;
-            attach(host, memory, device, name, buses, slots)
-        })
-        .collect()
-}
-
-fn make_nets(
-    host: &Host<'_>,
-    memory: &Memory,
-    config: &Config,
-    opened: &Opened,
-    buses: &mut Buses,
-    slots: &mut Slots<'_>,
-) -> Result<Attached<Net>, StartError> {
-    config
-        .networks
-        .iter()
-        .map(|network| {
-            let name = &network.iface_id;
-            let device =
-                devices::net(network, opened).map_err(|e| StartError::Device(name.clone(), e))?;
-            attach(host, memory, device, name, buses, slots)
-        })
-        .collect()
+) -> Result<Attached<D>, StartError> {
+    made.map(|(name, device)| {
+        let device = device.map_err(|e| StartError::Device(name.to_owned(), e))?;
+        attach(host, memory, device, name, buses, slots)
+    })
+    .collect()
 }
 
 fn attach<D: Device>(

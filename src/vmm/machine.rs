@@ -16,7 +16,8 @@ use crate::sys::handed::Handed;
 use crate::vcpu::{Deaf, VcpuHandle};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
-use crate::virtio::{ConfigSpace, DeviceHandle};
+use crate::virtio::worker::Unreachable;
+use crate::virtio::{ConfigSpace, Device, DeviceHandle};
 
 /// Handles of everything that makes up a VM. The threads own the things themselves.
 #[derive(Debug)]
@@ -70,31 +71,26 @@ impl Machine {
         self.blocks.len().saturating_add(self.nets.len())
     }
 
+    /// Every device, of whichever kind, in the order of their slots.
+    fn each(&self) -> impl Iterator<Item = &dyn Halts> {
+        let blocks = self.blocks.iter().map(|device| device as &dyn Halts);
+        blocks.chain(self.nets.iter().map(|device| device as &dyn Halts))
+    }
+
     /// Asks every device to pause, the first with `token`, the next with the number after it;
     /// the tokens of those that will answer.
     pub fn pause_devices(&self, token: u64) -> Vec<u64> {
-        let mut asked = Vec::new();
-        let mut tokens = token..;
-        for (device, token) in self.blocks.iter().zip(&mut tokens) {
-            if device.pause(token).is_ok() {
-                asked.push(token);
-            }
-        }
-        for (device, token) in self.nets.iter().zip(&mut tokens) {
-            if device.pause(token).is_ok() {
-                asked.push(token);
-            }
-        }
-        asked
+        self.each()
+            .zip(token..)
+            .filter(|(device, token)| device.pause(*token).is_ok())
+            .map(|(_, token)| token)
+            .collect()
     }
 
     /// Lets every device work again.
     pub fn resume_devices(&self, token: u64) {
         // A device that hangs may have an inbox full of what it was told before: `catch_up`.
-        for device in &self.blocks {
-            let _ = device.resume(token);
-        }
-        for device in &self.nets {
+        for device in self.each() {
             let _ = device.resume(token);
         }
     }
@@ -102,14 +98,7 @@ impl Machine {
     /// Tells devices to pause, or else to work, that could not take it when they were told:
     /// some device has just answered, and may have room again.
     pub fn catch_up(&self, pause: bool, token: u64) {
-        for device in self.blocks.iter().filter(|d| d.has_missed()) {
-            let _ = if pause {
-                device.pause(token)
-            } else {
-                device.resume(token)
-            };
-        }
-        for device in self.nets.iter().filter(|d| d.has_missed()) {
+        for device in self.each().filter(|device| device.has_missed()) {
             let _ = if pause {
                 device.pause(token)
             } else {
@@ -192,5 +181,26 @@ impl Machine {
     /// What was asked for.
     pub fn draft(&self) -> &Draft {
         &self.draft
+    }
+}
+
+/// What all devices are told alike, whatever they are.
+trait Halts {
+    fn pause(&self, token: u64) -> Result<(), Unreachable>;
+    fn resume(&self, token: u64) -> Result<(), Unreachable>;
+    fn has_missed(&self) -> bool;
+}
+
+impl<D: Device> Halts for DeviceHandle<D> {
+    fn pause(&self, token: u64) -> Result<(), Unreachable> {
+        DeviceHandle::pause(self, token)
+    }
+
+    fn resume(&self, token: u64) -> Result<(), Unreachable> {
+        DeviceHandle::resume(self, token)
+    }
+
+    fn has_missed(&self) -> bool {
+        DeviceHandle::has_missed(self)
     }
 }
