@@ -67,8 +67,18 @@ pub struct Queue {
     next_avail: u16,
     kicked: u16,
     next_used: u16,
-    /// Whether the device shall interrupt; the status register then shows it.
-    interrupts: bool,
+    interrupts: Interrupts,
+}
+
+/// Which completions the device shall interrupt for; the status register then shows it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Interrupts {
+    None,
+    /// The next one for sure. With the event index, a driver that polls and moves the index on may
+    /// be ahead of the device's look at it, and then rightly gets none: so the index stays.
+    Next,
+    /// Each one that is not polled away before.
+    Each,
 }
 
 impl Queue {
@@ -94,19 +104,19 @@ impl Queue {
             next_avail: 0,
             kicked: 0,
             next_used: 0,
-            interrupts: false,
+            interrupts: Interrupts::None,
         };
         for i in 0..size {
             queue.set_descriptor(i, 0, 0, 0, i + 1);
         }
-        queue.ask_for_interrupts(false);
+        queue.ask_for_interrupts(Interrupts::None);
         Ok(queue)
     }
 
-    /// Whether completions shall set the interrupt status; off from the start.
-    pub fn ask_for_interrupts(&mut self, wanted: bool) {
+    /// Which completions shall set the interrupt status; none from the start.
+    pub fn ask_for_interrupts(&mut self, wanted: Interrupts) {
         self.interrupts = wanted;
-        let flags = if wanted || self.event_idx {
+        let flags = if wanted != Interrupts::None || self.event_idx {
             0
         } else {
             SUPPRESS
@@ -118,7 +128,10 @@ impl Queue {
     /// Event index: right ahead when interrupts are wanted, else as far away as can be.
     fn set_used_event(&mut self) {
         if self.event_idx {
-            let ahead = if self.interrupts { 0 } else { 0x7fff };
+            let ahead = match self.interrupts {
+                Interrupts::None => 0x7fff,
+                Interrupts::Next | Interrupts::Each => 0,
+            };
             let at = self.avail + 4 + 2 * u64::from(self.size);
             x86::store(at, 2, u64::from(self.next_used.wrapping_add(ahead)));
         }
@@ -226,7 +239,9 @@ impl Queue {
         let head = x86::load(self.used + 4 + 8 * slot, 4) as u16;
         let written = x86::load(self.used + 8 + 8 * slot, 4) as u32;
         self.next_used = self.next_used.wrapping_add(1);
-        self.set_used_event();
+        if self.interrupts != Interrupts::Next {
+            self.set_used_event();
+        }
         if head < self.size {
             self.release(head);
         }

@@ -11,7 +11,9 @@
 use super::{Arguments, Outcome, block, net};
 use crate::arena::Arena;
 use crate::text::Text;
-use crate::virtio::queue::{Buffer, DESCRIPTOR, INDIRECT, NEXT, Queue, WRITE, set_descriptor};
+use crate::virtio::queue::{
+    Buffer, DESCRIPTOR, INDIRECT, Interrupts, NEXT, Queue, WRITE, set_descriptor,
+};
 use crate::virtio::{BLOCK, Device, NET, feature, reg, status};
 use crate::{boot, clock, pattern, serial, text, x86};
 
@@ -255,7 +257,7 @@ impl Target {
             count,
         };
         // No interrupts suppressed: they are part of what a device may get wrong.
-        target.queue.ask_for_interrupts(true);
+        target.queue.ask_for_interrupts(Interrupts::Each);
         target.device.driver_ok();
         Ok(target)
     }

@@ -4,7 +4,7 @@ use super::{Arguments, Outcome};
 use crate::arena::{self, Arena};
 use crate::clock::{self, Moment};
 use crate::text::Text;
-use crate::virtio::queue::{Buffer, Queue};
+use crate::virtio::queue::{Buffer, Interrupts, Queue};
 use crate::virtio::{BLOCK, Device};
 use crate::{pattern, serial, text, x86};
 
@@ -218,7 +218,7 @@ pub fn read(arguments: &mut Arguments) -> Outcome {
         arguments.number_or("COUNT", 1)?,
     );
     // One completion with its interrupt, so that a test can see that there was one.
-    disk.queue.ask_for_interrupts(true);
+    disk.queue.ask_for_interrupts(Interrupts::Next);
     let mut sum = pattern::SUM_START;
     let mut first = [0u8; 16];
     for (at, size) in pieces(sector, count) {
