@@ -18,10 +18,10 @@ use crate::workspace::{Kernel, MEMORY_MIB, Workspace};
 /// Whom jailed monitors run as: a user nobody else is.
 const USER: &str = "64321";
 
-/// Lives whose rate is taken.
-const LIVES: usize = 100;
+/// Starts or lives whose rate is taken.
+const COUNT: usize = 100;
 
-/// Lives under way at the same time.
+/// Starts or lives under way at the same time.
 const PARALLEL: usize = 2;
 
 /// What "net, limits" adds.
@@ -41,8 +41,9 @@ pub const NOTES: &str = "\
 counted: guests with a tiny kernel, which write a byte and reset. \"+ run\" is started by `mayfly-jailer run`, whose jail is
 counted with it; \"+ run, net, limits\" has --net auto and --limit cpus=1, memory=300M and pids=64 besides. \"+ jailer\" is
 started by a jailer with Firecracker's command line (--jailer): its folder, with the kernel in it, is made before and
-removed after, uncounted; the monitor's copy is made by the jailer and so is counted. A life is from exec to the end of
-the process, and two are under way at a time; its rate is taken in a third of the rounds.
+removed after, uncounted; the monitor's copy is made by the jailer and so is counted. A start is from exec to the first
+byte, with two under way at a time, while earlier guests still end beside them; a life is from exec to the end of the
+process, with two under way at a time. Both rates are taken in a third of the rounds.
 ";
 
 /// What is said in place of figures to a user who may not make jails.
@@ -116,11 +117,18 @@ pub fn measure(
     };
     figures.extend(rounds::run(fewer, &rows, |row| match start_of(row) {
         Start::Jailer(_) => Ok(Vec::new()),
-        start => Ok(vec![Sample::new(
-            format!("lives per second, {LIVES} lives, {PARALLEL} at a time"),
-            "1/s",
-            place.rate(row, start)?,
-        )]),
+        start => Ok(vec![
+            Sample::new(
+                format!("starts per second, {COUNT} starts, {PARALLEL} at a time"),
+                "1/s",
+                place.starts(row, start)?,
+            ),
+            Sample::new(
+                format!("lives per second, {COUNT} lives, {PARALLEL} at a time"),
+                "1/s",
+                place.lives(row, start)?,
+            ),
+        ]),
     })?);
     Ok((rows, figures))
 }
@@ -141,9 +149,35 @@ struct Place<'a> {
     next: AtomicUsize,
 }
 
+/// One process whose guest is about to write and to reset, with the folder it needs.
+struct Started<'a> {
+    running: Running,
+    name: &'a str,
+    _folder: Option<Folder>,
+}
+
+impl Started<'_> {
+    /// Waits for the process to end in order.
+    fn end(&mut self) -> Result<Instant> {
+        let mut end = self.running.exit();
+        if end.is_err() && crate::sys::interrupted() {
+            // A jailer is given the time to take its jail away.
+            end = self.running.exit();
+        }
+        let (end, status) = end?;
+        if !status.success() {
+            return Err(Failure::new(format!(
+                "{} ended with {status} after its guest's reset",
+                self.name
+            )));
+        }
+        Ok(end)
+    }
+}
+
 impl Place<'_> {
-    fn life(&self, row: &Monitor, start: &Start) -> Result<Life> {
-        let (mut running, _folder) = match start {
+    fn start<'a>(&self, row: &'a Monitor, start: &Start) -> Result<Started<'a>> {
+        let (running, folder) = match start {
             Start::Alone => (row.boot(self.kernel)?, None),
             Start::Run(jailer, more) => {
                 let mut command = Command::new(jailer);
@@ -175,48 +209,83 @@ impl Place<'_> {
                 (Running::start(&row.name, command)?, Some(folder))
             }
         };
-        // Whatever became of the byte, a jailer is given the time to take its jail away.
-        let byte = running.first_byte(None);
-        let mut end = running.exit();
-        if end.is_err() && crate::sys::interrupted() {
-            end = running.exit();
-        }
-        let byte = running.ms(byte?);
-        let (end, status) = end?;
-        if !status.success() {
-            return Err(Failure::new(format!(
-                "{} ended with {status} after its guest's reset",
-                row.name
-            )));
-        }
-        Ok(Life {
-            byte,
-            end: running.ms(end),
+        Ok(Started {
+            running,
+            name: &row.name,
+            _folder: folder,
         })
     }
 
-    fn rate(&self, row: &Monitor, start: &Start) -> Result<f64> {
-        let taken = AtomicUsize::new(0);
-        let living = || -> Result<()> {
-            while taken.fetch_add(1, Ordering::Relaxed) < LIVES {
-                if crate::sys::interrupted() {
-                    return Err(Failure::interrupted());
-                }
-                self.life(row, start)?;
-            }
-            Ok(())
-        };
-        let begun = Instant::now();
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..PARALLEL).map(|_| scope.spawn(living)).collect();
-            let ends: Vec<Result<()>> = threads
-                .into_iter()
-                .map(|thread| thread.join().expect("a thread of lives does not panic"))
-                .collect();
-            ends.into_iter().collect::<Result<()>>()
-        })?;
-        Ok(LIVES as f64 / begun.elapsed().as_secs_f64())
+    fn life(&self, row: &Monitor, start: &Start) -> Result<Life> {
+        let mut started = self.start(row, start)?;
+        // Whatever became of the byte, the end is waited for.
+        let byte = started.running.first_byte(None);
+        let end = started.end();
+        Ok(Life {
+            byte: started.running.ms(byte?),
+            end: started.running.ms(end?),
+        })
     }
+
+    /// Starts per second; the ends are waited for afterwards.
+    fn starts(&self, row: &Monitor, start: &Start) -> Result<f64> {
+        let begun = Instant::now();
+        let groups = in_parallel(|| {
+            let mut started = self.start(row, start)?;
+            let byte = started.running.first_byte(None);
+            if byte.is_err() {
+                // It is the failure of the byte that is told.
+                let _ = started.end();
+            }
+            byte.map(|_| started)
+        });
+        let seconds = begun.elapsed().as_secs_f64();
+        let mut failure = None;
+        let mut count = 0;
+        for result in groups {
+            match result.and_then(|mut started| started.end()) {
+                Ok(_) => count += 1,
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        failure.map_or(Ok(f64::from(count) / seconds), Err)
+    }
+
+    /// Lives per second.
+    fn lives(&self, row: &Monitor, start: &Start) -> Result<f64> {
+        let begun = Instant::now();
+        let lives = in_parallel(|| self.life(row, start));
+        let seconds = begun.elapsed().as_secs_f64();
+        let lives = lives.into_iter().collect::<Result<Vec<Life>>>()?;
+        Ok(lives.len() as f64 / seconds)
+    }
+}
+
+/// Does `work` `COUNT` times, `PARALLEL` at a time; a failure keeps its thread from going on.
+fn in_parallel<T: Send>(work: impl Fn() -> Result<T> + Sync) -> Vec<Result<T>> {
+    let taken = AtomicUsize::new(0);
+    let turn = || {
+        let mut done = Vec::new();
+        while taken.fetch_add(1, Ordering::Relaxed) < COUNT {
+            let one = match crate::sys::interrupted() {
+                true => Err(Failure::interrupted()),
+                false => work(),
+            };
+            let failed = one.is_err();
+            done.push(one);
+            if failed {
+                break;
+            }
+        }
+        done
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..PARALLEL).map(|_| scope.spawn(turn)).collect();
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("a thread of starts does not panic"))
+            .collect()
+    })
 }
 
 impl Drop for Place<'_> {
