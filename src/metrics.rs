@@ -20,7 +20,7 @@ use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -88,6 +88,38 @@ impl Histogram {
     }
 }
 
+/// Least, most and sum of how long things took: written by one thread, read by any.
+#[derive(Debug, Default)]
+pub struct Spread {
+    least: Counter,
+    most: Counter,
+    sum: Counter,
+}
+
+impl Spread {
+    /// Something took `micros` microseconds.
+    pub fn observe(&self, micros: u64) {
+        // 0 is both "none yet" and the least there can be.
+        if self.least.get() == 0 || micros < self.least.get() {
+            self.least.set(micros);
+        }
+        if micros > self.most.get() {
+            self.most.set(micros);
+        }
+        self.sum.add(micros);
+    }
+
+    /// The sum, in microseconds.
+    pub fn sum(&self) -> u64 {
+        self.sum.get()
+    }
+}
+
+/// Microseconds from `then` to now.
+pub fn micros_since(then: Instant) -> u64 {
+    u64::try_from(then.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Something that counts and can be asked without knowing what it is.
 pub trait Reader: fmt::Debug + Send + Sync {
     /// Writes all it has counted into `report`.
@@ -118,8 +150,40 @@ enum Value {
     Count(u64),
     /// The line tells it as it is.
     Now(u64),
-    /// Least, most and sum of what nobody measures here: zeros.
-    Unmeasured,
+    /// The line tells the least and the most as they are, and what was added to the sum.
+    Times { least: u64, most: u64, sum: u64 },
+}
+
+impl Value {
+    const NO_TIMES: Value = Value::Times {
+        least: 0,
+        most: 0,
+        sum: 0,
+    };
+
+    /// Times of two that are told as one.
+    fn and(self, other: Value) -> Value {
+        let (
+            Value::Times { least, most, sum },
+            Value::Times {
+                least: other_least,
+                most: other_most,
+                sum: other_sum,
+            },
+        ) = (self, other)
+        else {
+            return other;
+        };
+        Value::Times {
+            least: match (least, other_least) {
+                // None, or as good as none, on one side.
+                (0, least) | (least, 0) => least,
+                (one, other) => one.min(other),
+            },
+            most: most.max(other_most),
+            sum: sum.saturating_add(other_sum),
+        }
+    }
 }
 
 type Groups = BTreeMap<String, BTreeMap<&'static str, Value>>;
@@ -156,6 +220,25 @@ impl Report {
     /// For Prometheus: a number that goes up and down.
     pub fn gauge(&mut self, name: &'static str, help: &'static str, labels: Labels<'_>, n: u64) {
         self.sample(Kind::Gauge, name, help, "", labels, format_args!("{n}"));
+    }
+
+    /// For Prometheus: a time that only grows.
+    pub fn seconds(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        labels: Labels<'_>,
+        micros: u64,
+    ) {
+        let value = Seconds(micros);
+        self.sample(
+            Kind::Counter,
+            name,
+            help,
+            "",
+            labels,
+            format_args!("{value}"),
+        );
     }
 
     /// For Prometheus: a time.
@@ -233,13 +316,24 @@ impl Report {
         *self.slot(group, key) = Value::Now(value);
     }
 
+    /// For the line: the times of `spread`, together with those that `key` of `group` has already.
+    pub fn times(&mut self, group: &str, key: &'static str, spread: &Spread) {
+        let more = Value::Times {
+            least: spread.least.get(),
+            most: spread.most.get(),
+            sum: spread.sum.get(),
+        };
+        let slot = self.slot(group, key);
+        *slot = slot.and(more);
+    }
+
     /// For the line: all of `keys` in `group` are there, zeros unless something else is said.
     /// Those that end in `_agg` hold least, most and sum of a time.
     pub fn expect(&mut self, group: &str, keys: &[&'static str]) {
         for key in keys {
             let slot = self.slot(group, key);
             if key.ends_with("_agg") {
-                *slot = Value::Unmeasured;
+                *slot = Value::NO_TIMES;
             }
         }
     }
@@ -415,16 +509,19 @@ struct Group<'a>(&'a Values, Option<&'a Values>);
 
 impl Serialize for Group<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        const ZEROS: [(&str, u64); 3] = [("min_us", 0), ("max_us", 0), ("sum_us", 0)];
         serializer.collect_map(self.0.iter().map(|(key, value)| {
             let before = match self.1.and_then(|told| told.get(key)) {
-                Some(Value::Count(before)) => *before,
+                Some(Value::Count(before) | Value::Times { sum: before, .. }) => *before,
                 _ => 0,
             };
             let shown = match value {
                 Value::Count(sum) => Shown::Number(sum.saturating_sub(before)),
                 Value::Now(now) => Shown::Number(*now),
-                Value::Unmeasured => Shown::Spread(ZEROS),
+                Value::Times { least, most, sum } => Shown::Times([
+                    ("min_us", *least),
+                    ("max_us", *most),
+                    ("sum_us", sum.saturating_sub(before)),
+                ]),
             };
             (key, shown)
         }))
@@ -433,14 +530,14 @@ impl Serialize for Group<'_> {
 
 enum Shown {
     Number(u64),
-    Spread([(&'static str, u64); 3]),
+    Times([(&'static str, u64); 3]),
 }
 
 impl Serialize for Shown {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Shown::Number(number) => serializer.serialize_u64(*number),
-            Shown::Spread(members) => serializer.collect_map(members.iter().copied()),
+            Shown::Times(members) => serializer.collect_map(members.iter().copied()),
         }
     }
 }
@@ -501,6 +598,33 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "{line} in {text}");
         }
+    }
+
+    #[test]
+    fn times_when_of_several_are_told_as_one() {
+        let (first, second) = (Spread::default(), Spread::default());
+        let times = |least: u64, most: u64, sum: u64| serde_json::json!({"min_us": least, "max_us": most, "sum_us": sum});
+        let mut file = TempFile::new().unwrap().into_file();
+        let mut sink = Sink::new(file.try_clone().unwrap(), None, None);
+        let mut write = || {
+            let mut report = report(0);
+            for spread in [&first, &second] {
+                report.times("block", "read_agg", spread);
+            }
+            sink.write(report).unwrap();
+        };
+        first.observe(40);
+        first.observe(30);
+        write();
+        second.observe(9);
+        second.observe(70);
+        write();
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        let lines = lines(&text);
+        assert_eq!(lines[0]["block"]["read_agg"], times(30, 40, 70));
+        assert_eq!(lines[1]["block"]["read_agg"], times(9, 70, 79));
     }
 
     #[test]

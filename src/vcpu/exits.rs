@@ -1,5 +1,7 @@
 //! From an exit of KVM_RUN to the bus, and to what becomes of the guest.
 
+use std::time::Instant;
+
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -47,9 +49,11 @@ pub enum End {
     RunFailed(i32),
 }
 
-/// Runs the guest until its next exit and answers that.
-pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> Outcome {
-    match vcpu.run() {
+/// Runs the guest until its next exit and answers that; also says when the exit came.
+pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> (Outcome, Instant) {
+    let exit = vcpu.run();
+    let since = Instant::now();
+    let outcome = match exit {
         Ok(VcpuExit::IoIn(port, data)) => {
             for unit in data.chunks_mut(page.port_unit()) {
                 buses.ports.read(u64::from(port), unit);
@@ -60,7 +64,7 @@ pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> Outc
             for unit in data.chunks(page.port_unit()) {
                 match written(buses.ports.write(u64::from(port), unit)) {
                     Outcome::Continue => {}
-                    other => return other,
+                    other => return (other, since),
                 }
             }
             Outcome::Continue
@@ -96,7 +100,8 @@ pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> Outc
             libc::EFAULT => Outcome::End(End::MemoryGone),
             errno => Outcome::End(End::RunFailed(errno)),
         },
-    }
+    };
+    (outcome, since)
 }
 
 fn written(written: Written) -> Outcome {

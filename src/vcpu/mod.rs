@@ -29,13 +29,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 pub use self::exits::End;
 use self::exits::{Outcome, run_once};
 use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
-use crate::metrics::{Counter, Report};
+use crate::metrics::{Counter, Report, Spread, micros_since};
 use crate::sys::kvm::{Access, RunPage};
 use crate::sys::signal;
 use crate::timeline::{Moment, Timeline};
@@ -97,19 +98,27 @@ struct Exits {
     memory_writes: Counter,
     interruptions: Counter,
     others: Counter,
+    /// How long each took to be answered.
+    port_read_times: Spread,
+    port_write_times: Spread,
+    memory_read_times: Spread,
+    memory_write_times: Spread,
 }
 
 impl Exits {
-    fn count(&self, outcome: &Outcome, page: &RunPage) {
-        let kind = match (outcome, page.access()) {
-            (Outcome::Interrupted, _) => &self.interruptions,
-            (_, Access::PortRead) => &self.port_reads,
-            (_, Access::PortWrite) => &self.port_writes,
-            (_, Access::MemoryRead) => &self.memory_reads,
-            (_, Access::MemoryWrite) => &self.memory_writes,
-            (_, Access::None) => &self.others,
+    fn count(&self, outcome: &Outcome, page: &RunPage, since: Instant) {
+        let (kind, times) = match (outcome, page.access()) {
+            (Outcome::Interrupted, _) => (&self.interruptions, None),
+            (_, Access::PortRead) => (&self.port_reads, Some(&self.port_read_times)),
+            (_, Access::PortWrite) => (&self.port_writes, Some(&self.port_write_times)),
+            (_, Access::MemoryRead) => (&self.memory_reads, Some(&self.memory_read_times)),
+            (_, Access::MemoryWrite) => (&self.memory_writes, Some(&self.memory_write_times)),
+            (_, Access::None) => (&self.others, None),
         };
         kind.one();
+        if let Some(times) = times {
+            times.observe(micros_since(since));
+        }
     }
 }
 
@@ -241,8 +250,8 @@ impl Vcpu {
                 }
                 self.waiting_for = None;
             }
-            let outcome = run_once(&mut self.fd, &self.page, &self.buses);
-            self.exits.count(&outcome, &self.page);
+            let (outcome, since) = run_once(&mut self.fd, &self.page, &self.buses);
+            self.exits.count(&outcome, &self.page, since);
             match outcome {
                 Outcome::Continue | Outcome::Interrupted => {}
                 Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
@@ -318,6 +327,14 @@ impl VcpuHandle {
             if let Some(key) = key {
                 report.add("vcpu", key, count.get());
             }
+        }
+        for (key, times) in [
+            ("exit_io_in_agg", &exits.port_read_times),
+            ("exit_io_out_agg", &exits.port_write_times),
+            ("exit_mmio_read_agg", &exits.memory_read_times),
+            ("exit_mmio_write_agg", &exits.memory_write_times),
+        ] {
+            report.times("vcpu", key, times);
         }
     }
 

@@ -54,7 +54,7 @@ use crate::arch::boot_timer::Booted;
 use crate::config::{self, Draft, Logger, Metrics, Source, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::memory::mapped::{self, NAME_MAX};
-use crate::metrics::{Reader, Report, Sink};
+use crate::metrics::{Reader, Report, Sink, micros_since};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
@@ -199,10 +199,6 @@ fn open_log(logger: &Logger, handed: &mut Handed) -> Result<Option<File>, Action
         Some(sink) => Ok(Some(opened::open_sink("log", sink, handed)?)),
         None => Ok(None),
     }
-}
-
-fn micros_since(then: Instant) -> u64 {
-    u64::try_from(then.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A pause under way.

@@ -10,6 +10,7 @@ mod request;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 pub use disk::{Disk, DiskError};
 
@@ -23,7 +24,7 @@ use super::{
     BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
     WorkerCounters, device_id, feature,
 };
-use crate::metrics::Report;
+use crate::metrics::{Report, Spread, micros_since};
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys::io::Brief;
 
@@ -78,6 +79,10 @@ pub struct Counters {
     pub invalid: Counter,
     /// Requests that the host failed.
     pub failed: Counter,
+    /// How long those that read took.
+    pub read_times: Spread,
+    /// How long those that wrote took.
+    pub write_times: Spread,
     /// Times a request had to wait for the rate limiter.
     pub throttled: Counter,
     /// Times the disk or the limits were changed.
@@ -131,6 +136,14 @@ impl Counters {
                 bytes.get(),
             );
         }
+        for (operation, times) in [("read", &self.read_times), ("write", &self.write_times)] {
+            report.seconds(
+                "mayfly_block_seconds_total",
+                "Time that requests which were served took on the host.",
+                &[("device", name), ("operation", operation)],
+                times.sum(),
+            );
+        }
         for (why, count) in [("guest", &self.invalid), ("host", &self.failed)] {
             report.counter(
                 "mayfly_block_errors_total",
@@ -167,6 +180,8 @@ impl Counters {
             report.add(group, "write_bytes", self.write_bytes.get());
             report.add(group, "read_count", self.reads.get());
             report.add(group, "write_count", self.writes.get());
+            report.times(group, "read_agg", &self.read_times);
+            report.times(group, "write_agg", &self.write_times);
             report.add(group, "rate_limiter_throttled_events", self.throttled.get());
         }
     }
@@ -218,6 +233,7 @@ impl Block {
 
     /// Serves the chain at hand and returns the number of bytes written to it.
     fn serve(&self, ram: &Ram, request: Result<Request, u8>) -> u32 {
+        let since = Instant::now();
         let outcome = match request {
             Ok(request) => request.run(ram, &self.chain, &self.disk, &self.serial),
             Err(status) => Outcome::invalid(status),
@@ -227,10 +243,12 @@ impl Block {
             Outcome::Read(bytes) => {
                 counters.reads.one();
                 counters.read_bytes.add(u64::from(*bytes));
+                counters.read_times.observe(micros_since(since));
             }
             Outcome::Written(bytes) => {
                 counters.writes.one();
                 counters.write_bytes.add(u64::from(*bytes));
+                counters.write_times.observe(micros_since(since));
             }
             Outcome::Flushed => counters.flushes.one(),
             Outcome::Identified => {}

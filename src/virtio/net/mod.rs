@@ -11,6 +11,7 @@ mod buffers;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use self::buffers::Buffers;
 use super::queue::{Chain, Popped};
@@ -20,7 +21,7 @@ use super::{
     BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
     WorkerCounters, device_id, feature,
 };
-use crate::metrics::Report;
+use crate::metrics::{Report, Spread, micros_since};
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys;
 use crate::sys::clock;
@@ -124,6 +125,8 @@ pub struct Counters {
     pub tx_frames: Counter,
     /// Bytes of these, headers not counted.
     pub tx_bytes: Counter,
+    /// How long the tap took for each.
+    pub tx_times: Spread,
     /// Frames from the guest that the host did not take.
     pub tx_dropped: Counter,
     /// Frames from the guest that make no sense.
@@ -252,6 +255,7 @@ impl Counters {
             );
             report.add(group, "tap_read_fails", self.rx_failed.get());
             report.add(group, "tap_write_fails", self.tx_dropped.get());
+            report.times(group, "tap_write_agg", &self.tx_times);
             report.add(group, "tx_bytes_count", self.tx_bytes.get());
             report.add(group, "tx_malformed_frames", self.tx_invalid.get());
             report.add(group, "tx_count", self.tx_frames.get());
@@ -528,10 +532,12 @@ impl Net {
             return;
         }
         let pieces = slices(ram, self.chain.readable().iter().copied());
+        let since = Instant::now();
         match sys::io::write_packet(self.tap.as_raw_fd(), pieces) {
             Ok(_) => {
                 self.counters.tx_frames.one();
                 self.counters.tx_bytes.add(payload);
+                self.counters.tx_times.observe(micros_since(since));
             }
             Err(error) => {
                 // A network card drops what it can not send; there is no other way to say so.
