@@ -41,7 +41,7 @@ use crate::sys::{fd, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
 use crate::virtio::{self, Device, DeviceHandle, Worker, registers};
-use crate::{error, log, warn};
+use crate::{error, info, log, warn};
 
 /// Messages that may wait for the serial thread.
 const SERIAL_MESSAGES: usize = 4;
@@ -257,6 +257,9 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     }
     threads::filter_or_end(host.category(Category::Control));
     muster.wait();
+    // Said before the guest can speak and before lines go by way of the serial thread, so that this
+    // one does not come in between the guest's words.
+    info!("The microVM is running.");
     log::redirect(Place::NonBlocking(log_writer.as_raw_fd()));
 
     Ok(Machine {

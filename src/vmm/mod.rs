@@ -616,8 +616,6 @@ impl Vmm {
                 // The machine has its own copies of what was opened.
                 drop(opened);
                 self.kvm = None;
-                // Said before the guest can speak, so that it does not come in between its words.
-                info!("The microVM is running.");
                 let started = machine.run_vcpus();
                 self.state = State::Running(Box::new(machine));
                 // The first line comes at once, beside the guest.
