@@ -28,8 +28,10 @@
 pub mod action;
 mod boot;
 mod devices;
+mod ending;
 mod machine;
 mod opened;
+mod pausing;
 mod report;
 pub mod rules;
 pub mod threads;
@@ -48,13 +50,13 @@ use self::action::{
 };
 use self::machine::Machine;
 use self::opened::Opened;
+use self::pausing::Pausing;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
 use crate::config::{self, Draft, Logger, Metrics, Source, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
-use crate::memory::mapped::{self, NAME_MAX};
-use crate::metrics::{Reader, Report, Sink, micros_since};
+use crate::metrics::{Reader, Report, Sink};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
@@ -71,16 +73,10 @@ use crate::{error, exit, info, log, warn};
 /// devices, eight of the boot timer and the serial thread's.
 const INBOX: usize = 400;
 
-/// How long devices may take to finish their I/O before a pause is reported without them.
-const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a client waits for a device to take up an update.
 const UPDATE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a running machine's metrics are written to their sink.
 const METRICS_INTERVAL: Duration = Duration::from_secs(60);
-/// How long clients' last answers may take to be written at the end.
-const ANSWERS_PATIENCE: Duration = Duration::from_millis(50);
-/// How long the console and the log may take to be written out at the end.
-const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
 /// Everything that happens to a VM.
 #[derive(Debug)]
@@ -201,28 +197,6 @@ fn open_log(logger: &Logger, handed: &mut Handed) -> Result<Option<File>, Action
     }
 }
 
-/// A pause under way.
-#[derive(Debug)]
-struct Pausing {
-    since: Instant,
-    /// vCPUs that still run guest code, by bit.
-    vcpus: u32,
-    /// Tokens of devices that still work.
-    devices: Vec<u64>,
-    clients: Vec<Reply>,
-    /// What was asked for since: done in order once everything stands still. A vCPU is told one
-    /// thing at a time, so that its answer can only belong to that.
-    then: Vec<(Wanted, Reply)>,
-    deadline: Instant,
-}
-
-/// What a client wants of the vCPUs.
-#[derive(Clone, Copy, Debug)]
-enum Wanted {
-    Pause,
-    Resume,
-}
-
 /// Whether the loop goes on.
 enum Next {
     GoOn,
@@ -237,7 +211,7 @@ impl Vmm {
     /// When the host has no descriptor left.
     pub fn new(settings: Settings, timeline: Timeline) -> io::Result<Self> {
         let signals = Signals::install()?;
-        signal::describe_addresses_by(name_mapped_file);
+        signal::describe_addresses_by(ending::name_mapped_file);
         let (events, inbox) = inbox(INBOX)?;
         Ok(Vmm {
             settings,
@@ -630,53 +604,9 @@ impl Vmm {
         }
     }
 
-    fn pause(&mut self, reply: Reply) {
-        match mem::replace(&mut self.state, State::Between) {
-            State::Running(machine) => {
-                let pausing = Pausing {
-                    since: Instant::now(),
-                    vcpus: machine.pause_vcpus(),
-                    devices: Vec::new(),
-                    clients: vec![reply],
-                    then: Vec::new(),
-                    deadline: Instant::now() + PAUSE_PATIENCE,
-                };
-                self.state = State::Pausing(machine, pausing);
-            }
-            State::Pausing(machine, mut pausing) => {
-                if pausing.then.is_empty() {
-                    pausing.clients.push(reply);
-                } else {
-                    pausing.then.push((Wanted::Pause, reply));
-                }
-                self.state = State::Pausing(machine, pausing);
-            }
-            // Pausing what is paused is fine.
-            other => {
-                self.state = other;
-                reply.send(Ok(Outcome::Done));
-            }
-        }
-    }
-
-    fn vcpu_paused(&mut self, index: u8) {
-        let first_token = self.next_token;
-        let State::Pausing(machine, pausing) = &mut self.state else {
-            return;
-        };
-        pausing.vcpus &= !1u32.checked_shl(u32::from(index)).unwrap_or(0);
-        if pausing.vcpus != 0 {
-            return;
-        }
-        // No new kick can come: now the devices finish what they have begun.
-        pausing.devices = machine.pause_devices(first_token);
-        self.next_token = first_token.wrapping_add(machine.devices() as u64);
-        self.finish_pause_if_done();
-    }
-
     fn worker_answered(&mut self, reply: WorkerReply) {
         if let State::Pausing(_, pausing) = &mut self.state {
-            pausing.devices.retain(|token| *token != reply.token);
+            pausing.device_stands(reply.token);
         }
         if let Done::Updated {
             config: Some(config),
@@ -697,51 +627,6 @@ impl Vmm {
             machine.catch_up(!matches!(self.state, State::Running(_)), token);
         }
         self.finish_pause_if_done();
-    }
-
-    fn finish_pause_if_done(&mut self) {
-        match mem::replace(&mut self.state, State::Between) {
-            State::Pausing(machine, pausing)
-                if pausing.vcpus == 0 && pausing.devices.is_empty() =>
-            {
-                self.state = State::Paused(machine);
-                self.counters.pause_us = micros_since(pausing.since);
-                for client in pausing.clients {
-                    client.send(Ok(Outcome::Done));
-                }
-                for (wanted, client) in pausing.then {
-                    match wanted {
-                        Wanted::Pause => self.pause(client),
-                        Wanted::Resume => self.resume(client),
-                    }
-                }
-            }
-            other => self.state = other,
-        }
-    }
-
-    fn resume(&mut self, reply: Reply) {
-        let token = self.new_token();
-        let since = Instant::now();
-        match mem::replace(&mut self.state, State::Between) {
-            State::Paused(machine) => {
-                machine.resume_devices(token);
-                let resumed = machine.run_vcpus();
-                self.state = State::Running(machine);
-                self.counters.resume_us = micros_since(since);
-                let resumed = resumed.map(|()| Outcome::Done);
-                reply.send(resumed.map_err(|e| ActionError::of(&e)));
-            }
-            State::Pausing(machine, mut pausing) => {
-                pausing.then.push((Wanted::Resume, reply));
-                self.state = State::Pausing(machine, pausing);
-            }
-            // Resuming what runs is fine.
-            other => {
-                self.state = other;
-                reply.send(Ok(Outcome::Done));
-            }
-        }
     }
 
     /// Sends a device an update; its answer, or the deadline, answers the client.
@@ -773,7 +658,7 @@ impl Vmm {
     /// Milliseconds until the next deadline.
     fn patience(&self) -> Option<u32> {
         let pause = match &self.state {
-            State::Pausing(_, pausing) => Some(pausing.deadline),
+            State::Pausing(_, pausing) => Some(pausing.deadline()),
             _ => None,
         };
         let updates = self.updates.iter().map(|(.., at)| *at);
@@ -802,125 +687,7 @@ impl Vmm {
                 UPDATE_PATIENCE.as_secs()
             ))));
         }
-        if let State::Pausing(_, pausing) = &mut self.state
-            && pausing.deadline <= now
-        {
-            if pausing.vcpus == 0 {
-                // The guest stands still; a disk that hangs can not change that.
-                warn!(
-                    "Paused with {} devices still in I/O.",
-                    pausing.devices.len()
-                );
-                pausing.devices.clear();
-                self.finish_pause_if_done();
-            } else {
-                pausing.deadline = now + PAUSE_PATIENCE;
-                warn!("vCPUs {:#x} have not paused yet.", pausing.vcpus);
-            }
-        }
-    }
-
-    /// The end: what the guest and the log still had to say is written out, as far as anybody reads.
-    fn finish(&mut self) {
-        if self.machine().is_some_and(Machine::finish_console) {
-            self.await_finished();
-        }
-        // There is nobody left to tell that it failed.
-        let _ = self.flush_metrics();
-        self.await_answers();
-    }
-
-    /// Gives the API thread time to write what clients have been answered; those that were not
-    /// are told that the microVM is ending.
-    fn await_answers(&self) {
-        while let Some(unanswered) = self.inbox.next() {
-            drop(unanswered);
-        }
-        let deadline = Instant::now() + ANSWERS_PATIENCE;
-        while !self.owed.is_settled() && Instant::now() < deadline {
-            // Nothing rings when an answer is written, and most are by now.
-            let _ = fd::wait(&mut [], Some(1));
-        }
-    }
-
-    fn await_finished(&self) {
-        let deadline = Instant::now() + FINISH_PATIENCE;
-        loop {
-            while let Some(event) = self.inbox.next() {
-                if matches!(event, Event::Serial(SerialEvent::Finished)) {
-                    return;
-                }
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            let millis = u32::try_from(left.as_millis())
-                .unwrap_or(0)
-                .saturating_add(1);
-            let mut interests = [Interest::read(self.inbox.as_raw_fd())];
-            if fd::wait(&mut interests, Some(millis)).is_err() {
-                return;
-            }
-            self.inbox.silence();
-        }
-    }
-
-    /// Says in the log how the guest ended and gives the exit code for it.
-    fn guest_ended(&self, index: u8, end: End) -> i32 {
-        match end {
-            End::Reset => {
-                info!("The guest reset its machine.");
-                exit::GUEST_ENDED
-            }
-            End::PowerOff => {
-                info!("The guest powered its machine off.");
-                exit::GUEST_ENDED
-            }
-            End::TripleFault => {
-                error!("The guest crashed: vCPU {index} met a triple fault.");
-                exit::GUEST_CRASHED
-            }
-            End::InternalError { suberror, rip } => {
-                let why = match suberror {
-                    1 => " (an instruction that KVM can not emulate)",
-                    _ => "",
-                };
-                error!(
-                    "KVM can not run vCPU {index} any further: internal error {suberror}{why}, \
-                     instruction pointer {:#x}.",
-                    rip.unwrap_or(0)
-                );
-                exit::GUEST_NOT_RUNNABLE
-            }
-            End::FailedEntry(reason) => {
-                error!("The processor refused to run vCPU {index}: hardware reason {reason:#x}.");
-                exit::GUEST_NOT_RUNNABLE
-            }
-            End::MemoryGone => {
-                match self.machine().and_then(|m| m.memory.changed_file()) {
-                    Some(name) => error!(
-                        "The file `{name}`, which is mapped into the guest, was cut short; replace \
-                         such a file by rename."
-                    ),
-                    None => {
-                        error!("vCPU {index} reached guest memory that the host can not provide.")
-                    }
-                }
-                exit::SIGBUS
-            }
-            End::Unexpected(kind) => {
-                error!(
-                    "vCPU {index} left the guest for a reason nobody asked for: KVM exit {kind}."
-                );
-                exit::GUEST_NOT_RUNNABLE
-            }
-            End::RunFailed(errno) => {
-                let cause = io::Error::from_raw_os_error(errno);
-                error!("Running vCPU {index} failed: {cause}.");
-                exit::GUEST_NOT_RUNNABLE
-            }
-        }
+        self.look_at_pause(now);
     }
 
     fn phase(&self) -> Phase {
@@ -953,20 +720,5 @@ impl Vmm {
             state: self.phase().name(),
             vmm_version: env!("CARGO_PKG_VERSION"),
         }
-    }
-}
-
-/// Says which file is mapped at `address`. Runs in a signal handler.
-fn name_mapped_file(address: usize, say: &mut dyn FnMut(&str)) {
-    let mut name = [0; NAME_MAX];
-    let len = mapped::file_at(address, &mut name).unwrap_or(0);
-    if let Some(Ok(name)) = name
-        .get(..len)
-        .filter(|n| !n.is_empty())
-        .map(std::str::from_utf8)
-    {
-        say(": `");
-        say(name);
-        say("` was cut short; replace such a file by rename");
     }
 }
