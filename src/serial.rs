@@ -58,6 +58,8 @@ pub const PORTS: u64 = 8;
 const CHUNK: usize = 4096;
 /// Input taken from its source at once: the FIFO of a 16550.
 const INPUT_CHUNK: usize = 64;
+/// How long a reader may take none of the last output before the rest is given up, in ms.
+const LAST_PATIENCE: u32 = 50;
 /// How often held-back input is offered again to a UART that is in loop-back mode, in ms.
 const RETRY_MILLIS: u32 = 50;
 
@@ -249,6 +251,8 @@ pub struct Console {
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
     counters: Arc<Counters>,
+    /// [`LAST_PATIENCE`]
+    last_patience: u32,
 }
 
 /// Makes the UART, whose interrupts go to `line`, and the console behind it.
@@ -285,6 +289,7 @@ pub fn console(
         messages,
         events,
         counters,
+        last_patience: LAST_PATIENCE,
     };
     Ok((uart, console))
 }
@@ -322,14 +327,19 @@ impl Console {
                 three,
                 four,
             ];
-            // While finishing, what has no room now is given up.
             let patience = if finishing {
-                Some(0)
+                // The guest is silent: what is not there at once, or held, will not come.
+                Some(if self.holds_any() {
+                    self.last_patience
+                } else {
+                    0
+                })
             } else {
                 let rests = self.port.as_mut().is_some_and(Port::rests);
                 (rests || !self.input.is_empty()).then_some(RETRY_MILLIS)
             };
             fd::wait(&mut interests, patience)?;
+            let idle = !interests.iter().any(Interest::is_ready);
             let [
                 message,
                 drained,
@@ -341,8 +351,7 @@ impl Console {
                 clients @ ..,
             ] = interests;
 
-            let busy = output.is_ready() || sink.is_ready() || log.is_ready();
-            if finishing && !busy && !self.port.as_ref().is_some_and(|p| p.is_draining(&clients)) {
+            if finishing && idle {
                 let _ = self.events.post(SerialEvent::Finished);
                 finishing = false;
             }
@@ -377,6 +386,12 @@ impl Console {
                 log::count_lost_bytes(lost);
             }
         }
+    }
+
+    /// Whether bytes wait for room in their place.
+    fn holds_any(&self) -> bool {
+        let port = self.port.as_ref().is_some_and(Port::is_behind);
+        port || self.output.held() > 0 || self.log.held() > 0
     }
 
     /// What to wait for to move output: of the guest's end, and of the usual place when that has
@@ -644,6 +659,45 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(20);
         while rig.events.next().is_none() {
             assert!(Instant::now() < deadline, "finishing waits for the reader");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn console_when_its_reader_is_behind_at_the_end_writes_all_of_it() {
+        let (mut rig, mut console) = rig();
+        let counters = console.counters();
+        // This reader is slow, but it reads.
+        console.last_patience = 20_000;
+        thread::spawn(move || console.run());
+        // More than the reader's pipe and the buffer hold, and less than the guest's pipe holds besides.
+        let said: Vec<u8> = (0..100_000u32).map(|n| n as u8).collect();
+        let takes = |byte: u8| {
+            let lost = counters.overrun.get();
+            let _ = rig.uart.write(DATA, &[byte]);
+            counters.overrun.get() == lost
+        };
+        for byte in &said {
+            while !takes(*byte) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        rig.messages.send(SerialMessage::Finish).unwrap();
+        let mut seen = Vec::new();
+        while seen.len() + (64 << 10) + CHUNK < said.len() {
+            assert!(
+                rig.events.next().is_none(),
+                "{} bytes were seen",
+                seen.len()
+            );
+            thread::sleep(Duration::from_millis(1));
+            seen.extend(read_soon(&mut rig.screen, 256));
+        }
+        seen.extend(read_soon(&mut rig.screen, said.len() - seen.len()));
+        assert!(seen == said);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while rig.events.next().is_none() {
+            assert!(Instant::now() < deadline, "all is written");
             thread::sleep(Duration::from_millis(1));
         }
     }

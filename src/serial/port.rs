@@ -159,12 +159,10 @@ impl Port {
         std::mem::take(&mut self.resting)
     }
 
-    /// Whether a client would take output now.
-    pub fn is_draining(&self, ready: &[Interest; CLIENTS]) -> bool {
-        self.clients.iter().zip(ready).any(|(client, ready)| {
-            let behind = client.as_ref().is_some_and(|c| c.at < self.ring.end);
-            behind && ready.may_write() && !ready.hung_up()
-        })
+    /// Whether any reader has not had all yet.
+    pub fn is_behind(&self) -> bool {
+        let mut clients = self.clients.iter().flatten();
+        self.sink_is_behind() || clients.any(|client| client.at < self.ring.end)
     }
 
     /// Takes one newcomer.
