@@ -179,7 +179,8 @@ struct Progress {
     is_monitor: bool,
     failure: Option<Failure>,
     kill_at_us: Option<u64>,
-    /// The monitor closed its API without an answer; by when it has to have ended.
+    /// The connection to the API broke; by when whoever was behind it has to have said why, or
+    /// ended.
     hung_up: Option<(u64, Failure)>,
     seen: Seen,
     times: Times,
@@ -242,7 +243,8 @@ impl Watch {
     /// Sends what is next, if its time has come.
     fn advance(&mut self, progress: &mut Progress) -> Result<(), Failure> {
         let is_ready = progress.times.jailed_us.is_some();
-        if !is_ready || progress.asked.is_some() || progress.failure.is_some() {
+        let is_over = progress.failure.is_some() || progress.hung_up.is_some();
+        if !is_ready || is_over || progress.asked.is_some() {
             return Ok(());
         }
         let (Some(machine), Some(client)) = (&self.machine, &self.client) else {
@@ -254,8 +256,13 @@ impl Watch {
             .requests
             .get_or_insert_with(|| machine.requests().into());
         if let Some(request) = requests.pop_front() {
-            client.send(&request.line, Some(&request.body), &machine.files(&request))?;
-            progress.asked = Some(request.line);
+            let files = machine.files(&request);
+            match client.send(&request.line, Some(&request.body), &files) {
+                Ok(()) => progress.asked = Some(request.line),
+                // The process in the jail failed before it was the monitor, or the monitor at its
+                // start: its own words, or how it ends, tell more than a broken connection.
+                Err(failure) => progress.hung_up = Some((self.now_us() + GRACE_US, failure)),
+            }
         }
         Ok(())
     }
@@ -404,8 +411,10 @@ impl Watch {
                 progress.asked = None;
                 self.client = None;
                 // A guest may be over before the answer to its start is out; how it ended counts.
-                if progress.requests.as_ref().is_some_and(VecDeque::is_empty) {
-                    progress.has_started = true;
+                // And what is not the monitor yet is about to say why it never will be.
+                let is_last = progress.requests.as_ref().is_some_and(VecDeque::is_empty);
+                if is_last || !progress.is_monitor {
+                    progress.has_started = is_last;
                     progress.hung_up = Some((self.now_us() + GRACE_US, failure));
                     return Ok(());
                 }
