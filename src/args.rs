@@ -47,6 +47,8 @@ pub struct Args {
     pub api_fd: Option<u32>,
     /// /dev/kvm, as a descriptor that the process was started with.
     pub kvm_fd: Option<u32>,
+    /// The descriptor that is told how the guest ended.
+    pub end_fd: Option<u32>,
     /// Give up the file system, and what else Landlock can deny, before anything else.
     pub landlock: bool,
     /// A configuration to boot from at once.
@@ -89,6 +91,7 @@ impl Default for Args {
             api_sock: Some(DEFAULT_API_SOCK.into()),
             api_fd: None,
             kvm_fd: None,
+            end_fd: None,
             landlock: false,
             config_file: None,
             id: DEFAULT_ID.into(),
@@ -240,6 +243,11 @@ const OPTIONS: &[Opt] = &[
         "path",
         "Print the format version of this snapshot.",
     ),
+    option(
+        "end-fd",
+        "fd",
+        "Write how the guest ended, in a word, to this inherited pipe or file.",
+    ),
     option("help", "", "Print this."),
     option(
         "http-api-max-payload-size",
@@ -382,6 +390,7 @@ where
         api_sock: api_sock.filter(|_| !no_api && api_fd.is_none()),
         api_fd,
         kvm_fd: given.number("kvm-fd")?,
+        end_fd: given.number("end-fd")?,
         landlock: given.has("landlock"),
         config_file: given.path("config-file"),
         id: match given.text("id")? {
@@ -575,11 +584,12 @@ mod tests {
                 },
             ),
             (
-                "--api-fd 5 --kvm-fd 6 --log-fd 7 --landlock",
+                "--api-fd 5 --kvm-fd 6 --log-fd 7 --end-fd 8 --landlock",
                 Args {
                     api_sock: None,
                     api_fd: Some(5),
                     kvm_fd: Some(6),
+                    end_fd: Some(8),
                     log_path: Some(Source::Fd(7)),
                     landlock: true,
                     ..default()

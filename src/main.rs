@@ -80,6 +80,11 @@ fn run(args: Args, timeline: Timeline) -> ! {
             kvm::adopt(fd).ok_or("not /dev/kvm")
         }));
     }
+    if let Some(number) = args.end_fd
+        && let Err(error) = vmm.set_end(number)
+    {
+        fail(&error.0, exit::BAD_ARGUMENTS);
+    }
     // Read before there is nothing to be opened by name.
     let config = args
         .config_file

@@ -82,8 +82,9 @@ fn guest_when_all_comes_in_requests_runs_without_a_name() {
     let listener = UnixListener::bind(folder.join("api")).unwrap();
     let kvm = both(DEV_KVM);
     let log = add(&folder.join("log"));
-    let fds = [listener.as_fd(), kvm.as_fd(), log.as_fd()];
-    let args = "--api-fd 10 --kvm-fd 11 --log-fd 12 --landlock";
+    let (mut told, end) = pipe();
+    let fds = [listener.as_fd(), kvm.as_fd(), log.as_fd(), end.as_fd()];
+    let args = "--api-fd 10 --kvm-fd 11 --log-fd 12 --end-fd 13 --landlock";
     let args: Vec<&str> = args.split(' ').collect();
     let mut monitor = with(&fds, &args);
     drop(listener);
@@ -168,6 +169,10 @@ fn guest_when_all_comes_in_requests_runs_without_a_name() {
     assert!(sentence.contains("not opened for writing"), "{sentence}");
     monitor.type_in("end\n");
     monitor.exits_with(0);
+    drop(end);
+    let mut word = String::new();
+    told.read_to_string(&mut word).unwrap();
+    assert_eq!(word, "reset\n");
 }
 
 #[test]
@@ -304,6 +309,11 @@ fn option_when_its_descriptor_is_wrong_is_refused_with_153() {
             "The log in descriptor 14 was not opened for writing",
         ),
         ("--api-fd 13 --log-fd 98", "Descriptor 98 is not open"),
+        (
+            "--api-fd 13 --end-fd 14",
+            "The end in descriptor 14 was not opened for writing",
+        ),
+        ("--api-fd 13 --end-fd 98", "Descriptor 98 is not open"),
         ("--api-fd 13 --api-sock s", "exclude each other"),
     ];
     for (line, reason) in cases {

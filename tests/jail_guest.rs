@@ -120,20 +120,28 @@ fn configuration_in_a_file_has_its_paths_opened_outside() {
         r#"{{ "boot-source": {{ "kernel_image_path": "{}", "boot_args": "probe=blkinfo:0,reset" }},
              "drives": [{{ "drive_id": "d", "path_on_host": "{}", "is_root_device": false,
                           "is_read_only": true }}],
+             "logger": {{ "level": "Off" }},
              "machine-config": {{ "vcpu_count": 1, "mem_size_mib": 64 }} }}"#,
         place.path("probe"),
         place.path("disk")
     );
     fs::write(place.path("vm.json"), config).unwrap();
     let config = place.path("vm.json");
+    let report = place.path("shared/report.json");
     for who in BOTH {
-        let ended = place.ends(place.jailer(who, &["run", "--config", &config]), 0);
+        let words = ["run", "--config", &config, "--exit-report", &report];
+        let ended = Ended::of(&place.jailer(who, &words).output().unwrap());
         assert!(ended.out.contains("blkinfo:0 ok"), "{ended:?}");
+        // How it ended does not hang on what the log says.
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "ended"), "reset", "{text}");
+        fs::remove_file(&report).unwrap();
+        place.nothing_is_left();
     }
     // What the monitor does not take is its own sentence.
     fs::write(
         place.path("bad.json"),
-        r#"{ "boot-source": { "kernel_image_path": "/x" }, "vsock": {} }"#,
+        r#"{ "boot-source": { "kernel_image_path": "/no/such/kernel" }, "vsock": {} }"#,
     )
     .unwrap();
     let bad = place.path("bad.json");

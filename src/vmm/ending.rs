@@ -65,8 +65,13 @@ impl Vmm {
         }
     }
 
-    /// Says in the log how the guest ended and gives the exit code for it.
+    /// Says how the guest ended, in the log and to whoever asked for a word, and gives the exit code
+    /// for it.
     pub(super) fn guest_ended(&self, index: u8, end: End) -> i32 {
+        if let Some(told) = &self.end {
+            // Who does not read it has the exit code.
+            let _ = fd::write(told.as_raw_fd(), word(end).as_bytes());
+        }
         match end {
             End::Reset => {
                 info!("The guest reset its machine.");
@@ -120,6 +125,20 @@ impl Vmm {
                 exit::GUEST_NOT_RUNNABLE
             }
         }
+    }
+}
+
+/// A line for programs: the exit code alone does not tell a reset from a power-off.
+const fn word(end: End) -> &'static str {
+    match end {
+        End::Reset => "reset\n",
+        End::PowerOff => "shutdown\n",
+        End::TripleFault => "crash\n",
+        End::MemoryGone => "memory-gone\n",
+        End::InternalError { .. }
+        | End::FailedEntry(_)
+        | End::Unexpected(_)
+        | End::RunFailed(_) => "not-runnable\n",
     }
 }
 

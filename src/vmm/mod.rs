@@ -166,6 +166,8 @@ pub struct Vmm {
     owed: Owed,
     /// The log's place, when it is not standard output.
     log: Option<File>,
+    /// What is told how the guest ended, if anything is.
+    end: Option<File>,
     /// /dev/kvm as it was handed in, until a machine is made.
     kvm: Option<Arc<Kvm>>,
     counters: report::Counters,
@@ -224,6 +226,7 @@ impl Vmm {
             next_token: 0,
             owed: Owed::default(),
             log: None,
+            end: None,
             kvm: None,
             counters: report::Counters::default(),
             readers: Vec::new(),
@@ -266,6 +269,22 @@ impl Vmm {
     pub fn apply(&mut self, action: Action) -> Result<Outcome, ActionError> {
         rules::allow(&action, self.phase())?;
         self.configure(action, &mut Handed::default())
+    }
+
+    /// Has one word about the guest's end written to inherited descriptor `number`.
+    ///
+    /// # Errors
+    /// The sentence for the person who named it.
+    pub fn set_end(&mut self, number: u32) -> Result<(), ActionError> {
+        let place = Source::Fd(number);
+        let file = opened::open_sink("end", &place, &mut Handed::Inherited)?;
+        fd::set_nonblocking(&file).map_err(|e| {
+            ActionError(format!(
+                "Descriptor {number} can not be used for the end: {e}."
+            ))
+        })?;
+        self.end = Some(file);
+        Ok(())
     }
 
     /// Reads the configuration in the file at `path`.

@@ -3,7 +3,8 @@
 //!
 //! `report` says what it sees, `attack` tries to get out (`victim=PID port=N abstract=NAME` name
 //! what to reach), `udp=PORT` asks the host (or `udp-to=ADDRESS`) over its tap, `exit=N`, `signal=N`, `hog=MIB`, `stay`, `echo`, `flood`, `refuse`, `silent`,
-//! `hangup` are what they say; `log=WORDS` is written to the log with blanks for underscores.
+//! `hangup` are what they say; `log=WORDS` is written to the log with blanks for underscores, and
+//! `end=WORD` to where the guest's end is told.
 
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -105,6 +106,12 @@ fn boot_args(request: &str) -> Option<String> {
     rest.split('"').next().map(str::to_owned)
 }
 
+/// The descriptor that is told how the guest ended.
+fn end_of(args: &[String]) -> Option<i32> {
+    let at = args.iter().position(|arg| arg == "--end-fd")?;
+    args.get(at + 1)?.parse().ok()
+}
+
 fn obey(
     words: &str,
     args: &[String],
@@ -141,6 +148,10 @@ fn obey(
     if has("attack") {
         escape::attack(&mut report, &value);
         report.push_str("end\n");
+    }
+    if let (Some(word), Some(end)) = (value("end"), end_of(args)) {
+        let mut end = std::fs::File::from(raw::take(end));
+        let _ = writeln!(end, "{word}");
     }
     print!("{report}");
     let _ = std::io::stdout().flush();

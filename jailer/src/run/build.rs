@@ -163,6 +163,7 @@ struct Pieces {
     to_guest: (OwnedFd, OwnedFd),
     from_guest: (OwnedFd, OwnedFd),
     log: (OwnedFd, OwnedFd),
+    end: (OwnedFd, OwnedFd),
 }
 
 /// `sockets` are those the keeper made: for the API first, then for the console.
@@ -190,7 +191,7 @@ fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
         .then(|| rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).ok())
         .flatten();
     let pipe = |reader_waits| {
-        console::pipe(reader_waits, !reader_waits).doing("make pipes for console and log")
+        console::pipe(reader_waits, !reader_waits).doing("make pipes to and from the monitor")
     };
     Ok(Pieces {
         api,
@@ -200,6 +201,7 @@ fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
         to_guest: pipe(true)?,
         from_guest: pipe(false)?,
         log: pipe(false)?,
+        end: pipe(false)?,
     })
 }
 
@@ -220,6 +222,7 @@ fn start(
         monitor_name: parts.monitor_name,
         console: (pieces.to_guest.0, pieces.from_guest.1),
         log: pieces.log.1,
+        end: pieces.end.1,
         kvm: parts.kvm,
         api: pieces.api,
         doors: doors.v1,
@@ -267,6 +270,7 @@ fn start(
             pieces.typed,
         ),
         log: Log::new(Relay::new(pieces.log.0, parts.log), parts.only_troubles),
+        end: pieces.end.0,
         signals,
         client: pieces.client.map(Client::new),
         time_limit_us: parts.timeout.map(|limit| limit.as_micros() as u64),

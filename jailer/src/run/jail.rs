@@ -3,7 +3,7 @@
 //! A straight sequence; each line is one step with its error, and stands where it does for a reason.
 //! Nothing here is named on the host or outlives this process: the namespaces, the taps in them and
 //! the root file system go with their last process. The monitor finds these descriptors and no
-//! others: 0 to 2 the console and the log, [`API`], [`KVM`], [`LOG`].
+//! others: 0 to 2 the console and the log, [`API`], [`KVM`], [`LOG`], [`END`].
 
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -40,6 +40,8 @@ const API: u32 = 3;
 const KVM: u32 = 4;
 /// The log, as the monitor sees it.
 const LOG: u32 = 5;
+/// Where it says how the guest ended, as the monitor sees it.
+const END: u32 = 6;
 
 /// Limit of open descriptors when none is given.
 const OPEN_FILES: u64 = 2048;
@@ -70,6 +72,8 @@ pub struct Plan {
     pub console: (OwnedFd, OwnedFd),
     /// Where the log goes.
     pub log: OwnedFd,
+    /// Where a word about the guest's end goes.
+    pub end: OwnedFd,
     /// /dev/kvm.
     pub kvm: OwnedFd,
     /// A listening API socket, if it has a name outside; else one without a name is made.
@@ -177,8 +181,9 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
         listener,
         plan.kvm.as_fd(),
         plan.log.as_fd(),
+        plan.end.as_fd(),
     ])
-    .and_then(|()| sys::close_at_exec_from(LOG as i32 + 1))
+    .and_then(|()| sys::close_at_exec_from(END as i32 + 1))
     .doing("hand over descriptors")
     .and_then(|()| die_with(parent.as_fd()))
     // After what it denies.
@@ -353,7 +358,12 @@ fn die_with(parent: BorrowedFd<'_>) -> Result<(), Failure> {
 
 fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
     let mut words = vec!["mayfly".to_owned(), "--id".into(), plan.id.clone()];
-    for (name, number) in [("--api-fd", API), ("--kvm-fd", KVM), ("--log-fd", LOG)] {
+    for (name, number) in [
+        ("--api-fd", API),
+        ("--kvm-fd", KVM),
+        ("--log-fd", LOG),
+        ("--end-fd", END),
+    ] {
         words.extend([name.to_owned(), number.to_string()]);
     }
     words.push("--landlock".to_owned());

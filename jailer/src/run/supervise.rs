@@ -29,9 +29,9 @@ const GRACE_US: u64 = 3_000_000;
 /// How long the last of console and log may take to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// The monitor's sentences about an orderly end of the guest.
-const POWERED_OFF: &[u8] = b"The guest powered its machine off.";
-const RESET: &[u8] = b"The guest reset its machine.";
+/// The monitor's words about an orderly end of the guest.
+const POWERED_OFF: &[u8] = b"shutdown\n";
+const RESET: &[u8] = b"reset\n";
 
 /// Everything there is to watch.
 #[derive(Debug)]
@@ -56,6 +56,8 @@ pub struct Watch {
     pub console: Console,
     /// The log.
     pub log: Log,
+    /// Where it says how the guest ended.
+    pub end: OwnedFd,
     /// Signals that end this program.
     pub signals: OwnedFd,
     /// Connection to the API, if there is one already.
@@ -111,8 +113,6 @@ pub struct Log {
     /// Lines of little weight are for a file, not for a person's terminal.
     only_troubles: bool,
     line: Vec<u8>,
-    powered_off: bool,
-    reset: bool,
 }
 
 impl Log {
@@ -125,8 +125,6 @@ impl Log {
             relay,
             only_troubles,
             line: Vec::new(),
-            powered_off: false,
-            reset: false,
         }
     }
 
@@ -142,8 +140,6 @@ impl Log {
             if piece.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
                 let has = |words: &[u8]| line.windows(words.len()).any(|part| part == words);
-                self.powered_off |= has(POWERED_OFF);
-                self.reset |= has(RESET);
                 let is_minor = [&b":INFO]"[..], b":DEBUG]", b":TRACE]"]
                     .into_iter()
                     .any(has);
@@ -485,8 +481,12 @@ impl Watch {
         }
         while self.log.take() {}
         while self.console.out.take() {}
-        progress.seen.powered_off = self.log.powered_off;
-        progress.seen.reset = self.log.reset;
+        // A monitor gone bad may have written anything, but it has no more to say than this.
+        let mut word = [0; 16];
+        let said = rustix::io::read(&self.end, &mut word).unwrap_or(0);
+        let said = word.get(..said).unwrap_or_default();
+        progress.seen.powered_off = said == POWERED_OFF;
+        progress.seen.reset = said == RESET;
         if !progress.has_started && progress.failure.is_none() && progress.seen.asked.is_none() {
             let why = match ended {
                 Ended::Exited(code) => {
