@@ -13,7 +13,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use host::is_root;
+use host::{cgroup_mount, is_root};
 use run::{BOTH, Ended, Place, Who, fact};
 
 /// The place for a test of this name, with the real monitor, unless it has to be skipped.
@@ -110,6 +110,45 @@ fn guests_end_in_every_way_they_can() {
         fs::remove_file(&report).unwrap();
         place.nothing_is_left();
     }
+}
+
+#[test]
+fn process_limit_that_is_too_low_is_an_end_and_not_a_spin() {
+    let place = place!("gpids");
+    if cgroup_mount("pids").is_none() {
+        eprintln!("SKIPPED gpids: this host has no cgroup of version 1 for pids");
+        return;
+    }
+    copy_readable(&common::firstbyte(), &place.path("firstbyte"));
+    let kernel = place.path("firstbyte");
+    let mut codes = Vec::new();
+    for most in 1..=8 {
+        let limit = format!("pids={most}");
+        let words = [
+            "run",
+            "--kernel",
+            &kernel,
+            "--limit",
+            &limit,
+            "--timeout",
+            "30",
+        ];
+        let ended = Ended::of(&place.jailer(Who::Root, &words).output().unwrap());
+        assert_ne!(ended.code, Some(124), "{most}: {ended:?}");
+        assert_eq!(
+            ended.code == Some(0),
+            ended.err.is_empty(),
+            "{most}: {ended:?}"
+        );
+        if ended.code == Some(161) {
+            assert!(ended.err.contains("too low?"), "{ended:?}");
+        }
+        codes.push(ended.code);
+        place.nothing_is_left();
+    }
+    // One of these is enough for the monitor's threads, and not for the one that KVM makes when a
+    // guest first runs.
+    assert_eq!(codes.last(), Some(&Some(0)), "{codes:?}");
 }
 
 #[test]

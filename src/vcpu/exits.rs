@@ -18,6 +18,8 @@ pub(super) enum Outcome {
     Wait(Ticket),
     /// KVM_RUN was interrupted: there may be a message.
     Interrupted,
+    /// KVM_RUN did nothing: the processor waits to be woken, or the host was short of something.
+    NotRun,
     /// This vCPU will not run again.
     End(End),
 }
@@ -96,7 +98,8 @@ pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> (Out
         }),
         Ok(_) => Outcome::End(End::Unexpected(page.exit_reason())),
         Err(error) => match error.errno() {
-            libc::EINTR | libc::EAGAIN => Outcome::Interrupted,
+            libc::EINTR => Outcome::Interrupted,
+            libc::EAGAIN => Outcome::NotRun,
             libc::EFAULT => Outcome::End(End::MemoryGone),
             errno => Outcome::End(End::RunFailed(errno)),
         },

@@ -108,7 +108,7 @@ struct Exits {
 impl Exits {
     fn count(&self, outcome: &Outcome, page: &RunPage, since: Instant) {
         let (kind, times) = match (outcome, page.access()) {
-            (Outcome::Interrupted, _) => (&self.interruptions, None),
+            (Outcome::Interrupted | Outcome::NotRun, _) => (&self.interruptions, None),
             (_, Access::PortRead) => (&self.port_reads, Some(&self.port_read_times)),
             (_, Access::PortWrite) => (&self.port_writes, Some(&self.port_write_times)),
             (_, Access::MemoryRead) => (&self.memory_reads, Some(&self.memory_read_times)),
@@ -134,6 +134,8 @@ pub struct Vcpu {
     events: Outbox<VcpuEvent>,
     /// A write of the guest's that another thread has yet to complete.
     waiting_for: Option<Ticket>,
+    /// Times in a row that KVM_RUN did nothing.
+    not_run: u32,
     timeline: Timeline,
     exits: Arc<Exits>,
 }
@@ -169,6 +171,9 @@ impl fmt::Display for Deaf {
 
 impl Error for Deaf {}
 
+/// How often in a row KVM may refuse to run the first vCPU.
+const REFUSALS: u32 = 1000;
+
 /// Messages that may wait for a vCPU: control sends the next after the answer to the last.
 const MESSAGES: usize = 8;
 
@@ -197,6 +202,7 @@ impl Vcpu {
             messages,
             events,
             waiting_for: None,
+            not_run: 0,
             timeline,
             exits,
         };
@@ -252,8 +258,9 @@ impl Vcpu {
             }
             let (outcome, since) = run_once(&mut self.fd, &self.page, &self.buses);
             self.exits.count(&outcome, &self.page, since);
+            let outcome = self.bear_with(outcome);
             match outcome {
-                Outcome::Continue | Outcome::Interrupted => {}
+                Outcome::Continue | Outcome::Interrupted | Outcome::NotRun => {}
                 Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
                 Outcome::End(end) => {
                     self.tell(VcpuEvent::Ended {
@@ -264,6 +271,20 @@ impl Vcpu {
                 }
             }
         }
+    }
+
+    /// The same outcome, but a first vCPU that KVM refuses to run again and again has ended. The
+    /// others are refused, each time after a wait, until the guest wakes them.
+    fn bear_with(&mut self, outcome: Outcome) -> Outcome {
+        let Outcome::NotRun = outcome else {
+            self.not_run = 0;
+            return outcome;
+        };
+        self.not_run = self.not_run.saturating_add(1);
+        if self.index == 0 && self.not_run >= REFUSALS {
+            return Outcome::End(End::RunFailed(libc::EAGAIN));
+        }
+        outcome
     }
 
     /// Answers for a vCPU that does not run again. Edge: to abandoned.

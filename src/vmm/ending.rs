@@ -121,7 +121,14 @@ impl Vmm {
             }
             End::RunFailed(errno) => {
                 let cause = io::Error::from_raw_os_error(errno);
-                error!("Running vCPU {index} failed: {cause}.");
+                let why = match errno {
+                    libc::EAGAIN => {
+                        " KVM could not make a thread that it needs: is a limit on processes \
+                         (RLIMIT_NPROC, the pids of a control group) too low?"
+                    }
+                    _ => "",
+                };
+                error!("Running vCPU {index} failed: {cause}.{why}");
                 exit::GUEST_NOT_RUNNABLE
             }
         }
