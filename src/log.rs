@@ -331,11 +331,11 @@ fn compose(
     // A line that does not fit is cut; formatting into it does not fail.
     let _ = if FORMAT.load(Ordering::Relaxed) == Format::Json as u8 {
         with_thread_name(|thread| {
-            write!(
-                out,
-                "{{\"time\":\"{time}Z\",\"id\":\"{id}\",\"thread\":\"{thread}\",\"level\":\"{}\",",
-                level.name()
-            )?;
+            write!(out, "{{\"time\":\"{time}Z\",\"id\":\"{id}\",\"thread\":\"")?;
+            out.escaping = true;
+            out.write_str(thread)?;
+            out.escaping = false;
+            write!(out, "\",\"level\":\"{}\",", level.name())?;
             if lost > 0 {
                 write!(out, "\"lost_before\":{lost},")?;
             }
@@ -380,14 +380,16 @@ impl Line {
         }
     }
 
-    fn push(&mut self, byte: u8) {
+    /// Adds all of `bytes`, or none.
+    fn push(&mut self, bytes: &[u8]) {
         // Room is kept for the end of a JSON line and for the newline.
         let room = LINE_MAX - if self.escaping { 8 } else { 4 };
-        if self.len < room
-            && let Some(slot) = self.bytes.get_mut(self.len)
+        let end = self.len + bytes.len();
+        if end <= room
+            && let Some(slots) = self.bytes.get_mut(self.len..end)
         {
-            *slot = byte;
-            self.len += 1;
+            slots.copy_from_slice(bytes);
+            self.len = end;
         }
     }
 
@@ -402,15 +404,13 @@ impl Line {
 
 impl Write for Line {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        for byte in text.bytes() {
-            match byte {
-                b'"' | b'\\' if self.escaping => {
-                    self.push(b'\\');
-                    self.push(byte);
-                }
+        for char in text.chars() {
+            match char {
+                '"' => self.push(if self.escaping { b"\\\"" } else { b"\"" }),
+                '\\' => self.push(if self.escaping { b"\\\\" } else { b"\\" }),
                 // One line stays one line, and a terminal is not told what to do.
-                0..0x20 | 0x7f => self.push(b' '),
-                _ => self.push(byte),
+                _ if char.is_control() => self.push(b" "),
+                _ => self.push(char.encode_utf8(&mut [0; 4]).as_bytes()),
             }
         }
         Ok(())
@@ -532,14 +532,19 @@ mod tests {
 
     #[test]
     fn line_when_json_and_cut_is_still_whole_json() {
-        let mut line = Line::new();
-        let _ = line.write_str("{\"message\":\"");
-        line.escaping = true;
-        let _ = write!(line, "{}", "\"\\\n".repeat(1000));
-        line.escaping = false;
-        let _ = line.write_str("\"}");
-        let value: serde_json::Value = serde_json::from_slice(line.finish()).unwrap();
-        assert!(value["message"].as_str().unwrap().starts_with("\"\\ "));
+        for before in 0..8 {
+            for piece in ["\"\\\n", "\\", "\u{e9}", "\u{1f41d}\""] {
+                let mut line = Line::new();
+                let _ = line.write_str("{\"message\":\"");
+                line.escaping = true;
+                let _ = write!(line, "{}{}", "x".repeat(before), piece.repeat(1000));
+                line.escaping = false;
+                let _ = line.write_str("\"}");
+                let value: serde_json::Value = serde_json::from_slice(line.finish()).unwrap();
+                let message = &value["message"].as_str().unwrap()[before..];
+                assert!(message.starts_with(&piece.replace('\n', " ")), "{message}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The monitor: arguments in, control thread, exit code out.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -22,15 +23,12 @@ fn main() {
     process::end_on_panic();
     match args::parse(std::env::args_os().skip(1)) {
         Ok(Asked::Run(args)) => run(*args, timeline),
-        Ok(Asked::Help) => println!("{}", args::help()),
-        Ok(Asked::Version) => println!("{}", args::version()),
+        Ok(Asked::Help) => print(&args::help()),
+        Ok(Asked::Version) => print(&args::version()),
         Ok(Asked::SnapshotVersion | Asked::DescribeSnapshot(_)) => {
             fail("This version of mayfly has no snapshots yet.", exit::ERROR);
         }
-        Err(error) => {
-            eprintln!("mayfly: {error}");
-            process::exit(error.exit_code());
-        }
+        Err(error) => fail(&error.to_string(), error.exit_code()),
     }
 }
 
@@ -154,10 +152,18 @@ fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: boo
     vmm.api_is_ready(counters, owed);
 }
 
+/// Answers on standard output. Who does not take it gets an exit code instead.
+fn print(text: &str) {
+    if writeln!(std::io::stdout(), "{text}").is_err() {
+        process::exit(exit::ERROR);
+    }
+}
+
 /// Says why on standard error, where a person looks, and ends.
 fn fail(sentence: &str, code: i32) -> ! {
     // A path may hold anything: one line stays one line, and a terminal is not told what to do.
     let sentence = sentence.replace(char::is_control, "?");
-    eprintln!("mayfly: {sentence}");
+    // Nobody may read it: the code is there all the same.
+    let _ = writeln!(std::io::stderr(), "mayfly: {sentence}");
     process::exit(code)
 }

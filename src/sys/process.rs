@@ -1,5 +1,6 @@
 //! The process as a whole: its end, its allocator, its limits.
 
+use std::io::{self, Write};
 use std::panic;
 
 use super::terminal;
@@ -32,7 +33,11 @@ pub fn use_one_arena() {
 pub fn end_on_panic() {
     panic::set_hook(Box::new(|info| {
         log::with_thread_name(|thread| {
-            eprintln!("mayfly: thread {thread}: the monitor found itself wrong: {info}");
+            // Not `eprintln!`, which panics where nobody takes it.
+            let _ = writeln!(
+                io::stderr(),
+                "mayfly: thread {thread}: the monitor found itself wrong: {info}"
+            );
         });
         terminal::restore();
         self::exit(exit::PANIC)
