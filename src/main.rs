@@ -1,6 +1,7 @@
 //! The monitor: arguments in, control thread, exit code out.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use mayfly::sys::handed::Handed;
 use mayfly::sys::{kvm, landlock, process, socket};
 use mayfly::timeline::Timeline;
 use mayfly::vmm::threads::{self, Muster};
-use mayfly::vmm::{Settings, Vmm};
+use mayfly::vmm::{Settings, Vmm, words};
 use mayfly::{error, exit, info};
 
 fn main() {
@@ -72,7 +73,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
     {
         fail(&error.0, exit::ERROR);
     }
-    info!("Running {}", args::version());
+    info!("{}", words::running());
     if let Some(number) = args.kvm_fd {
         vmm.set_kvm(adopt("kvm-fd", number, |fd| {
             kvm::adopt(fd).ok_or("not /dev/kvm")
@@ -107,7 +108,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
             // Made by this process a moment ago; nobody can have been served.
             let _ = std::fs::remove_file(socket);
         }
-        fail(&error.0, exit::ERROR);
+        fail_for(words::BAD_CONFIGURATION, &error.0, exit::ERROR);
     }
     vmm.run()
 }
@@ -150,6 +151,12 @@ fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: boo
         }
     });
     vmm.api_is_ready(counters, owed);
+    info!("{}", words::API_STARTED);
+}
+
+/// Whether the log goes where nobody sees standard output.
+fn log_is_apart() -> bool {
+    log::descriptor() != std::io::stdout().as_raw_fd()
 }
 
 /// Answers on standard output. Who does not take it gets an exit code instead.
@@ -159,10 +166,19 @@ fn print(text: &str) {
     }
 }
 
-/// Says why on standard error, where a person looks, and ends.
+/// Says why on standard error, where a person looks, and in the log, and ends.
 fn fail(sentence: &str, code: i32) -> ! {
+    fail_for("", sentence, code)
+}
+
+/// The same; the log has `what` before the sentence.
+fn fail_for(what: &str, sentence: &str, code: i32) -> ! {
     // A path may hold anything: one line stays one line, and a terminal is not told what to do.
     let sentence = sentence.replace(char::is_control, "?");
+    if log_is_apart() {
+        error!("{what}{sentence}");
+        info!("{}", words::exiting(code));
+    }
     // Nobody may read it: the code is there all the same.
     let _ = writeln!(std::io::stderr(), "mayfly: {sentence}");
     process::exit(code)

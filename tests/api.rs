@@ -405,7 +405,10 @@ fn requests_when_before_the_start_know_their_state() {
     }
     let start = json!({"action_type": "InstanceStart"});
     let sentence = harness.api.refused("PUT", "/actions", start.clone());
-    assert!(sentence.contains("boot source"), "{sentence}");
+    assert!(
+        sentence.contains("Cannot start microvm without kernel configuration"),
+        "{sentence}"
+    );
     harness.api.put(
         "/boot-source",
         json!({"kernel_image_path": path(&harness.folder.file("empty", ""))}),

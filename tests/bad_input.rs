@@ -513,7 +513,7 @@ fn tap_when_another_kind_of_interface_must_be_refused_at_put() {
         return;
     }
     let netns = Netns::new();
-    let says = ["\"lo\"", "no tap"];
+    let says = ["provided by lo:", "no tap"];
     Bad::new(with_tap("lo"), At::Put("/network-interfaces/eth0"), &says)
         .must_be_refused_inside(&netns);
 }
@@ -600,7 +600,7 @@ fn tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached() {
     api.put(path, json!({"iface_id": "eth0", "host_dev_name": "mfone"}));
     let other = json!({"iface_id": "eth0", "host_dev_name": "lo"});
     let sentence = api.refused("PUT", path, other);
-    assert!(sentence.contains("\"lo\""), "{sentence}");
+    assert!(sentence.contains("provided by lo:"), "{sentence}");
     netns.run("ip", &["link", "show", "mfone"]);
     api.put("/actions", json!({"action_type": "InstanceStart"}));
     monitor.exits_with(0);
@@ -1038,7 +1038,7 @@ fn request_when_it_makes_no_sense_is_400_and_names_what_is_wrong() {
             "PUT",
             "/actions",
             r#"{"action_type":"InstanceStart"}"#.into(),
-            "no boot source",
+            "without kernel configuration",
         ),
     ];
     for (method, path, body, says) in &cases {

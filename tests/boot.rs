@@ -996,7 +996,7 @@ fn log_when_it_goes_to_standard_output_comes_with_the_console() {
     monitor.exits_with(0);
     let output = monitor.stdout();
     let places = [
-        "Running mayfly v",
+        "Running Firecracker v1.17.0 (mayfly v",
         "probe: print:between ok",
         "The guest reset its machine.",
     ]

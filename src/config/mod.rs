@@ -139,7 +139,8 @@ impl fmt::Display for ConfigError {
                 f.write_str("Boot source error: boot_args holds a zero byte, which would end it")
             }
             NoBootSource => f.write_str(
-                "Start microvm error: There is no boot source: name a kernel with PUT /boot-source",
+                "Start microvm error: Cannot start microvm without kernel configuration: name a \
+                 kernel with PUT /boot-source",
             ),
             SecondRoot { drive, root } => write!(
                 f,
@@ -150,7 +151,10 @@ impl fmt::Display for ConfigError {
                 f,
                 "Drive config error: `{drive}` has a `socket`: vhost-user devices are out of scope"
             ),
-            NoSuchDrive(drive) => write!(f, "Drive config error: drive `{drive}` not found"),
+            NoSuchDrive(drive) => write!(
+                f,
+                "Drive config error: Unable to patch the block device: Device not found: `{drive}`"
+            ),
             // "Running method expected different backend" is how the original says it.
             NothingToPatch(drive) => write!(
                 f,
@@ -158,24 +162,28 @@ impl fmt::Display for ConfigError {
                  `rate_limiter`"
             ),
             NoSuchNetwork(iface) => {
-                write!(f, "Network config error: interface `{iface}` not found")
+                write!(
+                    f,
+                    "Network config error: Unable to update the net device: Device not found: \
+                     `{iface}`"
+                )
             }
             TapName { iface, tap } => write!(
                 f,
-                "Network config error: Could not create the network device `{iface}`: \
-                 host_dev_name `{}` is no interface name: it takes at most {TAP_NAME_MAX} bytes, \
-                 without `/` and spaces",
+                "Network config error: Could not create the network device: host_dev_name `{}` \
+                 of `{iface}` is no interface name: it takes at most {TAP_NAME_MAX} bytes, without \
+                 `/` and spaces",
                 tap.escape_debug()
             ),
             Mtu { iface, mtu } => write!(
                 f,
-                "Network config error: Could not create the network device `{iface}`: MTU {mtu} \
-                 is out of range [68, 65535]"
+                "Network config error: Could not create the network device: MTU {mtu} of \
+                 `{iface}` is out of range [68, 65535]"
             ),
             TapInUse { iface, tap, other } => write!(
                 f,
-                "Network config error: Could not create the network device `{iface}`: the tap \
-                 {tap} is already in use by `{other}`"
+                "Network config error: Could not create the network device: the tap {tap} of \
+                 `{iface}` is already in use by `{other}`"
             ),
             MacInUse { iface, mac, other } => write!(
                 f,

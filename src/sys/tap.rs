@@ -80,7 +80,9 @@ impl fmt::Display for TapError {
             ),
             TapError::NotATap(name) => write!(
                 f,
-                "the network interface {name:?} is no tap with a single queue, or can not be named so"
+                "Invalid TUN/TAP Backend provided by {}: it is no tap with a single queue, or can \
+                 not be named so",
+                name.escape_debug()
             ),
             TapError::Attach(name, _) => write!(f, "the tap {name:?} can not be attached to"),
             TapError::NotAttached(_) => f.write_str("the descriptor is not an attached tap"),

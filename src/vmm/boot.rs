@@ -161,6 +161,8 @@ pub struct Host<'a> {
     pub timeline: &'a Timeline,
     /// /dev/kvm, if it was handed in.
     pub kvm: Option<&'a Arc<Kvm>>,
+    /// Said in the log once the guest is about to run.
+    pub word: Option<&'static str>,
 }
 
 impl Host<'_> {
@@ -260,6 +262,9 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     // Said before the guest can speak and before lines go by way of the serial thread, so that this
     // one does not come in between the guest's words.
     info!("The microVM is running.");
+    if let Some(word) = host.word {
+        info!("{word}");
+    }
     log::redirect(Place::NonBlocking(log_writer.as_raw_fd()));
 
     Ok(Machine {

@@ -8,7 +8,7 @@ use super::devices;
 use super::opened::ConsoleSocket;
 use crate::arch::Vm;
 use crate::arch::i8042::{I8042, KeyboardFull};
-use crate::config::{Draft, DriveUpdate, NetworkUpdate};
+use crate::config::{ConfigError, Draft, DriveUpdate, NetworkUpdate};
 use crate::inbox::Sender;
 use crate::memory::Memory;
 use crate::serial::{self, SerialMessage};
@@ -134,7 +134,7 @@ impl Machine {
             .blocks
             .iter()
             .find(|handle| **handle.name() == *update.drive_id)
-            .ok_or_else(|| ActionError(format!("There is no drive `{}`.", update.drive_id)))?;
+            .ok_or_else(|| ActionError::of(&ConfigError::NoSuchDrive(update.drive_id.clone())))?;
         handle.update(token, device).map_err(|e| sentence(&e))?;
         self.draft.patch_drive(update).map_err(|e| sentence(&e))
     }
@@ -153,12 +153,7 @@ impl Machine {
             .nets
             .iter()
             .find(|handle| **handle.name() == *update.iface_id)
-            .ok_or_else(|| {
-                ActionError(format!(
-                    "There is no network interface `{}`.",
-                    update.iface_id
-                ))
-            })?;
+            .ok_or_else(|| ActionError::of(&ConfigError::NoSuchNetwork(update.iface_id.clone())))?;
         handle
             .update(token, devices::net_update(update))
             .map_err(|e| sentence(&e))?;

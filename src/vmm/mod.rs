@@ -35,6 +35,7 @@ mod pausing;
 mod report;
 pub mod rules;
 pub mod threads;
+pub mod words;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -194,7 +195,7 @@ enum State {
 /// Opens where `logger` wants the log, if it says so.
 fn open_log(logger: &Logger, handed: &mut Handed) -> Result<Option<File>, ActionError> {
     match &logger.log_path {
-        Some(sink) => Ok(Some(opened::open_sink("log", sink, handed)?)),
+        Some(sink) => Ok(Some(opened::open_sink(opened::LOG, sink, handed)?)),
         None => Ok(None),
     }
 }
@@ -308,7 +309,7 @@ impl Vmm {
     /// The sentence for the person who wrote it.
     pub fn start_from(&mut self, config: VmConfig) -> Result<(), ActionError> {
         self.take_config(config, &mut Handed::Inherited)?;
-        self.start().map(|_| ())
+        self.start(Some(words::STARTED_FROM_FILE)).map(|_| ())
     }
 
     /// Takes up a whole configuration in place of what there was; all of it, or nothing.
@@ -470,6 +471,10 @@ impl Vmm {
                 break next;
             }
         };
+        info!("{}", words::STOPPING);
+        if let Next::Exit(code) = code {
+            info!("{}", words::exiting(code));
+        }
         self.finish();
         terminal::restore();
         match code {
@@ -554,7 +559,7 @@ impl Vmm {
             Action::GetMachineConfig => Ok(Outcome::MachineConfig(
                 self.draft()?.machine_config().clone(),
             )),
-            Action::Start => self.start(),
+            Action::Start => self.start(None),
             Action::SendCtrlAltDel => {
                 if let Some(machine) = self.machine() {
                     machine
@@ -577,7 +582,7 @@ impl Vmm {
             Action::PutVm { config, start } => {
                 self.take_config(*config, handed)?;
                 if start {
-                    self.start()
+                    self.start(None)
                 } else {
                     Ok(Outcome::Done)
                 }
@@ -589,7 +594,8 @@ impl Vmm {
         }
     }
 
-    fn start(&mut self) -> Answer {
+    /// Starts the guest; `word` is said in the log besides what always is.
+    fn start(&mut self, word: Option<&'static str>) -> Answer {
         let (draft, opened) = match mem::replace(&mut self.state, State::Between) {
             State::Configuring(draft, opened) => (draft, opened),
             other => {
@@ -603,6 +609,7 @@ impl Vmm {
             events: &self.events,
             timeline: &self.timeline,
             kvm: self.kvm.as_ref(),
+            word,
         };
         match boot::start(&host, &draft, &opened) {
             Ok(machine) => {
@@ -734,10 +741,12 @@ impl Vmm {
 
     fn instance(&self) -> InstanceInfo {
         InstanceInfo {
-            app_name: "mayfly",
+            // Who is asked for, not who answers: clients that were written for the original look
+            // at these. What this is, the metrics and `--version` say.
+            app_name: "Firecracker",
             id: self.settings.id.clone(),
             state: self.phase().name(),
-            vmm_version: env!("CARGO_PKG_VERSION"),
+            vmm_version: API_VERSION,
         }
     }
 }

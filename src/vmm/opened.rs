@@ -15,6 +15,7 @@ use std::sync::Arc;
 use super::action::{Action, ActionError, Answer, Outcome};
 use crate::config::cpu::CpuConfig;
 use crate::config::{ConfigError, CpuConfigSource, Draft, JsonError, Source, VmConfig, json};
+use crate::log;
 use crate::sys::fd;
 use crate::sys::handed::{Handed, HandedError};
 use crate::sys::socket;
@@ -24,6 +25,9 @@ use crate::sys::tap::{Tap, TapError};
 const KERNEL: &str = "kernel";
 const INITRD: &str = "initrd";
 const DISK: &str = "disk";
+const TAP: &str = "tap";
+/// The log, as [`open_sink`] is asked for it.
+pub const LOG: &str = "log";
 
 /// A file of a VM could not be had.
 #[derive(Debug)]
@@ -52,8 +56,9 @@ impl fmt::Display for OpenError {
             Source::Named(path) => format!("`{path}`"),
             Source::Fd(number) => format!("in descriptor {number}"),
         };
+        f.write_str(section(what))?;
         match why {
-            // The words after the first colon are the original's, which clients match.
+            // The words after the last colon here are the original's, which clients match.
             Why::Open(_) if *what == KERNEL => write!(
                 f,
                 "Opening the {what} {name} failed: The kernel file cannot be opened"
@@ -107,7 +112,28 @@ macro_rules! told {
     };
 }
 
-told!(OpenError, ConfigError, JsonError, TapError);
+told!(OpenError, ConfigError, JsonError);
+
+impl From<TapError> for ActionError {
+    fn from(error: TapError) -> Self {
+        let section = section(TAP);
+        ActionError(format!(
+            "{section}Open tap device failed: {}",
+            log::chain(&error)
+        ))
+    }
+}
+
+/// How the original begins a sentence about `what`, for clients that look at that.
+fn section(what: &str) -> &'static str {
+    match what {
+        KERNEL | INITRD => "Boot source error: ",
+        DISK => "Drive config error: ",
+        TAP => "Network config error: Could not create the network device: ",
+        LOG => "Logger error: ",
+        _ => "",
+    }
+}
 
 /// An image that is mapped into guests: a kernel or an initrd.
 #[derive(Debug)]
@@ -407,13 +433,12 @@ pub fn open_disk(source: &Source, read_only: bool, handed: &mut Handed) -> Resul
 
 /// Takes the tap out of a descriptor.
 fn tap_from(source: &Source, handed: &mut Handed) -> Result<Tap, OpenError> {
-    const WHAT: &str = "tap";
     let fail = |why| OpenError {
-        what: WHAT,
+        what: TAP,
         source: source.clone(),
         why,
     };
-    let (file, metadata) = open(WHAT, source, Mode::ReadWrite, handed)?;
+    let (file, metadata) = open(TAP, source, Mode::ReadWrite, handed)?;
     // Its question is put to devices only: no other file can have an opinion on it.
     if !metadata.file_type().is_char_device() {
         return Err(fail(Why::Mode("is not a tap")));
@@ -595,12 +620,12 @@ mod tests {
             .to_string();
         assert_eq!(
             error,
-            format!("The kernel `{path}` is a directory, not a file")
+            format!("Boot source error: The kernel `{path}` is a directory, not a file")
         );
         let error = open_disk(&path.into(), true, none).unwrap_err().to_string();
         assert_eq!(
             error,
-            format!("The disk `{path}` is a directory, not a file")
+            format!("Drive config error: The disk `{path}` is a directory, not a file")
         );
         let error = Image::open("kernel", &"/dev/null".into(), none)
             .unwrap_err()
@@ -612,7 +637,8 @@ mod tests {
         let error = Image::open("kernel", &"/no/such".into(), none).unwrap_err();
         assert_eq!(
             crate::log::chain(&error),
-            "Opening the kernel `/no/such` failed: The kernel file cannot be opened: No such file or directory (os error 2)"
+            "Boot source error: Opening the kernel `/no/such` failed: The kernel file cannot be \
+             opened: No such file or directory (os error 2)"
         );
     }
 
@@ -711,7 +737,7 @@ mod tests {
         let error = open_disk(&Source::Fd(1), true, &mut handed(read())).unwrap_err();
         assert_eq!(
             crate::log::chain(&error),
-            "The disk in descriptor 1 can not be had: There is no descriptor 1: 1 came with the \
+            "Drive config error: The disk in descriptor 1 can not be had: There is no descriptor 1: 1 came with the \
              first byte of the request, counted from 0"
         );
     }

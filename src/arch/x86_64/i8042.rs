@@ -72,8 +72,9 @@ const ACKNOWLEDGE: u8 = 0xfa;
 const RESET_PASSED: u8 = 0xaa;
 const IDENTITY: [u8; 2] = [0xab, 0x83];
 
-/// Bytes the keyboard keeps until the guest reads them.
-const QUEUE_MAX: usize = 16;
+/// Bytes the keyboard keeps until the guest reads them: Ctrl-Alt-Del four times, which a client
+/// that wants a slow guest to end may press again.
+const QUEUE_MAX: usize = 4 * CTRL_ALT_DEL_SET_2.len();
 
 /// Left Ctrl, left Alt and Delete pressed, then released, in scan code set 2, which a keyboard
 /// sends by itself.
@@ -109,7 +110,7 @@ pub struct KeyboardFull;
 
 impl std::fmt::Display for KeyboardFull {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the guest does not read its keyboard")
+        f.write_str("I8042 error: i8042 internal buffer full: the guest does not read its keyboard")
     }
 }
 
@@ -361,11 +362,13 @@ mod tests {
     #[test]
     fn ctrl_alt_del_when_guest_does_not_read_is_refused() {
         let (i8042, _) = controller();
-        i8042.ctrl_alt_del().unwrap();
+        for _ in 0..4 {
+            i8042.ctrl_alt_del().unwrap();
+        }
         for _ in 0..1000 {
             assert_eq!(i8042.ctrl_alt_del(), Err(KeyboardFull));
         }
-        assert_eq!(read_all(&i8042), CTRL_ALT_DEL_SET_2);
+        assert_eq!(read_all(&i8042), CTRL_ALT_DEL_SET_2.repeat(4));
         i8042.ctrl_alt_del().unwrap();
     }
 
