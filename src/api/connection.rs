@@ -5,8 +5,11 @@
 //! never waits: a read or a write that can not be done now is done when the epoll set tells. It
 //! never speaks to control and knows no other connection: what a request comes to, and who gives
 //! way to whom, is the server's to say.
+//!
+//! It holds one request and one answer. Requests behind the first stay bytes, few of them here
+//! and the rest in the socket, until that has its answer and the client has taken it. So a client
+//! that asks on and never reads costs about as much as one that asks once.
 
-use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -14,11 +17,11 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::PLACE_BITS;
 use super::counters::Counted;
-use super::http::{Decoder, Piece, Response};
-use super::{PLACE_BITS, READ_MAX, STEPS_MAX};
+use super::http::{Decoder, Piece, Request, Response};
 use crate::sys::handed::Handed;
-use crate::sys::socket;
+use crate::sys::socket::{self, Received};
 
 /// Bytes of a connection's last words that are read and thrown away.
 const DRAIN_MAX: usize = 1 << 20;
@@ -67,14 +70,12 @@ pub struct Connection {
     /// Its token in the epoll set.
     pub token: u64,
     decoder: Decoder,
-    /// What was received and not dealt with yet, and the descriptors that came with it.
-    pub pending: VecDeque<(Piece, Handed)>,
     /// The descriptors that came with the first byte of the request that is being received.
     pub arriving: Handed,
     /// The question whose answer is awaited.
     pub asked: Option<Asked>,
-    /// Since when the first of `pending` waits for room in control's inbox.
-    pub waiting: Option<Instant>,
+    /// A request that waits for room in control's inbox, and since when.
+    pub waiting: Option<(Request, Instant)>,
     output: Vec<u8>,
     /// Bytes of `output` that were written.
     written: usize,
@@ -91,7 +92,8 @@ pub struct Connection {
     /// But only when the client has seen the answer: what it still sends is thrown away.
     pub draining: bool,
     drained: usize,
-    /// When the request that is being received, or the answer that is being written, began.
+    /// When the request that is being received, or the answer that is being written, began; but
+    /// no request before the answer to the last one was taken.
     since: Instant,
     /// For telling who was used longest ago.
     pub used: u64,
@@ -108,7 +110,6 @@ impl Connection {
             stream,
             token,
             decoder: Decoder::new(payload_max),
-            pending: VecDeque::new(),
             arriving: Handed::default(),
             asked: None,
             waiting: None,
@@ -128,7 +129,7 @@ impl Connection {
 
     pub fn is_idle(&self) -> bool {
         self.asked.is_none()
-            && self.pending.is_empty()
+            && self.waiting.is_none()
             && self.output.is_empty()
             && self.decoder.is_empty()
     }
@@ -146,7 +147,7 @@ impl Connection {
         } else if self.wants_out {
             // Whatever else it asks: that waits until this answer is taken.
             stalled.then_some(Dispensable::HalfTaken)
-        } else if !self.output.is_empty() || !self.pending.is_empty() {
+        } else if !self.output.is_empty() || self.waiting.is_some() {
             None
         } else if self.draining {
             Some(Dispensable::Finished)
@@ -168,9 +169,6 @@ impl Connection {
             response.encode(&mut self.output);
         } else {
             response.encode(&mut self.output);
-        }
-        if self.closing {
-            self.pending.clear();
         }
     }
 
@@ -199,8 +197,9 @@ impl Connection {
                 Err(_) => return Flush::Gone,
             }
         }
-        self.output.clear();
-        self.written = 0;
+        (self.output, self.written) = (Vec::new(), 0);
+        // What has come of the next request had to wait for this.
+        self.since = now;
         if self.wants_out {
             self.wants_out = false;
             if self.watch(epoll, Self::EVENTS).is_err() {
@@ -215,34 +214,37 @@ impl Connection {
         epoll.ctl(ControlOperation::Modify, self.stream.as_raw_fd(), event)
     }
 
-    /// Reads once, and finds the pieces in what has come.
+    /// The next piece of what has come, and the descriptors that came with it.
+    pub fn next(&mut self) -> Option<(Piece, Handed)> {
+        if self.closing {
+            return None;
+        }
+        let piece = self.decoder.next_piece()?;
+        let handed = match piece {
+            // It goes on to be received.
+            Piece::Continue => Handed::default(),
+            Piece::Request(_) | Piece::Malformed { .. } => std::mem::take(&mut self.arriving),
+        };
+        Some((piece, handed))
+    }
+
+    /// Reads once.
     pub fn read(&mut self, scratch: &mut [u8], now: Instant) {
+        if self.draining {
+            let count = self.discard(scratch);
+            self.drained = self.drained.saturating_add(count);
+            self.ended |= self.drained > DRAIN_MAX;
+            return;
+        }
+        let room = self.decoder.room().min(scratch.len());
+        let scratch = scratch.get_mut(..room).unwrap_or_default();
         // Dropped, and so closed, unless it is the first byte of a request that brought them.
         let mut handed = Handed::default();
         // Descriptors are not to come with bytes of two requests.
-        let most = |next: &[u8]| match self.draining {
-            true => next.len(),
-            false => self.decoder.most(next),
-        };
-        let (count, more) = match socket::receive(&self.stream, scratch, most, &mut handed) {
-            Ok(received) => (received.count, received.more),
-            Err(error) if error.kind() == ErrorKind::Interrupted => return,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                self.readable = false;
-                return;
-            }
-            Err(_) => (0, false),
-        };
+        let most = |next: &[u8]| self.decoder.most(next);
+        let received = socket::receive(&self.stream, scratch, most, &mut handed);
+        let count = self.take_note(received);
         if count == 0 {
-            (self.ended, self.readable) = (true, false);
-            return;
-        }
-        // If there is no more, that was all, unless the end has come too.
-        self.readable = more || self.hung_up;
-        let received = scratch.get(..count).unwrap_or_default();
-        if self.draining {
-            self.drained = self.drained.saturating_add(count);
-            self.ended = self.drained > DRAIN_MAX;
             return;
         }
         if self.decoder.is_empty() {
@@ -251,30 +253,37 @@ impl Connection {
         if self.decoder.is_between() {
             self.arriving = handed;
         }
-        self.decoder.feed(received);
-        while let Some(piece) = self.decoder.next_piece() {
-            let handed = match piece {
-                // It goes on to be received.
-                Piece::Continue => Handed::default(),
-                Piece::Request(_) => std::mem::take(&mut self.arriving),
-                Piece::Malformed { .. } => {
-                    self.pending.clear();
-                    self.arriving = Handed::default();
-                    Handed::default()
-                }
-            };
-            self.pending.push_back((piece, handed));
+        self.decoder.feed(scratch.get(..count).unwrap_or_default());
+    }
+
+    /// Throws away what came along with bytes that are no request and was not read with them:
+    /// nobody knows where in it a request begins.
+    pub fn forget_rest(&mut self, scratch: &mut [u8]) {
+        if self.readable && self.decoder.is_between() {
+            self.discard(scratch);
         }
     }
 
-    /// Gives back the memory of what was large.
-    pub fn rest(&mut self) {
-        if self.output.capacity() > READ_MAX {
-            self.output = Vec::new();
+    /// Reads once for nothing; how many bytes.
+    fn discard(&mut self, scratch: &mut [u8]) -> usize {
+        let mut handed = Handed::default();
+        let received = socket::receive(&self.stream, scratch, <[u8]>::len, &mut handed);
+        self.take_note(received)
+    }
+
+    /// Notes how a read went; how many bytes it got.
+    fn take_note(&mut self, received: io::Result<Received>) -> usize {
+        match received {
+            Ok(Received { count, more }) if count > 0 => {
+                // If there is no more, that was all, unless the end has come too.
+                self.readable = more || self.hung_up;
+                return count;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
+            _ => (self.ended, self.readable) = (true, false),
         }
-        if self.pending.capacity() > STEPS_MAX {
-            self.pending = VecDeque::new();
-        }
+        0
     }
 }
 
@@ -314,6 +323,26 @@ mod tests {
         assert_eq!(status, 400);
         assert!(body.starts_with(r#"{"error":"Invalid request"#), "{body}");
         client.get();
+    }
+
+    #[test]
+    fn connection_when_malformed_far_behind_answers_in_order_and_gives_one_400() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        let rest = [b"FOO\r\n\r\n", &GET.repeat(200)[..]].concat();
+        for before in [100, 300] {
+            client.send(&[&GET.repeat(before), rest.as_slice()].concat());
+            // Those behind the last of these were unanswered when it was found.
+            let mut answered = 0;
+            let status = loop {
+                match client.response().0 {
+                    200 => answered += 1,
+                    other => break other,
+                }
+            };
+            assert!(status == 400 && answered <= before, "{status} {answered}");
+            client.get();
+        }
     }
 
     #[test]

@@ -63,7 +63,7 @@ const CONNECTIONS_MIN: usize = 8;
 /// in their connections.
 const OUTSTANDING_MAX: usize = 128;
 
-/// Bytes taken from a connection before others have their turn.
+/// Most bytes taken from a connection before others have their turn.
 const READ_MAX: usize = 16 * 1024;
 
 /// Steps that one connection may make before others have their turn.
@@ -407,24 +407,30 @@ impl Server {
             if connection.asked.is_some() {
                 return true;
             }
-            match connection.pending.pop_front() {
+            if let Some((request, since)) = connection.waiting.take() {
+                if !self.ask(connection, request, Handed::default(), since) {
+                    return true;
+                }
+                continue;
+            }
+            match connection.next() {
                 Some((Piece::Continue, _)) => connection.respond(&Response::empty(100), false),
                 Some((Piece::Malformed { reason, close }, _)) => {
                     self.counters.malformed();
                     connection.respond(&Response::malformed(&reason, close), close);
                     connection.draining = close;
+                    if !close {
+                        connection.forget_rest(&mut self.scratch);
+                    }
                 }
                 Some((Piece::Request(request), handed)) => {
-                    if !self.ask(connection, request, handed) {
+                    if !self.ask(connection, request, handed, self.now) {
                         return true;
                     }
                 }
                 None if connection.closing && !connection.draining => return false,
                 None if connection.ended => return false,
-                None if !connection.readable => {
-                    connection.rest();
-                    return true;
-                }
+                None if !connection.readable => return true,
                 None => {
                     self.count = self.count.wrapping_add(1);
                     connection.used = self.count;
@@ -448,8 +454,15 @@ impl Server {
         self.connections.iter().filter(holding).count()
     }
 
-    /// Asks control, or answers at once; `false` when control has no room for the question.
-    fn ask(&mut self, connection: &mut Connection, request: Request, handed: Handed) -> bool {
+    /// Asks control, or answers at once, what was whole `since`; `false` when control has no room
+    /// for the question.
+    fn ask(
+        &mut self,
+        connection: &mut Connection,
+        request: Request,
+        handed: Handed,
+        since: Instant,
+    ) -> bool {
         if let Handed::Refused(why) = handed {
             connection.respond(&routes::refused(&why), request.close);
             return true;
@@ -478,7 +491,6 @@ impl Server {
                 reply: Reply::new(token, self.answer_to.clone(), self.owed.clone()),
             })
         };
-        let since = connection.waiting.take().unwrap_or(self.now);
         if posted {
             if let Some(sentence) = deprecated {
                 warn!("{sentence}");
@@ -502,9 +514,7 @@ impl Server {
             );
             return true;
         }
-        connection.waiting = Some(since);
-        let request = Piece::Request(request);
-        connection.pending.push_front((request, Handed::default()));
+        connection.waiting = Some((request, since));
         self.busy = true;
         false
     }
