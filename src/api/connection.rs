@@ -20,14 +20,14 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::PLACE_BITS;
 use super::counters::Counted;
 use super::http::{Decoder, Piece, Request, Response};
-use crate::sys::handed::Handed;
+use crate::sys::handed::{Handed, HandedError};
 use crate::sys::socket::{self, Received};
 
 /// Bytes of a connection's last words that are read and thrown away.
 const DRAIN_MAX: usize = 1 << 20;
 
 /// How long a request may be half sent, or an answer half taken, before the connection may have
-/// to give way to a new one.
+/// to give way to a new one, or its descriptors to others.
 pub const STALLED: Duration = Duration::from_millis(250);
 
 /// Why a connection may have to give way, from the best reason to the worst.
@@ -71,7 +71,7 @@ pub struct Connection {
     pub token: u64,
     decoder: Decoder,
     /// The descriptors that came with the first byte of the request that is being received.
-    pub arriving: Handed,
+    arriving: Handed,
     /// The question whose answer is awaited.
     pub asked: Option<Asked>,
     /// A request that waits for room in control's inbox, and since when.
@@ -139,9 +139,23 @@ impl Connection {
         matches!(&self.arriving, Handed::Received(some) if !some.is_empty())
     }
 
+    /// Since when it has descriptors of a request that is half sent, if that is long.
+    pub fn holds_since(&self, now: Instant) -> Option<Instant> {
+        (self.is_holding() && self.has_stalled(now)).then_some(self.since)
+    }
+
+    /// Closes the descriptors of the request that is half sent, which is told so when it is whole.
+    pub fn give_up_descriptors(&mut self) {
+        self.arriving = Handed::Refused(HandedError::Crowded);
+    }
+
+    fn has_stalled(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= STALLED
+    }
+
     /// Why it may be closed for the sake of another, if it may.
     pub fn dispensable(&self, now: Instant) -> Option<Dispensable> {
-        let stalled = now.saturating_duration_since(self.since) >= STALLED;
+        let stalled = self.has_stalled(now);
         if self.asked.is_some() {
             None
         } else if self.wants_out {

@@ -8,7 +8,8 @@
 //! and out, are in connection.rs; who is served, and who gives way to whom, is here.
 //!
 //! Descriptors come along with bytes (SCM_RIGHTS). Those that came with the first byte of a request
-//! go with it to control, which claims them; all others are closed here, at once.
+//! go with it to control, which claims them; all others are closed here, at once. A request that
+//! is half sent keeps its own, but only a few may do so at a time, and one that stalls gives way.
 //!
 //! ```text
 //!            bytes      pieces              Command            (token, Answer)       bytes
@@ -45,7 +46,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::inbox::{self, Inbox, Outbox};
 use crate::metrics::Reader;
-use crate::sys::handed::{Handed, HandedError};
+use crate::sys::handed::Handed;
 use crate::sys::process;
 use crate::vmm::action::{Answer, Command, Owed, Reply};
 use crate::warn;
@@ -388,6 +389,7 @@ impl Server {
             return;
         };
         if self.steps(&mut connection) {
+            self.limit_holders(&mut connection);
             if let Some(slot) = self.connections.get_mut(place) {
                 *slot = Some(connection);
             }
@@ -435,9 +437,6 @@ impl Server {
                     self.count = self.count.wrapping_add(1);
                     connection.used = self.count;
                     connection.read(&mut self.scratch, self.now);
-                    if connection.is_holding() && self.holders() >= self.holders_max {
-                        connection.arriving = Handed::Refused(HandedError::Crowded);
-                    }
                 }
             }
         }
@@ -445,13 +444,21 @@ impl Server {
         true
     }
 
-    /// How many connections in their places hold descriptors of a request that is half sent.
-    fn holders(&self) -> usize {
-        let holding = |slot: &&Option<Box<Connection>>| {
-            slot.as_ref()
-                .is_some_and(|connection| connection.is_holding())
-        };
-        self.connections.iter().filter(holding).count()
+    /// Where `last` would be one too many that has descriptors of a request that is half sent,
+    /// closes those of the one that stalled longest; if none has, those of `last`.
+    fn limit_holders(&mut self, last: &mut Connection) {
+        let others = self.connections.iter().flatten();
+        let holders = others.filter(|other| other.is_holding()).count();
+        if !last.is_holding() || holders < self.holders_max {
+            return;
+        }
+        let now = self.now;
+        let others = self.connections.iter_mut().flatten();
+        let stalled = others.filter_map(|other| Some((other.holds_since(now)?, other)));
+        match stalled.min_by_key(|(since, _)| *since) {
+            Some((_, other)) => other.give_up_descriptors(),
+            None => last.give_up_descriptors(),
+        }
     }
 
     /// Asks control, or answers at once, what was whole `since`; `false` when control has no room
@@ -589,27 +596,24 @@ impl Server {
             let Some((idle, place)) = self.least_needed() else {
                 return false;
             };
-            let Some(connection) = self.connections.get_mut(place).and_then(Option::as_mut) else {
+            let Some(connection) = self.at(place) else {
                 return false;
             };
             if idle {
                 // It may have sent a request that nobody has looked at.
-                connection.read(&mut self.scratch, self.now);
-                let (idle, token) = (connection.is_idle(), connection.token);
-                if !idle {
-                    if self.holders() > self.holders_max
-                        && let Some(connection) = self.connection(token)
-                    {
-                        connection.arriving = Handed::Refused(HandedError::Crowded);
-                    }
-                    self.again.push(token);
+                connection.readable = true;
+                let token = connection.token;
+                self.advance(token);
+                if self.connection(token).is_some_and(|c| !c.is_idle()) {
                     continue;
                 }
             }
-            if let Some(slot) = self.connections.get_mut(place) {
-                *slot = None;
+            // Its place may be free already.
+            if let Some(slot) = self.connections.get_mut(place)
+                && slot.take().is_some()
+            {
+                self.free.push(place);
             }
-            self.free.push(place);
             return true;
         }
         false
@@ -763,29 +767,73 @@ mod tests {
         }
     }
 
+    /// Clients that have as many requests with descriptors half sent as may be.
+    fn holders(fixture: &Fixture, witness: &Witness) -> Vec<Client> {
+        let half = (0..HOLDERS_MAX).map(|_| half_sent(fixture, witness, 16));
+        half.collect()
+    }
+
+    /// A client that has sent half a request with descriptors, which have arrived.
+    fn half_sent(fixture: &Fixture, witness: &Witness, count: usize) -> Client {
+        let client = fixture.connect();
+        send_with(&client.0, b"GET /ver", &vec![&witness.writer; count]);
+        // What came first is looked at first.
+        fixture.connect().get();
+        client
+    }
+
+    /// The answer to the whole of it.
+    fn other_half(client: &mut Client) -> (u16, String) {
+        client.send(b"sion HTTP/1.1\r\n\r\n").response()
+    }
+
     #[test]
     fn descriptors_when_many_requests_are_half_sent_are_refused() {
         let fixture = Fixture::new(64);
         let witness = Witness::new();
-        let mut half: Vec<Client> = (0..HOLDERS_MAX)
-            .map(|_| {
-                let client = fixture.connect();
-                send_with(&client.0, b"GET /ver", &[&witness.writer; 16]);
-                client
-            })
-            .collect();
-        thread::sleep(Duration::from_millis(100));
-        let mut late = fixture.connect();
-        send_with(&late.0, b"GET /ver", &[&witness.writer; 1]);
-        thread::sleep(Duration::from_millis(100));
-        late.send(b"sion HTTP/1.1\r\n\r\n");
-        let (status, body) = late.response();
+        let mut half = holders(&fixture, &witness);
+        let mut late = half_sent(&fixture, &witness, 1);
+        let (status, body) = other_half(&mut late);
         assert_eq!(status, 400);
         assert!(body.contains("half sent"), "{body}");
         for client in &mut half {
-            client.send(b"sion HTTP/1.1\r\n\r\n");
+            assert_eq!(other_half(client).0, 200);
+        }
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
+    fn descriptors_when_half_sent_for_long_give_way_to_others() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let mut half = holders(&fixture, &witness);
+        thread::sleep(STALLED * 2);
+        fixture.came.lock().unwrap().clear();
+        let mut late = half_sent(&fixture, &witness, 1);
+        assert_eq!(other_half(&mut late).0, 200);
+        let (status, body) = other_half(&mut half[0]);
+        assert_eq!(status, 400);
+        assert!(body.contains("half sent"), "{body}");
+        for client in &mut half[1..] {
+            assert_eq!(other_half(client).0, 200);
+        }
+        assert_eq!(*fixture.came.lock().unwrap(), [0, 1, 16, 16, 16]);
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
+    fn descriptors_when_their_request_is_whole_need_no_room_beside_those_half_sent() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let half = holders(&fixture, &witness);
+        fixture.came.lock().unwrap().clear();
+        let mut client = fixture.connect();
+        for _ in 0..3 {
+            send_with(&client.0, GET, &[&witness.writer; 16]);
             assert_eq!(client.response().0, 200);
         }
+        assert_eq!(*fixture.came.lock().unwrap(), [16, 16, 16]);
+        drop((half, client));
         assert!(witness.sees_all_closed());
     }
 
