@@ -1,7 +1,8 @@
 //! HTTP/1.1 as far as this API needs it: bytes to requests, responses to bytes. No I/O.
 //!
-//! A [`Decoder`] takes bytes as they come and gives [`Piece`]s. What it keeps is bounded by
-//! [`HEAD_MAX`] and the limit for bodies, plus what was fed to it last. Limits and answers are
+//! A [`Decoder`] takes bytes as they come and gives [`Piece`]s, one when it is asked for one: until
+//! then a request is no more than its bytes. It keeps less than one request, and what was fed to
+//! it beyond, which is little when [`Decoder::room`] is obeyed. Limits and answers are
 //! Firecracker's; where a client and we could disagree on where a request ends, the connection
 //! is to be closed.
 
@@ -10,6 +11,9 @@ pub const LINE_MAX: usize = 1024;
 
 /// Bytes of a request's head: the request line and all headers.
 pub const HEAD_MAX: usize = 16 * 1024;
+
+/// Bytes to take at once while nobody knows where the request ends: two lines of the longest.
+const AHEAD_MAX: usize = 2 * LINE_MAX;
 
 /// Header lines of one request.
 const HEADERS_MAX: usize = 64;
@@ -81,22 +85,44 @@ pub enum Piece {
     },
 }
 
+/// Why bytes are not a request.
+#[derive(Debug)]
+struct Refused {
+    reason: String,
+    close: bool,
+    /// Bytes of its body that are still to come.
+    skip: usize,
+}
+
+impl Refused {
+    fn new(reason: impl Into<String>, close: bool) -> Self {
+        Refused {
+            reason: reason.into(),
+            close,
+            skip: 0,
+        }
+    }
+}
+
 /// A head that was understood, while its body is awaited.
 #[derive(Debug)]
 struct Head {
     request: Request,
     length: usize,
+    /// The client waits for leave to send the body, and has not got it.
+    waits: bool,
 }
 
 /// Bytes to pieces, for one connection.
 #[derive(Debug)]
 pub struct Decoder {
     payload_max: usize,
+    /// What was received and not given out: the rest of one request, and what came behind it.
     bytes: Vec<u8>,
-    /// Where the line begins whose end was not found yet, and from where on to look for it.
-    line: usize,
-    looked: usize,
+    lines: Lines,
     head: Option<Head>,
+    /// Whether what came behind the first request was looked at.
+    looked_through: bool,
     /// Bytes of a refused body that are still to come.
     skip: usize,
 }
@@ -107,14 +133,14 @@ impl Decoder {
         Decoder {
             payload_max,
             bytes: Vec::new(),
-            line: 0,
-            looked: 0,
+            lines: Lines::default(),
             head: None,
+            looked_through: false,
             skip: 0,
         }
     }
 
-    /// Whether no request has begun.
+    /// Whether there is nothing of a request.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty() && self.head.is_none()
     }
@@ -124,17 +150,29 @@ impl Decoder {
         self.is_empty() && self.skip == 0
     }
 
+    /// How many bytes to feed at once, when there is no whole request: what is missing of a body,
+    /// else little.
+    pub fn room(&self) -> usize {
+        self.missing().unwrap_or(AHEAD_MAX).max(1)
+    }
+
     /// How many of the bytes that come `next` may be fed without going beyond the request that
     /// is being received: the first of one, a line of its head, or what is missing of its body.
     pub fn most(&self, next: &[u8]) -> usize {
-        match &self.head {
-            _ if self.is_between() => 1,
-            Some(head) => head.length.saturating_sub(self.bytes.len()),
-            None if self.skip > 0 => self.skip,
-            None => {
-                let end = next.iter().position(|byte| *byte == b'\n');
-                end.map_or(next.len(), |at| at.saturating_add(1))
+        self.missing().unwrap_or_else(|| {
+            if self.is_between() {
+                return 1;
             }
+            let end = next.iter().position(|byte| *byte == b'\n');
+            end.map_or(next.len(), |at| at.saturating_add(1))
+        })
+    }
+
+    /// Bytes of a body that are still to come, where it is known.
+    fn missing(&self) -> Option<usize> {
+        match &self.head {
+            Some(head) => Some(head.length.saturating_sub(self.bytes.len())),
+            None => (self.skip > 0).then_some(self.skip),
         }
     }
 
@@ -144,102 +182,160 @@ impl Decoder {
         self.skip = self.skip.saturating_sub(skipped);
         self.bytes
             .extend_from_slice(received.get(skipped..).unwrap_or_default());
+        self.looked_through = false;
     }
 
-    /// The next piece of what was fed, or none until there is more.
+    /// The next piece of what was fed, or none until there is more. What was fed is not a request
+    /// as soon as any of it is not: requests before that are gone too.
     pub fn next_piece(&mut self) -> Option<Piece> {
-        if self.head.is_none() {
-            match self.head_end() {
-                Ok(None) => return None,
-                Ok(Some(end)) => match self.parse_head(end) {
-                    Ok(None) => {}
-                    Ok(Some(piece)) => return Some(piece),
-                    Err(refused) => return Some(refused),
-                },
-                Err(refused) => return Some(refused),
-            }
-        }
-        let head = self.head.take_if(|head| head.length <= self.bytes.len())?;
-        let body = self.take(head.length);
-        let mut request = head.request;
-        request.body = (!body.is_empty()).then_some(body);
-        Some(Piece::Request(request))
+        self.find().unwrap_or_else(|refused| {
+            *self = Decoder {
+                skip: refused.skip,
+                ..Decoder::new(self.payload_max)
+            };
+            Some(Piece::Malformed {
+                reason: refused.reason,
+                close: refused.close,
+            })
+        })
     }
 
-    /// Where the head ends, after its empty line; looks at each byte once.
-    fn head_end(&mut self) -> Result<Option<usize>, Piece> {
-        while let Some(at) = self.find(b'\n', self.looked) {
-            let line = self.bytes.get(self.line..at).unwrap_or_default();
+    fn find(&mut self) -> Result<Option<Piece>, Refused> {
+        if self.head.is_none()
+            && let Some(end) = self.lines.end(&self.bytes)?
+        {
+            let (head, rest) = self.bytes.split_at_checked(end).unwrap_or_default();
+            self.head = Some(Head::parse(head, rest.len(), self.payload_max)?);
+            self.bytes.drain(..end);
+            self.lines = Lines::default();
+        }
+        let Some(head) = &mut self.head else {
+            return Ok(None);
+        };
+        let behind = self.bytes.get(head.length..);
+        if let Some(behind) = behind.filter(|_| !self.looked_through) {
+            look_through(behind, self.payload_max)?;
+            self.looked_through = true;
+        }
+        if std::mem::take(&mut head.waits) {
+            return Ok(Some(Piece::Continue));
+        }
+        let Some(head) = self.head.take_if(|_| behind.is_some()) else {
+            return Ok(None);
+        };
+        let mut request = head.request;
+        if head.length > 0 {
+            let behind = self.bytes.split_off(head.length);
+            request.body = Some(std::mem::replace(&mut self.bytes, behind));
+        }
+        if self.bytes.is_empty() {
+            self.bytes = Vec::new();
+        }
+        Ok(Some(Piece::Request(request)))
+    }
+}
+
+/// Looks at the requests that `bytes` begin with, whole or not: refused if one of them is.
+fn look_through(mut bytes: &[u8], payload_max: usize) -> Result<(), Refused> {
+    while let Some(end) = Lines::default().end(bytes)? {
+        let (head, rest) = bytes.split_at_checked(end).unwrap_or_default();
+        let head = Head::parse(head, rest.len(), payload_max)?;
+        bytes = rest.get(head.length..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// The lines of a head, as they come.
+#[derive(Debug, Default)]
+struct Lines {
+    /// Where the line begins whose end was not found yet, and from where on to look for it.
+    line: usize,
+    looked: usize,
+}
+
+impl Lines {
+    /// Where the head ends that `bytes` begin with, after its empty line; looks at each byte once.
+    fn end(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refused> {
+        while let Some(at) = position(bytes, b'\n', self.looked) {
+            let line = bytes.get(self.line..at).unwrap_or_default();
             let next = at.saturating_add(1);
             let Some(text) = line.strip_suffix(b"\r") else {
-                return Err(self.refuse("Invalid request: a line ends without CR LF.", true));
+                return Err(Refused::new(
+                    "Invalid request: a line ends without CR LF.",
+                    true,
+                ));
             };
             if line.len() >= LINE_MAX {
-                return Err(self.line_too_long());
+                return Err(self.too_long());
             }
             let (first, last) = (self.line == 0, text.is_empty());
             (self.line, self.looked) = (next, next);
             match (first, last) {
                 (true, true) => {
-                    return Err(self.refuse("Invalid request: the request line is empty.", false));
+                    return Err(Refused::new(
+                        "Invalid request: the request line is empty.",
+                        false,
+                    ));
                 }
                 (_, false) => {}
                 (false, true) => return Ok(Some(next)),
             }
         }
-        self.looked = self.bytes.len();
+        self.looked = bytes.len();
         if self.looked.saturating_sub(self.line) >= LINE_MAX {
-            return Err(self.line_too_long());
+            return Err(self.too_long());
         }
         if self.looked > HEAD_MAX {
-            return Err(self.refuse("Invalid request: its head is larger than 16 KiB.", true));
+            return Err(head_too_large());
         }
         Ok(None)
     }
 
-    fn line_too_long(&mut self) -> Piece {
+    fn too_long(&self) -> Refused {
         let what = if self.line == 0 { "request" } else { "header" };
-        self.refuse(
-            &format!("Invalid {what}: a line is longer than {LINE_MAX} bytes."),
-            true,
-        )
+        let reason = format!("Invalid {what}: a line is longer than {LINE_MAX} bytes.");
+        Refused::new(reason, true)
     }
+}
 
-    fn find(&self, byte: u8, from: usize) -> Option<usize> {
-        let at = self.bytes.get(from..)?.iter().position(|b| *b == byte)?;
-        from.checked_add(at)
-    }
+fn position(bytes: &[u8], byte: u8, from: usize) -> Option<usize> {
+    let at = bytes.get(from..)?.iter().position(|b| *b == byte)?;
+    from.checked_add(at)
+}
 
-    /// Understands the head, which ends at `end`.
-    fn parse_head(&mut self, end: usize) -> Result<Option<Piece>, Piece> {
-        let bytes = self.take(end);
-        (self.line, self.looked) = (0, 0);
+fn head_too_large() -> Refused {
+    Refused::new("Invalid request: its head is larger than 16 KiB.", true)
+}
+
+impl Head {
+    /// Understands the head of a request of whose body, or what follows it, `received` bytes came.
+    fn parse(bytes: &[u8], received: usize, payload_max: usize) -> Result<Self, Refused> {
         if bytes.len() > HEAD_MAX {
-            return Err(self.refuse("Invalid request: its head is larger than 16 KiB.", true));
+            return Err(head_too_large());
         }
-        if std::str::from_utf8(&bytes).is_err() {
-            return Err(self.refuse("Invalid request: its head is not UTF-8.", false));
+        if std::str::from_utf8(bytes).is_err() {
+            return Err(Refused::new(
+                "Invalid request: its head is not UTF-8.",
+                false,
+            ));
         }
         let mut lines = [httparse::EMPTY_HEADER; HEADERS_MAX];
         let mut parsed = httparse::Request::new(&mut lines);
-        if let Err(error) = parsed.parse(&bytes) {
-            return Err(self.refuse(sentence(error), false));
+        if let Err(error) = parsed.parse(bytes) {
+            return Err(Refused::new(sentence(error), false));
         }
-        let framing = match Framing::of(parsed.headers) {
-            Ok(framing) => framing,
-            Err(reason) => return Err(self.refuse(&reason, true)),
-        };
+        let framing = Framing::of(parsed.headers).map_err(|reason| Refused::new(reason, true))?;
         let old = parsed.version == Some(0);
         // As the original, which keeps the connections of HTTP/1.0 too: some clients that reuse
         // theirs say no more than that.
         let close = framing.connection.unwrap_or(false);
-        let expects = framing.expects && !old && framing.length > 0;
+        let waits = framing.expects && !old && framing.length > 0;
 
         let method = Method::parse(parsed.method.unwrap_or_default());
         let reason = match (method, usize::try_from(framing.length)) {
             (None, _) => "Invalid HTTP Method: Unsupported HTTP method.".into(),
-            (Some(method), Ok(length)) if length <= self.payload_max => {
-                self.head = Some(Head {
+            (Some(method), Ok(length)) if length <= payload_max => {
+                return Ok(Head {
                     request: Request {
                         method,
                         path: path(parsed.path.unwrap_or_default()).into(),
@@ -247,39 +343,25 @@ impl Decoder {
                         close,
                     },
                     length,
+                    waits,
                 });
-                return Ok(expects.then_some(Piece::Continue));
             }
             _ => format!(
-                "Request payload with size {} is larger than the limit of {} allowed by server.",
-                framing.length, self.payload_max
+                "Request payload with size {} is larger than the limit of {payload_max} allowed \
+                 by server.",
+                framing.length
             ),
         };
         // A body that is not too long is thrown away and the connection goes on; a client that
         // waits for leave to send it may or may not do so after this answer.
-        let received = self.bytes.len();
         let to_come = usize::try_from(framing.length)
             .unwrap_or(usize::MAX)
             .saturating_sub(received);
-        let lost = expects || to_come > SKIP_MAX;
-        self.skip = if lost { 0 } else { to_come };
-        Err(self.refuse(&reason, close || lost))
-    }
-
-    /// Forgets all that was received.
-    fn refuse(&mut self, reason: &str, close: bool) -> Piece {
-        self.bytes = Vec::new();
-        self.head = None;
-        (self.line, self.looked) = (0, 0);
-        Piece::Malformed {
-            reason: reason.into(),
-            close,
-        }
-    }
-
-    fn take(&mut self, count: usize) -> Vec<u8> {
-        let rest = self.bytes.split_off(count.min(self.bytes.len()));
-        std::mem::replace(&mut self.bytes, rest)
+        let lost = waits || to_come > SKIP_MAX;
+        Err(Refused {
+            skip: if lost { 0 } else { to_come },
+            ..Refused::new(reason, close || lost)
+        })
     }
 }
 
@@ -493,6 +575,41 @@ mod tests {
     }
 
     #[test]
+    fn room_when_obeyed_bounds_what_is_kept() {
+        let long = [b"a: ", [b'b'; 900].as_slice(), b"\r\n"].concat();
+        let body = vec![b'x'; LIMIT];
+        let input = [
+            &b"GET / HTTP/1.1\r\n\r\n".repeat(1000),
+            &b"PUT /a HTTP/1.1\r\nContent-Length: 51200\r\n"[..],
+            &long.repeat(17),
+            b"\r\n",
+            &body,
+            &b"GET /b HTTP/1.1\r\n\r\n".repeat(500),
+            &b"PUT /c HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc".repeat(500),
+        ]
+        .concat();
+        let mut expected = vec![get("/"); 1000];
+        expected.push(put("/a", &body));
+        expected.extend(vec![get("/b"); 500]);
+        expected.extend(vec![put("/c", b"abc"); 500]);
+
+        let (mut decoder, mut rest) = (Decoder::new(LIMIT), input.as_slice());
+        let (mut found, mut most) = (Vec::new(), 0);
+        while !rest.is_empty() {
+            let fed;
+            (fed, rest) = rest.split_at(decoder.room().min(rest.len()));
+            decoder.feed(fed);
+            most = most.max(decoder.bytes.len());
+            while let Some(piece) = decoder.next_piece() {
+                found.push(piece);
+            }
+        }
+        assert_eq!(found, expected);
+        assert!(most <= LIMIT.max(HEAD_MAX + AHEAD_MAX), "{most}");
+        assert!(decoder.is_between() && decoder.bytes.capacity() == 0);
+    }
+
+    #[test]
     fn next_when_requests_are_whole_finds_them_in_any_pieces() {
         let input = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n\
             PUT /actions HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello\
@@ -639,6 +756,26 @@ mod tests {
         assert!(decoder.is_empty());
         decoder.feed(b"GET /b HTTP/1.1\r\n\r\n");
         assert_eq!(decoder.next_piece(), Some(get("/b")));
+    }
+
+    #[test]
+    fn next_when_what_follows_is_malformed_drops_those_before() {
+        let good = "GET /a HTTP/1.1\r\n\r\nPUT /b HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc";
+        for (bad, closes) in [
+            ("FOO\r\n\r\n", false),
+            ("PUT / HTTP/1.1\r\nContent-Length: 60000\r\n\r\nabc", false),
+            ("GET / HTTP/1.1\n", true),
+            (&"x".repeat(LINE_MAX), true),
+        ] {
+            let input = format!("{good}{bad}").into_bytes();
+            let found = pieces(&input, input.len());
+            assert!(
+                matches!(found.as_slice(), [Piece::Malformed { close, .. }] if *close == closes),
+                "{bad}: {found:?}"
+            );
+            // Those that were given out before it came are not.
+            assert_eq!(pieces(&input, 1).len(), 3, "{bad}");
+        }
     }
 
     #[test]

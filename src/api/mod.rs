@@ -4,10 +4,12 @@
 //! answers, and waits for all of them in one epoll set and for nothing else: reads, writes and
 //! questions to control are tried, never waited for. A connection asks one question at a time,
 //! which keeps pipelined answers in order, and is not read from while one is open, which bounds
-//! what it can make this thread hold. A client that stalls delays itself.
+//! what it can make this thread hold. A client that stalls delays itself. One client's bytes, in
+//! and out, are in connection.rs; who is served, and who gives way to whom, is here.
 //!
 //! Descriptors come along with bytes (SCM_RIGHTS). Those that came with the first byte of a request
-//! go with it to control, which claims them; all others are closed here, at once.
+//! go with it to control, which claims them; all others are closed here, at once. A request that
+//! is half sent keeps its own, but only a few may do so at a time, and one that stalls gives way.
 //!
 //! ```text
 //!            bytes      pieces              Command            (token, Answer)       bytes
@@ -25,13 +27,15 @@
     )
 )]
 
+mod connection;
 mod counters;
 pub mod http;
 pub mod routes;
+#[cfg(test)]
+mod testing;
 
-use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -42,12 +46,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::inbox::{self, Inbox, Outbox};
 use crate::metrics::Reader;
-use crate::sys::handed::{Handed, HandedError};
-use crate::sys::{process, socket};
+use crate::sys::handed::Handed;
+use crate::sys::process;
 use crate::vmm::action::{Answer, Command, Owed, Reply};
 use crate::warn;
+use connection::{Asked, Connection, Dispensable, Flush};
 use counters::{Counted, Counters};
-use http::{Decoder, Piece, Request, Response};
+use http::{Piece, Request, Response};
 
 /// Most connections at once. When a new one needs its place, an idle one is closed.
 pub const CONNECTIONS_MAX: usize = 256;
@@ -59,7 +64,7 @@ const CONNECTIONS_MIN: usize = 8;
 /// in their connections.
 const OUTSTANDING_MAX: usize = 128;
 
-/// Bytes taken from a connection before others have their turn.
+/// Most bytes taken from a connection before others have their turn.
 const READ_MAX: usize = 16 * 1024;
 
 /// Steps that one connection may make before others have their turn.
@@ -68,13 +73,6 @@ const STEPS_MAX: usize = 64;
 /// One connection for so many descriptors of the process may hold descriptors of a request that is
 /// half sent: with 16 each, that is a quarter of them all.
 const PER_HOLDER: usize = 64;
-
-/// Bytes of a connection's last words that are read and thrown away.
-const DRAIN_MAX: usize = 1 << 20;
-
-/// How long a request may be half sent, or an answer half taken, before the connection may have
-/// to give way to a new one.
-const STALLED: Duration = Duration::from_millis(250);
 
 /// How long to go on asking when control's inbox is full.
 const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 10 });
@@ -391,6 +389,7 @@ impl Server {
             return;
         };
         if self.steps(&mut connection) {
+            self.limit_holders(&mut connection);
             if let Some(slot) = self.connections.get_mut(place) {
                 *slot = Some(connection);
             }
@@ -410,31 +409,34 @@ impl Server {
             if connection.asked.is_some() {
                 return true;
             }
-            match connection.pending.pop_front() {
+            if let Some((request, since)) = connection.waiting.take() {
+                if !self.ask(connection, request, Handed::default(), since) {
+                    return true;
+                }
+                continue;
+            }
+            match connection.next() {
                 Some((Piece::Continue, _)) => connection.respond(&Response::empty(100), false),
                 Some((Piece::Malformed { reason, close }, _)) => {
                     self.counters.malformed();
                     connection.respond(&Response::malformed(&reason, close), close);
                     connection.draining = close;
+                    if !close {
+                        connection.forget_rest(&mut self.scratch);
+                    }
                 }
                 Some((Piece::Request(request), handed)) => {
-                    if !self.ask(connection, request, handed) {
+                    if !self.ask(connection, request, handed, self.now) {
                         return true;
                     }
                 }
                 None if connection.closing && !connection.draining => return false,
                 None if connection.ended => return false,
-                None if !connection.readable => {
-                    connection.rest();
-                    return true;
-                }
+                None if !connection.readable => return true,
                 None => {
                     self.count = self.count.wrapping_add(1);
                     connection.used = self.count;
                     connection.read(&mut self.scratch, self.now);
-                    if connection.is_holding() && self.holders() >= self.holders_max {
-                        connection.arriving = Handed::Refused(HandedError::Crowded);
-                    }
                 }
             }
         }
@@ -442,17 +444,32 @@ impl Server {
         true
     }
 
-    /// How many connections in their places hold descriptors of a request that is half sent.
-    fn holders(&self) -> usize {
-        let holding = |slot: &&Option<Box<Connection>>| {
-            slot.as_ref()
-                .is_some_and(|connection| connection.is_holding())
-        };
-        self.connections.iter().filter(holding).count()
+    /// Where `last` would be one too many that has descriptors of a request that is half sent,
+    /// closes those of the one that stalled longest; if none has, those of `last`.
+    fn limit_holders(&mut self, last: &mut Connection) {
+        let others = self.connections.iter().flatten();
+        let holders = others.filter(|other| other.is_holding()).count();
+        if !last.is_holding() || holders < self.holders_max {
+            return;
+        }
+        let now = self.now;
+        let others = self.connections.iter_mut().flatten();
+        let stalled = others.filter_map(|other| Some((other.holds_since(now)?, other)));
+        match stalled.min_by_key(|(since, _)| *since) {
+            Some((_, other)) => other.give_up_descriptors(),
+            None => last.give_up_descriptors(),
+        }
     }
 
-    /// Asks control, or answers at once; `false` when control has no room for the question.
-    fn ask(&mut self, connection: &mut Connection, request: Request, handed: Handed) -> bool {
+    /// Asks control, or answers at once, what was whole `since`; `false` when control has no room
+    /// for the question.
+    fn ask(
+        &mut self,
+        connection: &mut Connection,
+        request: Request,
+        handed: Handed,
+        since: Instant,
+    ) -> bool {
         if let Handed::Refused(why) = handed {
             connection.respond(&routes::refused(&why), request.close);
             return true;
@@ -481,7 +498,6 @@ impl Server {
                 reply: Reply::new(token, self.answer_to.clone(), self.owed.clone()),
             })
         };
-        let since = connection.waiting.take().unwrap_or(self.now);
         if posted {
             if let Some(sentence) = deprecated {
                 warn!("{sentence}");
@@ -505,9 +521,7 @@ impl Server {
             );
             return true;
         }
-        connection.waiting = Some(since);
-        let request = Piece::Request(request);
-        connection.pending.push_front((request, Handed::default()));
+        connection.waiting = Some((request, since));
         self.busy = true;
         false
     }
@@ -582,27 +596,24 @@ impl Server {
             let Some((idle, place)) = self.least_needed() else {
                 return false;
             };
-            let Some(connection) = self.connections.get_mut(place).and_then(Option::as_mut) else {
+            let Some(connection) = self.at(place) else {
                 return false;
             };
             if idle {
                 // It may have sent a request that nobody has looked at.
-                connection.read(&mut self.scratch, self.now);
-                let (idle, token) = (connection.is_idle(), connection.token);
-                if !idle {
-                    if self.holders() > self.holders_max
-                        && let Some(connection) = self.connection(token)
-                    {
-                        connection.arriving = Handed::Refused(HandedError::Crowded);
-                    }
-                    self.again.push(token);
+                connection.readable = true;
+                let token = connection.token;
+                self.advance(token);
+                if self.connection(token).is_some_and(|c| !c.is_idle()) {
                     continue;
                 }
             }
-            if let Some(slot) = self.connections.get_mut(place) {
-                *slot = None;
+            // Its place may be free already.
+            if let Some(slot) = self.connections.get_mut(place)
+                && slot.take().is_some()
+            {
+                self.free.push(place);
             }
-            self.free.push(place);
             return true;
         }
         false
@@ -627,419 +638,17 @@ fn place_of(token: u64) -> usize {
     usize::try_from(token & mask).unwrap_or(usize::MAX)
 }
 
-/// Why a connection may have to give way, from the best reason to the worst.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Dispensable {
-    /// It got its last answer.
-    Finished,
-    /// It asks nothing.
-    Idle,
-    /// It began a request long ago.
-    HalfSent,
-    /// It does not read its answer.
-    HalfTaken,
-}
-
-/// What came of an attempt to write.
-enum Flush {
-    Done,
-    Blocked,
-    Gone,
-}
-
-/// A question that control was asked.
-#[derive(Debug)]
-struct Asked {
-    token: u64,
-    until: Instant,
-    patience: Duration,
-    close: bool,
-    /// When the request was whole.
-    since: Instant,
-    counted: Counted,
-    deprecated: bool,
-}
-
-/// One client.
-#[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
-    /// Its token in the epoll set.
-    token: u64,
-    decoder: Decoder,
-    /// What was received and not dealt with yet, and the descriptors that came with it.
-    pending: VecDeque<(Piece, Handed)>,
-    /// The descriptors that came with the first byte of the request that is being received.
-    arriving: Handed,
-    /// The question whose answer is awaited.
-    asked: Option<Asked>,
-    /// Since when the first of `pending` waits for room in control's inbox.
-    waiting: Option<Instant>,
-    output: Vec<u8>,
-    /// Bytes of `output` that were written.
-    written: usize,
-    /// Whether the epoll set tells when more can be written.
-    wants_out: bool,
-    /// There may be something to read. Events tell only of what is new.
-    readable: bool,
-    /// The client has closed its side, so reading goes on until its end is seen.
-    hung_up: bool,
-    /// That end was seen.
-    ended: bool,
-    /// To be closed once all is written.
-    closing: bool,
-    /// But only when the client has seen the answer: what it still sends is thrown away.
-    draining: bool,
-    drained: usize,
-    /// When the request that is being received, or the answer that is being written, began.
-    since: Instant,
-    /// For telling who was used longest ago.
-    used: u64,
-}
-
-impl Connection {
-    /// Told once for each arrival, so that a connection that is not read costs nothing.
-    const EVENTS: EventSet = EventSet::IN
-        .union(EventSet::READ_HANG_UP)
-        .union(EventSet::EDGE_TRIGGERED);
-
-    fn new(stream: UnixStream, token: u64, payload_max: usize, now: Instant) -> Self {
-        Connection {
-            stream,
-            token,
-            decoder: Decoder::new(payload_max),
-            pending: VecDeque::new(),
-            arriving: Handed::default(),
-            asked: None,
-            waiting: None,
-            output: Vec::new(),
-            written: 0,
-            wants_out: false,
-            readable: false,
-            hung_up: false,
-            ended: false,
-            closing: false,
-            draining: false,
-            drained: 0,
-            since: now,
-            used: token.wrapping_shr(PLACE_BITS),
-        }
-    }
-
-    fn is_idle(&self) -> bool {
-        self.asked.is_none()
-            && self.pending.is_empty()
-            && self.output.is_empty()
-            && self.decoder.is_empty()
-    }
-
-    /// Whether it has descriptors of a request that is half sent.
-    fn is_holding(&self) -> bool {
-        matches!(&self.arriving, Handed::Received(some) if !some.is_empty())
-    }
-
-    /// Why it may be closed for the sake of another, if it may.
-    fn dispensable(&self, now: Instant) -> Option<Dispensable> {
-        let stalled = now.saturating_duration_since(self.since) >= STALLED;
-        if self.asked.is_some() {
-            None
-        } else if self.wants_out {
-            // Whatever else it asks: that waits until this answer is taken.
-            stalled.then_some(Dispensable::HalfTaken)
-        } else if !self.output.is_empty() || !self.pending.is_empty() {
-            None
-        } else if self.draining {
-            Some(Dispensable::Finished)
-        } else if self.decoder.is_empty() {
-            Some(Dispensable::Idle)
-        } else {
-            stalled.then_some(Dispensable::HalfSent)
-        }
-    }
-
-    /// Queues a response.
-    fn respond(&mut self, response: &Response, close: bool) {
-        self.closing |= close;
-        if self.closing && !response.close {
-            let response = Response {
-                close: true,
-                ..response.clone()
-            };
-            response.encode(&mut self.output);
-        } else {
-            response.encode(&mut self.output);
-        }
-        if self.closing {
-            self.pending.clear();
-        }
-    }
-
-    /// Writes as much as the client takes.
-    fn flush(&mut self, epoll: &Epoll, now: Instant) -> Flush {
-        if self.output.is_empty() {
-            return Flush::Done;
-        }
-        while let Some(rest) = self.output.get(self.written..).filter(|r| !r.is_empty()) {
-            match self.stream.write(rest) {
-                Ok(0) => return Flush::Gone,
-                Ok(count) => self.written = self.written.saturating_add(count),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if self.wants_out {
-                        return Flush::Blocked;
-                    }
-                    self.since = now;
-                    self.wants_out = true;
-                    let events = Self::EVENTS.union(EventSet::OUT);
-                    return match self.watch(epoll, events) {
-                        Ok(()) => Flush::Blocked,
-                        Err(_) => Flush::Gone,
-                    };
-                }
-                Err(_) => return Flush::Gone,
-            }
-        }
-        self.output.clear();
-        self.written = 0;
-        if self.wants_out {
-            self.wants_out = false;
-            if self.watch(epoll, Self::EVENTS).is_err() {
-                return Flush::Gone;
-            }
-        }
-        Flush::Done
-    }
-
-    fn watch(&self, epoll: &Epoll, events: EventSet) -> io::Result<()> {
-        let event = EpollEvent::new(events, self.token);
-        epoll.ctl(ControlOperation::Modify, self.stream.as_raw_fd(), event)
-    }
-
-    /// Reads once, and finds the pieces in what has come.
-    fn read(&mut self, scratch: &mut [u8], now: Instant) {
-        // Dropped, and so closed, unless it is the first byte of a request that brought them.
-        let mut handed = Handed::default();
-        // Descriptors are not to come with bytes of two requests.
-        let most = |next: &[u8]| match self.draining {
-            true => next.len(),
-            false => self.decoder.most(next),
-        };
-        let (count, more) = match socket::receive(&self.stream, scratch, most, &mut handed) {
-            Ok(received) => (received.count, received.more),
-            Err(error) if error.kind() == ErrorKind::Interrupted => return,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                self.readable = false;
-                return;
-            }
-            Err(_) => (0, false),
-        };
-        if count == 0 {
-            (self.ended, self.readable) = (true, false);
-            return;
-        }
-        // If there is no more, that was all, unless the end has come too.
-        self.readable = more || self.hung_up;
-        let received = scratch.get(..count).unwrap_or_default();
-        if self.draining {
-            self.drained = self.drained.saturating_add(count);
-            self.ended = self.drained > DRAIN_MAX;
-            return;
-        }
-        if self.decoder.is_empty() {
-            self.since = now;
-        }
-        if self.decoder.is_between() {
-            self.arriving = handed;
-        }
-        self.decoder.feed(received);
-        while let Some(piece) = self.decoder.next_piece() {
-            let handed = match piece {
-                // It goes on to be received.
-                Piece::Continue => Handed::default(),
-                Piece::Request(_) => std::mem::take(&mut self.arriving),
-                Piece::Malformed { .. } => {
-                    self.pending.clear();
-                    self.arriving = Handed::default();
-                    Handed::default()
-                }
-            };
-            self.pending.push_back((piece, handed));
-        }
-    }
-
-    /// Gives back the memory of what was large.
-    fn rest(&mut self) {
-        if self.output.capacity() > READ_MAX {
-            self.output = Vec::new();
-        }
-        if self.pending.capacity() > STEPS_MAX {
-            self.pending = VecDeque::new();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::connection::STALLED;
+    use super::testing::{Client, Fixture, GET, HOLDERS_MAX, Witness, patch_vm};
     use super::*;
-    use crate::inbox::Sender;
     use crate::sys::socket::send_with;
-    use crate::vmm::action::{Action, ActionError, Outcome};
-    use std::fs::File;
-    use std::io::Read;
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::sync::{Arc, Mutex};
+    use crate::vmm::action::{Action, Outcome};
+    use std::io::Write;
+    use std::sync::atomic::Ordering;
     use std::thread;
     use vmm_sys_util::tempdir::TempDir;
-
-    const HOLDERS_MAX: usize = 4;
-    const GET: &[u8] = b"GET /version HTTP/1.1\r\n\r\n";
-    const VERSION: &str = r#"{"firecracker_version":"1.17.0"}"#;
-
-    /// A server with a control that answers GETs, never answers a pause, and refuses the rest.
-    struct Fixture {
-        dir: TempDir,
-        commands: Sender<Command>,
-        held: Arc<Mutex<Vec<Reply>>>,
-        /// How many descriptors came with each question.
-        came: Arc<Mutex<Vec<usize>>>,
-        stopped: Arc<AtomicBool>,
-    }
-
-    impl Fixture {
-        fn new(control_room: usize) -> Self {
-            let dir = TempDir::new().unwrap();
-            let (commands, inbox) = inbox::inbox::<Command>(control_room).unwrap();
-            let listener = bind(&dir.as_path().join("s")).unwrap();
-            let mut server = Server::new(listener, commands.outbox(), 51_200).unwrap();
-            server.holders_max = HOLDERS_MAX;
-            thread::spawn(move || server.run());
-            let held = Arc::new(Mutex::new(Vec::new()));
-            let came = Arc::new(Mutex::new(Vec::new()));
-            let count = Arc::clone(&came);
-            let stopped = Arc::new(AtomicBool::new(false));
-            let (hold, stop) = (Arc::clone(&held), Arc::clone(&stopped));
-            thread::spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    thread::sleep(Duration::from_millis(1));
-                    while let Some(Command {
-                        action,
-                        handed,
-                        reply,
-                    }) = inbox.next()
-                    {
-                        if let Handed::Received(fds) = handed {
-                            count.lock().unwrap().push(fds.len());
-                        }
-                        match *action {
-                            Action::GetVersion => reply.send(Ok(Outcome::Version("1.17.0"))),
-                            Action::Resume => reply.send(Ok(Outcome::Done)),
-                            Action::Pause => hold.lock().unwrap().push(reply),
-                            _ => reply.send(Err(ActionError("No.".into()))),
-                        }
-                    }
-                }
-            });
-            Fixture {
-                dir,
-                commands,
-                held,
-                came,
-                stopped,
-            }
-        }
-
-        fn connect(&self) -> Client {
-            let stream = UnixStream::connect(self.dir.as_path().join("s")).unwrap();
-            stream
-                .set_read_timeout(Some(Duration::from_secs(20)))
-                .unwrap();
-            Client(stream)
-        }
-    }
-
-    impl Drop for Fixture {
-        fn drop(&mut self) {
-            self.stopped.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// A pipe whose end shows when all copies of `writer` are closed.
-    struct Witness {
-        reader: File,
-        writer: File,
-    }
-
-    impl Witness {
-        fn new() -> Self {
-            let (reader, writer) = crate::sys::fd::pipe().unwrap();
-            Witness { reader, writer }
-        }
-
-        fn sees_all_closed(self) -> bool {
-            drop(self.writer);
-            let deadline = Instant::now() + Duration::from_secs(20);
-            while Instant::now() < deadline {
-                if matches!((&self.reader).read(&mut [0]), Ok(0)) {
-                    return true;
-                }
-                thread::sleep(Duration::from_millis(1));
-            }
-            false
-        }
-    }
-
-    struct Client(UnixStream);
-
-    impl Client {
-        fn send(&mut self, bytes: &[u8]) -> &mut Self {
-            self.0.write_all(bytes).unwrap();
-            self
-        }
-
-        /// One response: status and body.
-        fn response(&mut self) -> (u16, String) {
-            let mut head = Vec::new();
-            while !head.ends_with(b"\r\n\r\n") {
-                let mut byte = [0];
-                self.0.read_exact(&mut byte).unwrap();
-                head.push(byte[0]);
-            }
-            let head = String::from_utf8(head).unwrap();
-            let status = head[9..12].parse().unwrap();
-            let length = head
-                .lines()
-                .find_map(|l| l.strip_prefix("Content-Length: "))
-                .map_or(0, |l| l.parse().unwrap());
-            let mut body = vec![0; length];
-            self.0.read_exact(&mut body).unwrap();
-            (status, String::from_utf8(body).unwrap())
-        }
-
-        fn get(&mut self) {
-            assert_eq!(self.send(GET).response(), (200, VERSION.into()));
-        }
-
-        fn is_closed(&mut self) -> bool {
-            matches!(self.0.read(&mut [0]), Ok(0) | Err(_))
-        }
-    }
-
-    fn put(path: &str, body: &str) -> Vec<u8> {
-        format!(
-            "PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-        .into_bytes()
-    }
-
-    fn patch_vm(state: &str) -> Vec<u8> {
-        let body = format!(r#"{{"state":"{state}"}}"#);
-        format!(
-            "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-        .into_bytes()
-    }
 
     #[test]
     fn bind_when_the_path_exists_is_an_error() {
@@ -1051,87 +660,6 @@ mod tests {
             error.contains("already used") && error.contains("in use"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn connection_when_kept_alive_answers_in_order_also_after_400() {
-        let fixture = Fixture::new(64);
-        let mut client = fixture.connect();
-        for _ in 0..3 {
-            client.get();
-        }
-        let mut pipeline = GET.to_vec();
-        pipeline.extend_from_slice(b"GET /nope HTTP/1.1\r\n\r\n");
-        pipeline.extend_from_slice(&put("/drives/a", "{}"));
-        pipeline.extend_from_slice(&patch_vm("Resumed"));
-        pipeline.extend_from_slice(GET);
-        client.send(&pipeline);
-        assert_eq!(client.response().0, 200);
-        assert!(client.response().1.contains("GET /nope"));
-        assert!(client.response().1.contains("missing field `drive_id`"));
-        assert_eq!(client.response(), (204, String::new()));
-        assert_eq!(client.response().0, 200);
-    }
-
-    #[test]
-    fn connection_when_malformed_drops_the_unanswered_and_gives_one_400() {
-        let fixture = Fixture::new(64);
-        let mut client = fixture.connect();
-        client.send(&[GET, GET, b"FOO\r\n\r\n", GET].concat());
-        let (status, body) = client.response();
-        assert_eq!(status, 400);
-        assert!(body.starts_with(r#"{"error":"Invalid request"#), "{body}");
-        client.get();
-    }
-
-    #[test]
-    fn connection_when_lost_in_the_stream_is_closed_after_the_answer() {
-        let fixture = Fixture::new(64);
-        let mut client = fixture.connect();
-        client.send(b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
-        assert_eq!(client.response().0, 400);
-        client.send(b"0\r\n\r\n");
-        client.0.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(client.is_closed());
-        let mut client = fixture.connect();
-        client.send(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n");
-        assert_eq!(client.response().0, 200);
-        assert!(client.is_closed());
-    }
-
-    #[test]
-    fn body_when_in_pieces_and_expected_is_taken() {
-        let fixture = Fixture::new(64);
-        let mut client = fixture.connect();
-        client.send(
-            b"PUT /drives/a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 51200\r\n\r\n",
-        );
-        assert_eq!(client.response(), (100, String::new()));
-        for _ in 0..50 {
-            client.send(&[b' '; 1024]);
-        }
-        let (status, body) = client.response();
-        assert_eq!(status, 400);
-        assert!(body.contains("EOF while parsing"), "{body}");
-        client.send(&put("/drives/a", &" ".repeat(51_201)));
-        assert!(
-            client
-                .response()
-                .1
-                .contains("larger than the limit of 51200")
-        );
-        client.get();
-    }
-
-    #[test]
-    fn client_when_it_closes_its_side_still_gets_the_answer() {
-        let fixture = Fixture::new(64);
-        let mut client = fixture.connect();
-        client.send(&[GET, GET].concat());
-        client.0.shutdown(std::net::Shutdown::Write).unwrap();
-        assert_eq!(client.response().0, 200);
-        assert_eq!(client.response().0, 200);
-        assert!(client.is_closed());
     }
 
     #[test]
@@ -1239,100 +767,73 @@ mod tests {
         }
     }
 
-    #[test]
-    fn descriptors_when_requests_are_pipelined_go_with_the_one_they_began() {
-        let fixture = Fixture::new(64);
-        let witness = Witness::new();
-        for _ in 0..50 {
-            let mut client = fixture.connect();
-            client.send(&[GET, GET].concat());
-            send_with(&client.0, GET, &[&witness.writer; 2]);
-            client.send(GET);
-            send_with(&client.0, &[GET, GET].concat(), &[&witness.writer; 16]);
-            send_with(&client.0, GET, &[&witness.writer; 1]);
-            for _ in 0..7 {
-                assert_eq!(client.response().0, 200);
-            }
-            let came = std::mem::take(&mut *fixture.came.lock().unwrap());
-            assert_eq!(came, [0, 0, 2, 0, 16, 0, 1]);
-        }
-        assert!(witness.sees_all_closed());
+    /// Clients that have as many requests with descriptors half sent as may be.
+    fn holders(fixture: &Fixture, witness: &Witness) -> Vec<Client> {
+        let half = (0..HOLDERS_MAX).map(|_| half_sent(fixture, witness, 16));
+        half.collect()
     }
 
-    #[test]
-    fn descriptors_when_not_with_a_first_byte_are_closed() {
-        let fixture = Fixture::new(64);
-        let witness = Witness::new();
-        let mut client = fixture.connect();
-        let body = put("/drives/a", "{}");
-        // In the head, in the body, in what is thrown away, and behind the end.
-        for at in [1, 20, body.len() - 1] {
-            let (first, rest) = body.split_at(at);
-            client.send(first);
-            thread::sleep(Duration::from_millis(20));
-            send_with(&client.0, rest, &[&witness.writer; 3]);
-            assert_eq!(client.response().0, 400);
-        }
-        client.send(b"PUT / HTTP/1.1\r\nContent-Length: 60000\r\n\r\n");
-        assert_eq!(client.response().0, 400);
-        send_with(&client.0, &[b' '; 60_000], &[&witness.writer; 3]);
-        client.get();
-        client.send(b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n");
-        assert_eq!(client.response().0, 400);
-        send_with(&client.0, GET, &[&witness.writer; 3]);
-        assert!(fixture.came.lock().unwrap().iter().all(|count| *count == 0));
-        assert!(witness.sees_all_closed());
+    /// A client that has sent half a request with descriptors, which have arrived.
+    fn half_sent(fixture: &Fixture, witness: &Witness, count: usize) -> Client {
+        let client = fixture.connect();
+        send_with(&client.0, b"GET /ver", &vec![&witness.writer; count]);
+        // What came first is looked at first.
+        fixture.connect().get();
+        client
     }
 
-    #[test]
-    fn descriptors_when_the_request_is_refused_are_closed() {
-        let fixture = Fixture::new(64);
-        let witness = Witness::new();
-        let mut client = fixture.connect();
-        send_with(&client.0, GET, &[&witness.writer; 17]);
-        let (status, body) = client.response();
-        assert_eq!(status, 400);
-        assert!(body.contains("More than 16 descriptors"), "{body}");
-        for request in [&b"GET /nope HTTP/1.1\r\n\r\n"[..], b"FOO\r\n\r\n"] {
-            send_with(&client.0, request, &[&witness.writer; 16]);
-            assert_eq!(client.response().0, 400);
-        }
-        client.get();
-        // A body that is waited for keeps what came with the head, and gives it up with the client.
-        send_with(
-            &client.0,
-            b"PUT /drives/a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n",
-            &[&witness.writer; 16],
-        );
-        assert_eq!(client.response().0, 100);
-        drop(client);
-        assert!(witness.sees_all_closed());
-        assert_eq!(*fixture.came.lock().unwrap(), [0]);
+    /// The answer to the whole of it.
+    fn other_half(client: &mut Client) -> (u16, String) {
+        client.send(b"sion HTTP/1.1\r\n\r\n").response()
     }
 
     #[test]
     fn descriptors_when_many_requests_are_half_sent_are_refused() {
         let fixture = Fixture::new(64);
         let witness = Witness::new();
-        let mut half: Vec<Client> = (0..HOLDERS_MAX)
-            .map(|_| {
-                let client = fixture.connect();
-                send_with(&client.0, b"GET /ver", &[&witness.writer; 16]);
-                client
-            })
-            .collect();
-        thread::sleep(Duration::from_millis(100));
-        let mut late = fixture.connect();
-        send_with(&late.0, b"GET /ver", &[&witness.writer; 1]);
-        thread::sleep(Duration::from_millis(100));
-        late.send(b"sion HTTP/1.1\r\n\r\n");
-        let (status, body) = late.response();
+        let mut half = holders(&fixture, &witness);
+        let mut late = half_sent(&fixture, &witness, 1);
+        let (status, body) = other_half(&mut late);
         assert_eq!(status, 400);
         assert!(body.contains("half sent"), "{body}");
         for client in &mut half {
-            client.send(b"sion HTTP/1.1\r\n\r\n");
+            assert_eq!(other_half(client).0, 200);
+        }
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
+    fn descriptors_when_half_sent_for_long_give_way_to_others() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let mut half = holders(&fixture, &witness);
+        thread::sleep(STALLED * 2);
+        fixture.came.lock().unwrap().clear();
+        let mut late = half_sent(&fixture, &witness, 1);
+        assert_eq!(other_half(&mut late).0, 200);
+        let (status, body) = other_half(&mut half[0]);
+        assert_eq!(status, 400);
+        assert!(body.contains("half sent"), "{body}");
+        for client in &mut half[1..] {
+            assert_eq!(other_half(client).0, 200);
+        }
+        assert_eq!(*fixture.came.lock().unwrap(), [0, 1, 16, 16, 16]);
+        assert!(witness.sees_all_closed());
+    }
+
+    #[test]
+    fn descriptors_when_their_request_is_whole_need_no_room_beside_those_half_sent() {
+        let fixture = Fixture::new(64);
+        let witness = Witness::new();
+        let half = holders(&fixture, &witness);
+        fixture.came.lock().unwrap().clear();
+        let mut client = fixture.connect();
+        for _ in 0..3 {
+            send_with(&client.0, GET, &[&witness.writer; 16]);
             assert_eq!(client.response().0, 200);
         }
+        assert_eq!(*fixture.came.lock().unwrap(), [16, 16, 16]);
+        drop((half, client));
         assert!(witness.sees_all_closed());
     }
 
