@@ -116,6 +116,12 @@ pub const OPERATIONS: &[Operation] = &[
     with_body(Put, "/serial", |b| Ok(Action::PutSerial(body(b)?))),
     with_body(Put, "/vm", |b| {
         let (config, start) = config::parse_vm(b).map_err(bad_body)?;
+        // Later requests name drives and interfaces in their paths.
+        let drives = config.drives.iter().map(|drive| &drive.drive_id);
+        let networks = config.network_interfaces.iter().map(|card| &card.iface_id);
+        for id in drives.chain(networks) {
+            checked_id(id)?;
+        }
         let config = Box::new(config);
         Ok(Action::PutVm { config, start })
     }),
@@ -507,6 +513,13 @@ mod tests {
             (Put, "/drives/", DRIVE, "The ID cannot be empty."),
             (Put, "/drives//a", DRIVE, "The ID cannot be empty."),
             (Put, "/drives/a-b", DRIVE, "alphanumeric"),
+            (
+                Put,
+                "/vm",
+                r#"{"boot-source":{"kernel_image_path":"k"},"drives":[{"drive_id":"a b",
+                    "path_on_host":"p","is_root_device":false}]}"#,
+                "alphanumeric",
+            ),
             (Put, "/drives/b", DRIVE, "[b] does not match"),
             (Patch, "/drives/b", r#"{"drive_id":"a"}"#, "does not match"),
             (Put, "/network-interfaces", NET, "The ID cannot be empty."),
