@@ -15,6 +15,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use super::kvm::RunPage;
@@ -114,14 +115,13 @@ pub fn end_by(signal: i32) -> ! {
 }
 
 thread_local! {
-    /// Where this thread's vCPU keeps its flag; null on threads without one.
-    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+    /// The flag of the vCPU that this thread runs, if it runs one.
+    static IMMEDIATE_EXIT: Cell<Option<&'static AtomicU8>> = const { Cell::new(None) };
 }
 
-/// Makes kicks of the calling thread reach the vCPU that `page` belongs to. The vCPU is never
-/// closed afterwards: its thread lasts until the process ends.
-pub(crate) fn aim_kicks_at(page: &RunPage) {
-    IMMEDIATE_EXIT.set(page.immediate_exit_flag());
+/// Makes kicks of the calling thread reach the vCPU that `page` belongs to.
+pub fn aim_kicks_at(page: RunPage) {
+    IMMEDIATE_EXIT.set(Some(page.immediate_exit()));
 }
 
 /// Makes KVM_RUN return on the thread of `vcpu`, now or as soon as it is next called.
@@ -131,11 +131,8 @@ pub fn kick<T>(vcpu: &JoinHandle<T>) {
 }
 
 extern "C" fn on_kick(_: libc::c_int) {
-    let flag = IMMEDIATE_EXIT.get();
-    if !flag.is_null() {
-        // SAFETY: set by `aim_kicks_at` to a byte of a page that stays mapped until the process
-        // ends; only this thread and the kernel use it.
-        unsafe { flag.write_volatile(1) };
+    if let Some(flag) = IMMEDIATE_EXIT.get() {
+        flag.store(1, Ordering::Relaxed);
     }
 }
 
