@@ -562,16 +562,8 @@ fn map_over(pages: &VolatileSlice<'_>, file: Option<(&File, i64)>) -> io::Result
 }
 
 /// Memory and swap of the host, in bytes.
-#[expect(unsafe_code, reason = "sysinfo(2)")]
 fn host_bytes() -> u64 {
-    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::zeroed();
-    // SAFETY: `info` is a sysinfo of ours, which is all the call writes.
-    let result = unsafe { libc::sysinfo(info.as_mut_ptr()) };
-    if result != 0 {
-        return u64::MAX;
-    }
-    // SAFETY: the call filled it, and all zeroes would be a valid value too.
-    let info = unsafe { info.assume_init() };
+    let info = rustix::system::sysinfo();
     info.totalram
         .saturating_add(info.totalswap)
         .saturating_mul(u64::from(info.mem_unit))
