@@ -8,10 +8,12 @@
     reason = "fork, clone3, exec, signals, close_range and tap requests have no safe wrapper"
 )]
 
+use std::convert::Infallible;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit};
@@ -42,20 +44,85 @@ fn micros(clock: ClockId) -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1_000
 }
 
-/// Closes every descriptor from `first` up. Nothing of this program may own one of them, which is
-/// why it comes before the first file is opened.
-pub fn close_from(first: RawFd) -> Result<(), Errno> {
-    // SAFETY: the caller promises that no owner in this process holds a descriptor from `first`
-    // up; the call touches no memory. UNSHARE keeps a descriptor table that a parent shares whole.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first as c_uint,
-            c_uint::MAX,
-            libc::CLOSE_RANGE_UNSHARE,
-        )
-    };
-    checked(result).map(drop)
+/// The descriptors above 2 that this program was started with, and the promise that it has opened
+/// none that it still holds: `main` makes the only value before all else, and what is opened while
+/// it is there is closed again.
+#[derive(Debug)]
+pub struct Inherited(());
+
+impl Inherited {
+    /// For `main`, before all else.
+    ///
+    /// # Panics
+    /// The second time.
+    pub fn at_start() -> Inherited {
+        static MADE: AtomicBool = AtomicBool::new(false);
+        assert!(!MADE.swap(true, Ordering::Relaxed), "main begins once");
+        Inherited(())
+    }
+
+    /// Closes all but those of these numbers.
+    pub fn keep(self, numbers: Vec<RawFd>) -> Result<HandedIn, Errno> {
+        // SAFETY: `self` says that they are nobody's in this process.
+        unsafe { close_all_but(&numbers) }?;
+        Ok(HandedIn(numbers))
+    }
+}
+
+/// The numbers of inherited descriptors that were kept open and that nobody owns yet.
+#[derive(Debug, Default)]
+pub struct HandedIn(Vec<RawFd>);
+
+impl HandedIn {
+    /// Takes over descriptor `number`; `None` if it was not kept, or taken before.
+    pub fn take(&mut self, number: RawFd) -> Option<Result<OwnedFd, Errno>> {
+        let before = self.0.len();
+        self.0.retain(|&kept| kept != number);
+        if self.0.len() == before {
+            return None;
+        }
+        // SAFETY: F_SETFD touches no memory, and says if `number` is not open.
+        let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+        if let Err(error) = checked(i64::from(result)) {
+            return Some(Err(error));
+        }
+        // SAFETY: it is open. Nobody owned it while it was in the list, and it is in none any more.
+        Some(Ok(unsafe { OwnedFd::from_raw_fd(number) }))
+    }
+}
+
+/// Above the standard streams.
+const FIRST: RawFd = 3;
+
+/// Closes the descriptors from `first` to `last`, both included, or does with them what `flags` say.
+///
+/// # Safety
+/// Nobody in this process owns one of them, or uses or drops it afterwards.
+unsafe fn close_range(first: RawFd, last: RawFd, flags: c_uint) -> Result<(), Errno> {
+    let (first, last) = (first as c_uint, last as c_uint);
+    // SAFETY: passed on to the caller; the call touches no memory.
+    checked(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
+}
+
+/// Closes every descriptor above 2 but those in `kept`. If a parent shares the table of them with this
+/// process, the parent's stays whole.
+///
+/// # Safety
+/// Nobody in this process owns one of them, or uses or drops it afterwards.
+unsafe fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
+    let mut kept: Vec<RawFd> = kept.to_vec();
+    kept.sort_unstable();
+    // Closes up to the end.
+    kept.push(RawFd::MAX);
+    let mut first = FIRST;
+    for number in kept {
+        if number > first {
+            // SAFETY: passed on to the caller.
+            unsafe { close_range(first, number - 1, libc::CLOSE_RANGE_UNSHARE) }?;
+        }
+        first = first.max(number.saturating_add(1));
+    }
+    Ok(())
 }
 
 /// Leaves the namespaces in `flags` for new ones (for the pid namespace: its next child does).
@@ -304,72 +371,69 @@ pub fn wait(child: Pid) -> Result<(Ended, Used), Errno> {
     Ok((ended, used))
 }
 
-/// Closes the descriptors from `first` to `last`, both included.
-fn close_between(first: RawFd, last: RawFd) -> Result<(), Errno> {
-    // SAFETY: the caller promises that no owner in this process holds one of these descriptors;
-    // the call touches no memory.
-    let result =
-        unsafe { libc::syscall(libc::SYS_close_range, first as c_uint, last as c_uint, 0) };
-    checked(result).map(drop)
-}
-
-/// Closes every descriptor above 2 but those in `kept`. Nothing of this program may own any other,
-/// or it must never be used nor dropped again.
-pub fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
-    let mut kept: Vec<RawFd> = kept.to_vec();
-    kept.sort_unstable();
-    let mut first = 3;
-    for number in kept {
-        if number > first {
-            close_between(first, number - 1)?;
+/// Copies this process. The copy has descriptors 0 to 2, `channel` and `other`, and no others; it
+/// lives for `life`, and ends. `life` is told if the others could not be closed.
+///
+/// It is a plain function, and what it is told can be cloned, as the owner of a descriptor can not: so
+/// it reaches none that was open before.
+pub fn fork_apart<T: std::clone::Clone + 'static>(
+    channel: OwnedFd,
+    other: BorrowedFd<'_>,
+    with: &T,
+    life: fn(Result<(), Errno>, OwnedFd, BorrowedFd<'_>, &T),
+) -> Result<Pid, Errno> {
+    match fork()? {
+        Fork::Parent(pid) => Ok(pid),
+        Fork::Child => {
+            // SAFETY: what is closed belongs to values of the callers, to whom this process, a copy,
+            // never returns; and `life`, by its type, reaches none of them.
+            let closed = unsafe { close_all_but(&[channel.as_raw_fd(), other.as_raw_fd()]) };
+            life(closed, channel, other, with);
+            exit_now(0)
         }
-        first = first.max(number + 1);
     }
-    close_between(first, RawFd::MAX)
 }
 
-/// Leaves to the program to come none of the descriptors from `first` up.
-pub fn close_at_exec_from(first: RawFd) -> Result<(), Errno> {
-    // SAFETY: nothing is closed before this process is replaced; the call touches no memory.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first as c_uint,
-            c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    checked(result).map(drop)
-}
-
-/// Takes over a descriptor that was open when this program started. Each number once.
-pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: F_SETFD touches no memory, and says if `number` is not open.
-    let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
-    checked(i64::from(result))?;
-    // SAFETY: it is open; the caller promises to ask for a number once, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
-/// Puts copies of `descriptors` at the numbers 0, 1, 2 and so on, for the program to come. Whatever
-/// else had those numbers is closed: this is for a process about to be replaced, which goes on to
-/// use only descriptors above them.
-pub fn place(descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-    // First all out of the way, so that none is overwritten before it has been copied.
-    let mut aside = Vec::with_capacity(descriptors.len());
-    for descriptor in descriptors {
-        aside.push(rustix::io::fcntl_dupfd_cloexec(descriptor, ASIDE)?);
-    }
-    for (number, descriptor) in aside.iter().enumerate() {
-        // SAFETY: the caller promises not to use what had the number before.
-        let result = unsafe { libc::dup2(descriptor.as_raw_fd(), number as c_int) };
-        checked(i64::from(result))?;
-    }
-    Ok(())
-}
+/// What the last function of a process may still use: copies of three descriptors.
+pub type Aside = [OwnedFd; 3];
 
 /// Above every number that a jail's program is given.
-pub const ASIDE: RawFd = 32;
+const ASIDE: RawFd = 32;
+
+/// Gives the program to come its descriptors, copies of `placed` at the numbers 0, 1, 2 and so on and
+/// no others, and lets `last` start it. `last` is told if they could not be placed, and has copies of
+/// `kept`. When it returns, this process ends.
+///
+/// Whatever else had those numbers is closed, whoever owns it. `last` is a plain function, and told
+/// words alone, so that it reaches no descriptor that was open before.
+///
+/// Returns only when there is no room for the copies. Nothing has changed then.
+pub fn place(
+    placed: &[BorrowedFd<'_>],
+    kept: [BorrowedFd<'_>; 3],
+    argv: &[CString],
+    name: &str,
+    last: fn(Result<(), Errno>, Aside, &[CString], &str),
+) -> Result<Infallible, Errno> {
+    // First all out of the way, so that none is overwritten before it has been copied.
+    let copy = |descriptor: &BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(descriptor, ASIDE);
+    let [one, two, three] = &kept;
+    let kept = [copy(one)?, copy(two)?, copy(three)?];
+    let placed: Vec<OwnedFd> = placed.iter().map(copy).collect::<Result<_, _>>()?;
+    let mut count = 0;
+    let put = placed.iter().try_for_each(|descriptor| {
+        // SAFETY: what had the number belongs to values of the callers, to whom this never returns;
+        // and `last`, by its type, reaches none of them. The call touches no memory.
+        let result = unsafe { libc::dup2(descriptor.as_raw_fd(), count) };
+        count += 1;
+        checked(i64::from(result)).map(drop)
+    });
+    drop(placed);
+    // SAFETY: nothing is closed before this process is replaced.
+    let others = || unsafe { close_range(count, RawFd::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    last(put.and_then(|()| others()), kept, argv, name);
+    exit_now(1)
+}
 
 /// The signals of `ENDING` as a descriptor; they must be held back.
 pub fn ending_signals() -> Result<OwnedFd, Errno> {
