@@ -174,19 +174,12 @@ const ENDING: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIG
 
 /// Holds back the signals that end a program, so that none of them stops the jailer half-way.
 pub fn hold_ending_signals() -> Result<(), Errno> {
-    let mut set = empty_signal_set();
-    for signal in ENDING {
-        // SAFETY: `set` was initialised above and the numbers are constants below 64.
-        unsafe { libc::sigaddset(&mut set, signal) };
-    }
-    // SAFETY: `set` is initialised; the old mask is not asked for.
-    let result = unsafe { libc::sigprocmask(libc::SIG_BLOCK, &set, ptr::null_mut()) };
-    checked(i64::from(result)).map(drop)
+    change_mask(libc::SIG_BLOCK, &signal_set(&ENDING))
 }
 
 /// The ending signal that arrived while they were held back, if one did.
 pub fn held_signal() -> Option<c_int> {
-    let mut set = empty_signal_set();
+    let mut set = signal_set(&[]);
     // SAFETY: `set` is a valid place for the kernel to write the pending signals to.
     let result = unsafe { libc::sigpending(&mut set) };
     if result != 0 {
@@ -202,20 +195,34 @@ pub fn held_signal() -> Option<c_int> {
 /// Gives the program to come what a program expects: no signal blocked, SIGPIPE not ignored (the
 /// Rust runtime ignores it, and an ignored signal stays so across exec).
 pub fn reset_signals() -> Result<(), Errno> {
-    // SAFETY: SIG_DFL installs no code of ours as a handler.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    let set = empty_signal_set();
-    // SAFETY: `set` is initialised; the old mask is not asked for.
-    let result = unsafe { libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()) };
+    ignore(libc::SIGPIPE, false);
+    change_mask(libc::SIG_SETMASK, &signal_set(&[]))
+}
+
+/// Ignores a signal, or lets it do what it does to a program that never heard of it.
+fn ignore(signal: c_int, yes: bool) {
+    let action = if yes { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: neither action installs code of ours as a handler.
+    unsafe { libc::signal(signal, action) };
+}
+
+fn change_mask(how: c_int, set: &libc::sigset_t) -> Result<(), Errno> {
+    // SAFETY: `set` is a whole signal set, which is only read; the old mask is not asked for.
+    let result = unsafe { libc::sigprocmask(how, set, ptr::null_mut()) };
     checked(i64::from(result)).map(drop)
 }
 
-fn empty_signal_set() -> libc::sigset_t {
-    let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: sigemptyset writes the whole of the set it is given and cannot fail on a valid one.
-    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    // SAFETY: initialised by the line above.
-    unsafe { set.assume_init() }
+fn signal_set(signals: &[c_int]) -> libc::sigset_t {
+    let mut set = mem::MaybeUninit::uninit();
+    // SAFETY: sigemptyset writes the whole of the set it is given, and can not fail on a valid one;
+    // to add a number that is no signal's fails and changes nothing.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), *signal);
+        }
+        set.assume_init()
+    }
 }
 
 /// Sets the soft and the hard limit of `resource`.
@@ -277,11 +284,20 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// one is given.
 pub fn clone(namespaces: UnshareFlags, group: Option<BorrowedFd<'_>>) -> Result<Clone, Errno> {
     let mut pidfd: c_int = -1;
-    // SAFETY: clone_args is plain numbers, for which zeros mean "nothing of this".
-    let mut args: libc::clone_args = unsafe { mem::zeroed() };
-    args.flags = u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64;
-    args.pidfd = (&raw mut pidfd) as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
+    // Zeros mean "nothing of this".
+    let mut args = libc::clone_args {
+        flags: u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64,
+        pidfd: (&raw mut pidfd) as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    };
     if let Some(group) = group {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = group.as_raw_fd() as u64;
@@ -437,11 +453,7 @@ pub fn place(
 
 /// The signals of `ENDING` as a descriptor; they must be held back.
 pub fn ending_signals() -> Result<OwnedFd, Errno> {
-    let mut set = empty_signal_set();
-    for signal in ENDING {
-        // SAFETY: `set` was initialised above and the numbers are constants below 64.
-        unsafe { libc::sigaddset(&mut set, signal) };
-    }
+    let set = signal_set(&ENDING);
     // SAFETY: `set` is initialised.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     let fd = checked(i64::from(fd))?;
@@ -461,29 +473,46 @@ pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
 /// Makes writing to a terminal or a broken pipe an error instead of an end or a stop.
 pub fn ignore_terminal_signals() {
     for signal in [libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
-        // SAFETY: SIG_IGN installs no code of ours as a handler.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
+        ignore(signal, true);
     }
 }
 
 /// What a tap for a guest is attached with: Ethernet frames with a virtio-net header.
 const TAP_FLAGS: i16 = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
 
+/// `struct ifreq`, as the requests of a tap use it.
+#[repr(C)]
+#[derive(Default)]
+struct TapRequest {
+    /// Ends with a zero byte.
+    name: [u8; libc::IFNAMSIZ],
+    flags: i16,
+    /// Room for what other requests have here.
+    unused: [u8; 22],
+}
+
+const _: () = assert!(size_of::<TapRequest>() == size_of::<libc::ifreq>());
+
 /// Attaches an opened /dev/net/tun to the tap `name`, which is made if it does not exist.
 pub fn attach_tap(tun: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
-    // SAFETY: ifreq is plain bytes, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    let mut request = TapRequest::default();
     // The last byte stays zero.
-    if name.len() >= request.ifr_name.len() {
+    if name.len() >= request.name.len() {
         return Err(Errno::NAMETOOLONG);
     }
-    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *slot = byte as c_char;
-    }
-    request.ifr_ifru.ifru_flags = TAP_FLAGS;
-    // SAFETY: the descriptor is open while borrowed; the kernel reads and writes `request`, which
-    // is ours and of the size this request has.
-    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    request.flags = TAP_FLAGS;
+    tap_ioctl(tun, libc::TUNSETIFF, &mut request)
+}
+
+fn tap_ioctl(
+    fd: BorrowedFd<'_>,
+    number: libc::Ioctl,
+    request: &mut TapRequest,
+) -> Result<(), Errno> {
+    // SAFETY: both numbers this is called with take an ifreq, which is what `request` is laid out as,
+    // and write no more than one.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), number, ptr::from_mut(request)) };
     checked(i64::from(result)).map(drop)
 }
 
@@ -496,15 +525,9 @@ pub fn keep_tap(tap: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// Whether `fd` is a tap attached as a guest needs it; an error if it is no tap at all.
 pub fn is_guest_tap(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    // SAFETY: ifreq is plain bytes, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    // SAFETY: the descriptor is open while borrowed; the kernel writes `request`, which is ours and
-    // of the size this request has.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
-    checked(i64::from(result))?;
-    // SAFETY: the kernel filled the flags; any bits are a valid number.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    Ok(flags & TAP_FLAGS == TAP_FLAGS)
+    let mut request = TapRequest::default();
+    tap_ioctl(fd, libc::TUNGETIFF, &mut request)?;
+    Ok(request.flags & TAP_FLAGS == TAP_FLAGS)
 }
 
 /// The version of KVM's interface that an opened /dev/kvm speaks.
