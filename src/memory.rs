@@ -33,7 +33,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::mmap::{FromRangesError, MmapRegionError};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    GuestRegionMmap, MmapRegion, VolatileSlice,
 };
 
 /// Guest RAM as devices see it. Cloning it copies a few pointers.
@@ -287,8 +287,7 @@ impl Memory {
             Pages::Ordinary => Ram::from_ranges(&ranges).map_err(refused)?,
             Pages::Transparent => {
                 let ram = Ram::from_ranges(&ranges).map_err(refused)?;
-                ram.iter()
-                    .for_each(|region| advise_huge(region.as_ptr(), region.size()));
+                ram.iter().for_each(advise_huge);
                 ram
             }
             Pages::TwoMib => huge(&ranges, size_mib)?,
@@ -441,14 +440,13 @@ impl Memory {
         let Ok(host) = self.ram.get_slice(GuestAddress(address), bytes) else {
             return Err(outside);
         };
-        let host = host.ptr_guard_mut().as_ptr();
-        let first = host as usize;
+        let first = host.ptr_guard().as_ptr() as usize;
         let Some(end) = first.checked_add(bytes) else {
             return Err(outside);
         };
-        if map_over(host, bytes, Some((&source.file, file_offset))).is_err() {
+        if map_over(&host, Some((&source.file, file_offset))).is_err() {
             // The attempt may have taken away what was there.
-            return match map_over(host, bytes, None) {
+            return match map_over(&host, None) {
                 Ok(()) => Ok(false),
                 Err(cause) => Err(MemoryError::Read {
                     name: source.name.clone(),
@@ -523,28 +521,34 @@ fn huge(ranges: &[(GuestAddress, usize)], size_mib: u64) -> Result<Ram, MemoryEr
     })
 }
 
-/// Asks the host to use huge pages for `len` bytes of guest memory at `host` where it can.
+/// Asks the host to use huge pages for a piece of guest memory where it can.
 #[expect(unsafe_code, reason = "madvise(2) on guest memory")]
-fn advise_huge(host: *mut u8, len: usize) {
-    // SAFETY: the range is one region of guest memory, mapped and ours; the advice changes
+fn advise_huge(region: &GuestRegionMmap) {
+    let host = region.as_ptr().cast();
+    // SAFETY: the region, borrowed for the call, is mapped for its whole length; the advice changes
     // nothing that is in it. A host that does not take it uses ordinary pages.
-    unsafe { libc::madvise(host.cast(), len, libc::MADV_HUGEPAGE) };
+    unsafe { libc::madvise(host, region.size(), libc::MADV_HUGEPAGE) };
 }
 
-/// Replaces `len` bytes of guest memory at `host` by private pages of a file, or by fresh ones.
+/// Replaces whole pages of guest memory by private ones of a file, or by fresh ones.
 #[expect(unsafe_code, reason = "mapping files into guest memory")]
-fn map_over(host: *mut u8, len: usize, file: Option<(&File, i64)>) -> io::Result<()> {
+fn map_over(pages: &VolatileSlice<'_>, file: Option<(&File, i64)>) -> io::Result<()> {
+    if pages.len() as u64 & (PAGE - 1) != 0 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let (flags, fd, offset) = match file {
         Some((file, offset)) => (flags, file.as_raw_fd(), offset),
         None => (flags | libc::MAP_ANONYMOUS, -1, 0),
     };
-    // SAFETY: `host..host + len` was checked by the one caller to lie whole in a region of guest
-    // memory, which is mapped, ours, and never referenced except through volatile accesses.
+    // SAFETY: the slice's lifetime keeps it mapped, and nobody has a reference to what is in it, as
+    // with all memory that is accessed by such slices: to them this is a write like any other. It
+    // is whole pages, as was just checked, and the kernel refuses it if it does not begin with one:
+    // so nothing beside it is replaced.
     let result = unsafe {
         libc::mmap(
-            host.cast(),
-            len,
+            pages.ptr_guard_mut().as_ptr().cast(),
+            pages.len(),
             libc::PROT_READ | libc::PROT_WRITE,
             flags,
             fd,
@@ -558,16 +562,8 @@ fn map_over(host: *mut u8, len: usize, file: Option<(&File, i64)>) -> io::Result
 }
 
 /// Memory and swap of the host, in bytes.
-#[expect(unsafe_code, reason = "sysinfo(2)")]
 fn host_bytes() -> u64 {
-    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::zeroed();
-    // SAFETY: `info` is a sysinfo of ours, which is all the call writes.
-    let result = unsafe { libc::sysinfo(info.as_mut_ptr()) };
-    if result != 0 {
-        return u64::MAX;
-    }
-    // SAFETY: the call filled it, and all zeroes would be a valid value too.
-    let info = unsafe { info.assume_init() };
+    let info = rustix::system::sysinfo();
     info.totalram
         .saturating_add(info.totalswap)
         .saturating_mul(u64::from(info.mem_unit))

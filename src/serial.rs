@@ -33,7 +33,7 @@ mod port;
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -460,7 +460,10 @@ impl Input {
     }
 
     fn read(&mut self) {
-        match fd::read(self.descriptor(), &mut self.bytes) {
+        let Some(source) = &mut self.source else {
+            return;
+        };
+        match source.read(&mut self.bytes) {
             Ok(0) => self.ended = true,
             Ok(n) => (self.from, self.to) = (0, n),
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
@@ -518,7 +521,7 @@ impl Stream {
     /// One read or one write, whichever the stream is at; how many bytes were lost.
     fn step(&mut self) -> u64 {
         let Some(held) = self.bytes.get(self.from..self.to).filter(|h| !h.is_empty()) else {
-            if let Ok(n) = fd::read(self.source.as_raw_fd(), &mut self.bytes[..]) {
+            if let Ok(n) = self.source.read(&mut self.bytes[..]) {
                 (self.from, self.to) = (0, n);
                 self.ended = n == 0;
             }
@@ -542,7 +545,6 @@ impl Stream {
 mod tests {
     use super::*;
     use crate::inbox::{Sender, inbox};
-    use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::thread;
     use std::time::{Duration, Instant};

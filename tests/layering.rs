@@ -145,3 +145,42 @@ fn unsafe_code_when_allowed_is_where_the_house_says() {
         assert!(allowed || !has, "{inside} holds unsafe code");
     }
 }
+
+/// Most items of unsafe code in the monitor, and in the jailer.
+const UNSAFE_MOST: usize = 40;
+
+/// Unsafe blocks, functions and implementations in `text`, its tests left out.
+fn unsafe_items(text: &str) -> usize {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or(text);
+    code.lines()
+        .map(|line| line.split("//").next().unwrap_or(line))
+        .flat_map(|line| line.split("unsafe ").skip(1))
+        .filter(|rest| {
+            ["{", "fn ", "impl", "extern ", "trait "]
+                .iter()
+                .any(|item| rest.starts_with(item))
+        })
+        .count()
+}
+
+#[test]
+fn unsafe_items_when_counted_are_as_many_as_documented() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let count = |folder: &str| -> usize {
+        let mut files = Vec::new();
+        sources(&root.join(folder), &mut files);
+        // Whole files of help for tests.
+        files.retain(|file| !file.ends_with("testing.rs"));
+        let texts = files.iter().map(|file| fs::read_to_string(file).unwrap());
+        texts.map(|text| unsafe_items(&text)).sum()
+    };
+    let (monitor, jailer) = (count("src"), count("jailer/src"));
+    assert!(monitor <= UNSAFE_MOST && jailer <= UNSAFE_MOST);
+    let document = fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let words: Vec<&str> = document.split_whitespace().collect();
+    let sentence = format!("{monitor} items in the monitor and {jailer} in the jailer");
+    assert!(
+        words.join(" ").contains(&sentence),
+        "SECURITY.md does not say \"{sentence}\""
+    );
+}

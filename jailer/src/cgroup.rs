@@ -58,7 +58,7 @@ impl Value {
 }
 
 /// Where cgroup hierarchies are mounted on this host.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hierarchies {
     /// Mount point and the options, controllers among them, of each version 1 hierarchy.
     v1: Vec<(PathBuf, Vec<String>)>,

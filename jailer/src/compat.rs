@@ -24,7 +24,7 @@ use crate::failure::{Doing, Failure};
 use crate::made::Made;
 use crate::netns::NetNs;
 use crate::root::{self, Executable, Root};
-use crate::sys::{self, Fork};
+use crate::sys::{self, Fork, Inherited};
 
 /// What building this jail takes, checked first so that the reason for a refusal is the plain one.
 const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
@@ -66,9 +66,9 @@ impl Started {
 
 /// Builds the jail and becomes the monitor. Returns `Ok` only in a process that started the monitor
 /// as another one.
-pub fn run(args: &Compatible, started: Started) -> Result<(), Failure> {
+pub fn run(args: &Compatible, inherited: Inherited, started: Started) -> Result<(), Failure> {
     let mut made = Made::default();
-    let result = build(args, started, &mut made);
+    let result = build(args, inherited, started, &mut made);
     result.map_err(|failure| {
         sys::regain_capabilities();
         match made.undo() {
@@ -78,9 +78,16 @@ pub fn run(args: &Compatible, started: Started) -> Result<(), Failure> {
     })
 }
 
-fn build(args: &Compatible, started: Started, made: &mut Made) -> Result<(), Failure> {
+fn build(
+    args: &Compatible,
+    inherited: Inherited,
+    started: Started,
+    made: &mut Made,
+) -> Result<(), Failure> {
     // First of all, while nothing here has opened anything: the jail gets descriptors 0 to 2 only.
-    sys::close_from(3).doing_or("close inherited descriptors", |_| "use Linux 5.9 or newer")?;
+    inherited
+        .keep(Vec::new())
+        .doing_or("close inherited descriptors", |_| "use Linux 5.9 or newer")?;
     require_privileges()?;
 
     // Looking. Most mistakes end here, before anything has changed.

@@ -27,11 +27,14 @@ use args::Command;
 use failure::Failure;
 
 fn main() -> ExitCode {
+    let inherited = sys::Inherited::at_start();
     let started = compat::Started::now();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let result = match words.split_first() {
         Some((word, rest)) if word == "run" => match run::args::parse(rest.to_vec()) {
-            Ok(Some(options)) => sys::exit_now(run::run(options, started.monotonic_us())),
+            Ok(Some(options)) => {
+                sys::exit_now(run::run(options, inherited, started.monotonic_us()))
+            }
             Ok(None) => print(run::args::HELP),
             Err(failure) => Err(failure),
         },
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
                 env!("CARGO_PKG_VERSION"),
                 " (flags of Firecracker v1.17.0)\n"
             )),
-            Command::Compatible(args) => compat::run(&args, started),
+            Command::Compatible(args) => compat::run(&args, inherited, started),
         }),
     };
     match result {

@@ -8,10 +8,12 @@
     reason = "fork, clone3, exec, signals, close_range and tap requests have no safe wrapper"
 )]
 
+use std::convert::Infallible;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit};
@@ -42,20 +44,85 @@ fn micros(clock: ClockId) -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1_000
 }
 
-/// Closes every descriptor from `first` up. Nothing of this program may own one of them, which is
-/// why it comes before the first file is opened.
-pub fn close_from(first: RawFd) -> Result<(), Errno> {
-    // SAFETY: the caller promises that no owner in this process holds a descriptor from `first`
-    // up; the call touches no memory. UNSHARE keeps a descriptor table that a parent shares whole.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first as c_uint,
-            c_uint::MAX,
-            libc::CLOSE_RANGE_UNSHARE,
-        )
-    };
-    checked(result).map(drop)
+/// The descriptors above 2 that this program was started with, and the promise that it has opened
+/// none that it still holds: `main` makes the only value before all else, and what is opened while
+/// it is there is closed again.
+#[derive(Debug)]
+pub struct Inherited(());
+
+impl Inherited {
+    /// For `main`, before all else.
+    ///
+    /// # Panics
+    /// The second time.
+    pub fn at_start() -> Inherited {
+        static MADE: AtomicBool = AtomicBool::new(false);
+        assert!(!MADE.swap(true, Ordering::Relaxed), "main begins once");
+        Inherited(())
+    }
+
+    /// Closes all but those of these numbers.
+    pub fn keep(self, numbers: Vec<RawFd>) -> Result<HandedIn, Errno> {
+        // SAFETY: `self` says that they are nobody's in this process.
+        unsafe { close_all_but(&numbers) }?;
+        Ok(HandedIn(numbers))
+    }
+}
+
+/// The numbers of inherited descriptors that were kept open and that nobody owns yet.
+#[derive(Debug, Default)]
+pub struct HandedIn(Vec<RawFd>);
+
+impl HandedIn {
+    /// Takes over descriptor `number`; `None` if it was not kept, or taken before.
+    pub fn take(&mut self, number: RawFd) -> Option<Result<OwnedFd, Errno>> {
+        let before = self.0.len();
+        self.0.retain(|&kept| kept != number);
+        if self.0.len() == before {
+            return None;
+        }
+        // SAFETY: F_SETFD touches no memory, and says if `number` is not open.
+        let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+        if let Err(error) = checked(i64::from(result)) {
+            return Some(Err(error));
+        }
+        // SAFETY: it is open. Nobody owned it while it was in the list, and it is in none any more.
+        Some(Ok(unsafe { OwnedFd::from_raw_fd(number) }))
+    }
+}
+
+/// Above the standard streams.
+const FIRST: RawFd = 3;
+
+/// Closes the descriptors from `first` to `last`, both included, or does with them what `flags` say.
+///
+/// # Safety
+/// Nobody in this process owns one of them, or uses or drops it afterwards.
+unsafe fn close_range(first: RawFd, last: RawFd, flags: c_uint) -> Result<(), Errno> {
+    let (first, last) = (first as c_uint, last as c_uint);
+    // SAFETY: passed on to the caller; the call touches no memory.
+    checked(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
+}
+
+/// Closes every descriptor above 2 but those in `kept`. If a parent shares the table of them with this
+/// process, the parent's stays whole.
+///
+/// # Safety
+/// Nobody in this process owns one of them, or uses or drops it afterwards.
+unsafe fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
+    let mut kept: Vec<RawFd> = kept.to_vec();
+    kept.sort_unstable();
+    // Closes up to the end.
+    kept.push(RawFd::MAX);
+    let mut first = FIRST;
+    for number in kept {
+        if number > first {
+            // SAFETY: passed on to the caller.
+            unsafe { close_range(first, number - 1, libc::CLOSE_RANGE_UNSHARE) }?;
+        }
+        first = first.max(number.saturating_add(1));
+    }
+    Ok(())
 }
 
 /// Leaves the namespaces in `flags` for new ones (for the pid namespace: its next child does).
@@ -107,19 +174,12 @@ const ENDING: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIG
 
 /// Holds back the signals that end a program, so that none of them stops the jailer half-way.
 pub fn hold_ending_signals() -> Result<(), Errno> {
-    let mut set = empty_signal_set();
-    for signal in ENDING {
-        // SAFETY: `set` was initialised above and the numbers are constants below 64.
-        unsafe { libc::sigaddset(&mut set, signal) };
-    }
-    // SAFETY: `set` is initialised; the old mask is not asked for.
-    let result = unsafe { libc::sigprocmask(libc::SIG_BLOCK, &set, ptr::null_mut()) };
-    checked(i64::from(result)).map(drop)
+    change_mask(libc::SIG_BLOCK, &signal_set(&ENDING))
 }
 
 /// The ending signal that arrived while they were held back, if one did.
 pub fn held_signal() -> Option<c_int> {
-    let mut set = empty_signal_set();
+    let mut set = signal_set(&[]);
     // SAFETY: `set` is a valid place for the kernel to write the pending signals to.
     let result = unsafe { libc::sigpending(&mut set) };
     if result != 0 {
@@ -135,20 +195,34 @@ pub fn held_signal() -> Option<c_int> {
 /// Gives the program to come what a program expects: no signal blocked, SIGPIPE not ignored (the
 /// Rust runtime ignores it, and an ignored signal stays so across exec).
 pub fn reset_signals() -> Result<(), Errno> {
-    // SAFETY: SIG_DFL installs no code of ours as a handler.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    let set = empty_signal_set();
-    // SAFETY: `set` is initialised; the old mask is not asked for.
-    let result = unsafe { libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()) };
+    ignore(libc::SIGPIPE, false);
+    change_mask(libc::SIG_SETMASK, &signal_set(&[]))
+}
+
+/// Ignores a signal, or lets it do what it does to a program that never heard of it.
+fn ignore(signal: c_int, yes: bool) {
+    let action = if yes { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: neither action installs code of ours as a handler.
+    unsafe { libc::signal(signal, action) };
+}
+
+fn change_mask(how: c_int, set: &libc::sigset_t) -> Result<(), Errno> {
+    // SAFETY: `set` is a whole signal set, which is only read; the old mask is not asked for.
+    let result = unsafe { libc::sigprocmask(how, set, ptr::null_mut()) };
     checked(i64::from(result)).map(drop)
 }
 
-fn empty_signal_set() -> libc::sigset_t {
-    let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: sigemptyset writes the whole of the set it is given and cannot fail on a valid one.
-    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    // SAFETY: initialised by the line above.
-    unsafe { set.assume_init() }
+fn signal_set(signals: &[c_int]) -> libc::sigset_t {
+    let mut set = mem::MaybeUninit::uninit();
+    // SAFETY: sigemptyset writes the whole of the set it is given, and can not fail on a valid one;
+    // to add a number that is no signal's fails and changes nothing.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), *signal);
+        }
+        set.assume_init()
+    }
 }
 
 /// Sets the soft and the hard limit of `resource`.
@@ -210,11 +284,20 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// one is given.
 pub fn clone(namespaces: UnshareFlags, group: Option<BorrowedFd<'_>>) -> Result<Clone, Errno> {
     let mut pidfd: c_int = -1;
-    // SAFETY: clone_args is plain numbers, for which zeros mean "nothing of this".
-    let mut args: libc::clone_args = unsafe { mem::zeroed() };
-    args.flags = u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64;
-    args.pidfd = (&raw mut pidfd) as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
+    // Zeros mean "nothing of this".
+    let mut args = libc::clone_args {
+        flags: u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64,
+        pidfd: (&raw mut pidfd) as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    };
     if let Some(group) = group {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = group.as_raw_fd() as u64;
@@ -304,80 +387,73 @@ pub fn wait(child: Pid) -> Result<(Ended, Used), Errno> {
     Ok((ended, used))
 }
 
-/// Closes the descriptors from `first` to `last`, both included.
-fn close_between(first: RawFd, last: RawFd) -> Result<(), Errno> {
-    // SAFETY: the caller promises that no owner in this process holds one of these descriptors;
-    // the call touches no memory.
-    let result =
-        unsafe { libc::syscall(libc::SYS_close_range, first as c_uint, last as c_uint, 0) };
-    checked(result).map(drop)
-}
-
-/// Closes every descriptor above 2 but those in `kept`. Nothing of this program may own any other,
-/// or it must never be used nor dropped again.
-pub fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
-    let mut kept: Vec<RawFd> = kept.to_vec();
-    kept.sort_unstable();
-    let mut first = 3;
-    for number in kept {
-        if number > first {
-            close_between(first, number - 1)?;
+/// Copies this process. The copy has descriptors 0 to 2, `channel` and `other`, and no others; it
+/// lives for `life`, and ends. `life` is told if the others could not be closed.
+///
+/// It is a plain function, and what it is told can be cloned, as the owner of a descriptor can not: so
+/// it reaches none that was open before.
+pub fn fork_apart<T: std::clone::Clone + 'static>(
+    channel: OwnedFd,
+    other: BorrowedFd<'_>,
+    with: &T,
+    life: fn(Result<(), Errno>, OwnedFd, BorrowedFd<'_>, &T),
+) -> Result<Pid, Errno> {
+    match fork()? {
+        Fork::Parent(pid) => Ok(pid),
+        Fork::Child => {
+            // SAFETY: what is closed belongs to values of the callers, to whom this process, a copy,
+            // never returns; and `life`, by its type, reaches none of them.
+            let closed = unsafe { close_all_but(&[channel.as_raw_fd(), other.as_raw_fd()]) };
+            life(closed, channel, other, with);
+            exit_now(0)
         }
-        first = first.max(number + 1);
     }
-    close_between(first, RawFd::MAX)
 }
 
-/// Leaves to the program to come none of the descriptors from `first` up.
-pub fn close_at_exec_from(first: RawFd) -> Result<(), Errno> {
-    // SAFETY: nothing is closed before this process is replaced; the call touches no memory.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first as c_uint,
-            c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    checked(result).map(drop)
-}
-
-/// Takes over a descriptor that was open when this program started. Each number once.
-pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: F_SETFD touches no memory, and says if `number` is not open.
-    let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
-    checked(i64::from(result))?;
-    // SAFETY: it is open; the caller promises to ask for a number once, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
-/// Puts copies of `descriptors` at the numbers 0, 1, 2 and so on, for the program to come. Whatever
-/// else had those numbers is closed: this is for a process about to be replaced, which goes on to
-/// use only descriptors above them.
-pub fn place(descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-    // First all out of the way, so that none is overwritten before it has been copied.
-    let mut aside = Vec::with_capacity(descriptors.len());
-    for descriptor in descriptors {
-        aside.push(rustix::io::fcntl_dupfd_cloexec(descriptor, ASIDE)?);
-    }
-    for (number, descriptor) in aside.iter().enumerate() {
-        // SAFETY: the caller promises not to use what had the number before.
-        let result = unsafe { libc::dup2(descriptor.as_raw_fd(), number as c_int) };
-        checked(i64::from(result))?;
-    }
-    Ok(())
-}
+/// What the last function of a process may still use: copies of three descriptors.
+pub type Aside = [OwnedFd; 3];
 
 /// Above every number that a jail's program is given.
-pub const ASIDE: RawFd = 32;
+const ASIDE: RawFd = 32;
+
+/// Gives the program to come its descriptors, copies of `placed` at the numbers 0, 1, 2 and so on and
+/// no others, and lets `last` start it. `last` is told if they could not be placed, and has copies of
+/// `kept`. When it returns, this process ends.
+///
+/// Whatever else had those numbers is closed, whoever owns it. `last` is a plain function, and told
+/// words alone, so that it reaches no descriptor that was open before.
+///
+/// Returns only when there is no room for the copies. Nothing has changed then.
+pub fn place(
+    placed: &[BorrowedFd<'_>],
+    kept: [BorrowedFd<'_>; 3],
+    argv: &[CString],
+    name: &str,
+    last: fn(Result<(), Errno>, Aside, &[CString], &str),
+) -> Result<Infallible, Errno> {
+    // First all out of the way, so that none is overwritten before it has been copied.
+    let copy = |descriptor: &BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(descriptor, ASIDE);
+    let [one, two, three] = &kept;
+    let kept = [copy(one)?, copy(two)?, copy(three)?];
+    let placed: Vec<OwnedFd> = placed.iter().map(copy).collect::<Result<_, _>>()?;
+    let mut count = 0;
+    let put = placed.iter().try_for_each(|descriptor| {
+        // SAFETY: what had the number belongs to values of the callers, to whom this never returns;
+        // and `last`, by its type, reaches none of them. The call touches no memory.
+        let result = unsafe { libc::dup2(descriptor.as_raw_fd(), count) };
+        count += 1;
+        checked(i64::from(result)).map(drop)
+    });
+    drop(placed);
+    // SAFETY: nothing is closed before this process is replaced.
+    let others = || unsafe { close_range(count, RawFd::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    last(put.and_then(|()| others()), kept, argv, name);
+    exit_now(1)
+}
 
 /// The signals of `ENDING` as a descriptor; they must be held back.
 pub fn ending_signals() -> Result<OwnedFd, Errno> {
-    let mut set = empty_signal_set();
-    for signal in ENDING {
-        // SAFETY: `set` was initialised above and the numbers are constants below 64.
-        unsafe { libc::sigaddset(&mut set, signal) };
-    }
+    let set = signal_set(&ENDING);
     // SAFETY: `set` is initialised.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     let fd = checked(i64::from(fd))?;
@@ -397,29 +473,46 @@ pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
 /// Makes writing to a terminal or a broken pipe an error instead of an end or a stop.
 pub fn ignore_terminal_signals() {
     for signal in [libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
-        // SAFETY: SIG_IGN installs no code of ours as a handler.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
+        ignore(signal, true);
     }
 }
 
 /// What a tap for a guest is attached with: Ethernet frames with a virtio-net header.
 const TAP_FLAGS: i16 = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
 
+/// `struct ifreq`, as the requests of a tap use it.
+#[repr(C)]
+#[derive(Default)]
+struct TapRequest {
+    /// Ends with a zero byte.
+    name: [u8; libc::IFNAMSIZ],
+    flags: i16,
+    /// Room for what other requests have here.
+    unused: [u8; 22],
+}
+
+const _: () = assert!(size_of::<TapRequest>() == size_of::<libc::ifreq>());
+
 /// Attaches an opened /dev/net/tun to the tap `name`, which is made if it does not exist.
 pub fn attach_tap(tun: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
-    // SAFETY: ifreq is plain bytes, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    let mut request = TapRequest::default();
     // The last byte stays zero.
-    if name.len() >= request.ifr_name.len() {
+    if name.len() >= request.name.len() {
         return Err(Errno::NAMETOOLONG);
     }
-    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *slot = byte as c_char;
-    }
-    request.ifr_ifru.ifru_flags = TAP_FLAGS;
-    // SAFETY: the descriptor is open while borrowed; the kernel reads and writes `request`, which
-    // is ours and of the size this request has.
-    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    request.flags = TAP_FLAGS;
+    tap_ioctl(tun, libc::TUNSETIFF, &mut request)
+}
+
+fn tap_ioctl(
+    fd: BorrowedFd<'_>,
+    number: libc::Ioctl,
+    request: &mut TapRequest,
+) -> Result<(), Errno> {
+    // SAFETY: both numbers this is called with take an ifreq, which is what `request` is laid out as,
+    // and write no more than one.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), number, ptr::from_mut(request)) };
     checked(i64::from(result)).map(drop)
 }
 
@@ -432,15 +525,9 @@ pub fn keep_tap(tap: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// Whether `fd` is a tap attached as a guest needs it; an error if it is no tap at all.
 pub fn is_guest_tap(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    // SAFETY: ifreq is plain bytes, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    // SAFETY: the descriptor is open while borrowed; the kernel writes `request`, which is ours and
-    // of the size this request has.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
-    checked(i64::from(result))?;
-    // SAFETY: the kernel filled the flags; any bits are a valid number.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    Ok(flags & TAP_FLAGS == TAP_FLAGS)
+    let mut request = TapRequest::default();
+    tap_ioctl(fd, libc::TUNGETIFF, &mut request)?;
+    Ok(request.flags & TAP_FLAGS == TAP_FLAGS)
 }
 
 /// The version of KVM's interface that an opened /dev/kvm speaks.

@@ -7,12 +7,12 @@
 //! forgotten.
 
 use std::fs::File;
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use super::{Counters, Input};
-use crate::sys::fd::{self, Interest};
+use crate::sys::fd::Interest;
 use crate::sys::socket;
 
 /// Output that is kept, in bytes.
@@ -125,9 +125,9 @@ impl Port {
     }
 
     /// Writes to the console's usual place what it takes.
-    pub fn step_sink(&mut self, sink: &File, counters: &Counters) {
+    pub fn step_sink(&mut self, mut sink: &File, counters: &Counters) {
         let piece = self.ring.read(self.sink_at);
-        match fd::write(sink.as_raw_fd(), piece.get(..super::CHUNK).unwrap_or(piece)) {
+        match sink.write(piece.get(..super::CHUNK).unwrap_or(piece)) {
             Ok(n) => self.sink_at = self.sink_at.saturating_add(n as u64),
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
             Err(_) => {
@@ -167,7 +167,7 @@ impl Port {
 
     /// Takes one newcomer.
     pub fn accept(&mut self) {
-        let socket = match socket::accept(self.listener.as_raw_fd()) {
+        let socket = match socket::accept(&self.listener) {
             Ok(socket) => socket,
             Err(e) => {
                 // Out of descriptors: the newcomer stays where it is, and is not asked about
@@ -206,7 +206,7 @@ impl Client {
     /// It has gone.
     fn serve(&mut self, ready: Interest, ring: &Ring, input: &mut Input) -> io::Result<()> {
         if ready.may_read() && input.is_empty() && !self.input_ended {
-            match socket::receive_now(self.fd(), &mut input.bytes) {
+            match socket::receive_now(&self.socket, &mut input.bytes) {
                 Ok(0) => self.input_ended = true,
                 Ok(n) => (input.from, input.to) = (0, n),
                 Err(e) if passing(&e) => {}
@@ -215,7 +215,7 @@ impl Client {
         }
         let piece = ring.read(self.at);
         if !piece.is_empty() {
-            match socket::send_now(self.fd(), piece) {
+            match socket::send_now(&self.socket, piece) {
                 Ok(n) => self.at = self.at.saturating_add(n as u64),
                 Err(e) if passing(&e) => {}
                 Err(e) => return Err(e),
@@ -225,10 +225,6 @@ impl Client {
             return Err(ErrorKind::ConnectionAborted.into());
         }
         Ok(())
-    }
-
-    fn fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
     }
 }
 

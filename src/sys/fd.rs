@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
+use rustix::rand::GetRandomFlags;
+
 /// Standard input.
 pub const STDIN: RawFd = libc::STDIN_FILENO;
 /// Standard output.
@@ -15,12 +17,11 @@ pub const STDOUT: RawFd = libc::STDOUT_FILENO;
 /// # Errors
 /// When the host has none yet, early in its own boot.
 pub fn random(bytes: &mut [u8]) -> io::Result<()> {
-    // SAFETY: `bytes` is ours and writable for its whole length.
-    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
-    if usize::try_from(n) == Ok(bytes.len()) {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    let wanted = bytes.len();
+    match rustix::rand::getrandom(bytes, GetRandomFlags::NONBLOCK)? {
+        count if count == wanted => Ok(()),
+        // For more than 256 bytes, a signal can end it early.
+        _ => Err(io::ErrorKind::Interrupted.into()),
     }
 }
 
@@ -42,16 +43,6 @@ pub fn write_now(fd: RawFd, bytes: &[u8]) -> bool {
 pub fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: `bytes` is readable for its whole length; the kernel checks `fd`.
     let n = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
-}
-
-/// Reads what one `read` gives; 0 at the end.
-///
-/// # Errors
-/// The host's, EAGAIN included.
-pub fn read(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: `bytes` is ours and writable for its whole length; the kernel checks `fd`.
-    let n = unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
@@ -295,7 +286,8 @@ mod tests {
         assert_eq!(taken.as_raw_fd(), fd);
         assert!(matches!(take_over(fd), Err(None)));
         writer.write_all(b"!").unwrap();
-        assert_eq!(read(fd, &mut [0; 2]).unwrap(), 1);
+        let mut taken = File::from(taken);
+        assert_eq!(taken.read(&mut [0; 2]).unwrap(), 1);
         drop(taken);
         assert!(writer.write_all(b"!").is_err());
         let stream = take_over(2).unwrap();

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -16,12 +16,13 @@ use vm_memory::bitmap::BitmapSlice;
 /// The most pieces handed to the kernel at once.
 const PIECES: usize = 256;
 
-/// Pieces of memory in the form the kernel takes, on the stack.
+/// Pieces of memory in the form the kernel takes, on the stack. Each is part of a slice that lives
+/// for `'a`.
 struct Vectors<'a> {
     /// The first `len` are initialised; the others cost nothing.
     pieces: [MaybeUninit<libc::iovec>; PIECES],
     len: usize,
-    memory: PhantomData<&'a ()>,
+    memory: PhantomData<VolatileSlice<'a>>,
 }
 
 /// Who writes to the memory.
@@ -43,9 +44,9 @@ impl<'a> Vectors<'a> {
     }
 
     /// Takes from `slices` what fits; whether that was all.
-    fn fill<B: BitmapSlice>(
+    fn fill<'m: 'a, B: BitmapSlice>(
         &mut self,
-        slices: &mut impl Iterator<Item = VolatileSlice<'a, B>>,
+        slices: &mut impl Iterator<Item = VolatileSlice<'m, B>>,
         direction: Direction,
     ) -> bool {
         self.len = 0;
@@ -56,16 +57,16 @@ impl<'a> Vectors<'a> {
             if direction == Direction::In {
                 slice.bitmap().mark_dirty(0, slice.len());
             }
-            self.push(slice.ptr_guard_mut().as_ptr().cast(), slice.len());
+            self.push(&slice);
         }
         false
     }
 
-    fn push(&mut self, base: *mut libc::c_void, len: usize) {
+    fn push<'m: 'a, B: BitmapSlice>(&mut self, slice: &VolatileSlice<'m, B>) {
         if let Some(piece) = self.pieces.get_mut(self.len) {
             piece.write(libc::iovec {
-                iov_base: base,
-                iov_len: len,
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
             });
             self.len += 1;
         }
@@ -95,6 +96,30 @@ impl<'a> Vectors<'a> {
         let filled = self.filled();
         let start = filled.iter().position(|p| p.iov_len > 0);
         start.and_then(|at| filled.get(at..)).unwrap_or_default()
+    }
+
+    /// Has the kernel fill or write out what is left, by one call, from `offset` of the file on or
+    /// from where the descriptor is; how many bytes it moved.
+    fn pass(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        direction: Direction,
+        offset: Option<libc::off_t>,
+    ) -> io::Result<usize> {
+        let rest = self.rest();
+        let (fd, pieces, count) = (fd.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int);
+        // SAFETY: `pieces` are `count` in number, and each lies in a slice whose lifetime keeps it
+        // mapped, and writable, across the call; `advance` moves none beyond its end. Nobody else
+        // has a reference to that memory.
+        let n = unsafe {
+            match (direction, offset) {
+                (Direction::In, Some(at)) => libc::preadv(fd, pieces, count, at),
+                (Direction::Out, Some(at)) => libc::pwritev(fd, pieces, count, at),
+                (Direction::In, None) => libc::readv(fd, pieces, count),
+                (Direction::Out, None) => libc::writev(fd, pieces, count),
+            }
+        };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 }
 
@@ -143,32 +168,20 @@ fn transfer<'a, B: BitmapSlice + 'a>(
     mut offset: u64,
     direction: Direction,
 ) -> io::Result<()> {
-    let fd = file.as_raw_fd();
     let mut vectors = Vectors::new();
     loop {
         let was_all = vectors.fill(&mut slices, direction);
         while !vectors.rest().is_empty() {
             let at = libc::off_t::try_from(offset)
                 .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-            let rest = vectors.rest();
-            let count = rest.len() as libc::c_int;
-            let n = match direction {
-                // SAFETY: the slices' lifetime keeps every piece mapped and writable across the
-                // call; no reference to that memory exists; the count is the array's.
-                Direction::In => unsafe { libc::preadv(fd, rest.as_ptr(), count, at) },
-                // SAFETY: as above; the kernel only reads the pieces.
-                Direction::Out => unsafe { libc::pwritev(fd, rest.as_ptr(), count, at) },
-            };
-            let done = match usize::try_from(n) {
+            let done = match vectors.pass(file.as_fd(), direction, Some(at)) {
                 Ok(0) if direction == Direction::In => {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(done) => done,
-                Err(_) => match io::Error::last_os_error() {
-                    e if e.kind() == io::ErrorKind::Interrupted => continue,
-                    e => return Err(e),
-                },
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
             };
             offset = offset.saturating_add(done as u64);
             vectors.advance(done);
@@ -185,7 +198,7 @@ fn transfer<'a, B: BitmapSlice + 'a>(
 /// WouldBlock when there is no packet; InvalidInput when there are too many slices; else the
 /// host's.
 pub fn read_packet<'a, B: BitmapSlice + 'a>(
-    fd: RawFd,
+    fd: impl AsFd,
     mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
     spill: &mut [u8],
 ) -> io::Result<usize> {
@@ -193,13 +206,8 @@ pub fn read_packet<'a, B: BitmapSlice + 'a>(
     if !vectors.fill(&mut slices, Direction::In) || vectors.len >= PIECES {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    vectors.push(spill.as_mut_ptr().cast(), spill.len());
-    let pieces = vectors.filled();
-    let count = pieces.len() as libc::c_int;
-    // SAFETY: the slices' lifetime keeps every piece of guest memory mapped and writable across
-    // the call, and no reference to it exists; `spill` is borrowed mutably for as long.
-    let n = unsafe { libc::readv(fd, pieces.as_ptr(), count) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    vectors.push(&VolatileSlice::from(spill));
+    vectors.pass(fd.as_fd(), Direction::In, None)
 }
 
 /// Writes one packet that consists of `slices`; the length taken.
@@ -207,19 +215,14 @@ pub fn read_packet<'a, B: BitmapSlice + 'a>(
 /// # Errors
 /// InvalidInput when there are too many slices; else the host's.
 pub fn write_packet<'a, B: BitmapSlice + 'a>(
-    fd: RawFd,
+    fd: impl AsFd,
     mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
 ) -> io::Result<usize> {
     let mut vectors = Vectors::new();
     if !vectors.fill(&mut slices, Direction::Out) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let pieces = vectors.filled();
-    let count = pieces.len() as libc::c_int;
-    // SAFETY: the slices' lifetime keeps every piece of guest memory mapped across the call; the
-    // kernel only reads them.
-    let n = unsafe { libc::writev(fd, pieces.as_ptr(), count) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    vectors.pass(fd.as_fd(), Direction::Out, None)
 }
 
 #[cfg(test)]
@@ -323,24 +326,16 @@ mod tests {
     fn packet_when_longer_than_the_slices_goes_on_in_the_spill() {
         let (a, b) = UnixDatagram::pair().unwrap();
         let mut out = *b"0123456789";
-        let sent = write_packet(a.as_raw_fd(), pieces(&mut out, 3).into_iter()).unwrap();
+        let sent = write_packet(&a, pieces(&mut out, 3).into_iter()).unwrap();
         assert_eq!(sent, 10);
         let mut memory = [0; 6];
         let mut spill = [0; 100];
-        let n = read_packet(
-            b.as_raw_fd(),
-            pieces(&mut memory, 4).into_iter(),
-            &mut spill,
-        );
+        let n = read_packet(&b, pieces(&mut memory, 4).into_iter(), &mut spill);
         assert_eq!(n.unwrap(), 10);
         assert_eq!(&memory, b"012345");
         assert_eq!(&spill[..5], b"6789\0");
         b.set_nonblocking(true).unwrap();
-        let error = read_packet(
-            b.as_raw_fd(),
-            pieces(&mut memory, 4).into_iter(),
-            &mut spill,
-        );
+        let error = read_packet(&b, pieces(&mut memory, 4).into_iter(), &mut spill);
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 }

@@ -2,11 +2,14 @@
 //! with a vCPU's thread.
 
 use std::fs::File;
+use std::ops::Deref;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::ptr;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
-use kvm_bindings::{KVM_API_VERSION, kvm_run};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_bindings::KVM_API_VERSION;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 /// Takes `fd` for /dev/kvm, if it is: `None` when it is something else.
 pub fn adopt(fd: OwnedFd) -> Option<Kvm> {
@@ -22,98 +25,91 @@ pub fn adopt(fd: OwnedFd) -> Option<Kvm> {
     (u32::try_from(kvm.get_api_version()) == Ok(KVM_API_VERSION)).then_some(kvm)
 }
 
-/// An access of the guest's to a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// `in`
-    PortRead,
-    /// `out`
-    PortWrite,
-    /// A load from a register in memory.
-    MemoryRead,
-    /// A store to one.
-    MemoryWrite,
-    /// The last exit was for something else.
-    None,
-}
-
-/// One vCPU's `kvm_run` page.
-///
-/// Two of its fields are needed beside what `VcpuFd::run` returns: the size of one unit of a port
-/// access (a string instruction delivers many units at once), and the flag that makes the next
-/// KVM_RUN return at once.
+/// A vCPU on the thread that runs it. Dereferences to its descriptor.
 #[derive(Debug)]
-pub struct RunPage {
-    page: *mut kvm_run,
+pub struct Runner {
+    // Borrowed for ever and lent to nobody: it can be neither closed nor exchanged, and so its
+    // page stays mapped.
+    vcpu: &'static mut VcpuFd,
+    page: RunPage,
 }
 
-impl RunPage {
-    /// The page of `vcpu`. The caller keeps `vcpu` at least as long: see [`Vcpu`](crate::vcpu),
-    /// which owns both.
-    pub(crate) fn of(vcpu: &mut VcpuFd) -> Self {
-        RunPage {
-            page: std::ptr::from_mut(vcpu.get_kvm_run()),
-        }
+/// What is needed of the page that KVM shares with a vCPU's thread, beside what `VcpuFd::run`
+/// returns.
+#[derive(Clone, Copy, Debug)]
+pub struct RunPage {
+    immediate_exit: &'static AtomicU8,
+    port_unit: &'static AtomicU8,
+    suberror: &'static AtomicU32,
+}
+
+impl Runner {
+    /// A runner of `vcpu`, which is never closed from here on.
+    pub fn new(vcpu: &'static mut VcpuFd) -> Self {
+        let page = ptr::from_mut(vcpu.get_kvm_run());
+        // SAFETY: the fields lie in the page at their natural alignment, and any bytes are valid
+        // numbers. It is mapped as long as the vCPU is open, which `Runner` keeps so for ever. Only
+        // the thread that owns it, a signal handler on it, and the kernel in its calls use them.
+        let page = unsafe {
+            let exit = &raw mut (*page).__bindgen_anon_1;
+            RunPage {
+                immediate_exit: AtomicU8::from_ptr(&raw mut (*page).immediate_exit),
+                port_unit: AtomicU8::from_ptr(&raw mut (*exit).io.size),
+                suberror: AtomicU32::from_ptr(&raw mut (*exit).internal.suberror),
+            }
+        };
+        Runner { vcpu, page }
     }
 
-    /// Bytes of one unit of the port access that KVM_RUN just returned for: 1, 2 or 4.
-    pub fn port_unit(&self) -> usize {
-        // SAFETY: the page stays mapped while the vCPU is open; any bytes are a valid `u8`, so
-        // reading the union's `io` member is sound even after another kind of exit.
-        let size = unsafe { (*self.page).__bindgen_anon_1.io.size };
-        usize::from(size).max(1)
-    }
-
-    /// KVM's number for what went wrong, after KVM_EXIT_INTERNAL_ERROR.
-    pub fn internal_suberror(&self) -> u32 {
-        // SAFETY: as for `port_unit`: any bytes are a valid `u32`.
-        unsafe { (*self.page).__bindgen_anon_1.internal.suberror }
+    /// Lets the guest run until its next exit.
+    ///
+    /// # Errors
+    /// KVM's, EINTR included.
+    pub fn run(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
+        self.vcpu.run()
     }
 
     /// KVM's number for the last exit.
-    pub fn exit_reason(&self) -> u32 {
-        // SAFETY: the page stays mapped while the vCPU is open; any bytes are a valid `u32`.
-        unsafe { (*self.page).exit_reason }
+    pub fn exit_reason(&mut self) -> u32 {
+        self.vcpu.get_kvm_run().exit_reason
     }
 
-    /// What the guest did that KVM_RUN just returned for.
-    pub fn access(&self) -> Access {
-        match self.exit_reason() {
-            kvm_bindings::KVM_EXIT_IO => {
-                // SAFETY: as for `port_unit`.
-                let direction = unsafe { (*self.page).__bindgen_anon_1.io.direction };
-                match u32::from(direction) {
-                    kvm_bindings::KVM_EXIT_IO_OUT => Access::PortWrite,
-                    _ => Access::PortRead,
-                }
-            }
-            kvm_bindings::KVM_EXIT_MMIO => {
-                // SAFETY: as for `port_unit`.
-                match unsafe { (*self.page).__bindgen_anon_1.mmio.is_write } {
-                    0 => Access::MemoryRead,
-                    _ => Access::MemoryWrite,
-                }
-            }
-            _ => Access::None,
-        }
-    }
-
-    /// Makes the next KVM_RUN return at once, or lets it run.
-    pub fn set_immediate_exit(&self, on: bool) {
-        // SAFETY: the page stays mapped while the vCPU is open; the kernel reads the byte whole.
-        unsafe { std::ptr::addr_of_mut!((*self.page).immediate_exit).write_volatile(u8::from(on)) }
-    }
-
-    /// The address of the flag, for the signal handler of this thread.
-    pub(super) fn immediate_exit_flag(&self) -> *mut u8 {
-        // SAFETY: computes an address inside the mapped page; nothing is read.
-        unsafe { std::ptr::addr_of_mut!((*self.page).immediate_exit) }
+    /// The page shared with KVM.
+    pub fn page(&self) -> RunPage {
+        self.page
     }
 }
 
-// SAFETY: the page belongs to the vCPU that is sent along with it, and is used by the thread that
-// owns that vCPU alone.
-unsafe impl Send for RunPage {}
+impl Deref for Runner {
+    type Target = VcpuFd;
+
+    fn deref(&self) -> &VcpuFd {
+        self.vcpu
+    }
+}
+
+impl RunPage {
+    /// Bytes of one unit of the port access that KVM_RUN just returned for: 1, 2 or 4. A string
+    /// instruction delivers many units at once.
+    pub fn port_unit(self) -> usize {
+        usize::from(self.port_unit.load(Ordering::Relaxed)).max(1)
+    }
+
+    /// KVM's number for what went wrong, after KVM_EXIT_INTERNAL_ERROR.
+    pub fn internal_suberror(self) -> u32 {
+        self.suberror.load(Ordering::Relaxed)
+    }
+
+    /// Lets the next KVM_RUN run, whatever kicks there were before.
+    pub fn forget_kicks(self) {
+        self.immediate_exit.store(0, Ordering::Relaxed);
+    }
+
+    /// The flag that makes the next KVM_RUN return at once.
+    pub(super) fn immediate_exit(self) -> &'static AtomicU8 {
+        self.immediate_exit
+    }
+}
 
 #[cfg(test)]
 mod tests {

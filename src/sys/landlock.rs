@@ -6,9 +6,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
 
-/// `struct landlock_ruleset_attr`. Kernels that know less of it want less of it.
-#[repr(C)]
+/// The attributes of a ruleset, in the order of `struct landlock_ruleset_attr`. Kernels that know
+/// less of it want less of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Handled {
     /// Kinds of access to files (bits LANDLOCK_ACCESS_FS_*).
@@ -22,7 +23,7 @@ struct Handled {
 /// Ask for the version instead of a ruleset.
 const CREATE_RULESET_VERSION: u32 = 1;
 
-/// All that a kernel of `abi` can be asked to handle, and the bytes by which it is told.
+/// All that a kernel of `abi` can be asked to handle, and how many attributes it knows.
 const fn everything(abi: u32) -> (Handled, usize) {
     // Execute, read and write files, read folders, remove and make each kind of file.
     let mut fs = (1 << 13) - 1;
@@ -40,12 +41,12 @@ const fn everything(abi: u32) -> (Handled, usize) {
     }
     let net = if abi >= 4 { 0b11 } else { 0 };
     let scoped = if abi >= 6 { 0b11 } else { 0 };
-    let size = match abi {
-        ..=3 => 8,
-        4..=5 => 16,
-        _ => 24,
+    let known = match abi {
+        ..=3 => 1,
+        4..=5 => 2,
+        _ => 3,
     };
-    (Handled { fs, net, scoped }, size)
+    (Handled { fs, net, scoped }, known)
 }
 
 /// Gives up all that the running kernel can be asked to deny; the version of its Landlock, or
@@ -55,47 +56,45 @@ const fn everything(abi: u32) -> (Handled, usize) {
 /// # Errors
 /// The kernel has Landlock and refuses.
 pub fn restrict() -> io::Result<Option<u32>> {
-    let none = std::ptr::null::<Handled>();
-    // SAFETY: asked for its version, the kernel reads no memory.
-    let version = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            none,
-            0usize,
-            CREATE_RULESET_VERSION,
-        )
-    };
+    let abi = create_ruleset(&[], CREATE_RULESET_VERSION).map_or(0, RawFd::unsigned_abs);
     // Not built in, or not enabled at boot.
-    let Some(abi) = u32::try_from(version).ok().filter(|abi| *abi > 0) else {
+    if abi == 0 {
         return Ok(None);
-    };
-    let (handled, size) = everything(abi);
-    // SAFETY: `handled` is whole, and at least `size` bytes long.
-    let ruleset = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            &raw const handled,
-            size,
-            0,
-        )
-    };
-    let ruleset = RawFd::try_from(ruleset).unwrap_or(-1);
-    if ruleset < 0 {
-        return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded: the descriptor is open and nobody else's.
+    let (handled, known) = everything(abi);
+    let attributes = [handled.fs, handled.net, handled.scoped];
+    let ruleset = create_ruleset(attributes.get(..known).unwrap_or_default(), 0)?;
+    // SAFETY: asked for a ruleset, the call succeeded: it is open and nobody else's.
     let ruleset = unsafe { OwnedFd::from_raw_fd(ruleset) };
     // What a process without privileges must promise first.
-    // SAFETY: takes numbers only.
-    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    rustix::thread::set_no_new_privs(true)?;
     // SAFETY: takes numbers only; `ruleset` is open.
     let result = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(Some(abi))
+}
+
+/// Makes a ruleset of these attributes; or, without any, what `flags` ask for.
+fn create_ruleset(attributes: &[u64], flags: u32) -> io::Result<RawFd> {
+    let address = match attributes {
+        [] => ptr::null(),
+        _ => attributes.as_ptr(),
+    };
+    // SAFETY: the kernel reads no more than the attributes, which are borrowed for the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            address,
+            size_of_val(attributes),
+            flags,
+        )
+    };
+    match RawFd::try_from(result) {
+        Ok(result) if result >= 0 => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]
@@ -105,16 +104,16 @@ mod tests {
     #[test]
     fn everything_when_the_kernel_is_newer_is_more() {
         let cases = [
-            (1, 0x1fff, 0, 0, 8),
-            (2, 0x3fff, 0, 0, 8),
-            (3, 0x7fff, 0, 0, 8),
-            (4, 0x7fff, 3, 0, 16),
-            (5, 0xffff, 3, 0, 16),
-            (6, 0xffff, 3, 3, 24),
-            (99, 0xffff, 3, 3, 24),
+            (1, 0x1fff, 0, 0, 1),
+            (2, 0x3fff, 0, 0, 1),
+            (3, 0x7fff, 0, 0, 1),
+            (4, 0x7fff, 3, 0, 2),
+            (5, 0xffff, 3, 0, 2),
+            (6, 0xffff, 3, 3, 3),
+            (99, 0xffff, 3, 3, 3),
         ];
-        for (abi, fs, net, scoped, size) in cases {
-            assert_eq!(everything(abi), (Handled { fs, net, scoped }, size));
+        for (abi, fs, net, scoped, known) in cases {
+            assert_eq!(everything(abi), (Handled { fs, net, scoped }, known));
         }
     }
 

@@ -3,6 +3,8 @@
 use std::io::{self, Write};
 use std::panic;
 
+use rustix::process::Resource;
+
 use super::terminal;
 use crate::{exit, log};
 
@@ -51,13 +53,9 @@ pub fn is_first_process() -> bool {
 
 /// The soft limit on open descriptors.
 pub fn descriptor_limit() -> u64 {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `limit` is ours and what the call fills.
-    let result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    if result == 0 { limit.rlim_cur } else { 1024 }
+    rustix::process::getrlimit(Resource::Nofile)
+        .current
+        .unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -10,12 +10,14 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
+
+use vmm_sys_util::signal::{Killable, create_sigset};
 
 use super::kvm::RunPage;
 use super::{fd, process, terminal};
@@ -49,26 +51,16 @@ impl Signals {
     /// When the host has no descriptor left.
     pub fn install() -> io::Result<Self> {
         for signal in IGNORED {
-            set_action(signal, libc::SIG_IGN, 0)?;
+            set_action(signal, Action::Ignore)?;
         }
         for signal in FATAL {
-            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
-                on_fatal;
-            // On the thread's other stack, which the standard library makes: the first may be full.
-            let flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            set_action(signal, handler as libc::sighandler_t, flags)?;
+            set_action(signal, Action::Fatal)?;
         }
-        let handler: extern "C" fn(libc::c_int) = on_kick;
-        set_action(libc::SIGRTMIN(), handler as libc::sighandler_t, 0)?;
+        set_action(libc::SIGRTMIN(), Action::Kick)?;
 
-        let set = set_of(&READ_BY_CONTROL);
-        // SAFETY: `set` is a whole signal set of ours; the old one is not asked for.
-        let result =
-            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
-        if result != 0 {
-            return Err(io::Error::from_raw_os_error(result));
-        }
-        // SAFETY: `set` is a whole signal set of ours.
+        let set = create_sigset(&READ_BY_CONTROL)?;
+        change_mask(libc::SIG_BLOCK, &set)?;
+        // SAFETY: `set` is a whole signal set of ours, which the call only reads.
         let fd =
             unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
         if fd < 0 {
@@ -82,7 +74,7 @@ impl Signals {
     pub fn next(&self) -> Option<i32> {
         // One record is 128 bytes and begins with the signal's number.
         let mut record = [0; mem::size_of::<libc::signalfd_siginfo>()];
-        let n = fd::read(self.0.as_raw_fd(), &mut record).ok()?;
+        let n = (&self.0).read(&mut record).ok()?;
         let number = record.get(..n)?.first_chunk::<4>()?;
         i32::try_from(u32::from_le_bytes(*number)).ok()
     }
@@ -103,10 +95,10 @@ pub fn end_by(signal: i32) -> ! {
         _ => {}
     }
     if !process::is_first_process() {
-        let _ = set_action(signal, libc::SIG_DFL, 0);
-        let set = set_of(&[signal]);
-        // SAFETY: `set` is a whole signal set of ours.
-        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) };
+        let _ = set_action(signal, Action::Default);
+        if let Ok(set) = create_sigset(&[signal]) {
+            let _ = change_mask(libc::SIG_UNBLOCK, &set);
+        }
         // SAFETY: `raise` touches no memory of ours.
         unsafe { libc::raise(signal) };
     }
@@ -114,51 +106,59 @@ pub fn end_by(signal: i32) -> ! {
 }
 
 thread_local! {
-    /// Where this thread's vCPU keeps its flag; null on threads without one.
-    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+    /// The flag of the vCPU that this thread runs, if it runs one.
+    static IMMEDIATE_EXIT: Cell<Option<&'static AtomicU8>> = const { Cell::new(None) };
 }
 
-/// Makes kicks of the calling thread reach the vCPU that `page` belongs to. The vCPU is never
-/// closed afterwards: its thread lasts until the process ends.
-pub(crate) fn aim_kicks_at(page: &RunPage) {
-    IMMEDIATE_EXIT.set(page.immediate_exit_flag());
+/// Makes kicks of the calling thread reach the vCPU that `page` belongs to.
+pub fn aim_kicks_at(page: RunPage) {
+    IMMEDIATE_EXIT.set(Some(page.immediate_exit()));
 }
 
 /// Makes KVM_RUN return on the thread of `vcpu`, now or as soon as it is next called.
 pub fn kick<T>(vcpu: &JoinHandle<T>) {
-    // SAFETY: the handle exists, so the thread has not been joined and its id is valid.
-    unsafe { libc::pthread_kill(vcpu.as_pthread_t(), libc::SIGRTMIN()) };
+    // It can not fail: the handle exists, so the thread has not been joined.
+    let _ = vcpu.kill(libc::SIGRTMIN());
 }
 
 extern "C" fn on_kick(_: libc::c_int) {
-    let flag = IMMEDIATE_EXIT.get();
-    if !flag.is_null() {
-        // SAFETY: set by `aim_kicks_at` to a byte of a page that stays mapped until the process
-        // ends; only this thread and the kernel use it.
-        unsafe { flag.write_volatile(1) };
+    if let Some(flag) = IMMEDIATE_EXIT.get() {
+        flag.store(1, Ordering::Relaxed);
     }
 }
 
-extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+/// How what the kernel tells of a fatal signal begins (`struct siginfo`, members `_sigfault` and
+/// `_sigsys`).
+#[repr(C)]
+struct Info {
+    signo: i32,
+    errno: i32,
+    code: i32,
+    pad: i32,
+    /// What could not be reached; where the call was made.
+    address: usize,
+    /// SIGSYS: the system call that a filter trapped.
+    call: i32,
+    arch: u32,
+}
+
+extern "C" fn on_fatal(signal: libc::c_int, info: &Info, _: *mut libc::c_void) {
     let mut line = Text::new();
     line.say("mayfly: thread ");
     log::with_thread_name(|name| line.say(name));
     let code = match signal {
         libc::SIGSYS => {
-            let number = trapped_call(info);
             line.say(": the seccomp filter does not allow system call ");
-            line.number(number);
+            line.number(info.call);
             line.say(" (");
-            line.say(super::syscalls::name(number));
+            line.say(super::syscalls::name(info.call));
             line.say(")");
             exit::BAD_SYSCALL
         }
         libc::SIGBUS => {
-            // SAFETY: the kernel passes a valid siginfo, and SIGBUS fills the address.
-            let address = unsafe { (*info).si_addr() } as usize;
             line.say(": SIGBUS: memory mapped from a file is gone");
             if let Some(describe) = DESCRIBE.get() {
-                describe(address, &mut |text| line.say(text));
+                describe(info.address, &mut |text| line.say(text));
             }
             exit::SIGBUS
         }
@@ -185,44 +185,50 @@ pub fn describe_addresses_by(describe: DescribeAddress) {
     let _ = DESCRIBE.set(describe);
 }
 
-/// The number of the system call that a filter trapped.
-fn trapped_call(info: *const libc::siginfo_t) -> i32 {
-    /// What the kernel writes for SIGSYS (`struct siginfo`, member `_sigsys`).
-    #[repr(C)]
-    struct SigSys {
-        signo: i32,
-        errno: i32,
-        code: i32,
-        pad: i32,
-        call_address: usize,
-        syscall: i32,
-        arch: u32,
+/// Changes what the calling thread blocks.
+fn change_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: `set` is a whole signal set, which the call only reads; the old one is not asked for.
+    match unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
-    // SAFETY: the kernel passes a valid siginfo of 128 bytes, which for SIGSYS begins so.
-    unsafe { (*info.cast::<SigSys>()).syscall }
 }
 
-fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
-    // SAFETY: a signal set is plain bits, for which zeros are valid (the empty set).
-    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
-    for signal in signals {
-        // SAFETY: `set` is a whole signal set of ours; the numbers are valid signals.
-        unsafe { libc::sigaddset(&raw mut set, *signal) };
-    }
-    set
+/// What becomes of a signal.
+#[derive(Clone, Copy)]
+enum Action {
+    Default,
+    Ignore,
+    /// [`on_kick`].
+    Kick,
+    /// [`on_fatal`].
+    Fatal,
 }
 
-fn set_action(
-    signal: libc::c_int,
-    handler: libc::sighandler_t,
-    flags: libc::c_int,
-) -> io::Result<()> {
-    // SAFETY: sigaction is plain numbers and a set, for which zeros are valid.
-    let mut action: libc::sigaction = unsafe { mem::zeroed() };
-    action.sa_sigaction = handler;
-    action.sa_flags = flags;
-    // SAFETY: `action` is whole; `handler` is SIG_IGN, SIG_DFL or a function of the right type
-    // for its flags that does only what a signal handler may.
+fn set_action(signal: libc::c_int, action: Action) -> io::Result<()> {
+    let (handler, flags) = match action {
+        Action::Default => (libc::SIG_DFL, 0),
+        Action::Ignore => (libc::SIG_IGN, 0),
+        Action::Kick => {
+            let handler: extern "C" fn(libc::c_int) = on_kick;
+            (handler as libc::sighandler_t, 0)
+        }
+        Action::Fatal => {
+            let handler: extern "C" fn(libc::c_int, &Info, *mut libc::c_void) = on_fatal;
+            // On the thread's other stack, which the standard library makes: the first may be full.
+            let flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            (handler as libc::sighandler_t, flags)
+        }
+    };
+    let action = libc::sigaction {
+        sa_sigaction: handler,
+        sa_mask: create_sigset(&[])?,
+        sa_flags: flags,
+        sa_restorer: None,
+    };
+    // SAFETY: `action` is whole. Its two handlers do only what a signal handler may, and have the
+    // arguments that their flags ask for: with SA_SIGINFO the kernel passes the address of a
+    // siginfo of 128 bytes, all of them written, which begins as `Info`.
     if unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) } == 0 {
         Ok(())
     } else {
@@ -280,6 +286,22 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn info_when_compared_lies_as_the_c_librarys() {
+        assert!(mem::size_of::<Info>() <= mem::size_of::<libc::siginfo_t>());
+        let signo = mem::offset_of!(libc::siginfo_t, si_signo);
+        assert_eq!(mem::offset_of!(Info, signo), signo);
+        let code = mem::offset_of!(libc::siginfo_t, si_code);
+        assert_eq!(mem::offset_of!(Info, code), code);
+        // SAFETY: a siginfo is plain numbers, for which zeros are valid.
+        let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+        let ours = (&raw mut info).cast::<Info>();
+        // SAFETY: `Info` is no larger and needs no other alignment than what it is put into.
+        unsafe { (*ours).address = 0x1234_5678_9abc };
+        // SAFETY: any bytes are a valid address.
+        assert_eq!(unsafe { info.si_addr() } as usize, 0x1234_5678_9abc);
+    }
 
     #[test]
     fn number_when_any_prints_as_decimal() {

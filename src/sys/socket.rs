@@ -1,9 +1,14 @@
 //! Unix sockets: one that listens and was handed in, and bytes that bring descriptors along.
 
-use std::io;
-use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSliceMut};
+use std::mem::{self, MaybeUninit};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
+    SocketFlags, SocketType, accept_with, recv, recvmsg, send, sockopt,
+};
 
 use super::handed::{HANDED_MAX, Handed, HandedError};
 
@@ -12,15 +17,15 @@ use super::handed::{HANDED_MAX, Handed, HandedError};
 /// # Errors
 /// What it is instead, to be put after "is".
 pub fn listener(fd: OwnedFd) -> Result<UnixListener, &'static str> {
-    match option(&fd, libc::SO_DOMAIN) {
+    match sockopt::socket_domain(&fd) {
         Err(_) => return Err("not a socket"),
-        Ok(libc::AF_UNIX) => {}
+        Ok(AddressFamily::UNIX) => {}
         Ok(_) => return Err("not a Unix socket"),
     }
-    if option(&fd, libc::SO_TYPE).ok() != Some(libc::SOCK_STREAM) {
+    if sockopt::socket_type(&fd) != Ok(SocketType::STREAM) {
         return Err("not a stream socket");
     }
-    if option(&fd, libc::SO_ACCEPTCONN).ok() != Some(1) {
+    if sockopt::socket_acceptconn(&fd) != Ok(true) {
         return Err("a socket that does not listen");
     }
     // Connections are born with what the listener has: nothing is to come with their bytes but
@@ -28,7 +33,7 @@ pub fn listener(fd: OwnedFd) -> Result<UnixListener, &'static str> {
     for extra in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
         let off: libc::c_int = 0;
         let size = mem::size_of_val(&off) as libc::socklen_t;
-        // SAFETY: the kernel reads one int behind the pointer.
+        // SAFETY: the kernel reads one int behind the pointer, which is what `off` is.
         unsafe {
             libc::setsockopt(
                 fd.as_raw_fd(),
@@ -46,74 +51,34 @@ pub fn listener(fd: OwnedFd) -> Result<UnixListener, &'static str> {
 ///
 /// # Errors
 /// The host's, EAGAIN included.
-pub fn accept(listener: RawFd) -> io::Result<OwnedFd> {
-    let null = std::ptr::null_mut();
-    // SAFETY: the addresses may be null; the kernel checks `listener`.
-    let fd = unsafe {
-        libc::accept4(
-            listener,
-            null,
-            std::ptr::null_mut(),
-            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded: `fd` is open and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+pub fn accept(listener: &UnixListener) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(accept_with(listener, flags)?)
 }
 
-/// Reads what has come on the socket `fd`, without waiting; 0 at its end.
+/// Reads what has come on `socket`, without waiting; 0 at its end.
 ///
 /// # Errors
 /// The host's, EAGAIN included.
-pub fn receive_now(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: `bytes` is ours and writable for its whole length; the kernel checks `fd`.
-    let n = unsafe {
-        libc::recv(
-            fd,
-            bytes.as_mut_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT,
-        )
-    };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+pub fn receive_now(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<usize> {
+    let (count, _) = recv(socket, bytes, RecvFlags::DONTWAIT)?;
+    Ok(count)
 }
 
-/// Writes what the socket `fd` takes now.
+/// Writes what `socket` takes now.
 ///
 /// # Errors
 /// The host's, EAGAIN included.
-pub fn send_now(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
-    const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: `bytes` is readable for its whole length; the kernel checks `fd`.
-    let n = unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), FLAGS) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+pub fn send_now(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    Ok(send(
+        socket,
+        bytes,
+        SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+    )?)
 }
 
 /// Since Linux 6.5.
 const SO_PASSPIDFD: libc::c_int = 76;
-
-fn option(fd: &OwnedFd, name: libc::c_int) -> io::Result<libc::c_int> {
-    let mut value: libc::c_int = 0;
-    let mut size = mem::size_of_val(&value) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `size` bytes, which is what `value` has.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            name,
-            (&raw mut value).cast(),
-            &raw mut size,
-        )
-    };
-    if result == 0 {
-        Ok(value)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
 
 /// What a [`receive`] got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,15 +105,14 @@ pub fn receive(
     most: impl FnOnce(&[u8]) -> usize,
     handed: &mut Handed,
 ) -> io::Result<Received> {
-    let fd = stream.as_raw_fd();
     let limit = bytes.len();
-    let (count, marked) = peek(fd, bytes)?;
+    let (count, marked) = peek(stream, bytes)?;
     let wanted = if marked {
         most(bytes.get(..count).unwrap_or_default()).clamp(1, count.max(1))
     } else {
         count
     };
-    let (count, came) = take(fd, bytes.get_mut(..wanted).unwrap_or_default())?;
+    let (count, came) = take(stream, bytes.get_mut(..wanted).unwrap_or_default())?;
     *handed = came;
     Ok(Received {
         count,
@@ -158,80 +122,40 @@ pub fn receive(
 
 /// The next bytes, and whether descriptors came with any of them; or, as kernels have it, with any
 /// that come after them.
-fn peek(fd: RawFd, bytes: &mut [u8]) -> io::Result<(usize, bool)> {
-    let mut piece = piece_of(bytes);
-    let mut message = message_of(&mut piece);
-    // SAFETY: `message` points to one piece, which is `bytes`, borrowed mutably for the call; it
-    // has no room for control data, so no descriptor is made, and the flag says that there is.
-    let count = unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
-    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-    Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
+fn peek(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, bool)> {
+    let mut pieces = [IoSliceMut::new(bytes)];
+    // Without room for descriptors none is made, and the flag says that there are.
+    let mut none = RecvAncillaryBuffer::default();
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let message = recvmsg(stream, &mut pieces, &mut none, flags)?;
+    Ok((message.bytes, message.flags.contains(ReturnFlags::CTRUNC)))
 }
 
-/// Room for more descriptors than may come, so that too many are noticed, and for credentials,
-/// which nobody asked for. `u64` for the alignment of `cmsghdr`.
-type Control = [u64; (16 + 4 * HANDED_MAX + 64) / 8];
+/// Room for more descriptors than may come, so that too many are noticed.
+const ROOM: usize = rustix::cmsg_space!(ScmRights(2 * HANDED_MAX));
 
 /// Reads into `bytes`; and the descriptors that came with them.
-fn take(fd: RawFd, bytes: &mut [u8]) -> io::Result<(usize, Handed)> {
-    let mut control = Control::default();
-    let mut piece = piece_of(bytes);
-    let mut message = message_of(&mut piece);
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = mem::size_of_val(&control);
-    // SAFETY: `message` points to one piece, which is `bytes`, borrowed mutably for the call, and
-    // to `control`, ours and as long as it says.
-    let count = unsafe {
-        libc::recvmsg(
-            fd,
-            &raw mut message,
-            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT,
-        )
-    };
-    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+fn take(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Handed)> {
+    let mut pieces = [IoSliceMut::new(bytes)];
+    let mut room = [MaybeUninit::uninit(); ROOM];
+    let mut control = RecvAncillaryBuffer::new(&mut room);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = recvmsg(stream, &mut pieces, &mut control, flags)?;
 
     let mut received = Vec::new();
-    // SAFETY: the kernel has filled `control` and told its length in `message`.
-    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-    // SAFETY: the macros give null or a header that lies whole in `control`.
-    while let Some(found) = unsafe { header.as_ref() } {
-        if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            // SAFETY: `found` is a header of `control`; its data follows it.
-            let (data, empty) = unsafe { (libc::CMSG_DATA(header), libc::CMSG_LEN(0)) };
-            let length = found.cmsg_len.saturating_sub(empty as usize);
-            for place in 0..length / mem::size_of::<RawFd>() {
-                // SAFETY: the kernel wrote `length` bytes of descriptors there.
-                let fd = unsafe { data.cast::<RawFd>().add(place).read_unaligned() };
-                // SAFETY: the kernel has just made it for us, and it is told once.
-                received.push(Some(unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = part {
+            received.extend(descriptors.map(Some));
         }
-        // SAFETY: as for the first.
-        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
     let handed = if received.len() > HANDED_MAX {
         Handed::Refused(HandedError::TooMany)
-    } else if message.msg_flags & libc::MSG_CTRUNC != 0 {
+    } else if message.flags.contains(ReturnFlags::CTRUNC) {
         Handed::Refused(HandedError::Lost)
     } else {
         Handed::Received(received)
     };
-    Ok((count, handed))
-}
-
-fn piece_of(bytes: &mut [u8]) -> libc::iovec {
-    libc::iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: bytes.len(),
-    }
-}
-
-fn message_of(piece: &mut libc::iovec) -> libc::msghdr {
-    // SAFETY: msghdr is plain numbers and pointers, for which zeros are valid.
-    let mut message: libc::msghdr = unsafe { mem::zeroed() };
-    message.msg_iov = piece;
-    message.msg_iovlen = 1;
-    message
+    Ok((message.bytes, handed))
 }
 
 #[cfg(test)]
@@ -243,6 +167,7 @@ mod tests {
     use crate::sys::fd::pipe;
     use std::fs::File;
     use std::io::{Read, Write};
+    use std::os::fd::RawFd;
     use std::os::unix::net::UnixDatagram;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 

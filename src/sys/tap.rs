@@ -6,8 +6,9 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::ptr;
 
 use super::fd;
 
@@ -114,8 +115,8 @@ impl Tap {
     /// # Errors
     /// One sentence for each of: a bad name, no tun device, busy, not permitted, not a tap.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        let mut request = request_for(name)?;
-        request.ifr_ifru.ifru_flags = FLAGS;
+        let mut request = Request::of(name)?;
+        request.flags = FLAGS;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -140,21 +141,19 @@ impl Tap {
     /// When it is not.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, TapError> {
         let file = File::from(fd);
-        let mut request = request_for("")?;
+        let mut request = Request::of("")?;
         interface_ioctl(&file, libc::TUNGETIFF, &mut request).map_err(TapError::NotAttached)?;
-        // SAFETY: the kernel filled the flags; any bits are a valid short.
-        let flags = unsafe { request.ifr_ifru.ifru_flags };
-        if flags & FLAGS != FLAGS {
-            return Err(TapError::Flags(name_in(&request)));
+        if request.flags & FLAGS != FLAGS {
+            return Err(TapError::Flags(request.name()));
         }
-        fd::set_nonblocking(&file).map_err(|e| TapError::SetUp(name_in(&request), e))?;
+        fd::set_nonblocking(&file).map_err(|e| TapError::SetUp(request.name(), e))?;
         Tap::set_up(file, &request)
     }
 
-    fn set_up(file: File, request: &libc::ifreq) -> Result<Self, TapError> {
-        let name = name_in(request);
+    fn set_up(file: File, request: &Request) -> Result<Self, TapError> {
+        let name = request.name();
         let size = HEADER as libc::c_int;
-        // SAFETY: the kernel reads one int behind the pointer.
+        // SAFETY: the kernel reads one int behind the pointer, which is what `size` is.
         let result =
             unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
         if result < 0 {
@@ -233,6 +232,12 @@ impl Tap {
     }
 }
 
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
@@ -250,27 +255,44 @@ pub fn is_gone(error: &io::Error) -> bool {
 const FLAGS: libc::c_short =
     (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
 
-fn request_for(name: &str) -> Result<libc::ifreq, TapError> {
-    // SAFETY: ifreq is plain numbers, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0) {
-        return Err(TapError::Name(name.to_owned()));
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    Ok(request)
+/// `struct ifreq`, as the requests of a tap use it.
+#[repr(C)]
+struct Request {
+    /// Ends with a zero byte.
+    name: [u8; libc::IFNAMSIZ],
+    flags: libc::c_short,
+    /// Room for what other requests have here.
+    unused: [u8; 22],
 }
 
-fn name_in(request: &libc::ifreq) -> String {
-    let bytes = request.ifr_name.iter().map(|c| *c as u8);
-    let name: Vec<u8> = bytes.take_while(|b| *b != 0).collect();
-    String::from_utf8_lossy(&name).into_owned()
+const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
+
+impl Request {
+    fn of(name: &str) -> Result<Self, TapError> {
+        if name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0) {
+            return Err(TapError::Name(name.to_owned()));
+        }
+        let mut request = Request {
+            name: [0; libc::IFNAMSIZ],
+            flags: 0,
+            unused: [0; 22],
+        };
+        for (to, from) in request.name.iter_mut().zip(name.bytes()) {
+            *to = from;
+        }
+        Ok(request)
+    }
+
+    fn name(&self) -> String {
+        let name = self.name.split(|b| *b == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(name).into_owned()
+    }
 }
 
-fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: both numbers this is called with take an ifreq, and write no more than one.
-    if unsafe { libc::ioctl(file.as_raw_fd(), number, std::ptr::from_mut(request)) } < 0 {
+fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut Request) -> io::Result<()> {
+    // SAFETY: both numbers this is called with take an ifreq, which is what `request` is laid out
+    // as, and write no more than one; a device that is no tap sees four bytes in them, or refuses.
+    if unsafe { libc::ioctl(file.as_raw_fd(), number, ptr::from_mut(request)) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

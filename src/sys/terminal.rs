@@ -4,8 +4,47 @@ use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// The kernel's `struct termios`, which the requests TCGETS and TCSETS take; the C library's is
+/// longer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Termios {
+    input: libc::tcflag_t,
+    output: libc::tcflag_t,
+    control: libc::tcflag_t,
+    local: libc::tcflag_t,
+    line: libc::cc_t,
+    characters: [libc::cc_t; 19],
+}
+
+const _: () = assert!(size_of::<Termios>() == 36);
+
+impl Termios {
+    /// The same terminal, passing bytes on as they come: "raw mode" of termios(3).
+    fn raw(mut self) -> Self {
+        self.input &= !(libc::IGNBRK
+            | libc::BRKINT
+            | libc::PARMRK
+            | libc::ISTRIP
+            | libc::INLCR
+            | libc::IGNCR
+            | libc::ICRNL
+            | libc::IXON);
+        self.output &= !libc::OPOST;
+        self.local &= !(libc::ECHO | libc::ECHONL | libc::ICANON | libc::ISIG | libc::IEXTEN);
+        self.control = self.control & !(libc::CSIZE | libc::PARENB) | libc::CS8;
+        // A read waits for one byte, and for no time.
+        for (index, value) in [(libc::VMIN, 1), (libc::VTIME, 0)] {
+            if let Some(character) = self.characters.get_mut(index) {
+                *character = value;
+            }
+        }
+        self
+    }
+}
+
 /// How the terminal was found.
-static FOUND: OnceLock<libc::termios> = OnceLock::new();
+static FOUND: OnceLock<Termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// Makes the terminal on standard input raw. Does nothing when it is no terminal.
@@ -13,20 +52,12 @@ static RAW: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// When the terminal refuses.
 pub fn make_raw() -> io::Result<()> {
-    // SAFETY: termios is plain numbers, for which zeros are valid.
-    let mut found: libc::termios = unsafe { std::mem::zeroed() };
-    // SAFETY: `found` is ours and what the call fills.
-    if unsafe { libc::tcgetattr(libc::STDIN_FILENO, &raw mut found) } != 0 {
+    let mut found = Termios::default();
+    // SAFETY: the kernel writes its termios, 36 bytes, which is what `found` is laid out as.
+    if unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TCGETS, &raw mut found) } != 0 {
         return Ok(());
     }
-    let found = FOUND.get_or_init(|| found);
-    let mut raw = *found;
-    // SAFETY: `raw` is a whole termios of ours.
-    unsafe { libc::cfmakeraw(&raw mut raw) };
-    // SAFETY: `raw` is a whole termios of ours.
-    if unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const raw) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    set(&FOUND.get_or_init(|| found).raw())?;
     RAW.store(true, Ordering::Release);
     Ok(())
 }
@@ -37,9 +68,54 @@ pub fn restore() {
         return;
     }
     if let Some(found) = FOUND.get() {
-        // The bare ioctl: tcsetattr makes a second one, which no filter allows.
-        // SAFETY: the kernel reads its own termios, 36 bytes, which the C library's begins with;
-        // `found` is never written again.
-        unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TCSETS, std::ptr::from_ref(found)) };
+        // There is nobody left to tell if it fails.
+        let _ = set(found);
+    }
+}
+
+/// The bare ioctl: the C library makes a second one after it, which no filter allows.
+fn set(termios: &Termios) -> io::Result<()> {
+    // SAFETY: the kernel reads its termios, 36 bytes, which is what `termios` is laid out as.
+    if unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TCSETS, termios) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn raw_when_compared_is_the_c_librarys() {
+        // Every flag set, then none.
+        for flags in [libc::tcflag_t::MAX, 0] {
+            // SAFETY: termios is plain numbers, for which zeros are valid.
+            let mut theirs: libc::termios = unsafe { std::mem::zeroed() };
+            (theirs.c_iflag, theirs.c_oflag) = (flags, flags);
+            (theirs.c_cflag, theirs.c_lflag) = (flags, flags);
+            theirs.c_cc = [7; 32];
+            let ours = Termios {
+                input: flags,
+                output: flags,
+                control: flags,
+                local: flags,
+                line: 0,
+                characters: [7; 19],
+            }
+            .raw();
+            // SAFETY: `theirs` is a whole termios of ours.
+            unsafe { libc::cfmakeraw(&raw mut theirs) };
+            assert_eq!(
+                (ours.input, ours.output, ours.control, ours.local),
+                (
+                    theirs.c_iflag,
+                    theirs.c_oflag,
+                    theirs.c_cflag,
+                    theirs.c_lflag
+                )
+            );
+            assert_eq!(ours.characters, theirs.c_cc[..19]);
+        }
     }
 }

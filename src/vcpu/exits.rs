@@ -3,11 +3,38 @@
 use std::time::Instant;
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::VcpuExit;
 
 use super::Buses;
 use crate::bus::{Ticket, Written};
-use crate::sys::kvm::RunPage;
+use crate::sys::kvm::Runner;
+
+/// What the guest left for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// `in`
+    PortRead,
+    /// `out`
+    PortWrite,
+    /// A load from a register in memory.
+    MemoryRead,
+    /// A store to one.
+    MemoryWrite,
+    /// Something else.
+    None,
+}
+
+impl Access {
+    const fn of(exit: &VcpuExit<'_>) -> Self {
+        match exit {
+            VcpuExit::IoIn(..) => Access::PortRead,
+            VcpuExit::IoOut(..) => Access::PortWrite,
+            VcpuExit::MmioRead(..) => Access::MemoryRead,
+            VcpuExit::MmioWrite(..) => Access::MemoryWrite,
+            _ => Access::None,
+        }
+    }
+}
 
 /// What the guest's last exit came to.
 #[derive(Debug)]
@@ -51,60 +78,64 @@ pub enum End {
     RunFailed(i32),
 }
 
-/// Runs the guest until its next exit and answers that; also says when the exit came.
-pub(super) fn run_once(vcpu: &mut VcpuFd, page: &RunPage, buses: &Buses) -> (Outcome, Instant) {
+/// Runs the guest until its next exit and answers that; what it left for, when, and what came of it.
+pub(super) fn run_once(vcpu: &mut Runner, buses: &Buses) -> (Access, Instant, Outcome) {
+    let page = vcpu.page();
     let exit = vcpu.run();
     let since = Instant::now();
+    let exit = match exit {
+        Ok(exit) => exit,
+        Err(error) => {
+            let outcome = match error.errno() {
+                libc::EINTR => Outcome::Interrupted,
+                libc::EAGAIN => Outcome::NotRun,
+                libc::EFAULT => Outcome::End(End::MemoryGone),
+                errno => Outcome::End(End::RunFailed(errno)),
+            };
+            return (Access::None, since, outcome);
+        }
+    };
+    let access = Access::of(&exit);
     let outcome = match exit {
-        Ok(VcpuExit::IoIn(port, data)) => {
+        VcpuExit::IoIn(port, data) => {
             for unit in data.chunks_mut(page.port_unit()) {
                 buses.ports.read(u64::from(port), unit);
             }
             Outcome::Continue
         }
-        Ok(VcpuExit::IoOut(port, data)) => {
-            for unit in data.chunks(page.port_unit()) {
-                match written(buses.ports.write(u64::from(port), unit)) {
-                    Outcome::Continue => {}
-                    other => return (other, since),
-                }
-            }
-            Outcome::Continue
-        }
-        Ok(VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _))
+        VcpuExit::IoOut(port, data) => data
+            .chunks(page.port_unit())
+            .map(|unit| written(buses.ports.write(u64::from(port), unit)))
+            .find(|outcome| !matches!(outcome, Outcome::Continue))
+            .unwrap_or(Outcome::Continue),
+        VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _)
             if buses.is_ram(address) =>
         {
             Outcome::End(End::MemoryGone)
         }
-        Ok(VcpuExit::MmioRead(address, data)) => {
+        VcpuExit::MmioRead(address, data) => {
             buses.memory.read(address, data);
             Outcome::Continue
         }
-        Ok(VcpuExit::MmioWrite(address, data)) => written(buses.memory.write(address, data)),
-        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Outcome::Interrupted,
-        Ok(VcpuExit::Shutdown) => Outcome::End(End::TripleFault),
-        Ok(VcpuExit::InternalError) => {
+        VcpuExit::MmioWrite(address, data) => written(buses.memory.write(address, data)),
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => Outcome::Interrupted,
+        VcpuExit::Shutdown => Outcome::End(End::TripleFault),
+        VcpuExit::InternalError => {
             let suberror = page.internal_suberror();
             let rip = vcpu.get_regs().ok().map(|regs| regs.rip);
             Outcome::End(End::InternalError { suberror, rip })
         }
-        Ok(VcpuExit::FailEntry(reason, _)) => Outcome::End(End::FailedEntry(reason)),
-        Ok(VcpuExit::MemoryFault { .. }) => Outcome::End(End::MemoryGone),
-        Ok(VcpuExit::SystemEvent(kind, _)) => Outcome::End(match kind {
+        VcpuExit::FailEntry(reason, _) => Outcome::End(End::FailedEntry(reason)),
+        VcpuExit::MemoryFault { .. } => Outcome::End(End::MemoryGone),
+        VcpuExit::SystemEvent(kind, _) => Outcome::End(match kind {
             KVM_SYSTEM_EVENT_RESET => End::Reset,
             KVM_SYSTEM_EVENT_SHUTDOWN => End::PowerOff,
             KVM_SYSTEM_EVENT_CRASH => End::TripleFault,
             _ => End::Unexpected(kvm_bindings::KVM_EXIT_SYSTEM_EVENT),
         }),
-        Ok(_) => Outcome::End(End::Unexpected(page.exit_reason())),
-        Err(error) => match error.errno() {
-            libc::EINTR => Outcome::Interrupted,
-            libc::EAGAIN => Outcome::NotRun,
-            libc::EFAULT => Outcome::End(End::MemoryGone),
-            errno => Outcome::End(End::RunFailed(errno)),
-        },
+        _ => Outcome::End(End::Unexpected(vcpu.exit_reason())),
     };
-    (outcome, since)
+    (access, since, outcome)
 }
 
 fn written(written: Written) -> Outcome {

@@ -32,12 +32,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 pub use self::exits::End;
-use self::exits::{Outcome, run_once};
+use self::exits::{Access, Outcome, run_once};
 use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
 use crate::metrics::{Counter, Report, Spread, micros_since};
-use crate::sys::kvm::{Access, RunPage};
+use crate::sys::kvm::Runner;
 use crate::sys::signal;
 use crate::timeline::{Moment, Timeline};
 
@@ -106,8 +106,8 @@ struct Exits {
 }
 
 impl Exits {
-    fn count(&self, outcome: &Outcome, page: &RunPage, since: Instant) {
-        let (kind, times) = match (outcome, page.access()) {
+    fn count(&self, access: Access, since: Instant, outcome: &Outcome) {
+        let (kind, times) = match (outcome, access) {
             (Outcome::Interrupted | Outcome::NotRun, _) => (&self.interruptions, None),
             (_, Access::PortRead) => (&self.port_reads, Some(&self.port_read_times)),
             (_, Access::PortWrite) => (&self.port_writes, Some(&self.port_write_times)),
@@ -125,10 +125,14 @@ impl Exits {
 /// A vCPU and everything its thread uses.
 #[derive(Debug)]
 pub struct Vcpu {
-    index: u8,
-    // Declared before `fd`, whose mapping it points into: see `RunPage::of`.
-    page: RunPage,
     fd: arch::Vcpu,
+    life: Life,
+}
+
+/// What the thread of a vCPU uses beside the vCPU.
+#[derive(Debug)]
+struct Life {
+    index: u8,
     buses: Arc<Buses>,
     messages: Receiver<VcpuMessage>,
     events: Outbox<VcpuEvent>,
@@ -182,7 +186,7 @@ impl Vcpu {
     /// [`Vcpu::run`]. The second value becomes a [`VcpuHandle`] with that thread.
     pub fn new(
         index: u8,
-        mut fd: arch::Vcpu,
+        fd: arch::Vcpu,
         buses: Arc<Buses>,
         events: Outbox<VcpuEvent>,
         timeline: Timeline,
@@ -194,10 +198,8 @@ impl Vcpu {
             messages: sender,
             exits: Arc::clone(&exits),
         };
-        let vcpu = Vcpu {
+        let life = Life {
             index,
-            page: RunPage::of(&mut fd),
-            fd,
             buses,
             messages,
             events,
@@ -206,23 +208,29 @@ impl Vcpu {
             timeline,
             exits,
         };
-        (vcpu, seat)
+        (Vcpu { fd, life }, seat)
     }
 
     /// The life of the thread. Begins paused; returns only if control is gone.
-    pub fn run(mut self) {
-        signal::aim_kicks_at(&self.page);
+    pub fn run(self) {
+        let Vcpu { fd, mut life } = self;
+        // For good: kicks, which may come at any time, write to the page that it shares with KVM.
+        let fd: &'static mut arch::Vcpu = Box::leak(Box::new(fd));
+        let mut vcpu = Runner::new(fd);
+        signal::aim_kicks_at(vcpu.page());
         let mut state = State::Paused;
         loop {
             state = match state {
-                State::Paused => self.paused(),
-                State::Running => self.running(),
-                State::Ended => self.ended(),
+                State::Paused => life.paused(),
+                State::Running => life.running(&mut vcpu),
+                State::Ended => life.ended(),
                 State::Abandoned => return,
             }
         }
     }
+}
 
+impl Life {
     /// Edges: to running, to abandoned.
     fn paused(&mut self) -> State {
         loop {
@@ -235,11 +243,11 @@ impl Vcpu {
     }
 
     /// Edges: to paused, to ended, to abandoned.
-    fn running(&mut self) -> State {
+    fn running(&mut self, vcpu: &mut Runner) -> State {
         self.timeline.mark(Moment::GuestEntered);
         loop {
             // Cleared before the look at the messages: a kick after it makes KVM_RUN return.
-            self.page.set_immediate_exit(false);
+            vcpu.page().forget_kicks();
             match self.messages.try_recv() {
                 Ok(VcpuMessage::Run) | Err(TryRecvError::Empty) => {}
                 Ok(VcpuMessage::Pause) => {
@@ -256,8 +264,8 @@ impl Vcpu {
                 }
                 self.waiting_for = None;
             }
-            let (outcome, since) = run_once(&mut self.fd, &self.page, &self.buses);
-            self.exits.count(&outcome, &self.page, since);
+            let (access, since, outcome) = run_once(vcpu, &self.buses);
+            self.exits.count(access, since, &outcome);
             let outcome = self.bear_with(outcome);
             match outcome {
                 Outcome::Continue | Outcome::Interrupted | Outcome::NotRun => {}

@@ -28,7 +28,7 @@ const PARENT: &str = "mayfly";
 const PERIOD_US: u64 = 100_000;
 
 /// What to make.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Errand {
     id: String,
     parts: Vec<Part>,
@@ -36,7 +36,7 @@ pub struct Errand {
 }
 
 /// The values of one version, and where their group goes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Part {
     version: Version,
     parent: Vec<OsString>,

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::failure::{Doing, Failure};
-use crate::sys;
+use crate::sys::{HandedIn, Inherited};
 
 /// The first descriptor that a service manager hands in.
 const FIRST: RawFd = 3;
@@ -17,7 +17,7 @@ const FIRST: RawFd = 3;
 #[derive(Debug)]
 pub struct Handed {
     listener: Option<RawFd>,
-    taken: Vec<RawFd>,
+    rest: HandedIn,
 }
 
 impl Handed {
@@ -37,7 +37,7 @@ impl Handed {
         };
         Ok(Handed {
             listener,
-            taken: Vec::new(),
+            rest: HandedIn::default(),
         })
     }
 
@@ -46,29 +46,35 @@ impl Handed {
         self.listener
     }
 
-    /// Closes everything but `wanted`, the console and the API socket. Nothing may have been opened.
-    pub fn close_others(&self, wanted: &[RawFd]) -> Result<(), Failure> {
-        let mut kept = wanted.to_vec();
-        kept.extend(self.listener);
-        sys::close_all_but(&kept)
-            .doing_or("close inherited descriptors", |_| "use Linux 5.9 or newer")
+    /// Closes everything but `wanted`, the console and the API socket.
+    pub fn close_others(
+        &mut self,
+        inherited: Inherited,
+        mut wanted: Vec<RawFd>,
+    ) -> Result<(), Failure> {
+        wanted.extend(self.listener);
+        self.rest = inherited
+            .keep(wanted)
+            .doing_or("close inherited descriptors", |_| "use Linux 5.9 or newer")?;
+        Ok(())
     }
 
     /// Takes descriptor `number`, once.
     pub fn take(&mut self, number: RawFd) -> Result<OwnedFd, Failure> {
         let what = format!("use descriptor {number}");
-        if self.taken.contains(&number) || self.listener == Some(number) {
-            return Err(Failure::new(what, "it is named twice"));
-        }
-        let fd = sys::adopt(number).map_err(|error| {
-            let failure = Failure::new(what, error);
-            match error {
-                Errno::BADF => failure.remedy("it has to be open when mayfly-jailer is started"),
-                _ => failure,
+        let taken = match self.listener {
+            Some(listener) if listener == number => None,
+            _ => self.rest.take(number),
+        };
+        match taken {
+            Some(Ok(fd)) => Ok(fd),
+            Some(Err(error @ Errno::BADF)) => {
+                Err(Failure::new(what, error)
+                    .remedy("it has to be open when mayfly-jailer is started"))
             }
-        })?;
-        self.taken.push(number);
-        Ok(fd)
+            Some(Err(error)) => Err(Failure::new(what, error)),
+            None => Err(Failure::new(what, "it is named twice")),
+        }
     }
 
     /// Takes the API socket that was handed in, and a connection to it.

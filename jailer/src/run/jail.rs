@@ -23,7 +23,7 @@ use super::forbidden;
 use super::network::{self, Block};
 use crate::failure::{Doing, Failure};
 use crate::root::{Owner, pivot_into};
-use crate::sys;
+use crate::sys::{self, Aside};
 
 /// What the jail has of its own.
 pub const NAMESPACES: UnshareFlags = UnshareFlags::NEWUSER
@@ -166,40 +166,51 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
     rustix::process::setsid().doing("open a session")?;
 
     let argv = argv(plan)?;
-    let monitor = rustix::io::fcntl_dupfd_cloexec(&plan.monitor, sys::ASIDE)
-        .map(File::from)
-        .doing("hand over descriptors")?;
-    let parent =
-        rustix::io::fcntl_dupfd_cloexec(&plan.parent, sys::ASIDE).doing("hand over descriptors")?;
-    let report =
-        rustix::io::fcntl_dupfd_cloexec(supervisor, sys::ASIDE).doing("hand over descriptors")?;
-    let report = Channel::from(report);
-    let result = sys::place(&[
-        plan.console.0.as_fd(),
-        plan.console.1.as_fd(),
-        plan.log.as_fd(),
-        listener,
-        plan.kvm.as_fd(),
-        plan.log.as_fd(),
-        plan.end.as_fd(),
-    ])
-    .and_then(|()| sys::close_at_exec_from(END as i32 + 1))
+    sys::place(
+        &[
+            plan.console.0.as_fd(),
+            plan.console.1.as_fd(),
+            plan.log.as_fd(),
+            listener,
+            plan.kvm.as_fd(),
+            plan.log.as_fd(),
+            plan.end.as_fd(),
+        ],
+        [
+            plan.monitor.as_fd(),
+            plan.parent.as_fd(),
+            supervisor.as_fd(),
+        ],
+        &argv,
+        &plan.monitor_name,
+        become_monitor,
+    )
     .doing("hand over descriptors")
-    .and_then(|()| die_with(parent.as_fd()))
-    // After what it denies.
-    .and_then(|()| {
-        let what = "install the jail's filter";
-        sys::install_filter(&forbidden::filter())
-            .doing_or(what, |_| "use a kernel with CONFIG_SECCOMP_FILTER")
-    })
-    .and_then(|()| sys::reset_signals().doing("reset signals"));
+}
+
+/// The last steps, with the monitor's executable, a descriptor of the supervisor, and the channel to
+/// it. Returns only when the monitor does not run, which has then been said.
+fn become_monitor(
+    placed: Result<(), Errno>,
+    [monitor, parent, report]: Aside,
+    argv: &[CString],
+    name: &str,
+) {
+    let result = placed
+        .doing("hand over descriptors")
+        .and_then(|()| die_with(parent.as_fd()))
+        // After what it denies.
+        .and_then(|()| {
+            let what = "install the jail's filter";
+            sys::install_filter(&forbidden::filter())
+                .doing_or(what, |_| "use a kernel with CONFIG_SECCOMP_FILTER")
+        })
+        .and_then(|()| sys::reset_signals().doing("reset signals"));
     let failure = match result {
         Err(failure) => failure,
-        Ok(()) => execute(plan, &monitor, &argv),
+        Ok(()) => execute(name, &File::from(monitor), argv),
     };
-    // From here on nothing but what was put aside may be used, the caller's channel included.
-    let _ = report.send(FAILED, &failure.to_string(), &[]);
-    sys::exit_now(1)
+    let _ = Channel::from(report).send(FAILED, &failure.to_string(), &[]);
 }
 
 fn wait_for(supervisor: &Channel, kind: u8) -> Result<(), Failure> {
@@ -378,7 +389,7 @@ fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
         .collect()
 }
 
-fn execute(plan: &Plan, monitor: &File, argv: &[CString]) -> Failure {
+fn execute(name: &str, monitor: &File, argv: &[CString]) -> Failure {
     let mut error = sys::exec_opened(monitor.as_fd(), argv);
     // Not for this user to execute, or where it lies nothing may be executed: a copy in memory
     // then, which costs its size for every microVM.
@@ -387,10 +398,7 @@ fn execute(plan: &Plan, monitor: &File, argv: &[CString]) -> Failure {
     {
         error = sys::exec_opened(copy.as_fd(), argv);
     }
-    let failure = Failure::new(
-        format_args!("execute {} in the jail", plan.monitor_name),
-        error,
-    );
+    let failure = Failure::new(format_args!("execute {name} in the jail"), error);
     match error {
         Errno::NOENT => failure.remedy(
             "it needs an interpreter or shared libraries, which a jail does not have: give a \

@@ -8,7 +8,7 @@
 //!
 //! It is started only when there is something to keep.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,7 +20,7 @@ use super::channel::{Channel, Message};
 use super::groups::{self, Account, Doors, Groups};
 use super::names::Named;
 use crate::failure::{Doing, Failure};
-use crate::sys::{self, Fork};
+use crate::sys;
 
 /// To the keeper: the process in the jail, by a descriptor.
 const WATCH: u8 = b'w';
@@ -40,7 +40,7 @@ const PATIENCE: Timespec = Timespec {
 };
 
 /// What there is to keep.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Errand {
     /// Control groups.
     pub groups: Option<groups::Errand>,
@@ -61,18 +61,12 @@ impl Keeper {
     pub fn start(errand: Errand, supervisor: &OwnedFd) -> Result<Keeper, Failure> {
         let what = "start the keeper";
         let (channel, theirs) = Channel::pair().doing(what)?;
-        match sys::fork().doing(what)? {
-            Fork::Child => {
-                drop(channel);
-                keep(&errand, &theirs, supervisor.as_fd());
-                sys::exit_now(0)
-            }
-            Fork::Parent(pid) => Ok(Keeper {
-                channel,
-                pid,
-                errand,
-            }),
-        }
+        let pid = sys::fork_apart(theirs.into(), supervisor.as_fd(), &errand, keep).doing(what)?;
+        Ok(Keeper {
+            channel,
+            pid,
+            errand,
+        })
     }
 
     /// Waits until everything is made: the sockets, in the order in which they were asked for, and
@@ -140,12 +134,15 @@ fn decode(text: &str) -> Account {
     }
 }
 
-/// The life of the keeper.
-fn keep(errand: &Errand, channel: &Channel, supervisor: BorrowedFd<'_>) {
+/// The life of the keeper, which holds nothing of the supervisor's but what it needs: an output kept
+/// open would keep its reader waiting.
+fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>, errand: &Errand) {
+    let channel = &Channel::from(channel);
     // Signals that end a program stay held back; a terminal's do not come here.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"mayfly-keeper");
-    if let Err(failure) = let_go(channel, supervisor) {
+    let silent = closed.and_then(|()| be_silent());
+    if let Err(failure) = silent.doing("close inherited descriptors") {
         let _ = channel.send(FAILED, &failure.to_string(), &[]);
         return;
     }
@@ -215,21 +212,15 @@ fn next(channel: &Channel, supervisor: BorrowedFd<'_>) -> Option<Message> {
     }
 }
 
-/// Holds nothing of the supervisor's but what the keeper needs: an output kept open would keep its
-/// reader waiting.
-fn let_go(channel: &Channel, supervisor: BorrowedFd<'_>) -> Result<(), Failure> {
-    let what = "close inherited descriptors";
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-    if let Ok(null) = &null {
-        rustix::stdio::dup2_stdin(null)
-            .and_then(|()| rustix::stdio::dup2_stdout(null))
-            .and_then(|()| rustix::stdio::dup2_stderr(null))
-            .doing(what)?;
-    }
-    sys::close_all_but(&[channel.as_fd().as_raw_fd(), supervisor.as_raw_fd()]).doing(what)?;
-    // Closed by the line above.
-    std::mem::forget(null);
-    Ok(())
+/// Lets go of the standard streams, where there is something to put in their place.
+fn be_silent() -> Result<(), Errno> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let Ok(null) = rustix::fs::open("/dev/null", flags, Mode::empty()) else {
+        return Ok(());
+    };
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)
 }
 
 /// What was made.

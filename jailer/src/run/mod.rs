@@ -53,22 +53,22 @@ use self::outcome::{Report, Seen, Times, Verdict};
 use self::supervise::{Watch, Watched};
 use crate::failure::{Doing, Failure};
 use crate::root::Owner;
-use crate::sys;
+use crate::sys::{self, Inherited};
 
 /// Runs a microVM and returns the exit code.
-pub fn run(options: Options, began_us: u64) -> i32 {
+pub fn run(options: Options, inherited: Inherited, began_us: u64) -> i32 {
     let id = options
         .id
         .clone()
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
     // Inherited descriptors first: the report's is ours.
-    let prepared = Handed::look().and_then(|handed| {
+    let prepared = Handed::look().and_then(|mut handed| {
         let described = machine::describe_machine(&options.machine)?;
         let wanted = described
             .as_ref()
             .map(Described::inherited)
             .unwrap_or_default();
-        handed.close_others(&wanted)?;
+        handed.close_others(inherited, wanted)?;
         Ok((handed, described))
     });
     let report = match options.exit_report.as_deref().map(Report::open).transpose() {

@@ -374,7 +374,7 @@ impl Net {
             self.buffers.next_room()
         };
         let slices = slices(ram, self.buffers.place(0, room));
-        match sys::io::read_packet(self.tap.as_raw_fd(), slices, &mut self.spill) {
+        match sys::io::read_packet(&self.tap, slices, &mut self.spill) {
             Ok(len) => {
                 let len = u32::try_from(len).unwrap_or(u32::MAX);
                 if self.mergeable && room < len && len <= FRAME_MAX {
@@ -533,7 +533,7 @@ impl Net {
         }
         let pieces = slices(ram, self.chain.readable().iter().copied());
         let since = Instant::now();
-        match sys::io::write_packet(self.tap.as_raw_fd(), pieces) {
+        match sys::io::write_packet(&self.tap, pieces) {
             Ok(_) => {
                 self.counters.tx_frames.one();
                 self.counters.tx_bytes.add(payload);
