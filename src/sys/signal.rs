@@ -1,9 +1,12 @@
 //! Signals: which end the process and how, which wake a vCPU, which are read by control.
 //!
-//! - SIGTERM, SIGINT, SIGQUIT, SIGHUP and SIGXCPU are blocked on every thread; control reads them
-//!   from a descriptor ([`Signals`]) and ends the process in order.
-//! - SIGSYS (a filter's trap), SIGBUS, SIGSEGV and SIGILL end the process from a handler that
-//!   writes one line, gives the terminal back and exits; it allocates nothing and takes no lock.
+//! - SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGXCPU and whatever else ends a process that does not care
+//!   are blocked on every thread; control reads them from a descriptor ([`Signals`]) and ends the
+//!   process in order. SIGINT and SIGQUIT stay ignored where the caller ignored them, as shells do
+//!   for what they start in the background.
+//! - SIGSYS (a filter's trap), SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP and SIGABRT end the process
+//!   from a handler that writes one line, gives the terminal back and exits; it allocates nothing
+//!   and takes no lock.
 //! - SIGPIPE and SIGXFSZ are ignored: the write that raised them fails instead. So are SIGTTIN
 //!   and SIGTTOU: a monitor in the background loses its terminal, and does not stop.
 //! - The first real-time signal makes a vCPU's KVM_RUN return ([`kick`]).
@@ -23,18 +26,35 @@ use super::kvm::RunPage;
 use super::{fd, process, terminal};
 use crate::{exit, log};
 
-/// Signals that control reads.
-const READ_BY_CONTROL: [libc::c_int; 5] = [
+/// Signals that control reads, beside the real-time ones.
+const READ_BY_CONTROL: [libc::c_int; 11] = [
     libc::SIGTERM,
-    libc::SIGINT,
-    libc::SIGQUIT,
     libc::SIGHUP,
     libc::SIGXCPU,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
 ];
+
+/// Signals of a terminal's user, which control reads unless the caller ignored them.
+const FROM_THE_USER: [libc::c_int; 2] = [libc::SIGINT, libc::SIGQUIT];
 
 const IGNORED: [libc::c_int; 4] = [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTTIN, libc::SIGTTOU];
 
-const FATAL: [libc::c_int; 4] = [libc::SIGSYS, libc::SIGBUS, libc::SIGSEGV, libc::SIGILL];
+const FATAL: [libc::c_int; 7] = [
+    libc::SIGSYS,
+    libc::SIGBUS,
+    libc::SIGSEGV,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+    libc::SIGABRT,
+];
 
 /// Says what lies at a host address, for the line about a SIGBUS.
 pub type DescribeAddress = fn(usize, &mut dyn FnMut(&str));
@@ -42,6 +62,15 @@ pub type DescribeAddress = fn(usize, &mut dyn FnMut(&str));
 /// The signals that control reads, as a descriptor for its loop.
 #[derive(Debug)]
 pub struct Signals(File);
+
+/// One of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signal {
+    /// Its number.
+    pub number: i32,
+    /// Where it came from: 0 is another process (`si_code` of sigaction(2)).
+    pub code: i32,
+}
 
 impl Signals {
     /// Sets up every signal of the process. Call it on the first thread, before any other exists:
@@ -58,7 +87,16 @@ impl Signals {
         }
         set_action(libc::SIGRTMIN(), Action::Kick)?;
 
-        let set = create_sigset(&READ_BY_CONTROL)?;
+        let mut read = READ_BY_CONTROL.to_vec();
+        read.extend(libc::SIGRTMIN().saturating_add(1)..=libc::SIGRTMAX());
+        for signal in FROM_THE_USER {
+            if set_action(signal, Action::Default)? == libc::SIG_IGN {
+                set_action(signal, Action::Ignore)?;
+            } else {
+                read.push(signal);
+            }
+        }
+        let set = create_sigset(&read)?;
         change_mask(libc::SIG_BLOCK, &set)?;
         // SAFETY: `set` is a whole signal set of ours, which the call only reads.
         let fd =
@@ -71,12 +109,18 @@ impl Signals {
     }
 
     /// The next signal that came, if one did.
-    pub fn next(&self) -> Option<i32> {
-        // One record is 128 bytes and begins with the signal's number.
+    pub fn next(&self) -> Option<Signal> {
+        // One record is 128 bytes and begins with the signal's number, an error, and the code.
         let mut record = [0; mem::size_of::<libc::signalfd_siginfo>()];
         let n = (&self.0).read(&mut record).ok()?;
-        let number = record.get(..n)?.first_chunk::<4>()?;
-        i32::try_from(u32::from_le_bytes(*number)).ok()
+        let (numbers, _) = record.get(..n)?.as_chunks::<4>();
+        let [number, _, code, ..] = numbers else {
+            return None;
+        };
+        Some(Signal {
+            number: i32::from_le_bytes(*number),
+            code: i32::from_le_bytes(*code),
+        })
     }
 }
 
@@ -166,9 +210,15 @@ extern "C" fn on_fatal(signal: libc::c_int, info: &Info, _: *mut libc::c_void) {
             line.say(": SIGSEGV: the monitor touched memory that is not its own");
             exit::SIGSEGV
         }
-        _ => {
+        libc::SIGILL => {
             line.say(": SIGILL: the monitor met an instruction that this CPU lacks");
             exit::SIGILL
+        }
+        other => {
+            line.say(": signal ");
+            line.number(other);
+            line.say(" ended the monitor");
+            exit::by_signal(other)
         }
     };
     line.say("\n");
@@ -205,7 +255,8 @@ enum Action {
     Fatal,
 }
 
-fn set_action(signal: libc::c_int, action: Action) -> io::Result<()> {
+/// Decides that; what had been decided before.
+fn set_action(signal: libc::c_int, action: Action) -> io::Result<libc::sighandler_t> {
     let (handler, flags) = match action {
         Action::Default => (libc::SIG_DFL, 0),
         Action::Ignore => (libc::SIG_IGN, 0),
@@ -226,31 +277,32 @@ fn set_action(signal: libc::c_int, action: Action) -> io::Result<()> {
         sa_flags: flags,
         sa_restorer: None,
     };
-    // SAFETY: `action` is whole. Its two handlers do only what a signal handler may, and have the
+    let mut before = action;
+    // SAFETY: `action` is whole, and `before` ours to be written. The two handlers do only what a signal handler may, and have the
     // arguments that their flags ask for: with SA_SIGINFO the kernel passes the address of a
     // siginfo of 128 bytes, all of them written, which begins as `Info`.
-    if unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) } == 0 {
-        Ok(())
+    if unsafe { libc::sigaction(signal, &raw const action, &raw mut before) } == 0 {
+        Ok(before.sa_sigaction)
     } else {
         Err(io::Error::last_os_error())
     }
 }
 
 /// A line built without allocation.
-struct Text {
+pub(super) struct Text {
     bytes: [u8; 256],
     len: usize,
 }
 
 impl Text {
-    const fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Text {
             bytes: [0; 256],
             len: 0,
         }
     }
 
-    fn say(&mut self, text: &str) {
+    pub(super) fn say(&mut self, text: &str) {
         for byte in text.bytes() {
             if let Some(slot) = self.bytes.get_mut(self.len) {
                 *slot = byte;
@@ -260,8 +312,14 @@ impl Text {
     }
 
     fn number(&mut self, number: i32) {
-        let mut digits = [0; 10];
-        let mut rest = number.unsigned_abs();
+        if number < 0 {
+            self.say("-");
+        }
+        self.size(number.unsigned_abs() as usize);
+    }
+
+    pub(super) fn size(&mut self, mut rest: usize) {
+        let mut digits = [0; 20];
         let mut len = 0;
         for digit in digits.iter_mut().rev() {
             *digit = b'0' + (rest % 10) as u8;
@@ -271,14 +329,11 @@ impl Text {
                 break;
             }
         }
-        if number < 0 {
-            self.say("-");
-        }
         let text = digits.get(digits.len() - len..).unwrap_or_default();
         self.say(std::str::from_utf8(text).unwrap_or("?"));
     }
 
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         self.bytes.get(..self.len).unwrap_or_default()
     }
 }

@@ -62,7 +62,7 @@ use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 use crate::sys::handed::Handed;
-use crate::sys::signal::{self, Signals};
+use crate::sys::signal::{self, Signal, Signals};
 use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{End, VcpuEvent};
@@ -445,9 +445,10 @@ impl Vmm {
             }
             let [event, signal] = interests;
             if signal.is_ready()
-                && let Some(number) = self.signals.next()
+                && let Some(Signal { number, code }) = self.signals.next()
             {
-                info!("Signal {number} ends the microVM.");
+                info!("Shutting down VM after intercepting signal {number}, code {code}.");
+                self.counters.signal = Some(number);
                 break Next::EndBySignal(number);
             }
             let mut next = Next::GoOn;

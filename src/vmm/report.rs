@@ -20,6 +20,8 @@ pub struct Counters {
     pub resume_us: u64,
     /// vCPUs that ended otherwise than by a reset or power-off.
     pub vcpu_failures: u64,
+    /// The signal that ends the process, once there is one.
+    pub signal: Option<i32>,
     /// Lines of metrics that their sink did not take.
     pub missed_lines: u64,
 }
@@ -330,6 +332,11 @@ pub fn begin(id: &str, state: State, timeline: &Timeline, counters: &Counters) -
         "process_startup_time_cpu_us",
         counters.startup_cpu_us,
     );
+    match counters.signal {
+        Some(libc::SIGHUP) => report.add("signals", "sighup", 1),
+        Some(libc::SIGXCPU) => report.add("signals", "sigxcpu", 1),
+        _ => {}
+    }
     report.set("latencies_us", "vmm_pause_vm", counters.pause_us);
     report.set("latencies_us", "vmm_resume_vm", counters.resume_us);
     report.add("logger", "missed_log_count", lost);
