@@ -11,12 +11,16 @@ use mayfly::args::{self, Args, Asked};
 use mayfly::config::{Logger, Metrics, Source};
 use mayfly::log;
 use mayfly::seccomp::Category;
+use mayfly::sys::allocator::Allocator;
 use mayfly::sys::handed::Handed;
 use mayfly::sys::{kvm, landlock, process, socket};
 use mayfly::timeline::Timeline;
 use mayfly::vmm::threads::{self, Muster};
 use mayfly::vmm::{Settings, Vmm, words};
 use mayfly::{error, exit, info};
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() {
     let timeline = Timeline::begin();

@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
@@ -665,6 +666,12 @@ fn signal_when_sent_ends_the_process_as_documented() {
         (libc::SIGBUS, Some(149)),
         (libc::SIGILL, Some(157)),
         (libc::SIGSYS, Some(148)),
+        (libc::SIGABRT, Some(128 + libc::SIGABRT)),
+        (libc::SIGFPE, Some(128 + libc::SIGFPE)),
+        (libc::SIGTRAP, Some(128 + libc::SIGTRAP)),
+        (libc::SIGUSR1, None),
+        (libc::SIGALRM, None),
+        (libc::SIGRTMAX(), None),
     ] {
         let folder = Folder::new();
         let mut monitor = Monitor::boot(&folder, &probe_vm("print:up,spin"));
@@ -704,6 +711,57 @@ fn signal_when_it_is_to_be_ignored_changes_nothing() {
     monitor.type_in("still here\n");
     monitor.exits_with(0);
     assert!(monitor.stdout().contains("probe: got still here"));
+}
+
+#[test]
+fn interrupt_when_the_caller_ignored_it_is_ignored() {
+    if !common::kvm("interrupt_when_the_caller_ignored_it_is_ignored") {
+        return;
+    }
+    let folder = Folder::new();
+    let mut command = Command::new("bash");
+    command
+        .args(["-c", "trap '' INT QUIT; exec \"$0\" \"$@\""])
+        .arg(common::mayfly())
+        .args(common::boot_args(&folder, &probe_vm("echo")));
+    let mut monitor = Monitor::spawn(command);
+    monitor.expect("probe: echo ready");
+    for signal in [libc::SIGINT, libc::SIGQUIT] {
+        sys::kill(monitor.pid(), signal);
+    }
+    monitor.type_in("still here\n");
+    monitor.exits_with(0);
+    assert!(monitor.stdout().contains("probe: got still here"));
+}
+
+#[test]
+fn memory_when_the_host_has_no_more_ends_the_process_in_order() {
+    let folder = Folder::new();
+    let (mut monitor, api) = Monitor::unconfigured(&folder);
+    let limit = format!("--as={}", 1 << 20);
+    common::run("prlimit", &["--pid", &monitor.pid().to_string(), &limit]);
+    let body = " ".repeat(50_000);
+    let text = format!(
+        "PUT /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len() + 1
+    );
+    // Requests that lack a byte, until there is no room for one more.
+    let mut clients = Vec::new();
+    while monitor.child.try_wait().unwrap().is_none() && clients.len() < 200 {
+        // It may end at any moment.
+        let Ok(mut client) = UnixStream::connect(&api.0) else {
+            break;
+        };
+        let _ = client.write_all(text.as_bytes());
+        clients.push(client);
+    }
+    monitor.exits_with(162);
+    let errors = monitor.stderr();
+    assert!(
+        errors.contains("thread fc_api: the host has no memory left"),
+        "{errors}"
+    );
+    assert_eq!(errors.lines().count(), 1, "{errors}");
 }
 
 // The terminal
@@ -762,6 +820,8 @@ fn terminal_when_the_process_is_told_to_end_is_given_back() {
         (libc::SIGQUIT, None),
         (libc::SIGHUP, Some(156)),
         (libc::SIGXCPU, Some(154)),
+        (libc::SIGABRT, Some(128 + libc::SIGABRT)),
+        (libc::SIGUSR2, None),
     ] {
         terminal_is_given_back("spin", code, |m| sys::kill(m.pid(), signal));
     }
@@ -979,6 +1039,21 @@ fn standard_streams_when_closed_from_the_start_do_not_keep_the_guest_from_runnin
             monitor.stdout().contains("probe: print:up ok"),
             !closed.contains(">&- ") && closed != ">&-"
         );
+    }
+}
+
+#[test]
+fn exit_code_when_nobody_takes_the_sentence_is_the_same() {
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for (args, code) in [
+        (&["--foo"][..], 153),
+        (&["--no-api", "--config-file", "/no/such"], 1),
+        (&["--version"], 1),
+        (&["--help"], 1),
+    ] {
+        let mut command = Command::new(common::mayfly());
+        command.args(args).stdout(full()).stderr(full());
+        assert_eq!(command.status().unwrap().code(), Some(code), "{args:?}");
     }
 }
 
