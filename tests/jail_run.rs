@@ -178,6 +178,29 @@ fn every_end_has_its_code_and_its_word() {
     }
 }
 
+/// `command`, started by another program, which is told to with `words`.
+fn started_by(words: &[&str], command: &Command) -> Command {
+    let mut other = Command::new(words[0]);
+    other.args(&words[1..]);
+    other.arg(command.get_program()).args(command.get_args());
+    other.stdin(Stdio::null());
+    other
+}
+
+#[test]
+fn caller_that_ignores_its_children_is_told_every_end_all_the_same() {
+    let place = place!("rsigchld");
+    let deaf = ["env", "--ignore-signal=CHLD"];
+    for (words, code) in [("end=shutdown exit=0", 0), ("exit=160", 160)] {
+        let command = place.run(Who::Root, words, &["--api-sock", &place.shared("api")]);
+        place.ends(started_by(&deaf, &command), code);
+    }
+    // With the witness for a monitor `check` fails, but never for want of the end.
+    let command = place.jailer(Who::Root, &["check"]);
+    let ended = place.ends(started_by(&deaf, &command), 1);
+    assert!(!ended.out.contains("signal 9"), "{}", ended.out);
+}
+
 #[test]
 fn refusal_of_the_monitor_is_passed_on_in_one_line() {
     let place = place!("rrefuse");

@@ -102,6 +102,13 @@ pub fn namespace_kind(namespace: BorrowedFd<'_>) -> Result<UnshareFlags, Errno> 
     checked(i64::from(kind)).map(|kind| UnshareFlags::from_bits_retain(kind as u32))
 }
 
+/// Has the ends of children kept for [`wait`], whatever the caller does with its own: a signal that
+/// is ignored stays so across exec, and the children of whoever ignores SIGCHLD leave no word.
+pub fn expect_children() {
+    // SAFETY: SIG_DFL installs no code of ours as a handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// The signals a user or a service manager ends a program with.
 const ENDING: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
 

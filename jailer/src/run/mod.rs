@@ -97,7 +97,7 @@ fn conclude(
     match watched {
         Ok(watched) => {
             let verdict = watched.verdict();
-            let ended = Some((watched.ended, watched.used));
+            let ended = watched.ended.as_ref().ok().copied();
             let facts = outcome::facts(id, &verdict, ended, &watched.seen, &watched.times);
             (verdict, facts)
         }

@@ -15,6 +15,8 @@ use crate::sys::{Ended, Used};
 
 /// The microVM could not be started.
 pub const NOT_STARTED: i32 = 1;
+/// The jailer could not learn how it ended.
+const UNKNOWN: i32 = 1;
 /// As timeout(1) has it.
 const TIME_LIMIT: i32 = 124;
 /// Above the monitor's own codes.
@@ -135,6 +137,15 @@ impl Verdict {
                 code: 128 + signal,
                 sentence: format!("signal {signal} ended the monitor"),
             },
+        }
+    }
+
+    /// Its end was not to be had.
+    pub fn unknown(failure: &Failure) -> Verdict {
+        Verdict {
+            word: "unknown",
+            code: UNKNOWN,
+            sentence: failure.to_string(),
         }
     }
 

@@ -82,10 +82,8 @@ pub struct FirstByte {
 /// What became of it.
 #[derive(Debug)]
 pub struct Watched {
-    /// How the monitor ended, and what it used.
-    pub ended: Ended,
-    /// The same.
-    pub used: Used,
+    /// How the monitor ended and what it used, or why nobody knows.
+    pub ended: Result<(Ended, Used), Failure>,
     /// Why it was given up before it ran, if it was.
     pub failure: Option<Failure>,
     /// What was seen.
@@ -99,9 +97,10 @@ pub struct Watched {
 impl Watched {
     /// How it ended, in a word, a code and a sentence.
     pub fn verdict(&self) -> Verdict {
-        match &self.failure {
-            Some(failure) => Verdict::not_started(failure),
-            None => Verdict::of(self.ended, &self.seen),
+        match (&self.failure, &self.ended) {
+            (Some(failure), _) => Verdict::not_started(failure),
+            (None, Ok((ended, _))) => Verdict::of(*ended, &self.seen),
+            (None, Err(failure)) => Verdict::unknown(failure),
         }
     }
 }
@@ -466,8 +465,7 @@ impl Watch {
     /// The process in the jail is gone: hears its last words and has everything removed.
     fn finish(mut self, mut progress: Progress) -> Watched {
         progress.times.ended_us = Some(self.now_us());
-        let (ended, used) =
-            sys::wait(self.pid).unwrap_or((Ended::Killed(libc::SIGKILL), Used::default()));
+        let ended = sys::wait(self.pid).doing("learn how the monitor ended");
         // A failure may have been told just before the end.
         while !progress.is_monitor {
             if let Err(failure) = self.hear_jail(&mut progress) {
@@ -487,7 +485,11 @@ impl Watch {
         let said = word.get(..said).unwrap_or_default();
         progress.seen.powered_off = said == POWERED_OFF;
         progress.seen.reset = said == RESET;
-        if !progress.has_started && progress.failure.is_none() && progress.seen.asked.is_none() {
+        if let Ok((ended, _)) = ended
+            && !progress.has_started
+            && progress.failure.is_none()
+            && progress.seen.asked.is_none()
+        {
             let why = match ended {
                 Ended::Exited(code) => {
                     format!("it ended with code {code} before the guest started")
@@ -507,7 +509,6 @@ impl Watch {
         }
         Watched {
             ended,
-            used,
             failure: progress.failure,
             seen: progress.seen,
             times: progress.times,
