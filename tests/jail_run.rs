@@ -388,6 +388,23 @@ fn reader_that_does_not_read_holds_nobody_up() {
 }
 
 #[test]
+fn console_file_at_its_limit_costs_bytes_and_not_the_run() {
+    let place = place!("rfsize");
+    let (file, report) = (place.path("console"), place.path("report.json"));
+    let more = ["--console", &file, "--exit-report", &report];
+    let words = "flood flood-kib=200 end=shutdown exit=0";
+    let command = inheriting(&place.run(Who::Root, words, &more), "ulimit -f 20;");
+    place.ends(command, 0);
+    assert_eq!(fs::metadata(&file).unwrap().len(), 20 * 1024);
+    let text = fs::read_to_string(&report).unwrap();
+    assert_eq!(fact(&text, "ended"), "shutdown", "{text}");
+    // The monitor has the signal as every program has it.
+    let command = place.run(Who::Root, "report exit=0", &[]);
+    let report = Report::parse(place.ends(command, 0).out.lines());
+    assert_eq!(report.one("xfsz"), "0");
+}
+
+#[test]
 fn terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_leaves() {
     let place = place!("rterminal");
     for who in BOTH {

@@ -139,11 +139,25 @@ pub fn held_signal() -> Option<c_int> {
     })
 }
 
-/// Gives the program to come what a program expects: no signal blocked, SIGPIPE not ignored (the
-/// Rust runtime ignores it, and an ignored signal stays so across exec).
+/// Makes a write to a broken pipe, or beyond the largest file that is allowed, an error instead of
+/// an end.
+pub fn survive_writes() {
+    for signal in WRITING {
+        // SAFETY: SIG_IGN installs no code of ours as a handler.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// The signals that a write may bring.
+const WRITING: [c_int; 2] = [libc::SIGPIPE, libc::SIGXFSZ];
+
+/// Gives the program to come what a program expects: no signal blocked, and none ignored of those
+/// that are here (an ignored signal stays so across exec).
 pub fn reset_signals() -> Result<(), Errno> {
-    // SAFETY: SIG_DFL installs no code of ours as a handler.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    for signal in WRITING {
+        // SAFETY: SIG_DFL installs no code of ours as a handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let set = empty_signal_set();
     // SAFETY: `set` is initialised; the old mask is not asked for.
     let result = unsafe { libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()) };
@@ -401,9 +415,9 @@ pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
     c_int::try_from(u32::from_ne_bytes(*number)).ok()
 }
 
-/// Makes writing to a terminal or a broken pipe an error instead of an end or a stop.
+/// Makes using a terminal in the background an error instead of a stop.
 pub fn ignore_terminal_signals() {
-    for signal in [libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
+    for signal in [libc::SIGTTIN, libc::SIGTTOU] {
         // SAFETY: SIG_IGN installs no code of ours as a handler.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }

@@ -57,6 +57,7 @@ use crate::sys;
 
 /// Runs a microVM and returns the exit code.
 pub fn run(options: Options, began_us: u64) -> i32 {
+    sys::survive_writes();
     let id = options
         .id
         .clone()
