@@ -157,6 +157,42 @@ fn configuration_in_a_file_has_its_paths_opened_outside() {
 }
 
 #[test]
+fn files_are_called_by_their_names() {
+    let place = place!("gnames");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (text, kernel, disk) = (
+        place.path("kernel"),
+        place.path("probe"),
+        place.path("disk"),
+    );
+    let big = place.path("big");
+    fs::File::create(&big).unwrap().set_len(1 << 30).unwrap();
+    fs::set_permissions(&big, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let plain: [(&[&str], &str); 2] = [
+        (&["--kernel", &text], &text),
+        (&["--kernel", &kernel, "--initrd", &big], &big),
+    ];
+    for (words, name) in plain {
+        let command = place.jailer(Who::Root, &[&["run"], words].concat());
+        let err = place.refuses(command, name);
+        assert!(!err.contains("descriptor"), "{err}");
+    }
+    // In several requests.
+    let drives: Vec<String> = (0..17)
+        .map(|n| format!(r#"{{"drive_id":"d{n}","path_on_host":"{disk}","is_root_device":false}}"#))
+        .collect();
+    let config = format!(
+        r#"{{"boot-source":{{"kernel_image_path":"{text}"}},"drives":[{}]}}"#,
+        drives.join(",")
+    );
+    fs::write(place.path("many.json"), config).unwrap();
+    let many = place.path("many.json");
+    let command = place.jailer(Who::Root, &["run", "--config", &many]);
+    let err = place.refuses(command, "start the microVM: ");
+    assert!(!err.contains("descriptor"), "{err}");
+}
+
+#[test]
 fn monitor_ends_in_order_when_asked() {
     let place = place!("gterm");
     copy_readable(&common::probe(), &place.path("probe"));

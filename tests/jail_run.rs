@@ -342,6 +342,13 @@ fn console_is_relayed_both_ways_and_log_goes_elsewhere() {
         // Without a place of its own, the log shows troubles only.
         let ended = place.ends(place.run(who, "log=quiet warn=loud exit=0", &[]), 0);
         assert_eq!(ended.err, "now [witness:main:WARN] loud\n");
+        // Of what the guest has mapped, the user's name; other descriptors may be a client's.
+        let cut = "The_file_`descriptor_0`_was_cut_short;_replace_such_a_file_by_rename.";
+        let ended = place.ends(place.run(who, &format!("warn={cut} exit=149"), &[]), 149);
+        let expected = format!("The file `{}` was cut short", place.path("kernel"));
+        assert!(ended.err.contains(&expected), "{}", ended.err);
+        let ended = place.ends(place.run(who, "warn=descriptor_0 exit=0", &[]), 0);
+        assert_eq!(ended.err, "now [witness:main:WARN] descriptor 0\n");
     }
 }
 

@@ -59,6 +59,18 @@ pub(super) enum Kind {
     Tap,
 }
 
+impl Thing {
+    /// What the user calls it.
+    fn name(&self) -> String {
+        match &self.source {
+            Source::Path(path) => path.display().to_string(),
+            Source::Name(name) => name.clone(),
+            Source::Descriptor(number) => format!("descriptor {number}"),
+            Source::Made(_) => "of its own".into(),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Source {
     Path(PathBuf),
@@ -355,7 +367,7 @@ impl Machine {
         let thing = Thing {
             at: "/boot-source".into(),
             kind: Kind::Kernel,
-            source: Source::Path(PathBuf::new()),
+            source: Source::Path("of this check".into()),
         };
         Machine {
             body,
@@ -484,6 +496,31 @@ impl Machine {
         requests
     }
 
+    /// What the user calls the files that an answer to `request` may speak of, in the order of their
+    /// numbers. At the start those are the kernel's and the initrd's.
+    pub fn names(&self, request: &Request) -> Vec<String> {
+        if request.files.is_empty() {
+            return self.images();
+        }
+        request
+            .files
+            .iter()
+            .filter_map(|&index| self.things.get(index))
+            .map(Thing::name)
+            .collect()
+    }
+
+    /// What the user calls the files that are mapped into the guest, in the order of the request
+    /// that they go with.
+    pub fn images(&self) -> Vec<String> {
+        let is_image = |thing: &&Thing| matches!(thing.kind, Kind::Kernel | Kind::Initrd);
+        self.things
+            .iter()
+            .take_while(is_image)
+            .map(Thing::name)
+            .collect()
+    }
+
     /// The files that go with `request`.
     pub fn files(&self, request: &Request) -> Vec<BorrowedFd<'_>> {
         request
@@ -493,6 +530,40 @@ impl Machine {
             .map(AsFd::as_fd)
             .collect()
     }
+}
+
+/// Puts `names` in the place of the descriptors' numbers, which are all that the monitor knows of
+/// the files it was handed, in its words `text`. A number it was not handed stays.
+pub fn rename(text: &[u8], names: &[String]) -> Vec<u8> {
+    const WORD: &[u8] = b"descriptor ";
+    let mut renamed = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(&byte) = rest.first() {
+        let digits = match rest.strip_prefix(WORD) {
+            Some(after) => after.iter().take_while(|it| it.is_ascii_digit()).count(),
+            None => 0,
+        };
+        let end = if digits == 0 { 1 } else { WORD.len() + digits };
+        let name = rest
+            .get(WORD.len()..end)
+            .and_then(|number| std::str::from_utf8(number).ok()?.parse::<usize>().ok())
+            .and_then(|number| names.get(number));
+        match name {
+            Some(name) => {
+                // "in descriptor 0" is how the monitor says it, but no file is in its name.
+                if renamed.ends_with(b" in ") {
+                    renamed.truncate(renamed.len() - b"in ".len());
+                }
+                renamed.extend(name.replace(char::is_control, "?").bytes());
+                rest = rest.get(end..).unwrap_or_default();
+            }
+            None => {
+                renamed.push(byte);
+                rest = rest.get(1..).unwrap_or_default();
+            }
+        }
+    }
+    renamed
 }
 
 /// Puts the number of a descriptor in the place of a path or name.
@@ -577,6 +648,48 @@ mod tests {
         assert_eq!(at("/network-interfaces/0/host_dev_name/fd"), Some(4.into()));
         assert_eq!(at("/logger/log_path"), None);
         assert_eq!(at("/start"), Some(true.into()));
+    }
+
+    #[test]
+    fn numbers_that_were_handed_out_get_their_names_back() {
+        let described = described(WHOLE).unwrap();
+        let files = described.things.iter().map(|_| Some(null())).collect();
+        let machine = Machine {
+            body: described.body,
+            things: described.things,
+            files,
+        };
+        let names = machine.names(&machine.requests()[0]);
+        assert_eq!(names, ["/k", "descriptor 8", "/d", "descriptor 7", "tap0"]);
+        assert_eq!(machine.images(), ["/k", "descriptor 8"]);
+        let hostile = ["/descriptor 1".to_owned(), "/\x1b[31m".to_owned()];
+        for (text, names, expected) in [
+            (
+                "kernel descriptor 0 is not an ELF file",
+                &names[..],
+                "kernel /k is not an ELF file",
+            ),
+            (
+                "The disk in descriptor 2 is a folder; the tap in descriptor 4",
+                &names,
+                "The disk /d is a folder; the tap tap0",
+            ),
+            ("The file `descriptor 1`", &names, "The file `descriptor 8`"),
+            (
+                "no descriptor 5: a descriptor",
+                &names,
+                "no descriptor 5: a descriptor",
+            ),
+            ("descriptor 00 1 descriptor ", &names, "/k 1 descriptor "),
+            (
+                "descriptor 0, descriptor 1",
+                &hostile,
+                "/descriptor 1, /?[31m",
+            ),
+        ] {
+            let renamed = rename(text.as_bytes(), names);
+            assert_eq!(String::from_utf8(renamed).unwrap(), expected);
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::channel::Channel;
 use super::console::{Console, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
-use super::machine::{Machine, Request};
+use super::machine::{Machine, Request, rename};
 use super::outcome::{Seen, Times, Verdict};
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Ended, Used};
@@ -112,7 +112,15 @@ pub struct Log {
     /// Lines of little weight are for a file, not for a person's terminal.
     only_troubles: bool,
     line: Vec<u8>,
+    /// What the user calls the files of the request that is asked just now.
+    names: Vec<String>,
+    /// What the user calls the files that the guest has mapped.
+    images: Vec<String>,
 }
+
+/// The monitor's words about a file that is mapped into the guest. Any other file may have been
+/// handed in by a client of the API, once the guest runs.
+const MAPPED: &[u8] = b"was cut short; replace such a file";
 
 impl Log {
     /// Longest line that is looked at.
@@ -124,6 +132,8 @@ impl Log {
             relay,
             only_troubles,
             line: Vec::new(),
+            names: Vec::new(),
+            images: Vec::new(),
         }
     }
 
@@ -143,7 +153,12 @@ impl Log {
                     .into_iter()
                     .any(has);
                 if !(self.only_troubles && is_minor) {
-                    self.relay.pass(&line);
+                    let names = if has(MAPPED) {
+                        &self.images
+                    } else {
+                        &self.names
+                    };
+                    self.relay.pass(&rename(&line, names));
                 }
             }
         }
@@ -252,6 +267,8 @@ impl Watch {
             .get_or_insert_with(|| machine.requests().into());
         if let Some(request) = requests.pop_front() {
             let files = machine.files(&request);
+            self.log.names = machine.names(&request);
+            self.log.images = machine.images();
             match client.send(&request.line, Some(&request.body), &files) {
                 Ok(()) => progress.asked = Some(request.line),
                 // The process in the jail failed before it was the monitor, or the monitor at its
@@ -434,13 +451,16 @@ impl Watch {
             return Ok(());
         }
         if !answer.is_success() {
-            return Err(Failure::new("start the microVM", answer.fault()));
+            let fault = rename(answer.fault().as_bytes(), &self.log.names);
+            let fault = String::from_utf8_lossy(&fault).into_owned();
+            return Err(Failure::new("start the microVM", fault));
         }
         if progress.requests.as_ref().is_some_and(VecDeque::is_empty) {
             progress.has_started = true;
             progress.times.started_us = Some(self.now_us());
             // The monitor has its own now; a tap or disk is not held open here.
             self.machine = None;
+            self.log.names.clear();
         }
         Ok(())
     }
