@@ -31,6 +31,7 @@ mod forbidden;
 mod groups;
 mod handed;
 mod jail;
+mod json;
 mod keeper;
 mod names;
 mod netlink;

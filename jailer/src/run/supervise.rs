@@ -257,7 +257,7 @@ impl Watch {
         if !is_ready || is_over || progress.asked.is_some() {
             return Ok(());
         }
-        let (Some(machine), Some(client)) = (&self.machine, &self.client) else {
+        let (Some(machine), Some(client)) = (&self.machine, &mut self.client) else {
             // A client of its own configures and starts it.
             progress.has_started = true;
             return Ok(());
@@ -313,7 +313,12 @@ impl Watch {
                 add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
             }
             if let Some(client) = self.client.as_ref().filter(|_| progress.asked.is_some()) {
-                add(Ready::Api, client.as_fd(), PollFlags::IN);
+                let more = if client.is_sending() {
+                    PollFlags::OUT
+                } else {
+                    PollFlags::empty()
+                };
+                add(Ready::Api, client.as_fd(), PollFlags::IN | more);
             }
             self.log
                 .relay
@@ -475,7 +480,7 @@ impl Watch {
         {
             return Ok(());
         }
-        if let Some(client) = &self.client {
+        if let Some(client) = &mut self.client {
             client.send("GET /vm/timeline", None, &[])?;
             progress.asked = Some("GET /vm/timeline".into());
         }
