@@ -223,10 +223,24 @@ fn killed_and_asked_to_end_are_told_apart() {
         assert_eq!(status.code(), Some(137), "{err}");
         assert!(err.contains("signal 9"), "{err}");
         place.nothing_is_left();
-        for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
+        let signals = [
+            ("TERM", 143),
+            ("INT", 130),
+            ("HUP", 129),
+            ("USR1", 138),
+            ("XCPU", 152),
+            ("SEGV", 139),
+            ("40", 168),
+        ];
+        for (signal, code) in signals {
             let running = Running::start(&place, who, "report stay", &[]);
             // The witness does not handle SIGTERM, and as process 1 it does not even die of it.
             kill(running.child.id(), signal);
+            if code > 143 || code == 138 {
+                // Once is enough, for those above.
+                std::thread::sleep(Duration::from_millis(100));
+                kill(running.child.id(), signal);
+            }
             let (status, err) = running.end();
             assert_eq!(status.code(), Some(code), "{err}");
             place.nothing_is_left();
@@ -462,6 +476,64 @@ fn terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_leaves() {
         assert_eq!(settings[0].trim(), settings[1].trim());
         place.nothing_is_left();
     }
+}
+
+#[test]
+fn terminal_is_given_back_whatever_ends_the_jailer() {
+    let place = place!("rgiven");
+    for signal in ["USR1", "USR2", "ALRM", "XCPU", "XFSZ", "IO", "ABRT", "34"] {
+        let command = place.run(Who::Root, "report stay", &["--timeout", "2"]);
+        let words: Vec<String> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(|word| format!("'{}'", word.to_str().unwrap()))
+            .collect();
+        // The foreground is the jailer's; its killer is told its number. A second signal does not
+        // wait for the witness to end by itself.
+        let script = format!(
+            "stty -g >&2; sh -c 'sleep 0.5; kill -{signal} $0; sleep 0.2; kill -{signal} $0' $$ & exec {}",
+            words.join(" ")
+        );
+        let script = format!("bash -c {}; stty -g >&2", quoted(&script));
+        let mut terminal = Command::new("script");
+        terminal.args(["-qec", &script, "/dev/null"]);
+        terminal.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let output = terminal.spawn().unwrap().wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let settings: Vec<&str> = text
+            .lines()
+            .filter(|line| line.matches(':').count() > 10)
+            .collect();
+        assert_eq!(settings.len(), 2, "{signal}: {text:?}");
+        assert_eq!(settings[0].trim(), settings[1].trim(), "{signal}");
+        let expected = if signal == "XFSZ" {
+            "time limit"
+        } else {
+            "asked for the end"
+        };
+        assert!(text.contains(expected), "{signal}: {text:?}");
+        place.nothing_is_left();
+    }
+}
+
+/// As one word of a shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+#[test]
+fn signals_that_the_caller_ignores_end_nothing() {
+    let place = place!("rnohup");
+    let command = place.run(Who::Root, "report stay", &["--timeout", "1"]);
+    let mut command = started_by(
+        &["env", "--ignore-signal=HUP", "--ignore-signal=USR1"],
+        &command,
+    );
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    kill(child.id(), "HUP");
+    kill(child.id(), "USR1");
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+    place.nothing_is_left();
 }
 
 #[test]

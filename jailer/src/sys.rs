@@ -109,16 +109,59 @@ pub fn expect_children() {
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
-/// The signals a user or a service manager ends a program with.
-const ENDING: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+/// The signals that end a program which does nothing about them, but for SIGKILL, which nobody can,
+/// and those that a write brings.
+fn ending() -> impl Iterator<Item = c_int> {
+    [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGTERM,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGXCPU,
+        libc::SIGIO,
+        libc::SIGPWR,
+        libc::SIGSTKFLT,
+        // Sent by somebody; a fault of this program's own ends it all the same.
+        libc::SIGABRT,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGBUS,
+        libc::SIGSEGV,
+    ]
+    .into_iter()
+    .chain(libc::SIGRTMIN()..=libc::SIGRTMAX())
+}
+
+/// What a shell ignores for a job in the background, but is somebody's wish all the same.
+const WISHES: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+
+/// Those of them that the caller has not chosen to ignore, as nohup(1) does: held back, they would
+/// count.
+fn held() -> libc::sigset_t {
+    let mut set = empty_signal_set();
+    for signal in ending() {
+        // SAFETY: sigaction is plain numbers, for which zeros are valid.
+        let mut now: libc::sigaction = unsafe { mem::zeroed() };
+        // SAFETY: the kernel writes `now`, which is ours; no action is set.
+        unsafe { libc::sigaction(signal, ptr::null(), &raw mut now) };
+        if now.sa_sigaction != libc::SIG_IGN || WISHES.contains(&signal) {
+            // SAFETY: `set` was initialised above and the numbers are below 65.
+            unsafe { libc::sigaddset(&mut set, signal) };
+        }
+    }
+    set
+}
 
 /// Holds back the signals that end a program, so that none of them stops the jailer half-way.
 pub fn hold_ending_signals() -> Result<(), Errno> {
-    let mut set = empty_signal_set();
-    for signal in ENDING {
-        // SAFETY: `set` was initialised above and the numbers are constants below 64.
-        unsafe { libc::sigaddset(&mut set, signal) };
-    }
+    let set = held();
     // SAFETY: `set` is initialised; the old mask is not asked for.
     let result = unsafe { libc::sigprocmask(libc::SIG_BLOCK, &set, ptr::null_mut()) };
     checked(i64::from(result)).map(drop)
@@ -132,8 +175,8 @@ pub fn held_signal() -> Option<c_int> {
     if result != 0 {
         return None;
     }
-    ENDING.into_iter().find(|&signal| {
-        // SAFETY: `set` is initialised and the numbers are constants below 64.
+    ending().find(|&signal| {
+        // SAFETY: `set` is initialised and the numbers are below 65.
         let member = unsafe { libc::sigismember(&set, signal) };
         member == 1
     })
@@ -392,13 +435,9 @@ pub fn place(descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
 /// Above every number that a jail's program is given.
 pub const ASIDE: RawFd = 32;
 
-/// The signals of `ENDING` as a descriptor; they must be held back.
+/// The signals that are held back as a descriptor.
 pub fn ending_signals() -> Result<OwnedFd, Errno> {
-    let mut set = empty_signal_set();
-    for signal in ENDING {
-        // SAFETY: `set` was initialised above and the numbers are constants below 64.
-        unsafe { libc::sigaddset(&mut set, signal) };
-    }
+    let set = held();
     // SAFETY: `set` is initialised.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     let fd = checked(i64::from(fd))?;
