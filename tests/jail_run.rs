@@ -665,6 +665,12 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
             "not an attached tap",
         );
     }
+    for who in BOTH {
+        // Nothing is wrong with this kernel.
+        let command = place.run(who, "exit=0", &["--resource-limit", "no-file=99999999999"]);
+        let err = place.refuses(command, "above what");
+        assert!(!err.contains("namespaces"), "{err}");
+    }
     place.refuses(
         place.run(Who::User, "exit=0", &["--uid", "0"]),
         "can only be itself",

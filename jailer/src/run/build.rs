@@ -247,7 +247,9 @@ fn start(
         open_files: parts.open_files,
         more,
         parent: own,
+        obstacle: refusal::here(),
     };
+    let obstacle = plan.obstacle;
     let (jail, theirs) = Channel::pair().doing("make the jail")?;
     let (pid, pidfd) = match sys::clone(jail::NAMESPACES, doors.v2.as_ref().map(AsFd::as_fd))
         .map_err(refusal::of_namespaces)?
@@ -255,14 +257,15 @@ fn start(
         Clone::Child => {
             // Ours is the other end: when the supervisor's is closed, it is gone.
             drop(jail);
-            let failure = refusal::explain(jail::enter(&plan, &theirs));
+            let failure = jail::enter(&plan, &theirs);
             let _ = theirs.send(jail::FAILED, &failure.to_string(), &[]);
             sys::exit_now(1)
         }
         Clone::Parent(pid, pidfd) => (pid, pidfd),
     };
     drop(theirs);
-    let doomed = settle(&plan, &jail, pid).err().map(refusal::explain);
+    let explain = |failure| refusal::explain(failure, obstacle);
+    let doomed = settle(&plan, &jail, pid).err().map(explain);
     drop(plan);
     let announcement = if parts.quiet {
         String::new()
