@@ -666,6 +666,10 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
         );
     }
     for who in BOTH {
+        place.ends(
+            place.run(who, "exit=0", &["--resource-limit", "no-file=42"]),
+            0,
+        );
         // Nothing is wrong with this kernel.
         let command = place.run(who, "exit=0", &["--resource-limit", "no-file=99999999999"]);
         let err = place.refuses(command, "above what");

@@ -44,6 +44,11 @@ const LOG: u32 = 5;
 /// Where it says how the guest ended, as the monitor sees it.
 const END: u32 = 6;
 
+/// How many descriptors the monitor is handed: 0 to [`END`].
+const HANDED: u64 = END as u64 + 1;
+/// Fewest descriptors that a jail is made with: those handed over are put aside first, and with them
+/// the monitor's executable, the supervisor's process and the way to report.
+pub const LEAST_OPEN_FILES: u64 = sys::ASIDE as u64 + HANDED + 3;
 /// Limit of open descriptors when none is given.
 const OPEN_FILES: u64 = 2048;
 
