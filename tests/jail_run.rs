@@ -742,6 +742,13 @@ fn memory_limit_is_told_from_other_kills() {
     let peak: u64 = fact(&text, "peak_memory_bytes").parse().unwrap();
     assert!((20 << 20..=24 << 20).contains(&peak), "{text}");
     place.ends(place.run(Who::Root, "hog=5 exit=0", &more), 0);
+    // Too little to begin with, on the way into the jail or in the monitor before the guest.
+    for limit in ["memory=1", "memory=100K"] {
+        let more = ["--limit", limit, "--exit-report", &report];
+        place.ends(place.run(Who::Root, "exit=0", &more), 164);
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "ended"), "memory-limit", "{limit}: {text}");
+    }
 }
 
 #[test]

@@ -37,6 +37,13 @@ pub struct Seen {
     pub account: Account,
 }
 
+impl Seen {
+    /// Whether the kernel ended a monitor that ended like this for want of memory in its group.
+    pub fn was_memory_limit(&self, ended: Ended) -> bool {
+        ended == Ended::Killed(libc::SIGKILL) && self.account.out_of_memory > 0
+    }
+}
+
 /// How it ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
@@ -63,7 +70,6 @@ impl Verdict {
                 "the time limit (--timeout) ended the microVM",
             );
         }
-        let killed = ended == Ended::Killed(libc::SIGKILL);
         if let Some(signal) = seen.asked {
             return Verdict {
                 word: "stopped",
@@ -71,7 +77,7 @@ impl Verdict {
                 sentence: format!("signal {signal} asked for the end of the microVM"),
             };
         }
-        if killed && seen.account.out_of_memory > 0 {
+        if seen.was_memory_limit(ended) {
             return of(
                 "memory-limit",
                 MEMORY_LIMIT,

@@ -98,6 +98,10 @@ impl Watched {
     /// How it ended, in a word, a code and a sentence.
     pub fn verdict(&self) -> Verdict {
         match (&self.failure, &self.ended) {
+            // Whatever else failed did so for that.
+            (_, Ok((ended, _))) if self.seen.was_memory_limit(*ended) => {
+                Verdict::of(*ended, &self.seen)
+            }
             (Some(failure), _) => Verdict::not_started(failure),
             (None, Ok((ended, _))) => Verdict::of(*ended, &self.seen),
             (None, Err(failure)) => Verdict::unknown(failure),
@@ -510,6 +514,12 @@ impl Watch {
         let said = word.get(..said).unwrap_or_default();
         progress.seen.powered_off = said == POWERED_OFF;
         progress.seen.reset = said == RESET;
+        self.write_the_rest();
+        // Nobody listens any more on what is now removed.
+        self.console.close();
+        if let Some(keeper) = self.keeper.take() {
+            progress.seen.account = keeper.end();
+        }
         if let Ok((ended, _)) = ended
             && !progress.has_started
             && progress.failure.is_none()
@@ -525,12 +535,6 @@ impl Watch {
             };
             let failure = Failure::new("run the monitor", why).remedy("its log may say why");
             progress.failure = (!progress.seen.timed_out).then_some(failure);
-        }
-        self.write_the_rest();
-        // Nobody listens any more on what is now removed.
-        self.console.close();
-        if let Some(keeper) = self.keeper.take() {
-            progress.seen.account = keeper.end();
         }
         Watched {
             ended,
