@@ -621,6 +621,8 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
         (&["--id", "a/b"], "'/'"),
         (&["--id", &long], "65 bytes"),
         (&["--id", ""], "0 bytes"),
+        (&["--id", "a\nb"], "use the id \"a?b\""),
+        (&["--initrd", "/x\x1b[31m"], "/x?[31m: No such file"),
         (&["--drive", &none], "No such file"),
         (&["--drive", &folder], "Is a directory"),
         (&["--drive", &fifo], "it is a pipe"),
