@@ -788,6 +788,29 @@ fn limits_hold_the_monitor_and_only_it() {
 }
 
 #[test]
+fn frozen_group_holds_up_no_end() {
+    let place = place!("rfrozen");
+    let Some(freezer) = cgroup_mount("freezer") else {
+        eprintln!("SKIPPED rfrozen: this host has no freezer of version 1");
+        return;
+    };
+    // From the start, so that it never runs.
+    let more = ["--cgroup", "freezer.state=FROZEN", "--timeout", "0.5"];
+    place.ends(place.run(Who::Root, "exit=0", &more), 124);
+    // While it runs: asked for its end, killed, and without anybody who would ask.
+    let more = ["--cgroup", "freezer.state=THAWED", "--limit", "pids=30"];
+    let state = freezer.join(format!("mayfly/mayfly-{}/freezer.state", place.host.name));
+    for (signal, code) in [("TERM", Some(143)), ("KILL", None)] {
+        let running = Running::start(&place, Who::Root, "report stay", &more);
+        fs::write(&state, "FROZEN").unwrap();
+        kill(running.child.id(), signal);
+        let (status, err) = running.end();
+        assert_eq!(status.code(), code, "{err}");
+        place.nothing_is_left();
+    }
+}
+
+#[test]
 fn user_has_limits_where_a_group_is_delegated() {
     let place = place!("rdelegated");
     let (Some(pids), Some(unified)) = (cgroup_mount("pids"), cgroup_mount("")) else {

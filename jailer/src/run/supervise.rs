@@ -246,6 +246,9 @@ impl Watch {
     fn kill(&self) {
         // An error means that it has ended.
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        if let Some(keeper) = &self.keeper {
+            keeper.let_end();
+        }
     }
 
     fn give_up(&self, progress: &mut Progress, failure: Failure) {
