@@ -616,6 +616,7 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     let (none, fifo, folder) = (path("none"), path("fifo"), path("shared"));
     let below_none = path("none/x");
     let through_link = path("link/s");
+    let endless = path(&"x".repeat(300));
     let kernel = path("kernel");
     let many: &[(&[&str], &str)] = &[
         (&["--id", "a/b"], "'/'"),
@@ -640,6 +641,7 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
         (&["--console", &below_none], "No such file"),
         (&["--log", &below_none], "No such file"),
         (&["--exit-report", &below_none], "No such file"),
+        (&["--exit-report", &endless], "too long"),
         (&["--api-sock", &below_none], "make its folder"),
         (&["--api-sock", &through_link], "symbolic link"),
         (&["--api-sock", &kernel], "there already"),
@@ -677,6 +679,15 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
         let err = place.refuses(command, "above what");
         assert!(!err.contains("namespaces"), "{err}");
     }
+    let sticky = place.host.path("sticky");
+    fs::create_dir(&sticky).unwrap();
+    fs::set_permissions(&sticky, fs::Permissions::from_mode(0o1777)).unwrap();
+    fs::write(sticky.join("r"), "root's").unwrap();
+    let theirs = path("sticky/r");
+    place.refuses(
+        place.run(Who::User, "exit=0", &["--exit-report", &theirs]),
+        "somebody else's",
+    );
     place.refuses(
         place.run(Who::User, "exit=0", &["--uid", "0"]),
         "can only be itself",
