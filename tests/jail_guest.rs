@@ -177,22 +177,113 @@ fn configuration_in_a_file_has_its_paths_opened_outside() {
         fs::remove_file(&report).unwrap();
         place.nothing_is_left();
     }
-    // What the monitor does not take is its own sentence.
-    fs::write(
-        place.path("bad.json"),
-        r#"{ "boot-source": { "kernel_image_path": "/no/such/kernel" }, "vsock": {} }"#,
-    )
-    .unwrap();
     let bad = place.path("bad.json");
-    place.refuses(
-        place.jailer(Who::Root, &["run", "--config", &bad]),
-        "No such file",
-    );
+    for (text, expected) in [
+        (
+            r#"{ "kernel_image_path": "/no/such/kernel" }"#,
+            "No such file",
+        ),
+        (r#"{ "kernel_image_path": "/k" }, "vsock": {}"#, "\"vsock\""),
+        (r#"{ "kernel_image_path": 5 }"#, "is the number 5"),
+        (
+            r#"{ "kernel_image_path": "/k", "kernel_image_path": "/l" }"#,
+            "duplicate field `kernel_image_path`",
+        ),
+    ] {
+        fs::write(&bad, format!(r#"{{ "boot-source": {text} }}"#)).unwrap();
+        let command = place.jailer(Who::Root, &["run", "--config", &bad]);
+        place.refuses(command, expected);
+    }
+    // What the monitor does not take is its own sentence.
     let kernel = place.path("kernel");
     place.refuses(
         place.jailer(Who::Root, &["run", "--kernel", &kernel]),
         "start the microVM: ",
     );
+}
+
+#[test]
+fn configuration_of_any_length_a_file_may_have_is_taken() {
+    let place = place!("glong");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (config, socket) = (place.path("vm.json"), place.shared("console"));
+    let start = format!(
+        r#"{{ "boot-source": {{ "kernel_image_path": "{}", "boot_args": "probe=print:here,stay" }},
+             "drives": [], "something": {{ "else": 1 }}, "vsock": null,
+             "serial": {{ "console_socket": "{socket}" }} }}"#,
+        place.path("probe"),
+    );
+    // One that the monitor would not take by itself, of names alone.
+    let masks = (0..2500).map(|n| format!(r#"{{"addr":"{n:#x}","bitmap":"0bx"}}"#));
+    let masks = masks.collect::<Vec<_>>().join(",");
+    let long = format!(r#"{{ "msr_modifiers": [{masks}] }}"#);
+    let spaces = " ".repeat((1 << 20) - start.len());
+    for who in BOTH {
+        fs::write(&config, format!("{start}{spaces}")).unwrap();
+        let words = ["run", "--config", &config];
+        let mut child = place
+            .jailer(who, &words)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut text = String::new();
+        host::wait_until("the console's socket", || {
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        let mut caller = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        while !text.contains("here") {
+            let mut bytes = [0; 256];
+            let count = std::io::Read::read(&mut caller, &mut bytes).unwrap();
+            assert!(count > 0, "{text}");
+            text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        let _ = Command::new("kill").arg(child.id().to_string()).status();
+        assert_eq!(child.wait().unwrap().code(), Some(143));
+        place.nothing_is_left();
+
+        // The monitor has a word about what is in it, and not about its length.
+        let with = start.replace("\"something\"", &format!("\"cpu-config\": {long}, \"x\""));
+        fs::write(&config, with).unwrap();
+        place.refuses(place.jailer(who, &words), "MSR");
+        fs::write(&config, format!("{start}{spaces} ")).unwrap();
+        place.refuses(place.jailer(who, &words), "longer than 1 MiB");
+    }
+}
+
+#[test]
+fn files_are_called_by_their_names() {
+    let place = place!("gnames");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (text, kernel, disk) = (
+        place.path("kernel"),
+        place.path("probe"),
+        place.path("disk"),
+    );
+    let big = place.path("big");
+    fs::File::create(&big).unwrap().set_len(1 << 30).unwrap();
+    fs::set_permissions(&big, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let plain: [(&[&str], &str); 2] = [
+        (&["--kernel", &text], &text),
+        (&["--kernel", &kernel, "--initrd", &big], &big),
+    ];
+    for (words, name) in plain {
+        let command = place.jailer(Who::Root, &[&["run"], words].concat());
+        let err = place.refuses(command, name);
+        assert!(!err.contains("descriptor"), "{err}");
+    }
+    // In several requests.
+    let drives: Vec<String> = (0..17)
+        .map(|n| format!(r#"{{"drive_id":"d{n}","path_on_host":"{disk}","is_root_device":false}}"#))
+        .collect();
+    let config = format!(
+        r#"{{"boot-source":{{"kernel_image_path":"{text}"}},"drives":[{}]}}"#,
+        drives.join(",")
+    );
+    fs::write(place.path("many.json"), config).unwrap();
+    let many = place.path("many.json");
+    let command = place.jailer(Who::Root, &["run", "--config", &many]);
+    let err = place.refuses(command, "start the microVM: ");
+    assert!(!err.contains("descriptor"), "{err}");
 }
 
 #[test]

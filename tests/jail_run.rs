@@ -178,6 +178,29 @@ fn every_end_has_its_code_and_its_word() {
     }
 }
 
+/// `command`, started by another program, which is told to with `words`.
+fn started_by(words: &[&str], command: &Command) -> Command {
+    let mut other = Command::new(words[0]);
+    other.args(&words[1..]);
+    other.arg(command.get_program()).args(command.get_args());
+    other.stdin(Stdio::null());
+    other
+}
+
+#[test]
+fn caller_that_ignores_its_children_is_told_every_end_all_the_same() {
+    let place = place!("rsigchld");
+    let deaf = ["env", "--ignore-signal=CHLD"];
+    for (words, code) in [("end=shutdown exit=0", 0), ("exit=160", 160)] {
+        let command = place.run(Who::Root, words, &["--api-sock", &place.shared("api")]);
+        place.ends(started_by(&deaf, &command), code);
+    }
+    // With the witness for a monitor `check` fails, but never for want of the end.
+    let command = place.jailer(Who::Root, &["check"]);
+    let ended = place.ends(started_by(&deaf, &command), 1);
+    assert!(!ended.out.contains("signal 9"), "{}", ended.out);
+}
+
 #[test]
 fn refusal_of_the_monitor_is_passed_on_in_one_line() {
     let place = place!("rrefuse");
@@ -200,10 +223,24 @@ fn killed_and_asked_to_end_are_told_apart() {
         assert_eq!(status.code(), Some(137), "{err}");
         assert!(err.contains("signal 9"), "{err}");
         place.nothing_is_left();
-        for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
+        let signals = [
+            ("TERM", 143),
+            ("INT", 130),
+            ("HUP", 129),
+            ("USR1", 138),
+            ("XCPU", 152),
+            ("SEGV", 139),
+            ("40", 168),
+        ];
+        for (signal, code) in signals {
             let running = Running::start(&place, who, "report stay", &[]);
             // The witness does not handle SIGTERM, and as process 1 it does not even die of it.
             kill(running.child.id(), signal);
+            if code > 143 || code == 138 {
+                // Once is enough, for those above.
+                std::thread::sleep(Duration::from_millis(100));
+                kill(running.child.id(), signal);
+            }
             let (status, err) = running.end();
             assert_eq!(status.code(), Some(code), "{err}");
             place.nothing_is_left();
@@ -319,6 +356,13 @@ fn console_is_relayed_both_ways_and_log_goes_elsewhere() {
         // Without a place of its own, the log shows troubles only.
         let ended = place.ends(place.run(who, "log=quiet warn=loud exit=0", &[]), 0);
         assert_eq!(ended.err, "now [witness:main:WARN] loud\n");
+        // Of what the guest has mapped, the user's name; other descriptors may be a client's.
+        let cut = "The_file_`descriptor_0`_was_cut_short;_replace_such_a_file_by_rename.";
+        let ended = place.ends(place.run(who, &format!("warn={cut} exit=149"), &[]), 149);
+        let expected = format!("The file `{}` was cut short", place.path("kernel"));
+        assert!(ended.err.contains(&expected), "{}", ended.err);
+        let ended = place.ends(place.run(who, "warn=descriptor_0 exit=0", &[]), 0);
+        assert_eq!(ended.err, "now [witness:main:WARN] descriptor 0\n");
     }
 }
 
@@ -362,6 +406,23 @@ fn reader_that_does_not_read_holds_nobody_up() {
         assert_eq!(output.stdout.len(), 2000 * 1024);
         place.nothing_is_left();
     }
+}
+
+#[test]
+fn console_file_at_its_limit_costs_bytes_and_not_the_run() {
+    let place = place!("rfsize");
+    let (file, report) = (place.path("console"), place.path("report.json"));
+    let more = ["--console", &file, "--exit-report", &report];
+    let words = "flood flood-kib=200 end=shutdown exit=0";
+    let command = inheriting(&place.run(Who::Root, words, &more), "ulimit -f 20;");
+    place.ends(command, 0);
+    assert_eq!(fs::metadata(&file).unwrap().len(), 20 * 1024);
+    let text = fs::read_to_string(&report).unwrap();
+    assert_eq!(fact(&text, "ended"), "shutdown", "{text}");
+    // The monitor has the signal as every program has it.
+    let command = place.run(Who::Root, "report exit=0", &[]);
+    let report = Report::parse(place.ends(command, 0).out.lines());
+    assert_eq!(report.one("xfsz"), "0");
 }
 
 #[test]
@@ -415,6 +476,64 @@ fn terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_leaves() {
         assert_eq!(settings[0].trim(), settings[1].trim());
         place.nothing_is_left();
     }
+}
+
+#[test]
+fn terminal_is_given_back_whatever_ends_the_jailer() {
+    let place = place!("rgiven");
+    for signal in ["USR1", "USR2", "ALRM", "XCPU", "XFSZ", "IO", "ABRT", "34"] {
+        let command = place.run(Who::Root, "report stay", &["--timeout", "2"]);
+        let words: Vec<String> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(|word| format!("'{}'", word.to_str().unwrap()))
+            .collect();
+        // The foreground is the jailer's; its killer is told its number. A second signal does not
+        // wait for the witness to end by itself.
+        let script = format!(
+            "stty -g >&2; sh -c 'sleep 0.5; kill -{signal} $0; sleep 0.2; kill -{signal} $0' $$ & exec {}",
+            words.join(" ")
+        );
+        let script = format!("bash -c {}; stty -g >&2", quoted(&script));
+        let mut terminal = Command::new("script");
+        terminal.args(["-qec", &script, "/dev/null"]);
+        terminal.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let output = terminal.spawn().unwrap().wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let settings: Vec<&str> = text
+            .lines()
+            .filter(|line| line.matches(':').count() > 10)
+            .collect();
+        assert_eq!(settings.len(), 2, "{signal}: {text:?}");
+        assert_eq!(settings[0].trim(), settings[1].trim(), "{signal}");
+        let expected = if signal == "XFSZ" {
+            "time limit"
+        } else {
+            "asked for the end"
+        };
+        assert!(text.contains(expected), "{signal}: {text:?}");
+        place.nothing_is_left();
+    }
+}
+
+/// As one word of a shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+#[test]
+fn signals_that_the_caller_ignores_end_nothing() {
+    let place = place!("rnohup");
+    let command = place.run(Who::Root, "report stay", &["--timeout", "1"]);
+    let mut command = started_by(
+        &["env", "--ignore-signal=HUP", "--ignore-signal=USR1"],
+        &command,
+    );
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    kill(child.id(), "HUP");
+    kill(child.id(), "USR1");
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+    place.nothing_is_left();
 }
 
 #[test]
@@ -497,11 +616,14 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     let (none, fifo, folder) = (path("none"), path("fifo"), path("shared"));
     let below_none = path("none/x");
     let through_link = path("link/s");
+    let endless = path(&"x".repeat(300));
     let kernel = path("kernel");
     let many: &[(&[&str], &str)] = &[
         (&["--id", "a/b"], "'/'"),
         (&["--id", &long], "65 bytes"),
         (&["--id", ""], "0 bytes"),
+        (&["--id", "a\nb"], "use the id \"a?b\""),
+        (&["--initrd", "/x\x1b[31m"], "/x?[31m: No such file"),
         (&["--drive", &none], "No such file"),
         (&["--drive", &folder], "Is a directory"),
         (&["--drive", &fifo], "it is a pipe"),
@@ -519,6 +641,7 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
         (&["--console", &below_none], "No such file"),
         (&["--log", &below_none], "No such file"),
         (&["--exit-report", &below_none], "No such file"),
+        (&["--exit-report", &endless], "too long"),
         (&["--api-sock", &below_none], "make its folder"),
         (&["--api-sock", &through_link], "symbolic link"),
         (&["--api-sock", &kernel], "there already"),
@@ -546,6 +669,25 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
             "not an attached tap",
         );
     }
+    for who in BOTH {
+        place.ends(
+            place.run(who, "exit=0", &["--resource-limit", "no-file=42"]),
+            0,
+        );
+        // Nothing is wrong with this kernel.
+        let command = place.run(who, "exit=0", &["--resource-limit", "no-file=99999999999"]);
+        let err = place.refuses(command, "above what");
+        assert!(!err.contains("namespaces"), "{err}");
+    }
+    let sticky = place.host.path("sticky");
+    fs::create_dir(&sticky).unwrap();
+    fs::set_permissions(&sticky, fs::Permissions::from_mode(0o1777)).unwrap();
+    fs::write(sticky.join("r"), "root's").unwrap();
+    let theirs = path("sticky/r");
+    place.refuses(
+        place.run(Who::User, "exit=0", &["--exit-report", &theirs]),
+        "somebody else's",
+    );
     place.refuses(
         place.run(Who::User, "exit=0", &["--uid", "0"]),
         "can only be itself",
@@ -613,6 +755,13 @@ fn memory_limit_is_told_from_other_kills() {
     let peak: u64 = fact(&text, "peak_memory_bytes").parse().unwrap();
     assert!((20 << 20..=24 << 20).contains(&peak), "{text}");
     place.ends(place.run(Who::Root, "hog=5 exit=0", &more), 0);
+    // Too little to begin with, on the way into the jail or in the monitor before the guest.
+    for limit in ["memory=1", "memory=100K"] {
+        let more = ["--limit", limit, "--exit-report", &report];
+        place.ends(place.run(Who::Root, "exit=0", &more), 164);
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "ended"), "memory-limit", "{limit}: {text}");
+    }
 }
 
 #[test]
@@ -647,6 +796,29 @@ fn limits_hold_the_monitor_and_only_it() {
     kill(running.monitor(), "KILL");
     running.end();
     place.nothing_is_left();
+}
+
+#[test]
+fn frozen_group_holds_up_no_end() {
+    let place = place!("rfrozen");
+    let Some(freezer) = cgroup_mount("freezer") else {
+        eprintln!("SKIPPED rfrozen: this host has no freezer of version 1");
+        return;
+    };
+    // From the start, so that it never runs.
+    let more = ["--cgroup", "freezer.state=FROZEN", "--timeout", "0.5"];
+    place.ends(place.run(Who::Root, "exit=0", &more), 124);
+    // While it runs: asked for its end, killed, and without anybody who would ask.
+    let more = ["--cgroup", "freezer.state=THAWED", "--limit", "pids=30"];
+    let state = freezer.join(format!("mayfly/mayfly-{}/freezer.state", place.host.name));
+    for (signal, code) in [("TERM", Some(143)), ("KILL", None)] {
+        let running = Running::start(&place, Who::Root, "report stay", &more);
+        fs::write(&state, "FROZEN").unwrap();
+        kill(running.child.id(), signal);
+        let (status, err) = running.end();
+        assert_eq!(status.code(), code, "{err}");
+        place.nothing_is_left();
+    }
 }
 
 #[test]

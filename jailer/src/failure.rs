@@ -35,7 +35,8 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)
+        // A path may hold anything: one line stays one line, and a terminal is not told what to do.
+        f.write_str(&self.sentence.replace(char::is_control, "?"))
     }
 }
 
@@ -93,5 +94,11 @@ mod tests {
             result.unwrap_err().to_string(),
             "cannot open the folder /x: No such file or directory (os error 2); make it first"
         );
+    }
+
+    #[test]
+    fn sentence_is_one_line_that_does_nothing_to_a_terminal() {
+        let failure = Failure::new("open a\nb", "\x1b[31m\u{9b}red").remedy("say ä\t");
+        assert_eq!(failure.to_string(), "cannot open a?b: ?[31m?red; say ä?");
     }
 }

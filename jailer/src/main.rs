@@ -29,6 +29,8 @@ use failure::Failure;
 fn main() -> ExitCode {
     let inherited = sys::Inherited::at_start();
     let started = compat::Started::now();
+    // Before the first child.
+    sys::expect_children();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let result = match words.split_first() {
         Some((word, rest)) if word == "run" => match run::args::parse(rest.to_vec()) {

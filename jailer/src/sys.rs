@@ -169,12 +169,62 @@ pub fn namespace_kind(namespace: BorrowedFd<'_>) -> Result<UnshareFlags, Errno> 
     checked(i64::from(kind)).map(|kind| UnshareFlags::from_bits_retain(kind as u32))
 }
 
-/// The signals a user or a service manager ends a program with.
-const ENDING: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+/// Has the ends of children kept for [`wait`], whatever the caller does with its own: a signal that
+/// is ignored stays so across exec, and the children of whoever ignores SIGCHLD leave no word.
+pub fn expect_children() {
+    ignore(libc::SIGCHLD, false);
+}
+
+/// The signals that end a program which does nothing about them, but for SIGKILL, which nobody can,
+/// and those that a write brings.
+fn ending() -> impl Iterator<Item = c_int> {
+    [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGTERM,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGXCPU,
+        libc::SIGIO,
+        libc::SIGPWR,
+        libc::SIGSTKFLT,
+        // Sent by somebody; a fault of this program's own ends it all the same.
+        libc::SIGABRT,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGBUS,
+        libc::SIGSEGV,
+    ]
+    .into_iter()
+    .chain(libc::SIGRTMIN()..=libc::SIGRTMAX())
+}
+
+/// What a shell ignores for a job in the background, but is somebody's wish all the same.
+const WISHES: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+
+/// Those of them that the caller has not chosen to ignore, as nohup(1) does: held back, they would
+/// count.
+fn held() -> libc::sigset_t {
+    let counts = |signal: &c_int| {
+        // SAFETY: sigaction is plain numbers, for which zeros are valid.
+        let mut now: libc::sigaction = unsafe { mem::zeroed() };
+        // SAFETY: the kernel writes `now`, which is ours; no action is set.
+        unsafe { libc::sigaction(*signal, ptr::null(), &raw mut now) };
+        now.sa_sigaction != libc::SIG_IGN || WISHES.contains(signal)
+    };
+    let signals: Vec<c_int> = ending().filter(counts).collect();
+    signal_set(&signals)
+}
 
 /// Holds back the signals that end a program, so that none of them stops the jailer half-way.
 pub fn hold_ending_signals() -> Result<(), Errno> {
-    change_mask(libc::SIG_BLOCK, &signal_set(&ENDING))
+    change_mask(libc::SIG_BLOCK, &held())
 }
 
 /// The ending signal that arrived while they were held back, if one did.
@@ -185,17 +235,30 @@ pub fn held_signal() -> Option<c_int> {
     if result != 0 {
         return None;
     }
-    ENDING.into_iter().find(|&signal| {
-        // SAFETY: `set` is initialised and the numbers are constants below 64.
+    ending().find(|&signal| {
+        // SAFETY: `set` is initialised and the numbers are below 65.
         let member = unsafe { libc::sigismember(&set, signal) };
         member == 1
     })
 }
 
-/// Gives the program to come what a program expects: no signal blocked, SIGPIPE not ignored (the
-/// Rust runtime ignores it, and an ignored signal stays so across exec).
+/// Makes a write to a broken pipe, or beyond the largest file that is allowed, an error instead of
+/// an end.
+pub fn survive_writes() {
+    for signal in WRITING {
+        ignore(signal, true);
+    }
+}
+
+/// The signals that a write may bring.
+const WRITING: [c_int; 2] = [libc::SIGPIPE, libc::SIGXFSZ];
+
+/// Gives the program to come what a program expects: no signal blocked, and none ignored of those
+/// that are here (an ignored signal stays so across exec).
 pub fn reset_signals() -> Result<(), Errno> {
-    ignore(libc::SIGPIPE, false);
+    for signal in WRITING {
+        ignore(signal, false);
+    }
     change_mask(libc::SIG_SETMASK, &signal_set(&[]))
 }
 
@@ -414,7 +477,7 @@ pub fn fork_apart<T: std::clone::Clone + 'static>(
 pub type Aside = [OwnedFd; 3];
 
 /// Above every number that a jail's program is given.
-const ASIDE: RawFd = 32;
+pub const ASIDE: RawFd = 32;
 
 /// Gives the program to come its descriptors, copies of `placed` at the numbers 0, 1, 2 and so on and
 /// no others, and lets `last` start it. `last` is told if they could not be placed, and has copies of
@@ -451,9 +514,9 @@ pub fn place(
     exit_now(1)
 }
 
-/// The signals of `ENDING` as a descriptor; they must be held back.
+/// The signals that are held back as a descriptor.
 pub fn ending_signals() -> Result<OwnedFd, Errno> {
-    let set = signal_set(&ENDING);
+    let set = held();
     // SAFETY: `set` is initialised.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     let fd = checked(i64::from(fd))?;
@@ -470,9 +533,9 @@ pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
     c_int::try_from(u32::from_ne_bytes(*number)).ok()
 }
 
-/// Makes writing to a terminal or a broken pipe an error instead of an end or a stop.
+/// Makes using a terminal in the background an error instead of a stop.
 pub fn ignore_terminal_signals() {
-    for signal in [libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
+    for signal in [libc::SIGTTIN, libc::SIGTTOU] {
         ignore(signal, true);
     }
 }

@@ -139,6 +139,14 @@ fn obey(
             report.push_str(&format!("received {kind}\n"));
         }
         report.push_str(&format!("words {words}\n"));
+        // What is done at SIGXFSZ: 0 is what every program does, 1 nothing.
+        let mut action = [0_usize; 4];
+        let place = action.as_mut_ptr() as usize;
+        let _ = raw::call(
+            libc::SYS_rt_sigaction,
+            &[libc::SIGXFSZ as usize, 0, place, 8],
+        );
+        report.push_str(&format!("xfsz {}\n", action[0]));
         report.push_str(&format!(
             "host {}\n",
             rustix::system::uname().nodename().to_string_lossy()

@@ -6,6 +6,7 @@
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::Value;
@@ -20,6 +21,8 @@ const LONGEST: usize = 256 * 1024;
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
+    /// What there was no room for yet.
+    unsent: Vec<u8>,
     heard: Vec<u8>,
 }
 
@@ -35,15 +38,20 @@ pub struct Answer {
 impl Client {
     /// Over a connected socket.
     pub fn new(socket: OwnedFd) -> Client {
+        // Whoever does not read a long request must not hold up its sender; an error here means that
+        // it does.
+        let _ = rustix::fs::fcntl_setfl(&socket, OFlags::NONBLOCK);
         Client {
             socket,
+            unsent: Vec::new(),
             heard: Vec::new(),
         }
     }
 
-    /// Sends a request; `line` is its method and path. The descriptors go with its first byte.
+    /// Sends a request, as far as there is room; `line` is its method and path. The descriptors go
+    /// with its first byte.
     pub fn send(
-        &self,
+        &mut self,
         line: &str,
         body: Option<&Value>,
         files: &[BorrowedFd<'_>],
@@ -57,25 +65,37 @@ impl Client {
                  Content-Length: {length}\r\n\r\n"
             ),
         };
-        let text = head + &body;
-        let mut rest = text.as_bytes();
-        let mut files = files;
-        while !rest.is_empty() {
-            let sent = match files {
-                [] => rustix::io::retry_on_intr(|| {
-                    rustix::net::send(&self.socket, rest, SendFlags::NOSIGNAL)
-                }),
-                files => channel::send(self.socket.as_fd(), &[IoSlice::new(rest)], files),
-            };
-            rest = rest.get(sent.doing(what())?..).unwrap_or_default();
-            files = &[];
+        let text = (head + &body).into_bytes();
+        let sent = channel::send(self.socket.as_fd(), &[IoSlice::new(&text)], files);
+        self.unsent = text;
+        self.unsent.drain(..sent.doing(what())?);
+        self.send_rest().doing(what())
+    }
+
+    fn send_rest(&mut self) -> Result<(), Errno> {
+        while !self.unsent.is_empty() {
+            match rustix::net::send(&self.socket, &self.unsent, SendFlags::NOSIGNAL) {
+                Ok(count) => drop(self.unsent.drain(..count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
 
-    /// Takes what has come; the answer once it is whole.
+    /// Whether a part of a request waits for room.
+    pub fn is_sending(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
+    /// Sends what there is room for and takes what has come; the answer once it is whole.
     pub fn receive(&mut self) -> Result<Option<Answer>, Failure> {
         let what = "hear from the monitor";
+        if self.send_rest().is_err() {
+            // Nobody reads on, but there may be an answer that says why.
+            self.unsent.clear();
+        }
         let mut buffer = [0_u8; 8192];
         match rustix::net::recv(&self.socket, &mut buffer[..], RecvFlags::DONTWAIT) {
             Ok((0, _)) => return Err(Failure::new(what, "it closed the connection")),
@@ -159,6 +179,36 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_request_goes_in_pieces_and_waits_for_nobody() {
+        let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut client = Client::new(one.into());
+        let body = Value::from("x".repeat(3 << 20));
+        let file = std::fs::File::open("/dev/null").unwrap();
+        client
+            .send("PUT /vm", Some(&body), &[file.as_fd()])
+            .unwrap();
+        assert!(client.is_sending());
+        let reader = std::thread::spawn(move || {
+            let mut text = vec![0; (3 << 20) + 2];
+            std::io::Read::read_exact(&mut &other, &mut text).unwrap();
+            std::io::Write::write_all(&mut &other, b"HTTP/1.1 204 \r\n\r\n").unwrap();
+            other
+        });
+        let start = std::time::Instant::now();
+        let answer = loop {
+            if let Some(answer) = client.receive().unwrap() {
+                break answer;
+            }
+            assert!(start.elapsed().as_secs() < 10);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        };
+        assert!(answer.is_success());
+        drop(reader.join().unwrap());
+        // What is left of it has nobody to go to.
+        assert!(client.receive().is_err());
+    }
 
     #[test]
     fn answers_are_taken_one_by_one_when_whole() {

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::jail::LEAST_OPEN_FILES;
 use crate::args::{Limit, account, cgroup_value, cgroup_version, check_id, parent_cgroup};
 use crate::args::{resource_limit, value_of};
 use crate::cgroup::{Value, Version};
@@ -273,6 +274,13 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, Failure> {
     for limit in words.all("--resource-limit", resource_limit)? {
         match limit {
             Limit::FileSize(bytes) => file_size = Some(bytes),
+            Limit::OpenFiles(count) if count < LEAST_OPEN_FILES => {
+                return Err(Failure::new(
+                    format_args!("use --resource-limit no-file={count}"),
+                    format_args!("a jail takes {LEAST_OPEN_FILES} to make"),
+                )
+                .remedy(format_args!("give no-file={LEAST_OPEN_FILES} or more")));
+            }
             Limit::OpenFiles(count) => open_files = Some(count),
         }
     }
@@ -561,6 +569,10 @@ mod tests {
             ("--config f --id a/b", "'/'"),
             ("--config f --uid x", "--uid"),
             ("--config f --resource-limit x=1", "not known"),
+            (
+                "--config f --resource-limit no-file=41",
+                "no-file=42 or more",
+            ),
         ] {
             let failure = line(text).unwrap_err().to_string();
             assert!(failure.contains(expected), "{text}: {failure}");

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::Pid;
@@ -24,6 +24,9 @@ use super::{groups, names, network, opening, refusal};
 use crate::failure::{Doing, Failure};
 use crate::root::Owner;
 use crate::sys::{self, Clone};
+
+/// Longest body of a request that the monitor takes unless it is told otherwise.
+const PAYLOAD: usize = 51_200;
 
 /// Everything that was opened.
 #[derive(Debug)]
@@ -112,11 +115,13 @@ pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
         args::Console::Socket(path) => Some(path.clone()),
         _ => None,
     };
+    let machine_socket = parts.machine.as_ref().and_then(Machine::socket);
     let sockets: Vec<PathBuf> = parts
         .api_sock
         .iter()
         .cloned()
         .chain(console_socket)
+        .chain(machine_socket.map(Path::to_owned))
         .collect();
     let has_groups = parts.groups.is_some();
     let keeper = if has_groups || !sockets.is_empty() {
@@ -166,7 +171,8 @@ struct Pieces {
     end: (OwnedFd, OwnedFd),
 }
 
-/// `sockets` are those the keeper made: for the API first, then for the console.
+/// `sockets` are those the keeper made: for the API first, then for the console, then for the
+/// console of the monitor's own.
 fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
     let mut made = sockets.into_iter();
     let (api, client) = match (&parts.api_sock, parts.listener.take()) {
@@ -187,6 +193,9 @@ fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
             None => return Err(Failure::new("make the console's socket", "there is none")),
         },
     };
+    if let (Some(machine), Some(listener)) = (&mut parts.machine, made.next()) {
+        machine.set_socket(listener);
+    }
     let typed = matches!(parts.console, args::Console::Terminal)
         .then(|| rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).ok())
         .flatten();
@@ -213,6 +222,13 @@ fn start(
     own: OwnedFd,
 ) -> Result<Watch, Failure> {
     let (tap, announcement) = tap_of(&mut parts);
+    let mut more = ["--level", "Info", "--show-level"]
+        .map(str::to_owned)
+        .to_vec();
+    let longest = parts.machine.as_ref().map_or(0, Machine::longest_body);
+    if longest > PAYLOAD {
+        more.extend(["--http-api-max-payload-size".into(), longest.to_string()]);
+    }
     let asked_us = sys::monotonic_us().saturating_sub(parts.began_us);
     let plan = jail::Plan {
         id: parts.id,
@@ -229,11 +245,11 @@ fn start(
         tap,
         file_size: parts.file_size,
         open_files: parts.open_files,
-        more: ["--level", "Info", "--show-level"]
-            .map(str::to_owned)
-            .to_vec(),
+        more,
         parent: own,
+        obstacle: refusal::here(),
     };
+    let obstacle = plan.obstacle;
     let (jail, theirs) = Channel::pair().doing("make the jail")?;
     let (pid, pidfd) = match sys::clone(jail::NAMESPACES, doors.v2.as_ref().map(AsFd::as_fd))
         .map_err(refusal::of_namespaces)?
@@ -241,14 +257,15 @@ fn start(
         Clone::Child => {
             // Ours is the other end: when the supervisor's is closed, it is gone.
             drop(jail);
-            let failure = refusal::explain(jail::enter(&plan, &theirs));
+            let failure = jail::enter(&plan, &theirs);
             let _ = theirs.send(jail::FAILED, &failure.to_string(), &[]);
             sys::exit_now(1)
         }
         Clone::Parent(pid, pidfd) => (pid, pidfd),
     };
     drop(theirs);
-    let doomed = settle(&plan, &jail, pid).err().map(refusal::explain);
+    let explain = |failure| refusal::explain(failure, obstacle);
+    let doomed = settle(&plan, &jail, pid).err().map(explain);
     drop(plan);
     let announcement = if parts.quiet {
         String::new()

@@ -95,7 +95,7 @@ impl Sink {
     }
 
     /// Writes what can be written now; how much that was. An error means that nobody will ever
-    /// read it.
+    /// read these bytes.
     fn write(&mut self, bytes: &[u8]) -> Result<usize, Errno> {
         match self {
             Sink::Nowhere => Ok(bytes.len()),
@@ -137,6 +137,11 @@ impl Sink {
             }
         }
     }
+}
+
+/// Whether a sink that failed like this may take more later: what is full may be emptied.
+fn is_for_now(error: Errno) -> bool {
+    matches!(error, Errno::NOSPC | Errno::DQUOT | Errno::FBIG)
 }
 
 /// Whether a write would not wait.
@@ -225,9 +230,11 @@ impl Relay {
                 self.held.drain(..count);
                 count > 0
             }
-            Err(_) => {
+            Err(error) => {
                 self.held.clear();
-                self.sink = Sink::Nowhere;
+                if !is_for_now(error) {
+                    self.sink = Sink::Nowhere;
+                }
                 false
             }
         }
@@ -424,4 +431,44 @@ pub fn pipe(reader_waits: bool, writer_waits: bool) -> Result<(OwnedFd, OwnedFd)
         rustix::fs::fcntl_setfl(&writer, OFlags::NONBLOCK)?;
     }
     Ok((reader, writer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn relay(to: &str, is_file: bool) -> (OwnedFd, Relay) {
+        let (reader, writer) = pipe(false, false).unwrap();
+        let file = File::options().write(true).open(to).unwrap();
+        let sink = if is_file {
+            Sink::File(file)
+        } else {
+            Sink::Output {
+                to: file.into(),
+                patient: false,
+            }
+        };
+        (writer, Relay::new(reader, sink))
+    }
+
+    #[test]
+    fn full_sink_loses_bytes_and_is_tried_again() {
+        for is_file in [true, false] {
+            let (_writer, mut relay) = relay("/dev/full", is_file);
+            relay.pass(b"lost");
+            assert!(!relay.is_holding());
+            assert!(!matches!(relay.sink, Sink::Nowhere));
+        }
+    }
+
+    #[test]
+    fn sink_without_a_reader_is_given_up() {
+        let (reader, to) = pipe(false, false).unwrap();
+        let (source, _writer) = pipe(false, false).unwrap();
+        drop(reader);
+        let mut relay = Relay::new(source, Sink::Output { to, patient: false });
+        relay.pass(b"lost");
+        assert!(!relay.is_holding());
+        assert!(matches!(relay.sink, Sink::Nowhere));
+    }
 }

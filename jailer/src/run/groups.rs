@@ -15,7 +15,9 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, OFlags};
 
 use super::args::{CgroupLimit, Options};
-use crate::cgroup::{Group, Hierarchies, Plan, Value, Version, Wanted, home, read_below};
+use crate::cgroup::{
+    Group, Hierarchies, Plan, Value, Version, Wanted, home, read_below, write_below,
+};
 use crate::failure::{Doing, Failure};
 use crate::made::Made;
 use crate::root::open_beneath;
@@ -378,6 +380,20 @@ impl Groups {
             }
         }
         Ok(doors)
+    }
+
+    /// Lets what was killed in the groups end: a group of version 1 that is frozen holds even that up.
+    pub fn let_end(&self) {
+        for group in &self.groups {
+            let files: &[(&str, &str)] = match group.version {
+                Version::V1 => &[("freezer.state", "THAWED")],
+                Version::V2 => &[("cgroup.kill", "1"), ("cgroup.freeze", "0")],
+            };
+            for (file, value) in files {
+                // Not every group and not every kernel has them.
+                let _ = write_below(&group.dir, OsStr::new(file), value);
+            }
+        }
     }
 
     /// What the limits came to, and the end of the groups. Lines for what could not be removed.

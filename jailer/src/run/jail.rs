@@ -21,6 +21,7 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Unsh
 use super::channel::Channel;
 use super::forbidden;
 use super::network::{self, Block};
+use super::refusal::{self, Obstacle};
 use crate::failure::{Doing, Failure};
 use crate::root::{Owner, pivot_into};
 use crate::sys::{self, Aside};
@@ -43,6 +44,11 @@ const LOG: u32 = 5;
 /// Where it says how the guest ended, as the monitor sees it.
 const END: u32 = 6;
 
+/// How many descriptors the monitor is handed: 0 to [`END`].
+const HANDED: u64 = END as u64 + 1;
+/// Fewest descriptors that a jail is made with: those handed over are put aside first, and with them
+/// the monitor's executable, the supervisor's process and the way to report.
+pub const LEAST_OPEN_FILES: u64 = sys::ASIDE as u64 + HANDED + 3;
 /// Limit of open descriptors when none is given.
 const OPEN_FILES: u64 = 2048;
 
@@ -90,6 +96,8 @@ pub struct Plan {
     pub more: Vec<String>,
     /// A descriptor of the supervisor's process.
     pub parent: OwnedFd,
+    /// What of the host's may be behind a refusal inside the namespaces.
+    pub obstacle: Option<Obstacle>,
 }
 
 /// A tap in the jail's own network namespace.
@@ -121,26 +129,33 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
             }
         })?;
     }
+    // What is refused from here on may be for the namespaces' sake.
+    let explain = |failure| refusal::explain(failure, plan.obstacle);
+    // Before what may be refused for reasons of its own.
+    rustix::system::sethostname(plan.id.as_bytes())
+        .doing("name the jail's host")
+        .map_err(explain)?;
     // While the host's devices are in reach, and this user may still be root.
     let tap = plan.tap.as_ref().map(|_| network::make_tap()).transpose()?;
     // Groups while we may; then nobody can be found in here who is not the jail's user. The
     // capabilities in the new user namespace stay: its root has no number in it.
     if plan.as_root {
-        rustix::thread::set_thread_groups(&[]).doing("leave supplementary groups")?;
+        rustix::thread::set_thread_groups(&[])
+            .doing("leave supplementary groups")
+            .map_err(explain)?;
     }
-    become_owner(plan.owner)?;
-    rustix::system::sethostname(plan.id.as_bytes()).doing("name the jail's host")?;
+    become_owner(plan.owner).map_err(explain)?;
     // Best effort: a user may have no room for another set of keys, and the monitor's filters
     // do not let it ask for any.
     let _ = sys::leave_session_keys();
     match &plan.tap {
         Some(Tap::Auto(block)) => {
             // The other end is made meanwhile.
-            network::prepare_inside()?;
+            network::prepare_inside().map_err(explain)?;
             wait_for(supervisor, CONNECTED)?;
-            network::connect_inside(block)?;
+            network::connect_inside(block).map_err(explain)?;
         }
-        Some(Tap::User) => network::open_inside()?,
+        Some(Tap::User) => network::open_inside().map_err(explain)?,
         None => {}
     }
     let (listener, client) = match &plan.api {
@@ -157,7 +172,7 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
     let listener = listener.ok_or_else(|| Failure::new("make the API socket", "there is none"))?;
 
     // The network's files were the last that were needed of the host's.
-    empty_root()?;
+    empty_root().map_err(explain)?;
     limit_resources(plan)?;
     drop_capabilities().doing("drop capabilities")?;
     rustix::thread::set_no_new_privs(true).doing("set no_new_privs")?;

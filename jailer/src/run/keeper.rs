@@ -24,6 +24,8 @@ use crate::sys;
 
 /// To the keeper: the process in the jail, by a descriptor.
 const WATCH: u8 = b'w';
+/// To the keeper: the monitor has been killed, and is to end.
+const KILLED: u8 = b'k';
 /// To the keeper: the monitor has ended.
 const END: u8 = b'e';
 /// From the keeper: done, with what it came to.
@@ -87,6 +89,11 @@ impl Keeper {
         self.channel
             .send(WATCH, "", &[pidfd])
             .doing("speak to the keeper")
+    }
+
+    /// Tells it that the monitor has been killed: nothing in its groups is to hold its end up.
+    pub fn let_end(&self) {
+        let _ = self.channel.send(KILLED, "", &[]);
     }
 
     /// The answer to the last request.
@@ -172,14 +179,18 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
     loop {
         match next(channel, supervisor) {
             Some(message) if message.kind == WATCH => monitor = message.files.into_iter().next(),
+            Some(message) if message.kind == KILLED => kept.let_end(),
             Some(_) => {
                 let account = kept.remove(errand);
                 let _ = channel.send(DONE, &encode(account), &[]);
                 return;
             }
             None => {
+                if let Some(monitor) = &monitor {
+                    let _ = rustix::process::pidfd_send_signal(monitor, Signal::KILL);
+                }
+                kept.let_end();
                 if let Some(monitor) = monitor {
-                    let _ = rustix::process::pidfd_send_signal(&monitor, Signal::KILL);
                     let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
                     let _ = poll(&mut [ended], Some(&PATIENCE));
                 }
@@ -245,6 +256,12 @@ impl Kept {
             .transpose()?;
         let doors = self.groups.as_ref().map(Groups::doors).transpose()?;
         Ok((listening, doors.unwrap_or_default()))
+    }
+
+    fn let_end(&self) {
+        if let Some(groups) = &self.groups {
+            groups.let_end();
+        }
     }
 
     fn remove(&mut self, errand: &Errand) -> Account {

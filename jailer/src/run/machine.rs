@@ -11,11 +11,34 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::args::{self, Net, Plain};
+use super::json;
 use super::opening::open_tap;
-use crate::failure::{Doing, Failure};
+use crate::failure::Failure;
 
 /// Most descriptors one request can carry.
 const WITH_ONE_REQUEST: usize = 16;
+
+/// The sections of a configuration.
+const SECTIONS: [&str; 8] = [
+    "boot-source",
+    "drives",
+    "network-interfaces",
+    "machine-config",
+    "cpu-config",
+    "logger",
+    "metrics",
+    "serial",
+];
+
+/// Sections of Firecracker's for which there is nothing here.
+const OUT_OF_SCOPE: [&str; 6] = [
+    "balloon",
+    "vsock",
+    "entropy",
+    "mmds-config",
+    "memory-hotplug",
+    "pmem",
+];
 
 /// The monitor's own default command line, and a console: this command shows one.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
@@ -57,6 +80,21 @@ pub(super) enum Kind {
     Metrics,
     /// Network interface.
     Tap,
+    /// Where clients of the monitor's console connect.
+    Console,
+}
+
+impl Thing {
+    /// What the user calls it.
+    fn name(&self) -> String {
+        match &self.source {
+            Source::Path(path) => path.display().to_string(),
+            Source::Name(name) => name.clone(),
+            Source::Descriptor(number) => format!("descriptor {number}"),
+            Source::Socket(path) => path.display().to_string(),
+            Source::Made(_) => "of its own".into(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +102,8 @@ enum Source {
     Path(PathBuf),
     Name(String),
     Descriptor(RawFd),
+    /// A socket to be made there.
+    Socket(PathBuf),
     Made(Own),
 }
 
@@ -85,6 +125,7 @@ impl Kind {
             Kind::Disk { .. } => "path_on_host",
             Kind::Metrics => "metrics_path",
             Kind::Tap => "host_dev_name",
+            Kind::Console => "console_socket",
         }
     }
 
@@ -96,7 +137,14 @@ impl Kind {
             Kind::Disk { .. } => "disk image",
             Kind::Metrics => "metrics file",
             Kind::Tap => "tap",
+            Kind::Console => "console socket",
         }
+    }
+
+    /// Whether a bare "fd" in the object that names one says which: a boot source names two files,
+    /// and the console's goes for its output.
+    fn is_alone(self) -> bool {
+        !matches!(self, Kind::Kernel | Kind::Initrd | Kind::Console)
     }
 }
 
@@ -152,11 +200,12 @@ impl Described {
     /// From a file.
     pub fn config(path: &Path) -> Result<Described, Failure> {
         let what = format!("use the configuration {} (--config)", path.display());
-        let bytes = std::fs::read(path).doing(&what)?;
-        let body = serde_json::from_slice(&bytes)
-            .map_err(|error| Failure::new(&what, error).remedy("it has to be JSON"))?;
-        Described::of(body, &[])
-            .map_err(|failure| failure.remedy(format_args!("see {}", path.display())))
+        let mut body = json::read(path, &what)?;
+        let see = |failure: Failure| failure.remedy(format_args!("see {}", path.display()));
+        if let Value::Object(body) = &mut body {
+            keep_known(body).map_err(see)?;
+        }
+        Described::of(body, &[]).map_err(see)
     }
 
     fn of(body: Value, own: &[(usize, Own)]) -> Result<Described, Failure> {
@@ -193,19 +242,14 @@ impl Described {
         if let Some(metrics) = body.get("metrics") {
             things.extend(thing(metrics, "/metrics", Kind::Metrics)?);
         }
-        let mut wanted = |section: &str, member: &str| {
-            let section = body.get_mut(section)?.as_object_mut()?;
-            section.remove(member)?.as_str().map(PathBuf::from)
-        };
-        let (log, console) = (
-            wanted("logger", "log_path"),
-            wanted("serial", "serial_out_path"),
-        );
+        if let Some(serial) = body.get("serial") {
+            things.extend(thing(serial, "/serial", Kind::Console)?);
+        }
+        let log = take_output(&mut body, "logger", "log_path")?;
+        let console = take_output(&mut body, "serial", "serial_out_path")?;
         if let Some(Value::String(path)) = body.get("cpu-config") {
             let what = format!("use the CPU configuration {path}");
-            let bytes = std::fs::read(path).doing(&what)?;
-            let masks =
-                serde_json::from_slice(&bytes).map_err(|error| Failure::new(&what, error))?;
+            let masks = json::read(Path::new(path), &what)?;
             body.insert("cpu-config".into(), masks);
         }
         Ok(Described {
@@ -233,7 +277,7 @@ impl Described {
         })
     }
 
-    /// Opens everything. A tap to be made in the jail is left out until then.
+    /// Opens everything. A tap or socket that is still to be made is left out until then.
     pub fn open(
         self,
         mut inherit: impl FnMut(RawFd) -> Result<OwnedFd, Failure>,
@@ -250,7 +294,7 @@ impl Described {
                         .examine(fd.as_fd(), &format!("descriptor {number}"))?;
                     Some(fd)
                 }
-                Source::Made(_) => None,
+                Source::Made(_) | Source::Socket(_) => None,
             });
         }
         Ok(Machine {
@@ -268,6 +312,48 @@ fn text(path: &Path) -> Result<Value, Failure> {
             "it is not UTF-8",
         )
     })
+}
+
+/// Takes the path at which this program, and not the monitor, writes something.
+fn take_output(
+    body: &mut Map<String, Value>,
+    section: &str,
+    member: &str,
+) -> Result<Option<PathBuf>, Failure> {
+    let Some(object) = body.get_mut(section).and_then(Value::as_object_mut) else {
+        return Ok(None);
+    };
+    let found = object.remove(member).or_else(|| object.remove("fd"));
+    match found {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(path)) => Ok(Some(path.into())),
+        Some(_) => Err(Failure::new(
+            format_args!("use \"{member}\" of \"{section}\" in the configuration"),
+            "it is not a path, and this program opens the file itself",
+        )
+        .remedy("give a path, or leave it out and redirect what is printed")),
+    }
+}
+
+/// Leaves out the sections that nobody knows, as the monitor does where it reads a file, and refuses
+/// those that it refuses.
+fn keep_known(body: &mut Map<String, Value>) -> Result<(), Failure> {
+    body.retain(|name, _| SECTIONS.contains(&&**name) || OUT_OF_SCOPE.contains(&&**name));
+    let is_asked_for = |value: &Value| match value {
+        Value::Null => false,
+        Value::Array(list) => !list.is_empty(),
+        _ => true,
+    };
+    for name in OUT_OF_SCOPE {
+        if body.remove(name).is_some_and(|value| is_asked_for(&value)) {
+            let what = format!("use the section \"{name}\" of the configuration");
+            return Err(Failure::new(
+                what,
+                "it is out of scope: there is no such device",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn list<'a>(body: &'a Map<String, Value>, name: &str) -> Result<&'a [Value], Failure> {
@@ -295,14 +381,17 @@ fn thing(object: &Value, at: &str, kind: Kind) -> Result<Option<Thing>, Failure>
             .filter(|&number| number > 2)
             .ok_or_else(|| Failure::new(what(), "\"fd\" is not the number of a descriptor above 2"))
     };
-    // A boot source names two files, so that "fd" alone would not say which.
-    let alone = !matches!(kind, Kind::Kernel | Kind::Initrd);
-    let own_fd = object.get("fd").filter(|_| alone);
+    let own_fd = object.get("fd").filter(|_| kind.is_alone());
     let source = match (object.get(kind.member()), own_fd) {
         (Some(Value::Object(inner)), None) if inner.contains_key("fd") => {
             Source::Descriptor(number(&inner["fd"])?)
         }
-        (Some(fd @ Value::Number(_)), None) => Source::Descriptor(number(fd)?),
+        (Some(Value::Number(found)), _) => {
+            let why = format!("\"{}\" is the number {found}", kind.member());
+            let remedy = format!("give a string, or {{\"fd\": {found}}} for a descriptor");
+            return Err(Failure::new(what(), why).remedy(remedy));
+        }
+        (Some(Value::String(path)), _) if kind == Kind::Console => Source::Socket(path.into()),
         (Some(Value::String(name)), None) if kind == Kind::Tap => Source::Name(name.clone()),
         (Some(Value::String(path)), None) => Source::Path(path.into()),
         (None, Some(fd)) => Source::Descriptor(number(fd)?),
@@ -355,7 +444,7 @@ impl Machine {
         let thing = Thing {
             at: "/boot-source".into(),
             kind: Kind::Kernel,
-            source: Source::Path(PathBuf::new()),
+            source: Source::Path("of this check".into()),
         };
         Machine {
             body,
@@ -366,10 +455,33 @@ impl Machine {
 
     /// Takes the tap that was made in the jail.
     pub fn set_tap(&mut self, tap: OwnedFd) {
-        let made = self.files.iter_mut().find(|file| file.is_none());
-        if let Some(place) = made {
-            *place = Some(tap);
+        self.set(tap, |source| matches!(source, Source::Made(_)));
+    }
+
+    /// Where the configuration wants a socket for clients of the monitor's console.
+    pub fn socket(&self) -> Option<&Path> {
+        self.things.iter().find_map(|thing| match &thing.source {
+            Source::Socket(path) => Some(&**path),
+            _ => None,
+        })
+    }
+
+    /// Takes that socket.
+    pub fn set_socket(&mut self, listener: OwnedFd) {
+        self.set(listener, |source| matches!(source, Source::Socket(_)));
+    }
+
+    fn set(&mut self, file: OwnedFd, is_it: impl Fn(&Source) -> bool) {
+        let at = self.things.iter().position(|thing| is_it(&thing.source));
+        if let Some(place) = at.and_then(|at| self.files.get_mut(at)) {
+            *place = Some(file);
         }
+    }
+
+    /// The length of the longest request's body.
+    pub fn longest_body(&self) -> usize {
+        let bodies = self.requests().into_iter().map(|request| request.body);
+        bodies.map(|body| body.to_string().len()).max().unwrap_or(0)
     }
 
     /// Tells the guest its address on the kernel's command line, unless that has one already.
@@ -458,7 +570,7 @@ impl Machine {
             "cpu-config",
             "boot-source",
         ] {
-            if let Some(object) = self.body.get(section).filter(|object| object.is_object()) {
+            if let Some(object) = self.body.get(section).filter(|object| !object.is_null()) {
                 tell(format!("PUT /{section}"), &format!("/{section}"), object);
             }
         }
@@ -484,6 +596,31 @@ impl Machine {
         requests
     }
 
+    /// What the user calls the files that an answer to `request` may speak of, in the order of their
+    /// numbers. At the start those are the kernel's and the initrd's.
+    pub fn names(&self, request: &Request) -> Vec<String> {
+        if request.files.is_empty() {
+            return self.images();
+        }
+        request
+            .files
+            .iter()
+            .filter_map(|&index| self.things.get(index))
+            .map(Thing::name)
+            .collect()
+    }
+
+    /// What the user calls the files that are mapped into the guest, in the order of the request
+    /// that they go with.
+    pub fn images(&self) -> Vec<String> {
+        let is_image = |thing: &&Thing| matches!(thing.kind, Kind::Kernel | Kind::Initrd);
+        self.things
+            .iter()
+            .take_while(is_image)
+            .map(Thing::name)
+            .collect()
+    }
+
     /// The files that go with `request`.
     pub fn files(&self, request: &Request) -> Vec<BorrowedFd<'_>> {
         request
@@ -495,10 +632,44 @@ impl Machine {
     }
 }
 
+/// Puts `names` in the place of the descriptors' numbers, which are all that the monitor knows of
+/// the files it was handed, in its words `text`. A number it was not handed stays.
+pub fn rename(text: &[u8], names: &[String]) -> Vec<u8> {
+    const WORD: &[u8] = b"descriptor ";
+    let mut renamed = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(&byte) = rest.first() {
+        let digits = match rest.strip_prefix(WORD) {
+            Some(after) => after.iter().take_while(|it| it.is_ascii_digit()).count(),
+            None => 0,
+        };
+        let end = if digits == 0 { 1 } else { WORD.len() + digits };
+        let name = rest
+            .get(WORD.len()..end)
+            .and_then(|number| std::str::from_utf8(number).ok()?.parse::<usize>().ok())
+            .and_then(|number| names.get(number));
+        match name {
+            Some(name) => {
+                // "in descriptor 0" is how the monitor says it, but no file is in its name.
+                if renamed.ends_with(b" in ") {
+                    renamed.truncate(renamed.len() - b"in ".len());
+                }
+                renamed.extend(name.replace(char::is_control, "?").bytes());
+                rest = rest.get(end..).unwrap_or_default();
+            }
+            None => {
+                renamed.push(byte);
+                rest = rest.get(1..).unwrap_or_default();
+            }
+        }
+    }
+    renamed
+}
+
 /// Puts the number of a descriptor in the place of a path or name.
 fn put(object: &mut Value, kind: Kind, number: usize) {
     if let Some(object) = object.as_object_mut() {
-        if !matches!(kind, Kind::Kernel | Kind::Initrd) {
+        if kind.is_alone() {
             object.remove("fd");
         }
         object.insert(kind.member().into(), json!({ "fd": number }));
@@ -580,6 +751,48 @@ mod tests {
     }
 
     #[test]
+    fn numbers_that_were_handed_out_get_their_names_back() {
+        let described = described(WHOLE).unwrap();
+        let files = described.things.iter().map(|_| Some(null())).collect();
+        let machine = Machine {
+            body: described.body,
+            things: described.things,
+            files,
+        };
+        let names = machine.names(&machine.requests()[0]);
+        assert_eq!(names, ["/k", "descriptor 8", "/d", "descriptor 7", "tap0"]);
+        assert_eq!(machine.images(), ["/k", "descriptor 8"]);
+        let hostile = ["/descriptor 1".to_owned(), "/\x1b[31m".to_owned()];
+        for (text, names, expected) in [
+            (
+                "kernel descriptor 0 is not an ELF file",
+                &names[..],
+                "kernel /k is not an ELF file",
+            ),
+            (
+                "The disk in descriptor 2 is a folder; the tap in descriptor 4",
+                &names,
+                "The disk /d is a folder; the tap tap0",
+            ),
+            ("The file `descriptor 1`", &names, "The file `descriptor 8`"),
+            (
+                "no descriptor 5: a descriptor",
+                &names,
+                "no descriptor 5: a descriptor",
+            ),
+            ("descriptor 00 1 descriptor ", &names, "/k 1 descriptor "),
+            (
+                "descriptor 0, descriptor 1",
+                &hostile,
+                "/descriptor 1, /?[31m",
+            ),
+        ] {
+            let renamed = rename(text.as_bytes(), names);
+            assert_eq!(String::from_utf8(renamed).unwrap(), expected);
+        }
+    }
+
+    #[test]
     fn more_than_one_request_can_carry_goes_in_several() {
         let drives: Vec<Value> = (0..17)
             .map(|n| json!({ "drive_id": format!("d{n}"), "path_on_host": "/d", "is_root_device": false }))
@@ -650,9 +863,50 @@ mod tests {
                 r#"{ "drives": [{ "fd": 5, "path_on_host": "/d" }] }"#,
                 "both",
             ),
+            (
+                r#"{ "boot-source": { "kernel_image_path": 5 } }"#,
+                "is the number 5; give a string, or {\"fd\": 5}",
+            ),
+            (r#"{ "logger": { "fd": 5 } }"#, "not a path"),
+            (r#"{ "serial": { "serial_out_path": {} } }"#, "not a path"),
         ] {
             let failure = described(text).unwrap_err().to_string();
             assert!(failure.contains(expected), "{text}: {failure}");
         }
+    }
+
+    #[test]
+    fn sections_are_kept_left_out_or_refused_as_the_monitor_does_with_a_file() {
+        let kept = |text: &str| {
+            let mut body = serde_json::from_str(text).unwrap();
+            keep_known(&mut body).map(|()| Value::Object(body).to_string())
+        };
+        let text = r#"{"serial":{},"something":{"else":1},"start":5,"vsock":null,"pmem":[]}"#;
+        assert_eq!(kept(text).unwrap(), r#"{"serial":{}}"#);
+        for (name, value) in OUT_OF_SCOPE
+            .iter()
+            .zip(["1", "{}", "[1]", "false", "0", "[{}]"])
+        {
+            let failure = kept(&format!(r#"{{"{name}":{value}}}"#)).unwrap_err();
+            let text = failure.to_string();
+            assert!(text.contains(&format!("\"{name}\"")), "{text}");
+        }
+    }
+
+    #[test]
+    fn sockets_and_taps_that_are_made_later_find_their_places() {
+        let text = r#"{ "serial": { "console_socket": "/c", "fd": null }, "drives": [] }"#;
+        let described = described(text).unwrap();
+        assert_eq!(described.own_tap(), None);
+        let mut machine = described.open(|_| Ok(null())).unwrap();
+        assert_eq!(machine.socket(), Some(Path::new("/c")));
+        machine.set_tap(null());
+        assert_eq!(machine.files(&machine.requests()[0]).len(), 0);
+        machine.set_socket(null());
+        let requests = machine.requests();
+        assert_eq!(machine.files(&requests[0]).len(), 1);
+        let fd = requests[0].body.pointer("/serial/console_socket/fd");
+        assert_eq!(fd, Some(&0.into()));
+        assert_eq!(machine.longest_body(), requests[0].body.to_string().len());
     }
 }

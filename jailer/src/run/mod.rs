@@ -31,6 +31,7 @@ mod forbidden;
 mod groups;
 mod handed;
 mod jail;
+mod json;
 mod keeper;
 mod names;
 mod netlink;
@@ -57,6 +58,7 @@ use crate::sys::{self, Inherited};
 
 /// Runs a microVM and returns the exit code.
 pub fn run(options: Options, inherited: Inherited, began_us: u64) -> i32 {
+    sys::survive_writes();
     let id = options
         .id
         .clone()
@@ -97,7 +99,7 @@ fn conclude(
     match watched {
         Ok(watched) => {
             let verdict = watched.verdict();
-            let ended = Some((watched.ended, watched.used));
+            let ended = watched.ended.as_ref().ok().copied();
             let facts = outcome::facts(id, &verdict, ended, &watched.seen, &watched.times);
             (verdict, facts)
         }

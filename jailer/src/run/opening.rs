@@ -53,6 +53,7 @@ impl Kind {
             Kind::Kernel | Kind::Initrd => kind.is_file(),
             Kind::Disk { .. } => kind.is_file() || kind.is_block_device(),
             Kind::Metrics => kind.is_file() || kind.is_fifo(),
+            Kind::Console => kind.is_socket(),
             Kind::Tap => false,
         };
         if !fits {

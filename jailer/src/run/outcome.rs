@@ -7,14 +7,17 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::groups::Account;
 use crate::failure::{Doing, Failure};
-use crate::sys::{Ended, Used};
+use crate::sys::{self, Ended, Used};
 
 /// The microVM could not be started.
 pub const NOT_STARTED: i32 = 1;
+/// The jailer could not learn how it ended.
+const UNKNOWN: i32 = 1;
 /// As timeout(1) has it.
 const TIME_LIMIT: i32 = 124;
 /// Above the monitor's own codes.
@@ -33,6 +36,13 @@ pub struct Seen {
     pub asked: Option<i32>,
     /// What the control groups counted.
     pub account: Account,
+}
+
+impl Seen {
+    /// Whether the kernel ended a monitor that ended like this for want of memory in its group.
+    pub fn was_memory_limit(&self, ended: Ended) -> bool {
+        ended == Ended::Killed(libc::SIGKILL) && self.account.out_of_memory > 0
+    }
 }
 
 /// How it ended.
@@ -61,7 +71,6 @@ impl Verdict {
                 "the time limit (--timeout) ended the microVM",
             );
         }
-        let killed = ended == Ended::Killed(libc::SIGKILL);
         if let Some(signal) = seen.asked {
             return Verdict {
                 word: "stopped",
@@ -69,7 +78,7 @@ impl Verdict {
                 sentence: format!("signal {signal} asked for the end of the microVM"),
             };
         }
-        if killed && seen.account.out_of_memory > 0 {
+        if seen.was_memory_limit(ended) {
             return of(
                 "memory-limit",
                 MEMORY_LIMIT,
@@ -135,6 +144,15 @@ impl Verdict {
                 code: 128 + signal,
                 sentence: format!("signal {signal} ended the monitor"),
             },
+        }
+    }
+
+    /// Its end was not to be had.
+    pub fn unknown(failure: &Failure) -> Verdict {
+        Verdict {
+            word: "unknown",
+            code: UNKNOWN,
+            sentence: failure.to_string(),
         }
     }
 
@@ -207,6 +225,22 @@ impl Report {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let folder = rustix::fs::open(folder.unwrap_or(Path::new(".")), flags, Mode::empty())
                 .doing(&what)?;
+            // Whether it can be a name there, and whether what has it may be replaced.
+            match rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(old) => {
+                    let place = rustix::fs::fstat(&folder).doing(&what)?;
+                    let own = rustix::process::geteuid();
+                    let is_ours =
+                        own.is_root() || [old.st_uid, place.st_uid].contains(&own.as_raw());
+                    if Mode::from_raw_mode(place.st_mode).contains(Mode::SVTX) && !is_ours {
+                        let why =
+                            "it is somebody else's, in a folder where each replaces their own";
+                        return Err(Failure::new(what, why));
+                    }
+                }
+                Err(Errno::NOENT) => {}
+                Err(error) => return Err(Failure::new(what, error)),
+            }
             let flags = OFlags::WRONLY | OFlags::TMPFILE | OFlags::CLOEXEC;
             // Some file systems have no files without a name.
             if let Ok(file) = rustix::fs::openat(&folder, ".", flags, mode) {
@@ -236,16 +270,22 @@ impl Report {
             // A pipe or device has no size.
             return size.or(Ok(()));
         };
-        // By way of a second name, since a link does not replace what is there.
-        let mut aside = OsString::from(".");
-        aside.push(&name);
-        aside.push(format!(".{}", std::process::id()));
+        // By way of a second name, since a link does not replace what is there. It has nothing of the
+        // first, which may be as long as a name can be; processes of one number are told apart by
+        // the time.
+        let aside = format!(".mayfly-{}-{:x}", std::process::id(), sys::monotonic_us());
         let own = format!(
             "/proc/self/fd/{}",
             std::os::fd::AsRawFd::as_raw_fd(&self.file)
         );
         rustix::fs::linkat(CWD, own, &folder, &aside, AtFlags::SYMLINK_FOLLOW)
-            .and_then(|()| rustix::fs::renameat(&folder, &aside, &folder, &name))
+            .and_then(|()| {
+                let renamed = rustix::fs::renameat(&folder, &aside, &folder, &name);
+                if renamed.is_err() {
+                    let _ = rustix::fs::unlinkat(&folder, &aside, AtFlags::empty());
+                }
+                renamed
+            })
             .doing(what)
     }
 }
@@ -379,5 +419,11 @@ mod tests {
         );
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         assert!(Report::open(&folder.path().join("none/r.json")).is_err());
+        assert!(Report::open(folder.path()).is_err());
+        assert!(Report::open(&folder.path().join("x".repeat(256))).is_err());
+        let path = folder.path().join("x".repeat(255));
+        let report = Report::open(&path).unwrap();
+        report.write(&json!({ "a": 3 })).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 }

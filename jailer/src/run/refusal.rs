@@ -119,13 +119,14 @@ fn of_error(error: Errno, found: Option<Obstacle>) -> Failure {
     }
 }
 
-/// Adds to a failure inside the jail what may be behind it: AppArmor lets the namespaces be made
-/// and then refuses everything in them.
-pub fn explain(failure: Failure) -> Failure {
+/// Adds to a failure of what namespaces are needed for, once they are made, what may be behind it:
+/// AppArmor lets them be made and then refuses everything in them. `found` is what was found outside
+/// and before, since inside there is nothing to look at.
+pub fn explain(failure: Failure, found: Option<Obstacle>) -> Failure {
     // Said by number in every sentence: EPERM, EACCES.
     let text = failure.to_string();
     let is_denial = text.contains("(os error 1)") || text.contains("(os error 13)");
-    match here() {
+    match found {
         Some(obstacle) if is_denial => {
             failure.remedy(format_args!("{}: {}", obstacle.reason(), obstacle.remedy()))
         }
@@ -145,6 +146,19 @@ mod tests {
             std::fs::write(path, text).unwrap();
         }
         folder
+    }
+
+    #[test]
+    fn denial_is_explained_by_what_was_found_and_by_nothing_else() {
+        let denied = || Failure::new("name the jail's host", std::io::Error::from(Errno::PERM));
+        let plain = denied().to_string();
+        assert_eq!(explain(denied(), None).to_string(), plain);
+        let text = explain(denied(), Some(Obstacle::AppArmor)).to_string();
+        assert!(text.contains("AppArmor"), "{text}");
+        let other = Failure::new("name the jail's host", std::io::Error::from(Errno::INVAL));
+        let plain = other.to_string();
+        let text = explain(other, Some(Obstacle::AppArmor)).to_string();
+        assert_eq!(text, plain);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::channel::Channel;
 use super::console::{Console, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
-use super::machine::{Machine, Request};
+use super::machine::{Machine, Request, rename};
 use super::outcome::{Seen, Times, Verdict};
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Ended, Used};
@@ -82,10 +82,8 @@ pub struct FirstByte {
 /// What became of it.
 #[derive(Debug)]
 pub struct Watched {
-    /// How the monitor ended, and what it used.
-    pub ended: Ended,
-    /// The same.
-    pub used: Used,
+    /// How the monitor ended and what it used, or why nobody knows.
+    pub ended: Result<(Ended, Used), Failure>,
     /// Why it was given up before it ran, if it was.
     pub failure: Option<Failure>,
     /// What was seen.
@@ -99,9 +97,14 @@ pub struct Watched {
 impl Watched {
     /// How it ended, in a word, a code and a sentence.
     pub fn verdict(&self) -> Verdict {
-        match &self.failure {
-            Some(failure) => Verdict::not_started(failure),
-            None => Verdict::of(self.ended, &self.seen),
+        match (&self.failure, &self.ended) {
+            // Whatever else failed did so for that.
+            (_, Ok((ended, _))) if self.seen.was_memory_limit(*ended) => {
+                Verdict::of(*ended, &self.seen)
+            }
+            (Some(failure), _) => Verdict::not_started(failure),
+            (None, Ok((ended, _))) => Verdict::of(*ended, &self.seen),
+            (None, Err(failure)) => Verdict::unknown(failure),
         }
     }
 }
@@ -113,7 +116,15 @@ pub struct Log {
     /// Lines of little weight are for a file, not for a person's terminal.
     only_troubles: bool,
     line: Vec<u8>,
+    /// What the user calls the files of the request that is asked just now.
+    names: Vec<String>,
+    /// What the user calls the files that the guest has mapped.
+    images: Vec<String>,
 }
+
+/// The monitor's words about a file that is mapped into the guest. Any other file may have been
+/// handed in by a client of the API, once the guest runs.
+const MAPPED: &[u8] = b"was cut short; replace such a file";
 
 impl Log {
     /// Longest line that is looked at.
@@ -125,6 +136,8 @@ impl Log {
             relay,
             only_troubles,
             line: Vec::new(),
+            names: Vec::new(),
+            images: Vec::new(),
         }
     }
 
@@ -144,7 +157,12 @@ impl Log {
                     .into_iter()
                     .any(has);
                 if !(self.only_troubles && is_minor) {
-                    self.relay.pass(&line);
+                    let names = if has(MAPPED) {
+                        &self.images
+                    } else {
+                        &self.names
+                    };
+                    self.relay.pass(&rename(&line, names));
                 }
             }
         }
@@ -228,6 +246,9 @@ impl Watch {
     fn kill(&self) {
         // An error means that it has ended.
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        if let Some(keeper) = &self.keeper {
+            keeper.let_end();
+        }
     }
 
     fn give_up(&self, progress: &mut Progress, failure: Failure) {
@@ -243,7 +264,7 @@ impl Watch {
         if !is_ready || is_over || progress.asked.is_some() {
             return Ok(());
         }
-        let (Some(machine), Some(client)) = (&self.machine, &self.client) else {
+        let (Some(machine), Some(client)) = (&self.machine, &mut self.client) else {
             // A client of its own configures and starts it.
             progress.has_started = true;
             return Ok(());
@@ -253,6 +274,8 @@ impl Watch {
             .get_or_insert_with(|| machine.requests().into());
         if let Some(request) = requests.pop_front() {
             let files = machine.files(&request);
+            self.log.names = machine.names(&request);
+            self.log.images = machine.images();
             match client.send(&request.line, Some(&request.body), &files) {
                 Ok(()) => progress.asked = Some(request.line),
                 // The process in the jail failed before it was the monitor, or the monitor at its
@@ -297,7 +320,12 @@ impl Watch {
                 add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
             }
             if let Some(client) = self.client.as_ref().filter(|_| progress.asked.is_some()) {
-                add(Ready::Api, client.as_fd(), PollFlags::IN);
+                let more = if client.is_sending() {
+                    PollFlags::OUT
+                } else {
+                    PollFlags::empty()
+                };
+                add(Ready::Api, client.as_fd(), PollFlags::IN | more);
             }
             self.log
                 .relay
@@ -435,13 +463,16 @@ impl Watch {
             return Ok(());
         }
         if !answer.is_success() {
-            return Err(Failure::new("start the microVM", answer.fault()));
+            let fault = rename(answer.fault().as_bytes(), &self.log.names);
+            let fault = String::from_utf8_lossy(&fault).into_owned();
+            return Err(Failure::new("start the microVM", fault));
         }
         if progress.requests.as_ref().is_some_and(VecDeque::is_empty) {
             progress.has_started = true;
             progress.times.started_us = Some(self.now_us());
             // The monitor has its own now; a tap or disk is not held open here.
             self.machine = None;
+            self.log.names.clear();
         }
         Ok(())
     }
@@ -456,7 +487,7 @@ impl Watch {
         {
             return Ok(());
         }
-        if let Some(client) = &self.client {
+        if let Some(client) = &mut self.client {
             client.send("GET /vm/timeline", None, &[])?;
             progress.asked = Some("GET /vm/timeline".into());
         }
@@ -466,8 +497,7 @@ impl Watch {
     /// The process in the jail is gone: hears its last words and has everything removed.
     fn finish(mut self, mut progress: Progress) -> Watched {
         progress.times.ended_us = Some(self.now_us());
-        let (ended, used) =
-            sys::wait(self.pid).unwrap_or((Ended::Killed(libc::SIGKILL), Used::default()));
+        let ended = sys::wait(self.pid).doing("learn how the monitor ended");
         // A failure may have been told just before the end.
         while !progress.is_monitor {
             if let Err(failure) = self.hear_jail(&mut progress) {
@@ -487,7 +517,17 @@ impl Watch {
         let said = word.get(..said).unwrap_or_default();
         progress.seen.powered_off = said == POWERED_OFF;
         progress.seen.reset = said == RESET;
-        if !progress.has_started && progress.failure.is_none() && progress.seen.asked.is_none() {
+        self.write_the_rest();
+        // Nobody listens any more on what is now removed.
+        self.console.close();
+        if let Some(keeper) = self.keeper.take() {
+            progress.seen.account = keeper.end();
+        }
+        if let Ok((ended, _)) = ended
+            && !progress.has_started
+            && progress.failure.is_none()
+            && progress.seen.asked.is_none()
+        {
             let why = match ended {
                 Ended::Exited(code) => {
                     format!("it ended with code {code} before the guest started")
@@ -499,15 +539,8 @@ impl Watch {
             let failure = Failure::new("run the monitor", why).remedy("its log may say why");
             progress.failure = (!progress.seen.timed_out).then_some(failure);
         }
-        self.write_the_rest();
-        // Nobody listens any more on what is now removed.
-        self.console.close();
-        if let Some(keeper) = self.keeper.take() {
-            progress.seen.account = keeper.end();
-        }
         Watched {
             ended,
-            used,
             failure: progress.failure,
             seen: progress.seen,
             times: progress.times,
