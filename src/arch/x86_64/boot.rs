@@ -150,7 +150,8 @@ impl fmt::Display for BootError {
             ),
             BootError::KernelTooLarge { name, end, ram_end } => write!(
                 f,
-                "kernel {name} is too large: it ends at {end} bytes and guest memory at {ram_end}"
+                "kernel {name} is too large: it ends at {end} bytes, and guest memory for kernels, \
+                 below the hole at 3 GiB, at {ram_end}"
             ),
             BootError::InitrdEmpty { name } => write!(f, "initrd {name} is empty"),
             BootError::InitrdTooLarge { name, len, room } => write!(
@@ -697,7 +698,8 @@ mod tests {
         let error = load_one(&mut memory, &kernel(5000, true), None).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "kernel vmlinux is too large: it ends at 1053576 bytes and guest memory at 1048576"
+            "kernel vmlinux is too large: it ends at 1053576 bytes, and guest memory for kernels, \
+             below the hole at 3 GiB, at 1048576"
         );
 
         let mut memory = Memory::anonymous(2).unwrap();

@@ -191,7 +191,7 @@ impl Kernel {
         }
         let count = usize::from(u16_at(header, 56));
         if count > PROGRAM_HEADERS_MAX {
-            return Err(Reason::Malformed("too many program headers"));
+            return Err(Reason::Malformed("too many program headers (64 at most)"));
         }
         let table_len = count.saturating_mul(PROGRAM_HEADER);
         let headers = read_after(&source, &start, table, table_len as u64)?;
@@ -461,7 +461,7 @@ pub(super) mod tests {
         assert_eq!(with(5, &[2]), other);
         assert_eq!(with(18, &[183]), other);
         assert!(with(54, &[32]).ends_with("program headers of an unknown size"));
-        assert!(with(56, &[0xff, 0xff]).ends_with("too many program headers"));
+        assert!(with(56, &[0xff, 0xff]).ends_with("too many program headers (64 at most)"));
         assert!(with(56, &[0, 0]).ends_with("no segment to load"));
         assert!(with(32, &[0xff; 8]).ends_with("headers past the last offset"));
         // The second program header: offset, address, file size, memory size.
