@@ -573,7 +573,9 @@ fn log_when_it_is_a_stream_of_ours_goes_there() {
     let monitor = with(&[listener.as_fd()], &["--api-fd", "10", "--log-fd", "2"]);
     let api = Api::at(folder.join("api"));
     api.get("/");
-    assert!(monitor.stderr().contains("(mayfly v"));
+    common::wait_until("the first line of the log", || {
+        monitor.stderr().contains("(mayfly v")
+    });
     // A descriptor that was handed in stays out of what this process would start.
     let info = fs::read_to_string(format!("/proc/{}/fdinfo/10", monitor.pid())).unwrap();
     let flags = info.lines().find_map(|l| l.strip_prefix("flags:")).unwrap();
