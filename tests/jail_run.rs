@@ -530,8 +530,11 @@ fn signals_that_the_caller_ignores_end_nothing() {
     );
     let mut child = command.stdout(Stdio::null()).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(300));
-    kill(child.id(), "HUP");
-    kill(child.id(), "USR1");
+    // The second of a kind would not wait for the witness.
+    for signal in ["HUP", "USR1", "HUP", "USR1"] {
+        kill(child.id(), signal);
+        std::thread::sleep(Duration::from_millis(50));
+    }
     assert_eq!(child.wait().unwrap().code(), Some(124));
     place.nothing_is_left();
 }
