@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{self, Net, Plain};
 use super::json;
-use super::opening::open_tap;
+use super::opening::{Kind, open_tap};
 use crate::failure::Failure;
 
 /// Most descriptors one request can carry.
@@ -64,26 +64,6 @@ struct Thing {
     source: Source,
 }
 
-/// What sort of thing a configuration names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Guest kernel.
-    Kernel,
-    /// Initial RAM disk.
-    Initrd,
-    /// Disk image.
-    Disk {
-        /// Whether the guest only reads it.
-        read_only: bool,
-    },
-    /// Where metrics are written.
-    Metrics,
-    /// Network interface.
-    Tap,
-    /// Where clients of the monitor's console connect.
-    Console,
-}
-
 impl Thing {
     /// What the user calls it.
     fn name(&self) -> String {
@@ -126,18 +106,6 @@ impl Kind {
             Kind::Metrics => "metrics_path",
             Kind::Tap => "host_dev_name",
             Kind::Console => "console_socket",
-        }
-    }
-
-    /// What it is called.
-    pub(super) fn word(self) -> &'static str {
-        match self {
-            Kind::Kernel => "kernel",
-            Kind::Initrd => "initrd",
-            Kind::Disk { .. } => "disk image",
-            Kind::Metrics => "metrics file",
-            Kind::Tap => "tap",
-            Kind::Console => "console socket",
         }
     }
 

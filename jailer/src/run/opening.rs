@@ -6,11 +6,42 @@ use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
 
-use super::machine::Kind;
 use crate::failure::{Doing, Failure};
 use crate::sys;
 
+/// What sort of thing a configuration names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Guest kernel.
+    Kernel,
+    /// Initial RAM disk.
+    Initrd,
+    /// Disk image.
+    Disk {
+        /// Whether the guest only reads it.
+        read_only: bool,
+    },
+    /// Where metrics are written.
+    Metrics,
+    /// Network interface.
+    Tap,
+    /// Where clients of the monitor's console connect.
+    Console,
+}
+
 impl Kind {
+    /// What it is called.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Kind::Kernel => "kernel",
+            Kind::Initrd => "initrd",
+            Kind::Disk { .. } => "disk image",
+            Kind::Metrics => "metrics file",
+            Kind::Tap => "tap",
+            Kind::Console => "console socket",
+        }
+    }
+
     /// Opens `path` as this.
     pub(super) fn open(self, path: &Path) -> Result<OwnedFd, Failure> {
         let what = format!("open the {} {}", self.word(), path.display());

@@ -7,21 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::failure::{Context, Result};
-use crate::sys;
-
-/// One instruction of a filter (`struct sock_filter`).
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub struct Instruction {
-    /// Operation.
-    pub code: u16,
-    /// Instructions to skip when a comparison holds.
-    pub jump_true: u8,
-    /// Instructions to skip when it does not.
-    pub jump_false: u8,
-    /// Operand.
-    pub operand: u32,
-}
+use crate::sys::{self, Instruction};
 
 /// What is known of a monitor's filters.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -18,7 +18,19 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 
-use crate::filter::Instruction;
+/// One instruction of a filter (`struct sock_filter`).
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Instruction {
+    /// Operation.
+    pub code: u16,
+    /// Instructions to skip when a comparison holds.
+    pub jump_true: u8,
+    /// Instructions to skip when it does not.
+    pub jump_false: u8,
+    /// Operand.
+    pub operand: u32,
+}
 
 /// Guest memory of the floor program: one private anonymous mapping.
 #[derive(Debug)]
