@@ -229,6 +229,7 @@ impl Monitor {
     /// The same with the standard streams that `command` says; those that are pipes are ours.
     pub fn spawn_as_is(mut command: Command) -> Self {
         sys::die_with_us(&mut command);
+        sys::heed_the_user();
         let mut child = command
             .spawn()
             .unwrap_or_else(|e| panic!("{command:?}: {e}"));

@@ -112,6 +112,15 @@ pub fn open_tap(name: &str) -> OwnedFd {
     file.into()
 }
 
+/// Gives SIGINT and SIGQUIT back what they do by default, here and in what is started from here: a
+/// shell that runs the tests in the background has them ignored.
+pub fn heed_the_user() {
+    for signal in [libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 /// Sends `signal` to the process `pid`, which is a child of ours.
 pub fn kill(pid: u32, signal: i32) {
     let pid = i32::try_from(pid).unwrap();
