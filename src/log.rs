@@ -417,10 +417,10 @@ impl Write for Line {
     }
 }
 
-/// A moment in UTC, printed as `2026-01-31T23:59:59.000000`.
+/// A moment in UTC, printed as `2026-01-31T23:59:59.000000000`.
 struct Utc {
     seconds: u64,
-    micros: u32,
+    nanos: u32,
 }
 
 impl Utc {
@@ -430,7 +430,7 @@ impl Utc {
             .unwrap_or_default();
         Utc {
             seconds: since.as_secs(),
-            micros: since.subsec_micros(),
+            nanos: since.subsec_nanos(),
         }
     }
 
@@ -461,11 +461,11 @@ impl fmt::Display for Utc {
         let second = self.seconds % 86_400;
         write!(
             f,
-            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:06}",
+            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}",
             second / 3_600,
             second / 60 % 60,
             second % 60,
-            self.micros
+            self.nanos
         )
     }
 }
@@ -516,7 +516,7 @@ mod tests {
             (1_735_689_599, (2024, 12, 31)),
             (4_107_542_400, (2100, 3, 1)),
         ] {
-            assert_eq!(Utc { seconds, micros: 0 }.date(), date, "{seconds}");
+            assert_eq!(Utc { seconds, nanos: 0 }.date(), date, "{seconds}");
         }
     }
 
