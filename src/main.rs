@@ -89,9 +89,10 @@ fn run(args: Args, timeline: Timeline) -> ! {
         fail(&error.0, exit::BAD_ARGUMENTS);
     }
     // Read before there is nothing to be opened by name.
-    let config = args
-        .config_file
-        .map(|path| Vmm::read_config(&path).unwrap_or_else(|e| fail(&e.0, exit::ERROR)));
+    let config = args.config_file.map(|path| {
+        Vmm::read_config(&path)
+            .unwrap_or_else(|e| fail_for(words::BAD_CONFIGURATION, &e.0, exit::ERROR))
+    });
     let listener = match (args.api_fd, &args.api_sock) {
         (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
         (None, Some(path)) => {

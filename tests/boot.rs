@@ -1058,6 +1058,36 @@ fn exit_code_when_nobody_takes_the_sentence_is_the_same() {
 }
 
 #[test]
+fn log_when_the_start_fails_says_why() {
+    let folder = Folder::new();
+    let log = folder.join("log");
+    let none = folder.file("none.json", "{}");
+    let mut bad = probe_vm("up");
+    bad["boot-source"]["kernel_image_path"] = json!("/no/such");
+    let bad = folder.file("bad.json", bad.to_string());
+    for (config, why) in [(none, "missing field `boot-source`"), (bad, "No such file")] {
+        let mut monitor = Monitor::start([
+            "--no-api".as_ref(),
+            "--config-file".as_ref(),
+            config.as_os_str(),
+            "--log-path".as_ref(),
+            log.as_os_str(),
+        ]);
+        monitor.exits_with(1);
+        assert!(monitor.stderr().contains(why), "{}", monitor.stderr());
+        let lines = folder.read("log");
+        let line = lines.lines().find(|line| line.contains(why)).unwrap();
+        let words = "Configuration for VMM from one single json failed";
+        assert!(line.contains(words), "{lines}");
+        assert!(
+            lines.ends_with("Firecracker exiting with error. exit_code=1\n"),
+            "{lines}"
+        );
+        fs::remove_file(&log).unwrap();
+    }
+}
+
+#[test]
 fn log_when_it_goes_to_standard_output_comes_with_the_console() {
     if !common::kvm("log_when_it_goes_to_standard_output_comes_with_the_console") {
         return;
