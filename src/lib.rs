@@ -36,6 +36,17 @@
 //!   2  serial   memory
 //!   1  bus   config   rate_limiter   inbox   seccomp   metrics   timeline   log   sys   see nothing of ours
 //! ```
+// What a guest, a client or a file may bring about is never a panic. Where numbers of theirs are
+// reckoned with, unchecked arithmetic is denied too, by the module.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
 
 pub mod api;
 pub mod arch;

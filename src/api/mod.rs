@@ -16,16 +16,7 @@
 //!   client -------> Decoder -----> routes ----------> control ----------------> routes -----> client
 //!                  (http.rs)    (routes.rs)                                     (http.rs)
 //! ```
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects,
-        clippy::panic
-    )
-)]
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 mod connection;
 mod counters;

@@ -4,16 +4,7 @@
 //! A [`Draft`] collects what was PUT, each part checked for itself as it comes; [`Draft::check`]
 //! judges all of it together and gives a [`Config`], after which start-up has no validation left.
 //! Field names, defaults and limits are Firecracker's.
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects,
-        clippy::panic
-    )
-)]
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use std::fmt;
 

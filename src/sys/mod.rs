@@ -1,14 +1,5 @@
 //! Thin safe wrappers over raw system calls: the only code, beside guest memory's registration
 //! with KVM, that may be `unsafe`. Each wrapper is complete: no caller has a promise to keep.
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::panic
-    )
-)]
 #![expect(unsafe_code, reason = "this is where raw system calls are wrapped")]
 
 pub mod allocator;

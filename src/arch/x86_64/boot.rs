@@ -5,16 +5,7 @@
 //!   the ELF note for it;
 //! - 64-bit Linux (Linux, `Documentation/arch/x86/boot.rst`, "64-bit boot protocol"): the zero
 //!   page, page tables and a descriptor table.
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects,
-        clippy::panic
-    )
-)]
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use std::error::Error;
 use std::fmt;

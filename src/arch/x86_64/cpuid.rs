@@ -106,6 +106,13 @@ pub fn mask(supported: &mut CpuId, masks: &[CpuidModifier]) -> Result<(), NoSuch
 }
 
 /// The table of vCPU number `index` out of `count` (1 to 32); `smt` puts two on a core.
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::expect_used,
+        reason = "the list is of the host and ours, and short"
+    )
+)]
 pub fn table(supported: &CpuId, index: u8, count: u8, smt: bool) -> CpuId {
     let topology = Topology::new(index, count, smt);
     let mut entries = supported.as_slice().to_vec();

@@ -2,16 +2,7 @@
 //!
 //! As much of an Intel 8042 with one keyboard as Linux's `i8042` and `atkbd` drivers, or a
 //! handful of instructions, need. One lock: vCPUs read and write the ports, control presses keys.
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects,
-        clippy::panic
-    )
-)]
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -34,6 +34,13 @@ const ISA_BUS: u8 = 0;
 
 /// The table for `vcpus` processors with the APIC IDs 0, 1, ..., to be put at
 /// [`layout::MP_TABLE`]; `None` for 0 and for more than 32.
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::indexing_slicing,
+        reason = "the headers are written a few lines above"
+    )
+)]
 pub fn table(vcpus: u8) -> Option<Vec<u8>> {
     if vcpus == 0 || vcpus > VCPUS_MAX {
         return None;

@@ -77,6 +77,10 @@ fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
 ///
 /// # Errors
 /// [`VcpuError`] when KVM refuses a part of it.
+#[cfg_attr(
+    not(test),
+    expect(clippy::expect_used, reason = "the list is ours, and short")
+)]
 pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
     vcpu.set_cpuid2(cpuid).map_err(refused("CPUID table"))?;
     let msrs = Msrs::from_entries(&msr::BOOT).expect("two entries fit");
@@ -91,6 +95,7 @@ pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
 ///
 /// # Errors
 /// [`VcpuError`] for a register that KVM does not know, or does not let be as it was asked for.
+#[cfg_attr(not(test), expect(clippy::expect_used, reason = "one entry fits"))]
 pub fn mask_msrs(vcpu: &VcpuFd, masks: &[MsrModifier]) -> Result<(), VcpuError> {
     for mask in masks {
         let unknown = |cause| VcpuError {
