@@ -11,7 +11,7 @@ use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -106,9 +106,14 @@ impl Spread {
     }
 }
 
+/// `time` in microseconds.
+pub fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Microseconds from `then` to now.
 pub fn micros_since(then: Instant) -> u64 {
-    u64::try_from(then.elapsed().as_micros()).unwrap_or(u64::MAX)
+    micros(then.elapsed())
 }
 
 /// Something that counts and can be asked without knowing what it is.

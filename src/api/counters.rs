@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::http::Method;
 use super::routes::OPERATIONS;
-use crate::metrics::{Counter, Histogram, Reader, Report};
+use crate::metrics::{self, Counter, Histogram, Reader, Report};
 use crate::vmm::action::Action;
 
 /// Counters of the API.
@@ -104,7 +104,7 @@ impl Counters {
                 requests.refused.one();
             }
         }
-        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let micros = metrics::micros(time);
         self.times.observe(micros);
         match counted.kind {
             Kind::Pause if good => self.pause_us.set(micros),

@@ -83,33 +83,33 @@ pub enum VcpuEvent {
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Exits {
-    port_reads: Counter,
-    port_writes: Counter,
-    memory_reads: Counter,
-    memory_writes: Counter,
+    port_reads: Answered,
+    port_writes: Answered,
+    memory_reads: Answered,
+    memory_writes: Answered,
     interruptions: Counter,
     others: Counter,
-    /// How long each took to be answered.
-    port_read_times: Spread,
-    port_write_times: Spread,
-    memory_read_times: Spread,
-    memory_write_times: Spread,
+}
+
+/// Exits of one kind, and how long each took to be answered.
+#[derive(Debug, Default)]
+struct Answered {
+    count: Counter,
+    times: Spread,
 }
 
 impl Exits {
     fn count(&self, access: Access, since: Instant, outcome: &Outcome) {
-        let (kind, times) = match (outcome, access) {
-            (Outcome::Interrupted | Outcome::NotRun, _) => (&self.interruptions, None),
-            (_, Access::PortRead) => (&self.port_reads, Some(&self.port_read_times)),
-            (_, Access::PortWrite) => (&self.port_writes, Some(&self.port_write_times)),
-            (_, Access::MemoryRead) => (&self.memory_reads, Some(&self.memory_read_times)),
-            (_, Access::MemoryWrite) => (&self.memory_writes, Some(&self.memory_write_times)),
-            (_, Access::None) => (&self.others, None),
+        let answered = match (outcome, access) {
+            (Outcome::Interrupted | Outcome::NotRun, _) => return self.interruptions.one(),
+            (_, Access::None) => return self.others.one(),
+            (_, Access::PortRead) => &self.port_reads,
+            (_, Access::PortWrite) => &self.port_writes,
+            (_, Access::MemoryRead) => &self.memory_reads,
+            (_, Access::MemoryWrite) => &self.memory_writes,
         };
-        kind.one();
-        if let Some(times) = times {
-            times.observe(micros_since(since));
-        }
+        answered.count.one();
+        answered.times.observe(micros_since(since));
     }
 }
 
@@ -330,32 +330,46 @@ impl VcpuHandle {
     pub fn read_counters(&self, report: &mut Report) {
         let index = self.index.to_string();
         let exits = &self.exits;
-        for (kind, key, count) in [
-            ("port_read", Some("exit_io_in"), &exits.port_reads),
-            ("port_write", Some("exit_io_out"), &exits.port_writes),
-            ("mmio_read", Some("exit_mmio_read"), &exits.memory_reads),
-            ("mmio_write", Some("exit_mmio_write"), &exits.memory_writes),
-            ("interrupted", None, &exits.interruptions),
-            ("other", None, &exits.others),
-        ] {
+        let exit = |report: &mut Report, kind: &str, count: &Counter| {
             report.counter(
                 "mayfly_vcpu_exits_total",
                 "Times a vCPU left the guest and came to the monitor.",
                 &[("vcpu", &index), ("kind", kind)],
                 count.get(),
             );
-            if let Some(key) = key {
-                report.add("vcpu", key, count.get());
-            }
-        }
-        for (key, times) in [
-            ("exit_io_in_agg", &exits.port_read_times),
-            ("exit_io_out_agg", &exits.port_write_times),
-            ("exit_mmio_read_agg", &exits.memory_read_times),
-            ("exit_mmio_write_agg", &exits.memory_write_times),
+        };
+        for (kind, key, times_key, Answered { count, times }) in [
+            (
+                "port_read",
+                "exit_io_in",
+                "exit_io_in_agg",
+                &exits.port_reads,
+            ),
+            (
+                "port_write",
+                "exit_io_out",
+                "exit_io_out_agg",
+                &exits.port_writes,
+            ),
+            (
+                "mmio_read",
+                "exit_mmio_read",
+                "exit_mmio_read_agg",
+                &exits.memory_reads,
+            ),
+            (
+                "mmio_write",
+                "exit_mmio_write",
+                "exit_mmio_write_agg",
+                &exits.memory_writes,
+            ),
         ] {
-            report.times("vcpu", key, times);
+            exit(report, kind, count);
+            report.add("vcpu", key, count.get());
+            report.times("vcpu", times_key, times);
         }
+        exit(report, "interrupted", &exits.interruptions);
+        exit(report, "other", &exits.others);
     }
 
     /// Lets guest code run.

@@ -693,15 +693,20 @@ mod tests {
         );
     }
 
-    #[test]
-    fn request_has_descriptors_in_place_of_names() {
+    /// The machine of `WHOLE`, everything in it open.
+    fn whole() -> Machine {
         let described = described(WHOLE).unwrap();
         let files = described.things.iter().map(|_| Some(null())).collect();
-        let machine = Machine {
+        Machine {
             body: described.body,
             things: described.things,
             files,
-        };
+        }
+    }
+
+    #[test]
+    fn request_has_descriptors_in_place_of_names() {
+        let machine = whole();
         let requests = machine.requests();
         let [request] = &requests[..] else {
             panic!("{requests:?}")
@@ -720,13 +725,7 @@ mod tests {
 
     #[test]
     fn numbers_that_were_handed_out_get_their_names_back() {
-        let described = described(WHOLE).unwrap();
-        let files = described.things.iter().map(|_| Some(null())).collect();
-        let machine = Machine {
-            body: described.body,
-            things: described.things,
-            files,
-        };
+        let machine = whole();
         let names = machine.names(&machine.requests()[0]);
         assert_eq!(names, ["/k", "descriptor 8", "/d", "descriptor 7", "tap0"]);
         assert_eq!(machine.images(), ["/k", "descriptor 8"]);
