@@ -23,13 +23,14 @@ const TIME_LIMIT: i32 = 124;
 /// Above the monitor's own codes.
 const MEMORY_LIMIT: i32 = 164;
 
+/// The monitor's words for an orderly end of the guest (`--end-fd`), and the report's too.
+pub const ORDERLY: [&str; 2] = ["reset", "shutdown"];
+
 /// What was seen besides the monitor's exit.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// The monitor said that the guest powered off.
-    pub powered_off: bool,
-    /// The monitor said that the guest reset.
-    pub reset: bool,
+    /// What the monitor said of the guest's end, if it was one of [`ORDERLY`].
+    pub told: Option<&'static str>,
     /// `--timeout` came.
     pub timed_out: bool,
     /// This signal asked for the end, or the user left the console (SIGINT then).
@@ -86,9 +87,7 @@ impl Verdict {
             );
         }
         match ended {
-            Ended::Exited(0) if seen.powered_off => of("shutdown", 0, ""),
-            Ended::Exited(0) if seen.reset => of("reset", 0, ""),
-            Ended::Exited(0) => of("ended", 0, ""),
+            Ended::Exited(0) => of(seen.told.unwrap_or("ended"), 0, ""),
             Ended::Exited(code @ 1) => of("error", code, "the monitor failed; its log says why"),
             Ended::Exited(code @ 148) => of(
                 "seccomp",
@@ -352,7 +351,7 @@ mod tests {
             (
                 Ended::Exited(0),
                 Seen {
-                    powered_off: true,
+                    told: Some("shutdown"),
                     ..seen()
                 },
                 ("shutdown", 0),
@@ -360,7 +359,7 @@ mod tests {
             (
                 Ended::Exited(0),
                 Seen {
-                    reset: true,
+                    told: Some("reset"),
                     ..seen()
                 },
                 ("reset", 0),

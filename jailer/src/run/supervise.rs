@@ -18,7 +18,7 @@ use super::console::{Console, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
 use super::machine::{Machine, Request, rename};
-use super::outcome::{Seen, Times, Verdict};
+use super::outcome::{ORDERLY, Seen, Times, Verdict};
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Ended, Used};
 
@@ -28,10 +28,6 @@ const START_US: u64 = 60_000_000;
 const GRACE_US: u64 = 3_000_000;
 /// How long the last of console and log may take to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
-
-/// The monitor's words about an orderly end of the guest.
-const POWERED_OFF: &[u8] = b"shutdown\n";
-const RESET: &[u8] = b"reset\n";
 
 /// Everything there is to watch.
 #[derive(Debug)]
@@ -514,9 +510,10 @@ impl Watch {
         // A monitor gone bad may have written anything, but it has no more to say than this.
         let mut word = [0; 16];
         let said = rustix::io::read(&self.end, &mut word).unwrap_or(0);
-        let said = word.get(..said).unwrap_or_default();
-        progress.seen.powered_off = said == POWERED_OFF;
-        progress.seen.reset = said == RESET;
+        let said = word.get(..said).and_then(|line| line.strip_suffix(b"\n"));
+        progress.seen.told = ORDERLY
+            .into_iter()
+            .find(|word| said == Some(word.as_bytes()));
         self.write_the_rest();
         // Nobody listens any more on what is now removed.
         self.console.close();
