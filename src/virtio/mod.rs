@@ -23,7 +23,9 @@
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 pub mod block;
+pub mod handle;
 mod interrupt;
+mod messages;
 pub mod net;
 pub mod queue;
 pub mod registers;
@@ -32,6 +34,7 @@ mod segment;
 mod testing;
 mod throttle;
 pub mod worker;
+mod worker_counters;
 
 use std::fmt;
 use std::fs::File;
@@ -42,10 +45,13 @@ use std::sync::Arc;
 use crate::memory::Ram;
 pub use crate::metrics::Counter;
 use crate::metrics::Report;
+pub use handle::{DeviceControl, DeviceHandle, Unreachable};
 pub use interrupt::Interrupt;
+pub use messages::{Done, WorkerEvent, WorkerReply};
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
-pub use worker::{DeviceHandle, Done, Worker, WorkerCounters, WorkerEvent, WorkerReply, attach};
+pub use worker::{Worker, attach};
+pub use worker_counters::WorkerCounters;
 
 /// The most queues any of our devices has.
 pub const MAX_QUEUES: usize = 2;

@@ -23,7 +23,6 @@
 //! Everything is made by [`attach`], before the thread exists: [`Worker::run`] opens nothing,
 //! watches nothing new, and allocates nothing.
 
-use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -34,14 +33,14 @@ use event_manager::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+use super::messages::ControlMsg;
 use super::registers::{DRIVER_MESSAGES, DriverMsg};
 use super::{
-    ConfigSpace, Counter, Device, Interrupt, MAX_QUEUES, Progress, Queue, QueueLayout, QueueSet,
-    Ram, Registers, Updated,
+    Device, DeviceHandle, Done, Interrupt, MAX_QUEUES, Progress, Queue, QueueLayout, QueueSet, Ram,
+    Registers, Updated, WorkerCounters, WorkerEvent, WorkerReply,
 };
 use crate::guest_warn;
-use crate::inbox::{Inbox, Outbox, Sender, inbox};
-use crate::metrics::Report;
+use crate::inbox::{Inbox, Outbox, inbox};
 use crate::sys::io::Brief;
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
@@ -55,221 +54,6 @@ mod token {
     pub const INBOX: u32 = 0;
     pub const KICKS: u32 = 1;
     pub const SOURCES: u32 = 0x100;
-}
-
-/// What control asks of a worker. The number comes back in the answer.
-enum ControlMsg<U> {
-    Pause(u64),
-    Resume(u64),
-    Update(u64, U),
-    Stop,
-}
-
-/// A worker's answer to control.
-#[derive(Debug)]
-pub struct WorkerReply {
-    /// Whose answer it is: the name given to [`attach`].
-    pub device: Arc<str>,
-    /// The number that came with the question.
-    pub token: u64,
-    /// The answer.
-    pub done: Done,
-}
-
-/// What a worker has done.
-#[derive(Debug)]
-pub enum Done {
-    /// No guest memory is touched from now on, and nothing is in flight.
-    Paused,
-    /// Work goes on.
-    Resumed,
-    /// The update holds. Hand a changed configuration space to [`Registers::set_config`]; close
-    /// what was replaced.
-    Updated {
-        /// The configuration space, when it has changed.
-        config: Option<ConfigSpace>,
-        /// The old file, when it has been replaced.
-        replaced: Option<std::fs::File>,
-    },
-}
-
-/// What a worker tells control unasked.
-#[derive(Debug)]
-pub enum WorkerEvent {
-    /// The worker can not go on at all, and has ended.
-    Failed {
-        /// The name given to [`attach`].
-        device: Arc<str>,
-        /// What the host said.
-        error: io::Error,
-    },
-}
-
-impl fmt::Display for WorkerEvent {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let WorkerEvent::Failed { device, error } = self;
-        write!(f, "The thread of device `{device}` can not go on: {error}.")
-    }
-}
-
-/// What every worker counts.
-#[derive(Debug, Default)]
-pub struct WorkerCounters {
-    /// Times the driver activated the device.
-    pub activations: Counter,
-    /// Times the driver reset an active device.
-    pub resets: Counter,
-    /// Times the device had to be marked NEEDS_RESET.
-    pub broken: Counter,
-    /// Wake-ups by the driver, by queue.
-    pub kicks: [Counter; MAX_QUEUES],
-    /// Interrupts for used buffers.
-    pub interrupts: Counter,
-}
-
-impl WorkerCounters {
-    /// Writes what any device counts into `report`, for the device `name`.
-    fn read(&self, name: &str, report: &mut Report) {
-        let device = [("device", name)];
-        report.counter(
-            "mayfly_device_activations_total",
-            "Times the driver activated the device.",
-            &device,
-            self.activations.get(),
-        );
-        report.counter(
-            "mayfly_device_resets_total",
-            "Times the driver reset the device.",
-            &device,
-            self.resets.get(),
-        );
-        report.counter(
-            "mayfly_device_broken_total",
-            "Times the driver did what only a reset mends.",
-            &device,
-            self.broken.get(),
-        );
-        report.counter(
-            "mayfly_device_interrupts_total",
-            "Interrupts for used buffers.",
-            &device,
-            self.interrupts.get(),
-        );
-        for (queue, kicks) in ["0", "1"].into_iter().zip(&self.kicks) {
-            report.counter(
-                "mayfly_device_kicks_total",
-                "Wake-ups of the device by the driver.",
-                &[("device", name), ("queue", queue)],
-                kicks.get(),
-            );
-        }
-        report.add("interrupts", "triggers", self.interrupts.get());
-    }
-}
-
-/// A message was not delivered: the worker has stopped listening, or has ended.
-#[derive(Debug)]
-pub struct Unreachable;
-
-impl fmt::Display for Unreachable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the device's thread does not answer")
-    }
-}
-
-impl std::error::Error for Unreachable {}
-
-/// Control's end of a device. Nothing here waits.
-pub struct DeviceHandle<D: Device> {
-    name: Arc<str>,
-    control: Sender<ControlMsg<D::Update>>,
-    registers: Arc<Registers>,
-    counters: Arc<D::Counters>,
-    worker_counters: Arc<WorkerCounters>,
-    /// The last word about pausing or resuming found the inbox full.
-    missed: Cell<bool>,
-}
-
-impl<D: Device> DeviceHandle<D> {
-    /// The name given to [`attach`].
-    pub fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
-    /// Asks for [`Done::Paused`].
-    ///
-    /// # Errors
-    /// When the worker can not be reached.
-    pub fn pause(&self, token: u64) -> Result<(), Unreachable> {
-        let sent = self.send(ControlMsg::Pause(token));
-        self.missed.set(sent.is_err());
-        sent
-    }
-
-    /// Asks for [`Done::Resumed`].
-    ///
-    /// # Errors
-    /// When the worker can not be reached.
-    pub fn resume(&self, token: u64) -> Result<(), Unreachable> {
-        let sent = self.send(ControlMsg::Resume(token));
-        self.missed.set(sent.is_err());
-        sent
-    }
-
-    /// Whether the last pause or resume did not reach the worker: to be said again once it
-    /// answers what it was asked before.
-    pub fn has_missed(&self) -> bool {
-        self.missed.get()
-    }
-
-    /// Asks for [`Done::Updated`].
-    ///
-    /// # Errors
-    /// When the worker can not be reached.
-    pub fn update(&self, token: u64, update: D::Update) -> Result<(), Unreachable> {
-        self.send(ControlMsg::Update(token, update))
-    }
-
-    /// Ends the worker: [`Worker::run`] returns.
-    ///
-    /// # Errors
-    /// When the worker can not be reached.
-    pub fn stop(&self) -> Result<(), Unreachable> {
-        self.send(ControlMsg::Stop)
-    }
-
-    /// The device's registers.
-    pub fn registers(&self) -> &Registers {
-        &self.registers
-    }
-
-    /// Writes what the device and its worker have counted into `report`.
-    pub fn read_counters(&self, report: &mut Report) {
-        self.worker_counters.read(&self.name, report);
-        D::read_counters(&self.counters, &self.worker_counters, &self.name, report);
-    }
-
-    /// What the device has counted.
-    pub fn counters(&self) -> &D::Counters {
-        &self.counters
-    }
-
-    /// What its worker has counted.
-    pub fn worker_counters(&self) -> &WorkerCounters {
-        &self.worker_counters
-    }
-
-    fn send(&self, message: ControlMsg<D::Update>) -> Result<(), Unreachable> {
-        self.control.send(message).map_err(|_| Unreachable)
-    }
-}
-
-impl<D: Device> fmt::Debug for DeviceHandle<D> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceHandle")
-            .field("name", &self.name)
-            .finish_non_exhaustive()
-    }
 }
 
 /// Gives `device` its registers and its worker. The worker's thread is the caller's to make: it
@@ -298,14 +82,13 @@ pub fn attach<D: Device>(
         to_driver_inbox,
     )?);
     let worker_counters = Arc::new(WorkerCounters::default());
-    let handle = DeviceHandle {
-        name: Arc::clone(&name),
-        control: to_control_inbox,
-        registers: Arc::clone(&registers),
-        counters: device.counters(),
-        worker_counters: Arc::clone(&worker_counters),
-        missed: Cell::new(false),
-    };
+    let handle = DeviceHandle::new(
+        Arc::clone(&name),
+        to_control_inbox,
+        Arc::clone(&registers),
+        device.counters(),
+        Arc::clone(&worker_counters),
+    );
     let watched = watched(&registers, &driver, &control, &device);
     let events_at_once = watched.len();
     let body = Loop {
@@ -629,6 +412,7 @@ const _: () = assert!(MAX_QUEUES.is_power_of_two());
 
 #[cfg(test)]
 mod tests {
+    use super::super::DeviceControl;
     use super::super::block::{self, Block, Disk};
     use super::super::testing::{Rings, mailbox, next, ram, read32, reset, start, write32};
     use super::*;

@@ -16,8 +16,7 @@ use crate::sys::handed::Handed;
 use crate::vcpu::{Deaf, VcpuHandle};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
-use crate::virtio::worker::Unreachable;
-use crate::virtio::{ConfigSpace, Device, DeviceHandle};
+use crate::virtio::{ConfigSpace, DeviceControl, DeviceHandle};
 
 /// Handles of everything that makes up a VM. The threads own the things themselves.
 #[derive(Debug)]
@@ -72,9 +71,12 @@ impl Machine {
     }
 
     /// Every device, of whichever kind, in the order of their slots.
-    fn each(&self) -> impl Iterator<Item = &dyn Halts> {
-        let blocks = self.blocks.iter().map(|device| device as &dyn Halts);
-        blocks.chain(self.nets.iter().map(|device| device as &dyn Halts))
+    fn each(&self) -> impl Iterator<Item = &dyn DeviceControl> {
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|device| device as &dyn DeviceControl);
+        blocks.chain(self.nets.iter().map(|device| device as &dyn DeviceControl))
     }
 
     /// Asks every device to pause, the first with `token`, the next with the number after it;
@@ -133,7 +135,7 @@ impl Machine {
         let handle = self
             .blocks
             .iter()
-            .find(|handle| **handle.name() == *update.drive_id)
+            .find(|handle| *handle.name() == *update.drive_id)
             .ok_or_else(|| ActionError::of(&ConfigError::NoSuchDrive(update.drive_id.clone())))?;
         handle.update(token, device).map_err(|e| sentence(&e))?;
         self.draft.patch_drive(update).map_err(|e| sentence(&e))
@@ -152,7 +154,7 @@ impl Machine {
         let handle = self
             .nets
             .iter()
-            .find(|handle| **handle.name() == *update.iface_id)
+            .find(|handle| *handle.name() == *update.iface_id)
             .ok_or_else(|| ActionError::of(&ConfigError::NoSuchNetwork(update.iface_id.clone())))?;
         handle
             .update(token, devices::net_update(update))
@@ -163,7 +165,7 @@ impl Machine {
     /// Shows the guest's driver a configuration space that an update has changed: of a disk, whose
     /// size may be another now. No other device changes its own.
     pub fn set_device_config(&self, device: &str, config: ConfigSpace) {
-        if let Some(handle) = self.blocks.iter().find(|handle| **handle.name() == *device) {
+        if let Some(handle) = self.blocks.iter().find(|handle| *handle.name() == *device) {
             handle.registers().set_config(config);
         }
     }
@@ -176,26 +178,5 @@ impl Machine {
     /// What was asked for.
     pub fn draft(&self) -> &Draft {
         &self.draft
-    }
-}
-
-/// What all devices are told alike, whatever they are.
-trait Halts {
-    fn pause(&self, token: u64) -> Result<(), Unreachable>;
-    fn resume(&self, token: u64) -> Result<(), Unreachable>;
-    fn has_missed(&self) -> bool;
-}
-
-impl<D: Device> Halts for DeviceHandle<D> {
-    fn pause(&self, token: u64) -> Result<(), Unreachable> {
-        DeviceHandle::pause(self, token)
-    }
-
-    fn resume(&self, token: u64) -> Result<(), Unreachable> {
-        DeviceHandle::resume(self, token)
-    }
-
-    fn has_missed(&self) -> bool {
-        DeviceHandle::has_missed(self)
     }
 }

@@ -5,7 +5,7 @@ use super::rules::State;
 use crate::log;
 use crate::metrics::Report;
 use crate::timeline::Timeline;
-use crate::virtio::{block, net};
+use crate::virtio::{DeviceControl, block, net};
 
 /// What control itself counts.
 #[derive(Debug, Default)]

@@ -1,0 +1,62 @@
+//! What control and a device's worker tell each other.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use super::ConfigSpace;
+
+/// What control asks of a worker. The number comes back in the answer.
+pub(super) enum ControlMsg<U> {
+    Pause(u64),
+    Resume(u64),
+    Update(u64, U),
+    Stop,
+}
+
+/// A worker's answer to control.
+#[derive(Debug)]
+pub struct WorkerReply {
+    /// Whose answer it is: the name given to [`attach`].
+    pub device: Arc<str>,
+    /// The number that came with the question.
+    pub token: u64,
+    /// The answer.
+    pub done: Done,
+}
+
+/// What a worker has done.
+#[derive(Debug)]
+pub enum Done {
+    /// No guest memory is touched from now on, and nothing is in flight.
+    Paused,
+    /// Work goes on.
+    Resumed,
+    /// The update holds. Hand a changed configuration space to [`Registers::set_config`]; close
+    /// what was replaced.
+    Updated {
+        /// The configuration space, when it has changed.
+        config: Option<ConfigSpace>,
+        /// The old file, when it has been replaced.
+        replaced: Option<std::fs::File>,
+    },
+}
+
+/// What a worker tells control unasked.
+#[derive(Debug)]
+pub enum WorkerEvent {
+    /// The worker can not go on at all, and has ended.
+    Failed {
+        /// The name given to [`attach`].
+        device: Arc<str>,
+        /// What the host said.
+        error: io::Error,
+    },
+}
+
+impl fmt::Display for WorkerEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let WorkerEvent::Failed { device, error } = self;
+        write!(f, "The thread of device `{device}` can not go on: {error}.")
+    }
+}
