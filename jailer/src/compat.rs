@@ -20,6 +20,7 @@ use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use crate::args::Compatible;
 use crate::cgroup::{Hierarchies, Plan, Version, Wanted};
+use crate::error::Reported;
 use crate::failure::{Doing, Failure};
 use crate::made::Made;
 use crate::netns::NetNs;
@@ -334,17 +335,17 @@ fn start_elsewhere(mut job: Job<'_>) -> Result<(), Failure> {
     result?;
     match heard.split_first() {
         Some((&READY, [])) => Ok(()),
-        Some((&READY, sentence)) => Err(Failure::reported(
-            String::from_utf8_lossy(sentence).into_owned(),
-        )),
-        Some(_) => Err(Failure::reported(
-            String::from_utf8_lossy(&heard).into_owned(),
-        )),
+        Some((&READY, message)) => Err(reported(message)),
+        Some(_) => Err(reported(&heard)),
         None => {
             Err(Failure::new(what, "it ended before the monitor ran")
                 .remedy("see the kernel's log"))
         }
     }
+}
+
+fn reported(message: &[u8]) -> Failure {
+    Reported(String::from_utf8_lossy(message).into_owned()).into()
 }
 
 /// Starts the process that becomes the monitor, and writes its pid file before it goes on.

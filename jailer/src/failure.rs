@@ -42,6 +42,14 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+impl<E: crate::error::Remedy> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure {
+            sentence: crate::error::message(&error),
+        }
+    }
+}
+
 /// Puts words to the outcome of a system call.
 pub trait Doing<T> {
     /// `what` completes "cannot ...".

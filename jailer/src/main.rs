@@ -9,6 +9,7 @@ mod args;
 mod cgroup;
 mod check;
 mod compat;
+mod error;
 mod failure;
 mod guest;
 mod made;

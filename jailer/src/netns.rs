@@ -1,10 +1,10 @@
-//! The network namespace a microVM lives in: given by the caller as a file, joined before the jail
+//! The network namespace a microVM lives in: named by the caller as a file, joined before the jail
 //! is entered.
 //!
 //! Such files are reached through links by custom (`/var/run` is one, `/proc/PID/ns/net` is
-//! another), so this is the one path of the jailer that may contain links. What is then joined is
-//! the opened file, after a look at what it is.
+//! another). What is joined is the opened file, after a look at what it is.
 
+use std::borrow::Cow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -12,11 +12,37 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::failure::{Doing, Failure};
+use crate::error::Remedy;
 use crate::sys;
 
 /// `NSFS_MAGIC` of linux/magic.h.
 const NAMESPACE_FILE_SYSTEM: u64 = 0x6e73_6673;
+
+/// A network namespace cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum NetNsError {
+    #[error("cannot open the network namespace {0} (--netns)")]
+    Open(PathBuf, #[source] Errno),
+    #[error("cannot use {0} (--netns): not a network namespace")]
+    OfAnotherKind(PathBuf),
+    #[error("cannot join the network namespace {0}")]
+    Join(PathBuf, #[source] Errno),
+}
+
+impl Remedy for NetNsError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        Some(Cow::Borrowed(match self {
+            NetNsError::Open(_, Errno::NOENT) => {
+                "make one with `ip netns add NAME`; its file is /run/netns/NAME"
+            }
+            NetNsError::OfAnotherKind(_) => {
+                "name a file such as /run/netns/NAME or /proc/PID/ns/net \
+                 (a file left in /run/netns whose namespace is gone is an empty one)"
+            }
+            _ => return None,
+        }))
+    }
+}
 
 /// An opened network namespace.
 #[derive(Debug)]
@@ -27,58 +53,42 @@ pub struct NetNs {
 
 impl NetNs {
     /// Opens `path` and makes sure that it is a network namespace. Changes nothing.
-    pub fn open(path: &Path) -> Result<NetNs, Failure> {
-        let what = || format!("open the network namespace {}", path.display());
+    pub fn open(path: &Path) -> Result<NetNs, NetNsError> {
         // NONBLOCK and NOCTTY: whatever else the path names must neither hold us up nor become
         // our terminal.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
-            let failure = Failure::new(what(), error);
-            match error {
-                Errno::NOENT => {
-                    failure.remedy("make one with `ip netns add NAME`; its file is /run/netns/NAME")
-                }
-                _ => failure,
-            }
-        })?;
-        let system = rustix::fs::fstatfs(&file).doing(what())?;
-        let is_network = u64::try_from(system.f_type) == Ok(NAMESPACE_FILE_SYSTEM)
+        let path = path.to_owned();
+        let looked = rustix::fs::open(&path, flags, Mode::empty())
+            .and_then(|file| Ok((rustix::fs::fstatfs(&file)?.f_type, file)));
+        let (system, file) = match looked {
+            Ok(looked) => looked,
+            Err(error) => return Err(NetNsError::Open(path, error)),
+        };
+        let is_network = u64::try_from(system) == Ok(NAMESPACE_FILE_SYSTEM)
             && sys::namespace_kind(file.as_fd()) == Ok(UnshareFlags::NEWNET);
-        if !is_network {
-            return Err(
-                Failure::new(what(), "it is not a network namespace").remedy(
-                    "name a file such as /run/netns/NAME or /proc/PID/ns/net \
-                 (a file left in /run/netns whose namespace is gone is an empty one)",
-                ),
-            );
+        if is_network {
+            Ok(NetNs { file, path })
+        } else {
+            Err(NetNsError::OfAnotherKind(path))
         }
-        Ok(NetNs {
-            file,
-            path: path.to_owned(),
-        })
     }
 
     /// Moves this process into the namespace.
-    pub fn join(&self) -> Result<(), Failure> {
-        rustix::thread::move_into_link_name_space(
-            self.file.as_fd(),
-            Some(LinkNameSpaceType::Network),
-        )
-        .doing(format_args!(
-            "join the network namespace {}",
-            self.path.display()
-        ))
+    pub fn join(&self) -> Result<(), NetNsError> {
+        let network = Some(LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(self.file.as_fd(), network)
+            .map_err(|error| NetNsError::Join(self.path.clone(), error))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::message;
 
     #[test]
     fn open_when_the_file_is_missing_names_it() {
-        let failure = NetNs::open(Path::new("/nonexistent/ns")).unwrap_err();
-        let text = failure.to_string();
+        let text = message(&NetNs::open(Path::new("/nonexistent/ns")).unwrap_err());
         assert!(text.contains("/nonexistent/ns"), "{text}");
         assert!(text.contains("ip netns add"), "{text}");
     }
@@ -86,8 +96,8 @@ mod tests {
     #[test]
     fn open_when_it_is_something_else_refuses() {
         for path in ["/dev/null", "/", "/proc/self/ns/uts"] {
-            let text = NetNs::open(Path::new(path)).unwrap_err().to_string();
-            assert!(text.contains("not a network namespace"), "{path}: {text}");
+            let error = NetNs::open(Path::new(path)).unwrap_err();
+            assert!(matches!(error, NetNsError::OfAnotherKind(_)), "{error}");
         }
     }
 
