@@ -11,6 +11,7 @@ mod check;
 mod compat;
 mod error;
 mod failure;
+mod filter;
 mod guest;
 mod made;
 mod netns;

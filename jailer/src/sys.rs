@@ -618,25 +618,6 @@ pub fn landlock_version() -> Result<i64, Errno> {
     checked(result)
 }
 
-/// Puts a filter on this process's system calls, for good. It must have no_new_privs.
-pub fn install_filter(program: &[libc::sock_filter]) -> Result<(), Errno> {
-    let program = libc::sock_fprog {
-        len: program.len() as u16,
-        filter: program.as_ptr().cast_mut(),
-    };
-    // SAFETY: the kernel copies `len` instructions from `filter`, which is borrowed for the call, and
-    // checks them; it writes nothing.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            0_u32,
-            &raw const program,
-        )
-    };
-    checked(result).map(drop)
-}
-
 /// Leaves the session's keys behind, for an empty set of them.
 pub fn leave_session_keys() -> Result<(), Errno> {
     /// `KEYCTL_JOIN_SESSION_KEYRING` of linux/keyctl.h.

@@ -19,10 +19,10 @@ use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
 use super::channel::Channel;
-use super::forbidden;
 use super::network::{self, Block};
 use super::refusal::{self, Obstacle};
 use crate::failure::{Doing, Failure};
+use crate::filter;
 use crate::root::{Owner, pivot_into};
 use crate::sys::{self, Aside};
 
@@ -216,8 +216,9 @@ fn become_monitor(
         .and_then(|()| die_with(parent.as_fd()))
         // After what it denies.
         .and_then(|()| {
-            let what = "install the jail's filter";
-            sys::install_filter(&forbidden::filter())
+            let what = "install the jail's filters";
+            filter::install()
+                .map_err(std::io::Error::other)
                 .doing_or(what, |_| "use a kernel with CONFIG_SECCOMP_FILTER")
         })
         .and_then(|()| sys::reset_signals().doing("reset signals"));

@@ -27,7 +27,6 @@ pub mod supervise;
 mod api;
 mod channel;
 mod console;
-mod forbidden;
 mod groups;
 mod handed;
 mod jail;
