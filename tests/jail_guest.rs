@@ -59,6 +59,22 @@ fn check_boots_its_guest_and_prints_every_step() {
 }
 
 #[test]
+fn check_when_root_of_a_user_namespace_starts_it_boots_its_guest() {
+    let place = place!("gchecknsroot");
+    for options in ["-r", "-rm"] {
+        let check = place.jailer(Who::User, &["check"]);
+        // The last word but those of the jailer is the jailer.
+        let mut command = place.as_user(Who::User, Path::new("unshare"));
+        command.arg(options).arg(place.path("mayfly-jailer"));
+        let own = place.path("mayfly-jailer");
+        let words = check.get_args().skip_while(|word| **word != *own).skip(1);
+        command.args(words).stdin(Stdio::null());
+        let ended = place.ends(command, 0);
+        assert!(ended.out.contains("ok    guest:"), "{}", ended.out);
+    }
+}
+
+#[test]
 fn guests_end_in_every_way_they_can() {
     let place = place!("gends");
     copy_readable(&common::probe(), &place.path("probe"));

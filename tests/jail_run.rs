@@ -732,6 +732,44 @@ fn host_without_user_namespaces_is_named_with_the_remedy() {
     assert!(text.contains("sysctl -w"), "{text}");
 }
 
+/// `jailer`, started by the root of a user namespace that `options` of unshare(1) make.
+fn as_namespace_root(place: &Place, who: Who, options: &[&str], jailer: &Command) -> Command {
+    let mut command = match who {
+        Who::Root => Command::new("unshare"),
+        _ => place.as_user(who, std::path::Path::new("unshare")),
+    };
+    command.args(options).arg(jailer.get_program());
+    command.args(jailer.get_args()).stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn root_of_a_user_namespace_is_an_ordinary_user() {
+    let place = place!("rns");
+    // The jailer as such a user starts it: without --uid, by its own path.
+    let (kernel, id) = (place.path("kernel"), place.host.name.clone());
+    let (jailer, monitor) = (place.path("mayfly-jailer"), place.host.exec_file());
+    let run = |more: &[&str]| {
+        let mut command = Command::new(&jailer);
+        command.args(["run", "--kernel", &kernel, "--id", &id]);
+        command.args(["--cmdline", "report exit=0"]);
+        command.arg("--mayfly").arg(&monitor).args(more);
+        command
+    };
+    for who in BOTH {
+        for options in [&["-r"][..], &["-rm"], &["-rp", "--fork", "--mount-proc"]] {
+            let command = as_namespace_root(&place, who, options, &run(&[]));
+            let report = Report::parse(place.ends(command, 0).out.lines());
+            assert_eq!(report.one("uid"), "0", "{who:?} {options:?}");
+            assert!(report.one("file").starts_with("40555 "));
+            // It is nobody but itself, whatever it asks for.
+            let other = run(&["--uid", "1", "--gid", "0"]);
+            let command = as_namespace_root(&place, who, options, &other);
+            place.refuses(command, "--uid");
+        }
+    }
+}
+
 #[test]
 fn memory_limit_is_told_from_other_kills() {
     let place = place!("rmemory");

@@ -128,7 +128,7 @@ fn say(text: &str) {
 
 /// Boots the built-in guest.
 fn boot(options: &Options, began_us: u64) -> Result<Watch, Failure> {
-    let as_root = rustix::process::geteuid().is_root();
+    let as_root = sys::is_superuser();
     let or_nobody = |id: Option<u32>| id.or(as_root.then_some(NOBODY));
     let (owner, as_root) = run::owner(or_nobody(options.uid), or_nobody(options.gid))?;
     let name = run::monitor_path(options.mayfly.as_deref())?;
@@ -237,7 +237,7 @@ fn namespaces() -> Finding {
     if let Some(obstacle) = refusal::here() {
         return Finding::Bad(obstacle.reason().into(), obstacle.remedy().into());
     }
-    let who = if rustix::process::geteuid().is_root() {
+    let who = if sys::is_superuser() {
         "root"
     } else {
         "this user"
@@ -276,7 +276,7 @@ fn io_uring() -> Finding {
     let disabled =
         std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     match disabled.trim() {
-        "1" if !rustix::process::geteuid().is_root() => Finding::Less(
+        "1" if !sys::is_superuser() => Finding::Less(
             "not for ordinary users: disks use plain system calls".into(),
             "as root: sysctl -w kernel.io_uring_disabled=0",
         ),
@@ -329,7 +329,7 @@ fn cgroups() -> Finding {
         );
         return Finding::Less(text, remedy);
     }
-    if !rustix::process::geteuid().is_root() {
+    if !sys::is_superuser() {
         return Finding::Less(
             format!("{} for those they are delegated to", found.join(", ")),
             remedy,

@@ -299,6 +299,13 @@ pub fn set_limit(resource: Resource, value: u64) -> Result<(), Errno> {
     rustix::process::setrlimit(resource, limit)
 }
 
+/// Whether this process is root and may become another user. The root of a user namespace in which
+/// groups are denied (`unshare -r`) may not: it is an ordinary user by another number.
+pub fn is_superuser() -> bool {
+    let groups = std::fs::read_to_string("/proc/self/setgroups");
+    rustix::process::geteuid().is_root() && groups.map_or(true, |text| text.trim() != "deny")
+}
+
 /// The capabilities of `wanted` that this process cannot use.
 pub fn missing_capabilities(wanted: CapabilitySet) -> Result<CapabilitySet, Errno> {
     let have = rustix::thread::capabilities(None)?;

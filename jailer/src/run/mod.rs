@@ -203,7 +203,7 @@ fn require_api(options: &Options, is_described: bool, handed: &Handed) -> Result
 /// Whom the monitor runs as, and whether this process is root.
 pub fn owner(uid: Option<u32>, gid: Option<u32>) -> Result<(Owner, bool), Failure> {
     let (own_uid, own_gid) = (rustix::process::geteuid(), rustix::process::getegid());
-    if own_uid.is_root() {
+    if sys::is_superuser() {
         let (Some(uid), Some(gid)) = (uid, gid) else {
             return Err(
                 Failure::new("run a microVM as root", "--uid or --gid is missing").remedy(

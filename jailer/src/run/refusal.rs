@@ -94,7 +94,7 @@ pub fn of_namespaces(error: Errno) -> Failure {
 
 /// What stands in the way on this host, if a switch does.
 pub fn here() -> Option<Obstacle> {
-    obstacle(Path::new(SWITCHES), rustix::process::geteuid().is_root())
+    obstacle(Path::new(SWITCHES), crate::sys::is_superuser())
 }
 
 fn of_error(error: Errno, found: Option<Obstacle>) -> Failure {
