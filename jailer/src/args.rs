@@ -300,14 +300,16 @@ pub(crate) fn cgroup_value(text: OsString) -> Result<Value, Failure> {
     }
 }
 
-/// The names of a relative path that leads down only.
+/// The names of a path that leads down only. It is relative to the cgroup mount; a slash before it
+/// is how /proc/self/cgroup writes such paths.
 pub(crate) fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, Failure> {
     let what = format!("use --parent-cgroup \"{}\"", text.display());
     let bytes = text.into_vec();
     let steps: Vec<&[u8]> = bytes.split(|&byte| byte == b'/').collect();
-    if bytes.starts_with(b"/") || steps.iter().any(|&step| step == b"." || step == b"..") {
-        return Err(bad(&what, "it is absolute or has . or .. in it")
-            .remedy("give a path relative to the cgroup mount"));
+    if steps.iter().any(|&step| step == b"." || step == b"..") {
+        return Err(
+            bad(&what, "it has . or .. in it").remedy("give a path relative to the cgroup mount")
+        );
     }
     Ok(steps
         .into_iter()
@@ -392,7 +394,7 @@ mod tests {
     fn parse_of_everything() {
         let args = compatible(&format!(
             "{LEAST} --chroot-base-dir b --netns n --cgroup cpu.shares=2 --cgroup io.max=8:0=x \
-             --cgroup-version 2 --parent-cgroup x//y/ --resource-limit fsize=5 \
+             --cgroup-version 2 --parent-cgroup /x//y/ --resource-limit fsize=5 \
              --resource-limit no-file=6 --resource-limit no-file=7 --daemonize --new-pid-ns \
              -- --id other --version --"
         ));
@@ -464,8 +466,8 @@ mod tests {
             ("--cgroup shares=1", "names no controller"),
             ("--cgroup .x=1", "names no controller"),
             ("--cgroup ../cpu.shares=1", "without a path"),
-            ("--parent-cgroup /x", "absolute"),
-            ("--parent-cgroup x/../y", "absolute or has . or .."),
+            ("--parent-cgroup x/../y", "it has . or .."),
+            ("--parent-cgroup /./y", "it has . or .."),
             ("--resource-limit fsize", "it has no ="),
             ("--resource-limit fsize=x", "not a number"),
             ("--resource-limit nproc=1", "not known"),

@@ -104,11 +104,13 @@ fn build(
     // What is made is for nobody else's eyes, whatever mask the caller has.
     let umask = rustix::process::umask(Mode::from_raw_mode(0o077));
 
-    // Making. The copy of the monitor comes first in the folder: it claims the id.
+    // Making. The nodes come first in the folder: making them claims the id, and only then may an
+    // executable that is there be replaced.
     let root = Root::make(&base, &args.base, monitor.name(), &args.id, made)?;
-    root.copy_monitor(&monitor, args.owner, made)?;
     root.require_no_pid_file(&monitor)?;
-    root.furnish(args.owner, &devices, made)?;
+    let folders = root.make_nodes(args.owner, &devices, made)?;
+    root.copy_monitor(&monitor, args.owner, made)?;
+    root.give_to(args.owner, &folders, made)?;
     // Limits hold from here on for all that follows; the moves come last and back to back.
     let groups = match cgroups {
         Some(plan) => plan.make(made)?,

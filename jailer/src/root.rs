@@ -1,9 +1,10 @@
 //! The root file system of a jail: making its folders, device nodes and the copy of the monitor, and
 //! moving this process into it.
 //!
-//! Nothing here follows a symbolic link, and nothing changes an owner or a mode by path: each
-//! component is made exclusively or opened as what it is, and changed through its descriptor. What
-//! belongs to the jail's user is handed over last, when nothing is left to be done inside.
+//! Below the folder for jails, which the caller names, no symbolic link is followed, and nothing
+//! changes an owner or a mode by path: each component is made exclusively or opened as what it is,
+//! and changed through its descriptor. What belongs to the jail's user is given to it last, when
+//! nothing is left to be done inside.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -133,23 +134,25 @@ impl Executable {
     }
 }
 
-/// Opens the folder below which jails are made; a symbolic link anywhere in it is refused.
+/// Opens the folder below which jails are made. It is the caller's, who is trusted: links in it are
+/// followed, once; everything below it is reached by this descriptor.
 pub fn open_base(path: &Path) -> Result<Rc<OwnedFd>, Failure> {
     let what = format!(
         "open the folder for jails {} (--chroot-base-dir)",
         path.display()
     );
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    match rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+    match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(dir) => Ok(Rc::new(dir)),
-        Err(Errno::LOOP) => Err(Failure::new(what, "a symbolic link is part of it")
-            .remedy("give the path that `realpath` prints")),
         Err(Errno::NOENT) => {
             Err(Failure::new(what, Errno::NOENT).remedy("make it with `mkdir -p`"))
         }
         Err(error) => Err(Failure::new(what, error)),
     }
 }
+
+/// Folders in a jail's root, opened, by their paths below it.
+pub type Folders = Vec<(&'static str, Rc<OwnedFd>)>;
 
 /// The root folder of one jail on the host's file system.
 #[derive(Debug)]
@@ -195,8 +198,8 @@ impl Root {
         Ok(Root { dir, path })
     }
 
-    /// Copies the monitor into the jail. It is made exclusively, which is what refuses an id that
-    /// is in use; a copy, so that no two jails share pages of it.
+    /// Copies the monitor into the jail, in place of an executable that a client or an earlier run
+    /// left there. A copy, so that no two jails share pages of it. Call it once the id is ours.
     pub fn copy_monitor(
         &self,
         monitor: &Executable,
@@ -204,7 +207,8 @@ impl Root {
         made: &mut Made,
     ) -> Result<(), Failure> {
         let path = self.path.join(&monitor.name);
-        let target = make_file(&self.dir, &monitor.name, &path).map_err(in_use)?;
+        self.remove_file(&monitor.name, &path)?;
+        let target = make_file(&self.dir, &monitor.name, &path)?;
         made.entry(&self.dir, &monitor.name, Kind::File, path.clone());
         let what = format_args!("copy {} to {}", monitor.path.display(), path.display());
         let (mut from, mut to) = (&monitor.file, File::from(target));
@@ -216,6 +220,24 @@ impl Root {
         rustix::fs::fchmod(&to, monitor.mode)
             .and_then(|()| rustix::fs::fchown(&to, Some(owner.uid), Some(owner.gid)))
             .doing(format_args!("hand over {}", path.display()))
+    }
+
+    /// Removes a regular file that has this one name, if it is there. A link could lead to a file
+    /// outside that the jail's user may not change; it is refused, though removing it would not
+    /// follow it, so that the caller learns of it.
+    fn remove_file(&self, name: &OsStr, path: &Path) -> Result<(), Failure> {
+        let what = format!("replace {}", path.display());
+        let refuse = |why: &str| Err(Failure::new(&what, why).remedy("remove it"));
+        match rustix::fs::statat(&*self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(Failure::new(what, error)),
+            Ok(found) if !FileType::from_raw_mode(found.st_mode).is_file() => {
+                return refuse("it is not a regular file");
+            }
+            Ok(found) if found.st_nlink > 1 => return refuse("it has other names (hard links)"),
+            Ok(_) => {}
+        }
+        rustix::fs::unlinkat(&*self.dir, name, AtFlags::empty()).doing(what)
     }
 
     /// Refuses a jail in which a pid file is left, before anything more is done to it.
@@ -234,15 +256,15 @@ impl Root {
         }
     }
 
-    /// Makes `/dev`, `/dev/net`, `/run` and the device nodes, then hands all of it and the root
-    /// folder itself to `owner`. The root folder goes last: from then on others may write in it.
-    pub fn furnish(
+    /// Makes `/dev`, `/dev/net`, `/run` and the device nodes, and returns the folders. Nodes are made
+    /// exclusively, which is what refuses an id that is in use.
+    pub fn make_nodes(
         &self,
         owner: Owner,
         devices: &[Device],
         made: &mut Made,
-    ) -> Result<(), Failure> {
-        let mut folders: Vec<(&str, Rc<OwnedFd>)> = Vec::new();
+    ) -> Result<Folders, Failure> {
+        let mut folders = Folders::new();
         for (parent, name, whole) in [
             ("", "dev", "dev"),
             ("dev", "net", "dev/net"),
@@ -266,6 +288,12 @@ impl Root {
             let path = self.path.join(device.folder).join(device.name);
             make_node(dir, device, owner, &path, made)?;
         }
+        Ok(folders)
+    }
+
+    /// Gives those folders and the root folder itself to `owner`. The root folder goes last: from
+    /// then on others may write in it.
+    pub fn give_to(&self, owner: Owner, folders: &Folders, made: &mut Made) -> Result<(), Failure> {
         for (name, dir) in folders.iter().rev() {
             hand_over(dir, owner, &self.path.join(name), made)?;
         }
@@ -500,14 +528,12 @@ mod tests {
     }
 
     #[test]
-    fn open_base_when_a_link_is_part_of_it_refuses() {
+    fn open_base_follows_links_of_the_caller() {
         let folder = Folder::new("root-link");
         std::fs::create_dir_all(folder.path().join("real/below")).unwrap();
         std::os::unix::fs::symlink("real", folder.path().join("link")).unwrap();
-        assert!(open_base(&folder.path().join("real/below")).is_ok());
-        for path in ["link", "link/below"] {
-            let failure = open_base(&folder.path().join(path)).unwrap_err();
-            assert!(failure.to_string().contains("symbolic link"), "{failure}");
+        for path in ["real/below", "link", "link/below"] {
+            assert!(open_base(&folder.path().join(path)).is_ok(), "{path}");
         }
     }
 
