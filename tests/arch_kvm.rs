@@ -9,11 +9,12 @@ use std::io::{Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
-use kvm_ioctls::{Kvm, VcpuExit};
+use kvm_ioctls::Kvm;
 use mayfly::arch::boot::command_line;
 use mayfly::arch::{Entry, Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
 use mayfly::config::cpu::{CpuConfig, MsrModifier};
 use mayfly::memory::Memory;
+use mayfly::sys::kvm::Exit;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
@@ -129,9 +130,10 @@ fn machine(
 }
 
 impl Machine {
-    fn first_byte(&mut self) -> u8 {
-        match self.vcpus[0].run().unwrap() {
-            VcpuExit::IoOut(SERIAL, data) => data[0],
+    fn first_byte(&self) -> u8 {
+        let vcpu = &self.vcpus[0];
+        match vcpu.run().unwrap() {
+            Exit::PortWrite(access) if access.port == SERIAL => vcpu.port_data(access, 0)[0],
             other => panic!("{other:?}"),
         }
     }
@@ -148,7 +150,7 @@ fn boot_when_either_protocol_is_used_runs_the_first_instruction() {
         for (mib, count) in [(2, 1), (128, 2), (4096, 32)] {
             let file = elf(&FIRST_BYTE, 4096, pvh);
             let mut steps = Steps::new();
-            let mut machine = machine(&kvm, file.as_file(), mib, count, given, "", &mut steps);
+            let machine = machine(&kvm, file.as_file(), mib, count, given, "", &mut steps);
             assert_eq!(machine.entry.protocol, expected);
             assert_eq!(machine.first_byte(), b'A');
             let regs = machine.vcpus[0].get_regs().unwrap();
@@ -302,14 +304,14 @@ fn run_when_the_kernels_file_is_cut_fails_and_the_file_is_named() {
     code.extend_from_slice(&FIRST_BYTE);
     let file = elf(&code, 1 << 20, true);
     let mut steps = Steps::new();
-    let mut machine = machine(&kvm, file.as_file(), 16, 1, None, "", &mut steps);
+    let machine = machine(&kvm, file.as_file(), 16, 1, None, "", &mut steps);
     assert_eq!(machine.memory.changed_file(), None);
     file.as_file().set_len(0x2000).unwrap();
     match machine.vcpus[0].run() {
-        Err(error) => assert_eq!(error.errno(), libc::EFAULT),
-        Ok(VcpuExit::MemoryFault { gpa, .. }) => assert_eq!(gpa & !0xfff, 0x18_0000),
+        Err(errno) => assert_eq!(errno, libc::EFAULT),
+        Ok(Exit::MemoryFault) => {}
         // Where KVM emulates the instruction.
-        Ok(VcpuExit::MmioRead(address, _)) => assert_eq!(address, 0x18_0000),
+        Ok(Exit::MemoryRead { address, .. }) => assert_eq!(address, 0x18_0000),
         Ok(other) => panic!("{other:?}"),
     }
     assert_eq!(machine.memory.changed_file(), Some("kernel"));
@@ -329,7 +331,7 @@ fn boot_when_measured_prints_the_time_of_each_step() {
             let mut steps = Steps::new();
             let kvm = Kvm::new().unwrap();
             steps.done("open /dev/kvm");
-            let mut machine = machine(&kvm, file.as_file(), 128, 1, None, "quiet", &mut steps);
+            let machine = machine(&kvm, file.as_file(), 128, 1, None, "quiet", &mut steps);
             assert_eq!(machine.first_byte(), b'A');
             steps.done("run to the first byte");
             let all = steps.0.iter().map(|(_, time)| *time).sum();
@@ -366,21 +368,28 @@ fn boot_when_kernel_is_linux_prints_its_first_line() {
     for protocol in [Protocol::Pvh, Protocol::Linux64] {
         let file = File::open(&path).unwrap();
         let mut steps = Steps::new();
-        let mut machine = machine(&kvm, &file, 256, 1, Some(protocol), args, &mut steps);
+        let machine = machine(&kvm, &file, 256, 1, Some(protocol), args, &mut steps);
         let begin = Instant::now();
         let mut line = Vec::new();
-        let vcpu = &mut machine.vcpus[0];
+        let vcpu = &machine.vcpus[0];
         while line.last() != Some(&b'\n') {
             assert!(
                 begin.elapsed() < Duration::from_secs(60),
                 "no line in a minute"
             );
             match vcpu.run().unwrap() {
-                VcpuExit::IoOut(SERIAL, data) => line.extend_from_slice(data),
-                // Line status: ready to send.
-                VcpuExit::IoIn(0x3fd, data) => data.fill(0x60),
-                VcpuExit::IoIn(_, data) | VcpuExit::MmioRead(_, data) => data.fill(0xff),
-                VcpuExit::IoOut(..) | VcpuExit::MmioWrite(..) => {}
+                Exit::PortWrite(access) if access.port == SERIAL => {
+                    line.extend((0..access.count).map(|i| vcpu.port_data(access, i)[0]));
+                }
+                // Line status: ready to send. Elsewhere there is nothing.
+                Exit::PortRead(access) => {
+                    let byte = if access.port == 0x3fd { 0x60 } else { 0xff };
+                    for i in 0..access.count {
+                        vcpu.answer_port(access, i, &[byte; 4][..access.unit]);
+                    }
+                }
+                Exit::MemoryRead { len, .. } => vcpu.answer_memory(&[0xff; 8][..len]),
+                Exit::PortWrite(_) | Exit::MemoryWrite { .. } => {}
                 other => panic!("{other:?}"),
             }
         }

@@ -222,6 +222,34 @@ fn guest_when_the_configuration_names_descriptors_runs() {
 }
 
 #[test]
+fn end_fd_when_the_guest_crashes_tells_where_in_a_second_line() {
+    if !common::kvm("end_fd_when_the_guest_crashes_tells_where_in_a_second_line") {
+        return;
+    }
+    let folder = Folder::new();
+    let config = common::probe_vm("print:bye,triple");
+    let file = folder.file("vm.json", config.to_string());
+    let (mut told, end) = pipe();
+    let args = ["--no-api", "--config-file", file.to_str().unwrap()];
+    let mut monitor = with(&[end.as_fd()], &[&args[..], &["--end-fd", "10"]].concat());
+    monitor.exits_with(160);
+    drop(end);
+    let mut text = String::new();
+    told.read_to_string(&mut text).unwrap();
+    let (word, report) = text.split_once('\n').unwrap();
+    assert_eq!(word, "crash");
+    let report: Value = serde_json::from_str(report).unwrap();
+    assert_eq!(report["vcpu"], 0, "{report}");
+    // An AMD processor keeps them from KVM.
+    for register in ["rip", "cr2"] {
+        let value = report[register].as_str();
+        assert!(value.is_none_or(|text| text.starts_with("0x")), "{report}");
+    }
+    let exits = report["last_exits"].as_array().unwrap();
+    assert_eq!(exits.last().unwrap(), "port 0x3f8 out", "{report}");
+}
+
+#[test]
 fn configuration_when_a_descriptor_is_wrong_is_refused() {
     let folder = Folder::new();
     let disk = folder.disk("disk", 1 << 20);

@@ -147,7 +147,7 @@ fn unsafe_code_when_allowed_is_where_the_house_says() {
 }
 
 /// Most items of unsafe code in the monitor, and in the jailer.
-const UNSAFE_MOST: usize = 40;
+const UNSAFE_MOST: usize = 44;
 
 /// Unsafe blocks, functions and implementations in `text`, its tests left out.
 fn unsafe_items(text: &str) -> usize {

@@ -22,7 +22,6 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::signal::{Killable, create_sigset};
 
-use super::kvm::RunPage;
 use super::{fd, process, terminal};
 use crate::{exit, log};
 
@@ -154,9 +153,9 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<Option<&'static AtomicU8>> = const { Cell::new(None) };
 }
 
-/// Makes kicks of the calling thread reach the vCPU that `page` belongs to.
-pub fn aim_kicks_at(page: RunPage) {
-    IMMEDIATE_EXIT.set(Some(page.immediate_exit()));
+/// Makes kicks of the calling thread set `flag`, its vCPU's.
+pub fn aim_kicks_at(flag: &'static AtomicU8) {
+    IMMEDIATE_EXIT.set(Some(flag));
 }
 
 /// Makes KVM_RUN return on the thread of `vcpu`, now or as soon as it is next called.

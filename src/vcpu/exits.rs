@@ -3,15 +3,14 @@
 use std::time::Instant;
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
-use kvm_ioctls::VcpuExit;
 
 use super::Buses;
 use crate::bus::{Ticket, Written};
-use crate::sys::kvm::Runner;
+use crate::sys::kvm::{Exit, PortAccess, Vcpu};
 
 /// What the guest left for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
     /// `in`
     PortRead,
     /// `out`
@@ -21,17 +20,19 @@ pub(super) enum Access {
     /// A store to one.
     MemoryWrite,
     /// Something else.
+    #[default]
     None,
 }
 
 impl Access {
-    const fn of(exit: &VcpuExit<'_>) -> Self {
+    /// The kind of access and its port or address.
+    const fn of(exit: Exit) -> (Self, u64) {
         match exit {
-            VcpuExit::IoIn(..) => Access::PortRead,
-            VcpuExit::IoOut(..) => Access::PortWrite,
-            VcpuExit::MmioRead(..) => Access::MemoryRead,
-            VcpuExit::MmioWrite(..) => Access::MemoryWrite,
-            _ => Access::None,
+            Exit::PortRead(access) => (Access::PortRead, access.port as u64),
+            Exit::PortWrite(access) => (Access::PortWrite, access.port as u64),
+            Exit::MemoryRead { address, .. } => (Access::MemoryRead, address),
+            Exit::MemoryWrite { address, .. } => (Access::MemoryWrite, address),
+            _ => (Access::None, 0),
         }
     }
 }
@@ -60,82 +61,122 @@ pub enum End {
     PowerOff,
     /// The guest crashed: a triple fault.
     TripleFault,
-    /// KVM could not go on: `suberror` of KVM_EXIT_INTERNAL_ERROR (1 is an instruction that
-    /// KVM's emulator lacks), with the guest's instruction pointer where it could be had.
+    /// KVM could not go on (KVM_EXIT_INTERNAL_ERROR).
     InternalError {
-        /// KVM's number for the kind of failure.
+        /// KVM's number for the kind of failure; 1 is an instruction that it cannot emulate.
         suberror: u32,
-        /// The guest's instruction pointer.
-        rip: Option<u64>,
     },
     /// The processor refused the guest's state; the hardware's reason.
     FailedEntry(u64),
     /// Guest memory could not be reached: a file mapped into it was cut short.
     MemoryGone,
-    /// An exit that nothing here asked for; KVM's number.
+    /// An exit that this program has not asked KVM for; KVM's number.
     Unexpected(u32),
     /// KVM_RUN itself failed with this errno.
     RunFailed(i32),
 }
 
-/// Runs the guest until its next exit and answers that; what it left for, when, and what came of it.
-pub(super) fn run_once(vcpu: &mut Runner, buses: &Buses) -> (Access, Instant, Outcome) {
-    let page = vcpu.page();
+/// One run of the guest, up to its next exit, and what came of that.
+pub(super) struct Ran {
+    /// What the guest left for.
+    pub access: Access,
+    /// The port or the address.
+    pub address: u64,
+    /// When it left.
+    pub since: Instant,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// Runs the guest until its next exit and answers that.
+pub(super) fn run_once(vcpu: &Vcpu, buses: &Buses) -> Ran {
     let exit = vcpu.run();
     let since = Instant::now();
-    let exit = match exit {
-        Ok(exit) => exit,
-        Err(error) => {
-            let outcome = match error.errno() {
-                libc::EINTR => Outcome::Interrupted,
-                libc::EAGAIN => Outcome::NotRun,
-                libc::EFAULT => Outcome::End(End::MemoryGone),
-                errno => Outcome::End(End::RunFailed(errno)),
-            };
-            return (Access::None, since, outcome);
+    let (access, address, outcome) = match exit {
+        Ok(exit) => {
+            let (access, address) = Access::of(exit);
+            (access, address, answer(vcpu, buses, exit))
         }
+        Err(errno) => (Access::None, 0, not_run(errno)),
     };
-    let access = Access::of(&exit);
-    let outcome = match exit {
-        VcpuExit::IoIn(port, data) => {
-            for unit in data.chunks_mut(page.port_unit()) {
-                buses.ports.read(u64::from(port), unit);
-            }
-            Outcome::Continue
-        }
-        VcpuExit::IoOut(port, data) => data
-            .chunks(page.port_unit())
-            .map(|unit| written(buses.ports.write(u64::from(port), unit)))
-            .find(|outcome| !matches!(outcome, Outcome::Continue))
-            .unwrap_or(Outcome::Continue),
-        VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _)
+    Ran {
+        access,
+        address,
+        since,
+        outcome,
+    }
+}
+
+/// What KVM_RUN's failure with `errno` means.
+const fn not_run(errno: i32) -> Outcome {
+    match errno {
+        libc::EINTR => Outcome::Interrupted,
+        libc::EAGAIN => Outcome::NotRun,
+        libc::EFAULT => Outcome::End(End::MemoryGone),
+        errno => Outcome::End(End::RunFailed(errno)),
+    }
+}
+
+fn answer(vcpu: &Vcpu, buses: &Buses, exit: Exit) -> Outcome {
+    match exit {
+        Exit::PortRead(access) => read_port(vcpu, buses, access),
+        Exit::PortWrite(access) => write_port(vcpu, buses, access),
+        Exit::MemoryRead { address, .. } | Exit::MemoryWrite { address, .. }
             if buses.is_ram(address) =>
         {
             Outcome::End(End::MemoryGone)
         }
-        VcpuExit::MmioRead(address, data) => {
-            buses.memory.read(address, data);
+        Exit::MemoryRead { address, len } => {
+            let mut data = [0; 8];
+            if let Some(data) = data.get_mut(..len) {
+                buses.memory.read(address, data);
+                vcpu.answer_memory(data);
+            }
             Outcome::Continue
         }
-        VcpuExit::MmioWrite(address, data) => written(buses.memory.write(address, data)),
-        VcpuExit::Intr | VcpuExit::IrqWindowOpen => Outcome::Interrupted,
-        VcpuExit::Shutdown => Outcome::End(End::TripleFault),
-        VcpuExit::InternalError => {
-            let suberror = page.internal_suberror();
-            let rip = vcpu.get_regs().ok().map(|regs| regs.rip);
-            Outcome::End(End::InternalError { suberror, rip })
+        Exit::MemoryWrite { address, data, len } => {
+            let data = data.get(..len).unwrap_or_default();
+            written(buses.memory.write(address, data))
         }
-        VcpuExit::FailEntry(reason, _) => Outcome::End(End::FailedEntry(reason)),
-        VcpuExit::MemoryFault { .. } => Outcome::End(End::MemoryGone),
-        VcpuExit::SystemEvent(kind, _) => Outcome::End(match kind {
+        Exit::Interrupted => Outcome::Interrupted,
+        Exit::Shutdown => Outcome::End(End::TripleFault),
+        Exit::InternalError => Outcome::End(End::InternalError {
+            suberror: vcpu.internal_error().suberror,
+        }),
+        Exit::FailedEntry(reason) => Outcome::End(End::FailedEntry(reason)),
+        Exit::MemoryFault => Outcome::End(End::MemoryGone),
+        Exit::SystemEvent(kind) => Outcome::End(match kind {
             KVM_SYSTEM_EVENT_RESET => End::Reset,
             KVM_SYSTEM_EVENT_SHUTDOWN => End::PowerOff,
             KVM_SYSTEM_EVENT_CRASH => End::TripleFault,
             _ => End::Unexpected(kvm_bindings::KVM_EXIT_SYSTEM_EVENT),
         }),
-        _ => Outcome::End(End::Unexpected(vcpu.exit_reason())),
-    };
-    (access, since, outcome)
+        Exit::Other(reason) => Outcome::End(End::Unexpected(reason)),
+    }
+}
+
+fn read_port(vcpu: &Vcpu, buses: &Buses, access: PortAccess) -> Outcome {
+    for index in 0..access.count {
+        let mut unit = [0; 4];
+        if let Some(unit) = unit.get_mut(..access.unit) {
+            buses.ports.read(u64::from(access.port), unit);
+            vcpu.answer_port(access, index, unit);
+        }
+    }
+    Outcome::Continue
+}
+
+/// Writes every unit, until one asks for more than to go on.
+fn write_port(vcpu: &Vcpu, buses: &Buses, access: PortAccess) -> Outcome {
+    for index in 0..access.count {
+        let unit = vcpu.port_data(access, index);
+        let unit = unit.get(..access.unit).unwrap_or_default();
+        match written(buses.ports.write(u64::from(access.port), unit)) {
+            Outcome::Continue => {}
+            other => return other,
+        }
+    }
+    Outcome::Continue
 }
 
 fn written(written: Written) -> Outcome {

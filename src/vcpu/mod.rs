@@ -8,28 +8,29 @@
 //!                       waiting inside running(): a message ends the wait, Run takes it up again
 //! ```
 //!
-//! A vCPU knows the buses and nothing of what is on them. It never waits for anything that can
-//! not be interrupted by a message: control sends one, then kicks ([`signal::kick`]) and unparks
-//! the thread. It never exits before the process does.
+//! A vCPU knows the buses and nothing of what is on them. It never waits for anything that cannot
+//! be interrupted by a message: control sends one, then kicks ([`signal::kick`]) and unparks the
+//! thread. It never exits before the process does.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+mod crash;
 mod exits;
 
 use std::error::Error;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
+pub use self::crash::Crash;
+use self::crash::LastExits;
 pub use self::exits::End;
-use self::exits::{Access, Outcome, run_once};
+use self::exits::{Access, Outcome, Ran, run_once};
 use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
 use crate::metrics::{Counter, Report, Spread, micros_since};
-use crate::sys::kvm::Runner;
-use crate::sys::signal;
+use crate::sys::{kvm, signal};
 use crate::timeline::{Moment, Timeline};
 
 /// What a guest can address: built once, shared by all vCPUs, never changed.
@@ -74,33 +75,41 @@ pub enum VcpuEvent {
     Ended {
         /// Number of the vCPU.
         index: u8,
-        /// Why.
+        /// Why. What else is known, [`VcpuHandle::crash`] tells.
         end: End,
     },
 }
 
-/// Exits of a vCPU by kind. On cache lines of its own: each vCPU writes to its.
+/// What a vCPU's thread tells beside its events. On cache lines of its own: each vCPU writes to its.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Exits {
-    port_reads: Answered,
-    port_writes: Answered,
-    memory_reads: Answered,
-    memory_writes: Answered,
+struct Shared {
+    exits: ExitCounters,
+    /// Set before [`VcpuEvent::Ended`] is sent, unless the guest ended by itself.
+    crash: OnceLock<Crash>,
+}
+
+/// Exits of a vCPU by kind.
+#[derive(Debug, Default)]
+struct ExitCounters {
+    port_reads: TimedCounter,
+    port_writes: TimedCounter,
+    memory_reads: TimedCounter,
+    memory_writes: TimedCounter,
     interruptions: Counter,
     others: Counter,
 }
 
 /// Exits of one kind, and how long each took to be answered.
 #[derive(Debug, Default)]
-struct Answered {
+struct TimedCounter {
     count: Counter,
     times: Spread,
 }
 
-impl Exits {
-    fn count(&self, access: Access, since: Instant, outcome: &Outcome) {
-        let answered = match (outcome, access) {
+impl ExitCounters {
+    fn count(&self, ran: &Ran) {
+        let counter = match (&ran.outcome, ran.access) {
             (Outcome::Interrupted | Outcome::NotRun, _) => return self.interruptions.one(),
             (_, Access::None) => return self.others.one(),
             (_, Access::PortRead) => &self.port_reads,
@@ -108,8 +117,8 @@ impl Exits {
             (_, Access::MemoryRead) => &self.memory_reads,
             (_, Access::MemoryWrite) => &self.memory_writes,
         };
-        answered.count.one();
-        answered.times.observe(micros_since(since));
+        counter.count.one();
+        counter.times.observe(micros_since(ran.since));
     }
 }
 
@@ -117,12 +126,12 @@ impl Exits {
 #[derive(Debug)]
 pub struct Vcpu {
     fd: arch::Vcpu,
-    life: Life,
+    body: VcpuLoop,
 }
 
 /// What the thread of a vCPU uses beside the vCPU.
 #[derive(Debug)]
-struct Life {
+struct VcpuLoop {
     index: u8,
     buses: Arc<Buses>,
     messages: Receiver<VcpuMessage>,
@@ -132,7 +141,8 @@ struct Life {
     /// Times in a row that KVM_RUN did nothing.
     not_run: u32,
     timeline: Timeline,
-    exits: Arc<Exits>,
+    last_exits: LastExits,
+    shared: Arc<Shared>,
 }
 
 /// Control's end of a vCPU.
@@ -140,31 +150,31 @@ struct Life {
 pub struct VcpuHandle {
     index: u8,
     messages: SyncSender<VcpuMessage>,
-    exits: Arc<Exits>,
+    shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
 
-/// The seat of a vCPU whose thread has yet to be known: becomes a [`VcpuHandle`].
+/// Control's end of a vCPU whose thread is not known yet: becomes a [`VcpuHandle`].
 #[derive(Debug)]
-pub struct VcpuSeat {
+pub struct VcpuLink {
     index: u8,
     messages: SyncSender<VcpuMessage>,
-    exits: Arc<Exits>,
+    shared: Arc<Shared>,
 }
 
 /// A vCPU does not take messages: its thread is gone or does not answer.
 #[derive(Debug)]
-pub struct Deaf {
+pub struct UnresponsiveVcpu {
     index: u8,
 }
 
-impl fmt::Display for Deaf {
+impl fmt::Display for UnresponsiveVcpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "The thread of vCPU {} takes no messages", self.index)
     }
 }
 
-impl Error for Deaf {}
+impl Error for UnresponsiveVcpu {}
 
 /// How often in a row KVM may refuse to run the first vCPU.
 const REFUSALS: u32 = 1000;
@@ -181,15 +191,15 @@ impl Vcpu {
         buses: Arc<Buses>,
         events: Outbox<VcpuEvent>,
         timeline: Timeline,
-    ) -> (Self, VcpuSeat) {
+    ) -> (Self, VcpuLink) {
         let (sender, messages) = sync_channel(MESSAGES);
-        let exits = Arc::new(Exits::default());
-        let seat = VcpuSeat {
+        let shared = Arc::new(Shared::default());
+        let link = VcpuLink {
             index,
             messages: sender,
-            exits: Arc::clone(&exits),
+            shared: Arc::clone(&shared),
         };
-        let life = Life {
+        let body = VcpuLoop {
             index,
             buses,
             messages,
@@ -197,31 +207,31 @@ impl Vcpu {
             waiting_for: None,
             not_run: 0,
             timeline,
-            exits,
+            last_exits: LastExits::default(),
+            shared,
         };
-        (Vcpu { fd, life }, seat)
+        (Vcpu { fd, body }, link)
     }
 
-    /// The life of the thread. Begins paused; returns only if control is gone.
+    /// The body of the thread. Begins paused; returns only if control is gone.
     pub fn run(self) {
-        let Vcpu { fd, mut life } = self;
+        let Vcpu { fd, mut body } = self;
         // For good: kicks, which may come at any time, write to the page that it shares with KVM.
-        let fd: &'static mut arch::Vcpu = Box::leak(Box::new(fd));
-        let mut vcpu = Runner::new(fd);
-        signal::aim_kicks_at(vcpu.page());
+        let vcpu: &'static arch::Vcpu = Box::leak(Box::new(fd));
+        signal::aim_kicks_at(vcpu.immediate_exit());
         let mut state = State::Paused;
         loop {
             state = match state {
-                State::Paused => life.paused(),
-                State::Running => life.running(&mut vcpu),
-                State::Ended => life.ended(),
+                State::Paused => body.paused(),
+                State::Running => body.running(vcpu),
+                State::Ended => body.ended(),
                 State::Abandoned => return,
             }
         }
     }
 }
 
-impl Life {
+impl VcpuLoop {
     /// Edges: to running, to abandoned.
     fn paused(&mut self) -> State {
         loop {
@@ -234,11 +244,11 @@ impl Life {
     }
 
     /// Edges: to paused, to ended, to abandoned.
-    fn running(&mut self, vcpu: &mut Runner) -> State {
+    fn running(&mut self, vcpu: &kvm::Vcpu) -> State {
         self.timeline.mark(Moment::GuestEntered);
         loop {
             // Cleared before the look at the messages: a kick after it makes KVM_RUN return.
-            vcpu.page().forget_kicks();
+            vcpu.forget_kicks();
             match self.messages.try_recv() {
                 Ok(VcpuMessage::Run) | Err(TryRecvError::Empty) => {}
                 Ok(VcpuMessage::Pause) => {
@@ -255,17 +265,16 @@ impl Life {
                 }
                 self.waiting_for = None;
             }
-            let (access, since, outcome) = run_once(vcpu, &self.buses);
-            self.exits.count(access, since, &outcome);
-            let outcome = self.bear_with(outcome);
-            match outcome {
+            let ran = run_once(vcpu, &self.buses);
+            self.shared.exits.count(&ran);
+            if ran.access != Access::None {
+                self.last_exits.push(ran.access, ran.address);
+            }
+            match self.give_up_if_refused(ran.outcome) {
                 Outcome::Continue | Outcome::Interrupted | Outcome::NotRun => {}
                 Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
                 Outcome::End(end) => {
-                    self.tell(VcpuEvent::Ended {
-                        index: self.index,
-                        end,
-                    });
+                    self.end(vcpu, end);
                     return State::Ended;
                 }
             }
@@ -274,7 +283,7 @@ impl Life {
 
     /// The same outcome, but a first vCPU that KVM refuses to run again and again has ended. The
     /// others are refused, each time after a wait, until the guest wakes them.
-    fn bear_with(&mut self, outcome: Outcome) -> Outcome {
+    fn give_up_if_refused(&mut self, outcome: Outcome) -> Outcome {
         let Outcome::NotRun = outcome else {
             self.not_run = 0;
             return outcome;
@@ -284,6 +293,18 @@ impl Life {
             return Outcome::End(End::RunFailed(libc::EAGAIN));
         }
         outcome
+    }
+
+    /// Tells control that no guest code runs here again, and why.
+    fn end(&self, vcpu: &kvm::Vcpu, end: End) {
+        if !matches!(end, End::Reset | End::PowerOff) {
+            // It is set once: a vCPU ends once.
+            let _ = self.shared.crash.set(Crash::of(vcpu, end, self.last_exits));
+        }
+        self.tell(VcpuEvent::Ended {
+            index: self.index,
+            end,
+        });
     }
 
     /// Answers for a vCPU that does not run again. Edge: to abandoned.
@@ -312,16 +333,16 @@ enum State {
 
 impl VcpuHandle {
     /// A handle of the vCPU that runs on `thread`.
-    pub fn new(seat: VcpuSeat, thread: JoinHandle<()>) -> Self {
-        let VcpuSeat {
+    pub fn new(link: VcpuLink, thread: JoinHandle<()>) -> Self {
+        let VcpuLink {
             index,
             messages,
-            exits,
-        } = seat;
+            shared,
+        } = link;
         VcpuHandle {
             index,
             messages,
-            exits,
+            shared,
             thread,
         }
     }
@@ -329,7 +350,7 @@ impl VcpuHandle {
     /// Writes what the vCPU has counted into `report`.
     pub fn read_counters(&self, report: &mut Report) {
         let index = self.index.to_string();
-        let exits = &self.exits;
+        let exits = &self.shared.exits;
         let exit = |report: &mut Report, kind: &str, count: &Counter| {
             report.counter(
                 "mayfly_vcpu_exits_total",
@@ -338,7 +359,7 @@ impl VcpuHandle {
                 count.get(),
             );
         };
-        for (kind, key, times_key, Answered { count, times }) in [
+        for (kind, key, times_key, TimedCounter { count, times }) in [
             (
                 "port_read",
                 "exit_io_in",
@@ -372,28 +393,33 @@ impl VcpuHandle {
         exit(report, "other", &exits.others);
     }
 
+    /// What is known of the vCPU's end, when it could not go on.
+    pub fn crash(&self) -> Option<&Crash> {
+        self.shared.crash.get()
+    }
+
     /// Lets guest code run.
     ///
     /// # Errors
-    /// [`Deaf`] when the thread takes no messages.
-    pub fn run(&self) -> Result<(), Deaf> {
+    /// [`UnresponsiveVcpu`] when the thread takes no messages.
+    pub fn run(&self) -> Result<(), UnresponsiveVcpu> {
         self.send(VcpuMessage::Run)
     }
 
     /// Asks the vCPU to stop running guest code. It answers with [`VcpuEvent::Paused`].
     ///
     /// # Errors
-    /// [`Deaf`] when the thread takes no messages.
-    pub fn pause(&self) -> Result<(), Deaf> {
+    /// [`UnresponsiveVcpu`] when the thread takes no messages.
+    pub fn pause(&self) -> Result<(), UnresponsiveVcpu> {
         self.send(VcpuMessage::Pause)?;
         signal::kick(&self.thread);
         self.thread.thread().unpark();
         Ok(())
     }
 
-    fn send(&self, message: VcpuMessage) -> Result<(), Deaf> {
+    fn send(&self, message: VcpuMessage) -> Result<(), UnresponsiveVcpu> {
         self.messages
             .try_send(message)
-            .map_err(|_| Deaf { index: self.index })
+            .map_err(|_| UnresponsiveVcpu { index: self.index })
     }
 }

@@ -39,7 +39,7 @@ use crate::seccomp::Category;
 use crate::serial::{self, Streams};
 use crate::sys::{fd, terminal};
 use crate::timeline::{Moment, Timeline};
-use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuSeat};
+use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuLink};
 use crate::virtio::{self, Device, DeviceHandle, Worker, registers};
 use crate::{error, info, log, warn};
 
@@ -496,7 +496,7 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), StartError
     Ok(())
 }
 
-type Seats = Vec<(Vcpu, VcpuSeat)>;
+type Seats = Vec<(Vcpu, VcpuLink)>;
 
 /// Whether KVM has what the CPU configuration asks it to have.
 fn check_capabilities(kvm: &Kvm, cpu: &CpuConfig) -> Result<(), StartError> {

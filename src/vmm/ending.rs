@@ -5,12 +5,15 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use kvm_bindings::{KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
+
 use super::machine::Machine;
 use super::{Event, Vmm};
 use crate::memory::mapped::{self, NAME_MAX};
 use crate::serial::SerialEvent;
 use crate::sys::fd::{self, Interest};
-use crate::vcpu::End;
+use crate::sys::kvm;
+use crate::vcpu::{Crash, End};
 use crate::{error, exit, info};
 
 /// How long clients' last answers may take to be written.
@@ -65,73 +68,108 @@ impl Vmm {
         }
     }
 
-    /// Says how the guest ended, in the log and to whoever asked for a word, and gives the exit code
-    /// for it.
+    /// Tells how the guest ended, in the log and on `--end-fd`, and gives the exit code for it.
     pub(super) fn guest_ended(&self, index: u8, end: End) -> i32 {
+        let crash = self.machine().and_then(|machine| machine.crash(index));
         if let Some(told) = &self.end {
-            // Who does not read it has the exit code.
-            let _ = fd::write(told.as_raw_fd(), word(end).as_bytes());
+            let mut text = word(end).to_owned();
+            if let Some(crash) = crash {
+                text.push_str(&report(index, crash));
+            }
+            // The exit code says the most important part if nothing reads this.
+            let _ = fd::write(told.as_raw_fd(), text.as_bytes());
         }
         match end {
-            End::Reset => {
-                info!("The guest reset its machine.");
-                exit::GUEST_ENDED
+            End::Reset => info!("The guest reset its machine."),
+            End::PowerOff => info!("The guest powered its machine off."),
+            _ => {
+                let what = self.failure(index, end);
+                match crash {
+                    Some(crash) => error!("{what}: {crash}."),
+                    None => error!("{what}."),
+                }
             }
-            End::PowerOff => {
-                info!("The guest powered its machine off.");
-                exit::GUEST_ENDED
-            }
-            End::TripleFault => {
-                error!("The guest crashed: vCPU {index} met a triple fault.");
-                exit::GUEST_CRASHED
-            }
-            End::InternalError { suberror, rip } => {
+        }
+        exit_code(end)
+    }
+
+    /// What failed, on which vCPU, and why.
+    fn failure(&self, index: u8, end: End) -> String {
+        let unexpected = |reason: u32, detail: String| {
+            let name = kvm::exit_name(reason);
+            format!("Unexpected KVM exit reason {reason} ({name}) on vCPU {index}{detail}")
+        };
+        match end {
+            End::Reset | End::PowerOff => String::new(),
+            End::TripleFault => format!("The guest crashed: triple fault on vCPU {index}"),
+            End::InternalError { suberror } => {
                 let why = match suberror {
-                    1 => " (an instruction that KVM can not emulate)",
+                    KVM_INTERNAL_ERROR_EMULATION => {
+                        " (emulation failure: KVM cannot emulate the instruction)"
+                    }
                     _ => "",
                 };
-                error!(
-                    "KVM can not run vCPU {index} any further: internal error {suberror}{why}, \
-                     instruction pointer {:#x}.",
-                    rip.unwrap_or(0)
-                );
-                exit::GUEST_NOT_RUNNABLE
+                unexpected(
+                    KVM_EXIT_INTERNAL_ERROR,
+                    format!(", suberror {suberror}{why}"),
+                )
             }
-            End::FailedEntry(reason) => {
-                error!("The processor refused to run vCPU {index}: hardware reason {reason:#x}.");
-                exit::GUEST_NOT_RUNNABLE
-            }
-            End::MemoryGone => {
-                match self.machine().and_then(|m| m.memory.changed_file()) {
-                    Some(name) => error!(
-                        "The file `{name}`, which is mapped into the guest, was cut short; replace \
-                         such a file by rename."
-                    ),
-                    None => {
-                        error!("vCPU {index} reached guest memory that the host can not provide.")
-                    }
+            End::FailedEntry(reason) => unexpected(
+                KVM_EXIT_FAIL_ENTRY,
+                format!(", hardware entry failure reason {reason:#x}"),
+            ),
+            End::Unexpected(reason) => unexpected(reason, String::new()),
+            End::MemoryGone => match self.machine().and_then(|m| m.memory.changed_file()) {
+                Some(name) => format!(
+                    "The file `{name}`, which is mapped into the guest, was cut short; replace such \
+                     a file by rename. Seen on vCPU {index}"
+                ),
+                None => {
+                    format!("vCPU {index} reached guest memory that the host cannot provide")
                 }
-                exit::SIGBUS
-            }
-            End::Unexpected(kind) => {
-                error!(
-                    "vCPU {index} left the guest for a reason nobody asked for: KVM exit {kind}."
-                );
-                exit::GUEST_NOT_RUNNABLE
-            }
+            },
             End::RunFailed(errno) => {
                 let cause = io::Error::from_raw_os_error(errno);
                 let why = match errno {
                     libc::EAGAIN => {
-                        " KVM could not make a thread that it needs: is a limit on processes \
+                        ". KVM could not create a thread that it needs: is a limit on processes \
                          (RLIMIT_NPROC, the pids of a control group) too low?"
                     }
                     _ => "",
                 };
-                error!("Running vCPU {index} failed: {cause}.{why}");
-                exit::GUEST_NOT_RUNNABLE
+                format!("KVM_RUN failed on vCPU {index}: {cause}{why}")
             }
         }
+    }
+}
+
+/// A line for programs, after the word: JSON, with numbers in hexadecimal as texts.
+fn report(vcpu: u8, crash: &Crash) -> String {
+    let hexadecimal = |value: Option<u64>| value.map(|value| format!("{value:#x}"));
+    let bytes = crash.instruction().iter();
+    let instruction: Vec<String> = bytes.map(|byte| format!("{byte:02x}")).collect();
+    let exits = crash.last_exits.iter();
+    let last_exits: Vec<String> = exits.map(|exit| exit.to_string()).collect();
+    let report = serde_json::json!({
+        "vcpu": vcpu,
+        "rip": hexadecimal(crash.rip),
+        "cr2": hexadecimal(crash.cr2),
+        "instruction": instruction.join(" "),
+        "last_exits": last_exits,
+    });
+    format!("{report}\n")
+}
+
+/// The process's exit code for an end of the guest.
+const fn exit_code(end: End) -> i32 {
+    match end {
+        End::Reset | End::PowerOff => exit::GUEST_ENDED,
+        End::TripleFault => exit::GUEST_CRASHED,
+        End::MemoryGone => exit::SIGBUS,
+        End::InternalError { .. }
+        | End::FailedEntry(_)
+        | End::Unexpected(_)
+        | End::RunFailed(_) => exit::GUEST_NOT_RUNNABLE,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::inbox::Sender;
 use crate::memory::Memory;
 use crate::serial::{self, SerialMessage};
 use crate::sys::handed::Handed;
-use crate::vcpu::{Deaf, VcpuHandle};
+use crate::vcpu::{Crash, UnresponsiveVcpu, VcpuHandle};
 use crate::virtio::block::Block;
 use crate::virtio::net::Net;
 use crate::virtio::{ConfigSpace, DeviceControl, DeviceHandle};
@@ -50,7 +50,7 @@ impl Machine {
     ///
     /// # Errors
     /// When a vCPU's thread does not take messages.
-    pub fn run_vcpus(&self) -> Result<(), Deaf> {
+    pub fn run_vcpus(&self) -> Result<(), UnresponsiveVcpu> {
         self.vcpus.iter().try_for_each(VcpuHandle::run)
     }
 
@@ -63,6 +63,11 @@ impl Machine {
             }
         }
         asked
+    }
+
+    /// What is known of vCPU `index`, if it could not go on.
+    pub fn crash(&self, index: u8) -> Option<&Crash> {
+        self.vcpus.get(usize::from(index))?.crash()
     }
 
     /// How many devices there are.

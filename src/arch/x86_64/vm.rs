@@ -6,13 +6,14 @@
 
 use std::error::Error;
 use std::fmt;
-use std::ops::{Deref, DerefMut};
+use std::ops::Deref;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VmFd};
 
 use super::layout;
 use crate::memory::{Memory, MemoryError, Ram};
+use crate::sys::kvm;
 
 /// A virtual machine with memory, interrupt controllers (8259, I/O APIC) and timer (8254).
 ///
@@ -22,13 +23,15 @@ pub struct Vm {
     // Closed before the memory it refers to can be unmapped.
     fd: VmFd,
     ram: Ram,
+    /// Bytes that each vCPU shares with KVM.
+    vcpu_page: usize,
 }
 
-/// A vCPU. Dereferences to its descriptor.
+/// A vCPU. Dereferences to what runs it, and so to its descriptor.
 #[derive(Debug)]
 pub struct Vcpu {
     // A vCPU keeps its virtual machine alive in the kernel, so it keeps the memory too.
-    fd: VcpuFd,
+    vcpu: kvm::Vcpu,
     _ram: Ram,
 }
 
@@ -103,6 +106,7 @@ impl Vm {
         Ok(Vm {
             fd,
             ram: memory.ram().clone(),
+            vcpu_page: kvm.get_vcpu_mmap_size().map_err(VmError::Create)?,
         })
     }
 
@@ -111,12 +115,11 @@ impl Vm {
     /// # Errors
     /// [`VmError::Vcpu`] when KVM refuses.
     pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, VmError> {
-        let fd = self
-            .fd
-            .create_vcpu(u64::from(index))
-            .map_err(|cause| VmError::Vcpu { index, cause })?;
+        let failed = |cause| VmError::Vcpu { index, cause };
+        let fd = self.fd.create_vcpu(u64::from(index)).map_err(failed)?;
+        let vcpu = kvm::Vcpu::new(fd, self.vcpu_page).map_err(|e| failed(e.into()))?;
         Ok(Vcpu {
-            fd,
+            vcpu,
             _ram: self.ram.clone(),
         })
     }
@@ -144,15 +147,9 @@ impl Deref for Vm {
 }
 
 impl Deref for Vcpu {
-    type Target = VcpuFd;
+    type Target = kvm::Vcpu;
 
-    fn deref(&self) -> &VcpuFd {
-        &self.fd
-    }
-}
-
-impl DerefMut for Vcpu {
-    fn deref_mut(&mut self) -> &mut VcpuFd {
-        &mut self.fd
+    fn deref(&self) -> &kvm::Vcpu {
+        &self.vcpu
     }
 }
