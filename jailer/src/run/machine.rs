@@ -40,9 +40,10 @@ const OUT_OF_SCOPE: [&str; 6] = [
     "pmem",
 ];
 
-/// The monitor's own default command line, and a console: this command shows one.
-const CMDLINE: &str = "console=ttyS0 reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
-                       i8042.nomux i8042.dumbkbd swiotlb=noforce";
+/// The monitor's own default command line with a console, which this command shows: the word
+/// `8250.nr_uarts=0` would take it away.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=1 nomodule i8042.noaux i8042.nomux \
+                       i8042.dumbkbd swiotlb=noforce";
 
 /// A configuration, and what it names.
 #[derive(Debug)]
@@ -817,6 +818,20 @@ mod tests {
         let mac = body.pointer("/network-interfaces/0/guest_mac");
         assert_eq!(mac, Some(&"06:00:00:00:00:01".into()));
         assert_eq!(body.pointer("/drives/0/is_root_device"), Some(&true.into()));
+    }
+
+    #[test]
+    fn command_line_without_an_option_has_a_console() {
+        let plain = Plain {
+            kernel: "/k".into(),
+            ..Plain::default()
+        };
+        let body = Value::Object(Described::plain(&plain).unwrap().body);
+        let words = body.pointer("/boot-source/boot_args").unwrap();
+        let words: Vec<&str> = words.as_str().unwrap().split(' ').collect();
+        assert!(words.contains(&"console=ttyS0"), "{words:?}");
+        // Linux has as many UARTs as this says.
+        assert!(!words.iter().any(|word| word.starts_with("8250.nr_uarts")));
     }
 
     #[test]
