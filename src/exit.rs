@@ -1,7 +1,7 @@
 //! How the process can end: every exit code, each with one meaning.
 //!
 //! Codes below 160 are Firecracker's, so that what its users have built on them still holds; those
-//! from 160 on tell apart what the original reports as 0 or 1.
+//! from 160 on tell apart what Firecracker reports as 0 or 1.
 
 /// The guest reset or powered off its machine.
 pub const GUEST_ENDED: i32 = 0;
@@ -15,7 +15,7 @@ pub const SIGBUS: i32 = 149;
 pub const SIGSEGV: i32 = 150;
 /// A log level that does not exist.
 pub const BAD_LOG_LEVEL: i32 = 152;
-/// Command-line arguments that make no sense.
+/// Command-line arguments that are not valid.
 pub const BAD_ARGUMENTS: i32 = 153;
 /// SIGXCPU: the CPU time limit of the process is used up.
 pub const SIGXCPU: i32 = 154;
@@ -25,15 +25,23 @@ pub const SIGHUP: i32 = 156;
 pub const SIGILL: i32 = 157;
 /// The guest crashed: a triple fault, seen by KVM as a shutdown.
 pub const GUEST_CRASHED: i32 = 160;
-/// KVM could not run the guest any further (an instruction it can not emulate, a failed entry).
+/// KVM cannot run the guest any further (an instruction it cannot emulate, a failed entry).
 pub const GUEST_NOT_RUNNABLE: i32 = 161;
-/// A thread of the monitor can not go on for a reason of the host's.
+/// A thread of the monitor cannot continue because of the host.
 pub const WORKER_FAILED: i32 = 162;
-/// The monitor found itself wrong: a panic.
+/// Internal error: a panic.
 pub const PANIC: i32 = 163;
 
-/// The code for an end by `signal` where the process can not die by the signal itself, being
-/// process 1 of its namespace: 128 and the signal's number, as shells have it.
+/// The code when `signal` ends the process: its own where it has one, else 128 and its number, as
+/// shells have it (a process that is the first of its namespace cannot die by the signal itself).
 pub const fn by_signal(signal: i32) -> i32 {
-    128 + signal
+    match signal {
+        libc::SIGSYS => BAD_SYSCALL,
+        libc::SIGBUS => SIGBUS,
+        libc::SIGSEGV => SIGSEGV,
+        libc::SIGXCPU => SIGXCPU,
+        libc::SIGHUP => SIGHUP,
+        libc::SIGILL => SIGILL,
+        other => other.saturating_add(128),
+    }
 }

@@ -11,14 +11,13 @@
 //! quarter of that, so that one kind can not silence the others. Lines never hold bytes that a
 //! guest or a client chose: numbers and our own words only.
 
-use std::cell::Cell;
 use std::error::Error;
 use std::fmt::{self, Arguments, Write};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::sys::{clock, fd};
+use crate::sys::{clock, fd, thread};
 
 /// How much a line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,29 +103,6 @@ static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
 static GUEST_SPENT_UNTIL: AtomicU64 = AtomicU64::new(0);
 static INSTANCE: OnceLock<String> = OnceLock::new();
 static MODULE: OnceLock<String> = OnceLock::new();
-
-thread_local! {
-    /// The name of this thread, readable in a signal handler: no destructor, no allocation.
-    static THREAD: Cell<([u8; 16], usize)> = const { Cell::new((*b"main            ", 4)) };
-}
-
-/// Names the calling thread in its log lines and in the line of a filter violation.
-pub fn set_thread_name(name: &str) {
-    let mut bytes = [0; 16];
-    let mut len = 0;
-    for (to, from) in bytes.iter_mut().zip(name.bytes()) {
-        *to = from;
-        len += 1;
-    }
-    THREAD.set((bytes, len));
-}
-
-/// Calls `with` with the name of the calling thread. Safe in a signal handler.
-pub fn with_thread_name<R>(with: impl FnOnce(&str) -> R) -> R {
-    let (bytes, len) = THREAD.get();
-    let name = bytes.get(..len).unwrap_or_default();
-    with(std::str::from_utf8(name).unwrap_or("?"))
-}
 
 /// The instance named in each line. Only the first call counts.
 pub fn set_instance(id: &str) {
@@ -321,10 +297,10 @@ fn compose(
     let time = Utc::now();
     // A line that does not fit is cut; formatting into it does not fail.
     let _ = if FORMAT.load(Ordering::Relaxed) == Format::Json as u8 {
-        with_thread_name(|thread| {
+        thread::with_name(|name| {
             write!(out, "{{\"time\":\"{time}Z\",\"id\":\"{id}\",\"thread\":\"")?;
             out.escaping = true;
-            out.write_str(thread)?;
+            out.write_str(name)?;
             out.escaping = false;
             write!(out, "\",\"level\":\"{}\",", level.name())?;
             if lost > 0 {
@@ -337,8 +313,8 @@ fn compose(
             out.write_str("\"}")
         })
     } else {
-        with_thread_name(|thread| {
-            write!(out, "{time} [{id}:{thread}")?;
+        thread::with_name(|name| {
+            write!(out, "{time} [{id}:{name}")?;
             if SHOW_LEVEL.load(Ordering::Relaxed) {
                 write!(out, ":{}", level.name())?;
             }

@@ -20,12 +20,14 @@ use mayfly::vmm::{Settings, Vmm, words};
 use mayfly::{error, exit, info};
 
 #[global_allocator]
-static ALLOCATOR: Allocator = Allocator;
+static ALLOCATOR: Allocator = Allocator {
+    exit_code: exit::WORKER_FAILED,
+};
 
 fn main() {
     let timeline = Timeline::begin();
     process::use_one_arena();
-    process::end_on_panic();
+    process::end_on_panic(exit::PANIC);
     match args::parse(std::env::args_os().skip(1)) {
         Ok(Asked::Run(args)) => run(*args, timeline),
         Ok(Asked::Help) => print(&args::help()),

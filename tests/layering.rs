@@ -22,11 +22,11 @@ const LAYERS: &[(&str, u8, &[&str])] = &[
     ("inbox", 1, &[]),
     ("seccomp", 1, &[]),
     ("metrics", 1, &[]),
-    // The log and the wrappers below it are one floor: they write, wait and tell time for all.
-    ("log", 1, &["sys"]),
-    ("sys", 1, &["log", "exit"]),
-    ("exit", 0, &[]),
-    ("timeline", 1, &["sys"]),
+    ("log", 1, &[]),
+    ("exit", 1, &[]),
+    ("timeline", 1, &[]),
+    // Sees nothing of ours.
+    ("sys", 0, &[]),
 ];
 
 /// What the API thread may name of `vmm`.

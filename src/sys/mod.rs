@@ -1,5 +1,6 @@
 //! Thin safe wrappers over raw system calls: the only code, beside guest memory's registration
-//! with KVM, that may be `unsafe`. Each wrapper is complete: no caller has a promise to keep.
+//! with KVM, that may be `unsafe`. Each wrapper is complete: no caller has a promise to keep. Nothing
+//! here knows of anything else in the program; exit codes come in as values.
 #![expect(unsafe_code, reason = "this is where raw system calls are wrapped")]
 
 pub mod allocator;
@@ -17,3 +18,4 @@ pub mod tap;
 pub mod terminal;
 #[cfg(test)]
 pub mod testing;
+pub mod thread;

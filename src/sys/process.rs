@@ -5,8 +5,7 @@ use std::panic;
 
 use rustix::process::Resource;
 
-use super::terminal;
-use crate::{exit, log};
+use super::{terminal, thread};
 
 /// Ends the process at once, all threads with it, without running anything else of ours.
 pub fn exit(code: i32) -> ! {
@@ -30,19 +29,19 @@ pub fn use_one_arena() {
     }
 }
 
-/// Makes a panic on any thread end the process: one line, the terminal given back, the code for
-/// it. An abort would look like SIGSEGV where the process is the first of its namespace.
-pub fn end_on_panic() {
-    panic::set_hook(Box::new(|info| {
-        log::with_thread_name(|thread| {
-            // Not `eprintln!`, which panics where nobody takes it.
+/// Makes a panic on any thread end the process: one line, the terminal restored, exit code `code`.
+/// An abort would look like SIGSEGV where the process is the first of its namespace.
+pub fn end_on_panic(code: i32) {
+    panic::set_hook(Box::new(move |info| {
+        thread::with_name(|name| {
+            // Not `eprintln!`, which panics when the write fails.
             let _ = writeln!(
                 io::stderr(),
-                "mayfly: thread {thread}: the monitor found itself wrong: {info}"
+                "mayfly: thread {name}: internal error (panic): {info}"
             );
         });
         terminal::restore();
-        self::exit(exit::PANIC)
+        self::exit(code)
     }));
 }
 
@@ -65,12 +64,13 @@ mod tests {
 
     /// Set for the process that is to panic.
     const TOLD: &str = "MAYFLY_TEST_PANIC";
+    const CODE: i32 = 163;
 
     /// Not a test of its own: what the process below does.
     #[test]
     fn panics_if_told_to() {
         if std::env::var_os(TOLD).is_some() {
-            end_on_panic();
+            end_on_panic(CODE);
             panic!("told to");
         }
     }
@@ -101,12 +101,9 @@ mod tests {
         }
         for mut command in commands {
             let output = command.env(TOLD, "1").output().unwrap();
-            assert_eq!(output.status.code(), Some(exit::PANIC), "{output:?}");
+            assert_eq!(output.status.code(), Some(CODE), "{output:?}");
             let errors = String::from_utf8_lossy(&output.stderr);
-            assert!(
-                errors.contains("the monitor found itself wrong"),
-                "{errors}"
-            );
+            assert!(errors.contains("internal error (panic)"), "{errors}");
         }
     }
 }

@@ -5,7 +5,7 @@
 //!   process in order. SIGINT and SIGQUIT stay ignored where the caller ignored them, as shells do
 //!   for what they start in the background.
 //! - SIGSYS (a filter's trap), SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP and SIGABRT end the process
-//!   from a handler that writes one line, gives the terminal back and exits; it allocates nothing
+//!   from a handler that writes one line, restores the terminal and exits; it allocates nothing
 //!   and takes no lock.
 //! - SIGPIPE and SIGXFSZ are ignored: the write that raised them fails instead. So are SIGTTIN
 //!   and SIGTTOU: a monitor in the background loses its terminal, and does not stop.
@@ -17,13 +17,13 @@ use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::signal::{Killable, create_sigset};
 
-use super::{fd, process, terminal};
-use crate::{exit, log};
+use super::{fd, process, terminal, thread};
 
 /// Signals that control reads, beside the real-time ones.
 const READ_BY_CONTROL: [libc::c_int; 11] = [
@@ -55,6 +55,10 @@ const FATAL: [libc::c_int; 7] = [
     libc::SIGABRT,
 ];
 
+/// The exit code of a process that a signal ends. It runs in a signal handler: it may compute and
+/// nothing else.
+pub type ExitCode = fn(i32) -> i32;
+
 /// Says what lies at a host address, for the line about a SIGBUS.
 pub type DescribeAddress = fn(usize, &mut dyn FnMut(&str));
 
@@ -72,12 +76,13 @@ pub struct Signal {
 }
 
 impl Signals {
-    /// Sets up every signal of the process. Call it on the first thread, before any other exists:
-    /// threads inherit what is blocked.
+    /// Sets up every signal of the process, with the exit code for each. Call it on the first
+    /// thread, before any other exists: threads inherit what is blocked.
     ///
     /// # Errors
     /// When the host has no descriptor left.
-    pub fn install() -> io::Result<Self> {
+    pub fn install(exit_code: ExitCode) -> io::Result<Self> {
+        let _ = EXIT_CODE.set(exit_code);
         for signal in IGNORED {
             set_action(signal, Action::Ignore)?;
         }
@@ -132,12 +137,8 @@ impl AsRawFd for Signals {
 /// Ends the process the way `signal` would have ended it, or with the documented code where
 /// that can not be (process 1 of a namespace).
 pub fn end_by(signal: i32) -> ! {
-    match signal {
-        libc::SIGHUP => process::exit(exit::SIGHUP),
-        libc::SIGXCPU => process::exit(exit::SIGXCPU),
-        _ => {}
-    }
-    if !process::is_first_process() {
+    let has_own_code = matches!(signal, libc::SIGHUP | libc::SIGXCPU);
+    if !has_own_code && !process::is_first_process() {
         let _ = set_action(signal, Action::Default);
         if let Ok(set) = create_sigset(&[signal]) {
             let _ = change_mask(libc::SIG_UNBLOCK, &set);
@@ -145,7 +146,7 @@ pub fn end_by(signal: i32) -> ! {
         // SAFETY: `raise` touches no memory of ours.
         unsafe { libc::raise(signal) };
     }
-    process::exit(exit::by_signal(signal))
+    process::exit(exit_code(signal))
 }
 
 thread_local! {
@@ -188,45 +189,48 @@ struct Info {
 extern "C" fn on_fatal(signal: libc::c_int, info: &Info, _: *mut libc::c_void) {
     let mut line = Text::new();
     line.say("mayfly: thread ");
-    log::with_thread_name(|name| line.say(name));
-    let code = match signal {
+    thread::with_name(|name| line.say(name));
+    match signal {
         libc::SIGSYS => {
             line.say(": the seccomp filter does not allow system call ");
             line.number(info.call);
             line.say(" (");
             line.say(super::syscalls::name(info.call));
             line.say(")");
-            exit::BAD_SYSCALL
         }
         libc::SIGBUS => {
             line.say(": SIGBUS: memory mapped from a file is gone");
             if let Some(describe) = DESCRIBE.get() {
                 describe(info.address, &mut |text| line.say(text));
             }
-            exit::SIGBUS
         }
         libc::SIGSEGV => {
-            line.say(": SIGSEGV: the monitor touched memory that is not its own");
-            exit::SIGSEGV
+            line.say(": SIGSEGV: invalid memory access in the monitor");
         }
         libc::SIGILL => {
-            line.say(": SIGILL: the monitor met an instruction that this CPU lacks");
-            exit::SIGILL
+            line.say(": SIGILL: the monitor executed an instruction that this CPU lacks");
         }
         other => {
             line.say(": signal ");
             line.number(other);
             line.say(" ended the monitor");
-            exit::by_signal(other)
         }
-    };
+    }
     line.say("\n");
     let _ = fd::write(libc::STDERR_FILENO, line.bytes());
     terminal::restore();
-    process::exit(code)
+    process::exit(exit_code(signal))
 }
 
-static DESCRIBE: std::sync::OnceLock<DescribeAddress> = std::sync::OnceLock::new();
+static DESCRIBE: OnceLock<DescribeAddress> = OnceLock::new();
+static EXIT_CODE: OnceLock<ExitCode> = OnceLock::new();
+
+/// As shells have it, unless the program has said otherwise.
+fn exit_code(signal: i32) -> i32 {
+    EXIT_CODE
+        .get()
+        .map_or_else(|| signal.saturating_add(128), |code| code(signal))
+}
 
 /// Lets the line about a SIGBUS name the file. `describe` runs in the signal handler: it may
 /// read memory and call its second argument, and nothing else.

@@ -204,7 +204,7 @@ impl Vmm {
     /// # Errors
     /// When the host has no descriptor left.
     pub fn new(settings: Settings, timeline: Timeline) -> io::Result<Self> {
-        let signals = Signals::install()?;
+        let signals = Signals::install(exit::by_signal)?;
         signal::describe_addresses_by(ending::name_mapped_file);
         let (events, inbox) = inbox(INBOX)?;
         Ok(Vmm {

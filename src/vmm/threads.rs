@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle, Thread};
 
 use crate::seccomp::{self, Category};
-use crate::sys::process;
+use crate::sys::{self, process};
 use crate::{exit, log};
 
 /// Stack of a thread, in bytes: address space; only what is touched costs memory.
@@ -131,7 +131,7 @@ impl Berth {
         let muster = Arc::clone(muster);
         let filtered = move || {
             if let Some(name) = thread::current().name() {
-                log::set_thread_name(name);
+                sys::thread::set_name(name);
             }
             filter_or_end(category);
             muster.report();
