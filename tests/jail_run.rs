@@ -840,6 +840,29 @@ fn limits_hold_the_monitor_and_only_it() {
 }
 
 #[test]
+fn limits_of_the_group_that_the_caller_is_in_hold() {
+    let place = place!("rengine");
+    let Some(memory) = cgroup_mount("memory") else {
+        eprintln!("SKIPPED rengine: this host has no memory controller of version 1");
+        return;
+    };
+    let engine = memory.join(format!("mfengine-{}", std::process::id()));
+    fs::create_dir(&engine).unwrap();
+    let _broom = Broom(vec![engine.clone()]);
+    fs::write(engine.join("memory.limit_in_bytes"), "60M").unwrap();
+    let enter = format!("echo $$ >{}/cgroup.procs;", engine.display());
+    // More than the engine allows, and less than the caller asks for.
+    let (words, more) = ("report hog=100 exit=0", ["--limit", "memory=400M"]);
+    for id in ["one", "two"] {
+        let command = place.run(Who::Root, words, &[&more[..], &["--id", id]].concat());
+        place.ends(inheriting(&command, &enter), 164);
+        assert!(!engine.join(format!("mayfly-{id}")).exists());
+    }
+    // Without an engine's group there is room for it.
+    place.ends(place.run(Who::Root, words, &more), 0);
+}
+
+#[test]
 fn frozen_group_holds_up_no_end() {
     let place = place!("rfrozen");
     let Some(freezer) = cgroup_mount("freezer") else {

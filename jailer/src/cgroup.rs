@@ -2,25 +2,118 @@
 //! writing its limits, moving in.
 //!
 //! Version 1 has one hierarchy per controller (or per few), version 2 one for all, in which a
-//! controller must be switched on level by level; a host may have both. A group is
-//! `<mount>/<parent>/<id>`. Looking comes first (`Plan::new` changes nothing), making second, and
-//! all moves together at the end: the first one into a version 1 hierarchy waits some milliseconds
-//! for every processor, and those straight after it do not.
+//! controller must be enabled level by level; a host may have both. Looking comes first (making a
+//! [`Request`] changes nothing and keeps nothing open), making second, and all moves together at the
+//! end: the first one into a version 1 hierarchy waits some milliseconds for every processor, and
+//! those straight after it do not.
+//!
+//! `limit` knows limits by name, `exclusive` the groups of `mayfly-jailer run`, which are locked by
+//! their maker and removed at the end.
 
+pub mod exclusive;
+pub mod limit;
+
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::failure::{Doing, Failure};
-use crate::made::{Kind, Made};
-use crate::root::{self, open_beneath};
+use crate::error::{Remedy, at, errno};
+use crate::root::{self, RootError, open_beneath};
+use crate::undo::{Kind, Undo};
+
+/// A control group cannot be found, made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("cannot find the cgroup mounts (/proc/self/mounts)")]
+    Mounts(#[source] Errno),
+    #[error("cannot use cgroups of version 2: that hierarchy is not mounted")]
+    NoVersion2,
+    #[error(
+        "cannot set {file}: this host has no cgroup controller \"{}\" of version {version}",
+        controller_of(file)
+    )]
+    NoController {
+        file: String,
+        version: Version,
+        remedy: Option<String>,
+    },
+    #[error("cannot read {0}")]
+    Read(PathBuf, #[source] Errno),
+    #[error("cannot write \"{text}\" to {path}")]
+    Write {
+        path: PathBuf,
+        text: String,
+        source: Errno,
+    },
+    #[error("cannot open the cgroup {0}")]
+    Open(PathBuf, #[source] Errno),
+    #[error(transparent)]
+    Make(#[from] RootError),
+    #[error("cannot move into the cgroup {0}")]
+    Enter(PathBuf, #[source] Errno),
+    #[error("cannot use the cgroup {0}: a microVM of that id is running")]
+    IdInUse(PathBuf),
+    #[error("cannot find a cgroup for this user's microVMs: none above {0} is delegated to it")]
+    NotDelegated(String),
+    #[error("cannot limit I/O of {0}")]
+    Device(PathBuf, #[source] Errno),
+}
+
+impl Remedy for CgroupError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        Some(Cow::Borrowed(match self {
+            CgroupError::Mounts(_) => "mount /proc",
+            CgroupError::NoVersion2 => {
+                "mount it (`mount -t cgroup2 none DIR`) or use --cgroup-version 1"
+            }
+            CgroupError::NoController { remedy, .. } => return remedy.clone().map(Cow::Owned),
+            CgroupError::Write { path, source, .. } if path.ends_with(ENABLE) => match *source {
+                Errno::BUSY => {
+                    "processes live in that group itself: choose a --parent-cgroup without any"
+                }
+                Errno::NOENT => "the group above does not offer that controller",
+                _ => return None,
+            },
+            CgroupError::Write { source, .. } => match *source {
+                Errno::NOENT => "that controller has no such file on this host: see --cgroup",
+                Errno::INVAL | Errno::RANGE => "the kernel does not take that value for this file",
+                _ => return None,
+            },
+            CgroupError::Enter(_, error) => return cannot_enter(*error).map(Cow::Borrowed),
+            CgroupError::IdInUse(_) => "choose another --id",
+            CgroupError::NotDelegated(_) => {
+                "run it with `systemd-run --user --scope -p Delegate=yes`, or have root make a \
+                 group for this user and name it with --parent-cgroup"
+            }
+            CgroupError::Device(_, Errno::NOTBLK) => {
+                "name the device that the files lie on, e.g. /dev/vda"
+            }
+            CgroupError::Make(error) => return error.remedy(),
+            _ => return None,
+        }))
+    }
+}
+
+/// Why a process is not let into a group.
+pub fn cannot_enter(error: Errno) -> Option<&'static str> {
+    Some(match error {
+        Errno::NOSPC => "its cpuset has no processor or no memory node",
+        Errno::ACCESS => "that group is not this user's: see --parent-cgroup",
+        Errno::BUSY => {
+            "it has controllers enabled for the groups below it, so that no process may be in it: \
+             choose a group further down"
+        }
+        Errno::OPNOTSUPP => "it is a threaded or a broken group",
+        _ => return None,
+    })
+}
 
 /// Which interface of the kernel is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,66 +146,107 @@ pub struct Value {
 impl Value {
     /// The controller this value is for.
     pub fn controller(&self) -> &str {
-        self.file.split('.').next().unwrap_or_default()
+        controller_of(&self.file)
     }
 }
 
-/// Where cgroup hierarchies are mounted on this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hierarchies {
-    /// Mount point and the options, controllers among them, of each version 1 hierarchy.
-    v1: Vec<(PathBuf, Vec<String>)>,
-    /// Mount point of the version 2 hierarchy.
-    pub(crate) v2: Option<PathBuf>,
+fn controller_of(file: &str) -> &str {
+    file.split('.').next().unwrap_or_default()
 }
 
+/// A mounted hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Hierarchy {
+    version: Version,
+    path: PathBuf,
+    /// Mount options, the controllers of version 1 among them.
+    options: Vec<String>,
+}
+
+/// The hierarchies of this host. The first mount of each counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hierarchies(Vec<Hierarchy>);
+
 impl Hierarchies {
-    /// Reads the host's.
-    pub fn of_host() -> Result<Hierarchies, Failure> {
-        const MOUNTS: &str = "/proc/self/mounts";
-        let text = std::fs::read(MOUNTS).doing_or(
-            format_args!("find the cgroup mounts in {MOUNTS}"),
-            |_| "mount /proc",
-        )?;
+    /// Finds them.
+    pub fn of_host() -> Result<Hierarchies, CgroupError> {
+        let text = std::fs::read("/proc/self/mounts")
+            .map_err(|error| CgroupError::Mounts(errno(error)))?;
         Ok(Hierarchies::parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// Reads them from the text of a `mounts` file. The first mount of a hierarchy counts.
-    pub fn parse(mounts: &str) -> Hierarchies {
-        let mut found = Hierarchies::default();
-        for line in mounts.lines() {
-            let mut words = line.split(' ');
-            let (_, Some(place), Some(kind), Some(options)) =
-                (words.next(), words.next(), words.next(), words.next())
-            else {
-                continue;
-            };
-            match kind {
-                "cgroup" => {
-                    let options = options.split(',').map(str::to_owned).collect();
-                    found.v1.push((unescape(place), options));
+    /// Finds them in the text of a `mounts` file.
+    fn parse(mounts: &str) -> Hierarchies {
+        let hierarchy = |line: &str| {
+            let mut words = line.split(' ').skip(1);
+            let (place, kind, options) = (words.next()?, words.next()?, words.next()?);
+            Some(Hierarchy {
+                version: match kind {
+                    "cgroup" => Version::V1,
+                    "cgroup2" => Version::V2,
+                    _ => return None,
+                },
+                path: unescape(place),
+                options: options.split(',').map(str::to_owned).collect(),
+            })
+        };
+        Hierarchies(mounts.lines().filter_map(hierarchy).collect())
+    }
+
+    fn v2(&self) -> Option<&Hierarchy> {
+        self.0.iter().find(|one| one.version == Version::V2)
+    }
+
+    /// Whether a version 1 hierarchy has `controller`.
+    pub fn has_v1(&self, controller: &str) -> bool {
+        self.v1(controller).is_some()
+    }
+
+    fn v1(&self, controller: &str) -> Option<&Hierarchy> {
+        let has = |one: &&Hierarchy| one.options.iter().any(|option| option == controller);
+        self.0
+            .iter()
+            .filter(|one| one.version == Version::V1)
+            .find(has)
+    }
+
+    /// The controllers that version 2 offers.
+    pub fn offered(&self) -> Result<Vec<String>, CgroupError> {
+        let Some(hierarchy) = self.v2() else {
+            return Ok(Vec::new());
+        };
+        let file = hierarchy.path.join("cgroup.controllers");
+        let text = std::fs::read_to_string(&file)
+            .map_err(|error| CgroupError::Read(file, errno(error)))?;
+        Ok(text.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// The hierarchy for a value, if this host has its controller.
+    fn of(&self, version: Version, value: &Value) -> Result<&Hierarchy, CgroupError> {
+        let missing = |remedy| CgroupError::NoController {
+            file: value.file.clone(),
+            version,
+            remedy,
+        };
+        match version {
+            // The commonest reason: hosts are moving, and 1 is the default for compatibility.
+            Version::V1 => self.v1(value.controller()).ok_or_else(|| {
+                let only_2 = self.v2().is_some() && self.0.len() == 1;
+                missing(only_2.then(|| {
+                    "it has version 2: give --cgroup-version 2 and its file names".to_owned()
+                }))
+            }),
+            Version::V2 => {
+                let hierarchy = self.v2().ok_or(CgroupError::NoVersion2)?;
+                let offered = self.offered()?;
+                if offered.iter().any(|name| name == value.controller()) {
+                    Ok(hierarchy)
+                } else {
+                    let offers = format!("this hierarchy offers: {}", offered.join(" "));
+                    Err(missing(Some(offers)))
                 }
-                "cgroup2" if found.v2.is_none() => found.v2 = Some(unescape(place)),
-                _ => {}
             }
         }
-        found
-    }
-
-    /// The names of the controllers that version 2 offers, with blanks between them.
-    pub(crate) fn offered(&self) -> Result<String, Failure> {
-        let Some(path) = &self.v2 else {
-            return Ok(String::new());
-        };
-        let file = path.join("cgroup.controllers");
-        std::fs::read_to_string(&file).doing(format_args!("read {}", file.display()))
-    }
-
-    /// The version 1 hierarchy that has `controller`.
-    pub(crate) fn of_controller(&self, controller: &str) -> Option<&(PathBuf, Vec<String>)> {
-        self.v1
-            .iter()
-            .find(|(_, options)| options.iter().any(|option| option == controller))
     }
 }
 
@@ -133,33 +267,14 @@ fn unescape(text: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(plain))
 }
 
-/// What the caller asks for.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
-    /// Which interface.
-    pub version: Version,
-    /// The groups above the microVM's, from the mount point down.
-    pub parent: &'a [OsString],
-    /// The microVM's own group.
-    pub id: &'a str,
-    /// Its limits. Without any, version 1 does nothing and version 2 moves into `parent`, if that
-    /// exists.
-    pub values: &'a [Value],
-}
+/// The groups that one microVM is to have, checked against the host.
+#[derive(Clone, Debug, Default)]
+pub struct Request(Vec<Planned>);
 
-/// The groups to be made, with everything about them found out that can be without making them.
-#[derive(Debug)]
-pub struct Plan {
-    groups: Vec<Planned>,
-}
-
-#[derive(Debug)]
+/// One group in one hierarchy.
+#[derive(Clone, Debug)]
 struct Planned {
-    version: Version,
-    mount: Rc<OwnedFd>,
-    mount_path: PathBuf,
-    /// Mount options of a version 1 hierarchy, to know it again in /proc/self/cgroup.
-    options: Vec<String>,
+    hierarchy: Hierarchy,
     /// Names below the mount point, the microVM's own last.
     steps: Vec<OsString>,
     values: Vec<Value>,
@@ -168,145 +283,100 @@ struct Planned {
 /// A group this process can move into.
 #[derive(Debug)]
 pub struct Group {
-    /// Of which interface it is.
-    pub(crate) version: Version,
-    /// Its folder, opened.
-    pub(crate) dir: Rc<OwnedFd>,
-    /// Its folder's name, for sentences.
-    pub(crate) path: PathBuf,
-    mount: Rc<OwnedFd>,
-    mount_path: PathBuf,
-    options: Vec<String>,
+    hierarchy: Hierarchy,
+    dir: Rc<OwnedFd>,
+    path: PathBuf,
 }
 
-impl Plan {
-    /// Finds the hierarchies for all of `wanted`, and refuses controllers this host does not have.
-    pub fn new(wanted: &Wanted<'_>, hierarchies: &Hierarchies) -> Result<Plan, Failure> {
-        match wanted.version {
-            Version::V1 => Plan::v1(wanted, hierarchies),
-            Version::V2 => Plan::v2(wanted, hierarchies),
-        }
-    }
-
-    fn v1(wanted: &Wanted<'_>, hierarchies: &Hierarchies) -> Result<Plan, Failure> {
-        let mut groups: Vec<Planned> = Vec::new();
-        for value in wanted.values {
-            let (path, options) = hierarchies
-                .of_controller(value.controller())
-                .ok_or_else(|| no_controller(value, wanted.version, hierarchies))?;
-            if let Some(group) = groups.iter_mut().find(|group| group.mount_path == *path) {
-                group.values.push(value.clone());
-                continue;
-            }
-            groups.push(Planned {
-                version: Version::V1,
-                mount: open_mount(path)?,
-                mount_path: path.clone(),
-                options: options.clone(),
-                steps: own_group(wanted),
-                values: vec![value.clone()],
-            });
-        }
-        Ok(Plan { groups })
-    }
-
-    fn v2(wanted: &Wanted<'_>, hierarchies: &Hierarchies) -> Result<Plan, Failure> {
-        let Some(path) = &hierarchies.v2 else {
-            return Err(
-                Failure::new("use cgroups of version 2", "that hierarchy is not mounted")
-                    .remedy("mount it (`mount -t cgroup2 none DIR`) or use --cgroup-version 1"),
-            );
-        };
-        let mount = open_mount(path)?;
-        let steps = if wanted.values.is_empty() {
-            let mut parent = PathBuf::new();
-            parent.extend(wanted.parent);
-            if parent.as_os_str().is_empty() {
-                parent.push(".");
-            }
-            match open_beneath(&mount, parent.as_os_str(), OFlags::PATH | OFlags::DIRECTORY) {
-                Ok(_) => wanted.parent.to_vec(),
+impl Request {
+    /// The groups `<parent>/<id>` for `values`. Without any, version 1 has nothing to do, and version
+    /// 2 moves into `parent` if that exists: as Firecracker's jailer does.
+    pub fn compatible(
+        version: Version,
+        parent: &[OsString],
+        id: &str,
+        values: &[Value],
+        hierarchies: &Hierarchies,
+    ) -> Result<Request, CgroupError> {
+        let mut request = Request::default();
+        if values.is_empty() && version == Version::V2 {
+            let hierarchy = hierarchies.v2().ok_or(CgroupError::NoVersion2)?;
+            let path = join(&hierarchy.path, parent);
+            return match rustix::fs::stat(&path) {
+                Ok(_) => {
+                    request.0.push(Planned {
+                        hierarchy: hierarchy.clone(),
+                        steps: parent.to_vec(),
+                        values: Vec::new(),
+                    });
+                    Ok(request)
+                }
                 // Documented: then the process stays where it is.
-                Err(Errno::NOENT) => return Ok(Plan { groups: Vec::new() }),
-                Err(error) => {
-                    return Err(Failure::new(
-                        format_args!("open the cgroup {}", path.join(parent).display()),
-                        error,
-                    ));
-                }
-            }
-        } else {
-            let offered = read_below(&mount, OsStr::new("cgroup.controllers"))
-                .doing(format_args!("read {}/cgroup.controllers", path.display()))?;
-            for value in wanted.values {
-                if !offered
-                    .split_whitespace()
-                    .any(|name| name == value.controller())
-                {
-                    return Err(no_controller(value, wanted.version, hierarchies)
-                        .remedy(format_args!("this hierarchy offers: {}", offered.trim())));
-                }
-            }
-            own_group(wanted)
-        };
-        Ok(Plan {
-            groups: vec![Planned {
-                version: Version::V2,
-                mount,
-                mount_path: path.clone(),
-                options: Vec::new(),
-                steps,
-                values: wanted.values.to_vec(),
-            }],
-        })
+                Err(Errno::NOENT) => Ok(request),
+                Err(error) => Err(CgroupError::Open(path, error)),
+            };
+        }
+        for value in values {
+            request.add(value, version, hierarchies)?;
+        }
+        for group in &mut request.0 {
+            group.steps = own_group(parent, id);
+        }
+        Ok(request)
     }
 
-    /// Makes the groups and writes their limits. Nobody moves yet.
-    pub fn make(self, made: &mut Made) -> Result<Vec<Group>, Failure> {
-        self.groups
-            .into_iter()
-            .map(|group| group.make(made))
-            .collect()
+    /// Adds `value` to the group in its hierarchy.
+    fn add(
+        &mut self,
+        value: &Value,
+        version: Version,
+        hierarchies: &Hierarchies,
+    ) -> Result<(), CgroupError> {
+        let hierarchy = hierarchies.of(version, value)?;
+        match self.0.iter_mut().find(|one| one.hierarchy == *hierarchy) {
+            Some(group) => group.values.push(value.clone()),
+            None => self.0.push(Planned {
+                hierarchy: hierarchy.clone(),
+                steps: Vec::new(),
+                values: vec![value.clone()],
+            }),
+        }
+        Ok(())
+    }
+
+    /// Makes the groups and writes their limits. No process moves yet.
+    pub fn make(&self, undo: &mut Undo) -> Result<Vec<Group>, CgroupError> {
+        self.0.iter().map(|group| group.make(undo)).collect()
     }
 }
 
-/// The names of the microVM's own group, from the mount point down.
-fn own_group(wanted: &Wanted<'_>) -> Vec<OsString> {
-    let mut steps = wanted.parent.to_vec();
-    steps.push(wanted.id.into());
+/// The names of a microVM's own group, from the mount point down.
+fn own_group(parent: &[OsString], id: &str) -> Vec<OsString> {
+    let mut steps = parent.to_vec();
+    steps.push(id.into());
     steps
 }
 
-fn no_controller(value: &Value, version: Version, hierarchies: &Hierarchies) -> Failure {
-    let failure = Failure::new(
-        format_args!("set {} (--cgroup)", value.file),
-        format_args!(
-            "this host has no cgroup controller \"{}\" of version {version}",
-            value.controller()
-        ),
-    );
-    // The commonest reason: hosts are moving, and 1 is the default for compatibility's sake.
-    if version == Version::V1 && hierarchies.v1.is_empty() && hierarchies.v2.is_some() {
-        return failure.remedy("it has version 2: give --cgroup-version 2 and its file names");
-    }
-    failure
+fn join(path: &Path, steps: &[OsString]) -> PathBuf {
+    let mut path = path.to_owned();
+    path.extend(steps);
+    path
 }
 
-fn open_mount(path: &Path) -> Result<Rc<OwnedFd>, Failure> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
-        .map(Rc::new)
-        .doing(format_args!("open the cgroup mount {}", path.display()))
-}
+/// The file of a version 2 group that says which controllers the groups below it have.
+const ENABLE: &str = "cgroup.subtree_control";
 
 impl Planned {
-    fn make(self, made: &mut Made) -> Result<Group, Failure> {
-        let mut dir = Rc::clone(&self.mount);
-        let mut path = self.mount_path.clone();
+    fn make(&self, undo: &mut Undo) -> Result<Group, CgroupError> {
+        let mut path = self.hierarchy.path.clone();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut dir = rustix::fs::open(&path, flags, Mode::empty())
+            .map(Rc::new)
+            .map_err(at(CgroupError::Open, &path))?;
         let last = self.steps.len().saturating_sub(1);
         for (index, step) in self.steps.iter().enumerate() {
-            if self.version == Version::V2 {
-                self.switch_on(&dir, &path)?;
+            if self.hierarchy.version == Version::V2 {
+                self.enable_controllers(&dir, &path)?;
             }
             let kind = if index == last {
                 Kind::Folder
@@ -314,93 +384,49 @@ impl Planned {
                 Kind::SharedFolder
             };
             let above = dir;
-            (dir, path) = root::make_way(&above, &path, &[(step.as_os_str(), kind)], made)?;
-            if self.version == Version::V1 {
+            (dir, path) = root::make_way(&above, &path, &[(step.as_os_str(), kind)], undo)?;
+            if self.hierarchy.version == Version::V1 {
                 self.fill_cpuset(&above, &dir, &path)?;
             }
         }
         for value in &self.values {
-            write_below(&dir, OsStr::new(&value.file), &value.text).map_err(|error| {
-                let failure = Failure::new(
-                    format_args!(
-                        "write \"{}\" to {}",
-                        value.text,
-                        path.join(&value.file).display()
-                    ),
-                    error,
-                );
-                match error {
-                    Errno::NOENT => failure
-                        .remedy("that controller has no such file on this host: see --cgroup"),
-                    Errno::INVAL | Errno::RANGE => {
-                        failure.remedy("the kernel does not take that value for this file")
-                    }
-                    _ => failure,
-                }
-            })?;
+            set(&dir, &path, &value.file, &value.text)?;
         }
         Ok(Group {
-            version: self.version,
+            hierarchy: self.hierarchy.clone(),
             dir,
             path,
-            mount: self.mount,
-            mount_path: self.mount_path,
-            options: self.options,
         })
     }
 
-    /// Version 2: the groups below `dir` get the controllers the values need. This is not taken
-    /// back when a later step fails: another jail may have seen it on in the meantime.
-    fn switch_on(&self, dir: &OwnedFd, path: &Path) -> Result<(), Failure> {
+    /// Version 2: the groups below `dir` get the controllers the values need. This is not undone
+    /// when a later step fails: another jail may have seen it in the meantime.
+    fn enable_controllers(&self, dir: &OwnedFd, path: &Path) -> Result<(), CgroupError> {
         if self.values.is_empty() {
             return Ok(());
         }
-        let file = OsStr::new("cgroup.subtree_control");
-        let what = |controller: &str| {
-            format!(
-                "switch on the controller \"{controller}\" in {}",
-                path.join(file).display()
-            )
-        };
-        let mut on: Vec<String> = read_below(dir, file)
-            .doing(what("any"))?
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect();
-        for value in &self.values {
-            let controller = value.controller();
-            // What is on already is left alone: a delegated tree may not be ours to write above
+        let before = get(dir, path, ENABLE)?;
+        let mut enabled: Vec<&str> = before.split_whitespace().collect();
+        for controller in self.values.iter().map(Value::controller) {
+            // What is enabled already is left alone: a delegated tree may not be ours to write above
             // the point of delegation.
-            if on.iter().any(|name| name == controller) {
-                continue;
+            if !enabled.contains(&controller) {
+                set(dir, path, ENABLE, &format!("+{controller}"))?;
+                enabled.push(controller);
             }
-            write_below(dir, file, &format!("+{controller}")).doing_or(
-                what(controller),
-                |error| match Errno::from_io_error(error) {
-                    Some(Errno::BUSY) => {
-                        "processes live in that group itself: choose a --parent-cgroup without any"
-                    }
-                    Some(Errno::NOENT) => "the group above does not offer that controller",
-                    _ => "",
-                },
-            )?;
-            on.push(controller.to_owned());
         }
         Ok(())
     }
 
     /// Version 1: a new cpuset is empty, and no process may enter it before it has both processors
     /// and memory nodes; it gets those of the group above.
-    fn fill_cpuset(&self, above: &OwnedFd, dir: &OwnedFd, path: &Path) -> Result<(), Failure> {
-        if !self.options.iter().any(|option| option == "cpuset") {
+    fn fill_cpuset(&self, above: &OwnedFd, dir: &OwnedFd, path: &Path) -> Result<(), CgroupError> {
+        if !self.hierarchy.options.iter().any(|name| name == "cpuset") {
             return Ok(());
         }
-        for file in ["cpuset.cpus", "cpuset.mems"].map(OsStr::new) {
-            let what = || format!("fill {}", path.join(file).display());
-            let have = read_below(dir, file).doing(what())?;
-            if have.trim().is_empty() {
-                let given = read_below(above, file).doing(what())?;
-                write_below(dir, file, given.trim()).doing(what())?;
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            if get(dir, path, file)?.trim().is_empty() {
+                set(dir, path, file, get(above, path, file)?.trim())?;
             }
         }
         Ok(())
@@ -408,72 +434,95 @@ impl Planned {
 }
 
 impl Group {
-    /// Moves this process in, after writing down the way back.
-    pub fn attach(&self, made: &mut Made) -> Result<(), Failure> {
-        let what = format!("move into the cgroup {}", self.path.display());
-        let memberships = std::fs::read_to_string("/proc/self/cgroup").doing(&what)?;
-        let home = home(&memberships, self.version, &self.options);
-        let (procs, path) = self.open_home(home).doing(&what)?;
-        // Written down first: going home from home is harmless.
-        made.membership(procs, path);
-        write_below(&self.dir, OsStr::new("cgroup.procs"), "0").doing_or(what, |error| {
-            match Errno::from_io_error(error) {
-                Some(Errno::NOSPC) => "its cpuset has no processor or no memory node",
-                Some(Errno::BUSY) => {
-                    "it has controllers switched on for the groups below it, so that no process \
-                     may be in it: choose a group further down"
-                }
-                Some(Errno::OPNOTSUPP) => "it is a threaded or a broken group",
-                _ => "",
-            }
-        })
-    }
-
-    /// Opens `cgroup.procs` of the group this process is in; where that lies outside the mount (in
-    /// a container), the mount's own.
-    fn open_home(&self, home: Option<&str>) -> Result<(OwnedFd, PathBuf), Errno> {
-        let below = Path::new(home.unwrap_or("/").trim_start_matches('/')).join("cgroup.procs");
-        let top = Path::new("cgroup.procs");
-        let mut last = Errno::NOENT;
-        for name in [below.as_path(), top] {
-            match open_beneath(&self.mount, name.as_os_str(), OFlags::WRONLY) {
-                Ok(procs) => return Ok((procs, self.mount_path.join(name))),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
+    /// Moves this process in, after noting the way back.
+    pub fn attach(&self, undo: &mut Undo) -> Result<(), CgroupError> {
+        // Noted first: going home from home is harmless.
+        let (procs, path) = self.hierarchy.open_home()?;
+        undo.membership(procs, path);
+        write_below(&self.dir, "cgroup.procs", "0").map_err(at(CgroupError::Enter, &self.path))
     }
 }
 
-/// The path of this process's group in one hierarchy, from the text of /proc/self/cgroup: lines of
-/// `number:controllers:path`.
-pub(crate) fn home<'a>(
-    memberships: &'a str,
-    version: Version,
-    options: &[String],
-) -> Option<&'a str> {
-    memberships.lines().find_map(|line| {
-        let mut parts = line.splitn(3, ':');
-        let (number, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
-        let found = match version {
-            Version::V2 => number == "0" && controllers.is_empty(),
-            Version::V1 => controllers
-                .split(',')
-                .any(|name| !name.is_empty() && options.iter().any(|option| option == name)),
+impl Hierarchy {
+    /// Opens `cgroup.procs` of the group this process is in; where that lies outside the mount (in
+    /// a container), the mount's own.
+    fn open_home(&self) -> Result<(OwnedFd, PathBuf), CgroupError> {
+        let below = self.home()?.join("cgroup.procs");
+        let open = |path: &Path| {
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, Mode::empty()).map(|file| (file, path.to_owned()))
         };
-        found.then_some(path)
+        open(&self.path.join(below))
+            .or_else(|_| open(&self.path.join("cgroup.procs")))
+            .map_err(at(CgroupError::Open, &self.path))
+    }
+
+    /// The group of this process, as a path below the mount point.
+    fn home(&self) -> Result<PathBuf, CgroupError> {
+        const FILE: &str = "/proc/self/cgroup";
+        let memberships = std::fs::read_to_string(FILE)
+            .map_err(|error| CgroupError::Read(FILE.into(), errno(error)))?;
+        let home = self.home_in(&memberships).unwrap_or("/");
+        Ok(home.trim_start_matches('/').into())
+    }
+
+    /// The same from the text of /proc/self/cgroup: lines of `number:controllers:path`.
+    fn home_in<'a>(&self, memberships: &'a str) -> Option<&'a str> {
+        memberships.lines().find_map(|line| {
+            let mut parts = line.splitn(3, ':');
+            let (number, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+            let is_this = match self.version {
+                Version::V2 => number == "0" && controllers.is_empty(),
+                Version::V1 => controllers
+                    .split(',')
+                    .any(|name| !name.is_empty() && self.options.iter().any(|it| it == name)),
+            };
+            is_this.then_some(path)
+        })
+    }
+
+    /// The nearest group from this process's own upwards that this user may make groups in. Version
+    /// 2 wants no process in a group whose groups have controllers.
+    fn nearest_parent(&self) -> Result<Vec<OsString>, CgroupError> {
+        let home = self.home()?;
+        let may_write = |file: &Path| rustix::fs::access(file, Access::WRITE_OK).is_ok();
+        let is_usable = |group: &&Path| {
+            let folder = self.path.join(group);
+            let procs = folder.join("cgroup.procs");
+            let has_no_process =
+                || std::fs::read_to_string(&procs).is_ok_and(|text| text.trim().is_empty());
+            (self.version == Version::V1 || has_no_process())
+                && may_write(&folder)
+                && may_write(&procs)
+        };
+        home.ancestors()
+            .find(is_usable)
+            .map(|group| group.iter().map(OsStr::to_owned).collect())
+            .ok_or_else(|| CgroupError::NotDelegated(format!("/{}", home.display())))
+    }
+}
+
+fn get(dir: &OwnedFd, path: &Path, file: &str) -> Result<String, CgroupError> {
+    read_below(dir, file).map_err(|error| CgroupError::Read(path.join(file), error))
+}
+
+fn set(dir: &OwnedFd, path: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
+    write_below(dir, file, text).map_err(|source| CgroupError::Write {
+        path: path.join(file),
+        text: text.to_owned(),
+        source,
     })
 }
 
 /// Reads a file of the group `dir`.
-pub(crate) fn read_below(dir: &OwnedFd, name: &OsStr) -> Result<String, io::Error> {
-    let file = open_beneath(dir, name, OFlags::RDONLY)?;
-    io::read_to_string(std::fs::File::from(file))
+fn read_below(dir: &OwnedFd, name: &str) -> Result<String, Errno> {
+    let file = open_beneath(dir, OsStr::new(name), OFlags::RDONLY)?;
+    std::io::read_to_string(std::fs::File::from(file)).map_err(errno)
 }
 
 /// Writes a value in one piece: that is how the kernel wants these files written.
-pub(crate) fn write_below(dir: &OwnedFd, name: &OsStr, text: &str) -> Result<(), Errno> {
-    let file = open_beneath(dir, name, OFlags::WRONLY | OFlags::TRUNC)?;
+fn write_below(dir: &OwnedFd, name: &str, text: &str) -> Result<(), Errno> {
+    let file = open_beneath(dir, OsStr::new(name), OFlags::WRONLY | OFlags::TRUNC)?;
     rustix::io::write(&file, format!("{text}\n").as_bytes()).map(drop)
 }
 
@@ -498,12 +547,30 @@ short line
         }
     }
 
-    fn wanted<'a>(version: Version, parent: &'a [OsString], values: &'a [Value]) -> Wanted<'a> {
-        Wanted {
-            version,
-            parent,
-            id: "one",
-            values,
+    fn request(
+        version: Version,
+        parent: &[&str],
+        values: &[Value],
+        hierarchies: &[Hierarchy],
+    ) -> Result<Request, CgroupError> {
+        let parent: Vec<OsString> = parent.iter().map(OsString::from).collect();
+        let hierarchies = Hierarchies(hierarchies.to_vec());
+        Request::compatible(version, &parent, "one", values, &hierarchies)
+    }
+
+    fn v1(path: &Path, options: &[&str]) -> Hierarchy {
+        Hierarchy {
+            version: Version::V1,
+            path: path.into(),
+            options: options.iter().map(|&option| option.into()).collect(),
+        }
+    }
+
+    fn v2(path: &Path) -> Hierarchy {
+        Hierarchy {
+            version: Version::V2,
+            path: path.into(),
+            options: Vec::new(),
         }
     }
 
@@ -526,17 +593,12 @@ short line
     #[test]
     fn parse_finds_both_versions() {
         let found = Hierarchies::parse(HYBRID);
-        assert_eq!(
-            found.v2.as_deref(),
-            Some(Path::new("/sys/fs/cgroup/unified"))
-        );
-        let place = |name| found.of_controller(name).map(|(path, _)| path.as_path());
-        assert_eq!(
-            place("cpuacct"),
-            Some(Path::new("/sys/fs/cgroup/cpu,cpuacct"))
-        );
-        assert_eq!(place("memory"), Some(Path::new("/sys/fs/cgroup/a b")));
-        assert_eq!(place("pids"), None);
+        let path = |hierarchy: Option<&Hierarchy>| hierarchy.map(|it| it.path.clone());
+        assert_eq!(path(found.v2()), Some("/sys/fs/cgroup/unified".into()));
+        let cpu = path(found.v1("cpuacct"));
+        assert_eq!(cpu, Some("/sys/fs/cgroup/cpu,cpuacct".into()));
+        assert_eq!(path(found.v1("memory")), Some("/sys/fs/cgroup/a b".into()));
+        assert_eq!(path(found.v1("pids")), None);
     }
 
     #[test]
@@ -549,107 +611,80 @@ short line
     #[test]
     fn home_is_found_by_version_and_controller() {
         let text = "9:name=systemd:/s\n4:memory:/deep/er\n1:cpu,cpuacct:/c:d\n0::/two\n";
-        let options = |names: &[&str]| {
-            names
-                .iter()
-                .map(|&name| name.to_owned())
-                .collect::<Vec<_>>()
+        let v1 = |options: &[&str]| {
+            v1(Path::new("/x"), options)
+                .home_in(text)
+                .map(str::to_owned)
         };
-        assert_eq!(
-            home(text, Version::V1, &options(&["rw", "memory"])),
-            Some("/deep/er")
-        );
-        assert_eq!(
-            home(text, Version::V1, &options(&["cpuacct"])),
-            Some("/c:d")
-        );
-        assert_eq!(home(text, Version::V1, &options(&["pids"])), None);
-        assert_eq!(home(text, Version::V2, &[]), Some("/two"));
+        assert_eq!(v1(&["rw", "memory"]).as_deref(), Some("/deep/er"));
+        assert_eq!(v1(&["cpuacct"]).as_deref(), Some("/c:d"));
+        assert_eq!(v1(&["pids"]), None);
+        assert_eq!(v2(Path::new("/x")).home_in(text), Some("/two"));
     }
 
     #[test]
-    fn plan_when_the_controller_is_missing_says_what_there_is() {
+    fn request_when_the_controller_is_missing_says_what_there_is() {
         let values = [value("memory.max", "1")];
-        let only_v2 = Hierarchies {
-            v2: Some("/x".into()),
-            ..Hierarchies::default()
+        let remedy = |result: Result<Request, CgroupError>| {
+            let error = result.unwrap_err();
+            error.remedy().unwrap().into_owned()
         };
-        let failure = Plan::new(&wanted(Version::V1, &[], &values), &only_v2).unwrap_err();
-        assert!(
-            failure.to_string().contains("--cgroup-version 2"),
-            "{failure}"
-        );
-        let failure =
-            Plan::new(&wanted(Version::V2, &[], &values), &Hierarchies::default()).unwrap_err();
-        assert!(failure.to_string().contains("not mounted"), "{failure}");
+        let only_v2 = [v2(Path::new("/x"))];
+        let text = remedy(request(Version::V1, &[], &values, &only_v2));
+        assert!(text.contains("--cgroup-version 2"), "{text}");
+        let error = request(Version::V2, &[], &values, &[]).unwrap_err();
+        assert!(matches!(error, CgroupError::NoVersion2), "{error}");
         let tree = recorded(
             "cgroup-none",
             &[""],
             &[("cgroup.controllers", "cpu pids\n")],
         );
-        let hierarchies = Hierarchies {
-            v2: Some(tree.path().into()),
-            ..Hierarchies::default()
-        };
-        let failure = Plan::new(&wanted(Version::V2, &[], &values), &hierarchies).unwrap_err();
-        assert!(
-            failure.to_string().contains("offers: cpu pids"),
-            "{failure}"
-        );
+        let text = remedy(request(Version::V2, &[], &values, &[v2(tree.path())]));
+        assert!(text.contains("offers: cpu pids"), "{text}");
     }
 
     #[test]
-    fn v2_switches_controllers_on_above_and_writes_values() {
+    fn v2_enables_controllers_above_and_writes_values() {
         let tree = recorded(
             "cgroup-v2",
             &["", "top", "top/one"],
             &[
                 ("cgroup.controllers", "cpu memory\n"),
-                ("cgroup.subtree_control", "cpu\n"),
+                (ENABLE, "cpu\n"),
                 ("cgroup.procs", ""),
                 ("memory.max", "max\n"),
                 ("cpu.max", "max 100000\n"),
             ],
         );
-        let hierarchies = Hierarchies {
-            v2: Some(tree.path().into()),
-            ..Hierarchies::default()
-        };
-        let parent = [OsString::from("top")];
         let values = [
             value("memory.max", "67108864"),
             value("cpu.max", "50000 100000"),
         ];
 
-        let plan = Plan::new(&wanted(Version::V2, &parent, &values), &hierarchies).unwrap();
-        let mut made = Made::default();
-        let groups = plan.make(&mut made).unwrap();
+        let request = request(Version::V2, &["top"], &values, &[v2(tree.path())]).unwrap();
+        let mut undo = Undo::default();
+        let groups = request.make(&mut undo).unwrap();
 
         assert_eq!(groups.len(), 1);
         assert_eq!(groups[0].path, tree.path().join("top/one"));
-        assert_eq!(read(&tree, "cgroup.subtree_control"), "+memory\n");
+        assert_eq!(read(&tree, ENABLE), "+memory\n");
         assert_eq!(read(&tree, "top/cgroup.subtree_control"), "+memory\n");
         assert_eq!(read(&tree, "top/one/cgroup.subtree_control"), "cpu\n");
         assert_eq!(read(&tree, "top/one/memory.max"), "67108864\n");
         assert_eq!(read(&tree, "top/one/cpu.max"), "50000 100000\n");
-        assert!(made.undo().is_empty());
+        assert!(undo.run().is_empty());
         assert!(tree.path().join("top/one").exists(), "it was there before");
     }
 
     #[test]
     fn v2_without_values_uses_the_parent_only_if_it_exists() {
         let tree = recorded("cgroup-v2-parent", &["", "there"], &[("cgroup.procs", "")]);
-        let hierarchies = Hierarchies {
-            v2: Some(tree.path().into()),
-            ..Hierarchies::default()
+        let make = |parent| {
+            let request = request(Version::V2, &[parent], &[], &[v2(tree.path())]).unwrap();
+            request.make(&mut Undo::default()).unwrap()
         };
-        let there = [OsString::from("there")];
-        let plan = Plan::new(&wanted(Version::V2, &there, &[]), &hierarchies).unwrap();
-        let groups = plan.make(&mut Made::default()).unwrap();
-        assert_eq!(groups[0].path, tree.path().join("there"));
-        let missing = [OsString::from("missing")];
-        let plan = Plan::new(&wanted(Version::V2, &missing, &[]), &hierarchies).unwrap();
-        assert!(plan.groups.is_empty());
+        assert_eq!(make("there")[0].path, tree.path().join("there"));
+        assert!(make("missing").is_empty());
         assert!(!tree.path().join("missing").exists());
     }
 
@@ -666,15 +701,11 @@ short line
         );
         std::fs::write(tree.path().join("cpuset.cpus"), "0-1\n").unwrap();
         std::fs::write(tree.path().join("cpuset.mems"), "0\n").unwrap();
-        let hierarchies = Hierarchies {
-            v1: vec![(tree.path().into(), vec!["cpuset".into(), "cpu".into()])],
-            v2: None,
-        };
-        let parent = [OsString::from("top")];
         let values = [value("cpu.shares", "10"), value("cpuset.cpus", "1")];
 
-        let plan = Plan::new(&wanted(Version::V1, &parent, &values), &hierarchies).unwrap();
-        let groups = plan.make(&mut Made::default()).unwrap();
+        let both = [v1(tree.path(), &["cpuset", "cpu"])];
+        let request = request(Version::V1, &["top"], &values, &both).unwrap();
+        let groups = request.make(&mut Undo::default()).unwrap();
 
         assert_eq!(groups.len(), 1);
         assert_eq!(read(&tree, "top/cpuset.cpus"), "0-1\n");
@@ -686,20 +717,13 @@ short line
     #[test]
     fn make_when_a_file_is_missing_names_it_and_undo_removes_the_group() {
         let tree = recorded("cgroup-file", &[""], &[]);
-        let hierarchies = Hierarchies {
-            v1: vec![(tree.path().into(), vec!["memory".into()])],
-            v2: None,
-        };
         let values = [value("memory.nonsense", "1")];
-        let parent = [OsString::from("top")];
-        let plan = Plan::new(&wanted(Version::V1, &parent, &values), &hierarchies).unwrap();
-        let mut made = Made::default();
-        let failure = plan.make(&mut made).unwrap_err();
-        assert!(
-            failure.to_string().contains("top/one/memory.nonsense"),
-            "{failure}"
-        );
-        assert!(made.undo().is_empty());
+        let memory = [v1(tree.path(), &["memory"])];
+        let request = request(Version::V1, &["top"], &values, &memory).unwrap();
+        let mut undo = Undo::default();
+        let text = request.make(&mut undo).unwrap_err().to_string();
+        assert!(text.contains("top/one/memory.nonsense"), "{text}");
+        assert!(undo.run().is_empty());
         assert!(!tree.path().join("top").exists());
     }
 }

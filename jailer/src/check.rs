@@ -311,10 +311,10 @@ fn cgroups() -> Finding {
         .iter()
         .filter_map(|&name| {
             let v1 = if name == "io" { "blkio" } else { name };
-            if offered.split_whitespace().any(|other| other == name) {
+            if offered.iter().any(|other| other == name) {
                 Some(format!("{name} (2)"))
             } else {
-                hierarchies.of_controller(v1).map(|_| format!("{v1} (1)"))
+                hierarchies.has_v1(v1).then(|| format!("{v1} (1)"))
             }
         })
         .collect();

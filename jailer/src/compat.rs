@@ -1,7 +1,7 @@
 //! The compatible jail: a root folder on the host, with Firecracker's layout and command line.
 //!
 //! One straight sequence. First everything is opened and checked that can be without making
-//! anything; then the jail is made, each step written down in `Made`; then this process (or, for
+//! anything; then the jail is made, each step noted in `Undo`; then this process (or, for
 //! `--daemonize` and `--new-pid-ns`, a child) enters it, gives up its privileges and becomes the
 //! monitor. Whatever fails before the monitor runs is reported by the first process, which takes
 //! back what was made and ends with 1: also a failed exec, since the privileges it dropped stay
@@ -19,13 +19,13 @@ use rustix::process::{Pid, Resource, WaitOptions};
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use crate::args::Compatible;
-use crate::cgroup::{Hierarchies, Plan, Version, Wanted};
+use crate::cgroup::{Hierarchies, Request, Version};
 use crate::error::Reported;
 use crate::failure::{Doing, Failure};
-use crate::made::Made;
 use crate::netns::NetNs;
 use crate::root::{self, Executable, Root};
 use crate::sys::{self, Fork, Inherited};
+use crate::undo::Undo;
 
 /// What building this jail takes, checked first so that the reason for a refusal is the plain one.
 const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
@@ -68,11 +68,11 @@ impl Started {
 /// Builds the jail and becomes the monitor. Returns `Ok` only in a process that started the monitor
 /// as another one.
 pub fn run(args: &Compatible, inherited: Inherited, started: Started) -> Result<(), Failure> {
-    let mut made = Made::default();
-    let result = build(args, inherited, started, &mut made);
+    let mut undo = Undo::default();
+    let result = build(args, inherited, started, &mut undo);
     result.map_err(|failure| {
         sys::regain_capabilities();
-        match made.undo() {
+        match undo.run() {
             left if left.is_empty() => failure,
             left => failure.remedy(format_args!("left behind: {}", left.join(", "))),
         }
@@ -83,7 +83,7 @@ fn build(
     args: &Compatible,
     inherited: Inherited,
     started: Started,
-    made: &mut Made,
+    undo: &mut Undo,
 ) -> Result<(), Failure> {
     // First of all, while nothing here has opened anything: the jail gets descriptors 0 to 2 only.
     inherited
@@ -106,18 +106,18 @@ fn build(
 
     // Making. The nodes come first in the folder: making them claims the id, and only then may an
     // executable that is there be replaced.
-    let root = Root::make(&base, &args.base, monitor.name(), &args.id, made)?;
+    let root = Root::make(&base, &args.base, monitor.name(), &args.id, undo)?;
     root.require_no_pid_file(&monitor)?;
-    let folders = root.make_nodes(args.owner, &devices, made)?;
-    root.copy_monitor(&monitor, args.owner, made)?;
-    root.give_to(args.owner, &folders, made)?;
+    let folders = root.make_nodes(args.owner, &devices, undo)?;
+    root.copy_monitor(&monitor, args.owner, undo)?;
+    root.give_to(args.owner, &folders, undo)?;
     // Limits hold from here on for all that follows; the moves come last and back to back.
     let groups = match cgroups {
-        Some(plan) => plan.make(made)?,
+        Some(request) => request.make(undo)?,
         None => Vec::new(),
     };
     for group in &groups {
-        group.attach(made)?;
+        group.attach(undo)?;
     }
 
     // Entering. The namespace is joined first: its file is on the host.
@@ -127,7 +127,7 @@ fn build(
     root.enter()?;
 
     // Becoming the monitor.
-    root.expect_pid_file(&monitor, made);
+    root.expect_pid_file(&monitor, undo);
     let job = Job {
         args,
         monitor: &monitor,
@@ -161,20 +161,18 @@ fn require_privileges() -> Result<(), Failure> {
     )
 }
 
-fn plan_cgroups(args: &Compatible, name: &OsStr) -> Result<Option<Plan>, Failure> {
+fn plan_cgroups(args: &Compatible, name: &OsStr) -> Result<Option<Request>, Failure> {
     // Version 1 without a value to set has nothing to do, whatever --parent-cgroup says. Version 2
     // has, but only where it is mounted was it asked for on purpose.
     if args.cgroups.is_empty() && args.cgroup_version == Version::V1 {
         return Ok(None);
     }
     let default = [name.to_owned()];
-    let wanted = Wanted {
-        version: args.cgroup_version,
-        parent: args.parent_cgroup.as_deref().unwrap_or(&default),
-        id: &args.id,
-        values: &args.cgroups,
-    };
-    Plan::new(&wanted, &Hierarchies::of_host()?).map(Some)
+    let parent = args.parent_cgroup.as_deref().unwrap_or(&default);
+    let hierarchies = Hierarchies::of_host()?;
+    let (version, values) = (args.cgroup_version, &args.cgroups);
+    let request = Request::compatible(version, parent, &args.id, values, &hierarchies)?;
+    Ok(Some(request))
 }
 
 fn open_null() -> Result<OwnedFd, Failure> {
@@ -230,7 +228,7 @@ impl Job<'_> {
         // And nothing that is executed from here on gives any back.
         rustix::thread::set_no_new_privs(true).doing("set no_new_privs")?;
 
-        let program = c_string(root::inner_path(self.monitor).into_os_string())?;
+        let program = c_string(self.monitor.inner_path().into_os_string())?;
         let argv = self.argv(&program)?;
         rustix::process::umask(self.umask);
         if let Some(signal) = sys::held_signal() {
@@ -373,7 +371,7 @@ fn start_child(job: &Job<'_>, own_session: bool, report: &OwnedFd) -> Result<(),
             if written.is_err() {
                 drop(go);
                 reap(pid);
-                return written;
+                return Ok(written?);
             }
             rustix::io::write(&go, &[READY]).doing(what)?;
             Ok(())

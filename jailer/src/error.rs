@@ -8,6 +8,10 @@
 use std::borrow::Cow;
 use std::error::Error;
 use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
 
 /// An error of the jailer.
 pub trait Remedy: Error + 'static {
@@ -49,10 +53,19 @@ pub struct Reported(pub String);
 
 impl Remedy for Reported {}
 
+/// Makes an error of what went wrong with `path`: `.map_err(at(RootError::Copy, path))`.
+pub fn at<E>(variant: fn(PathBuf, Errno) -> E, path: &Path) -> impl FnOnce(Errno) -> E {
+    move |error| variant(path.to_owned(), error)
+}
+
+/// The number of a system call's error that the standard library wraps.
+pub fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::io::Errno;
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot open the folder {0}")]

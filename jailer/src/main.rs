@@ -2,7 +2,7 @@
 //!
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
-//! everyday command with the empty jail, `check` the question whether it would work. What they are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `made` (how to take everything
+//! everyday command with the empty jail, `check` the question whether it would work. What they are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `undo` (how to take everything
 //! back), `failure` (how a step says that it failed), and `sys`, the only unsafe code.
 
 mod args;
@@ -13,13 +13,13 @@ mod error;
 mod failure;
 mod filter;
 mod guest;
-mod made;
 mod netns;
 mod root;
 mod run;
 mod sys;
 #[cfg(test)]
 mod testing;
+mod undo;
 
 use std::ffi::OsString;
 use std::io::Write;

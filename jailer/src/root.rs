@@ -1,12 +1,13 @@
-//! The root file system of a jail: making its folders, device nodes and the copy of the monitor, and
-//! moving this process into it.
+//! The root file system of a compatible jail: making its folders, device nodes and the copy of the
+//! monitor, and moving this process into it.
 //!
 //! Below the folder for jails, which the caller names, no symbolic link is followed, and nothing
 //! changes an owner or a mode by path: each component is made exclusively or opened as what it is,
 //! and changed through its descriptor. What belongs to the jail's user is given to it last, when
 //! nothing is left to be done inside.
 
-use std::ffi::OsStr;
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -19,9 +20,9 @@ use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, Unmoun
 use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 
-use crate::failure::{Doing, Failure};
-use crate::made::{Kind, Made};
+use crate::error::{Remedy, at, errno};
 use crate::sys;
+use crate::undo::{Kind, Undo};
 
 /// Mode of every folder inside the jail.
 const FOLDER: Mode = Mode::from_raw_mode(0o700);
@@ -34,6 +35,68 @@ const READABLE: Mode = Mode::from_raw_mode(0o644);
 
 /// Major number of the "miscellaneous" devices, kvm, tun and userfaultfd among them.
 const MISC: u32 = 10;
+
+/// The jail's folder cannot be made or entered.
+#[derive(Debug, thiserror::Error)]
+pub enum RootError {
+    #[error("cannot open the executable {0} (--exec-file)")]
+    OpenExecutable(PathBuf, #[source] Errno),
+    #[error("cannot use the executable {0} (--exec-file): {1}")]
+    UseExecutable(PathBuf, &'static str),
+    #[error("cannot open the folder for jails {0} (--chroot-base-dir)")]
+    OpenBase(PathBuf, #[source] Errno),
+    #[error("cannot make the jail {0}: its file system is mounted {1}")]
+    Mounted(PathBuf, &'static str),
+    #[error("cannot make the folder {0}")]
+    MakeFolder(PathBuf, #[source] Errno),
+    #[error("cannot make the folder {0}: a symbolic link is in its place")]
+    LinkInPlace(PathBuf),
+    #[error("cannot make {0}")]
+    MakeFile(PathBuf, #[source] Errno),
+    #[error("cannot make the device node {0}")]
+    MakeNode(PathBuf, #[source] Errno),
+    #[error("cannot make {0}: it exists")]
+    IdInUse(PathBuf),
+    #[error("cannot replace {0}: {1}")]
+    Replace(PathBuf, &'static str),
+    #[error("cannot copy the monitor to {0}")]
+    Copy(PathBuf, #[source] Errno),
+    #[error("cannot change the owner of {0}")]
+    GiveAway(PathBuf, #[source] Errno),
+    #[error("cannot write the pid file {0}")]
+    WritePid(PathBuf, #[source] Errno),
+    #[error("cannot enter the jail {0}")]
+    Enter(PathBuf, #[source] Errno),
+}
+
+impl Remedy for RootError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        Some(Cow::Borrowed(match self {
+            RootError::OpenExecutable(..) => "give the path of a static monitor binary",
+            RootError::UseExecutable(_, NOT_EXECUTABLE) => "run chmod +x on it",
+            RootError::OpenBase(_, Errno::NOENT) => "make it with `mkdir -p`",
+            RootError::Mounted(..) => "choose another --chroot-base-dir",
+            RootError::LinkInPlace(_) => "put a real folder there or remove the link",
+            RootError::IdInUse(_) => {
+                "choose another --id, or remove that jail if its monitor has ended"
+            }
+            RootError::Replace(..) => "remove it",
+            RootError::MakeNode(_, Errno::PERM) => {
+                "nodes take root outside of any user namespace; without that, use \
+                 `mayfly-jailer run`"
+            }
+            RootError::Copy(_, Errno::NOSPC) => "free some space there",
+            RootError::Enter(_, Errno::INVAL) => NO_PIVOT,
+            _ => return None,
+        }))
+    }
+}
+
+const NOT_EXECUTABLE: &str = "no user may execute it";
+const NOT_A_FILE: &str = "not a regular file";
+/// Why pivot_root is refused with EINVAL.
+pub const NO_PIVOT: &str =
+    "the host's root must be a mounted file system, not a bare chroot or initial ramfs";
 
 /// The user and group a jail belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,48 +146,43 @@ fn misc_minor(misc: &str, name: &str) -> Option<u32> {
         .and_then(|(minor, _)| minor.parse().ok())
 }
 
-/// The executable that is going to be the monitor, opened and looked at.
+/// The executable that is going to be the monitor, opened and checked.
 #[derive(Debug)]
 pub struct Executable {
     file: File,
-    /// Where it really is.
-    path: PathBuf,
     /// Its last component, which names the jail's folder, the copy and the pid file.
-    name: std::ffi::OsString,
+    name: OsString,
     mode: Mode,
 }
 
 impl Executable {
     /// Opens `path`. Links in it are followed once, to give the jail the name of the real file.
-    pub fn open(path: &Path) -> Result<Executable, Failure> {
-        let what = || format!("open the executable {} (--exec-file)", path.display());
-        let real = path
-            .canonicalize()
-            .doing_or(what(), |_| "give the path of a static monitor binary")?;
+    pub fn open(path: &Path) -> Result<Executable, RootError> {
+        let failed = |error| RootError::OpenExecutable(path.to_owned(), errno(error));
+        let unfit = |why| Err(RootError::UseExecutable(path.to_owned(), why));
+        let real = path.canonicalize().map_err(failed)?;
         // NONBLOCK: a pipe must not hold us up.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = rustix::fs::openat2(CWD, &real, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
-            .doing(what())?;
+            .map_err(at(RootError::OpenExecutable, path))?;
         let file = File::from(file);
-        let metadata = file.metadata().doing(what())?;
+        let metadata = file.metadata().map_err(failed)?;
+        let mode = metadata.permissions().mode();
         if !metadata.is_file() {
-            return Err(Failure::new(what(), "it is not a regular file"));
+            return unfit(NOT_A_FILE);
         }
-        if metadata.permissions().mode() & 0o111 == 0 {
-            return Err(Failure::new(what(), "nobody may execute it").remedy("run chmod +x on it"));
+        if mode & 0o111 == 0 {
+            return unfit(NOT_EXECUTABLE);
         }
-        let name = real
-            .file_name()
-            .ok_or_else(|| Failure::new(what(), "it has no name"))?
-            .to_owned();
-        // The copy has no special bits, can be changed by no second user, and is executable for
-        // the one that owns it.
-        let mode = Mode::from_raw_mode(metadata.permissions().mode() & 0o755 | 0o500);
+        let Some(name) = real.file_name() else {
+            return unfit("it has no name");
+        };
         Ok(Executable {
             file,
-            path: real,
-            name,
-            mode,
+            name: name.to_owned(),
+            // The copy has no special bits, can be changed by no second user, and is executable for
+            // the one that owns it.
+            mode: Mode::from_raw_mode(mode & 0o755 | 0o500),
         })
     }
 
@@ -132,23 +190,26 @@ impl Executable {
     pub fn name(&self) -> &OsStr {
         &self.name
     }
+
+    /// Where the copy is, as seen from inside the jail.
+    pub fn inner_path(&self) -> PathBuf {
+        Path::new("/").join(&self.name)
+    }
+
+    fn pid_file_name(&self) -> OsString {
+        let mut name = self.name.clone();
+        name.push(".pid");
+        name
+    }
 }
 
 /// Opens the folder below which jails are made. It is the caller's, who is trusted: links in it are
 /// followed, once; everything below it is reached by this descriptor.
-pub fn open_base(path: &Path) -> Result<Rc<OwnedFd>, Failure> {
-    let what = format!(
-        "open the folder for jails {} (--chroot-base-dir)",
-        path.display()
-    );
+pub fn open_base(path: &Path) -> Result<Rc<OwnedFd>, RootError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(dir) => Ok(Rc::new(dir)),
-        Err(Errno::NOENT) => {
-            Err(Failure::new(what, Errno::NOENT).remedy("make it with `mkdir -p`"))
-        }
-        Err(error) => Err(Failure::new(what, error)),
-    }
+    rustix::fs::open(path, flags, Mode::empty())
+        .map(Rc::new)
+        .map_err(at(RootError::OpenBase, path))
 }
 
 /// Folders in a jail's root, opened, by their paths below it.
@@ -169,30 +230,23 @@ impl Root {
         base_path: &Path,
         name: &OsStr,
         id: &str,
-        made: &mut Made,
-    ) -> Result<Root, Failure> {
+        undo: &mut Undo,
+    ) -> Result<Root, RootError> {
         let steps = [
             (name, Kind::SharedFolder),
             (OsStr::new(id), Kind::Folder),
             (OsStr::new("root"), Kind::Folder),
         ];
-        let (dir, path) = make_way(base, base_path, &steps, made)?;
+        let (dir, path) = make_way(base, base_path, &steps, undo)?;
         let mounted = rustix::fs::fstatvfs(&*dir)
-            .doing(format_args!(
-                "look at the file system of {}",
-                path.display()
-            ))?
+            .map_err(at(RootError::MakeFolder, &path))?
             .f_flag;
         for (flag, word) in [
             (StatVfsMountFlags::NODEV, "nodev"),
             (StatVfsMountFlags::NOEXEC, "noexec"),
         ] {
             if mounted.contains(flag) {
-                let what = format!("make the jail {}", path.display());
-                return Err(
-                    Failure::new(what, format_args!("its file system is mounted {word}"))
-                        .remedy("choose another --chroot-base-dir"),
-                );
+                return Err(RootError::Mounted(path, word));
             }
         }
         Ok(Root { dir, path })
@@ -204,55 +258,46 @@ impl Root {
         &self,
         monitor: &Executable,
         owner: Owner,
-        made: &mut Made,
-    ) -> Result<(), Failure> {
+        undo: &mut Undo,
+    ) -> Result<(), RootError> {
         let path = self.path.join(&monitor.name);
         self.remove_file(&monitor.name, &path)?;
         let target = make_file(&self.dir, &monitor.name, &path)?;
-        made.entry(&self.dir, &monitor.name, Kind::File, path.clone());
-        let what = format_args!("copy {} to {}", monitor.path.display(), path.display());
+        undo.entry(&self.dir, &monitor.name, Kind::File, path.clone());
         let (mut from, mut to) = (&monitor.file, File::from(target));
-        std::io::copy(&mut from, &mut to).doing_or(what, |error| match error.kind() {
-            std::io::ErrorKind::StorageFull => "free some space there",
-            _ => "",
-        })?;
+        std::io::copy(&mut from, &mut to)
+            .map_err(|error| RootError::Copy(path.clone(), errno(error)))?;
         // Mode before owner: afterwards the file is no longer ours.
         rustix::fs::fchmod(&to, monitor.mode)
             .and_then(|()| rustix::fs::fchown(&to, Some(owner.uid), Some(owner.gid)))
-            .doing(format_args!("hand over {}", path.display()))
+            .map_err(at(RootError::GiveAway, &path))
     }
 
-    /// Removes a regular file that has this one name, if it is there. A link could lead to a file
-    /// outside that the jail's user may not change; it is refused, though removing it would not
-    /// follow it, so that the caller learns of it.
-    fn remove_file(&self, name: &OsStr, path: &Path) -> Result<(), Failure> {
-        let what = format!("replace {}", path.display());
-        let refuse = |why: &str| Err(Failure::new(&what, why).remedy("remove it"));
+    /// Removes a regular file that has this one name, if it is there. A link may lead to a file that
+    /// the jail's user cannot change; removing it would not follow it, but the caller should know.
+    fn remove_file(&self, name: &OsStr, path: &Path) -> Result<(), RootError> {
+        let refuse = |why| Err(RootError::Replace(path.to_owned(), why));
         match rustix::fs::statat(&*self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(()),
-            Err(error) => return Err(Failure::new(what, error)),
+            Err(error) => return Err(RootError::MakeFile(path.to_owned(), error)),
             Ok(found) if !FileType::from_raw_mode(found.st_mode).is_file() => {
-                return refuse("it is not a regular file");
+                return refuse(NOT_A_FILE);
             }
             Ok(found) if found.st_nlink > 1 => return refuse("it has other names (hard links)"),
             Ok(_) => {}
         }
-        rustix::fs::unlinkat(&*self.dir, name, AtFlags::empty()).doing(what)
+        rustix::fs::unlinkat(&*self.dir, name, AtFlags::empty())
+            .map_err(at(RootError::MakeFile, path))
     }
 
     /// Refuses a jail in which a pid file is left, before anything more is done to it.
-    pub fn require_no_pid_file(&self, monitor: &Executable) -> Result<(), Failure> {
-        let name = pid_file_name(monitor);
+    pub fn require_no_pid_file(&self, monitor: &Executable) -> Result<(), RootError> {
+        let name = monitor.pid_file_name();
+        let path = self.path.join(&name);
         match rustix::fs::statat(&*self.dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(Failure::new(
-                format_args!("look for {}", self.path.join(&name).display()),
-                error,
-            )),
-            Ok(_) => Err(in_use(Failure::new(
-                format_args!("make {}", self.path.join(&name).display()),
-                Errno::EXIST,
-            ))),
+            Err(error) => Err(RootError::MakeFile(path, error)),
+            Ok(_) => Err(RootError::IdInUse(path)),
         }
     }
 
@@ -262,98 +307,92 @@ impl Root {
         &self,
         owner: Owner,
         devices: &[Device],
-        made: &mut Made,
-    ) -> Result<Folders, Failure> {
+        undo: &mut Undo,
+    ) -> Result<Folders, RootError> {
         let mut folders = Folders::new();
         for (parent, name, whole) in [
             ("", "dev", "dev"),
             ("dev", "net", "dev/net"),
             ("", "run", "run"),
         ] {
-            let parent = folders
-                .iter()
-                .find(|(path, _)| *path == parent)
-                .map_or(&self.dir, |(_, dir)| dir);
+            let parent = folder(&folders, parent).unwrap_or(&self.dir);
             let path = self.path.join(whole);
-            let (dir, _) = make_folder(parent, OsStr::new(name), Kind::Folder, &path, made)
-                .map_err(|error| no_folder(&path, error))?;
+            let (dir, _) = make_folder(parent, OsStr::new(name), Kind::Folder, &path, undo)
+                .map_err(no_folder(&path))?;
             folders.push((whole, dir));
         }
         for device in devices {
-            let dir = folders
-                .iter()
-                .find(|(path, _)| *path == device.folder)
-                .map(|(_, dir)| dir)
-                .expect("devices() names folders of the list above");
+            let dir =
+                folder(&folders, device.folder).expect("devices() names folders of the list above");
             let path = self.path.join(device.folder).join(device.name);
-            make_node(dir, device, owner, &path, made)?;
+            make_node(dir, device, owner, &path, undo)?;
         }
         Ok(folders)
     }
 
     /// Gives those folders and the root folder itself to `owner`. The root folder goes last: from
     /// then on others may write in it.
-    pub fn give_to(&self, owner: Owner, folders: &Folders, made: &mut Made) -> Result<(), Failure> {
+    pub fn give_to(
+        &self,
+        owner: Owner,
+        folders: &Folders,
+        undo: &mut Undo,
+    ) -> Result<(), RootError> {
         for (name, dir) in folders.iter().rev() {
-            hand_over(dir, owner, &self.path.join(name), made)?;
+            give_folder(dir, owner, &self.path.join(name), undo)?;
         }
-        hand_over(&self.dir, owner, &self.path, made)
+        give_folder(&self.dir, owner, &self.path, undo)
     }
 
-    /// Says in a file of the jail which process the monitor is; `made` knows of it already.
-    pub fn write_pid_file(&self, monitor: &Executable, pid: Pid) -> Result<(), Failure> {
-        let name = pid_file_name(monitor);
+    /// Writes the monitor's process id into a file of the jail; `undo` knows of it already.
+    pub fn write_pid_file(&self, monitor: &Executable, pid: Pid) -> Result<(), RootError> {
+        let name = monitor.pid_file_name();
         let path = self.path.join(&name);
-        let what = format!("write the pid file {}", path.display());
-        let file = make_file(&self.dir, &name, &path).map_err(in_use)?;
-        rustix::fs::fchmod(&file, READABLE).doing(&what)?;
+        let file = make_file(&self.dir, &name, &path)?;
         // One write of a few bytes: a reader sees all of the number or nothing.
-        rustix::io::write(&file, pid.as_raw_nonzero().to_string().as_bytes()).doing(&what)?;
-        Ok(())
+        rustix::fs::fchmod(&file, READABLE)
+            .and_then(|()| rustix::io::write(&file, pid.as_raw_pid().to_string().as_bytes()))
+            .map(drop)
+            .map_err(at(RootError::WritePid, &path))
     }
 
-    /// Writes down the pid file before a process that is to write it is started.
-    pub fn expect_pid_file(&self, monitor: &Executable, made: &mut Made) {
-        let name = pid_file_name(monitor);
+    /// Notes the pid file before a process that is to write it is started.
+    pub fn expect_pid_file(&self, monitor: &Executable, undo: &mut Undo) {
+        let name = monitor.pid_file_name();
         let path = self.path.join(&name);
-        made.entry(&self.dir, name, Kind::File, path);
+        undo.entry(&self.dir, name, Kind::File, path);
     }
 
     /// Makes this folder the root of this process, in a mount namespace of its own, with nothing
     /// of the host left mounted. Mounts that are in the folder come along, and mounts the host
     /// makes there later arrive too.
-    pub fn enter(&self) -> Result<(), Failure> {
-        let what = format!("enter the jail {}", self.path.display());
+    pub fn enter(&self) -> Result<(), RootError> {
+        self.pivot().map_err(at(RootError::Enter, &self.path))
+    }
+
+    fn pivot(&self) -> Result<(), Errno> {
         // Before unshare, which carries the working directory over into the new namespace: the
         // only way to name the folder there without a path.
-        rustix::process::fchdir(&*self.dir).doing(&what)?;
-        sys::unshare(UnshareFlags::NEWNS).doing(&what)?;
+        rustix::process::fchdir(&*self.dir)?;
+        sys::unshare(UnshareFlags::NEWNS)?;
         // Nothing mounted from here on may show on the host.
-        rustix::mount::mount_change(
-            "/",
-            MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-        )
-        .doing(&what)?;
-        let tree = rustix::mount::open_tree(
-            CWD,
-            ".",
-            OpenTreeFlags::OPEN_TREE_CLONE
-                | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                | OpenTreeFlags::AT_RECURSIVE,
-        )
-        .doing(&what)?;
-        pivot_into(&tree).doing_or(&what, |error| match Errno::from_io_error(error) {
-            Some(Errno::INVAL) => {
-                "the host's root must be a mounted file system, not a bare chroot or initial ramfs"
-            }
-            _ => "",
-        })
+        let private = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private)?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_RECURSIVE;
+        pivot_into(&rustix::mount::open_tree(CWD, ".", flags)?)
     }
 }
 
+fn folder<'a>(folders: &'a Folders, path: &str) -> Option<&'a Rc<OwnedFd>> {
+    let (_, dir) = folders.iter().find(|(known, _)| *known == path)?;
+    Some(dir)
+}
+
 /// Makes a detached mount the root of this process and lets go of everything else that is mounted.
-/// It needs a mount namespace that nobody else uses. The working directory is used as the place to
-/// attach the mount to, and is the new root afterwards.
+/// It needs a mount namespace that no other process uses. The working directory is used as the place
+/// to attach the mount to, and is the new root afterwards.
 pub fn pivot_into(tree: &OwnedFd) -> Result<(), Errno> {
     rustix::mount::move_mount(tree, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     rustix::process::fchdir(tree)?;
@@ -368,48 +407,29 @@ pub fn pivot_into(tree: &OwnedFd) -> Result<(), Errno> {
     rustix::process::chdir("/")
 }
 
-/// The path of the copied monitor, as seen from inside the jail.
-pub fn inner_path(monitor: &Executable) -> PathBuf {
-    Path::new("/").join(&monitor.name)
-}
-
-fn pid_file_name(monitor: &Executable) -> std::ffi::OsString {
-    let mut name = monitor.name.clone();
-    name.push(".pid");
-    name
-}
-
-fn in_use(failure: Failure) -> Failure {
-    failure.remedy("choose another --id, or remove that jail if its monitor has ended")
-}
-
 /// Makes folder after folder below `base`, and opens the last. Another jail that fails at the same
 /// time may remove a shared folder seen a moment ago, so the walk is tried again a few times.
 pub fn make_way(
     base: &Rc<OwnedFd>,
     base_path: &Path,
     steps: &[(&OsStr, Kind)],
-    made: &mut Made,
-) -> Result<(Rc<OwnedFd>, PathBuf), Failure> {
+    undo: &mut Undo,
+) -> Result<(Rc<OwnedFd>, PathBuf), RootError> {
     let mut tries = 4;
     'again: loop {
         let (mut dir, mut path) = (Rc::clone(base), base_path.to_owned());
         for (name, kind) in steps {
             path.push(name);
-            match make_folder(&dir, name, *kind, &path, made) {
-                Ok((next, created)) => {
-                    if created {
-                        rustix::fs::fchmod(&*next, WAY)
-                            .doing(format_args!("set the mode of {}", path.display()))?;
-                    }
-                    dir = next;
-                }
-                Err(Errno::NOENT) if tries > 0 => {
-                    tries -= 1;
-                    continue 'again;
-                }
-                Err(error) => return Err(no_folder(&path, error)),
+            let made = make_folder(&dir, name, *kind, &path, undo);
+            if made.as_ref().is_err_and(|error| *error == Errno::NOENT) && tries > 0 {
+                tries -= 1;
+                continue 'again;
             }
+            let (next, is_new) = made.map_err(no_folder(&path))?;
+            if is_new {
+                rustix::fs::fchmod(&*next, WAY).map_err(at(RootError::MakeFolder, &path))?;
+            }
+            dir = next;
         }
         return Ok((dir, path));
     }
@@ -421,35 +441,31 @@ fn make_folder(
     name: &OsStr,
     kind: Kind,
     path: &Path,
-    made: &mut Made,
+    undo: &mut Undo,
 ) -> Result<(Rc<OwnedFd>, bool), Errno> {
-    let created = match rustix::fs::mkdirat(&**parent, name, FOLDER) {
+    let is_new = match rustix::fs::mkdirat(&**parent, name, FOLDER) {
         Ok(()) => {
-            made.entry(parent, name, kind, path.to_owned());
+            undo.entry(parent, name, kind, path.to_owned());
             true
         }
         Err(Errno::EXIST) => false,
         Err(error) => return Err(error),
     };
     let dir = open_beneath(parent, name, OFlags::RDONLY | OFlags::DIRECTORY)?;
-    Ok((Rc::new(dir), created))
+    Ok((Rc::new(dir), is_new))
 }
 
-fn no_folder(path: &Path, error: Errno) -> Failure {
-    let what = format!("make the folder {}", path.display());
-    match error {
-        Errno::LOOP => Failure::new(what, "a symbolic link is in its place")
-            .remedy("put a real folder there or remove the link"),
-        Errno::NOTDIR => Failure::new(what, "something that is no folder is in its place"),
-        error => Failure::new(what, error),
+fn no_folder(path: &Path) -> impl FnOnce(Errno) -> RootError {
+    move |error| match error {
+        Errno::LOOP => RootError::LinkInPlace(path.to_owned()),
+        error => RootError::MakeFolder(path.to_owned(), error),
     }
 }
 
-/// Makes a file that was not there before, open for writing and for nobody else's eyes yet.
-fn make_file(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<OwnedFd, Failure> {
+/// Makes a file that was not there before, open for writing and not yet readable by other users.
+fn make_file(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<OwnedFd, RootError> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat2(dir, name, flags, PRIVATE, beneath())
-        .doing(format_args!("make {}", path.display()))
+    rustix::fs::openat2(dir, name, flags, PRIVATE, beneath()).map_err(at(RootError::MakeFile, path))
 }
 
 fn make_node(
@@ -457,51 +473,44 @@ fn make_node(
     device: &Device,
     owner: Owner,
     path: &Path,
-    made: &mut Made,
-) -> Result<(), Failure> {
-    let what = format!("make the device node {}", path.display());
+    undo: &mut Undo,
+) -> Result<(), RootError> {
     let number = rustix::fs::makedev(device.major, device.minor);
-    rustix::fs::mknodat(
-        &**dir,
-        device.name,
-        FileType::CharacterDevice,
-        PRIVATE,
-        number,
-    )
-    .map_err(|error| match error {
-        Errno::EXIST => in_use(Failure::new(&what, error)),
-        error => Failure::new(&what, error),
-    })?;
-    made.entry(dir, device.name, Kind::File, path.to_owned());
-    // A descriptor that names the node without opening the device.
-    let node = open_beneath(dir, OsStr::new(device.name), OFlags::PATH).doing(&what)?;
-    let stat = rustix::fs::fstat(&node).doing(&what)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice || stat.st_rdev != number
-    {
-        return Err(Failure::new(
-            what,
-            "somebody put something else in its place",
-        ));
-    }
-    rustix::fs::chownat(
-        node.as_fd(),
-        "",
-        Some(owner.uid),
-        Some(owner.gid),
-        AtFlags::EMPTY_PATH,
-    )
-    .doing(what)
+    let kind = FileType::CharacterDevice;
+    rustix::fs::mknodat(&**dir, device.name, kind, PRIVATE, number).map_err(
+        |error| match error {
+            Errno::EXIST => RootError::IdInUse(path.to_owned()),
+            error => RootError::MakeNode(path.to_owned(), error),
+        },
+    )?;
+    undo.entry(dir, device.name, Kind::File, path.to_owned());
+    let given = || {
+        // A descriptor that names the node without opening the device.
+        let node = open_beneath(dir, OsStr::new(device.name), OFlags::PATH)?;
+        let stat = rustix::fs::fstat(&node)?;
+        if FileType::from_raw_mode(stat.st_mode) != kind || stat.st_rdev != number {
+            // Another process has put something else in its place.
+            return Err(Errno::STALE);
+        }
+        let (uid, gid) = (Some(owner.uid), Some(owner.gid));
+        rustix::fs::chownat(node.as_fd(), "", uid, gid, AtFlags::EMPTY_PATH)
+    };
+    given().map_err(at(RootError::GiveAway, path))
 }
 
 /// Gives a folder to the jail's user, for that user alone.
-fn hand_over(dir: &Rc<OwnedFd>, owner: Owner, path: &Path, made: &mut Made) -> Result<(), Failure> {
-    let what = format!("hand over {}", path.display());
-    let before = rustix::fs::fstat(&**dir).doing(&what)?;
-    made.attributes(dir, before, path.to_owned());
+fn give_folder(
+    dir: &Rc<OwnedFd>,
+    owner: Owner,
+    path: &Path,
+    undo: &mut Undo,
+) -> Result<(), RootError> {
+    let before = rustix::fs::fstat(&**dir).map_err(at(RootError::GiveAway, path))?;
+    undo.attributes(dir, before, path.to_owned());
     // Mode before owner: afterwards the folder is no longer ours.
     rustix::fs::fchmod(&**dir, FOLDER)
         .and_then(|()| rustix::fs::fchown(&**dir, Some(owner.uid), Some(owner.gid)))
-        .doing(what)
+        .map_err(at(RootError::GiveAway, path))
 }
 
 /// Opens an entry of `dir` that is no link and leads nowhere else.
@@ -510,13 +519,14 @@ pub fn open_beneath(dir: &OwnedFd, name: &OsStr, flags: OFlags) -> Result<OwnedF
 }
 
 /// How every path below an opened folder is resolved.
-pub fn beneath() -> ResolveFlags {
+fn beneath() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::message;
     use crate::testing::Folder;
 
     #[test]
@@ -541,8 +551,8 @@ mod tests {
     fn open_base_when_it_is_missing_or_a_file_refuses() {
         let folder = Folder::new("root-missing");
         std::fs::write(folder.path().join("file"), "").unwrap();
-        let failure = open_base(&folder.path().join("none")).unwrap_err();
-        assert!(failure.to_string().contains("mkdir -p"), "{failure}");
+        let text = message(&open_base(&folder.path().join("none")).unwrap_err());
+        assert!(text.contains("mkdir -p"), "{text}");
         assert!(open_base(&folder.path().join("file")).is_err());
     }
 
@@ -555,13 +565,13 @@ mod tests {
             (OsStr::new("name"), Kind::SharedFolder),
             (OsStr::new("id"), Kind::Folder),
         ];
-        let mut made = Made::default();
-        let (_, path) = make_way(&base, folder.path(), &steps, &mut made).unwrap();
+        let mut undo = Undo::default();
+        let (_, path) = make_way(&base, folder.path(), &steps, &mut undo).unwrap();
         assert!(path.is_dir());
         assert_eq!(path, folder.path().join("name/id"));
         let mode = path.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o755);
-        assert!(made.undo().is_empty());
+        assert!(undo.run().is_empty());
         assert!(!path.exists());
         assert!(folder.path().join("name").exists());
     }
@@ -572,8 +582,8 @@ mod tests {
         std::os::unix::fs::symlink("/tmp", folder.path().join("name")).unwrap();
         let base = open_base(folder.path()).unwrap();
         let steps = [(OsStr::new("name"), Kind::SharedFolder)];
-        let failure = make_way(&base, folder.path(), &steps, &mut Made::default()).unwrap_err();
-        assert!(failure.to_string().contains("symbolic link"), "{failure}");
+        let error = make_way(&base, folder.path(), &steps, &mut Undo::default()).unwrap_err();
+        assert!(matches!(error, RootError::LinkInPlace(_)), "{error}");
     }
 
     #[test]
@@ -586,7 +596,7 @@ mod tests {
         let executable = Executable::open(&folder.path().join("mayfly")).unwrap();
         assert_eq!(executable.name(), "mayfly-1.0");
         assert_eq!(executable.mode, Mode::from_raw_mode(0o755));
-        assert_eq!(inner_path(&executable), Path::new("/mayfly-1.0"));
+        assert_eq!(executable.inner_path(), Path::new("/mayfly-1.0"));
     }
 
     #[test]
@@ -600,8 +610,8 @@ mod tests {
             (folder.path(), "not a regular file"),
             (&folder.path().join("none"), "No such file"),
         ] {
-            let failure = Executable::open(path).unwrap_err();
-            assert!(failure.to_string().contains(reason), "{failure}");
+            let text = message(&Executable::open(path).unwrap_err());
+            assert!(text.contains(reason), "{text}");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::jail::LEAST_OPEN_FILES;
 use crate::args::{Limit, account, cgroup_value, cgroup_version, check_id, parent_cgroup};
 use crate::args::{resource_limit, value_of};
+use crate::cgroup::limit::Limit as CgroupLimit;
 use crate::cgroup::{Value, Version};
 use crate::failure::Failure;
 
@@ -44,7 +45,8 @@ the jail:
   --cgroup FILE=VALUE      value of a cgroup file, e.g. memory.max=300M; repeatable
   --cgroup-version 1|2     version of --cgroup's files [default: the one that has the controller]
   --parent-cgroup PATH     cgroup below which the microVM's is made
-                           [default: mayfly; for a user, the nearest group that is delegated]
+                           [default: the caller's own, or the nearest above that may have some;
+                           mayfly where that is the root]
   --resource-limit NAME=N  fsize or no-file [default: no-file=2048]; repeatable
   --mayfly FILE            the monitor [default: mayfly beside this program]
 
@@ -158,19 +160,6 @@ pub enum Console {
     File(PathBuf),
     /// To whoever connects.
     Socket(PathBuf),
-}
-
-/// A limit by name.
-#[derive(Clone, Debug, PartialEq)]
-pub enum CgroupLimit {
-    /// Thousandths of a processor.
-    Cpus(u64),
-    /// Bytes.
-    Memory(u64),
-    /// Processes and threads.
-    Pids(u64),
-    /// Bytes a second to and from a block device.
-    Io(PathBuf, u64),
 }
 
 const SINGLE: [&str; 18] = [

@@ -15,12 +15,12 @@ use super::api::Client;
 use super::args;
 use super::channel::Channel;
 use super::console::{self, Console, Relay, Sink};
-use super::groups::Doors;
 use super::jail::{self, Tap};
 use super::keeper::{self, Keeper};
 use super::machine::{Machine, Own};
 use super::supervise::{FirstByte, Log, Watch};
-use super::{groups, names, network, opening, refusal};
+use super::{names, network, opening, refusal};
+use crate::cgroup::exclusive::{self, Entrances};
 use crate::failure::{Doing, Failure};
 use crate::root::Owner;
 use crate::sys::{self, Clone};
@@ -54,7 +54,7 @@ pub struct Parts {
     /// Where to make an API socket.
     pub api_sock: Option<PathBuf>,
     /// Control groups to make.
-    pub groups: Option<groups::Errand>,
+    pub groups: Option<exclusive::Plan>,
     /// Where the console goes.
     pub console: args::Console,
     /// Where the log goes.
@@ -217,7 +217,7 @@ fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
 fn start(
     mut parts: Parts,
     pieces: Pieces,
-    doors: Doors,
+    doors: Entrances,
     signals: OwnedFd,
     own: OwnedFd,
 ) -> Result<Watch, Failure> {

@@ -17,8 +17,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::channel::{Channel, Message};
-use super::groups::{self, Account, Doors, Groups};
 use super::names::Named;
+use crate::cgroup::exclusive::{self, Entrances, Groups, Usage};
 use crate::failure::{Doing, Failure};
 use crate::sys;
 
@@ -45,7 +45,7 @@ const PATIENCE: Timespec = Timespec {
 #[derive(Clone, Debug, Default)]
 pub struct Errand {
     /// Control groups.
-    pub groups: Option<groups::Errand>,
+    pub groups: Option<exclusive::Plan>,
     /// Listening sockets at these paths.
     pub sockets: Vec<PathBuf>,
 }
@@ -73,10 +73,10 @@ impl Keeper {
 
     /// Waits until everything is made: the sockets, in the order in which they were asked for, and
     /// the way into the groups.
-    pub fn made(&self) -> Result<(Vec<OwnedFd>, Doors), Failure> {
+    pub fn made(&self) -> Result<(Vec<OwnedFd>, Entrances), Failure> {
         let message = self.answer()?;
         let mut sockets = message.files;
-        let mut doors = Doors::default();
+        let mut doors = Entrances::default();
         if message.text == WITH_V2 {
             doors.v2 = sockets.pop();
         }
@@ -106,7 +106,7 @@ impl Keeper {
     }
 
     /// Has everything removed, once the monitor is gone.
-    pub fn end(self) -> Account {
+    pub fn end(self) -> Usage {
         let _ = self.channel.send(END, "", &[]);
         let account = match self.answer() {
             Ok(message) => decode(&message.text),
@@ -118,7 +118,7 @@ impl Keeper {
                 for path in &self.errand.sockets {
                     Named::remove_dead(path);
                 }
-                Account::default()
+                Usage::default()
             }
         };
         let _ = sys::wait(self.pid);
@@ -126,16 +126,16 @@ impl Keeper {
     }
 }
 
-fn encode(account: Account) -> String {
+fn encode(account: Usage) -> String {
     let peak = account
         .peak_memory
         .map_or(String::new(), |bytes| bytes.to_string());
     format!("{} {peak}", account.out_of_memory)
 }
 
-fn decode(text: &str) -> Account {
+fn decode(text: &str) -> Usage {
     let (kills, peak) = text.split_once(' ').unwrap_or_default();
-    Account {
+    Usage {
         out_of_memory: kills.parse().unwrap_or(0),
         peak_memory: peak.parse().ok(),
     }
@@ -242,7 +242,7 @@ struct Kept {
 }
 
 impl Kept {
-    fn make(&mut self, errand: &Errand) -> Result<(Vec<OwnedFd>, Doors), Failure> {
+    fn make(&mut self, errand: &Errand) -> Result<(Vec<OwnedFd>, Entrances), Failure> {
         let mut listening = Vec::new();
         for path in &errand.sockets {
             let (named, socket) = Named::bind(path)?;
@@ -252,9 +252,9 @@ impl Kept {
         self.groups = errand
             .groups
             .as_ref()
-            .map(groups::Errand::make)
+            .map(exclusive::Plan::make)
             .transpose()?;
-        let doors = self.groups.as_ref().map(Groups::doors).transpose()?;
+        let doors = self.groups.as_ref().map(Groups::entrances).transpose()?;
         Ok((listening, doors.unwrap_or_default()))
     }
 
@@ -264,19 +264,19 @@ impl Kept {
         }
     }
 
-    fn remove(&mut self, errand: &Errand) -> Account {
+    fn remove(&mut self, errand: &Errand) -> Usage {
         for socket in self.sockets.drain(..) {
             socket.remove();
         }
         // What stays (a group somebody else has put a process in) the next start will sweep.
         let Some(groups) = self.groups.take() else {
-            return Account::default();
+            return Usage::default();
         };
         let (account, left) = groups.end();
         if let Some(errand) = &errand.groups {
             // A process in the jail that nobody told us of may take its time to end.
             if left.is_empty() {
-                errand.tidy();
+                errand.remove_parents();
             } else {
                 errand.remove_abandoned();
             }
@@ -300,14 +300,14 @@ mod tests {
     #[test]
     fn accounts_survive_the_channel() {
         for account in [
-            Account::default(),
-            Account {
+            Usage::default(),
+            Usage {
                 out_of_memory: 2,
                 peak_memory: Some(77),
             },
         ] {
             assert_eq!(decode(&encode(account)), account);
         }
-        assert_eq!(decode(""), Account::default());
+        assert_eq!(decode(""), Usage::default());
     }
 }

@@ -27,7 +27,6 @@ pub mod supervise;
 mod api;
 mod channel;
 mod console;
-mod groups;
 mod handed;
 mod jail;
 mod json;
@@ -51,6 +50,7 @@ use self::handed::Handed;
 use self::machine::{Described, Own};
 use self::outcome::{Report, Seen, Times, Verdict};
 use self::supervise::{Watch, Watched};
+use crate::cgroup::exclusive;
 use crate::failure::{Doing, Failure};
 use crate::root::Owner;
 use crate::sys::{self, Inherited};
@@ -144,7 +144,14 @@ fn open(
         log = log.or_else(|| described.log.clone());
         console = described.console.clone();
     }
-    let groups = groups::plan(&options, id, as_root)?;
+    let groups = exclusive::Plan::new(&exclusive::Wanted {
+        id,
+        limits: &options.limits,
+        values: &options.cgroups,
+        version: options.cgroup_version,
+        parent: options.parent_cgroup.as_deref(),
+        as_root,
+    })?;
     let monitor_name = monitor_path(options.mayfly.as_deref())?;
     let monitor = open_monitor(&monitor_name)?;
     let kvm = open_kvm()?;

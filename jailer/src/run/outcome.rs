@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::groups::Account;
+use crate::cgroup::exclusive::Usage;
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Ended, Used};
 
@@ -36,7 +36,7 @@ pub struct Seen {
     /// This signal asked for the end, or the user left the console (SIGINT then).
     pub asked: Option<i32>,
     /// What the control groups counted.
-    pub account: Account,
+    pub account: Usage,
 }
 
 impl Seen {
@@ -341,7 +341,7 @@ mod tests {
     fn every_end_has_its_word_and_code() {
         let seen = Seen::default;
         let out_of_memory = || Seen {
-            account: Account {
+            account: Usage {
                 out_of_memory: 1,
                 peak_memory: None,
             },

@@ -1,8 +1,8 @@
-//! What this run has made or changed so far, and how to take it back.
+//! How to undo what this run has made or changed so far.
 //!
-//! Every step that makes something writes it down here at once. When a later step fails, `undo`
-//! goes through the list backwards. Everything is held by descriptor, so taking back works from
-//! inside the new root, below a descriptor limit of zero, and whatever happened to the paths.
+//! Every step that makes something notes it here at once. When a later step fails, the list is gone
+//! through backwards. Everything is held by descriptor, so that undoing works from inside the new
+//! root, below a descriptor limit of zero, and whatever happened to the paths.
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -13,20 +13,20 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, Gid, Mode, Stat, Uid};
 use rustix::io::Errno;
 
-/// The list. Dropping it keeps everything: it is forgotten on purpose when the monitor runs.
+/// The list. Dropping it keeps everything, as when the monitor runs.
 #[derive(Debug, Default)]
-pub struct Made {
-    things: Vec<Thing>,
+pub struct Undo {
+    changes: Vec<Change>,
 }
 
 #[derive(Debug)]
-enum Thing {
+enum Change {
     /// A directory entry.
     Entry {
         dir: Rc<OwnedFd>,
         name: OsString,
         kind: Kind,
-        /// For the sentence that says it could not be removed.
+        /// For the message that it could not be removed.
         path: PathBuf,
     },
     /// Owner and mode that something had before.
@@ -50,8 +50,8 @@ pub enum Kind {
     SharedFolder,
 }
 
-impl Made {
-    /// Writes down that `name` was made in `dir`.
+impl Undo {
+    /// Notes that `name` was made in `dir`.
     pub fn entry(
         &mut self,
         dir: &Rc<OwnedFd>,
@@ -59,7 +59,7 @@ impl Made {
         kind: Kind,
         path: PathBuf,
     ) {
-        self.things.push(Thing::Entry {
+        self.changes.push(Change::Entry {
             dir: Rc::clone(dir),
             name: name.into(),
             kind,
@@ -67,25 +67,25 @@ impl Made {
         });
     }
 
-    /// Writes down what owner and mode `file` has before it is given new ones.
+    /// Notes what owner and mode `file` has before it is given new ones.
     pub fn attributes(&mut self, file: &Rc<OwnedFd>, before: Stat, path: PathBuf) {
-        self.things.push(Thing::Attributes {
+        self.changes.push(Change::Attributes {
             file: Rc::clone(file),
             before,
             path,
         });
     }
 
-    /// Writes down the cgroup this process is about to leave.
+    /// Notes the cgroup this process is about to leave.
     pub fn membership(&mut self, procs: OwnedFd, path: PathBuf) {
-        self.things.push(Thing::Membership { procs, path });
+        self.changes.push(Change::Membership { procs, path });
     }
 
-    /// Takes everything back, last first, and returns a line for each thing that stays.
-    pub fn undo(&mut self) -> Vec<String> {
+    /// Undoes everything, last first, and returns a line for each thing that stays.
+    pub fn run(&mut self) -> Vec<String> {
         let mut left = Vec::new();
-        while let Some(thing) = self.things.pop() {
-            if let Err((what, error)) = thing.undo() {
+        while let Some(change) = self.changes.pop() {
+            if let Err((what, error)) = change.undo() {
                 left.push(format!("{what}: {error}"));
             }
         }
@@ -93,20 +93,20 @@ impl Made {
     }
 }
 
-impl Thing {
+impl Change {
     fn undo(self) -> Result<(), (String, Errno)> {
         match self {
-            Thing::Entry {
+            Change::Entry {
                 dir,
                 name,
                 kind,
                 path,
             } => match remove(&dir, &name, kind) {
-                // Gone already: what was wanted.
+                // No entry: removed by another process.
                 Ok(()) | Err(Errno::NOENT) => Ok(()),
                 Err(error) => Err((path.display().to_string(), error)),
             },
-            Thing::Attributes { file, before, path } => {
+            Change::Attributes { file, before, path } => {
                 let result = rustix::fs::fchown(
                     &*file,
                     Some(Uid::from_raw(before.st_uid)),
@@ -115,7 +115,7 @@ impl Thing {
                 .and_then(|()| rustix::fs::fchmod(&*file, Mode::from_raw_mode(before.st_mode)));
                 result.map_err(|error| (format!("owner and mode of {}", path.display()), error))
             }
-            Thing::Membership { procs, path } => rustix::io::write(&procs, b"0")
+            Change::Membership { procs, path } => rustix::io::write(&procs, b"0")
                 .map(drop)
                 .map_err(|error| (format!("return to {}", path.display()), error)),
         }
@@ -152,19 +152,19 @@ mod tests {
 
     #[test]
     fn undo_removes_in_reverse_and_restores_the_mode() {
-        let base = crate::testing::Folder::new("made-undo");
+        let base = crate::testing::Folder::new("undo-undo");
         let top = open(base.path());
         std::fs::create_dir(base.path().join("a")).unwrap();
         let a = open(&base.path().join("a"));
         std::fs::write(base.path().join("a/b"), "").unwrap();
-        let mut made = Made::default();
+        let mut undo = Undo::default();
         let before = rustix::fs::fstat(&*top).unwrap();
-        made.attributes(&top, before, base.path().into());
+        undo.attributes(&top, before, base.path().into());
         rustix::fs::fchmod(&*top, Mode::from_raw_mode(0o711)).unwrap();
-        made.entry(&top, "a", Kind::Folder, base.path().join("a"));
-        made.entry(&a, "b", Kind::File, base.path().join("a/b"));
+        undo.entry(&top, "a", Kind::Folder, base.path().join("a"));
+        undo.entry(&a, "b", Kind::File, base.path().join("a/b"));
 
-        assert_eq!(made.undo(), Vec::<String>::new());
+        assert_eq!(undo.run(), Vec::<String>::new());
 
         assert!(!base.path().join("a").exists());
         assert_eq!(rustix::fs::fstat(&*top).unwrap().st_mode, before.st_mode);
@@ -172,31 +172,31 @@ mod tests {
 
     #[test]
     fn undo_when_a_shared_folder_is_in_use_keeps_it_silently() {
-        let base = crate::testing::Folder::new("made-shared");
+        let base = crate::testing::Folder::new("undo-shared");
         std::fs::create_dir_all(base.path().join("shared/other")).unwrap();
-        let mut made = Made::default();
-        made.entry(
+        let mut undo = Undo::default();
+        undo.entry(
             &open(base.path()),
             "shared",
             Kind::SharedFolder,
             base.path().join("shared"),
         );
-        assert_eq!(made.undo(), Vec::<String>::new());
+        assert_eq!(undo.run(), Vec::<String>::new());
         assert!(base.path().join("shared/other").exists());
     }
 
     #[test]
     fn undo_when_something_cannot_be_removed_names_it() {
-        let base = crate::testing::Folder::new("made-left");
+        let base = crate::testing::Folder::new("undo-left");
         std::fs::create_dir_all(base.path().join("mine/foreign")).unwrap();
-        let mut made = Made::default();
-        made.entry(
+        let mut undo = Undo::default();
+        undo.entry(
             &open(base.path()),
             "mine",
             Kind::Folder,
             base.path().join("mine"),
         );
-        let left = made.undo();
+        let left = undo.run();
         assert_eq!(left.len(), 1);
         assert!(left[0].contains("/mine: "), "{left:?}");
     }
