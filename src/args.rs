@@ -12,16 +12,13 @@ use crate::arch::Protocol;
 use crate::config::Source;
 use crate::exit;
 use crate::log::{Format, Level};
-use crate::vmm::action::API_VERSION;
+use crate::wire::limits::BODY_MAX;
+use crate::wire::{API_VERSION, id};
 
 /// Where the API socket is made unless `--api-sock` says otherwise.
 const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
 /// `--id` unless it is given.
 const DEFAULT_ID: &str = "anonymous-instance";
-/// `--http-api-max-payload-size` unless it is given.
-const DEFAULT_PAYLOAD_MAX: usize = 51_200;
-/// Longest `--id`.
-const ID_MAX: usize = 64;
 
 /// What the command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,7 +104,7 @@ impl Default for Args {
             start_time_us: None,
             start_time_cpu_us: None,
             parent_cpu_time_us: None,
-            payload_max: DEFAULT_PAYLOAD_MAX,
+            payload_max: BODY_MAX,
             boot_protocol: None,
         }
     }
@@ -404,7 +401,7 @@ where
             None => None,
         },
         log_path: match log_fd {
-            Some(fd) => Some(Source::Fd(fd)),
+            Some(fd) => Some(Source::fd(fd)),
             None => given.text("log-path")?.map(Source::Named),
         },
         show_level: given.has("show-level"),
@@ -520,15 +517,14 @@ impl Given {
 }
 
 fn checked_id(id: String) -> Result<String, ArgsError> {
-    let good = id.chars().all(|c| c == '-' || c.is_alphanumeric());
-    if good && (1..=ID_MAX).contains(&id.len()) {
-        return Ok(id);
+    match id::instance(&id) {
+        Ok(_) => Ok(id),
+        Err(_) => Err(ArgsError::Value {
+            option: "id",
+            value: id,
+            takes: "1 to 64 letters, digits and hyphens",
+        }),
     }
-    Err(ArgsError::Value {
-        option: "id",
-        value: id,
-        takes: "1 to 64 letters, digits and hyphens",
-    })
 }
 
 #[cfg(test)]
@@ -590,7 +586,7 @@ mod tests {
                     api_fd: Some(5),
                     kvm_fd: Some(6),
                     end_fd: Some(8),
-                    log_path: Some(Source::Fd(7)),
+                    log_path: Some(Source::fd(7)),
                     landlock: true,
                     ..default()
                 },

@@ -34,7 +34,9 @@
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
 //!   2  serial   memory
-//!   1  bus   config   rate_limiter   inbox   seccomp   metrics   timeline   log   sys   see nothing of ours
+//!   1  bus   config   rate_limiter   inbox   seccomp   metrics   timeline   log   of each other they see nothing
+//!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
+//!      sys              system calls
 //! ```
 // What a guest, a client or a file may bring about is never a panic. Where numbers of theirs are
 // reckoned with, unchecked arithmetic is denied too, by the module.
@@ -66,3 +68,4 @@ pub mod timeline;
 pub mod vcpu;
 pub mod virtio;
 pub mod vmm;
+pub mod wire;

@@ -18,54 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::sys::{clock, fd, thread};
-
-/// How much a line matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Level {
-    /// Nothing at all is logged.
-    Off,
-    /// Something failed.
-    Error,
-    /// Something is odd and goes on.
-    Warn,
-    /// What a person running it wants to know.
-    Info,
-    /// For those who build it.
-    Debug,
-    /// Everything.
-    Trace,
-}
-
-impl Level {
-    /// The level of that name, in any case.
-    pub fn parse(name: &str) -> Option<Level> {
-        [
-            ("off", Level::Off),
-            ("error", Level::Error),
-            ("warning", Level::Warn),
-            ("warn", Level::Warn),
-            ("info", Level::Info),
-            ("debug", Level::Debug),
-            ("trace", Level::Trace),
-        ]
-        .into_iter()
-        .find(|(known, _)| known.eq_ignore_ascii_case(name))
-        .map(|(_, level)| level)
-    }
-
-    /// The name that lines and answers have.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Level::Off => "OFF",
-            Level::Error => "ERROR",
-            Level::Warn => "WARN",
-            Level::Info => "INFO",
-            Level::Debug => "DEBUG",
-            Level::Trace => "TRACE",
-        }
-    }
-}
+pub use crate::wire::Level;
 
 /// The shape of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -227,7 +227,7 @@ fn schemathesis(jailed: &mut Jailed) {
     );
     println!("{said}");
     let summary = said.split("SUMMARY").nth(1).unwrap_or_default();
-    let tested = mayfly::api::routes::OPERATIONS.len();
+    let tested = mayfly::wire::OPERATIONS.len();
     assert!(summary.contains(&format!("Tested: {tested}")), "{said}");
     let ended = jailed.monitor.child.try_wait().unwrap();
     assert_eq!(ended, None, "{}", jailed.monitor.stderr());

@@ -542,7 +542,7 @@ fn requests_when_a_thousand_are_refused_leave_no_descriptor() {
     for round in 0..1000 {
         let (method, path, body) = bodies[round % bodies.len()];
         // One too many, every now and then.
-        let count = if round % 7 == 0 { 17 } else { 1 + round % 16 };
+        let count = if round % 7 == 0 { 33 } else { 1 + round % 32 };
         let mut fds = vec![writer.as_fd(); count];
         if round % 3 == 0
             && let Some(last) = fds.last_mut()

@@ -5,26 +5,27 @@ use std::path::{Path, PathBuf};
 
 /// The height of each module, and what of the modules above or beside it may be seen anyway.
 const LAYERS: &[(&str, u8, &[&str])] = &[
-    ("main", 7, &[]),
-    ("args", 7, &[]),
+    ("main", 9, &[]),
+    ("args", 9, &[]),
     // The API thread sees control's vocabulary, not control.
-    ("api", 6, &[]),
-    ("vmm", 5, &[]),
-    ("vcpu", 4, &[]),
-    ("virtio", 3, &[]),
-    ("arch", 3, &[]),
-    ("serial", 2, &[]),
-    ("memory", 2, &[]),
-    ("rate_limiter", 1, &[]),
-    ("bus", 1, &[]),
-    // A log level is a word of the configuration too.
-    ("config", 1, &["log"]),
-    ("inbox", 1, &[]),
-    ("seccomp", 1, &[]),
-    ("metrics", 1, &[]),
-    ("log", 1, &[]),
-    ("exit", 1, &[]),
-    ("timeline", 1, &[]),
+    ("api", 8, &[]),
+    ("vmm", 7, &[]),
+    ("vcpu", 6, &[]),
+    ("virtio", 5, &[]),
+    ("arch", 5, &[]),
+    ("serial", 4, &[]),
+    ("memory", 4, &[]),
+    ("rate_limiter", 3, &[]),
+    ("bus", 3, &[]),
+    ("config", 3, &[]),
+    ("inbox", 3, &[]),
+    ("seccomp", 3, &[]),
+    ("metrics", 3, &[]),
+    ("log", 3, &[]),
+    ("timeline", 3, &[]),
+    // What the programs that drive the monitor know too.
+    ("wire", 1, &[]),
+    ("exit", 0, &[]),
     // Sees nothing of ours.
     ("sys", 0, &[]),
 ];

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use common::{Api, Folder, Monitor, Netns};
-use mayfly::api::routes::OPERATIONS;
+use mayfly::wire::OPERATIONS;
 use serde_json::{Value, json};
 
 const BEFORE: &str = "not supported before starting the microVM";

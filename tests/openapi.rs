@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mayfly::api::http::{Method, Request};
-use mayfly::api::routes::{self, OPERATIONS};
+use mayfly::api::routes;
+use mayfly::wire::OPERATIONS;
 
 const DOCUMENT: &str = include_str!("../resources/openapi.yaml");
 

@@ -459,10 +459,10 @@ mod tests {
         let fixture = Fixture::new(64);
         let witness = Witness::new();
         let mut client = fixture.connect();
-        send_with(&client.0, GET, &[&witness.writer; 17]);
+        send_with(&client.0, GET, &[&witness.writer; 33]);
         let (status, body) = client.response();
         assert_eq!(status, 400);
-        assert!(body.contains("More than 16 descriptors"), "{body}");
+        assert!(body.contains("More than 32 descriptors"), "{body}");
         for request in [&b"GET /nope HTTP/1.1\r\n\r\n"[..], b"FOO\r\n\r\n"] {
             send_with(&client.0, request, &[&witness.writer; 16]);
             assert_eq!(client.response().0, 400);

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use super::http::Method;
-use super::routes::OPERATIONS;
 use crate::metrics::{self, Counter, Histogram, Reader, Report};
 use crate::vmm::action::Action;
+use crate::wire::{Method, OPERATIONS};
 
 /// Counters of the API.
 #[derive(Debug)]

@@ -21,40 +21,7 @@ const HEADERS_MAX: usize = 64;
 /// Bytes of a refused body that are read and thrown away to keep the connection.
 const SKIP_MAX: usize = 1 << 20;
 
-/// The methods of the API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// GET
-    Get,
-    /// PUT
-    Put,
-    /// PATCH
-    Patch,
-    /// DELETE
-    Delete,
-}
-
-impl Method {
-    fn parse(name: &str) -> Option<Self> {
-        match name {
-            "GET" => Some(Method::Get),
-            "PUT" => Some(Method::Put),
-            "PATCH" => Some(Method::Patch),
-            "DELETE" => Some(Method::Delete),
-            _ => None,
-        }
-    }
-
-    /// As it is written.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Method::Get => "GET",
-            Method::Put => "PUT",
-            Method::Patch => "PATCH",
-            Method::Delete => "DELETE",
-        }
-    }
-}
+pub use crate::wire::Method;
 
 /// A whole request.
 #[derive(Clone, Debug, PartialEq, Eq)]

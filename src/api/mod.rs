@@ -62,8 +62,8 @@ const READ_MAX: usize = 16 * 1024;
 const STEPS_MAX: usize = 64;
 
 /// One connection for so many descriptors of the process may hold descriptors of a request that is
-/// half sent: with 16 each, that is a quarter of them all.
-const PER_HOLDER: usize = 64;
+/// half sent: with 32 each, that is a quarter of them all.
+const PER_HOLDER: usize = 128;
 
 /// How long to go on asking when control's inbox is full.
 const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 10 });

@@ -1,4 +1,5 @@
-//! Requests to actions, answers to responses: one table of all operations. Pure.
+//! Requests to actions, answers to responses, by the table of all operations
+//! ([`OPERATIONS`]). Pure.
 
 use std::time::Duration;
 
@@ -7,126 +8,11 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::http::{Method, Request, Response};
-use crate::config::{
-    self, DriveUpdate, JsonError, MachineConfigUpdate, NetworkUpdate, cpu::CpuConfig,
-};
 use crate::vmm::action::{Action, Answer, Outcome};
-
-/// One operation of the API.
-#[derive(Debug)]
-pub struct Operation {
-    /// The method.
-    pub method: Method,
-    /// The path; `{id}` stands for a segment that the client chooses. Segments beyond it are
-    /// ignored, as Firecracker does.
-    pub path: &'static str,
-    to_action: ToAction,
-}
-
-/// How an operation becomes an action.
-#[derive(Debug)]
-enum ToAction {
-    /// Without a body.
-    Plain(fn() -> Action),
-    /// From a body.
-    Body(fn(&[u8]) -> Result<Action, String>),
-    /// From a body that names the id of the path once more.
-    Id(fn(&str, &[u8]) -> Result<Action, String>),
-}
-
-const fn get(path: &'static str, action: fn() -> Action) -> Operation {
-    Operation {
-        method: Method::Get,
-        path,
-        to_action: ToAction::Plain(action),
-    }
-}
-
-const fn with_body(
-    method: Method,
-    path: &'static str,
-    action: fn(&[u8]) -> Result<Action, String>,
-) -> Operation {
-    Operation {
-        method,
-        path,
-        to_action: ToAction::Body(action),
-    }
-}
-
-const fn with_id(
-    method: Method,
-    path: &'static str,
-    action: fn(&str, &[u8]) -> Result<Action, String>,
-) -> Operation {
-    Operation {
-        method,
-        path,
-        to_action: ToAction::Id(action),
-    }
-}
-
-use Method::{Patch, Put};
-
-/// All operations.
-pub const OPERATIONS: &[Operation] = &[
-    get("/", || Action::DescribeInstance),
-    get("/version", || Action::GetVersion),
-    get("/vm/config", || Action::GetVmConfig),
-    get("/vm/timeline", || Action::GetTimeline),
-    get("/machine-config", || Action::GetMachineConfig),
-    get("/metrics", || Action::GetMetrics),
-    with_body(Put, "/actions", put_action),
-    with_body(Put, "/boot-source", |b| Ok(Action::PutBootSource(body(b)?))),
-    with_body(Put, "/cpu-config", |b| {
-        Ok(Action::PutCpuConfig(body::<CpuConfig>(b)?))
-    }),
-    with_id(Put, "/drives/{id}", |id, b| {
-        let drive: config::Drive = body(b)?;
-        same_id(id, &drive.drive_id)?;
-        Ok(Action::PutDrive(drive))
-    }),
-    with_id(Patch, "/drives/{id}", |id, b| {
-        let update: DriveUpdate = body(b)?;
-        same_id(id, &update.drive_id)?;
-        Ok(Action::PatchDrive(update))
-    }),
-    with_body(Put, "/logger", |b| Ok(Action::PutLogger(body(b)?))),
-    with_body(Put, "/machine-config", |b| {
-        Ok(Action::PutMachineConfig(body(b)?))
-    }),
-    with_body(Patch, "/machine-config", |b| {
-        let update: MachineConfigUpdate = body(b)?;
-        if update == MachineConfigUpdate::default() {
-            return Err("Empty PATCH request.".into());
-        }
-        Ok(Action::PatchMachineConfig(update))
-    }),
-    with_body(Put, "/metrics", |b| Ok(Action::PutMetrics(body(b)?))),
-    with_id(Put, "/network-interfaces/{id}", |id, b| {
-        let network: config::NetworkInterface = body(b)?;
-        same_id(id, &network.iface_id)?;
-        Ok(Action::PutNetwork(network))
-    }),
-    with_id(Patch, "/network-interfaces/{id}", |id, b| {
-        let update: NetworkUpdate = body(b)?;
-        same_id(id, &update.iface_id)?;
-        Ok(Action::PatchNetwork(update))
-    }),
-    with_body(Put, "/serial", |b| Ok(Action::PutSerial(body(b)?))),
-    with_body(Put, "/vm", |b| {
-        let (config, start) = config::parse_vm(b).map_err(bad_body)?;
-        // Later requests name drives and interfaces in their paths.
-        let drives = config.drives.iter().map(|drive| &drive.drive_id);
-        let networks = config.network_interfaces.iter().map(|card| &card.iface_id);
-        for id in drives.chain(networks) {
-            checked_id(id)?;
-        }
-        let config = Box::new(config);
-        Ok(Action::PutVm { config, start })
-    }),
-    with_body(Patch, "/vm", patch_vm),
-];
+use crate::wire::config::{
+    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, json as reader, parse_vm,
+};
+use crate::wire::{Call, OPERATIONS, Operation, id};
 
 /// First segments of Firecracker's paths that stay refused, and what they are about.
 const OUT_OF_SCOPE: &[(&str, &str)] = &[
@@ -158,11 +44,61 @@ fn find(request: &Request) -> Result<Action, String> {
     let Some((_, operation, id)) = place(request) else {
         return Err(unknown(request));
     };
-    match &operation.to_action {
-        ToAction::Plain(make) => Ok(make()),
-        ToAction::Body(make) => make(body),
-        ToAction::Id(make) => make(checked_id(id)?, body),
+    to_action(operation.call, id, body)
+}
+
+/// What `call` asks of control, with `id` from the path where it has one.
+fn to_action(call: Call, id: &str, bytes: &[u8]) -> Result<Action, String> {
+    Ok(match call {
+        Call::DescribeInstance => Action::DescribeInstance,
+        Call::GetVersion => Action::GetVersion,
+        Call::GetVmConfig => Action::GetVmConfig,
+        Call::GetTimeline => Action::GetTimeline,
+        Call::GetMachineConfig => Action::GetMachineConfig,
+        Call::GetMetrics => Action::GetMetrics,
+        Call::PutAction => put_action(bytes)?,
+        Call::PutBootSource => Action::PutBootSource(body(bytes)?),
+        Call::PutCpuConfig => Action::PutCpuConfig(body(bytes)?),
+        Call::PutLogger => Action::PutLogger(body(bytes)?),
+        Call::PutMachineConfig => Action::PutMachineConfig(body(bytes)?),
+        Call::PatchMachineConfig => {
+            let update: MachineConfigUpdate = body(bytes)?;
+            if update == MachineConfigUpdate::default() {
+                return Err("Empty PATCH request.".into());
+            }
+            Action::PatchMachineConfig(update)
+        }
+        Call::PutMetrics => Action::PutMetrics(body(bytes)?),
+        Call::PutSerial => Action::PutSerial(body(bytes)?),
+        Call::PutVm => put_vm(bytes)?,
+        Call::PatchVm => patch_vm(bytes)?,
+        Call::PutDevice(kind) => put_device(kind, id, bytes)?,
+        Call::PatchDevice(kind) => patch_device(kind, id, bytes)?,
+    })
+}
+
+fn put_device(kind: DeviceKind, id: &str, bytes: &[u8]) -> Result<Action, String> {
+    checked_id(id)?;
+    let device = AnyDevice::parse(kind, bytes).map_err(bad_body)?;
+    same_id(id, device.id())?;
+    Ok(Action::PutDevice(device))
+}
+
+fn patch_device(kind: DeviceKind, id: &str, bytes: &[u8]) -> Result<Action, String> {
+    checked_id(id)?;
+    let update = AnyUpdate::parse(kind, bytes).map_err(bad_body)?;
+    same_id(id, update.id())?;
+    Ok(Action::PatchDevice(update))
+}
+
+fn put_vm(bytes: &[u8]) -> Result<Action, String> {
+    let (config, start) = parse_vm(bytes).map_err(bad_body)?;
+    // Later requests name devices in their paths.
+    for id in config.devices.ids() {
+        checked_id(id)?;
     }
+    let config = Box::new(config);
+    Ok(Action::PutVm { config, start })
 }
 
 /// The place in [`OPERATIONS`] of what `request` asks for.
@@ -222,15 +158,7 @@ fn unknown(request: &Request) -> String {
 }
 
 fn checked_id(id: &str) -> Result<&str, String> {
-    if id.is_empty() {
-        return Err("The ID cannot be empty.".into());
-    }
-    if !id.chars().all(|c| c == '_' || c.is_alphanumeric()) {
-        return Err(
-            "API Resource IDs can only contain alphanumeric characters and underscores.".into(),
-        );
-    }
-    Ok(id)
+    id::device(id).map_err(|error| error.to_string())
 }
 
 fn same_id(path: &str, body: &str) -> Result<(), String> {
@@ -243,7 +171,7 @@ fn same_id(path: &str, body: &str) -> Result<(), String> {
 }
 
 fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    config::json::parse(bytes).map_err(bad_body)
+    reader::parse(bytes).map_err(bad_body)
 }
 
 fn bad_body(error: JsonError) -> String {
@@ -360,8 +288,8 @@ impl serde::Serialize for InOrder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MachineConfig, VmConfig};
     use crate::vmm::action::{ActionError, InstanceInfo};
+    use crate::wire::config::{MachineConfig, VmConfig};
 
     fn request(method: Method, path: &str, body: &str) -> Request {
         Request {
@@ -417,15 +345,25 @@ mod tests {
                 r#"{"kernel_image_path":"k","initrd_path":null,"boot_args":null}"#,
                 "PutBootSource",
             ),
-            (Put, "/drives/a", DRIVE, "PutDrive"),
-            (Put, "/drives/a/b", DRIVE, "PutDrive"),
-            (Patch, "/drives/a", r#"{"drive_id":"a"}"#, "PatchDrive"),
-            (Put, "/network-interfaces/a", NET, "PutNetwork"),
+            (Put, "/drives/a", DRIVE, "PutDevice(Drive"),
+            (Put, "/drives/a/b", DRIVE, "PutDevice(Drive"),
+            (
+                Patch,
+                "/drives/a",
+                r#"{"drive_id":"a"}"#,
+                "PatchDevice(Drive",
+            ),
+            (
+                Put,
+                "/network-interfaces/a",
+                NET,
+                "PutDevice(NetworkInterface",
+            ),
             (
                 Patch,
                 "/network-interfaces/a",
                 r#"{"iface_id":"a"}"#,
-                "PatchNetwork",
+                "PatchDevice(NetworkInterface",
             ),
             (
                 Put,

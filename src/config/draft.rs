@@ -2,29 +2,12 @@
 
 use super::cpu::CpuConfig;
 use super::{
-    BootSource, ConfigError, Drive, DriveUpdate, HugePages, IoEngine, MachineConfig,
+    BootSource, ConfigError, Devices, Drive, DriveUpdate, HugePages, IoEngine, MachineConfig,
     MachineConfigUpdate, NetworkInterface, NetworkUpdate, RateLimiterConfig, Serial, Source,
     TokenBucketConfig, VmConfig,
 };
-
-/// The kernel command line of a boot source that names none.
-pub const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
-                                     i8042.nomux i8042.dumbkbd swiotlb=noforce";
-
-/// Bytes of a kernel command line, without the zero that ends it.
-pub const COMMAND_LINE_MAX: usize = 2047;
-
-/// Most vCPUs of one VM.
-pub const VCPUS_MAX: u8 = 32;
-
-/// Most devices of one VM: the interrupt lines 5 to 23.
-pub const DEVICES_MAX: usize = 19;
-
-/// Longest name of a network interface of the host (`IFNAMSIZ`, without the zero).
-pub(super) const TAP_NAME_MAX: usize = 15;
-
-/// The least MTU that IPv4 allows.
-const MTU_MIN: u16 = 68;
+use crate::wire::DEFAULT_BOOT_ARGS;
+use crate::wire::limits::{COMMAND_LINE_MAX, DEVICES_MAX, MTU_MIN, TAP_NAME_MAX, VCPUS_MAX};
 
 /// What was asked for so far. Each part is checked for itself, and against the others, as it
 /// comes; a part that is refused changes nothing.
@@ -315,8 +298,10 @@ impl Draft {
         VmConfig {
             machine_config: Some(self.machine.clone()),
             boot_source: self.boot_source.clone(),
-            drives: self.drives.clone(),
-            network_interfaces: self.networks.clone(),
+            devices: Devices {
+                drives: self.drives.clone(),
+                network_interfaces: self.networks.clone(),
+            },
             ..VmConfig::default()
         }
     }

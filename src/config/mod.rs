@@ -8,21 +8,12 @@
 
 use std::fmt;
 
-pub mod cpu;
 mod draft;
-mod file;
-pub mod json;
-mod mac;
-mod source;
-mod types;
 
-use draft::TAP_NAME_MAX;
+pub use crate::wire::config::*;
+use crate::wire::limits::{COMMAND_LINE_MAX, TAP_NAME_MAX};
+use crate::wire::limits::{DEVICES_MAX, VCPUS_MAX};
 pub use draft::*;
-pub use file::{parse_file, parse_vm};
-pub use json::JsonError;
-pub use mac::{BadMac, Mac};
-pub use source::Source;
-pub use types::*;
 
 /// Why a part of the configuration, or all of it together, is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]

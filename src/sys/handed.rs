@@ -7,7 +7,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use super::fd;
 
 /// Most descriptors that may come with one request.
-pub const HANDED_MAX: usize = 16;
+pub const HANDED_MAX: usize = 32;
 
 /// What there is to claim.
 #[derive(Debug)]

@@ -1,13 +1,14 @@
 //! Unix sockets: one that listens and was handed in, and bytes that bring descriptors along.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
-    SocketFlags, SocketType, accept_with, recv, recvmsg, send, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, accept_with,
+    recv, recvmsg, send, sendmsg, sockopt,
 };
 
 use super::handed::{HANDED_MAX, Handed, HandedError};
@@ -75,6 +76,33 @@ pub fn send_now(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
         bytes,
         SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
     )?)
+}
+
+/// Most descriptors that the kernel passes with one message (SCM_MAX_FD).
+const SCM_MAX_FD: usize = 253;
+
+/// Writes what `socket` takes of `bytes`, waiting for room if it is one that waits; `descriptors` go
+/// with the first of them. How many bytes it took.
+///
+/// # Errors
+/// The host's; InvalidInput for more descriptors than can be passed at once.
+pub fn send_with_descriptors(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
+    let mut control = SendAncillaryBuffer::new(&mut room);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    loop {
+        let pieces = [IoSlice::new(bytes)];
+        match sendmsg(&socket, &pieces, &mut control, SendFlags::NOSIGNAL) {
+            Err(rustix::io::Errno::INTR) => {}
+            sent => return Ok(sent?),
+        }
+    }
 }
 
 /// Since Linux 6.5.
@@ -287,7 +315,7 @@ mod tests {
     fn receive_when_there_are_too_many_closes_all() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (reader, writer) = pipe().unwrap();
-        for count in [17, 32, 40, 253] {
+        for count in [33, 64, 80, 253] {
             send_with(&theirs, b"x", &vec![&writer; count]);
             let mut handed = Handed::default();
             let received = receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();

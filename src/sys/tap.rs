@@ -16,7 +16,8 @@ use super::fd;
 /// (virtio 1.2, 5.1.6).
 pub const HEADER: usize = 12;
 
-const TUN: &str = "/dev/net/tun";
+/// The host's tun device.
+pub const TUN: &str = "/dev/net/tun";
 
 /// An attached tap. Closing it detaches it, and removes it unless it is persistent.
 #[derive(Debug)]
@@ -115,14 +116,19 @@ impl Tap {
     /// # Errors
     /// One sentence for each of: a bad name, no tun device, busy, not permitted, not a tap.
     pub fn open(name: &str) -> Result<Self, TapError> {
+        // Before anything is opened for a name that cannot be.
+        Request::of(name)?;
+        Tap::attach(open_tun().map_err(TapError::Open)?, name)
+    }
+
+    /// [`Tap::open`] with a tun device that [`open_tun`] opened, and that is attached to nothing yet.
+    ///
+    /// # Errors
+    /// As [`Tap::open`].
+    pub fn attach(tun: OwnedFd, name: &str) -> Result<Self, TapError> {
+        let file = File::from(tun);
         let mut request = Request::of(name)?;
         request.flags = FLAGS;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(TUN)
-            .map_err(TapError::Open)?;
         interface_ioctl(&file, libc::TUNSETIFF, &mut request).map_err(|e| {
             let name = name.to_owned();
             match e.raw_os_error() {
@@ -165,6 +171,14 @@ impl Tap {
             #[cfg(test)]
             fake: false,
         })
+    }
+
+    /// Lets the tap stay when it is closed, until its network namespace goes.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn make_persistent(&self) -> io::Result<()> {
+        self.set(libc::TUNSETPERSIST, 1)
     }
 
     /// The same tap by another descriptor.
@@ -211,9 +225,13 @@ impl Tap {
                 }
             }
         }
-        let bits = libc::c_ulong::from(bits);
-        // SAFETY: this ioctl takes a number and touches no memory of ours.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, bits) };
+        self.set(libc::TUNSETOFFLOAD, libc::c_ulong::from(bits))
+    }
+
+    /// Changes a setting of the tap.
+    fn set(&self, setting: libc::Ioctl, value: libc::c_ulong) -> io::Result<()> {
+        // SAFETY: both settings this is called with take a number and touch no memory of ours.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), setting, value) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -242,6 +260,25 @@ impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
+}
+
+impl From<Tap> for OwnedFd {
+    fn from(tap: Tap) -> Self {
+        tap.file.into()
+    }
+}
+
+/// Opens the host's tun device.
+///
+/// # Errors
+/// The host's: it is missing, or not for this user.
+pub fn open_tun() -> io::Result<OwnedFd> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK);
+    Ok(options.open(TUN)?.into())
 }
 
 /// Whether `error` says that the tap itself is gone.

@@ -10,14 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::config::cpu::CpuConfig;
 use crate::config::{
-    BootSource, Drive, DriveUpdate, Logger, MachineConfig, MachineConfigUpdate, Metrics,
-    NetworkInterface, NetworkUpdate, Serial, VmConfig,
+    AnyDevice, AnyUpdate, BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial,
+    VmConfig,
 };
 use crate::inbox::Outbox;
 use crate::sys::handed::Handed;
-
-/// The version of Firecracker's API that this program answers for.
-pub const API_VERSION: &str = "1.17.0";
 
 /// One request to control.
 #[derive(Debug)]
@@ -36,14 +33,10 @@ pub enum Action {
     PatchMachineConfig(MachineConfigUpdate),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
-    /// `PUT /drives/{id}`
-    PutDrive(Drive),
-    /// `PATCH /drives/{id}`
-    PatchDrive(DriveUpdate),
-    /// `PUT /network-interfaces/{id}`
-    PutNetwork(NetworkInterface),
-    /// `PATCH /network-interfaces/{id}`
-    PatchNetwork(NetworkUpdate),
+    /// `PUT` of a device: `/drives/{id}`, `/network-interfaces/{id}`
+    PutDevice(AnyDevice),
+    /// `PATCH` of a device
+    PatchDevice(AnyUpdate),
     /// `PUT /actions` InstanceStart
     Start,
     /// `PUT /actions` SendCtrlAltDel

@@ -14,6 +14,7 @@ use crate::serial::SerialEvent;
 use crate::sys::fd::{self, Interest};
 use crate::sys::kvm;
 use crate::vcpu::{Crash, End};
+use crate::wire::{self, EndReport};
 use crate::{error, exit, info};
 
 /// How long clients' last answers may take to be written.
@@ -72,12 +73,12 @@ impl Vmm {
     pub(super) fn guest_ended(&self, index: u8, end: End) -> i32 {
         let crash = self.machine().and_then(|machine| machine.crash(index));
         if let Some(told) = &self.end {
-            let mut text = word(end).to_owned();
-            if let Some(crash) = crash {
-                text.push_str(&report(index, crash));
-            }
+            let report = EndReport {
+                end: word(end),
+                crash: crash.map(|crash| detail(index, crash)),
+            };
             // The exit code says the most important part if nothing reads this.
-            let _ = fd::write(told.as_raw_fd(), text.as_bytes());
+            let _ = fd::write(told.as_raw_fd(), report.to_string().as_bytes());
         }
         match end {
             End::Reset => info!("The guest reset its machine."),
@@ -143,21 +144,18 @@ impl Vmm {
     }
 }
 
-/// A line for programs, after the word: JSON, with numbers in hexadecimal as texts.
-fn report(vcpu: u8, crash: &Crash) -> String {
-    let hexadecimal = |value: Option<u64>| value.map(|value| format!("{value:#x}"));
+/// What programs are told of a vCPU that the guest ended on.
+fn detail(vcpu: u8, crash: &Crash) -> wire::Crash {
     let bytes = crash.instruction().iter();
     let instruction: Vec<String> = bytes.map(|byte| format!("{byte:02x}")).collect();
     let exits = crash.last_exits.iter();
-    let last_exits: Vec<String> = exits.map(|exit| exit.to_string()).collect();
-    let report = serde_json::json!({
-        "vcpu": vcpu,
-        "rip": hexadecimal(crash.rip),
-        "cr2": hexadecimal(crash.cr2),
-        "instruction": instruction.join(" "),
-        "last_exits": last_exits,
-    });
-    format!("{report}\n")
+    wire::Crash {
+        vcpu,
+        rip: crash.rip,
+        cr2: crash.cr2,
+        instruction: instruction.join(" "),
+        last_exits: exits.map(|exit| exit.to_string()).collect(),
+    }
 }
 
 /// The process's exit code for an end of the guest.
@@ -173,17 +171,17 @@ const fn exit_code(end: End) -> i32 {
     }
 }
 
-/// A line for programs: the exit code alone does not tell a reset from a power-off.
-const fn word(end: End) -> &'static str {
+/// What programs are told of `end`.
+const fn word(end: End) -> wire::End {
     match end {
-        End::Reset => "reset\n",
-        End::PowerOff => "shutdown\n",
-        End::TripleFault => "crash\n",
-        End::MemoryGone => "memory-gone\n",
+        End::Reset => wire::End::Reset,
+        End::PowerOff => wire::End::Shutdown,
+        End::TripleFault => wire::End::Crash,
+        End::MemoryGone => wire::End::MemoryGone,
         End::InternalError { .. }
         | End::FailedEntry(_)
         | End::Unexpected(_)
-        | End::RunFailed(_) => "not-runnable\n",
+        | End::RunFailed(_) => wire::End::NotRunnable,
     }
 }
 

@@ -37,16 +37,14 @@ use std::{io, mem};
 
 use kvm_ioctls::Kvm;
 
-use self::action::{
-    API_VERSION, Action, ActionError, Answer, Command, InstanceInfo, Outcome, Owed, Reply,
-};
+use self::action::{Action, ActionError, Answer, Command, InstanceInfo, Outcome, Owed, Reply};
 use self::machine::Machine;
 use self::opened::Opened;
 use self::pausing::Pausing;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, Draft, Logger, Metrics, Source, VmConfig};
+use crate::config::{self, AnyUpdate, Draft, Logger, Metrics, Source, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::metrics::{Reader, Report, Sink};
 use crate::serial::SerialEvent;
@@ -58,6 +56,7 @@ use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{End, VcpuEvent};
 use crate::virtio::{Done, WorkerEvent, WorkerReply};
+use crate::wire::API_VERSION;
 use crate::{error, exit, info, log, warn};
 
 /// Events that may wait for control: the 128 requests that the API thread may have under way and
@@ -268,7 +267,7 @@ impl Vmm {
     /// # Errors
     /// The sentence for the person who named it.
     pub fn set_end(&mut self, number: u32) -> Result<(), ActionError> {
-        let place = Source::Fd(number);
+        let place = Source::fd(number);
         let file = opened::open_sink("end", &place, &mut Handed::Inherited)?;
         fd::set_nonblocking(&file).map_err(|e| {
             ActionError(format!(
@@ -524,14 +523,10 @@ impl Vmm {
         match action {
             Action::Pause => self.pause(reply),
             Action::Resume => self.resume(reply),
-            Action::PatchDrive(update) if self.machine().is_some() => {
-                self.update(reply, |machine, token| {
-                    machine.update_drive(&update, handed, token)
-                });
-            }
-            Action::PatchNetwork(update) if self.machine().is_some() => {
-                self.update(reply, |machine, token| {
-                    machine.update_network(&update, token)
+            Action::PatchDevice(update) if self.machine().is_some() => {
+                self.update(reply, |machine, token| match update {
+                    AnyUpdate::Drive(update) => machine.update_drive(&update, handed, token),
+                    AnyUpdate::NetworkInterface(update) => machine.update_network(&update, token),
                 });
             }
             action => {

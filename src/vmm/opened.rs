@@ -14,7 +14,9 @@ use std::sync::Arc;
 
 use super::action::{Action, ActionError, Answer, Outcome};
 use crate::config::cpu::CpuConfig;
-use crate::config::{ConfigError, CpuConfigSource, Draft, JsonError, Source, VmConfig, json};
+use crate::config::{
+    AnyDevice, ConfigError, CpuConfigSource, Draft, JsonError, PassedFd, Source, VmConfig, json,
+};
 use crate::log;
 use crate::sys::fd;
 use crate::sys::handed::{Handed, HandedError};
@@ -53,8 +55,8 @@ impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let OpenError { what, source, why } = self;
         let name = match source {
-            Source::Named(path) => format!("`{path}`"),
-            Source::Fd(number) => format!("in descriptor {number}"),
+            Source::Fd(PassedFd { fd, name: None }) => format!("in descriptor {fd}"),
+            named => format!("`{named}`"),
         };
         f.write_str(section(what))?;
         match why {
@@ -188,8 +190,8 @@ impl ConsoleSocket {
                 let listener = UnixListener::bind(path).map_err(|e| fail(Why::Open(e)))?;
                 (listener, Some(path.clone()))
             }
-            Source::Fd(number) => {
-                let claimed = handed.claim(*number);
+            Source::Fd(passed) => {
+                let claimed = handed.claim(passed.fd);
                 let fd = claimed.map_err(|cause| fail(Why::Handed(cause)))?;
                 let listener = socket::listener(fd).map_err(|what| fail(Why::NoListener(what)))?;
                 (listener, None)
@@ -311,14 +313,14 @@ pub fn put(draft: &mut Draft, opened: &mut Opened, action: Action, handed: &mut 
             draft.put_boot_source(source)?;
             (opened.kernel, opened.initrd) = (Some(kernel), initrd);
         }
-        Action::PutDrive(drive) => {
+        Action::PutDevice(AnyDevice::Drive(drive)) => {
             draft.check_drive(&drive)?;
             let file = open_disk(&drive.path_on_host, drive.read_only(), handed)?;
             let id = drive.drive_id.clone();
             draft.put_drive(drive)?;
             Opened::keep(&mut opened.disks, &id, file);
         }
-        Action::PutNetwork(mut network) => {
+        Action::PutDevice(AnyDevice::NetworkInterface(mut network)) => {
             draft.check_network(&network)?;
             let id = network.iface_id.clone();
             let tap = match &network.host_dev_name {
@@ -384,8 +386,7 @@ pub fn take_all(
     let VmConfig {
         machine_config,
         boot_source,
-        drives,
-        network_interfaces,
+        devices,
         cpu_config,
         serial,
         logger: _,
@@ -397,8 +398,7 @@ pub fn take_all(
         .into_iter()
         .chain(serial.map(Action::PutSerial))
         .chain(boot_source.map(Action::PutBootSource))
-        .chain(drives.into_iter().map(Action::PutDrive))
-        .chain(network_interfaces.into_iter().map(Action::PutNetwork));
+        .chain(devices.into_each().map(Action::PutDevice));
     if let Some(cpu) = cpu_config {
         draft.put_cpu_config(cpu_masks(cpu, handed)?);
     }
@@ -470,9 +470,9 @@ fn open(
     let opened = |cause| fail(Why::Open(cause));
     let file = match source {
         Source::Named(path) => open_path(path, mode).map_err(opened)?,
-        Source::Fd(number) => {
+        Source::Fd(passed) => {
             let fd = handed
-                .claim(*number)
+                .claim(passed.fd)
                 .map_err(|cause| fail(Why::Handed(cause)))?;
             check_access(fd::access(&fd).map_err(opened)?, mode)
                 .map_err(|reason| fail(Why::Mode(reason)))?;
@@ -684,7 +684,7 @@ mod tests {
             options.read(true).write(true).open("/dev/null").unwrap()
         };
         let pipe = || fd::pipe().unwrap().0;
-        let fd0 = Source::Fd(0);
+        let fd0 = Source::fd(0);
         let disk = |file, read_only| open_disk(&fd0, read_only, &mut handed(file)).map(drop);
         let kernel = |file| Image::open("kernel", &fd0, &mut handed(file)).map(drop);
         let sink = |file| open_sink("log", &fd0, &mut handed(file)).map(drop);
@@ -734,7 +734,13 @@ mod tests {
             assert!(error.contains("in descriptor 0"), "{error}");
             assert!(error.contains(reason), "{error}, not {reason}");
         }
-        let error = open_disk(&Source::Fd(1), true, &mut handed(read())).unwrap_err();
+        let named = Source::passed(0, "root.ext4");
+        let error = open_disk(&named, false, &mut handed(read())).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "Drive config error: The disk `root.ext4` was not opened for writing"
+        );
+        let error = open_disk(&Source::fd(1), true, &mut handed(read())).unwrap_err();
         assert_eq!(
             crate::log::chain(&error),
             "Drive config error: The disk in descriptor 1 can not be had: There is no descriptor 1: 1 came with the \
@@ -747,7 +753,7 @@ mod tests {
         use std::io::Write;
         let mut file = TempFile::new().unwrap().into_file();
         file.write_all(b"{}").unwrap();
-        let text = read_text("masks", &Source::Fd(0), &mut handed(file)).unwrap();
+        let text = read_text("masks", &Source::fd(0), &mut handed(file)).unwrap();
         assert_eq!(text, b"{}");
     }
 
@@ -755,7 +761,7 @@ mod tests {
     fn put_when_refused_keeps_what_there_was() {
         let (mut draft, mut opened) = (Draft::default(), Opened::default());
         let body = br#"{"drive_id":"a","is_root_device":false,"fd":0}"#;
-        let drive = || Action::PutDrive(json::parse(body).unwrap());
+        let drive = || Action::PutDevice(AnyDevice::Drive(json::parse(body).unwrap()));
         let mut good = handed(TempFile::new().unwrap().into_file());
         put(&mut draft, &mut opened, drive(), &mut good).unwrap();
         let before = opened.disk("a").unwrap().metadata().unwrap().ino();

@@ -46,8 +46,7 @@ const fn when(action: &Action) -> When {
         Action::PutMachineConfig(_)
         | Action::PatchMachineConfig(_)
         | Action::PutBootSource(_)
-        | Action::PutDrive(_)
-        | Action::PutNetwork(_)
+        | Action::PutDevice(_)
         | Action::PutLogger(_)
         | Action::PutMetrics(_)
         | Action::PutSerial(_)
@@ -56,8 +55,7 @@ const fn when(action: &Action) -> When {
         | Action::Start => When::BeforeStart,
 
         // Pause and resume are idempotent, so both are for either state after the start.
-        Action::PatchDrive(_)
-        | Action::PatchNetwork(_)
+        Action::PatchDevice(_)
         | Action::SendCtrlAltDel
         | Action::FlushMetrics
         | Action::Pause
@@ -86,7 +84,7 @@ pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{self, json};
+    use crate::config::{self, AnyDevice, AnyUpdate, json};
 
     fn from<T: serde::de::DeserializeOwned>(text: &str) -> T {
         json::parse(text.as_bytes()).unwrap()
@@ -122,14 +120,16 @@ mod tests {
                 false,
             ),
             (
-                Action::PutDrive(from(
+                Action::PutDevice(AnyDevice::Drive(from(
                     r#"{"drive_id":"a","path_on_host":"p","is_root_device":true}"#,
-                )),
+                ))),
                 true,
                 false,
             ),
             (
-                Action::PutNetwork(from(r#"{"iface_id":"a","host_dev_name":"t"}"#)),
+                Action::PutDevice(AnyDevice::NetworkInterface(from(
+                    r#"{"iface_id":"a","host_dev_name":"t"}"#,
+                ))),
                 true,
                 false,
             ),
@@ -143,9 +143,13 @@ mod tests {
             (Action::PutCpuConfig(from("{}")), true, false),
             (put_vm, true, false),
             (Action::Start, true, false),
-            (Action::PatchDrive(from(r#"{"drive_id":"a"}"#)), false, true),
             (
-                Action::PatchNetwork(from(r#"{"iface_id":"a"}"#)),
+                Action::PatchDevice(AnyUpdate::Drive(from(r#"{"drive_id":"a"}"#))),
+                false,
+                true,
+            ),
+            (
+                Action::PatchDevice(AnyUpdate::NetworkInterface(from(r#"{"iface_id":"a"}"#))),
                 false,
                 true,
             ),

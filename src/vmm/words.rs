@@ -1,7 +1,7 @@
 //! Lines of the log that tools written for Firecracker wait for, in its own words.
 
-use super::action::API_VERSION;
 use crate::exit;
+use crate::wire::API_VERSION;
 
 /// The first line.
 pub fn running() -> String {

@@ -14,7 +14,7 @@ use rustix::net::{
 /// Longest message in bytes; a failure's sentence is cut there.
 const LONGEST: usize = 4096;
 /// Most descriptors with one message.
-const DESCRIPTORS: usize = 16;
+const DESCRIPTORS: usize = mayfly::wire::limits::DESCRIPTORS_MAX;
 
 /// One end.
 #[derive(Debug)]

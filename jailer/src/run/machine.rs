@@ -16,7 +16,7 @@ use super::opening::{Kind, open_tap};
 use crate::failure::Failure;
 
 /// Most descriptors one request can carry.
-const WITH_ONE_REQUEST: usize = 16;
+const WITH_ONE_REQUEST: usize = mayfly::wire::limits::DESCRIPTORS_MAX;
 
 /// The sections of a configuration.
 const SECTIONS: [&str; 8] = [
@@ -762,7 +762,7 @@ mod tests {
 
     #[test]
     fn more_than_one_request_can_carry_goes_in_several() {
-        let drives: Vec<Value> = (0..17)
+        let drives: Vec<Value> = (0..33)
             .map(|n| json!({ "drive_id": format!("d{n}"), "path_on_host": "/d", "is_root_device": false }))
             .collect();
         let body = json!({ "boot-source": { "kernel_image_path": "/k" }, "drives": drives });
@@ -778,14 +778,14 @@ mod tests {
             .iter()
             .map(|request| request.line.as_str())
             .collect();
-        assert_eq!(lines.len(), 19);
+        assert_eq!(lines.len(), 35);
         assert_eq!(
-            (lines[0], lines[17]),
-            ("PUT /boot-source", "PUT /drives/d16")
+            (lines[0], lines[33]),
+            ("PUT /boot-source", "PUT /drives/d32")
         );
-        assert_eq!(requests[18].body, json!({ "action_type": "InstanceStart" }));
+        assert_eq!(requests[34].body, json!({ "action_type": "InstanceStart" }));
         assert!(
-            requests[..18]
+            requests[..34]
                 .iter()
                 .all(|request| machine.files(request).len() == 1)
         );

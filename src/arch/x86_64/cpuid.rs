@@ -11,7 +11,7 @@ use std::fmt;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-use crate::config::cpu::{CpuidModifier, CpuidRegister};
+use crate::wire::config::cpu::{CpuidModifier, CpuidRegister};
 
 /// Leaves that tell about topology (Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E).
 const FEATURES: u32 = 0x1;

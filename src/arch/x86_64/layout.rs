@@ -10,8 +10,8 @@
 //! 0x1_0000_0000  RAM continues
 //! ```
 
-use crate::config;
 pub use crate::memory::{HIGH_RAM, LOW_RAM_END_MAX, PAGE};
+use crate::wire::limits;
 
 /// Boot page: everything small that the guest needs once, in one page, so that making it
 /// ready costs the host one page fault. Below 64 KiB, which Linux never allocates from.
@@ -37,7 +37,7 @@ pub const COMMAND_LINE: u64 = BOOT_PAGE + 0x800;
 
 /// Room for the command line in bytes, the closing zero included. Linux's own
 /// COMMAND_LINE_SIZE on x86 is 2048: what is longer it would cut off.
-pub const COMMAND_LINE_MAX: usize = config::COMMAND_LINE_MAX + 1;
+pub const COMMAND_LINE_MAX: usize = limits::COMMAND_LINE_MAX + 1;
 
 /// `boot_params`, called the zero page (Linux boot protocol, "64-bit boot protocol").
 pub const ZERO_PAGE: u64 = 0x7000;
@@ -83,7 +83,7 @@ pub const GSI_COUNT: u32 = 24;
 
 /// As many virtio devices as there are interrupt lines for them: 19.
 pub const VIRTIO_DEVICES_MAX: usize = (GSI_COUNT - VIRTIO_GSI) as usize;
-const _: () = assert!(VIRTIO_DEVICES_MAX == config::DEVICES_MAX);
+const _: () = assert!(VIRTIO_DEVICES_MAX == limits::DEVICES_MAX);
 
 /// The I/O APIC of KVM's in-kernel interrupt controller.
 pub const IO_APIC: u32 = 0xfec0_0000;

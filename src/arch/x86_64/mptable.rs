@@ -2,7 +2,7 @@
 //! (MultiProcessor Specification 1.4, chapter 4).
 
 use super::layout;
-use crate::config::VCPUS_MAX;
+use crate::wire::limits::VCPUS_MAX;
 
 /// Version of the specification, and of the APICs.
 const SPECIFICATION: u8 = 4;

@@ -12,7 +12,7 @@ use kvm_ioctls::VcpuFd;
 use super::boot::{Entry, Protocol};
 use super::gdt::{self, Segments};
 use super::{layout, msr};
-use crate::config::cpu::MsrModifier;
+use crate::wire::config::cpu::MsrModifier;
 
 /// Bit 1 of RFLAGS is always set.
 const RFLAGS: u64 = 0x2;

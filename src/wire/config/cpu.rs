@@ -187,8 +187,8 @@ mod prefixed {
 
 #[cfg(test)]
 mod tests {
+    use super::super::json;
     use super::*;
-    use crate::config::json;
 
     #[test]
     fn bitmap_when_parsed_applies_and_is_written_back() {

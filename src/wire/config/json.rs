@@ -115,8 +115,8 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Drive, MachineConfig, VmConfig, parse_file};
     use super::*;
-    use crate::config::{Drive, MachineConfig, VmConfig, parse_file};
 
     #[test]
     fn parse_when_wrong_names_member_and_reason() {

@@ -1,0 +1,383 @@
+//! A whole configuration in one piece of JSON: `--config-file`, `PUT /vm`, and the answer to
+//! `GET /vm/config`.
+
+use std::collections::BTreeMap;
+
+use serde::de::IgnoredAny;
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::json::{self, JsonError, object, optional_object};
+use super::{
+    Backing, BootSource, CpuConfigSource, DeviceKind, Devices, Logger, MachineConfig, Metrics,
+    Serial, Source,
+};
+
+/// A whole configuration.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct VmConfig {
+    /// The machine.
+    pub machine_config: Option<MachineConfig>,
+    /// The kernel.
+    pub boot_source: Option<BootSource>,
+    /// Disks, network interfaces.
+    pub devices: Devices,
+    /// CPUID and MSR masks; not reported.
+    pub cpu_config: Option<CpuConfigSource>,
+    /// The log; not reported.
+    pub logger: Option<Logger>,
+    /// The sink of the metrics; not reported.
+    pub metrics: Option<Metrics>,
+    /// The console; not reported.
+    pub serial: Option<Serial>,
+}
+
+/// Sections of Firecracker's configuration that are for what there is not here.
+pub const OUT_OF_SCOPE: [&str; 6] = [
+    "balloon",
+    "vsock",
+    "entropy",
+    "mmds-config",
+    "memory-hotplug",
+    "pmem",
+];
+
+/// The sections that are not about devices.
+const SECTIONS: [&str; 6] = [
+    "boot-source",
+    "machine-config",
+    "cpu-config",
+    "logger",
+    "metrics",
+    "serial",
+];
+
+/// The sections that are not about devices, as they are written.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Sections {
+    #[serde(deserialize_with = "object")]
+    boot_source: BootSource,
+    #[serde(default, deserialize_with = "optional_object")]
+    machine_config: Option<MachineConfig>,
+    cpu_config: Option<CpuConfigSource>,
+    #[serde(default, deserialize_with = "optional_object")]
+    logger: Option<Logger>,
+    #[serde(default, deserialize_with = "optional_object")]
+    metrics: Option<Metrics>,
+    #[serde(default, deserialize_with = "optional_object")]
+    serial: Option<Serial>,
+}
+
+/// Reads a config file. Sections that are not known are ignored, as Firecracker does.
+///
+/// # Errors
+/// What is not JSON, a wrong member, or a section that is out of scope and neither null nor empty.
+pub fn parse_file(bytes: &[u8]) -> Result<VmConfig, JsonError> {
+    if std::str::from_utf8(bytes).is_err() {
+        return Err(JsonError::new("it holds bytes that are not UTF-8"));
+    }
+    let sections: Sections = json::parse(bytes)?;
+    let devices: Devices = json::parse(bytes)?;
+    let all: BTreeMap<String, Given> = json::parse(bytes)?;
+    for name in OUT_OF_SCOPE {
+        if all.get(name).is_some_and(|given| !given.is_nothing()) {
+            return Err(JsonError::new(format!(
+                "the section `{name}` is out of scope: there is no such device"
+            )));
+        }
+    }
+    Ok(VmConfig {
+        machine_config: sections.machine_config,
+        boot_source: Some(sections.boot_source),
+        devices,
+        cpu_config: sections.cpu_config,
+        logger: sections.logger,
+        metrics: sections.metrics,
+        serial: sections.serial,
+    })
+}
+
+/// What a section holds, as far as it matters for one that is out of scope.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Given {
+    List(Vec<IgnoredAny>),
+    Other(Option<IgnoredAny>),
+}
+
+impl Given {
+    fn is_nothing(&self) -> bool {
+        match self {
+            Given::List(list) => list.is_empty(),
+            Given::Other(value) => value.is_none(),
+        }
+    }
+}
+
+/// Reads the body of `PUT /vm`: a config file's sections, no others, and whether to start.
+///
+/// # Errors
+/// As [`parse_file`], and for a section that is not known.
+pub fn parse_vm(bytes: &[u8]) -> Result<(VmConfig, bool), JsonError> {
+    #[derive(Deserialize)]
+    struct Start {
+        #[serde(default)]
+        start: bool,
+    }
+    let names: BTreeMap<String, IgnoredAny> = json::parse(bytes)?;
+    let devices = DeviceKind::ALL.iter().map(|kind| kind.section());
+    let known: Vec<&str> = devices
+        .chain(SECTIONS)
+        .chain(OUT_OF_SCOPE)
+        .chain(["start"])
+        .collect();
+    if let Some(name) = names.keys().find(|name| !known.contains(&name.as_str())) {
+        let known = known.join("`, `");
+        return Err(JsonError::new(format!(
+            "unknown field `{name}`, expected one of `{known}`"
+        )));
+    }
+    let Start { start } = json::parse(bytes)?;
+    Ok((parse_file(bytes)?, start))
+}
+
+impl VmConfig {
+    /// What of the host it names, and what each must be good for.
+    pub fn sources(&mut self) -> Vec<(Backing, &mut Source)> {
+        let mut found = Vec::new();
+        if let Some(boot) = &mut self.boot_source {
+            found.push((Backing::Kernel, &mut boot.kernel_image_path));
+            found.extend(
+                boot.initrd_path
+                    .as_mut()
+                    .map(|initrd| (Backing::Initrd, initrd)),
+            );
+        }
+        found.extend(self.devices.sources());
+        if let Some(CpuConfigSource::File(source)) = &mut self.cpu_config {
+            found.push((Backing::CpuConfig, source));
+        }
+        let logger = self
+            .logger
+            .as_mut()
+            .and_then(|logger| logger.log_path.as_mut());
+        found.extend(logger.map(|source| (Backing::Log, source)));
+        if let Some(metrics) = &mut self.metrics {
+            found.push((Backing::Metrics, &mut metrics.metrics_path));
+        }
+        if let Some(serial) = &mut self.serial {
+            let output = serial.serial_out_path.as_mut();
+            found.extend(output.map(|source| (Backing::ConsoleOutput, source)));
+            let socket = serial.console_socket.as_mut();
+            found.extend(socket.map(|source| (Backing::ConsoleSocket, source)));
+        }
+        found
+    }
+
+    /// As a body of `PUT /vm`, or a config file: the sections that there are.
+    pub fn to_request(&self, start: bool) -> String {
+        let request = Request {
+            devices: &self.devices,
+            machine_config: self.machine_config.as_ref(),
+            boot_source: self.boot_source.as_ref(),
+            cpu_config: self.cpu_config.as_ref(),
+            logger: self.logger.as_ref(),
+            metrics: self.metrics.as_ref(),
+            serial: self.serial.as_ref(),
+            start,
+        };
+        // Nothing in it is what JSON does not have.
+        serde_json::to_string(&request).unwrap_or_default()
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Request<'a> {
+    #[serde(flatten)]
+    devices: &'a Devices,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine_config: Option<&'a MachineConfig>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    boot_source: Option<&'a BootSource>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu_config: Option<&'a CpuConfigSource>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logger: Option<&'a Logger>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<&'a Metrics>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial: Option<&'a Serial>,
+    start: bool,
+}
+
+/// The sections of the answer to `GET /vm/config`, in the order in which Firecracker has them.
+const REPORTED: [&str; 13] = [
+    "balloon",
+    "drives",
+    "boot-source",
+    "cpu-config",
+    "logger",
+    "machine-config",
+    "metrics",
+    "mmds-config",
+    "network-interfaces",
+    "vsock",
+    "entropy",
+    "pmem",
+    "memory-hotplug",
+];
+
+impl Serialize for VmConfig {
+    /// All sections that Firecracker's clients may look for, those out of scope as null.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let no_kernel = BootSource {
+            kernel_image_path: "".into(),
+            initrd_path: None,
+            boot_args: None,
+        };
+        let mut map = serializer.serialize_map(None)?;
+        for name in REPORTED {
+            let kind = DeviceKind::ALL.iter().find(|kind| kind.section() == name);
+            match (kind, name) {
+                (Some(kind), _) => self.devices.write(*kind, &mut map)?,
+                (None, "boot-source") => {
+                    let boot = self.boot_source.as_ref().unwrap_or(&no_kernel);
+                    map.serialize_entry(name, boot)?;
+                }
+                (None, "machine-config") => map.serialize_entry(name, &self.machine_config)?,
+                (None, "pmem") => map.serialize_entry(name, &[(); 0])?,
+                _ => map.serialize_entry(name, &None::<()>)?,
+            }
+        }
+        map.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = r#""boot-source":{"kernel_image_path":"k"},"drives":[]"#;
+
+    #[test]
+    fn file_when_good_is_taken() {
+        let text = format!(
+            r#"{{{SMALL},"machine-config":{{"vcpu_count":2,"mem_size_mib":64}},
+            "network-interfaces":[{{"iface_id":"e","host_dev_name":"t"}}],
+            "cpu-config":"/masks.json","logger":{{"level":"debug"}},
+            "metrics":{{"metrics_path":"m"}},"serial":{{}},
+            "vsock":null,"balloon":null,"pmem":[],"something":{{"else":1}}}}"#
+        );
+        let config = parse_file(text.as_bytes()).unwrap();
+        assert_eq!(config.machine_config.unwrap().vcpu_count, 2);
+        assert_eq!(config.devices.network_interfaces.len(), 1);
+        assert_eq!(
+            config.cpu_config,
+            Some(CpuConfigSource::File("/masks.json".into()))
+        );
+        assert!(config.serial.is_some() && config.metrics.is_some() && config.logger.is_some());
+    }
+
+    #[test]
+    fn file_when_it_is_a_reported_configuration_is_taken_again() {
+        let config = parse_file(format!("{{{SMALL}}}").as_bytes()).unwrap();
+        let reported = serde_json::to_vec(&config).unwrap();
+        assert_eq!(parse_file(&reported), Ok(config));
+    }
+
+    #[test]
+    fn file_when_bad_says_why() {
+        let with = |section: &str| format!("{{{SMALL},{section}}}").into_bytes();
+        let cases: Vec<(Vec<u8>, &str)> = vec![
+            (b"{}".to_vec(), "missing field `boot-source`"),
+            (
+                br#"{"boot-source":{"kernel_image_path":"k"}}"#.to_vec(),
+                "missing field `drives`",
+            ),
+            (b"\xff".to_vec(), "not UTF-8"),
+            (b"".to_vec(), "EOF"),
+            (with(r#""vsock":{}"#), "`vsock` is out of scope"),
+            (with(r#""balloon":1"#), "`balloon` is out of scope"),
+            (with(r#""pmem":[{}]"#), "`pmem` is out of scope"),
+            (with(r#""mmds-config":{}"#), "`mmds-config` is out of scope"),
+            (with(r#""drives":[]"#), "duplicate field `drives`"),
+            (with(r#""network-interfaces":null"#), "network-interfaces"),
+            (
+                with(r#""machine-config":{"vcpu_count":1,"mem_size_mib":1,"y":1}"#),
+                "unknown field `y`",
+            ),
+        ];
+        for (text, reason) in cases {
+            let error = parse_file(&text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn vm_when_parsed_knows_start_and_refuses_strangers() {
+        let parse = |rest: &str| parse_vm(format!("{{{SMALL}{rest}}}").as_bytes());
+        assert!(!parse("").unwrap().1);
+        assert!(parse(r#","start":true"#).unwrap().1);
+        assert!(parse(r#","start":null"#).is_err());
+        assert!(parse(r#","vsock":{}"#).is_err());
+        let error = parse(r#","something":1"#).unwrap_err().to_string();
+        assert!(error.starts_with("unknown field `something`"), "{error}");
+    }
+
+    #[test]
+    fn config_when_written_as_a_request_is_read_back() {
+        let text = format!(
+            r#"{{{SMALL},"machine-config":{{"vcpu_count":2,"mem_size_mib":64}},
+            "network-interfaces":[{{"iface_id":"e","host_dev_name":"t"}}],
+            "cpu-config":{{"kvm_capabilities":["!121"]}},"logger":{{"level":"debug"}},
+            "metrics":{{"metrics_path":"m"}},"serial":{{"fd":1}}}}"#
+        );
+        let mut config = parse_file(text.as_bytes()).unwrap();
+        for (place, (_, source)) in (0..).zip(config.sources()) {
+            *source = Source::passed(place, source.to_string());
+        }
+        let request = config.to_request(true);
+        assert_eq!(parse_vm(request.as_bytes()), Ok((config, true)));
+        let small = parse_file(format!("{{{SMALL}}}").as_bytes()).unwrap();
+        let request = small.to_request(false);
+        assert!(
+            !request.contains("null,\"metrics\"") && !request.contains("logger"),
+            "{request}"
+        );
+        assert_eq!(parse_vm(request.as_bytes()), Ok((small, false)));
+    }
+
+    #[test]
+    fn sources_when_listed_are_all_that_is_opened() {
+        let text = r#"{"boot-source":{"kernel_image_path":"k","initrd_path":"i"},
+            "drives":[{"drive_id":"a","path_on_host":"d","is_root_device":false},
+              {"drive_id":"b","path_on_host":"r","is_root_device":false,"is_read_only":true}],
+            "network-interfaces":[{"iface_id":"e","host_dev_name":"t"}],
+            "cpu-config":"c","logger":{"log_path":"l"},"metrics":{"metrics_path":"m"},
+            "serial":{"serial_out_path":"o","console_socket":"s"}}"#;
+        let mut config = parse_file(text.as_bytes()).unwrap();
+        let found: Vec<(Backing, String)> = config
+            .sources()
+            .into_iter()
+            .map(|(backing, source)| (backing, source.to_string()))
+            .collect();
+        let expected = [
+            (Backing::Kernel, "k"),
+            (Backing::Initrd, "i"),
+            (Backing::Disk { read_only: false }, "d"),
+            (Backing::Disk { read_only: true }, "r"),
+            (Backing::Tap, "t"),
+            (Backing::CpuConfig, "c"),
+            (Backing::Log, "l"),
+            (Backing::Metrics, "m"),
+            (Backing::ConsoleOutput, "o"),
+            (Backing::ConsoleSocket, "s"),
+        ];
+        assert_eq!(
+            found,
+            expected.map(|(backing, name)| (backing, name.to_owned()))
+        );
+    }
+}

@@ -1,0 +1,25 @@
+//! The configuration in JSON: the bodies of the API, the sections of a config file, and their reader.
+//! Field names, defaults and limits are Firecracker's. What each part means beside the others is for
+//! control to judge.
+
+pub mod cpu;
+mod devices;
+mod drive;
+mod file;
+pub mod json;
+mod limiter;
+mod mac;
+mod network;
+mod source;
+mod types;
+
+pub(crate) use devices::each_device_kind;
+pub use devices::{AnyDevice, AnyUpdate, Backing, DeviceConfig, DeviceKind, Devices};
+pub use drive::{CacheType, Drive, DriveUpdate, IoEngine};
+pub use file::{OUT_OF_SCOPE, VmConfig, parse_file, parse_vm};
+pub use json::JsonError;
+pub use limiter::{RateLimiterConfig, TokenBucketConfig};
+pub use mac::{BadMac, Mac};
+pub use network::{NetworkInterface, NetworkUpdate};
+pub use source::{PassedFd, Source};
+pub use types::*;

@@ -1,0 +1,59 @@
+//! `PUT` and `PATCH /network-interfaces/{id}`: a network interface.
+
+use serde::{Deserialize, Serialize};
+
+use super::json::optional_object;
+use super::{Backing, DeviceConfig, Mac, RateLimiterConfig, Source};
+
+/// `PUT /network-interfaces/{id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Letters, digits and `_`.
+    pub iface_id: String,
+    /// The tap; made when missing.
+    #[serde(alias = "fd")]
+    pub host_dev_name: Source,
+    /// MAC address of the guest's side; the driver chooses one when absent or null.
+    #[serde(default)]
+    pub guest_mac: Option<Mac>,
+    /// MTU offered to the guest, in bytes: 68 to 65,535.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// Limits on what the guest receives.
+    #[serde(default, deserialize_with = "optional_object")]
+    pub rx_rate_limiter: Option<RateLimiterConfig>,
+    /// Limits on what the guest sends.
+    #[serde(default, deserialize_with = "optional_object")]
+    pub tx_rate_limiter: Option<RateLimiterConfig>,
+}
+
+impl DeviceConfig for NetworkInterface {
+    type Update = NetworkUpdate;
+
+    fn id(&self) -> &str {
+        &self.iface_id
+    }
+
+    fn updated(update: &NetworkUpdate) -> &str {
+        &update.iface_id
+    }
+
+    fn sources(&mut self) -> Vec<(Backing, &mut Source)> {
+        vec![(Backing::Tap, &mut self.host_dev_name)]
+    }
+}
+
+/// `PATCH /network-interfaces/{id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkUpdate {
+    /// Which interface.
+    pub iface_id: String,
+    /// New limits on what the guest receives.
+    #[serde(default, deserialize_with = "optional_object")]
+    pub rx_rate_limiter: Option<RateLimiterConfig>,
+    /// New limits on what the guest sends.
+    #[serde(default, deserialize_with = "optional_object")]
+    pub tx_rate_limiter: Option<RateLimiterConfig>,
+}

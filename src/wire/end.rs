@@ -1,0 +1,219 @@
+//! How a guest ended: one word, which the monitor writes to the descriptor of `--end-fd` and the
+//! jailer reads there and puts into its report. The exit code alone does not tell a reset from a
+//! power-off.
+//!
+//! The first line is exactly the word. Where the guest did not end itself a second line may follow:
+//! JSON with what is known of the vCPU.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::limits::END_REPORT_MAX;
+
+/// How a guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It reset its machine.
+    Reset,
+    /// It powered its machine off.
+    Shutdown,
+    /// It crashed: a triple fault.
+    Crash,
+    /// Its memory is gone: a file that is mapped into it was cut short, or the host has no more.
+    MemoryGone,
+    /// KVM cannot run it any further.
+    NotRunnable,
+}
+
+impl End {
+    /// All of them.
+    pub const ALL: [End; 5] = [
+        End::Reset,
+        End::Shutdown,
+        End::Crash,
+        End::MemoryGone,
+        End::NotRunnable,
+    ];
+
+    /// The word for it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            End::Reset => "reset",
+            End::Shutdown => "shutdown",
+            End::Crash => "crash",
+            End::MemoryGone => "memory-gone",
+            End::NotRunnable => "not-runnable",
+        }
+    }
+
+    /// Whether the guest ended itself, in an orderly way.
+    pub const fn is_orderly(self) -> bool {
+        matches!(self, End::Reset | End::Shutdown)
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// A text that is not the word of any [`End`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotAnEnd;
+
+impl fmt::Display for NotAnEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a word for how a guest ended")
+    }
+}
+
+impl std::error::Error for NotAnEnd {}
+
+impl FromStr for End {
+    type Err = NotAnEnd;
+
+    fn from_str(word: &str) -> Result<Self, NotAnEnd> {
+        let mut known = End::ALL.into_iter();
+        known.find(|end| end.word() == word).ok_or(NotAnEnd)
+    }
+}
+
+/// What is known of the vCPU that a guest ended on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Crash {
+    /// Its number.
+    pub vcpu: u8,
+    /// Its instruction pointer.
+    #[serde(default, with = "hexadecimal")]
+    pub rip: Option<u64>,
+    /// The address of its last page fault.
+    #[serde(default, with = "hexadecimal")]
+    pub cr2: Option<u64>,
+    /// The bytes at its instruction pointer, in hexadecimal; empty when not known.
+    #[serde(default)]
+    pub instruction: String,
+    /// Its last exits before that, the latest last.
+    #[serde(default)]
+    pub last_exits: Vec<String>,
+}
+
+/// What is written to the descriptor of `--end-fd`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndReport {
+    /// The word.
+    pub end: End,
+    /// More about a crash.
+    pub crash: Option<Crash>,
+}
+
+impl EndReport {
+    /// Reads what the monitor wrote; none if that does not begin with a word for an end. A second
+    /// line that is not understood is as good as none.
+    pub fn parse(bytes: &[u8]) -> Option<EndReport> {
+        let bytes = bytes.get(..END_REPORT_MAX).unwrap_or(bytes);
+        let mut lines = std::str::from_utf8(bytes).ok()?.lines();
+        let end = lines.next()?.parse().ok()?;
+        let crash = lines
+            .next()
+            .and_then(|line| serde_json::from_str(line).ok());
+        Some(EndReport { end, crash })
+    }
+}
+
+impl fmt::Display for EndReport {
+    /// As it is written; a second line that would not fit is left out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.end)?;
+        let detail = self.crash.as_ref().map(serde_json::to_string);
+        match detail {
+            Some(Ok(line)) if line.len() < END_REPORT_MAX / 2 => writeln!(f, "{line}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Numbers as texts, `0x` before them; null when not known.
+mod hexadecimal {
+    use super::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(
+        number: &Option<u64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match number {
+            Some(number) => serializer.collect_str(&format_args!("{number:#x}")),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<u64>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        Ok(text.and_then(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn word_when_parsed_is_the_end_it_was_written_for() {
+        for end in End::ALL {
+            assert_eq!(end.to_string().parse(), Ok(end));
+        }
+        for bad in ["", "Reset", "reset ", "powered-off"] {
+            assert_eq!(bad.parse::<End>(), Err(NotAnEnd), "{bad}");
+        }
+    }
+
+    #[test]
+    fn report_when_parsed_is_what_was_written() {
+        let reset = EndReport {
+            end: End::Reset,
+            crash: None,
+        };
+        assert_eq!(reset.to_string(), "reset\n");
+        assert_eq!(EndReport::parse(b"reset\n"), Some(reset));
+        let crash = EndReport {
+            end: End::Crash,
+            crash: Some(Crash {
+                vcpu: 1,
+                rip: Some(0xffff_8000_0000_1234),
+                cr2: None,
+                instruction: "0f 0b".into(),
+                last_exits: vec!["io out 0x3f8".into()],
+            }),
+        };
+        let text = crash.to_string();
+        assert_eq!(
+            text,
+            "crash\n{\"vcpu\":1,\"rip\":\"0xffff800000001234\",\"cr2\":null,\
+             \"instruction\":\"0f 0b\",\"last_exits\":[\"io out 0x3f8\"]}\n"
+        );
+        assert_eq!(EndReport::parse(text.as_bytes()), Some(crash));
+    }
+
+    #[test]
+    fn report_when_its_second_line_is_bad_is_its_first() {
+        for rest in ["", "\n", "\nno json", "\n{}", "\n{\"vcpu\":300}"] {
+            let report = EndReport::parse(format!("crash{rest}").as_bytes()).unwrap();
+            assert_eq!((report.end, report.crash), (End::Crash, None), "{rest}");
+        }
+        for bad in [&b""[..], b"\n", b"\xff", b"gone\n", b"{}"] {
+            assert_eq!(EndReport::parse(bad), None);
+        }
+        let long = EndReport {
+            end: End::Crash,
+            crash: Some(Crash {
+                last_exits: vec!["x".repeat(END_REPORT_MAX)],
+                ..Crash::default()
+            }),
+        };
+        assert_eq!(long.to_string(), "crash\n");
+    }
+}

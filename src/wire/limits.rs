@@ -1,0 +1,33 @@
+//! How many and how large things may be.
+
+pub use crate::sys::handed::HANDED_MAX as DESCRIPTORS_MAX;
+
+/// Most vCPUs of one VM.
+pub const VCPUS_MAX: u8 = 32;
+
+/// Most devices of one VM: the interrupt lines 5 to 23.
+pub const DEVICES_MAX: usize = 19;
+
+/// Bytes of a kernel command line, without the zero that ends it.
+pub const COMMAND_LINE_MAX: usize = 2047;
+
+/// Longest name of a network interface of the host (`IFNAMSIZ`, without the zero).
+pub const TAP_NAME_MAX: usize = 15;
+
+/// The least MTU that IPv4 allows.
+pub const MTU_MIN: u16 = 68;
+
+/// Longest `--id` in bytes.
+pub const INSTANCE_ID_MAX: usize = 64;
+
+/// Longest configuration file in bytes.
+pub const CONFIG_FILE_MAX: u64 = 1 << 20;
+
+/// Longest body of an API request in bytes, unless `--http-api-max-payload-size` says otherwise.
+pub const BODY_MAX: usize = 51_200;
+
+/// Longest answer of the API in bytes that a client takes.
+pub const ANSWER_MAX: usize = 1 << 20;
+
+/// Longest report of a guest's end in bytes: what a pipe takes in one piece.
+pub const END_REPORT_MAX: usize = 4096;
