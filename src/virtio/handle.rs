@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
-use super::messages::ControlMsg;
+use super::worker::messages::ControlMsg;
 use super::{Device, Registers, WorkerCounters};
 use crate::inbox::Sender;
 use crate::metrics::Report;

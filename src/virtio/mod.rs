@@ -25,7 +25,6 @@
 pub mod block;
 pub mod handle;
 mod interrupt;
-mod messages;
 pub mod net;
 pub mod queue;
 pub mod registers;
@@ -34,7 +33,6 @@ mod segment;
 mod testing;
 mod throttle;
 pub mod worker;
-mod worker_counters;
 
 use std::fmt;
 use std::fs::File;
@@ -47,14 +45,9 @@ pub use crate::metrics::Counter;
 use crate::metrics::Report;
 pub use handle::{DeviceControl, DeviceHandle, Unreachable};
 pub use interrupt::Interrupt;
-pub use messages::{Done, WorkerEvent, WorkerReply};
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
-pub use worker::{Worker, attach};
-pub use worker_counters::WorkerCounters;
-
-/// The most queues any of our devices has.
-pub const MAX_QUEUES: usize = 2;
+pub use worker::{Done, Worker, WorkerCounters, WorkerEvent, WorkerReply, attach};
 
 /// Device status bits (virtio 1.2, 2.1).
 pub mod status {
@@ -97,8 +90,11 @@ pub mod device_id {
 pub trait Device: Send + 'static {
     /// See [`device_id`].
     const ID: u32;
-    /// The largest size of each queue; powers of two, at most [`MAX_QUEUES`] of them.
+    /// The largest size of each queue; powers of two, at most [`QueueSet::LIMIT`] of them.
     const QUEUES: &'static [u16];
+    /// Whether a unit of work may take long, as one that waits for the host's storage may: then
+    /// the worker looks at the clock after each, so that no completion is told late.
+    const UNITS_MAY_WAIT: bool;
     /// What control may change while the device runs.
     type Update: Send + 'static;
     /// What the device counts.
@@ -126,7 +122,8 @@ pub trait Device: Send + 'static {
     /// # Errors
     /// When the host refuses what that asks for: the device then needs a reset.
     fn activate(&mut self, features: u64) -> io::Result<()>;
-    /// Does one bounded piece of work on queue `index`.
+    /// Does one bounded piece of work on queue `index`: begins a request, or returns one that has
+    /// ended.
     ///
     /// # Errors
     /// [`BrokenRing`] when the ring itself can not be trusted any more.
@@ -136,12 +133,26 @@ pub trait Device: Send + 'static {
         queue: &mut Queue,
         ram: &Ram,
     ) -> Result<Progress, BrokenRing>;
-    /// Source number `source` has become ready; the queues that may now have work.
+    /// Requests that have been begun and still use guest memory: the host may read and write it at
+    /// any moment. None, for a device whose `process` ends what it begins.
+    fn in_flight(&self) -> usize {
+        0
+    }
+    /// Returns one request of queue `index` that is no longer in flight to the driver, if there is
+    /// one; begins none. Called while a message waits for what is in flight.
+    ///
+    /// # Errors
+    /// [`BrokenRing`] when the ring itself cannot be trusted any more.
+    fn complete(&mut self, _: usize, _: &mut Queue, _: &Ram) -> Result<Progress, BrokenRing> {
+        Ok(Progress::Wait)
+    }
+    /// Source number `source` has become ready; the queues that may now have work. Requests that
+    /// the host has ended stop being in flight here.
     fn backend(&mut self, source: usize) -> QueueSet;
-    /// Applies what control asked for; runs between two calls of `process`, also when paused.
+    /// Applies what control asked for; nothing is in flight. Runs also when paused.
     fn update(&mut self, update: Self::Update) -> Updated;
-    /// Forgets everything that came from the driver. No request is in flight: `process` ends what
-    /// it begins.
+    /// Forgets everything that came from the driver, requests not returned to it included. Nothing
+    /// is in flight.
     fn reset(&mut self);
 }
 
@@ -168,17 +179,19 @@ pub struct Updated {
 
 /// A set of queue numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueSet(u8);
+pub struct QueueSet(u32);
 
 impl QueueSet {
+    /// The most queues that a device may have.
+    pub const LIMIT: usize = 32;
     /// No queue.
     pub const NONE: QueueSet = QueueSet(0);
     /// Every queue there is.
-    pub const ALL: QueueSet = QueueSet(((1u16 << MAX_QUEUES) - 1) as u8);
+    pub const ALL: QueueSet = QueueSet(u32::MAX);
 
-    /// The set of just `index`; empty when there is no such queue.
+    /// The set of just `index`; empty when no device has such a queue.
     pub const fn one(index: usize) -> Self {
-        if index < MAX_QUEUES {
+        if index < QueueSet::LIMIT {
             QueueSet(1 << index)
         } else {
             QueueSet::NONE

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::QueueLayout;
 use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
-use super::{ConfigSpace, Counter, Interrupt, MAX_QUEUES, feature};
+use super::{ConfigSpace, Counter, Interrupt, feature};
 use crate::bus::{self, Completer, Ticket, Tickets, Written};
 use crate::inbox::Sender;
 
@@ -82,20 +82,27 @@ const STEPS: [(u32, u32); 5] = [
 /// What a driver tells the device, by way of its registers.
 #[derive(Debug)]
 pub enum DriverMsg {
-    /// DRIVER_OK: serve these queues.
+    /// A queue that the activation that follows is to serve.
+    Queue {
+        /// Its number.
+        index: usize,
+        /// As described, and unchecked.
+        layout: QueueLayout,
+    },
+    /// DRIVER_OK: serve the queues.
     Activate {
         /// What was negotiated.
         features: u64,
-        /// The queues, as described and unchecked.
-        layouts: [QueueLayout; MAX_QUEUES],
     },
     /// Status was set to 0: end what is in flight, forget the queues, then drop the completer.
     Reset(Completer),
 }
 
-/// At most this many messages can be under way: each vCPU (32) waits for its own reset, and one
-/// activation precedes a reset.
-pub(super) const DRIVER_MESSAGES: usize = 40;
+/// How many messages can be under way for a device with `queues` queues: each vCPU (32) waits for
+/// its own reset, and one activation precedes a reset.
+pub(super) const fn driver_messages(queues: usize) -> usize {
+    queues.saturating_add(40)
+}
 
 /// One device's registers.
 pub struct Registers {
@@ -123,7 +130,7 @@ struct Block {
     driver_features_sel: u32,
     accepted: u64,
     queue_sel: u32,
-    layouts: [QueueLayout; MAX_QUEUES],
+    layouts: Box<[QueueLayout]>,
     config: ConfigSpace,
     generation: u32,
 }
@@ -141,7 +148,6 @@ impl Registers {
     ) -> io::Result<Self> {
         let kicks = max_sizes
             .iter()
-            .take(MAX_QUEUES)
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
         Ok(Registers {
@@ -152,7 +158,7 @@ impl Registers {
             interrupt,
             driver,
             ignored: Counter::default(),
-            block: Mutex::new(Block::new(config)),
+            block: Mutex::new(Block::new(config, max_sizes.len())),
         })
     }
 
@@ -199,7 +205,7 @@ impl Registers {
         block.driver_features_sel = 0;
         block.accepted = 0;
         block.queue_sel = 0;
-        block.layouts = [QueueLayout::default(); MAX_QUEUES];
+        block.layouts.fill(QueueLayout::default());
     }
 
     fn read_register(&self, offset: u64) -> Option<u32> {
@@ -325,16 +331,23 @@ impl Registers {
         block.status = value;
         if value & !status == DRIVER_OK {
             block.active = true;
-            let activate = DriverMsg::Activate {
-                features: block.accepted,
-                layouts: block.layouts,
-            };
-            if self.driver.send(activate).is_err() {
+            if !self.activate(block) {
                 // The worker is gone.
                 self.interrupt.demand_reset();
             }
         }
         Some(Written::Done)
+    }
+
+    /// Tells the worker of each queue and to serve them; whether that reached it.
+    fn activate(&self, block: &Block) -> bool {
+        let described = block.layouts.iter().copied().enumerate();
+        let mut queues = described.filter(|(_, layout)| layout.ready);
+        let features = block.accepted;
+        queues.all(|(index, layout)| {
+            let queue = DriverMsg::Queue { index, layout };
+            self.driver.send(queue).is_ok()
+        }) && self.driver.send(DriverMsg::Activate { features }).is_ok()
     }
 
     fn reset(&self, block: &mut Block) -> Written {
@@ -391,7 +404,7 @@ impl bus::Registers for Registers {
 }
 
 impl Block {
-    fn new(config: ConfigSpace) -> Self {
+    fn new(config: ConfigSpace, queues: usize) -> Self {
         Block {
             status: 0,
             active: false,
@@ -401,7 +414,7 @@ impl Block {
             driver_features_sel: 0,
             accepted: 0,
             queue_sel: 0,
-            layouts: [QueueLayout::default(); MAX_QUEUES],
+            layouts: vec![QueueLayout::default(); queues].into_boxed_slice(),
             config,
             generation: 0,
         }
@@ -452,7 +465,7 @@ mod tests {
     const OFFERED: u64 = feature::COMMON | 0b1010;
 
     fn registers() -> (Registers, Inbox<DriverMsg>) {
-        let (sender, inbox) = inbox(DRIVER_MESSAGES).unwrap();
+        let (sender, inbox) = inbox(driver_messages(SIZES.len())).unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Arc::new(Interrupt::new(line));
         let config = ConfigSpace::new().with(0, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
@@ -616,10 +629,15 @@ mod tests {
         };
         set_queue(&registers, 1, &changed);
         assert_eq!(read32(&registers, reg::QUEUE_READY), 1);
-        let Some(DriverMsg::Activate { layouts, .. }) = inbox.next() else {
-            panic!("no activation");
+        let Some(DriverMsg::Queue {
+            index: 1,
+            layout: told,
+        }) = inbox.next()
+        else {
+            panic!("no queue");
         };
-        assert_eq!(layouts, [QueueLayout::default(), layout]);
+        assert_eq!(told, layout);
+        assert!(matches!(inbox.next(), Some(DriverMsg::Activate { .. })));
     }
 
     #[test]

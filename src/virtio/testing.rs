@@ -216,3 +216,12 @@ pub fn next<T>(inbox: &Inbox<T>) -> T {
         std::thread::sleep(Duration::from_micros(50));
     }
 }
+
+/// Waits until `condition` holds; `what` is for the failure.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < until, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}

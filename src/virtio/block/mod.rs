@@ -164,17 +164,13 @@ impl Counters {
             &[("device", name)],
             self.updates.get(),
         );
-        let kicks = worker
-            .kicks
-            .iter()
-            .fold(0, |sum: u64, kicks| sum.saturating_add(kicks.get()));
         for group in [&*format!("block_{name}"), "block"] {
             report.expect(group, &LINE_KEYS);
             report.add(group, "event_fails", worker.broken.get());
             report.add(group, "execute_fails", self.failed.get());
             report.add(group, "invalid_reqs_count", self.invalid.get());
             report.add(group, "flush_count", self.flushes.get());
-            report.add(group, "queue_event_count", kicks);
+            report.add(group, "queue_event_count", worker.all_kicks());
             report.add(group, "update_count", self.updates.get());
             report.add(group, "read_bytes", self.read_bytes.get());
             report.add(group, "write_bytes", self.write_bytes.get());
@@ -277,6 +273,7 @@ impl Block {
 impl Device for Block {
     const ID: u32 = device_id::BLOCK;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE];
+    const UNITS_MAY_WAIT: bool = true;
     type Update = Update;
     type Counters = Counters;
 

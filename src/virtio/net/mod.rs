@@ -239,11 +239,11 @@ impl Counters {
             &device,
             self.updates.get(),
         );
-        let [rx_kicks, tx_kicks] = &worker.kicks;
+        let (rx_kicks, tx_kicks) = (worker.kicks(queue::RECEIVE), worker.kicks(queue::TRANSMIT));
         for group in [&*format!("net_{name}"), "net"] {
             report.expect(group, &LINE_KEYS);
             report.add(group, "event_fails", worker.broken.get());
-            report.add(group, "rx_queue_event_count", rx_kicks.get());
+            report.add(group, "rx_queue_event_count", rx_kicks);
             report.add(group, "rx_rate_limiter_throttled", self.rx_throttled.get());
             report.add(group, "rx_bytes_count", self.rx_bytes.get());
             report.add(group, "rx_packets_count", self.rx_frames.get());
@@ -260,7 +260,7 @@ impl Counters {
             report.add(group, "tx_malformed_frames", self.tx_invalid.get());
             report.add(group, "tx_count", self.tx_frames.get());
             report.add(group, "tx_packets_count", self.tx_frames.get());
-            report.add(group, "tx_queue_event_count", tx_kicks.get());
+            report.add(group, "tx_queue_event_count", tx_kicks);
             report.add(group, "tx_rate_limiter_throttled", self.tx_throttled.get());
         }
     }
@@ -560,6 +560,7 @@ impl Net {
 impl Device for Net {
     const ID: u32 = device_id::NET;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE, QUEUE_SIZE];
+    const UNITS_MAY_WAIT: bool = false;
     type Update = Update;
     type Counters = Counters;
 

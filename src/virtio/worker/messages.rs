@@ -4,10 +4,10 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use super::ConfigSpace;
+use crate::virtio::ConfigSpace;
 
 /// What control asks of a worker. The number comes back in the answer.
-pub(super) enum ControlMsg<U> {
+pub(in crate::virtio) enum ControlMsg<U> {
     Pause(u64),
     Resume(u64),
     Update(u64, U),
@@ -17,7 +17,7 @@ pub(super) enum ControlMsg<U> {
 /// A worker's answer to control.
 #[derive(Debug)]
 pub struct WorkerReply {
-    /// Whose answer it is: the name given to [`attach`].
+    /// Whose answer it is: the name given to `attach`.
     pub device: Arc<str>,
     /// The number that came with the question.
     pub token: u64,
@@ -28,11 +28,11 @@ pub struct WorkerReply {
 /// What a worker has done.
 #[derive(Debug)]
 pub enum Done {
-    /// No guest memory is touched from now on, and nothing is in flight.
+    /// Nothing is in flight, and no guest memory is written from now on.
     Paused,
     /// Work goes on.
     Resumed,
-    /// The update holds. Hand a changed configuration space to [`Registers::set_config`]; close
+    /// The update holds. Pass a changed configuration space to `Registers::set_config`; close
     /// what was replaced.
     Updated {
         /// The configuration space, when it has changed.
@@ -45,9 +45,9 @@ pub enum Done {
 /// What a worker tells control unasked.
 #[derive(Debug)]
 pub enum WorkerEvent {
-    /// The worker can not go on at all, and has ended.
+    /// The worker cannot go on, and has ended.
     Failed {
-        /// The name given to [`attach`].
+        /// The name given to `attach`.
         device: Arc<str>,
         /// What the host said.
         error: io::Error,
@@ -57,6 +57,6 @@ pub enum WorkerEvent {
 impl fmt::Display for WorkerEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let WorkerEvent::Failed { device, error } = self;
-        write!(f, "The thread of device `{device}` can not go on: {error}.")
+        write!(f, "The thread of device `{device}` cannot go on: {error}.")
     }
 }

@@ -1,10 +1,9 @@
 //! What every worker counts, whatever its device.
 
-use super::{Counter, MAX_QUEUES};
-use crate::metrics::Report;
+use crate::metrics::{Counter, Report};
 
 /// What every worker counts.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct WorkerCounters {
     /// Times the driver activated the device.
     pub activations: Counter,
@@ -13,14 +12,42 @@ pub struct WorkerCounters {
     /// Times the device had to be marked NEEDS_RESET.
     pub broken: Counter,
     /// Wake-ups by the driver, by queue.
-    pub kicks: [Counter; MAX_QUEUES],
+    kicks: Box<[Counter]>,
     /// Interrupts for used buffers.
     pub interrupts: Counter,
 }
 
 impl WorkerCounters {
+    /// Of a device with `queues` queues.
+    pub(super) fn new(queues: usize) -> Self {
+        WorkerCounters {
+            activations: Counter::new(),
+            resets: Counter::new(),
+            broken: Counter::new(),
+            kicks: (0..queues).map(|_| Counter::new()).collect(),
+            interrupts: Counter::new(),
+        }
+    }
+
+    pub(super) fn kicked(&self, queue: usize) {
+        if let Some(kicks) = self.kicks.get(queue) {
+            kicks.one();
+        }
+    }
+
+    /// Wake-ups by the driver for queue number `queue`.
+    pub fn kicks(&self, queue: usize) -> u64 {
+        self.kicks.get(queue).map_or(0, Counter::get)
+    }
+
+    /// Wake-ups by the driver for any queue.
+    pub fn all_kicks(&self) -> u64 {
+        let kicks = self.kicks.iter().map(Counter::get);
+        kicks.fold(0, u64::saturating_add)
+    }
+
     /// Writes what any device counts into `report`, for the device `name`.
-    pub(super) fn read(&self, name: &str, report: &mut Report) {
+    pub(in crate::virtio) fn read(&self, name: &str, report: &mut Report) {
         let device = [("device", name)];
         report.counter(
             "mayfly_device_activations_total",
@@ -36,7 +63,7 @@ impl WorkerCounters {
         );
         report.counter(
             "mayfly_device_broken_total",
-            "Times the driver did what only a reset mends.",
+            "Protocol violations that put the device into NEEDS_RESET.",
             &device,
             self.broken.get(),
         );
@@ -46,11 +73,11 @@ impl WorkerCounters {
             &device,
             self.interrupts.get(),
         );
-        for (queue, kicks) in ["0", "1"].into_iter().zip(&self.kicks) {
+        for (queue, kicks) in self.kicks.iter().enumerate() {
             report.counter(
                 "mayfly_device_kicks_total",
                 "Wake-ups of the device by the driver.",
-                &[("device", name), ("queue", queue)],
+                &[("device", name), ("queue", &queue.to_string())],
                 kicks.get(),
             );
         }

@@ -1,0 +1,195 @@
+//! The event loop of any device, on a thread of its own.
+//!
+//! A [`Worker`] owns its device, the live queues, and its view of guest memory. It has two
+//! inboxes, one per authority: [`DriverMsg`] from the registers and `ControlMsg` from control.
+//! What it does with them is in `worker_loop`.
+//!
+//! Everything is watched edge-triggered: kicks, inboxes and timers are never read, nothing has to
+//! be taken out of the epoll set, and nothing can make it spin. Kicks from before the activation
+//! need no keeping: an activation looks into every queue.
+//!
+//! Everything is made by [`attach`], before the thread exists: [`Worker::run`] opens nothing,
+//! watches nothing new, and allocates nothing.
+
+mod counters;
+pub(super) mod messages;
+#[cfg(test)]
+mod tests;
+mod worker_loop;
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::messages::ControlMsg;
+use self::worker_loop::{Turn, WorkerLoop};
+use super::registers::{DriverMsg, driver_messages};
+use super::{Device, DeviceHandle, Interrupt, QueueSet, Ram, Registers};
+use crate::inbox::{Inbox, Outbox, inbox};
+pub use counters::WorkerCounters;
+pub use messages::{Done, WorkerEvent, WorkerReply};
+
+/// Control waits for an answer before it asks again, but it may give up on one that is late.
+const CONTROL_MESSAGES: usize = 16;
+
+/// What an event's number means.
+mod token {
+    pub const INBOX: u32 = 0;
+    pub const KICKS: u32 = 1;
+    pub const SOURCES: u32 = 0x100;
+}
+
+/// Gives `device` its registers and its worker. The worker's thread is the caller's to make: it
+/// installs its filter and calls [`Worker::run`].
+///
+/// # Errors
+/// When the host has no descriptors left, or will not watch one of the device's.
+pub fn attach<D: Device>(
+    device: D,
+    name: &str,
+    ram: Ram,
+    irqfd: EventFd,
+    replies: Outbox<WorkerReply>,
+    events: Outbox<WorkerEvent>,
+) -> io::Result<(Arc<Registers>, Worker<D>, DeviceHandle<D>)> {
+    const { assert!(D::QUEUES.len() <= QueueSet::LIMIT) };
+    let name: Arc<str> = Arc::from(name);
+    let interrupt = Arc::new(Interrupt::new(irqfd));
+    let (to_driver_inbox, driver) = inbox(driver_messages(D::QUEUES.len()))?;
+    let (to_control_inbox, control) = inbox(CONTROL_MESSAGES)?;
+    let registers = Arc::new(Registers::new(
+        D::ID,
+        device.features(),
+        D::QUEUES,
+        device.config(),
+        Arc::clone(&interrupt),
+        to_driver_inbox,
+    )?);
+    let counters = Arc::new(WorkerCounters::new(D::QUEUES.len()));
+    let handle = DeviceHandle::new(
+        Arc::clone(&name),
+        to_control_inbox,
+        Arc::clone(&registers),
+        device.counters(),
+        Arc::clone(&counters),
+    );
+    let watched = watched(&registers, &driver, &control, &device);
+    let events_at_once = watched.len();
+    let subscriber = Subscriber {
+        body: WorkerLoop::new(
+            name, device, ram, interrupt, counters, driver, control, replies,
+        ),
+        watched,
+        unwatched: None,
+    };
+    let mut manager = EventManager::new_with_capacity(events_at_once).map_err(io::Error::other)?;
+    let id = manager.add_subscriber(subscriber);
+    let subscriber = manager.subscriber_mut(id).map_err(io::Error::other)?;
+    if let Some(error) = subscriber.unwatched.take() {
+        return Err(io::Error::other(error));
+    }
+    let worker = Worker {
+        manager,
+        id,
+        events,
+    };
+    Ok((registers, worker, handle))
+}
+
+/// All that a worker watches, with its numbers.
+fn watched<D: Device>(
+    registers: &Registers,
+    driver: &Inbox<DriverMsg>,
+    control: &Inbox<ControlMsg<D::Update>>,
+    device: &D,
+) -> Vec<(RawFd, u32)> {
+    let kicks = registers.kicks().iter().map(AsRawFd::as_raw_fd);
+    let sources = device.sources();
+    let mut all = vec![
+        (driver.as_raw_fd(), token::INBOX),
+        (control.as_raw_fd(), token::INBOX),
+    ];
+    all.extend(kicks.zip(token::KICKS..));
+    all.extend(sources.into_iter().zip(token::SOURCES..));
+    all
+}
+
+/// A device's thread, before and while it runs.
+pub struct Worker<D: Device> {
+    manager: EventManager<Subscriber<D>>,
+    id: SubscriberId,
+    events: Outbox<WorkerEvent>,
+}
+
+impl<D: Device> Worker<D> {
+    /// Works until control says stop. Returns itself, so that the thread that joins this one closes
+    /// and frees what it holds.
+    pub fn run(mut self) -> Self {
+        // Messages from before this call still ring: their edge has not been seen yet.
+        let mut wait = Some(0);
+        while let Some(millis) = wait {
+            let waited = self.manager.run_with_timeout(millis);
+            let (Ok(_), Ok(subscriber)) = (&waited, self.manager.subscriber_mut(self.id)) else {
+                self.fail();
+                break;
+            };
+            wait = match subscriber.body.turn() {
+                Turn::More => Some(0),
+                Turn::Wait => Some(-1),
+                Turn::Stopped => None,
+            };
+        }
+        self
+    }
+
+    fn fail(&mut self) {
+        let error = io::Error::last_os_error();
+        if let Ok(subscriber) = self.manager.subscriber_mut(self.id) {
+            let _ = self.events.post(WorkerEvent::Failed {
+                device: Arc::clone(subscriber.body.name()),
+                error,
+            });
+        }
+    }
+}
+
+impl<D: Device> fmt::Debug for Worker<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Worker")
+    }
+}
+
+/// A worker's loop as the one subscriber of its event manager.
+struct Subscriber<D: Device> {
+    body: WorkerLoop<D>,
+    watched: Vec<(RawFd, u32)>,
+    /// Why the set-up failed: event-manager has no way to return it.
+    unwatched: Option<event_manager::Error>,
+}
+
+impl<D: Device> MutEventSubscriber for Subscriber<D> {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        for (fd, number) in &self.watched {
+            let interest = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            if let Err(error) = ops.add(Events::with_data_raw(*fd, *number, interest)) {
+                self.unwatched = Some(error);
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+        let number = events.data();
+        if let Some(source) = number.checked_sub(token::SOURCES) {
+            self.body.source_ready(source as usize);
+        } else if let Some(queue) = number.checked_sub(token::KICKS) {
+            self.body.kicked(queue as usize);
+        }
+        // The inboxes are looked into in any case.
+    }
+}

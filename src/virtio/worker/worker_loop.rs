@@ -1,0 +1,422 @@
+//! What a worker does between two waits for events.
+//!
+//! ```text
+//!                 Activate                        broken ring, host refuses
+//!     Idle  --------------------->  Active  -------------------------------->  Broken
+//!       ^                              |  (NEEDS_RESET is shown to the driver)    |
+//!       '------------ Reset -----------'------------------- Reset ---------------'
+//! ```
+//!
+//! Events only note what became ready; work is done in one place, [`WorkerLoop::turn`], in units
+//! that the device bounds, at most [`UNITS_PER_TURN`] of them between two looks at the
+//! descriptors, and with a look at both inboxes between any two. Paused, a worker does no unit at
+//! all and so touches no guest memory; messages are still answered.
+//!
+//! **Draining.** A device may have requests in flight: begun, and still using guest memory. A
+//! message that must not meet any (pause, reset, update, stop) waits for them: until it has been
+//! done, no new request is begun and no further message is taken, so that all keep their order.
+//! Requests that end meanwhile are returned to the driver, but not before a reset, after which
+//! nothing of the old rings is written. One exception to the order: a resume right after a pause
+//! that still waits calls it off, so that a request that never ends holds up no others.
+//!
+//! **Interrupts** are sent at the end of a turn, and within it as soon as [`LATE_NANOS`] have
+//! passed since the first unit that has not been told of: a slow disk with a deep queue tells each
+//! completion as it comes, a fast one several at once.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::counters::WorkerCounters;
+use super::messages::{ControlMsg, Done, WorkerReply};
+use crate::bus::Completer;
+use crate::guest_warn;
+use crate::inbox::{Inbox, Outbox};
+use crate::sys::clock;
+use crate::sys::io::Brief;
+use crate::virtio::registers::DriverMsg;
+use crate::virtio::{Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, Updated};
+
+/// Units of work between two looks at the descriptors; interrupts are sent at its end.
+const UNITS_PER_TURN: u32 = 64;
+
+/// How long the driver may be left without an interrupt while units go on.
+const LATE_NANOS: u64 = 100_000;
+
+/// How far a device and its driver have got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// No driver.
+    Idle,
+    /// Serving the queues.
+    Active,
+    /// Waiting to be reset.
+    Broken,
+}
+
+/// What the thread does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// There is work left.
+    More,
+    /// Nothing to do before the next event.
+    Wait,
+    /// Control said stop.
+    Stopped,
+}
+
+/// A message that is done once nothing is in flight.
+enum Draining<U> {
+    /// The token is in [`WorkerLoop::pauses`].
+    Pause,
+    Update(u64, U),
+    Stop,
+    Reset(Completer),
+}
+
+/// The state of a worker.
+pub(super) struct WorkerLoop<D: Device> {
+    name: Arc<str>,
+    device: D,
+    ram: Ram,
+    interrupt: Arc<Interrupt>,
+    counters: Arc<WorkerCounters>,
+    driver: Inbox<DriverMsg>,
+    control: Inbox<ControlMsg<D::Update>>,
+    replies: Outbox<WorkerReply>,
+    phase: Phase,
+    /// As the driver has described them, until it activates the device.
+    layouts: Box<[QueueLayout]>,
+    queues: Box<[Option<Queue>]>,
+    /// Queues that may have work.
+    runnable: QueueSet,
+    /// The queue served last, so that each has its turn.
+    last: usize,
+    paused: bool,
+    stopped: bool,
+    draining: Option<Draining<D::Update>>,
+    /// Tokens of the pauses that wait; room for a whole inbox.
+    pauses: Vec<u64>,
+    /// Taken from the inbox while a pause waited, and to be done after it.
+    put_off: Option<ControlMsg<D::Update>>,
+}
+
+impl<D: Device> WorkerLoop<D> {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a part that another thread has the other end of"
+    )]
+    pub(super) fn new(
+        name: Arc<str>,
+        device: D,
+        ram: Ram,
+        interrupt: Arc<Interrupt>,
+        counters: Arc<WorkerCounters>,
+        driver: Inbox<DriverMsg>,
+        control: Inbox<ControlMsg<D::Update>>,
+        replies: Outbox<WorkerReply>,
+    ) -> Self {
+        let count = D::QUEUES.len();
+        WorkerLoop {
+            name,
+            device,
+            ram,
+            interrupt,
+            counters,
+            driver,
+            control,
+            replies,
+            phase: Phase::Idle,
+            layouts: vec![QueueLayout::default(); count].into_boxed_slice(),
+            queues: (0..count).map(|_| None).collect(),
+            runnable: QueueSet::NONE,
+            last: 0,
+            paused: false,
+            stopped: false,
+            draining: None,
+            pauses: Vec::with_capacity(super::CONTROL_MESSAGES),
+            put_off: None,
+        }
+    }
+
+    /// The device's name.
+    pub(super) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Source number `source` of the device has become ready.
+    pub(super) fn source_ready(&mut self, source: usize) {
+        let ready = self.device.backend(source);
+        self.runnable.insert(ready);
+    }
+
+    /// The driver has kicked queue `index`.
+    pub(super) fn kicked(&mut self, index: usize) {
+        self.counters.kicked(index);
+        self.runnable.insert(QueueSet::one(index));
+    }
+
+    pub(super) fn turn(&mut self) -> Turn {
+        self.take_messages();
+        let mut index = self.next_queue();
+        // When the driver was last told, or was told everything.
+        let mut told = if D::UNITS_MAY_WAIT && index.is_some() {
+            clock::monotonic_nanos()
+        } else {
+            0
+        };
+        for _ in 0..UNITS_PER_TURN {
+            let Some(queue) = index else {
+                break;
+            };
+            let progress = self.unit(queue);
+            self.take_messages();
+            index = self.next_queue();
+            if D::UNITS_MAY_WAIT && progress == Progress::More && index.is_some() {
+                let now = clock::monotonic_nanos();
+                if now.saturating_sub(told) >= LATE_NANOS {
+                    self.announce();
+                    told = now;
+                }
+            }
+        }
+        self.announce();
+        if self.stopped {
+            Turn::Stopped
+        } else if self.next_queue().is_some() {
+            Turn::More
+        } else {
+            Turn::Wait
+        }
+    }
+
+    /// The next queue with work, each in its turn; none when no request may be begun.
+    fn next_queue(&self) -> Option<usize> {
+        if self.paused || self.stopped || self.draining.is_some() || self.phase != Phase::Active {
+            return None;
+        }
+        let after_last = self.last.saturating_add(1);
+        let queues = || 0..D::QUEUES.len();
+        let mut in_turn = queues().skip(after_last).chain(queues().take(after_last));
+        in_turn.find(|index| self.runnable.contains(*index))
+    }
+
+    fn unit(&mut self, index: usize) -> Progress {
+        self.last = index;
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            self.runnable.remove(QueueSet::one(index));
+            return Progress::Wait;
+        };
+        match self.device.process(index, queue, &self.ram) {
+            Ok(Progress::More) => Progress::More,
+            Ok(Progress::Wait) => {
+                self.runnable.remove(QueueSet::one(index));
+                Progress::Wait
+            }
+            Err(broken) => {
+                self.break_down(&broken);
+                Progress::Wait
+            }
+        }
+    }
+
+    /// Interrupts the driver if it wants to know what was done.
+    fn announce(&mut self) {
+        if self.paused || self.phase != Phase::Active {
+            return;
+        }
+        let mut wanted = false;
+        for queue in self.queues.iter_mut().flatten() {
+            match queue.wants_interrupt(&self.ram) {
+                Ok(yes) => wanted |= yes,
+                Err(broken) => return self.break_down(&broken),
+            }
+        }
+        if wanted {
+            self.counters.interrupts.one();
+            self.interrupt.used_buffers();
+        }
+    }
+
+    /// Takes and does messages, until there are no more or one has to wait.
+    fn take_messages(&mut self) {
+        loop {
+            if self.draining.is_some() {
+                if !self.drain() {
+                    return;
+                }
+            } else if let Some(message) = self.driver.next() {
+                self.take_from_driver(message);
+            } else if let Some(message) = self.put_off.take().or_else(|| self.control.next()) {
+                self.take_from_control(message);
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn take_from_driver(&mut self, message: DriverMsg) {
+        match message {
+            DriverMsg::Queue { index, layout } => {
+                if let Some(slot) = self.layouts.get_mut(index) {
+                    *slot = layout;
+                }
+            }
+            DriverMsg::Activate { features } => self.activate(features),
+            DriverMsg::Reset(completer) => self.draining = Some(Draining::Reset(completer)),
+        }
+    }
+
+    fn take_from_control(&mut self, message: ControlMsg<D::Update>) {
+        self.draining = Some(match message {
+            ControlMsg::Pause(token) => {
+                self.pauses.push(token);
+                Draining::Pause
+            }
+            ControlMsg::Update(token, update) => Draining::Update(token, update),
+            ControlMsg::Stop => Draining::Stop,
+            ControlMsg::Resume(token) => return self.resume(token),
+        });
+    }
+
+    /// Does the message that waits, if nothing is in flight any more; whether it has been done.
+    fn drain(&mut self) -> bool {
+        if !matches!(self.draining, Some(Draining::Reset(_))) {
+            self.return_ended();
+        }
+        if self.device.in_flight() > 0 {
+            return matches!(self.draining, Some(Draining::Pause)) && self.is_called_off();
+        }
+        match self.draining.take() {
+            Some(Draining::Pause) => self.pause(),
+            Some(Draining::Update(token, update)) => self.update(token, update),
+            Some(Draining::Stop) => self.stopped = true,
+            Some(Draining::Reset(completer)) => {
+                self.reset();
+                // The vCPU goes on from here.
+                drop(completer);
+            }
+            None => {}
+        }
+        true
+    }
+
+    /// Returns to the driver what has ended since.
+    fn return_ended(&mut self) {
+        if self.paused || self.phase != Phase::Active {
+            return;
+        }
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            let Some(queue) = queue else { continue };
+            loop {
+                match self.device.complete(index, queue, &self.ram) {
+                    Ok(Progress::More) => {}
+                    Ok(Progress::Wait) => break,
+                    Err(broken) => return self.break_down(&broken),
+                }
+            }
+        }
+    }
+
+    /// Looks at what control says while a pause waits; whether it is to go on instead.
+    fn is_called_off(&mut self) -> bool {
+        while self.put_off.is_none()
+            && self.pauses.len() < super::CONTROL_MESSAGES
+            && let Some(message) = self.control.next()
+        {
+            match message {
+                ControlMsg::Resume(token) => {
+                    self.draining = None;
+                    self.pauses.clear();
+                    self.resume(token);
+                    return true;
+                }
+                ControlMsg::Pause(token) => self.pauses.push(token),
+                other => self.put_off = Some(other),
+            }
+        }
+        false
+    }
+
+    fn pause(&mut self) {
+        // Nothing a vCPU has said may be left for after the pause. Nothing is in flight now.
+        while let Some(message) = self.driver.next() {
+            match message {
+                DriverMsg::Reset(completer) => {
+                    self.reset();
+                    drop(completer);
+                }
+                other => self.take_from_driver(other),
+            }
+        }
+        self.announce();
+        self.paused = true;
+        for token in &self.pauses {
+            self.reply(*token, Done::Paused);
+        }
+        self.pauses.clear();
+    }
+
+    fn resume(&mut self, token: u64) {
+        self.paused = false;
+        self.reply(token, Done::Resumed);
+    }
+
+    fn update(&mut self, token: u64, update: D::Update) {
+        let Updated {
+            config,
+            replaced,
+            runnable,
+        } = self.device.update(update);
+        self.runnable.insert(runnable);
+        self.reply(token, Done::Updated { config, replaced });
+    }
+
+    fn reply(&self, token: u64, done: Done) {
+        // Control's inbox being full means that it has given up on this answer.
+        let _ = self.replies.post(WorkerReply {
+            device: Arc::clone(&self.name),
+            token,
+            done,
+        });
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.counters.activations.one();
+        self.phase = Phase::Active;
+        self.runnable = QueueSet::ALL;
+        for ((slot, layout), max_size) in self.queues.iter_mut().zip(&self.layouts).zip(D::QUEUES) {
+            *slot = None;
+            // A driver need not use every queue.
+            if !layout.ready {
+                continue;
+            }
+            match Queue::new(layout, *max_size, features, &self.ram) {
+                Ok(queue) => *slot = Some(queue),
+                Err(broken) => return self.break_down(&broken),
+            }
+        }
+        if let Err(error) = self.device.activate(features) {
+            self.break_down(&Brief(&error));
+        }
+    }
+
+    fn reset(&mut self) {
+        self.counters.resets.one();
+        self.device.reset();
+        self.layouts.fill(QueueLayout::default());
+        self.forget_driver(Phase::Idle);
+    }
+
+    fn break_down(&mut self, why: &dyn fmt::Display) {
+        self.counters.broken.one();
+        guest_warn!("the device needs a reset: {why}");
+        self.forget_driver(Phase::Broken);
+        self.interrupt.demand_reset();
+    }
+
+    fn forget_driver(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.runnable = QueueSet::NONE;
+        self.queues.fill_with(|| None);
+    }
+}
