@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{Api, Folder, Monitor, PATIENCE, read_response};
 use serde_json::{Value, json};
@@ -588,6 +588,40 @@ fn http_when_malformed_gets_one_400_and_harms_nobody() {
 }
 
 #[test]
+fn client_when_refused_while_it_writes_gets_the_400_and_then_the_end() {
+    let harness = Harness::new();
+    let long_line = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1100));
+    let cases: [&[u8]; 6] = [
+        b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nContent-Length: 4194304\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nContent-Length: 51201\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\n\n",
+        long_line.as_bytes(),
+    ];
+    for bytes in cases {
+        let shown = String::from_utf8_lossy(bytes);
+        let mut stream = harness.connect();
+        stream.write_all(bytes).unwrap();
+        // As clients do that look at the answer when they have sent everything. Each block is a
+        // write of its own, so that most are written when the answer is there.
+        for _ in 0..64 {
+            stream.write_all(&[b'x'; 1 << 16]).unwrap();
+        }
+        assert_eq!(read_response(&mut stream).0, 400, "{shown}");
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "{shown}");
+    }
+    // One that has its answer and does not close its side is not waited for.
+    let mut stream = harness.connect();
+    stream.write_all(b"GET / HTTP/1.1\n\n").unwrap();
+    assert_eq!(read_response(&mut stream).0, 400);
+    common::wait_until("the end of the connection", || {
+        stream.write_all(b"x").is_err()
+    });
+    harness.api.get("/");
+}
+
+#[test]
 fn http_when_pipelined_answers_in_order_also_after_400() {
     let harness = Harness::new();
     let mut stream = harness.connect();
@@ -652,15 +686,10 @@ fn clients_when_they_stall_delay_nobody() {
         .set_write_timeout(Some(Duration::from_millis(200)))
         .unwrap();
     while greedy.write_all(&GET.repeat(1000)).is_ok() {}
-    let slowest = (0..50)
-        .map(|_| {
-            let began = Instant::now();
-            harness.api.get("/version");
-            began.elapsed()
-        })
-        .max()
-        .unwrap();
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    // These two never go on by themselves: an answer at all shows that they are not waited for.
+    for _ in 0..50 {
+        harness.api.get("/version");
+    }
     half.write_all(b"sion HTTP/1.1\r\n\r\n").unwrap();
     assert_eq!(read_response(&mut half).0, 200);
     let mut ended = harness.connect();

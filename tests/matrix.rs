@@ -455,7 +455,9 @@ fn rows(world: &World) -> Vec<Row> {
                 "/vm",
                 Before,
                 json!({
-                    "boot-source": {"kernel_image_path": text(&common::probe())},
+                    // The last good body is what is started in the end: a guest that stays.
+                    "boot-source": {"kernel_image_path": text(&common::probe()),
+                        "boot_args": "probe=stay"},
                     "drives": [{"drive_id": "a", "path_on_host": world.file("disk"),
                         "is_root_device": false}],
                     "network-interfaces": [{"iface_id": "a", "host_dev_name": "tapb", "mtu": 1500}],

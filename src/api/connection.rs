@@ -11,6 +11,7 @@
 //! that asks on and never reads costs about as much as one that asks once.
 
 use std::io::{self, ErrorKind, Write};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -23,8 +24,10 @@ use super::http::{Decoder, Piece, Request, Response};
 use crate::sys::handed::{Handed, HandedError};
 use crate::sys::socket::{self, Received};
 
-/// Bytes of a connection's last words that are read and thrown away.
-const DRAIN_MAX: usize = 1 << 20;
+/// Bytes that are read and thrown away behind the last request of a connection, and for how long:
+/// a client that is still writing then gets its answer, and not the error of a broken connection.
+const DRAIN_MAX: usize = 16 << 20;
+pub const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long a request may be half sent, or an answer half taken, before the connection may have
 /// to give way to a new one, or its descriptors to others.
@@ -43,11 +46,19 @@ pub enum Dispensable {
     HalfTaken,
 }
 
-/// What came of an attempt to write.
+/// How an attempt to write went.
 pub enum Flush {
     Done,
     Blocked,
     Gone,
+}
+
+/// What a client may still send after its last answer: it is thrown away.
+#[derive(Debug)]
+struct Drain {
+    until: Instant,
+    /// Bytes left.
+    left: usize,
 }
 
 /// A question that control was asked.
@@ -86,12 +97,11 @@ pub struct Connection {
     /// The client has closed its side, so reading goes on until its end is seen.
     pub hung_up: bool,
     /// That end was seen.
-    pub ended: bool,
-    /// To be closed once all is written.
-    pub closing: bool,
-    /// But only when the client has seen the answer: what it still sends is thrown away.
-    pub draining: bool,
-    drained: usize,
+    ended: bool,
+    /// The answer that is being written is the last one.
+    closing: bool,
+    /// It is written and our side is closed.
+    draining: Option<Drain>,
     /// When the request that is being received, or the answer that is being written, began; but
     /// no request before the answer to the last one was taken.
     since: Instant,
@@ -120,8 +130,7 @@ impl Connection {
             hung_up: false,
             ended: false,
             closing: false,
-            draining: false,
-            drained: 0,
+            draining: None,
             since: now,
             used: token.wrapping_shr(PLACE_BITS),
         }
@@ -139,9 +148,9 @@ impl Connection {
         matches!(&self.arriving, Handed::Received(some) if !some.is_empty())
     }
 
-    /// Since when it has descriptors of a request that is half sent, if that is long.
-    pub fn holds_since(&self, now: Instant) -> Option<Instant> {
-        (self.is_holding() && self.has_stalled(now)).then_some(self.since)
+    /// Since when it has descriptors of a request that is half sent, if that is `long` ago.
+    pub fn holds_since(&self, now: Instant, long: Duration) -> Option<Instant> {
+        (self.is_holding() && self.has_stalled(now, long)).then_some(self.since)
     }
 
     /// Closes the descriptors of the request that is half sent, which is told so when it is whole.
@@ -149,13 +158,13 @@ impl Connection {
         self.arriving = Handed::Refused(HandedError::Crowded);
     }
 
-    fn has_stalled(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= STALLED
+    fn has_stalled(&self, now: Instant, long: Duration) -> bool {
+        now.saturating_duration_since(self.since) >= long
     }
 
-    /// Why it may be closed for the sake of another, if it may.
-    pub fn dispensable(&self, now: Instant) -> Option<Dispensable> {
-        let stalled = self.has_stalled(now);
+    /// Why it may be closed for the sake of another, if it may; what has not moved for `long` may.
+    pub fn dispensable(&self, now: Instant, long: Duration) -> Option<Dispensable> {
+        let stalled = self.has_stalled(now, long);
         if self.asked.is_some() {
             None
         } else if self.wants_out {
@@ -163,7 +172,7 @@ impl Connection {
             stalled.then_some(Dispensable::HalfTaken)
         } else if !self.output.is_empty() || self.waiting.is_some() {
             None
-        } else if self.draining {
+        } else if self.is_draining() {
             Some(Dispensable::Finished)
         } else if self.decoder.is_empty() {
             Some(Dispensable::Idle)
@@ -184,6 +193,33 @@ impl Connection {
         } else {
             response.encode(&mut self.output);
         }
+    }
+
+    /// Closes our side if the last answer is written: the client sees the end, and what it still
+    /// sends is read and thrown away until it closes its side or a bound is reached. Closing both
+    /// sides at once would fail a write that it is in, and it might not look for the answer then.
+    /// Whether that began now.
+    pub fn begin_drain(&mut self, now: Instant, patience: Duration) -> bool {
+        if !self.closing || self.is_draining() {
+            return false;
+        }
+        self.ended |= self.stream.shutdown(Shutdown::Write).is_err();
+        self.draining = Some(Drain {
+            until: now.checked_add(patience).unwrap_or(now),
+            left: DRAIN_MAX,
+        });
+        true
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_some()
+    }
+
+    /// Whether there is nothing more to do: the client has closed its side, or has sent enough
+    /// after its last answer.
+    pub fn is_over(&self, now: Instant) -> bool {
+        let drained = |drain: &Drain| drain.left == 0 || now >= drain.until;
+        self.ended || self.draining.as_ref().is_some_and(drained)
     }
 
     /// Writes as much as the client takes.
@@ -244,10 +280,11 @@ impl Connection {
 
     /// Reads once.
     pub fn read(&mut self, scratch: &mut [u8], now: Instant) {
-        if self.draining {
+        if self.is_draining() {
             let count = self.discard(scratch);
-            self.drained = self.drained.saturating_add(count);
-            self.ended |= self.drained > DRAIN_MAX;
+            if let Some(drain) = &mut self.draining {
+                drain.left = drain.left.saturating_sub(count);
+            }
             return;
         }
         let room = self.decoder.room().min(scratch.len());
@@ -303,10 +340,10 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
-    use crate::api::testing::{Fixture, GET, Witness, patch_vm, put};
+    use super::*;
+    use crate::api::testing::{Fixture, GET, VERSION, Witness, patch_vm, put};
     use crate::sys::socket::send_with;
     use std::thread;
-    use std::time::Duration;
 
     #[test]
     fn connection_when_kept_alive_answers_in_order_also_after_400() {
@@ -359,19 +396,87 @@ mod tests {
         }
     }
 
+    /// Requests whose end is not known, so that nothing can follow them.
+    fn without_a_known_end() -> Vec<Vec<u8>> {
+        let long = [b"GET /", &[b'a'; 2000][..]].concat();
+        [
+            b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+            &b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"[..],
+            b"PUT / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+            b"PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 60000\r\n\r\n",
+            b"GET / HTTP/1.1\n\n",
+            &long,
+        ]
+        .map(<[u8]>::to_vec)
+        .into()
+    }
+
     #[test]
-    fn connection_when_lost_in_the_stream_is_closed_after_the_answer() {
+    fn connection_when_the_end_of_a_request_is_unknown_is_half_closed_after_the_answer() {
+        let fixture = Fixture::new(64);
+        for request in without_a_known_end() {
+            let mut client = fixture.connect();
+            client.send(&request);
+            assert_eq!(client.response().0, 400);
+            // The client's own side is open: it may be in the middle of a write.
+            client.sees_the_end();
+            client.send(&[b' '; 1 << 20]);
+            client.sees_the_end();
+        }
+    }
+
+    #[test]
+    fn connection_when_the_client_asks_for_its_end_is_half_closed_after_the_answer() {
         let fixture = Fixture::new(64);
         let mut client = fixture.connect();
-        client.send(b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
-        assert_eq!(client.response().0, 400);
-        client.send(b"0\r\n\r\n");
-        client.0.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(client.is_closed());
+        client.send(&[b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n", GET].concat());
+        assert_eq!(client.response(), (200, VERSION.into()));
+        client.sees_the_end();
+        client.send(GET).sees_the_end();
+    }
+
+    #[test]
+    fn client_when_it_writes_all_before_it_reads_gets_the_refusal() {
+        let fixture = Fixture::new(64);
+        for request in without_a_known_end() {
+            let mut client = fixture.connect();
+            client.send(&request);
+            client.send(&[b'x'; 8 << 20]);
+            assert_eq!(client.response().0, 400);
+            client.sees_the_end();
+        }
+    }
+
+    #[test]
+    fn connection_when_half_closed_is_closed_after_a_while() {
+        let fixture = Fixture::with(64, |server| {
+            server.drain_patience = Duration::from_millis(10);
+        });
         let mut client = fixture.connect();
-        client.send(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n");
-        assert_eq!(client.response().0, 200);
-        assert!(client.is_closed());
+        client.send(b"GET / HTTP/1.1\n\n");
+        assert_eq!(client.response().0, 400);
+        // Nothing wakes the server but its clock.
+        client.is_hung_up_on();
+    }
+
+    #[test]
+    fn connection_when_half_closed_takes_only_so_many_bytes() {
+        let fixture = Fixture::new(64);
+        let mut client = fixture.connect();
+        client.send(b"GET / HTTP/1.1\n\n");
+        let block = [0; 1 << 16];
+        let mut sent = 0;
+        let error = loop {
+            match client.0.write(&block) {
+                Ok(count) => sent += count,
+                Err(error) => break error,
+            }
+        };
+        let closed = [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset];
+        assert!(closed.contains(&error.kind()), "{error}");
+        // What is on its way in the socket is not counted.
+        assert!(sent <= DRAIN_MAX + (4 << 20), "{sent}");
+        assert_eq!(client.response().0, 400);
     }
 
     #[test]
@@ -406,7 +511,7 @@ mod tests {
         client.0.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(client.response().0, 200);
         assert_eq!(client.response().0, 200);
-        assert!(client.is_closed());
+        client.sees_the_end();
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! A server on a socket of its own, a control that answers it, and clients, for tests.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::{Server, bind};
@@ -15,6 +17,10 @@ use crate::inbox::{self, Sender};
 use crate::sys::handed::Handed;
 use crate::vmm::action::{Action, ActionError, Command, Outcome, Reply};
 
+/// Longer than any test takes.
+const LONG: Duration = Duration::from_secs(600);
+/// How long anything may take before a test gives up: the machines are shared.
+const PATIENCE: Duration = Duration::from_secs(120);
 pub const HOLDERS_MAX: usize = 4;
 pub const GET: &[u8] = b"GET /version HTTP/1.1\r\n\r\n";
 pub const VERSION: &str = r#"{"firecracker_version":"1.17.0"}"#;
@@ -31,11 +37,20 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn new(control_room: usize) -> Self {
+        Fixture::with(control_room, |_| {})
+    }
+
+    /// The same with a server that was changed by `set`.
+    pub fn with(control_room: usize, set: impl FnOnce(&mut Server)) -> Self {
         let dir = TempDir::new().unwrap();
         let (commands, inbox) = inbox::inbox::<Command>(control_room).unwrap();
         let listener = bind(&dir.as_path().join("s")).unwrap();
         let mut server = Server::new(listener, commands.outbox(), 51_200).unwrap();
         server.holders_max = HOLDERS_MAX;
+        // No client of a test is too slow, however busy the machine is.
+        server.drain_patience = LONG;
+        server.stalled = LONG;
+        set(&mut server);
         thread::spawn(move || server.run());
         let held = Arc::new(Mutex::new(Vec::new()));
         let came = Arc::new(Mutex::new(Vec::new()));
@@ -74,9 +89,7 @@ impl Fixture {
 
     pub fn connect(&self) -> Client {
         let stream = UnixStream::connect(self.dir.as_path().join("s")).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Client(stream)
     }
 }
@@ -101,7 +114,7 @@ impl Witness {
 
     pub fn sees_all_closed(self) -> bool {
         drop(self.writer);
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if matches!((&self.reader).read(&mut [0]), Ok(0)) {
                 return true;
@@ -143,8 +156,31 @@ impl Client {
         assert_eq!(self.send(GET).response(), (200, VERSION.into()));
     }
 
+    /// The server has closed its side, and all it wrote was read.
+    pub fn sees_the_end(&mut self) {
+        assert_eq!(self.0.read(&mut [0]).unwrap(), 0);
+    }
+
+    /// The server has closed the connection, maybe with bytes that it did not read.
     pub fn is_closed(&mut self) -> bool {
-        matches!(self.0.read(&mut [0]), Ok(0) | Err(_))
+        match self.0.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() == ErrorKind::ConnectionReset,
+        }
+    }
+
+    /// Waits until the server has closed both sides.
+    pub fn is_hung_up_on(&self) {
+        let epoll = Epoll::new().unwrap();
+        // A hang-up is told in any case.
+        let event = EpollEvent::new(EventSet::empty(), 0);
+        epoll
+            .ctl(ControlOperation::Add, self.0.as_raw_fd(), event)
+            .unwrap();
+        let mut events = [EpollEvent::default()];
+        let patience = i32::try_from(PATIENCE.as_millis()).unwrap();
+        assert_eq!(epoll.wait(patience, &mut events).unwrap(), 1, "still open");
+        assert!(events[0].event_set().contains(EventSet::HANG_UP));
     }
 }
 
