@@ -431,6 +431,7 @@ fn rows(world: &World) -> Vec<Row> {
                 "/machine-config/mem_size_mib",
             ],
             nullable: &[
+                "/boot-source/boot_args",
                 "/machine-config",
                 "/logger",
                 "/serial",
