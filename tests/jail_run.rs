@@ -260,6 +260,93 @@ fn death_of_the_jailer_is_the_end_of_the_guest() {
     }
 }
 
+#[test]
+fn report_when_the_jailer_is_killed_is_written_by_the_keeper() {
+    let place = place!("rkeeper");
+    let report = place.path("shared/report.json");
+    let socket = place.shared("api");
+    for who in BOTH {
+        for more in [&[][..], &["--api-sock", &socket]] {
+            let more = [more, &["--exit-report", &report]].concat();
+            let running = Running::start(&place, who, "report stay", &more);
+            kill(running.child.id(), "KILL");
+            running.end();
+            wait_until("the report", || fs::metadata(&report).is_ok());
+            let text = fs::read_to_string(&report).unwrap();
+            assert_eq!(fact(&text, "ended"), "jailer-killed", "{text}");
+            assert_eq!(fact(&text, "exit_code"), "137", "{text}");
+            assert_eq!(fact(&text, "id"), place.host.name, "{text}");
+            assert!(fact(&text, "wall_us").parse::<u64>().unwrap() > 1000);
+            fs::remove_file(&report).unwrap();
+            place.nothing_is_left();
+        }
+    }
+}
+
+#[test]
+fn end_of_the_parent_or_of_a_pipe_is_the_end_where_that_is_asked_for() {
+    let place = place!("rparent");
+    let report = place.path("shared/report.json");
+    let ended = |words: &str| {
+        wait_until("the report", || fs::metadata(&report).is_ok());
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "ended"), "stopped", "{text}");
+        assert_eq!(fact(&text, "exit_code"), "129", "{text}");
+        assert!(fact(&text, "sentence").contains(words), "{text}");
+        fs::remove_file(&report).unwrap();
+        place.nothing_is_left();
+    };
+    for who in BOTH {
+        // A shell in a session of its own starts it and waits; then the shell is killed.
+        let more = ["--with-parent", "--exit-report", &report];
+        let command = place.run(who, "report stay", &more);
+        let mut starter = Command::new("setsid");
+        starter.args(["bash", "-c", "\"$0\" \"$@\"; exit"]);
+        starter
+            .arg(command.get_program())
+            .args(command.get_args())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut starter = starter.spawn().unwrap();
+        read_report(starter.stdout.take().unwrap());
+        starter.kill().unwrap();
+        starter.wait().unwrap();
+        ended("--with-parent");
+
+        let more = ["--end-with-fd", "9", "--exit-report", &report];
+        let command = place.run(who, "report stay", &more);
+        let (theirs, ours) = std::io::pipe().unwrap();
+        let mut shell = inheriting(&command, "exec 9<&0 0</dev/null;");
+        shell.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped());
+        let mut child = shell.spawn().unwrap();
+        drop(shell);
+        read_report(child.stdout.take().unwrap());
+        drop(ours);
+        assert_eq!(child.wait().unwrap().code(), Some(129));
+        ended("--end-with-fd");
+        let command = place.run(who, "exit=0", &["--end-with-fd", "9"]);
+        place.refuses(inheriting(&command, "exec 9</dev/null;"), "hangs up");
+        let command = place.run(who, "exit=0", &["--end-with-fd", "9"]);
+        place.refuses(inheriting(&command, ""), "descriptor 9");
+    }
+}
+
+/// Reads the report of a witness to its last line, and returns the rest of its output.
+fn read_report(out: std::process::ChildStdout) -> std::process::ChildStdout {
+    let mut out = std::io::BufReader::new(out);
+    let mut lines = Vec::new();
+    loop {
+        let mut line = String::new();
+        let count = std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        lines.push(line.trim_end().to_owned());
+        if count == 0 || line.trim_end() == "end" {
+            break;
+        }
+    }
+    Report::parse(lines.iter().map(String::as_str)).one("end");
+    out.into_inner()
+}
+
 /// A run that stays, in which the guest has spoken.
 struct Running {
     child: std::process::Child,
@@ -273,18 +360,7 @@ impl Running {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
-        let mut lines = Vec::new();
-        loop {
-            let mut line = String::new();
-            let count = std::io::BufRead::read_line(&mut out, &mut line).unwrap();
-            lines.push(line.trim_end().to_owned());
-            if count == 0 || line.trim_end() == "end" {
-                break;
-            }
-        }
-        child.stdout = Some(out.into_inner());
-        Report::parse(lines.iter().map(String::as_str)).one("end");
+        child.stdout = child.stdout.take().map(read_report);
         Running { child }
     }
 
@@ -479,6 +555,73 @@ fn terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_leaves() {
 }
 
 #[test]
+fn terminal_is_the_foregrounds_alone_and_raw_again_after_a_stop() {
+    let place = place!("rjobs");
+    let command = place.run(Who::Root, "report echo", &[]);
+    let words: Vec<String> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| quoted(word.to_str().unwrap()))
+        .collect();
+    let go = place.shared("go");
+    // A shell with jobs: in the background, brought to the foreground, stopped, brought back.
+    let script = format!(
+        "set -m; s=$(stty -g); echo $s; {} & echo job $!; until [ -e {go} ]; do sleep 0.05; done; rm {go}; \
+         stty -g; echo unchanged; fg; stty $s; fg; stty -g",
+        words.join(" ")
+    );
+    let mut terminal = Command::new("script");
+    let script = format!("bash -c {}", quoted(&script));
+    terminal.args(["-qec", &script, "/dev/null"]);
+    let mut child = terminal
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut text = String::new();
+    let mut read_until = |text: &mut String, words: &str| {
+        while !text.contains(words) {
+            let mut bytes = [0; 4096];
+            let count = stdout.read(&mut bytes).unwrap_or(0);
+            assert!(count > 0, "{words} in {text:?}");
+            text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    };
+    read_until(&mut text, "end\r\n");
+    fs::write(&go, "").unwrap();
+    read_until(&mut text, "unchanged\r\n");
+    // Only a raw terminal gives these to the guest: without a newline, and the second at all.
+    for (key, shown) in [(&b"a"[..], "<a>"), (b"\x03", "<\\x03>")] {
+        stdin.write_all(key).unwrap();
+        read_until(&mut text, shown);
+    }
+    let (_, rest) = text.split_once("job ").unwrap();
+    let job = rest.split_whitespace().next().unwrap().parse().unwrap();
+    kill(job, "STOP");
+    read_until(&mut text, "Stopped");
+    for (key, shown) in [(&b"b"[..], "<b>"), (b"\x04", "<\\x04>")] {
+        stdin.write_all(key).unwrap();
+        read_until(&mut text, shown);
+    }
+    stdin.write_all(b"\x01x").unwrap();
+    let mut rest = String::new();
+    let _ = stdout.read_to_string(&mut rest);
+    text.push_str(&rest);
+    assert!(child.wait().unwrap().success(), "{text}");
+    let settings: Vec<&str> = text
+        .lines()
+        .filter(|line| line.matches(':').count() > 10)
+        .collect();
+    assert_eq!(settings.len(), 3, "{text:?}");
+    assert!(
+        settings.iter().all(|it| it.trim() == settings[0].trim()),
+        "{text:?}"
+    );
+    place.nothing_is_left();
+}
+
+#[test]
 fn terminal_is_given_back_whatever_ends_the_jailer() {
     let place = place!("rgiven");
     for signal in ["USR1", "USR2", "ALRM", "XCPU", "XFSZ", "IO", "ABRT", "34"] {
@@ -572,6 +715,41 @@ fn api_socket_at_a_path_is_for_clients_and_gives_way_when_dead() {
 }
 
 #[test]
+fn caller_paths_may_lead_through_symbolic_links() {
+    let place = place!("rlinks");
+    std::os::unix::fs::symlink(place.path("shared"), place.path("link")).unwrap();
+    let [api, console, report] = ["api", "console", "report.json"].map(|name| {
+        let path = place.path(&format!("link/{name}"));
+        (path, place.shared(name))
+    });
+    let at = format!("unix:{}", console.0);
+    let more = ["--api-sock", &api.0, "--console", &at];
+    for who in BOTH {
+        let more = [&more[..], &["--exit-report", &report.0]].concat();
+        let mut child = place.run(who, "stay", &more).spawn().unwrap();
+        for path in [&api.1, &console.1] {
+            wait_until("the socket", || UnixStream::connect(path).is_ok());
+        }
+        kill_until_it_ends(&mut child, "TERM");
+        let text = fs::read_to_string(&report.1).unwrap();
+        assert_eq!(fact(&text, "ended"), "stopped", "{text}");
+        fs::remove_file(&report.1).unwrap();
+        place.nothing_is_left();
+    }
+}
+
+/// Sends a signal again and again: the witness does not end at the first.
+fn kill_until_it_ends(child: &mut std::process::Child, signal: &str) {
+    wait_until("the end", || {
+        let _ = Command::new("kill")
+            .args([&format!("-{signal}"), &child.id().to_string()])
+            .stderr(Stdio::null())
+            .status();
+        child.try_wait().unwrap().is_some()
+    });
+}
+
+#[test]
 fn socket_from_a_service_manager_is_handed_on() {
     let place = place!("rlisten");
     for who in BOTH {
@@ -605,7 +783,6 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     let place = place!("rbad");
     let path = |name: &str| place.path(name);
     let long = "a".repeat(65);
-    std::os::unix::fs::symlink(place.path("shared"), place.path("link")).unwrap();
     fs::write(place.path("broken.json"), "{ \"boot-source\": ").unwrap();
     fs::write(place.path("list.json"), "[]").unwrap();
     fs::write(place.path("odd.json"), "{ \"drives\": 7 }").unwrap();
@@ -618,7 +795,6 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     }
     let (none, fifo, folder) = (path("none"), path("fifo"), path("shared"));
     let below_none = path("none/x");
-    let through_link = path("link/s");
     let endless = path(&"x".repeat(300));
     let kernel = path("kernel");
     let many: &[(&[&str], &str)] = &[
@@ -646,7 +822,6 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
         (&["--exit-report", &below_none], "No such file"),
         (&["--exit-report", &endless], "too long"),
         (&["--api-sock", &below_none], "make its folder"),
-        (&["--api-sock", &through_link], "symbolic link"),
         (&["--api-sock", &kernel], "there already"),
         (&["--timeout", "never"], "above 0"),
         (&["--nonsense"], "not known"),
@@ -803,6 +978,48 @@ fn memory_limit_is_told_from_other_kills() {
         let text = fs::read_to_string(&report).unwrap();
         assert_eq!(fact(&text, "ended"), "memory-limit", "{limit}: {text}");
     }
+}
+
+#[test]
+fn callers_own_group_holds_the_microvm_and_its_kills_are_told() {
+    let place = place!("rown");
+    let Some(memory) = cgroup_mount("memory") else {
+        eprintln!("SKIPPED rown: this host has no memory cgroup of version 1");
+        return;
+    };
+    let group = memory.join(format!("mfown-{}", std::process::id()));
+    fs::create_dir(&group).unwrap();
+    let _broom = Broom(vec![group.clone()]);
+    fs::write(group.join("memory.limit_in_bytes"), "60M").unwrap();
+    let enter = format!("echo $$ >{}/cgroup.procs;", group.display());
+    let report = place.path("report.json");
+    let more = ["--exit-report", &report];
+    let limited = [&more[..], &["--limit", "memory=200M", "--limit", "pids=30"]].concat();
+    // With a group of its own, which is below, and without one.
+    for more in [&limited[..], &more] {
+        let command = place.run(Who::Root, "hog=100 exit=0", more);
+        let ended = place.ends(inheriting(&command, &enter), 164);
+        assert!(ended.err.contains("memory limit"), "{}", ended.err);
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "ended"), "memory-limit", "{text}");
+        assert_ne!(fact(&text, "out_of_memory_kills"), "0", "{text}");
+        let command = place.run(Who::Root, "hog=5 exit=0", more);
+        place.ends(inheriting(&command, &enter), 0);
+        let text = fs::read_to_string(&report).unwrap();
+        assert_eq!(fact(&text, "out_of_memory_kills"), "0", "{text}");
+        assert_eq!(
+            fs::read_dir(&group)
+                .unwrap()
+                .flatten()
+                .filter(|it| it.path().is_dir())
+                .count(),
+            0
+        );
+    }
+    // A kill that has nothing to do with memory stays one.
+    let running = Running::start(&place, Who::Root, "report stay", &[]);
+    kill(running.monitor(), "KILL");
+    assert_eq!(running.end().0.code(), Some(137));
 }
 
 #[test]

@@ -92,7 +92,6 @@ pub fn check(options: &Options, began_us: u64) -> i32 {
         ("namespaces", namespaces()),
         ("seccomp", seccomp()),
         ("Landlock", landlock()),
-        ("io_uring", io_uring()),
         ("taps", taps()),
         ("cgroups", cgroups()),
         ("descriptors", descriptors()),
@@ -155,10 +154,11 @@ fn boot(options: &Options, began_us: u64) -> Result<Watch, Failure> {
         file_size: None,
         open_files: None,
         timeout: Some(TIMEOUT),
+        enders: Vec::new(),
         quiet: true,
         on_first_byte: Some(FirstByte { reply: b"?" }),
     };
-    build(parts)
+    build(parts, None)
 }
 
 /// Says how the guest did.
@@ -269,22 +269,6 @@ fn landlock() -> Finding {
             "this kernel has none: the jail is one wall thinner".into(),
             "boot it with landlock in lsm=, or use Linux 5.13 or newer",
         ),
-    }
-}
-
-fn io_uring() -> Finding {
-    let disabled =
-        std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-    match disabled.trim() {
-        "1" if !sys::is_superuser() => Finding::Less(
-            "not for ordinary users: disks use plain system calls".into(),
-            "as root: sysctl -w kernel.io_uring_disabled=0",
-        ),
-        "2" => Finding::Less(
-            "disabled: disks use plain system calls".into(),
-            "as root: sysctl -w kernel.io_uring_disabled=0",
-        ),
-        _ => Finding::Good("offered".into()),
     }
 }
 

@@ -210,7 +210,7 @@ const WISHES: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
 
 /// Those of them that the caller has not chosen to ignore, as nohup(1) does: held back, they would
 /// count.
-fn held() -> libc::sigset_t {
+fn held() -> Vec<c_int> {
     let counts = |signal: &c_int| {
         // SAFETY: sigaction is plain numbers, for which zeros are valid.
         let mut now: libc::sigaction = unsafe { mem::zeroed() };
@@ -218,13 +218,12 @@ fn held() -> libc::sigset_t {
         unsafe { libc::sigaction(*signal, ptr::null(), &raw mut now) };
         now.sa_sigaction != libc::SIG_IGN || WISHES.contains(signal)
     };
-    let signals: Vec<c_int> = ending().filter(counts).collect();
-    signal_set(&signals)
+    ending().filter(counts).collect()
 }
 
 /// Holds back the signals that end a program, so that none of them stops the jailer half-way.
 pub fn hold_ending_signals() -> Result<(), Errno> {
-    change_mask(libc::SIG_BLOCK, &held())
+    change_mask(libc::SIG_BLOCK, &signal_set(&held()))
 }
 
 /// The ending signal that arrived while they were held back, if one did.
@@ -521,9 +520,13 @@ pub fn place(
     exit_now(1)
 }
 
-/// The signals that are held back as a descriptor.
-pub fn ending_signals() -> Result<OwnedFd, Errno> {
-    let set = held();
+/// Holds back the signals that end a program, and SIGCONT, which says that this one was stopped; and
+/// gives a descriptor to read them from.
+pub fn watch_signals() -> Result<OwnedFd, Errno> {
+    let mut signals = held();
+    signals.push(libc::SIGCONT);
+    let set = signal_set(&signals);
+    change_mask(libc::SIG_BLOCK, &set)?;
     // SAFETY: `set` is initialised.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     let fd = checked(i64::from(fd))?;
@@ -531,7 +534,7 @@ pub fn ending_signals() -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// The next signal from [`ending_signals`], if one has come.
+/// The next signal from [`watch_signals`], if one has come.
 pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
     // One record; it begins with the number.
     let mut record = [0; mem::size_of::<libc::signalfd_siginfo>()];

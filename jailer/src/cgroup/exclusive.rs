@@ -278,10 +278,6 @@ fn memory_files(version: Version) -> (&'static str, &'static str) {
 
 /// How many processes were killed at a memory limit of the group that this process is in, which it
 /// shares with others. None where the host does not count it.
-#[expect(
-    dead_code,
-    reason = "the supervisor is to ask before and after a run without --limit"
-)]
 pub fn kills_around() -> Option<u64> {
     let hierarchies = Hierarchies::of_host().ok()?;
     let memory = [hierarchies.v1("memory"), hierarchies.v2()];

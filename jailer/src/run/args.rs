@@ -25,7 +25,7 @@ socket configures and starts the microVM.
 
 the machine:
   --config FILE            the configuration in JSON, as for mayfly --config-file
-  --kernel FILE            guest kernel (ELF vmlinux or bzImage)
+  --kernel FILE            guest kernel: an ELF vmlinux
   --initrd FILE            initial RAM disk
   --cmdline TEXT           kernel command line [default: a serial console; reboot=k panic=1 ...]
   --drive FILE[:ro]        disk image, :ro for read-only; the first is the root disk; repeatable
@@ -56,6 +56,8 @@ around it:
   --log FILE               the monitor's log [default: standard error]
   --api-sock PATH          make the API socket there, for other clients
   --timeout SECONDS        end the microVM after that long
+  --with-parent            end it when the process that started this one has ended
+  --end-with-fd N          end it at the hang-up of a pipe or socket, inherited as descriptor N
   --exit-report FILE       how it ended, with times and peak memory, as JSON
   --quiet                  print nothing but the console and errors
 
@@ -98,6 +100,10 @@ pub struct Options {
     pub api_sock: Option<PathBuf>,
     /// When to end the microVM.
     pub timeout: Option<Duration>,
+    /// End it with the process that started this one.
+    pub with_parent: bool,
+    /// End it at the hang-up of this inherited descriptor.
+    pub end_with_fd: Option<RawFd>,
     /// Where to say how it ended.
     pub exit_report: Option<PathBuf>,
     /// Print nothing of our own.
@@ -162,7 +168,7 @@ pub enum Console {
     Socket(PathBuf),
 }
 
-const SINGLE: [&str; 18] = [
+const SINGLE: [&str; 20] = [
     "--config",
     "--kernel",
     "--initrd",
@@ -179,6 +185,8 @@ const SINGLE: [&str; 18] = [
     "--log",
     "--api-sock",
     "--timeout",
+    "--with-parent",
+    "--end-with-fd",
     "--exit-report",
     "--quiet",
 ];
@@ -220,7 +228,7 @@ impl Words {
                 ));
             }
             let value = match name {
-                "--quiet" => OsString::new(),
+                "--quiet" | "--with-parent" => OsString::new(),
                 // A kernel's words may begin with anything.
                 "--cmdline" => words.next().ok_or_else(|| no_value(name))?,
                 _ => value_of(name, words.next())?,
@@ -302,6 +310,14 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, Failure> {
         log: words.one("--log").map(PathBuf::from),
         api_sock,
         timeout: words.one("--timeout").map(seconds).transpose()?,
+        with_parent: words.one("--with-parent").is_some(),
+        end_with_fd: words
+            .one("--end-with-fd")
+            .map(|text| {
+                let text = utf8("--end-with-fd", text)?;
+                descriptor(&format!("--end-with-fd {text}"), &text)
+            })
+            .transpose()?,
         exit_report: words.one("--exit-report").map(PathBuf::from),
         quiet: words.one("--quiet").is_some(),
     }))
@@ -498,7 +514,8 @@ mod tests {
         let options = options(
             "--kernel k --initrd i --cmdline --x --drive a --drive b:ro --net auto --net fd:7 \
              --net tap0 --net user --vcpus 2 --memory 1G --id x --timeout 1.5 --quiet --limit \
-             cpus=1.5 --limit memory=1M --limit pids=5 --limit io=/dev/x:2K --console unix:/s",
+             cpus=1.5 --limit memory=1M --limit pids=5 --limit io=/dev/x:2K --console unix:/s \
+             --with-parent --end-with-fd 9",
         );
         assert_eq!(
             options.machine,
@@ -528,7 +545,8 @@ mod tests {
                 CgroupLimit::Io("/dev/x".into(), 2048)
             ]
         );
-        assert!(options.quiet);
+        assert!(options.quiet && options.with_parent);
+        assert_eq!(options.end_with_fd, Some(9));
     }
 
     #[test]
@@ -550,6 +568,7 @@ mod tests {
             ("--kernel k --memory 5K", "MiB"),
             ("--kernel k --memory x", "MiB"),
             ("--kernel k --vcpus x", "not a number"),
+            ("--config f --end-with-fd 2", "descriptor above 2"),
             ("--config f --timeout 0", "above 0"),
             ("--config f --timeout -1", "above 0"),
             ("--config f --limit x=1", "not known"),

@@ -18,8 +18,9 @@ use super::console::{self, Console, Relay, Sink};
 use super::jail::{self, Tap};
 use super::keeper::{self, Keeper};
 use super::machine::{Machine, Own};
+use super::outcome::{Asked, Report};
 use super::supervise::{FirstByte, Log, Watch};
-use super::{names, network, opening, refusal};
+use super::{network, opening, refusal, socket};
 use crate::cgroup::exclusive::{self, Entrances};
 use crate::failure::{Doing, Failure};
 use crate::root::Owner;
@@ -31,6 +32,8 @@ const PAYLOAD: usize = 51_200;
 /// Everything that was opened.
 #[derive(Debug)]
 pub struct Parts {
+    /// What ends the microVM besides: descriptors that are ready then, and why.
+    pub enders: Vec<(OwnedFd, Asked)>,
     /// Name of the microVM.
     pub id: String,
     /// When the jailer began, microseconds of the monotonic clock.
@@ -106,10 +109,9 @@ fn tap_of(parts: &mut Parts) -> (Option<Tap>, String) {
 }
 
 /// Builds it.
-pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
+pub fn build(mut parts: Parts, report: Option<&Report>) -> Result<Watch, Failure> {
     // A signal from here on is answered by the watch.
-    sys::hold_ending_signals().doing("hold back signals")?;
-    let signals = sys::ending_signals().doing("hold back signals")?;
+    let signals = sys::watch_signals().doing("hold back signals")?;
     let own = keeper::own_descriptor()?;
     let console_socket = match &parts.console {
         args::Console::Socket(path) => Some(path.clone()),
@@ -124,12 +126,14 @@ pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
         .chain(machine_socket.map(Path::to_owned))
         .collect();
     let has_groups = parts.groups.is_some();
-    let keeper = if has_groups || !sockets.is_empty() {
+    let keeper = if has_groups || !sockets.is_empty() || report.is_some() {
         let errand = keeper::Errand {
             groups: parts.groups.take(),
             sockets,
+            report: None,
         };
-        Some(Keeper::start(errand, &own)?)
+        let report = report.map(|report| (report, parts.id.as_str(), parts.began_us));
+        Some(Keeper::start(errand, report, &own)?)
     } else {
         None
     };
@@ -152,7 +156,8 @@ pub fn build(mut parts: Parts) -> Result<Watch, Failure> {
         }
         Err(failure) => {
             if let Some(keeper) = keeper {
-                keeper.end();
+                keeper.remove();
+                keeper.dismiss();
             }
             Err(failure)
         }
@@ -177,7 +182,7 @@ fn gather(parts: &mut Parts, sockets: Vec<OwnedFd>) -> Result<Pieces, Failure> {
     let mut made = sockets.into_iter();
     let (api, client) = match (&parts.api_sock, parts.listener.take()) {
         (Some(path), _) => {
-            let client = names::connect(path)
+            let client = socket::connect(path)
                 .doing(format_args!("connect to the API socket {}", path.display()))?;
             (made.next(), Some(client))
         }
@@ -273,6 +278,8 @@ fn start(
         announcement.replace("@PID@", &pid.as_raw_nonzero().to_string())
     };
     Ok(Watch {
+        kills_before: exclusive::kills_around(),
+        enders: parts.enders,
         began_us: parts.began_us,
         asked_us,
         pid,

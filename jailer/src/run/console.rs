@@ -14,9 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, SocketFlags};
-use rustix::termios::{OptionalActions, OutputModes, Termios};
 
-use crate::sys;
+use super::terminal::Terminal;
 
 /// Most bytes held for a slow reader.
 const HELD: usize = 64 * 1024;
@@ -254,7 +253,7 @@ pub struct Console {
     to_guest: OwnedFd,
     typed: Option<OwnedFd>,
     unread: Vec<u8>,
-    raw: Option<Raw>,
+    terminal: Option<Terminal>,
     /// The key before a command was pressed.
     is_command: bool,
 }
@@ -265,13 +264,15 @@ impl Console {
         let terminal = typed
             .as_ref()
             .filter(|_| matches!(out.sink, Sink::Output { .. }));
-        let raw = terminal.and_then(|terminal| Raw::set(terminal.as_fd()));
+        let terminal = terminal
+            .and_then(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3).ok())
+            .and_then(Terminal::new);
         Console {
             out,
             to_guest,
             typed,
             unread: Vec::new(),
-            raw,
+            terminal,
             is_command: false,
         }
     }
@@ -285,7 +286,7 @@ impl Console {
     pub fn interests<'a>(&'a self, add: &mut dyn FnMut(Part, BorrowedFd<'a>, PollFlags)) {
         self.out.interests(add);
         if self.unread.is_empty() {
-            if let Some(typed) = &self.typed {
+            if let Some(typed) = self.typed.as_ref().filter(|_| !self.is_in_background()) {
                 add(Part::Typed, typed.as_fd(), PollFlags::IN);
             }
             if let Sink::Socket {
@@ -297,6 +298,25 @@ impl Console {
             }
         } else {
             add(Part::ToGuest, self.to_guest.as_fd(), PollFlags::OUT);
+        }
+    }
+
+    /// Whether there is a terminal that this process may only use in the foreground, and is not there.
+    pub fn is_in_background(&self) -> bool {
+        self.terminal.as_ref().is_some_and(|it| !it.is_raw())
+    }
+
+    /// Looks whether this process is in the foreground of its terminal now.
+    pub fn look_at_terminal(&mut self) {
+        if let Some(terminal) = &mut self.terminal {
+            terminal.look();
+        }
+    }
+
+    /// Sets the terminal anew, after this process was stopped.
+    pub fn resume(&mut self) {
+        if let Some(terminal) = &mut self.terminal {
+            terminal.resume();
         }
     }
 
@@ -324,6 +344,11 @@ impl Console {
     }
 
     fn take_typed(&mut self) -> bool {
+        if let Some(terminal) = &mut self.terminal
+            && !terminal.look()
+        {
+            return false;
+        }
         let mut buffer = [0; 1024];
         let from_client = matches!(self.out.sink, Sink::Socket { .. });
         let source = match &self.out.sink {
@@ -333,8 +358,10 @@ impl Console {
         let Some(source) = source else { return false };
         let count = match rustix::io::read(source, &mut buffer) {
             Err(Errno::AGAIN | Errno::INTR) => return false,
+            // Sent to the background a moment ago.
+            Err(Errno::IO) if self.terminal.is_some() => return false,
             Ok(0) | Err(_) => {
-                // Nobody types any more; the guest goes on.
+                // The end of the input; the guest goes on.
                 if let Sink::Socket { client, .. } = &mut self.out.sink {
                     *client = None;
                 }
@@ -343,7 +370,7 @@ impl Console {
             }
             Ok(count) => count,
         };
-        if self.raw.is_none() || from_client {
+        if self.terminal.is_none() || from_client {
             self.unread.extend_from_slice(&buffer[..count]);
         } else {
             for &byte in &buffer[..count] {
@@ -384,40 +411,8 @@ impl Console {
 
     /// Gives the terminal back, and everything else.
     pub fn close(&mut self) {
-        self.raw = None;
+        self.terminal = None;
         self.out.sink = Sink::Nowhere;
-    }
-}
-
-/// A terminal that passes on every key, until this is dropped.
-#[derive(Debug)]
-struct Raw {
-    terminal: OwnedFd,
-    before: Termios,
-}
-
-impl Raw {
-    /// Takes a terminal, if it is one and this process is in its foreground.
-    fn set(terminal: BorrowedFd<'_>) -> Option<Raw> {
-        let before = rustix::termios::tcgetattr(terminal).ok()?;
-        let group = rustix::termios::tcgetpgrp(terminal).ok()?;
-        if group != rustix::process::getpgrp() {
-            return None;
-        }
-        sys::ignore_terminal_signals();
-        let mut raw = before.clone();
-        raw.make_raw();
-        // Our own sentences end in a newline alone.
-        raw.output_modes |= before.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
-        rustix::termios::tcsetattr(terminal, OptionalActions::Now, &raw).ok()?;
-        let terminal = rustix::io::fcntl_dupfd_cloexec(terminal, 3).ok()?;
-        Some(Raw { terminal, before })
-    }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        let _ = rustix::termios::tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
     }
 }
 

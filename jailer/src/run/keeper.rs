@@ -1,13 +1,15 @@
 //! The keeper: a small process outside the jail that makes what must have a name on the host (the
-//! control groups, a socket at a path) and removes it again, whoever dies first.
+//! control groups, a socket at a path) and removes it again, whichever process is killed first.
 //!
 //! It holds process descriptors of the supervisor and the monitor. When the supervisor says that the
 //! guest has ended, it adds up what the groups counted, removes everything, and ends. When the
-//! supervisor is gone without a word, it sees to it that the monitor is gone too, and does the same.
-//! Should it be killed itself, the supervisor removes what it can, or the next start does.
+//! supervisor is gone without a word, it sees to it that the monitor is gone too, does the same, and
+//! writes the exit report. Should it be killed itself, the supervisor removes what it can, or the next
+//! start does.
 //!
 //! It is started only when there is something to keep.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -17,7 +19,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::channel::{Channel, Message};
-use super::names::Named;
+use super::outcome::{self, Report, Seen, Times, Verdict};
+use super::socket::NamedSocket;
 use crate::cgroup::exclusive::{self, Entrances, Groups, Usage};
 use crate::failure::{Doing, Failure};
 use crate::sys;
@@ -28,6 +31,10 @@ const WATCH: u8 = b'w';
 const KILLED: u8 = b'k';
 /// To the keeper: the monitor has ended.
 const END: u8 = b'e';
+/// To the keeper: the exit report is written.
+const REPORTED: u8 = b'r';
+/// To the keeper, before all else: the descriptors of the exit report.
+const REPORT: u8 = b'f';
 /// From the keeper: done, with what it came to.
 const DONE: u8 = b'+';
 /// With that: the last descriptor is a version 2 group.
@@ -48,6 +55,19 @@ pub struct Errand {
     pub groups: Option<exclusive::Plan>,
     /// Listening sockets at these paths.
     pub sockets: Vec<PathBuf>,
+    /// The exit report.
+    pub report: Option<Described>,
+}
+
+/// What the keeper has to know to write an exit report.
+#[derive(Clone, Debug)]
+pub struct Described {
+    /// Name of the microVM.
+    pub id: String,
+    /// When the jailer began, microseconds of the monotonic clock.
+    pub began_us: u64,
+    path: PathBuf,
+    name: Option<OsString>,
 }
 
 /// The supervisor's hold on the keeper.
@@ -60,9 +80,23 @@ pub struct Keeper {
 
 impl Keeper {
     /// Starts one.
-    pub fn start(errand: Errand, supervisor: &OwnedFd) -> Result<Keeper, Failure> {
+    pub fn start(
+        mut errand: Errand,
+        report: Option<(&Report, &str, u64)>,
+        supervisor: &OwnedFd,
+    ) -> Result<Keeper, Failure> {
         let what = "start the keeper";
         let (channel, theirs) = Channel::pair().doing(what)?;
+        if let Some((report, id, began_us)) = report {
+            let (files, path, name) = report.parts();
+            channel.send(REPORT, "", &files).doing(what)?;
+            errand.report = Some(Described {
+                id: id.to_owned(),
+                began_us,
+                path,
+                name,
+            });
+        }
         let pid = sys::fork_apart(theirs.into(), supervisor.as_fd(), &errand, keep).doing(what)?;
         Ok(Keeper {
             channel,
@@ -106,9 +140,9 @@ impl Keeper {
     }
 
     /// Has everything removed, once the monitor is gone.
-    pub fn end(self) -> Usage {
+    pub fn remove(&self) -> Usage {
         let _ = self.channel.send(END, "", &[]);
-        let account = match self.answer() {
+        match self.answer() {
             Ok(message) => decode(&message.text),
             Err(_) => {
                 // It was killed. What it made is nobody's now.
@@ -116,13 +150,17 @@ impl Keeper {
                     groups.remove_abandoned();
                 }
                 for path in &self.errand.sockets {
-                    Named::remove_dead(path);
+                    NamedSocket::remove_dead(path);
                 }
                 Usage::default()
             }
-        };
+        }
+    }
+
+    /// Lets it end, once the exit report is written.
+    pub fn dismiss(self) {
+        let _ = self.channel.send(REPORTED, "", &[]);
         let _ = sys::wait(self.pid);
-        account
     }
 }
 
@@ -154,6 +192,10 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
         return;
     }
     let mut kept = Kept::default();
+    let report = errand.report.as_ref().and_then(|described| {
+        let files = channel.receive().ok()??.files;
+        Report::of(files, described.path.clone(), described.name.clone())
+    });
     match kept.make(errand) {
         Ok(made) => {
             let (sockets, doors) = &made;
@@ -176,15 +218,16 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
         }
     }
     let mut monitor = None;
+    let mut account = Usage::default();
     loop {
         match next(channel, supervisor) {
             Some(message) if message.kind == WATCH => monitor = message.files.into_iter().next(),
             Some(message) if message.kind == KILLED => kept.let_end(),
-            Some(_) => {
-                let account = kept.remove(errand);
+            Some(message) if message.kind == END => {
+                account = kept.remove(errand).unwrap_or(account);
                 let _ = channel.send(DONE, &encode(account), &[]);
-                return;
             }
+            Some(_) => return,
             None => {
                 if let Some(monitor) = &monitor {
                     let _ = rustix::process::pidfd_send_signal(monitor, Signal::KILL);
@@ -194,11 +237,38 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
                     let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
                     let _ = poll(&mut [ended], Some(&PATIENCE));
                 }
-                kept.remove(errand);
+                account = kept.remove(errand).unwrap_or(account);
+                if let (Some(report), Some(described)) = (&report, &errand.report) {
+                    write_report(report, described, account);
+                }
                 return;
             }
         }
     }
+}
+
+/// For a supervisor that was killed before it has written one.
+fn write_report(report: &Report, described: &Described, account: Usage) {
+    if report.is_written() {
+        return;
+    }
+    let seen = Seen {
+        account,
+        ..Seen::default()
+    };
+    let times = Times {
+        ended_us: Some(sys::monotonic_us().saturating_sub(described.began_us)),
+        ..Times::default()
+    };
+    let facts = outcome::facts(
+        &described.id,
+        &Verdict::jailer_killed(),
+        None,
+        &seen,
+        &times,
+    );
+    // There is no process left to tell if it fails.
+    let _ = report.write(&facts);
 }
 
 /// The next message; none once the supervisor is gone.
@@ -238,14 +308,14 @@ fn be_silent() -> Result<(), Errno> {
 #[derive(Default)]
 struct Kept {
     groups: Option<Groups>,
-    sockets: Vec<Named>,
+    sockets: Vec<NamedSocket>,
 }
 
 impl Kept {
     fn make(&mut self, errand: &Errand) -> Result<(Vec<OwnedFd>, Entrances), Failure> {
         let mut listening = Vec::new();
         for path in &errand.sockets {
-            let (named, socket) = Named::bind(path)?;
+            let (named, socket) = NamedSocket::bind(path)?;
             self.sockets.push(named);
             listening.push(socket);
         }
@@ -264,15 +334,13 @@ impl Kept {
         }
     }
 
-    fn remove(&mut self, errand: &Errand) -> Usage {
+    /// What the groups counted, unless they were removed before or never made.
+    fn remove(&mut self, errand: &Errand) -> Option<Usage> {
         for socket in self.sockets.drain(..) {
             socket.remove();
         }
         // What stays (a group somebody else has put a process in) the next start will sweep.
-        let Some(groups) = self.groups.take() else {
-            return Usage::default();
-        };
-        let (account, left) = groups.end();
+        let (account, left) = self.groups.take()?.end();
         if let Some(errand) = &errand.groups {
             // A process in the jail that nobody told us of may take its time to end.
             if left.is_empty() {
@@ -281,7 +349,7 @@ impl Kept {
                 errand.remove_abandoned();
             }
         }
-        account
+        Some(account)
     }
 }
 

@@ -31,24 +31,26 @@ mod handed;
 mod jail;
 mod json;
 mod keeper;
-mod names;
 mod netlink;
 mod network;
 pub mod opening;
+mod socket;
+mod terminal;
 
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
+use rustix::process::PidfdFlags;
 
 use self::args::{Console, Options};
 use self::build::Parts;
 pub use self::console::Sink;
 use self::handed::Handed;
 use self::machine::{Described, Own};
-use self::outcome::{Report, Seen, Times, Verdict};
+use self::outcome::{Asked, Report, Seen, Times, Verdict};
 use self::supervise::{Watch, Watched};
 use crate::cgroup::exclusive;
 use crate::failure::{Doing, Failure};
@@ -65,10 +67,11 @@ pub fn run(options: Options, inherited: Inherited, began_us: u64) -> i32 {
     // Inherited descriptors first: the report's is ours.
     let prepared = Handed::look().and_then(|mut handed| {
         let described = machine::describe_machine(&options.machine)?;
-        let wanted = described
+        let mut wanted = described
             .as_ref()
             .map(Described::inherited)
             .unwrap_or_default();
+        wanted.extend(options.end_with_fd);
         handed.close_others(inherited, wanted)?;
         Ok((handed, described))
     });
@@ -76,13 +79,17 @@ pub fn run(options: Options, inherited: Inherited, began_us: u64) -> i32 {
         Ok(report) => report,
         Err(failure) => return complain(&failure.to_string(), outcome::NOT_STARTED),
     };
-    let watched = prepared
+    let mut watched = prepared
         .and_then(|(handed, described)| open(options, &id, began_us, handed, described))
-        .and_then(build::build)
+        .and_then(|parts| build::build(parts, report.as_ref()))
         .map(Watch::run);
+    let keeper = watched.as_mut().ok().and_then(|it| it.keeper.take());
     let (verdict, facts) = conclude(&id, watched, began_us);
     if let Some(Err(failure)) = report.map(|report| report.write(&facts)) {
         complain(&failure.to_string(), 0);
+    }
+    if let Some(keeper) = keeper {
+        keeper.dismiss();
     }
     match verdict.sentence.as_str() {
         "" => verdict.code,
@@ -156,6 +163,7 @@ fn open(
     let monitor = open_monitor(&monitor_name)?;
     let kvm = open_kvm()?;
     let listener = handed.take_listener()?;
+    let enders = enders(&options, &mut handed)?;
     let machine = described
         .map(|it| it.open(|number| handed.take(number)))
         .transpose()?;
@@ -186,9 +194,34 @@ fn open(
         file_size: options.file_size,
         open_files: options.open_files,
         timeout: options.timeout,
+        enders,
         quiet: options.quiet,
         on_first_byte: None,
     })
+}
+
+/// What ends the microVM besides its guest, a signal and the time limit.
+fn enders(options: &Options, handed: &mut Handed) -> Result<Vec<(OwnedFd, Asked)>, Failure> {
+    let mut enders = Vec::new();
+    if options.with_parent {
+        let what = "end with the parent (--with-parent)";
+        let parent = rustix::process::getppid().ok_or_else(|| {
+            Failure::new(what, "it is outside this process namespace")
+                .remedy("use --end-with-fd with a pipe that the parent holds open")
+        })?;
+        let parent = rustix::process::pidfd_open(parent, PidfdFlags::empty()).doing(what)?;
+        enders.push((parent, Asked::Parent));
+    }
+    if let Some(number) = options.end_with_fd {
+        let fd = handed.take(number)?;
+        let what = format!("end with descriptor {number} (--end-with-fd)");
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd).doing(&what)?.st_mode);
+        if !(kind.is_fifo() || kind.is_socket()) {
+            return Err(Failure::new(what, "only a pipe or a socket hangs up"));
+        }
+        enders.push((fd, Asked::HangUp));
+    }
+    Ok(enders)
 }
 
 /// Somebody has to configure the microVM, by one socket.

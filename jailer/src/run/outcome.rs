@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,6 +26,17 @@ const MEMORY_LIMIT: i32 = 164;
 /// The monitor's words for an orderly end of the guest (`--end-fd`), and the report's too.
 pub const ORDERLY: [&str; 2] = ["reset", "shutdown"];
 
+/// What asked for the end of the microVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// This signal, or the user who left the console (SIGINT then).
+    Signal(i32),
+    /// The end of the process that started this one.
+    Parent,
+    /// The hang-up of the descriptor of `--end-with-fd`.
+    HangUp,
+}
+
 /// What was seen besides the monitor's exit.
 #[derive(Debug, Default)]
 pub struct Seen {
@@ -33,8 +44,8 @@ pub struct Seen {
     pub told: Option<&'static str>,
     /// `--timeout` came.
     pub timed_out: bool,
-    /// This signal asked for the end, or the user left the console (SIGINT then).
-    pub asked: Option<i32>,
+    /// What asked for the end.
+    pub asked: Option<Asked>,
     /// What the control groups counted.
     pub account: Usage,
 }
@@ -72,12 +83,26 @@ impl Verdict {
                 "the time limit (--timeout) ended the microVM",
             );
         }
-        if let Some(signal) = seen.asked {
-            return Verdict {
-                word: "stopped",
-                code: 128 + signal,
-                sentence: format!("signal {signal} asked for the end of the microVM"),
-            };
+        // The two that are no signal are reported as SIGHUP, which a terminal sends in that case.
+        let stopped = |signal, sentence: String| Verdict {
+            word: "stopped",
+            code: 128 + signal,
+            sentence,
+        };
+        match seen.asked {
+            Some(Asked::Signal(signal)) => {
+                let sentence = format!("signal {signal} asked for the end of the microVM");
+                return stopped(signal, sentence);
+            }
+            Some(Asked::Parent) => {
+                let sentence = "the process that started mayfly-jailer ended (--with-parent)";
+                return stopped(libc::SIGHUP, sentence.into());
+            }
+            Some(Asked::HangUp) => {
+                let sentence = "the other end of the descriptor was closed (--end-with-fd)";
+                return stopped(libc::SIGHUP, sentence.into());
+            }
+            None => {}
         }
         if seen.was_memory_limit(ended) {
             return of(
@@ -155,6 +180,15 @@ impl Verdict {
         }
     }
 
+    /// The supervisor was killed, and the monitor ended with it; the keeper reports that.
+    pub fn jailer_killed() -> Verdict {
+        Verdict {
+            word: "jailer-killed",
+            code: 128 + libc::SIGKILL,
+            sentence: "mayfly-jailer was killed, and the microVM ended with it".into(),
+        }
+    }
+
     /// It never ran.
     pub fn not_started(failure: &Failure) -> Verdict {
         Verdict {
@@ -213,8 +247,14 @@ impl Report {
     /// Makes sure that it can be written.
     pub fn open(path: &Path) -> Result<Report, Failure> {
         let what = format!("make the exit report {}", path.display());
-        let is_other = rustix::fs::stat(path)
-            .is_ok_and(|stat| !FileType::from_raw_mode(stat.st_mode).is_file());
+        let kind = rustix::fs::stat(path).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        let is_other = kind.is_ok_and(|kind| !kind.is_file());
+        // The caller's own link to a file stays one: what is replaced is the file. Any user may have
+        // put one into a folder such as /tmp: that is replaced itself.
+        let is_trusted = rustix::fs::lstat(path)
+            .is_ok_and(|link| [0, rustix::process::geteuid().as_raw()].contains(&link.st_uid));
+        let real = path.canonicalize().ok().filter(|_| is_trusted && !is_other);
+        let path = real.as_deref().unwrap_or(path);
         let mode = Mode::from_raw_mode(0o644);
         let name = path.file_name().filter(|_| !is_other);
         let folder = path
@@ -259,12 +299,37 @@ impl Report {
         })
     }
 
+    /// What another process needs to write it: descriptors to pass on, and the rest for [`Report::of`].
+    pub fn parts(&self) -> (Vec<BorrowedFd<'_>>, PathBuf, Option<OsString>) {
+        let folder = self.link.as_ref().map(|(folder, _)| folder.as_fd());
+        let files = std::iter::once(self.file.as_fd()).chain(folder).collect();
+        let name = self.link.as_ref().map(|(_, name)| name.clone());
+        (files, self.path.clone(), name)
+    }
+
+    /// The report of those [`Report::parts`].
+    pub fn of(files: Vec<OwnedFd>, path: PathBuf, name: Option<OsString>) -> Option<Report> {
+        let mut files = files.into_iter();
+        let file = files.next()?.into();
+        let link = files.next().zip(name);
+        Some(Report { path, file, link })
+    }
+
+    /// Whether any process has written it, as far as can be told: a pipe does not tell.
+    pub fn is_written(&self) -> bool {
+        let stat = rustix::fs::fstat(&self.file);
+        stat.is_ok_and(|stat| match self.link {
+            Some(_) => stat.st_nlink > 0,
+            None => stat.st_size > 0,
+        })
+    }
+
     /// Writes it, whole or not at all.
-    pub fn write(self, facts: &Value) -> Result<(), Failure> {
+    pub fn write(&self, facts: &Value) -> Result<(), Failure> {
         let what = format!("write the exit report {}", self.path.display());
         let text = format!("{facts:#}\n");
         std::io::Write::write_all(&mut &self.file, text.as_bytes()).doing(&what)?;
-        let Some((folder, name)) = self.link else {
+        let Some((folder, name)) = &self.link else {
             let size = rustix::fs::ftruncate(&self.file, text.len() as u64);
             // A pipe or device has no size.
             return size.or(Ok(()));
@@ -277,11 +342,11 @@ impl Report {
             "/proc/self/fd/{}",
             std::os::fd::AsRawFd::as_raw_fd(&self.file)
         );
-        rustix::fs::linkat(CWD, own, &folder, &aside, AtFlags::SYMLINK_FOLLOW)
+        rustix::fs::linkat(CWD, own, folder, &aside, AtFlags::SYMLINK_FOLLOW)
             .and_then(|()| {
-                let renamed = rustix::fs::renameat(&folder, &aside, &folder, &name);
+                let renamed = rustix::fs::renameat(folder, &aside, folder, name);
                 if renamed.is_err() {
-                    let _ = rustix::fs::unlinkat(&folder, &aside, AtFlags::empty());
+                    let _ = rustix::fs::unlinkat(folder, &aside, AtFlags::empty());
                 }
                 renamed
             })
@@ -389,12 +454,19 @@ mod tests {
             (
                 Ended::Exited(143),
                 Seen {
-                    asked: Some(15),
+                    asked: Some(Asked::Signal(15)),
                     ..seen()
                 },
                 ("stopped", 143),
             ),
         ];
+        for asked in [Asked::Parent, Asked::HangUp] {
+            let seen = Seen {
+                asked: Some(asked),
+                ..seen()
+            };
+            assert_eq!(word(Ended::Killed(9), seen), ("stopped", 129));
+        }
         for (ended, seen, expected) in cases {
             assert_eq!(word(ended, seen), expected, "{ended:?}");
         }
@@ -405,7 +477,7 @@ mod tests {
         let folder = crate::testing::Folder::new("report");
         let path = folder.path().join("r.json");
         let report = Report::open(&path).unwrap();
-        assert!(!path.exists());
+        assert!(!path.exists() && !report.is_written());
         report.write(&json!({ "a": 1 })).unwrap();
         Report::open(&path)
             .unwrap()
@@ -417,6 +489,16 @@ mod tests {
             json!({ "a": 2 })
         );
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let through_link = Report::open(&link).unwrap();
+        let (files, at, name) = through_link.parts();
+        let files = files.iter().map(|fd| fd.try_clone_to_owned().unwrap());
+        let passed = Report::of(files.collect(), at, name).unwrap();
+        passed.write(&json!({ "a": 3 })).unwrap();
+        assert!(through_link.is_written() && link.is_symlink());
+        assert!(std::fs::read_to_string(&path).unwrap().contains('3'));
+        std::fs::remove_file(&link).unwrap();
         assert!(Report::open(&folder.path().join("none/r.json")).is_err());
         assert!(Report::open(folder.path()).is_err());
         assert!(Report::open(&folder.path().join("x".repeat(256))).is_err());

@@ -18,7 +18,9 @@ use super::console::{Console, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
 use super::machine::{Machine, Request, rename};
-use super::outcome::{ORDERLY, Seen, Times, Verdict};
+use super::outcome::{Asked, ORDERLY, Seen, Times, Verdict};
+use super::terminal::LOOK_EVERY;
+use crate::cgroup::exclusive;
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Ended, Used};
 
@@ -58,6 +60,10 @@ pub struct Watch {
     pub signals: OwnedFd,
     /// Connection to the API, if there is one already.
     pub client: Option<Client>,
+    /// What ends it besides: descriptors that are ready then, and why.
+    pub enders: Vec<(OwnedFd, Asked)>,
+    /// How many processes had been killed at a memory limit of the caller's own group.
+    pub kills_before: Option<u64>,
     /// When to end the microVM, microseconds after the jailer began.
     pub time_limit_us: Option<u64>,
     /// What to do when the guest's first byte is there.
@@ -88,6 +94,8 @@ pub struct Watched {
     pub times: Times,
     /// The monitor's timeline, where it was asked for.
     pub timeline: Option<Vec<u8>>,
+    /// The keeper, which waits for the exit report.
+    pub keeper: Option<Keeper>,
 }
 
 impl Watched {
@@ -171,6 +179,7 @@ impl Log {
 enum Ready {
     Ended,
     Signal,
+    Ender(Asked),
     Jail,
     Api,
     Console(Part),
@@ -283,6 +292,9 @@ impl Watch {
     }
 
     fn look_at_clock(&mut self, progress: &mut Progress) {
+        if self.console.is_in_background() {
+            self.console.look_at_terminal();
+        }
         let now = self.now_us();
         if progress.kill_at_us.is_some_and(|at| now >= at) {
             progress.kill_at_us = None;
@@ -312,6 +324,13 @@ impl Watch {
                 polled.push(PollFd::from_borrowed_fd(fd, flags));
             };
             add(Ready::Signal, self.signals.as_fd(), PollFlags::IN);
+            for (fd, asked) in self.enders.iter().filter(|_| progress.seen.asked.is_none()) {
+                let flags = match asked {
+                    Asked::HangUp => PollFlags::RDHUP,
+                    _ => PollFlags::IN,
+                };
+                add(Ready::Ender(*asked), fd.as_fd(), flags);
+            }
             if !progress.is_monitor {
                 add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
             }
@@ -346,7 +365,11 @@ impl Watch {
         let start = (!progress.has_started && progress.failure.is_none()).then_some(START_US);
         let limit = self.time_limit_us.filter(|_| !progress.seen.timed_out);
         let hung_up = progress.hung_up.as_ref().map(|(at, _)| *at);
-        let due = [start, limit, progress.kill_at_us, hung_up]
+        let look = self
+            .console
+            .is_in_background()
+            .then(|| self.now_us() + LOOK_EVERY.as_micros() as u64);
+        let due = [start, limit, progress.kill_at_us, hung_up, look]
             .into_iter()
             .flatten()
             .min()?;
@@ -360,16 +383,17 @@ impl Watch {
     fn handle(&mut self, ready: Ready, progress: &mut Progress) -> Result<(), Failure> {
         match ready {
             Ready::Ended => {}
-            Ready::Signal => {
-                if let Some(signal) = sys::next_signal(self.signals.as_fd()) {
-                    self.ask_to_end(signal, progress);
-                }
-            }
+            Ready::Signal => match sys::next_signal(self.signals.as_fd()) {
+                Some(libc::SIGCONT) => self.console.resume(),
+                Some(signal) => self.ask_to_end(Asked::Signal(signal), progress),
+                None => {}
+            },
+            Ready::Ender(asked) => self.ask_to_end(asked, progress),
             Ready::Jail => self.hear_jail(progress)?,
             Ready::Api => self.hear_monitor(progress)?,
             Ready::Console(part) => {
                 if self.console.handle(part) {
-                    self.ask_to_end(libc::SIGINT, progress);
+                    self.ask_to_end(Asked::Signal(libc::SIGINT), progress);
                 }
                 if self.console.out.has_begun && progress.times.first_byte_us.is_none() {
                     progress.times.first_byte_us = Some(self.now_us());
@@ -381,12 +405,12 @@ impl Watch {
         Ok(())
     }
 
-    fn ask_to_end(&self, signal: i32, progress: &mut Progress) {
+    fn ask_to_end(&self, asked: Asked, progress: &mut Progress) {
         if progress.seen.asked.is_some() || !progress.has_started {
-            progress.seen.asked.get_or_insert(signal);
+            progress.seen.asked.get_or_insert(asked);
             return self.kill();
         }
-        progress.seen.asked = Some(signal);
+        progress.seen.asked = Some(asked);
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::TERM);
         progress.kill_at_us = Some(self.now_us() + GRACE_US);
     }
@@ -517,9 +541,13 @@ impl Watch {
         self.write_the_rest();
         // Nobody listens any more on what is now removed.
         self.console.close();
-        if let Some(keeper) = self.keeper.take() {
-            progress.seen.account = keeper.end();
+        if let Some(keeper) = &self.keeper {
+            progress.seen.account = keeper.remove();
         }
+        let kills = exclusive::kills_around().zip(self.kills_before);
+        let kills = kills.map_or(0, |(now, before)| now.saturating_sub(before));
+        let counted = &mut progress.seen.account.out_of_memory;
+        *counted = kills.max(*counted);
         if let Ok((ended, _)) = ended
             && !progress.has_started
             && progress.failure.is_none()
@@ -542,6 +570,7 @@ impl Watch {
             seen: progress.seen,
             times: progress.times,
             timeline: progress.timeline,
+            keeper: self.keeper,
         }
     }
 

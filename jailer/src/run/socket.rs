@@ -1,37 +1,37 @@
-//! A listening socket at a path of the host's: made so that nothing that lives is replaced, and
-//! removed only if what is there is still ours.
+//! A listening socket at a path of the host: made so that nothing in use is replaced, and removed only
+//! if what is there is still this one.
+//!
+//! The path is the caller's, who is trusted: symbolic links in it are followed, once, to the folder
+//! that is held open from then on.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::failure::{Doing, Failure};
 
-/// A name in a folder.
+/// The name of a socket in its folder.
 #[derive(Debug)]
-pub struct Named {
+pub struct NamedSocket {
     folder: OwnedFd,
     name: OsString,
     /// What was made there. Held open, so that nothing made later gets its number.
     made: OwnedFd,
 }
 
-impl Named {
+impl NamedSocket {
     /// Makes a socket at `path`, which only this user may connect to, and listens on it. A socket
-    /// that nobody listens on any more was left by somebody who was killed, and gives way. Changes
-    /// the working directory: the name of a socket has little room.
-    pub fn bind(path: &Path) -> Result<(Named, OwnedFd), Failure> {
+    /// without a listener was left by a process that was killed, and is replaced. Changes the working
+    /// directory: the address of a socket holds 107 bytes.
+    pub fn bind(path: &Path) -> Result<(NamedSocket, OwnedFd), Failure> {
         let what = format!("make the socket {}", path.display());
         let (folder, name) =
             open_folder(path).doing_or(&what, |error| match Errno::from_io_error(error) {
-                Some(Errno::LOOP) => {
-                    "a symbolic link is part of it: give the path that `realpath` prints"
-                }
                 Some(Errno::NOENT) => "make its folder first",
                 _ => "",
             })?;
@@ -53,7 +53,7 @@ impl Named {
         bound.doing(&what)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = rustix::fs::openat(&folder, &name, flags, Mode::empty()).doing(&what)?;
-        let named = Named { folder, name, made };
+        let named = NamedSocket { folder, name, made };
         if let Err(error) = rustix::net::listen(&socket, 128) {
             named.remove();
             return Err(Failure::new(what, error));
@@ -73,7 +73,7 @@ impl Named {
         }
     }
 
-    /// Removes a socket that nobody listens on any more. Changes the working directory.
+    /// Removes a socket without a listener. Changes the working directory.
     pub fn remove_dead(path: &Path) {
         let Ok((folder, name)) = open_folder(path) else {
             return;
@@ -106,32 +106,26 @@ pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-/// Whether it is a socket without anybody behind it. The working directory is its folder.
+/// Whether it is a socket without a listener. The working directory is its folder.
 fn is_dead(there: &Stat, address: &SocketAddrUnix) -> bool {
     FileType::from_raw_mode(there.st_mode).is_socket()
         && stream()
             .is_ok_and(|socket| rustix::net::connect(&socket, address) == Err(Errno::CONNREFUSED))
 }
 
-/// Opens the folder of `path` without following links.
+/// Opens the folder of `path`.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), Errno> {
     let name = path.file_name().ok_or(Errno::ISDIR)?;
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = rustix::fs::openat2(
-        CWD,
-        folder.unwrap_or(Path::new(".")),
-        flags,
-        Mode::empty(),
-        ResolveFlags::NO_SYMLINKS,
-    )?;
+    let folder = rustix::fs::open(folder.unwrap_or(Path::new(".")), flags, Mode::empty())?;
     Ok((folder, OsStr::to_owned(name)))
 }
 
-/// Keeps others that make or remove sockets in this folder off, for the moment that this takes. A
-/// stranger who holds the lock for ever does not hold us up.
+/// Locks the folder against other jailers that make or remove sockets there. Goes on without the lock
+/// after a while: any process that can open the folder can hold it.
 fn lock(folder: &OwnedFd) -> Option<OwnedFd> {
     let own = rustix::fs::openat(
         folder,
@@ -159,28 +153,31 @@ mod tests {
         let folder = crate::testing::Folder::new("names");
         let path = folder.path().join("s");
 
-        let (named, socket) = Named::bind(&path).unwrap();
+        let (named, socket) = NamedSocket::bind(&path).unwrap();
         assert!(connect(&path).is_ok());
-        let text = Named::bind(&path).unwrap_err().to_string();
+        let text = NamedSocket::bind(&path).unwrap_err().to_string();
         assert!(text.contains("there already"), "{text}");
-        Named::remove_dead(&path);
+        NamedSocket::remove_dead(&path);
         assert!(path.exists());
 
         drop(socket);
-        let (second, _socket) = Named::bind(&path).unwrap();
+        let (second, _socket) = NamedSocket::bind(&path).unwrap();
         named.remove();
         assert!(path.exists(), "it is the second one's");
         second.remove();
         assert!(!path.exists());
 
         std::fs::write(&path, "precious").unwrap();
-        assert!(Named::bind(&path).is_err());
-        Named::remove_dead(&path);
+        assert!(NamedSocket::bind(&path).is_err());
+        NamedSocket::remove_dead(&path);
         assert!(path.exists());
 
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(folder.path(), &link).unwrap();
-        let text = Named::bind(&link.join("x")).unwrap_err().to_string();
-        assert!(text.contains("symbolic link"), "{text}");
+        let (through_link, _socket) = NamedSocket::bind(&link.join("x")).unwrap();
+        assert!(folder.path().join("x").exists());
+        std::fs::remove_file(&link).unwrap();
+        through_link.remove();
+        assert!(!folder.path().join("x").exists());
     }
 }
