@@ -1,18 +1,21 @@
-//! The command line of the compatible jail: words to a checked plain struct. Pure: nothing is
-//! opened, nothing of the host is looked at.
+//! The command lines of the jailer: words to checked plain structs. Pure: no file is opened, nothing
+//! of the host is looked at.
 //!
-//! The flags and their rules are those clients of Firecracker's jailer know: `--flag value`, never
-//! `--flag=value`; no flag twice, but for `--cgroup` and `--resource-limit`; a value does not begin
-//! with two dashes; everything after a bare `--` belongs to the monitor.
+//! [`Words`] serves every subcommand. The flags of the compatible jail and their rules are those
+//! that clients of Firecracker's jailer know: `--flag value`, never `--flag=value`; no flag twice,
+//! but for `--cgroup` and `--resource-limit`; a value does not begin with two dashes; everything
+//! after a bare `--` belongs to the monitor.
 
+use std::borrow::Cow;
 use std::ffi::OsString;
+use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use rustix::fs::{Gid, Uid};
 
 use crate::cgroup::{Value, Version};
-use crate::failure::Failure;
+use crate::error::Remedy;
 use crate::root::Owner;
 
 /// What `--help` prints.
@@ -45,8 +48,155 @@ options:
   --version                    print the version
   --help, -h                   print this
 
-Arguments after -- are handed to the monitor as they are.
+Arguments after -- are passed to the monitor as they are.
 ";
+
+/// A command line cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ArgsError {
+    #[error("cannot use the argument \"{0}\": it is not known")]
+    Unknown(String, &'static str),
+    #[error("cannot use {0}: it is given twice")]
+    Twice(&'static str),
+    #[error("cannot use {0}: its value is missing")]
+    NoValue(&'static str),
+    #[error("cannot build a jail: {0} is missing")]
+    Missing(&'static str),
+    #[error("cannot use {option} \"{value}\": {why}")]
+    Value {
+        option: &'static str,
+        value: String,
+        why: Cow<'static, str>,
+        remedy: &'static str,
+    },
+}
+
+impl Remedy for ArgsError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        let remedy = match self {
+            ArgsError::Unknown(_, remedy) | ArgsError::Value { remedy, .. } => remedy,
+            ArgsError::Missing(_) => "--help shows what is needed",
+            _ => "",
+        };
+        (!remedy.is_empty()).then_some(remedy.into())
+    }
+}
+
+/// The error of an option's value.
+pub fn bad(
+    option: &'static str,
+    value: impl fmt::Display,
+    why: impl Into<Cow<'static, str>>,
+    remedy: &'static str,
+) -> ArgsError {
+    ArgsError::Value {
+        option,
+        value: value.to_string(),
+        why: why.into(),
+        remedy,
+    }
+}
+
+/// What an option is followed by, and how often it may be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takes {
+    /// Nothing; once.
+    Nothing,
+    /// A value; once.
+    Value,
+    /// A value that may begin with two dashes; once.
+    #[expect(dead_code, reason = "for the kernel command line of `run`")]
+    Text,
+    /// A value; any number of times.
+    Values,
+}
+
+/// The options of one command line, not yet understood.
+#[derive(Debug, Default)]
+pub struct Words(Vec<(&'static str, OsString)>);
+
+impl Words {
+    /// Sorts `words` by the table of `known` options. `help` says where that is shown.
+    pub fn sort(
+        words: Vec<OsString>,
+        known: &[(&'static str, Takes)],
+        help: &'static str,
+    ) -> Result<Words, ArgsError> {
+        let mut sorted = Words::default();
+        let mut words = words.into_iter();
+        while let Some(word) = words.next() {
+            let Some(&(name, takes)) = known.iter().find(|(name, _)| word == *name) else {
+                let name = word.to_str().and_then(|word| word.split_once('='));
+                let is_joined = |(name, _): (&str, &str)| {
+                    known
+                        .iter()
+                        .any(|&(known, takes)| known == name && takes != Takes::Nothing)
+                };
+                let remedy = if name.is_some_and(is_joined) {
+                    "put a blank in place of the first ="
+                } else {
+                    help
+                };
+                return Err(ArgsError::Unknown(word.display().to_string(), remedy));
+            };
+            if takes != Takes::Values && sorted.has(name) {
+                return Err(ArgsError::Twice(name));
+            }
+            let value = match takes {
+                Takes::Nothing => Some(OsString::new()),
+                Takes::Text => words.next(),
+                Takes::Value | Takes::Values => Some(value_of(name, words.next())?),
+            };
+            let value = value.ok_or(ArgsError::NoValue(name))?;
+            sorted.0.push((name, value));
+        }
+        Ok(sorted)
+    }
+
+    /// Whether `name` was given.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|(other, _)| *other == name)
+    }
+
+    /// The next value of `name`.
+    pub fn one(&mut self, name: &str) -> Option<OsString> {
+        let at = self.0.iter().position(|(other, _)| *other == name)?;
+        Some(self.0.remove(at).1)
+    }
+
+    /// The next value of `name`, understood.
+    pub fn parsed<T>(
+        &mut self,
+        name: &str,
+        understand: impl Fn(OsString) -> Result<T, ArgsError>,
+    ) -> Result<Option<T>, ArgsError> {
+        self.one(name).map(understand).transpose()
+    }
+
+    /// All values of `name`, understood.
+    pub fn all<T>(
+        &mut self,
+        name: &str,
+        understand: impl Fn(OsString) -> Result<T, ArgsError>,
+    ) -> Result<Vec<T>, ArgsError> {
+        let mut found = Vec::new();
+        while let Some(value) = self.parsed(name, &understand)? {
+            found.push(value);
+        }
+        Ok(found)
+    }
+
+    fn need(&mut self, name: &'static str) -> Result<OsString, ArgsError> {
+        self.one(name).ok_or(ArgsError::Missing(name))
+    }
+}
+
+/// The value of `name`, which the next word has to be.
+pub fn value_of(name: &'static str, value: Option<OsString>) -> Result<OsString, ArgsError> {
+    value
+        .filter(|value| !value.as_bytes().starts_with(b"--"))
+        .ok_or(ArgsError::NoValue(name))
+}
 
 /// What the jailer is asked to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -66,7 +216,7 @@ pub struct Compatible {
     pub id: String,
     /// The monitor's executable.
     pub exec_file: PathBuf,
-    /// Whom the jail belongs to.
+    /// User and group of the jail.
     pub owner: Owner,
     /// Folder below which jails are made.
     pub base: PathBuf,
@@ -95,193 +245,113 @@ const OPEN_FILES: u64 = 2048;
 /// Longest id, in bytes.
 const LONGEST_ID: usize = 64;
 
-/// The words of one command line, sorted but not yet understood.
-#[derive(Default)]
-struct Words {
-    single: Vec<(&'static str, OsString)>,
-    flags: Vec<&'static str>,
-    cgroup: Vec<OsString>,
-    resource_limit: Vec<OsString>,
-}
-
-const SINGLE: [&str; 8] = [
-    "--id",
-    "--exec-file",
-    "--uid",
-    "--gid",
-    "--chroot-base-dir",
-    "--netns",
-    "--cgroup-version",
-    "--parent-cgroup",
+const OPTIONS: [(&str, Takes); 12] = [
+    ("--id", Takes::Value),
+    ("--exec-file", Takes::Value),
+    ("--uid", Takes::Value),
+    ("--gid", Takes::Value),
+    ("--chroot-base-dir", Takes::Value),
+    ("--netns", Takes::Value),
+    ("--cgroup-version", Takes::Value),
+    ("--parent-cgroup", Takes::Value),
+    ("--cgroup", Takes::Values),
+    ("--resource-limit", Takes::Values),
+    ("--daemonize", Takes::Nothing),
+    ("--new-pid-ns", Takes::Nothing),
 ];
-const FLAGS: [&str; 2] = ["--daemonize", "--new-pid-ns"];
 
 /// Understands a command line (without the program's name).
-pub fn parse(words: Vec<OsString>) -> Result<Command, Failure> {
-    let mut own = words;
+pub fn parse(mut words: Vec<OsString>) -> Result<Command, ArgsError> {
     let mut monitor_args = Vec::new();
-    if let Some(at) = own.iter().position(|word| word == "--") {
-        monitor_args = own.split_off(at + 1);
-        own.pop();
+    if let Some(at) = words.iter().position(|word| word == "--") {
+        monitor_args = words.split_off(at + 1);
+        words.pop();
     }
     // These two win over anything else on the line.
-    if own.iter().any(|word| word == "--help" || word == "-h") {
+    if words.iter().any(|word| word == "--help" || word == "-h") {
         return Ok(Command::Help);
     }
-    if own.iter().any(|word| word == "--version") {
+    if words.iter().any(|word| word == "--version") {
         return Ok(Command::Version);
     }
-    let words = sort(own)?;
-    understand(words, monitor_args).map(|args| Command::Compatible(Box::new(args)))
-}
-
-fn sort(words: Vec<OsString>) -> Result<Words, Failure> {
-    let mut sorted = Words::default();
-    let mut words = words.into_iter();
-    while let Some(word) = words.next() {
-        if let Some(&flag) = FLAGS.iter().find(|&&flag| word == flag) {
-            if sorted.flags.contains(&flag) {
-                return Err(twice(flag));
-            }
-            sorted.flags.push(flag);
-        } else if let Some(&name) = SINGLE.iter().find(|&&name| word == name) {
-            if sorted.single.iter().any(|(other, _)| *other == name) {
-                return Err(twice(name));
-            }
-            sorted.single.push((name, value_of(name, words.next())?));
-        } else if word == "--cgroup" {
-            sorted.cgroup.push(value_of("--cgroup", words.next())?);
-        } else if word == "--resource-limit" {
-            let value = value_of("--resource-limit", words.next())?;
-            sorted.resource_limit.push(value);
-        } else {
-            let failure = bad(
-                &format!("use the argument \"{}\"", word.display()),
-                "it is not known",
-            );
-            let known = word
-                .to_str()
-                .and_then(|word| word.split_once('='))
-                .is_some_and(|(name, _)| {
-                    SINGLE.contains(&name) || name == "--cgroup" || name == "--resource-limit"
-                });
-            return Err(if known {
-                failure.remedy("put a blank in place of the first =")
-            } else {
-                failure.remedy("--help lists what is; arguments of the monitor come after --")
-            });
-        }
-    }
-    Ok(sorted)
-}
-
-pub(crate) fn value_of(name: &str, value: Option<OsString>) -> Result<OsString, Failure> {
-    value
-        .filter(|value| !value.as_bytes().starts_with(b"--"))
-        .ok_or_else(|| bad(&format!("use {name}"), "its value is missing"))
-}
-
-fn twice(name: &str) -> Failure {
-    bad(&format!("use {name}"), "it is given twice")
-}
-
-fn bad(doing: &str, why: &str) -> Failure {
-    Failure::new(doing, why)
-}
-
-fn understand(mut words: Words, monitor_args: Vec<OsString>) -> Result<Compatible, Failure> {
-    let mut take = |name: &str| {
-        let at = words.single.iter().position(|(other, _)| *other == name)?;
-        Some(words.single.swap_remove(at).1)
-    };
-    let mut need = |name: &str| {
-        take(name).ok_or_else(|| {
-            bad("build a jail", &format!("{name} is missing")).remedy("--help shows what is needed")
-        })
-    };
-    let id = check_id(need("--id")?)?;
-    let exec_file = PathBuf::from(need("--exec-file")?);
-    let owner = Owner {
-        uid: Uid::from_raw(account("--uid", need("--uid")?)?),
-        gid: Gid::from_raw(account("--gid", need("--gid")?)?),
-    };
-    let cgroups = words
-        .cgroup
-        .into_iter()
-        .map(cgroup_value)
-        .collect::<Result<_, _>>()?;
+    let help = "--help lists what is; arguments of the monitor come after --";
+    let mut words = Words::sort(words, &OPTIONS, help)?;
     let (mut file_size, mut open_files) = (None, OPEN_FILES);
-    for limit in words.resource_limit {
-        // As with the original, the last one of a name counts.
-        match resource_limit(limit)? {
-            Limit::FileSize(bytes) => file_size = Some(bytes),
-            Limit::OpenFiles(count) => open_files = count,
+    for limit in words.all("--resource-limit", resource_limit)? {
+        // As in Firecracker, the last one of a name counts.
+        match limit {
+            ResourceLimit::FileSize(bytes) => file_size = Some(bytes),
+            ResourceLimit::OpenFiles(count) => open_files = count,
         }
     }
-    Ok(Compatible {
-        id,
-        exec_file,
-        owner,
-        base: take("--chroot-base-dir").map_or_else(|| "/srv/jailer".into(), PathBuf::from),
-        netns: take("--netns").map(PathBuf::from),
-        cgroup_version: take("--cgroup-version").map_or(Ok(Version::V1), cgroup_version)?,
-        cgroups,
-        parent_cgroup: take("--parent-cgroup").map(parent_cgroup).transpose()?,
+    Ok(Command::Compatible(Box::new(Compatible {
+        id: check_id(words.need("--id")?)?,
+        exec_file: words.need("--exec-file")?.into(),
+        owner: Owner {
+            uid: Uid::from_raw(account("--uid", words.need("--uid")?)?),
+            gid: Gid::from_raw(account("--gid", words.need("--gid")?)?),
+        },
+        base: words
+            .one("--chroot-base-dir")
+            .map_or_else(|| "/srv/jailer".into(), PathBuf::from),
+        netns: words.one("--netns").map(PathBuf::from),
+        cgroup_version: words
+            .parsed("--cgroup-version", cgroup_version)?
+            .unwrap_or(Version::V1),
+        cgroups: words.all("--cgroup", cgroup_value)?,
+        parent_cgroup: words.parsed("--parent-cgroup", parent_cgroup)?,
         file_size,
         open_files,
-        daemonize: words.flags.contains(&"--daemonize"),
-        new_pid_ns: words.flags.contains(&"--new-pid-ns"),
+        daemonize: words.has("--daemonize"),
+        new_pid_ns: words.has("--new-pid-ns"),
         monitor_args,
-    })
+    })))
 }
 
 /// An id is a folder's name on the host and a cgroup's.
-pub(crate) fn check_id(id: OsString) -> Result<String, Failure> {
-    let what = format!("use the id \"{}\" (--id)", id.display());
-    let remedy = format!("an id has 1 to {LONGEST_ID} letters, digits and -");
-    if id.is_empty() || id.len() > LONGEST_ID {
-        return Err(bad(&what, &format!("it has {} bytes", id.len())).remedy(remedy));
-    }
-    let id = id
-        .into_string()
-        .map_err(|_| bad(&what, "it is not UTF-8").remedy(&remedy))?;
-    match id
-        .chars()
-        .find(|&c| !(c.is_ascii_alphanumeric() || c == '-'))
-    {
-        None => Ok(id),
-        Some(c) => Err(bad(&what, &format!("it contains {c:?}")).remedy(remedy)),
-    }
+pub fn check_id(id: OsString) -> Result<String, ArgsError> {
+    let is_fit = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let why = match id.to_str() {
+        None => "it is not UTF-8".to_owned(),
+        Some(text) if text.is_empty() || text.len() > LONGEST_ID => {
+            format!("it has {} bytes", text.len())
+        }
+        Some(text) => match text.chars().find(|&c| !is_fit(c)) {
+            None => return Ok(text.to_owned()),
+            Some(c) => format!("it contains {c:?}"),
+        },
+    };
+    let remedy = "an id has 1 to 64 letters, digits and -";
+    Err(bad("--id", id.display(), why, remedy))
 }
 
-pub(crate) fn account(name: &str, text: OsString) -> Result<u32, Failure> {
+/// The number of a user or a group.
+pub fn account(name: &'static str, text: OsString) -> Result<u32, ArgsError> {
     let number = text.to_str().and_then(|text| text.parse().ok());
     // The highest number means "leave as it is" to the kernel, which here would be root.
     number.filter(|&number| number != u32::MAX).ok_or_else(|| {
-        bad(
-            &format!("use {name} \"{}\"", text.display()),
-            &format!("it is not a number from 0 to {}", u32::MAX - 1),
-        )
+        let why = format!("it is not a number from 0 to {}", u32::MAX - 1);
+        bad(name, text.display(), why, "")
     })
 }
 
-pub(crate) fn cgroup_version(text: OsString) -> Result<Version, Failure> {
+/// A version of cgroups.
+pub fn cgroup_version(text: OsString) -> Result<Version, ArgsError> {
     match text.as_bytes() {
         b"1" => Ok(Version::V1),
         b"2" => Ok(Version::V2),
-        _ => Err(bad(
-            &format!("use --cgroup-version \"{}\"", text.display()),
-            "it is neither 1 nor 2",
-        )),
+        _ => {
+            let why = "it is neither 1 nor 2";
+            Err(bad("--cgroup-version", text.display(), why, ""))
+        }
     }
 }
 
-pub(crate) fn cgroup_value(text: OsString) -> Result<Value, Failure> {
-    let what = format!("use --cgroup \"{}\"", text.display());
-    let refuse = |why: &str| {
-        bad(&what, why).remedy("give FILE=VALUE, the file as CONTROLLER.NAME, e.g. cpu.shares=512")
-    };
-    let text = text.into_string().map_err(|_| refuse("it is not UTF-8"))?;
+/// A value for a file of a cgroup.
+pub fn cgroup_value(text: OsString) -> Result<Value, ArgsError> {
+    let give = "give FILE=VALUE, the file as CONTROLLER.NAME, e.g. cpu.shares=512";
+    let refuse = |why: &'static str| bad("--cgroup", text.display(), why, give);
+    let text = text.to_str().ok_or_else(|| refuse("it is not UTF-8"))?;
     let (file, value) = text.split_once('=').ok_or_else(|| refuse("it has no ="))?;
     if value.is_empty() || value.contains('\n') {
         return Err(refuse("its value is empty or has more than one line"));
@@ -302,43 +372,39 @@ pub(crate) fn cgroup_value(text: OsString) -> Result<Value, Failure> {
 
 /// The names of a path that leads down only. It is relative to the cgroup mount; a slash before it
 /// is how /proc/self/cgroup writes such paths.
-pub(crate) fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, Failure> {
-    let what = format!("use --parent-cgroup \"{}\"", text.display());
-    let bytes = text.into_vec();
-    let steps: Vec<&[u8]> = bytes.split(|&byte| byte == b'/').collect();
+pub fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, ArgsError> {
+    let steps: Vec<&[u8]> = text.as_bytes().split(|&byte| byte == b'/').collect();
     if steps.iter().any(|&step| step == b"." || step == b"..") {
-        return Err(
-            bad(&what, "it has . or .. in it").remedy("give a path relative to the cgroup mount")
-        );
+        let remedy = "give a path relative to the cgroup mount";
+        let why = "it has . or .. in it";
+        return Err(bad("--parent-cgroup", text.display(), why, remedy));
     }
-    Ok(steps
-        .into_iter()
-        .filter(|step| !step.is_empty())
+    let names = steps.into_iter().filter(|step| !step.is_empty());
+    Ok(names
         .map(|step| OsString::from_vec(step.to_vec()))
         .collect())
 }
 
 /// A resource limit of the monitor's process.
-pub(crate) enum Limit {
+pub enum ResourceLimit {
     /// Largest file in bytes.
     FileSize(u64),
     /// Most descriptors.
     OpenFiles(u64),
 }
 
-pub(crate) fn resource_limit(text: OsString) -> Result<Limit, Failure> {
-    let what = format!("use --resource-limit \"{}\"", text.display());
-    let refuse = |why: &str| bad(&what, why).remedy("give fsize=BYTES or no-file=COUNT");
-    let (name, value) = text
-        .to_str()
-        .and_then(|text| text.split_once('='))
-        .ok_or_else(|| refuse("it has no ="))?;
+/// Understands one.
+pub fn resource_limit(text: OsString) -> Result<ResourceLimit, ArgsError> {
+    let give = "give fsize=BYTES or no-file=COUNT";
+    let refuse = |why: &'static str| bad("--resource-limit", text.display(), why, give);
+    let parts = text.to_str().and_then(|text| text.split_once('='));
+    let (name, value) = parts.ok_or_else(|| refuse("it has no ="))?;
     let value = value
         .parse()
         .map_err(|_| refuse("its value is not a number"))?;
     match name {
-        "fsize" => Ok(Limit::FileSize(value)),
-        "no-file" => Ok(Limit::OpenFiles(value)),
+        "fsize" => Ok(ResourceLimit::FileSize(value)),
+        "no-file" => Ok(ResourceLimit::OpenFiles(value)),
         _ => Err(refuse("that resource is not known")),
     }
 }
@@ -346,10 +412,11 @@ pub(crate) fn resource_limit(text: OsString) -> Result<Limit, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::message;
 
     const LEAST: &str = "--id a --exec-file /m --uid 1 --gid 2";
 
-    fn line(text: &str) -> Result<Command, Failure> {
+    fn line(text: &str) -> Result<Command, ArgsError> {
         parse(
             text.split(' ')
                 .filter(|word| !word.is_empty())
@@ -452,7 +519,7 @@ mod tests {
                 "--gid \"4294967295\"",
             ),
         ] {
-            let failure = line(text).unwrap_err().to_string();
+            let failure = message(&line(text).unwrap_err());
             assert!(failure.contains(expected), "{text}: {failure}");
         }
     }
@@ -472,7 +539,7 @@ mod tests {
             ("--resource-limit fsize=x", "not a number"),
             ("--resource-limit nproc=1", "not known"),
         ] {
-            let failure = line(&format!("{LEAST} {text}")).unwrap_err().to_string();
+            let failure = message(&line(&format!("{LEAST} {text}")).unwrap_err());
             assert!(failure.contains(expected), "{text}: {failure}");
         }
     }

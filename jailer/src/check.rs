@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::fs::MemfdFlags;
 use rustix::process::Resource;
 
-use crate::args::value_of;
+use crate::args::{ArgsError, Takes, Words, account};
 use crate::cgroup::Hierarchies;
 use crate::failure::{Doing, Failure};
 use crate::guest;
@@ -58,29 +58,23 @@ pub struct Options {
     gid: Option<u32>,
 }
 
+const OPTIONS: [(&str, Takes); 3] = [
+    ("--mayfly", Takes::Value),
+    ("--uid", Takes::Value),
+    ("--gid", Takes::Value),
+];
+
 /// Understands them; none when help is asked for.
-pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, Failure> {
-    let mut options = Options::default();
-    let mut words = words.into_iter();
-    while let Some(word) = words.next() {
-        match word.to_str() {
-            Some("--help" | "-h") => return Ok(None),
-            Some("--mayfly") => options.mayfly = Some(value_of("--mayfly", words.next())?.into()),
-            Some(name @ ("--uid" | "--gid")) => {
-                let number = crate::args::account(name, value_of(name, words.next())?)?;
-                *(if name == "--uid" {
-                    &mut options.uid
-                } else {
-                    &mut options.gid
-                }) = Some(number);
-            }
-            _ => {
-                let what = format!("use the argument \"{}\"", word.display());
-                return Err(Failure::new(what, "it is not known").remedy("see check --help"));
-            }
-        }
+pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
+    if words.iter().any(|word| word == "--help" || word == "-h") {
+        return Ok(None);
     }
-    Ok(Some(options))
+    let mut words = Words::sort(words, &OPTIONS, "see check --help")?;
+    Ok(Some(Options {
+        mayfly: words.one("--mayfly").map(PathBuf::from),
+        uid: words.parsed("--uid", |text| account("--uid", text))?,
+        gid: words.parsed("--gid", |text| account("--gid", text))?,
+    }))
 }
 
 /// Checks, and returns the exit code.

@@ -3,29 +3,93 @@
 //! One straight sequence. First everything is opened and checked that can be without making
 //! anything; then the jail is made, each step noted in `Undo`; then this process (or, for
 //! `--daemonize` and `--new-pid-ns`, a child) enters it, gives up its privileges and becomes the
-//! monitor. Whatever fails before the monitor runs is reported by the first process, which takes
-//! back what was made and ends with 1: also a failed exec, since the privileges it dropped stay
-//! within reach until the exec itself.
+//! monitor. Whatever fails before the monitor runs is reported by the first process, which undoes
+//! what was made and ends with 1: also a failed exec, since the privileges it dropped stay within
+//! reach until the exec itself.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Resource, WaitOptions};
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use crate::args::Compatible;
-use crate::cgroup::{Hierarchies, Request, Version};
-use crate::error::Reported;
-use crate::failure::{Doing, Failure};
-use crate::netns::NetNs;
-use crate::root::{self, Executable, Root};
+use crate::cgroup::{CgroupError, Hierarchies, Request, Version};
+use crate::error::{Remedy, Reported, message};
+use crate::netns::{NetNs, NetNsError};
+use crate::root::{self, Executable, Root, RootError};
 use crate::sys::{self, Fork, Inherited};
 use crate::undo::Undo;
+
+/// The jail cannot be built, or the monitor not started in it.
+#[derive(Debug, thiserror::Error)]
+pub enum CompatError {
+    #[error("cannot build a jail: it needs {0}")]
+    Privileges(String),
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    NetNs(#[from] NetNsError),
+    #[error("cannot {0}")]
+    Step(&'static str, #[source] Errno),
+    #[error("cannot set --resource-limit {0}={1}")]
+    Limit(&'static str, u64, #[source] Errno),
+    #[error("cannot become {0} {1} ({2})")]
+    Become(&'static str, u32, &'static str, #[source] Errno),
+    #[error("cannot pass an argument to the monitor: it contains a zero byte")]
+    ZeroByte,
+    #[error("cannot start the monitor: signal {0} arrived")]
+    Signal(i32),
+    #[error("cannot execute {0} in the jail (--exec-file)")]
+    Execute(PathBuf, #[source] Errno),
+    #[error("cannot start another process for the monitor: it ended before the monitor ran")]
+    Ended,
+    #[error(transparent)]
+    Child(Reported),
+    #[error("{}", message(&**.0))]
+    LeftBehind(Box<CompatError>, String),
+}
+
+impl Remedy for CompatError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        Some(Cow::Borrowed(match self {
+            CompatError::Root(error) => return error.remedy(),
+            CompatError::Cgroup(error) => return error.remedy(),
+            CompatError::NetNs(error) => return error.remedy(),
+            CompatError::LeftBehind(_, left) => return Some(format!("left behind: {left}").into()),
+            CompatError::Privileges(_) => "run mayfly-jailer as root",
+            CompatError::Step(CLOSE, _) => "use Linux 5.9 or newer",
+            CompatError::Limit(_, _, Errno::PERM) => "it is above what this host or user allows",
+            CompatError::Execute(_, Errno::NOENT) => {
+                "it needs an interpreter or shared libraries, which a jail does not have: give a \
+                 static executable"
+            }
+            CompatError::Execute(_, Errno::NOEXEC) => "give an executable for this machine",
+            CompatError::Ended => "see the kernel's log",
+            _ => return None,
+        }))
+    }
+}
+
+/// Closes the descriptors of the caller.
+const CLOSE: &str = "close inherited descriptors";
+const FORK: &str = "start another process for the monitor";
+const DROP: &str = "drop capabilities";
+
+fn step(what: &'static str) -> impl FnOnce(Errno) -> CompatError {
+    move |error| CompatError::Step(what, error)
+}
 
 /// What building this jail takes, checked first so that the reason for a refusal is the plain one.
 const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
@@ -67,14 +131,13 @@ impl Started {
 
 /// Builds the jail and becomes the monitor. Returns `Ok` only in a process that started the monitor
 /// as another one.
-pub fn run(args: &Compatible, inherited: Inherited, started: Started) -> Result<(), Failure> {
+pub fn run(args: &Compatible, inherited: Inherited, started: Started) -> Result<(), CompatError> {
     let mut undo = Undo::default();
-    let result = build(args, inherited, started, &mut undo);
-    result.map_err(|failure| {
+    build(args, inherited, started, &mut undo).map_err(|error| {
         sys::regain_capabilities();
         match undo.run() {
-            left if left.is_empty() => failure,
-            left => failure.remedy(format_args!("left behind: {}", left.join(", "))),
+            left if left.is_empty() => error,
+            left => CompatError::LeftBehind(Box::new(error), left.join(", ")),
         }
     })
 }
@@ -84,11 +147,9 @@ fn build(
     inherited: Inherited,
     started: Started,
     undo: &mut Undo,
-) -> Result<(), Failure> {
-    // First of all, while nothing here has opened anything: the jail gets descriptors 0 to 2 only.
-    inherited
-        .keep(Vec::new())
-        .doing_or("close inherited descriptors", |_| "use Linux 5.9 or newer")?;
+) -> Result<(), CompatError> {
+    // First of all, while no file has been opened here: the jail gets descriptors 0 to 2 only.
+    inherited.keep(Vec::new()).map_err(step(CLOSE))?;
     require_privileges()?;
 
     // Looking. Most mistakes end here, before anything has changed.
@@ -100,8 +161,8 @@ fn build(
     let null = args.daemonize.then(open_null).transpose()?;
 
     // A signal between here and the exec is answered when nothing is half-made.
-    sys::hold_ending_signals().doing("hold back signals")?;
-    // What is made is for nobody else's eyes, whatever mask the caller has.
+    sys::hold_ending_signals().map_err(step("hold back signals"))?;
+    // What is made is not for other users, whatever mask the caller has.
     let umask = rustix::process::umask(Mode::from_raw_mode(0o077));
 
     // Making. The nodes come first in the folder: making them claims the id, and only then may an
@@ -112,11 +173,7 @@ fn build(
     root.copy_monitor(&monitor, args.owner, undo)?;
     root.give_to(args.owner, &folders, undo)?;
     // Limits hold from here on for all that follows; the moves come last and back to back.
-    let groups = match cgroups {
-        Some(request) => request.make(undo)?,
-        None => Vec::new(),
-    };
-    for group in &groups {
+    for group in cgroups.make(undo)? {
         group.attach(undo)?;
     }
 
@@ -145,39 +202,34 @@ fn build(
     }
 }
 
-fn require_privileges() -> Result<(), Failure> {
-    let what = "build a jail";
-    let missing = sys::missing_capabilities(NEEDED).doing(what)?;
-    if missing.is_empty() {
-        return Ok(());
-    }
+fn require_privileges() -> Result<(), CompatError> {
+    let missing = sys::missing_capabilities(NEEDED).map_err(step("build a jail"))?;
     let names: Vec<String> = missing
         .iter_names()
         .map(|(name, _)| format!("CAP_{name}"))
         .collect();
-    Err(
-        Failure::new(what, format_args!("it needs {}", names.join(", ")))
-            .remedy("run mayfly-jailer as root"),
-    )
+    if names.is_empty() {
+        return Ok(());
+    }
+    Err(CompatError::Privileges(names.join(", ")))
 }
 
-fn plan_cgroups(args: &Compatible, name: &OsStr) -> Result<Option<Request>, Failure> {
+fn plan_cgroups(args: &Compatible, name: &OsStr) -> Result<Request, CgroupError> {
     // Version 1 without a value to set has nothing to do, whatever --parent-cgroup says. Version 2
     // has, but only where it is mounted was it asked for on purpose.
     if args.cgroups.is_empty() && args.cgroup_version == Version::V1 {
-        return Ok(None);
+        return Ok(Request::default());
     }
     let default = [name.to_owned()];
     let parent = args.parent_cgroup.as_deref().unwrap_or(&default);
     let hierarchies = Hierarchies::of_host()?;
     let (version, values) = (args.cgroup_version, &args.cgroups);
-    let request = Request::compatible(version, parent, &args.id, values, &hierarchies)?;
-    Ok(Some(request))
+    Request::compatible(version, parent, &args.id, values, &hierarchies)
 }
 
-fn open_null() -> Result<OwnedFd, Failure> {
+fn open_null() -> Result<OwnedFd, CompatError> {
     rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .doing("open /dev/null for --daemonize")
+        .map_err(step("open /dev/null for --daemonize"))
 }
 
 /// What the process that becomes the monitor needs to know.
@@ -196,13 +248,12 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// The last steps; returns only the reason why the monitor does not run.
-    fn become_monitor(&self) -> Result<Infallible, Failure> {
-        let owner = self.args.owner;
+    fn become_monitor(&self) -> Result<Infallible, CompatError> {
         if let Some(null) = &self.null {
             rustix::stdio::dup2_stdin(null)
                 .and_then(|()| rustix::stdio::dup2_stdout(null))
                 .and_then(|()| rustix::stdio::dup2_stderr(null))
-                .doing("replace standard input and outputs by /dev/null")?;
+                .map_err(step("replace standard input and outputs by /dev/null"))?;
         }
         // While we may still raise one.
         if let Some(bytes) = self.args.file_size {
@@ -212,98 +263,68 @@ impl Job<'_> {
 
         // Groups while we are root; the bounding set while we may; the user last. The permitted
         // capabilities stay until the exec, which drops them, or fails and needs them for undoing.
-        rustix::thread::set_thread_groups(&[]).doing("leave supplementary groups")?;
-        rustix::thread::set_thread_res_gid(owner.gid, owner.gid, owner.gid)
-            .doing(format_args!("become group {} (--gid)", owner.gid.as_raw()))?;
-        let kept = if owner.uid.is_root() {
+        let (uid, gid) = (self.args.owner.uid, self.args.owner.gid);
+        rustix::thread::set_thread_groups(&[]).map_err(step("leave supplementary groups"))?;
+        rustix::thread::set_thread_res_gid(gid, gid, gid)
+            .map_err(|error| CompatError::Become("group", gid.as_raw(), "--gid", error))?;
+        let kept = if uid.is_root() {
             KEPT_BY_ROOT
         } else {
             CapabilitySet::empty()
         };
-        rustix::thread::clear_ambient_capability_set().doing("drop capabilities")?;
-        sys::bound_capabilities(kept).doing("drop capabilities")?;
-        rustix::thread::set_keep_capabilities(true).doing("drop capabilities")?;
-        rustix::thread::set_thread_res_uid(owner.uid, owner.uid, owner.uid)
-            .doing(format_args!("become user {} (--uid)", owner.uid.as_raw()))?;
+        rustix::thread::clear_ambient_capability_set().map_err(step(DROP))?;
+        sys::bound_capabilities(kept).map_err(step(DROP))?;
+        rustix::thread::set_keep_capabilities(true).map_err(step(DROP))?;
+        rustix::thread::set_thread_res_uid(uid, uid, uid)
+            .map_err(|error| CompatError::Become("user", uid.as_raw(), "--uid", error))?;
         // And nothing that is executed from here on gives any back.
-        rustix::thread::set_no_new_privs(true).doing("set no_new_privs")?;
+        rustix::thread::set_no_new_privs(true).map_err(step("set no_new_privs"))?;
 
-        let program = c_string(self.monitor.inner_path().into_os_string())?;
-        let argv = self.argv(&program)?;
+        let program = self.monitor.inner_path();
+        let argv = self.argv(program.as_os_str())?;
         rustix::process::umask(self.umask);
         if let Some(signal) = sys::held_signal() {
-            return Err(Failure::new(
-                "start the monitor",
-                format_args!("signal {signal} arrived"),
-            ));
+            return Err(CompatError::Signal(signal));
         }
-        sys::reset_signals().doing("reset signals")?;
-        let error = sys::exec(&program, &argv);
-        let failure = Failure::new(
-            format_args!(
-                "execute {} in the jail (--exec-file {})",
-                program.to_string_lossy(),
-                self.args.exec_file.display()
-            ),
-            error,
-        );
-        Err(match error {
-            Errno::NOENT => failure.remedy(
-                "it needs an interpreter or shared libraries, which a jail does not have: \
-                 give a static executable",
-            ),
-            Errno::NOEXEC => failure.remedy("give an executable for this machine"),
-            _ => failure,
-        })
+        sys::reset_signals().map_err(step("reset signals"))?;
+        let error = sys::exec(CWD, &argv[0], &argv);
+        Err(CompatError::Execute(program, error))
     }
 
-    /// The monitor's arguments: ours, then the caller's.
-    fn argv(&self, program: &CString) -> Result<Vec<CString>, Failure> {
-        let own = [
+    /// The monitor's arguments: its path, ours, then the caller's.
+    fn argv(&self, program: &OsStr) -> Result<Vec<CString>, CompatError> {
+        let ours = [
             ("--id", self.args.id.clone()),
             ("--start-time-us", self.started.monotonic_us.to_string()),
             ("--start-time-cpu-us", sys::process_cpu_us().to_string()),
             ("--parent-cpu-time-us", self.cpu_us.to_string()),
         ];
-        let mut argv = vec![program.clone()];
-        for (name, value) in own {
-            argv.push(c_string(name.into())?);
-            argv.push(c_string(value.into())?);
-        }
-        for word in &self.args.monitor_args {
-            argv.push(c_string(word.clone())?);
-        }
-        Ok(argv)
+        let ours = ours
+            .iter()
+            .flat_map(|(name, value)| [OsStr::new(*name), OsStr::new(value)]);
+        std::iter::once(program)
+            .chain(ours)
+            .chain(self.args.monitor_args.iter().map(|word| &**word))
+            .map(|word| CString::new(word.as_bytes()).map_err(|_| CompatError::ZeroByte))
+            .collect()
     }
 }
 
-fn limit(resource: Resource, value: u64, name: &str) -> Result<(), Failure> {
-    sys::set_limit(resource, value).doing_or(
-        format_args!("set --resource-limit {name}={value}"),
-        |error| match error.kind() {
-            std::io::ErrorKind::PermissionDenied => "it is above what this host or user allows",
-            _ => "",
-        },
-    )
-}
-
-fn c_string(word: OsString) -> Result<CString, Failure> {
-    CString::new(word.as_bytes())
-        .map_err(|_| Failure::new("pass an argument to the monitor", "it contains a zero byte"))
+fn limit(resource: Resource, value: u64, name: &'static str) -> Result<(), CompatError> {
+    sys::set_limit(resource, value).map_err(|error| CompatError::Limit(name, value, error))
 }
 
 /// What a child writes to its report just before the exec; the exec then closes the pipe. Anything
-/// after it, or in its place, is the sentence of a failure.
+/// after it, or in its place, is the message of an error.
 const READY: u8 = 0;
 
 /// Starts the monitor in a child, and waits until it runs.
-fn start_elsewhere(mut job: Job<'_>) -> Result<(), Failure> {
-    let what = "start another process for the monitor";
-    let (hear, report) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).doing(what)?;
+fn start_elsewhere(mut job: Job<'_>) -> Result<(), CompatError> {
+    let (hear, report) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(step(FORK))?;
     let result = if job.args.daemonize {
         // Two forks: the first child opens a session without a terminal, the second is not its
         // leader and so never gets one.
-        match sys::fork().doing(what)? {
+        match sys::fork().map_err(step(FORK))? {
             Fork::Parent(child) => {
                 drop(job);
                 // It ends as soon as it has started the monitor.
@@ -311,16 +332,12 @@ fn start_elsewhere(mut job: Job<'_>) -> Result<(), Failure> {
                 Ok(())
             }
             Fork::Child => {
-                let result = rustix::process::setsid()
-                    .doing("open a session")
-                    .and_then(|_| {
-                        job.cpu_us += sys::process_cpu_us();
-                        start_child(&job, false, &report)
-                    });
-                if let Err(failure) = &result {
-                    tell(&report, failure);
+                job.cpu_us += sys::process_cpu_us();
+                let started = open_session().and_then(|()| start_child(&job, false, &report));
+                if let Err(error) = &started {
+                    tell(&report, error);
                 }
-                sys::exit_now(i32::from(result.is_err()));
+                sys::exit_now(i32::from(started.is_err()));
             }
         }
     } else {
@@ -330,89 +347,67 @@ fn start_elsewhere(mut job: Job<'_>) -> Result<(), Failure> {
         start_child(&job, leader, &report)
     };
     drop(report);
-    // Until the monitor runs, or nobody is left who could start it.
-    let heard = listen(&hear);
+    // Until the monitor runs, or every process that could start it has ended.
+    let mut heard = Vec::new();
+    let _ = File::from(hear).read_to_end(&mut heard);
     result?;
-    match heard.split_first() {
-        Some((&READY, [])) => Ok(()),
-        Some((&READY, message)) => Err(reported(message)),
-        Some(_) => Err(reported(&heard)),
-        None => {
-            Err(Failure::new(what, "it ended before the monitor ran")
-                .remedy("see the kernel's log"))
+    match heard.strip_prefix(&[READY]).unwrap_or(&heard) {
+        [] if heard.is_empty() => Err(CompatError::Ended),
+        [] => Ok(()),
+        text => {
+            let text = String::from_utf8_lossy(text).into_owned();
+            Err(CompatError::Child(Reported(text)))
         }
     }
 }
 
-fn reported(message: &[u8]) -> Failure {
-    Reported(String::from_utf8_lossy(message).into_owned()).into()
+fn open_session() -> Result<(), CompatError> {
+    let opened = rustix::process::setsid().map_err(step("open a session"));
+    opened.map(drop)
 }
 
 /// Starts the process that becomes the monitor, and writes its pid file before it goes on.
-fn start_child(job: &Job<'_>, own_session: bool, report: &OwnedFd) -> Result<(), Failure> {
-    let what = "start another process for the monitor";
-    let (wait, go) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).doing(what)?;
+fn start_child(job: &Job<'_>, own_session: bool, report: &OwnedFd) -> Result<(), CompatError> {
+    let (wait, go) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(step(FORK))?;
     if job.args.new_pid_ns {
         // The next child is the first process of the new namespace.
-        sys::unshare(UnshareFlags::NEWPID).doing("make a pid namespace (--new-pid-ns)")?;
+        sys::unshare(UnshareFlags::NEWPID).map_err(step("make a pid namespace (--new-pid-ns)"))?;
     }
-    match sys::fork().doing(what)? {
+    match sys::fork().map_err(step(FORK))? {
         Fork::Child => {
             drop(go);
-            // Without the word, the parent has failed and says why.
-            if listen_one(&wait) {
-                let failure = in_child(job, own_session, report);
-                tell(report, &failure);
+            // Without this byte, the parent has failed and says why.
+            if File::from(wait).read_exact(&mut [0]).is_ok() {
+                match in_child(job, own_session, report) {
+                    Ok(never) => match never {},
+                    Err(error) => tell(report, &error),
+                }
             }
             sys::exit_now(1)
         }
         Fork::Parent(pid) => {
-            let written = job.root.write_pid_file(job.monitor, pid);
-            if written.is_err() {
+            if let Err(error) = job.root.write_pid_file(job.monitor, pid) {
                 drop(go);
                 reap(pid);
-                return Ok(written?);
+                return Err(error.into());
             }
-            rustix::io::write(&go, &[READY]).doing(what)?;
+            rustix::io::write(&go, &[READY]).map_err(step(FORK))?;
             Ok(())
         }
     }
 }
 
-fn in_child(job: &Job<'_>, own_session: bool, report: &OwnedFd) -> Failure {
-    if own_session && let Err(failure) = rustix::process::setsid().doing("open a session") {
-        return failure;
+fn in_child(job: &Job<'_>, own_session: bool, report: &OwnedFd) -> Result<Infallible, CompatError> {
+    if own_session {
+        open_session()?;
     }
-    if let Err(failure) = rustix::io::write(report, &[READY]).doing("report") {
-        return failure;
-    }
-    match job.become_monitor() {
-        Ok(never) => match never {},
-        Err(failure) => failure,
-    }
+    rustix::io::write(report, &[READY]).map_err(step("report"))?;
+    job.become_monitor()
 }
 
-fn tell(report: &OwnedFd, failure: &Failure) {
-    // If the first process is gone there is nobody to tell.
-    let _ = rustix::io::write(report, failure.to_string().as_bytes());
-}
-
-/// Everything that comes out of a pipe until its last writer is gone.
-fn listen(pipe: &OwnedFd) -> Vec<u8> {
-    let mut heard = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        match rustix::io::read(pipe, &mut buffer) {
-            Ok(0) => return heard,
-            Ok(count) => heard.extend_from_slice(&buffer[..count]),
-            Err(Errno::INTR) => {}
-            Err(_) => return heard,
-        }
-    }
-}
-
-fn listen_one(pipe: &OwnedFd) -> bool {
-    rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut [0; 1])) == Ok(1)
+fn tell(report: &OwnedFd, error: &CompatError) {
+    // If the first process is gone there is none to tell.
+    let _ = rustix::io::write(report, message(error).as_bytes());
 }
 
 fn reap(child: Pid) {

@@ -2,8 +2,9 @@
 //!
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
-//! everyday command with the empty jail, `check` the question whether it would work. What they are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `undo` (how to take everything
-//! back), `failure` (how a step says that it failed), and `sys`, the only unsafe code.
+//! everyday command with the empty jail, `check` tries whether this host can run microVMs. What they
+//! are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`,
+//! `error`, and `sys`, the only unsafe code.
 
 mod args;
 mod cgroup;
@@ -26,49 +27,65 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use args::Command;
-use failure::Failure;
+use error::{AnyError, Remedy, Reported, message};
+
+/// Standard output does not take the text.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot print")]
+struct Print(#[source] std::io::Error);
+
+impl Remedy for Print {}
 
 fn main() -> ExitCode {
     let inherited = sys::Inherited::at_start();
-    let started = compat::Started::now();
     // Before the first child.
     sys::expect_children();
-    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let result = match words.split_first() {
-        Some((word, rest)) if word == "run" => match run::args::parse(rest.to_vec()) {
-            Ok(Some(options)) => {
-                sys::exit_now(run::run(options, inherited, started.monotonic_us()))
-            }
-            Ok(None) => print(run::args::HELP),
-            Err(failure) => Err(failure),
-        },
-        Some((word, rest)) if word == "check" => match check::parse(rest.to_vec()) {
-            Ok(Some(options)) => sys::exit_now(check::check(&options, started.monotonic_us())),
-            Ok(None) => print(check::HELP),
-            Err(failure) => Err(failure),
-        },
-        _ => args::parse(words).and_then(|command| match command {
-            Command::Help => print(args::HELP),
-            Command::Version => print(concat!(
-                "mayfly-jailer v",
-                env!("CARGO_PKG_VERSION"),
-                " (flags of Firecracker v1.17.0)\n"
-            )),
-            Command::Compatible(args) => compat::run(&args, inherited, started),
-        }),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
+    match dispatch(inherited) {
+        Ok(code) => code,
+        Err(error) => {
             // With standard error gone, the exit code still says it.
-            let line = format!("mayfly-jailer: {failure}\n");
+            let line = format!("mayfly-jailer: {}\n", message(&*error));
             let _ = std::io::stderr().write_all(line.as_bytes());
             ExitCode::FAILURE
         }
     }
 }
 
-fn print(text: &str) -> Result<(), Failure> {
-    use failure::Doing;
-    std::io::stdout().write_all(text.as_bytes()).doing("print")
+fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
+    let started = compat::Started::now();
+    let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let subcommand = words.first().and_then(|word| word.to_str());
+    match subcommand {
+        Some("run") => match run::args::parse(words.split_off(1)).map_err(reported)? {
+            Some(options) => sys::exit_now(run::run(options, inherited, started.monotonic_us())),
+            None => print(run::args::HELP),
+        },
+        Some("check") => match check::parse(words.split_off(1))? {
+            Some(options) => sys::exit_now(check::check(&options, started.monotonic_us())),
+            None => print(check::HELP),
+        },
+        _ => match args::parse(words)? {
+            Command::Help => print(args::HELP),
+            Command::Version => print(concat!(
+                "mayfly-jailer v",
+                env!("CARGO_PKG_VERSION"),
+                " (flags of Firecracker v1.17.0)\n"
+            )),
+            Command::Compatible(args) => {
+                compat::run(&args, inherited, started)?;
+                Ok(ExitCode::SUCCESS)
+            }
+        },
+    }
+}
+
+fn reported(failure: failure::Failure) -> Reported {
+    Reported(failure.to_string())
+}
+
+fn print(text: &str) -> Result<ExitCode, AnyError> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(Print)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -149,15 +149,24 @@ pub fn exit_now(code: c_int) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Replaces this process by `program` (a path) with `argv` and an empty environment.
-/// Returns only the reason why that did not happen.
-pub fn exec(program: &CStr, argv: &[CString]) -> Errno {
+/// Replaces this process by the program at `path`, or opened as `at` if the path is empty, with
+/// `argv` and an empty environment. Returns only the reason why that did not happen.
+pub fn exec(at: BorrowedFd<'_>, path: &CStr, argv: &[CString]) -> Errno {
     let mut pointers: Vec<*const c_char> = argv.iter().map(|word| word.as_ptr()).collect();
     pointers.push(ptr::null());
     let environment: [*const c_char; 1] = [ptr::null()];
-    // SAFETY: `program` and the words of `argv` are C strings borrowed for the call; both lists
-    // end with a null pointer, put there above.
-    unsafe { libc::execve(program.as_ptr(), pointers.as_ptr(), environment.as_ptr()) };
+    // SAFETY: the descriptor is open while borrowed; the path and the words of `argv` are C strings
+    // borrowed for the call; both lists end with a null pointer, put there above.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            at.as_raw_fd(),
+            path.as_ptr(),
+            pointers.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
     last_error()
 }
 
@@ -380,27 +389,6 @@ pub fn clone(namespaces: UnshareFlags, group: Option<BorrowedFd<'_>>) -> Result<
         // SAFETY: the call succeeded, so the kernel opened a descriptor for us alone.
         Some(pid) => Clone::Parent(pid, unsafe { OwnedFd::from_raw_fd(pidfd) }),
     })
-}
-
-/// Replaces this process by an opened program with `argv` and an empty environment. Returns only
-/// the reason why that did not happen.
-pub fn exec_opened(program: BorrowedFd<'_>, argv: &[CString]) -> Errno {
-    let mut pointers: Vec<*const c_char> = argv.iter().map(|word| word.as_ptr()).collect();
-    pointers.push(ptr::null());
-    let environment: [*const c_char; 1] = [ptr::null()];
-    // SAFETY: the descriptor is open while borrowed; the words of `argv` are C strings borrowed for
-    // the call; both lists end with a null pointer, put there above.
-    unsafe {
-        libc::syscall(
-            libc::SYS_execveat,
-            program.as_raw_fd(),
-            c"".as_ptr(),
-            pointers.as_ptr(),
-            environment.as_ptr(),
-            libc::AT_EMPTY_PATH,
-        )
-    };
-    last_error()
 }
 
 /// How a child ended.
@@ -662,7 +650,8 @@ mod tests {
     #[test]
     fn exec_of_a_missing_program_returns_the_reason() {
         let argv = [CString::from(c"nothing")];
-        assert_eq!(exec(c"/nonexistent/program", &argv), Errno::NOENT);
+        let error = exec(rustix::fs::CWD, c"/nonexistent/program", &argv);
+        assert_eq!(error, Errno::NOENT);
     }
 
     #[test]

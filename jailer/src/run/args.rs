@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::jail::LEAST_OPEN_FILES;
-use crate::args::{Limit, account, cgroup_value, cgroup_version, check_id, parent_cgroup};
+use crate::args::{ResourceLimit, account, cgroup_value, cgroup_version, check_id, parent_cgroup};
 use crate::args::{resource_limit, value_of};
 use crate::cgroup::limit::Limit as CgroupLimit;
 use crate::cgroup::{Value, Version};
@@ -243,11 +243,11 @@ impl Words {
         Some(self.0.remove(at).1)
     }
 
-    fn all<T>(
+    fn all<T, E>(
         &mut self,
         name: &str,
-        understand: impl Fn(OsString) -> Result<T, Failure>,
-    ) -> Result<Vec<T>, Failure> {
+        understand: impl Fn(OsString) -> Result<T, E>,
+    ) -> Result<Vec<T>, E> {
         let mut found = Vec::new();
         while let Some(value) = self.one(name) {
             found.push(understand(value)?);
@@ -270,15 +270,15 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, Failure> {
     let (mut file_size, mut open_files) = (None, None);
     for limit in words.all("--resource-limit", resource_limit)? {
         match limit {
-            Limit::FileSize(bytes) => file_size = Some(bytes),
-            Limit::OpenFiles(count) if count < LEAST_OPEN_FILES => {
+            ResourceLimit::FileSize(bytes) => file_size = Some(bytes),
+            ResourceLimit::OpenFiles(count) if count < LEAST_OPEN_FILES => {
                 return Err(Failure::new(
                     format_args!("use --resource-limit no-file={count}"),
                     format_args!("a jail takes {LEAST_OPEN_FILES} to make"),
                 )
                 .remedy(format_args!("give no-file={LEAST_OPEN_FILES} or more")));
             }
-            Limit::OpenFiles(count) => open_files = Some(count),
+            ResourceLimit::OpenFiles(count) => open_files = Some(count),
         }
     }
     let api_sock = words.one("--api-sock").map(PathBuf::from);
@@ -355,7 +355,7 @@ fn machine(words: &mut Words) -> Result<Machine, Failure> {
             .one("--cmdline")
             .map(|text| utf8("--cmdline", text))
             .transpose()?,
-        drives: words.all("--drive", |text| Ok(drive(text)))?,
+        drives: words.all("--drive", |text| Ok::<_, Failure>(drive(text)))?,
         nets: words.all("--net", net)?,
         vcpus: words
             .one("--vcpus")

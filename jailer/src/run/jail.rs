@@ -406,13 +406,13 @@ fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
 }
 
 fn execute(name: &str, monitor: &File, argv: &[CString]) -> Failure {
-    let mut error = sys::exec_opened(monitor.as_fd(), argv);
+    let mut error = sys::exec(monitor.as_fd(), c"", argv);
     // Not for this user to execute, or where it lies nothing may be executed: a copy in memory
     // then, which costs its size for every microVM.
     if error == Errno::ACCESS
         && let Ok(copy) = copy_to_memory(monitor)
     {
-        error = sys::exec_opened(copy.as_fd(), argv);
+        error = sys::exec(copy.as_fd(), c"", argv);
     }
     let failure = Failure::new(format_args!("execute {name} in the jail"), error);
     match error {
