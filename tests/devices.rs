@@ -269,16 +269,69 @@ fn disk_when_its_fsync_hangs_holds_up_nothing_else() {
     .unwrap_or_else(|e| std::panic::resume_unwind(e));
 }
 
+/// The value of the sample of `GET /metrics` that begins with `begins`.
+fn metric(api: &Api, begins: &str) -> u64 {
+    let (status, text) = api.request("GET", "/metrics", "");
+    assert_eq!(status, 200);
+    let value = text.lines().find_map(|line| line.strip_prefix(begins));
+    let value = value.unwrap_or_else(|| panic!("{begins} is not in: {text}"));
+    value.trim().parse().unwrap()
+}
+
+#[test]
+fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
+    let test = "pause_when_the_disk_hangs_is_quiescent_only_once_that_ends";
+    if !common::kvm(test) || !common::needs_root(test) {
+        return;
+    }
+    std::thread::spawn(|| {
+        let folder = Folder::new();
+        let slow = Slow::mount(&folder.join("slow"), 1 << 20);
+        let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
+        config["drives"][0]["cache_type"] = json!("Writeback");
+        let hanging = slow.hang();
+        let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
+        // Moved: it is let go before the monitor is dropped, also by a panic.
+        let hanging = hanging;
+        hanging.wait();
+        api.patch("/vm", json!({"state": "Paused"}));
+        assert_eq!(api.get("/")["state"], "Paused");
+        assert_eq!(metric(&api, "mayfly_quiescent"), 0);
+        let log = folder.read("log");
+        assert!(
+            log.contains("Paused, but not quiescent: 1 devices"),
+            "{log}"
+        );
+        assert!(hanging.is_waited_for(), "it did not hang all that time");
+        drop(hanging);
+        common::wait_until("it is quiescent", || metric(&api, "mayfly_quiescent") == 1);
+        common::wait_until("the log tells it", || {
+            folder.read("log").contains("no I/O is in flight any more")
+        });
+        assert_eq!(api.get("/")["state"], "Paused");
+        api.patch("/vm", json!({"state": "Resumed"}));
+        assert_eq!(metric(&api, "mayfly_quiescent"), 0);
+        monitor.expect("probe: echo ready");
+        succeeded(&monitor.stdout(), "blkread:0:0");
+        // A disk that does not hang: quiescent at once.
+        api.patch("/vm", json!({"state": "Paused"}));
+        assert_eq!(metric(&api, "mayfly_quiescent"), 1);
+        api.patch("/vm", json!({"state": "Resumed"}));
+        monitor.type_in("x\n");
+        monitor.exits_with(0);
+    })
+    .join()
+    .unwrap_or_else(|e| std::panic::resume_unwind(e));
+}
+
 /// The part of a test in which the disk hangs. It ends that first of all, also by a panic: a
 /// monitor that waits for its disk can not be waited for.
 fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
     hanging.wait();
     assert!(monitor.stdout().contains("probe: print:flushing ok"));
-    for round in 0..20 {
-        let asked = Instant::now();
+    for _ in 0..20 {
         assert_eq!(api.get("/")["state"], "Running");
         api.get("/vm/config");
-        assert!(asked.elapsed() < Duration::from_secs(5), "round {round}");
     }
     // The guest can be stopped, and go on, whatever its disk does.
     api.patch("/vm", json!({"state": "Paused"}));
@@ -361,7 +414,11 @@ fn disk_when_its_fsync_hangs_and_the_guest_resets_it_waits_without_holding_up_th
         hanging.wait();
         // The guest gives up after 10 s and resets the device, which must be over when the write
         // of its status returns: that waits, and can be paused all the same.
-        std::thread::sleep(Duration::from_secs(11));
+        let writes = "mayfly_vcpu_exits_total{vcpu=\"0\",kind=\"mmio_write\"}";
+        let before = metric(&api, writes);
+        common::wait_until("the guest resets the device", || {
+            metric(&api, writes) > before
+        });
         for state in ["Paused", "Resumed"] {
             api.patch("/vm", json!({"state": state}));
         }
@@ -777,9 +834,7 @@ fn api_when_the_guest_kicks_without_end_still_answers() {
     let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
     monitor.expect("probe: print:begun ok");
     for _ in 0..30 {
-        let asked = Instant::now();
         assert_eq!(api.get("/")["state"], "Running");
-        assert!(asked.elapsed() < Duration::from_secs(5));
     }
     for (state, shown) in [("Paused", "Paused"), ("Resumed", "Running")] {
         api.patch("/vm", json!({"state": state}));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
 
+use super::lifecycle::Input;
 use super::machine::Machine;
 use super::{Event, Vmm};
 use crate::memory::mapped::{self, NAME_MAX};
@@ -28,8 +29,11 @@ impl Vmm {
         if self.machine().is_some_and(Machine::finish_console) {
             self.await_finished();
         }
-        // There is nobody left to tell that it failed.
+        // There is no client left to tell that it failed.
         let _ = self.flush_metrics();
+        // Clients that wait for a pause or an update are told that the microVM is ending.
+        self.advance(Input::End);
+        self.updates.clear();
         self.await_answers();
     }
 

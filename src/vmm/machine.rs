@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::action::ActionError;
 use super::devices;
 use super::opened::ConsoleSocket;
+use super::pausing::pause_token;
 use crate::arch::Vm;
 use crate::arch::i8042::{I8042, KeyboardFull};
 use crate::config::{ConfigError, Draft, DriveUpdate, NetworkUpdate};
@@ -54,15 +55,12 @@ impl Machine {
         self.vcpus.iter().try_for_each(VcpuHandle::run)
     }
 
-    /// Asks every vCPU to pause; those that will answer, by bit.
-    pub fn pause_vcpus(&self) -> u32 {
-        let mut asked = 0u32;
-        for (index, vcpu) in (0..32u32).zip(&self.vcpus) {
-            if vcpu.pause().is_ok() {
-                asked |= 1u32.checked_shl(index).unwrap_or(0);
-            }
+    /// Asks every vCPU to pause.
+    pub fn pause_vcpus(&self) {
+        for vcpu in &self.vcpus {
+            // The inbox has room: a vCPU is told the next thing once it has answered the last.
+            let _ = vcpu.pause();
         }
-        asked
     }
 
     /// What is known of vCPU `index`, if it could not go on.
@@ -84,33 +82,31 @@ impl Machine {
         blocks.chain(self.nets.iter().map(|device| device as &dyn DeviceControl))
     }
 
-    /// Asks every device to pause, the first with `token`, the next with the number after it;
-    /// the tokens of those that will answer.
-    pub fn pause_devices(&self, token: u64) -> Vec<u64> {
-        self.each()
-            .zip(token..)
-            .filter(|(device, token)| device.pause(*token).is_ok())
-            .map(|(_, token)| token)
-            .collect()
+    /// Asks every device to pause; the answers come with the tokens of pause number `pause`.
+    pub fn pause_devices(&self, pause: u64) {
+        for (number, device) in (0..).zip(self.each()) {
+            // A device that hangs may have an inbox full of what it was told before: `tell_again`.
+            let _ = device.pause(pause_token(pause, number));
+        }
     }
 
     /// Lets every device work again.
     pub fn resume_devices(&self, token: u64) {
-        // A device that hangs may have an inbox full of what it was told before: `catch_up`.
         for device in self.each() {
             let _ = device.resume(token);
         }
     }
 
-    /// Tells devices to pause, or else to work, that could not take it when they were told:
-    /// some device has just answered, and may have room again.
-    pub fn catch_up(&self, pause: bool, token: u64) {
-        for device in self.each().filter(|device| device.has_missed()) {
-            let _ = if pause {
-                device.pause(token)
-            } else {
-                device.resume(token)
-            };
+    /// Tells devices of pause number `pause`, or else to work, that could not take it when they were
+    /// told.
+    pub fn tell_again(&self, pause: Option<u64>, token: u64) {
+        for (number, device) in (0..).zip(self.each()) {
+            if device.has_missed() {
+                let _ = match pause {
+                    Some(pause) => device.pause(pause_token(pause, number)),
+                    None => device.resume(token),
+                };
+            }
         }
     }
 

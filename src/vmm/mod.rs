@@ -1,11 +1,10 @@
 //! The control thread: owns the virtual machine and decides everything that happens to it.
 //!
 //! ```text
-//!                 Start                  Pause
-//!   Configuring ---------> Running ----------------> Paused
-//!       ^  |                  ^       (Pausing)        |
-//!       '--' PUT, PATCH       '------------------------'
-//!                                     Resume
+//!                 Start
+//!   Configuring ---------> Started: running or paused, as `lifecycle` says
+//!       ^  |
+//!       '--' PUT, PATCH
 //! ```
 //!
 //! One inbox, one `match` on (state, event): requests of API clients, events of vCPUs, devices and
@@ -20,6 +19,7 @@ pub mod action;
 mod boot;
 mod devices;
 mod ending;
+mod lifecycle;
 mod machine;
 mod opened;
 mod pausing;
@@ -38,9 +38,9 @@ use std::{io, mem};
 use kvm_ioctls::Kvm;
 
 use self::action::{Action, ActionError, Answer, Command, InstanceInfo, Outcome, Owed, Reply};
+use self::lifecycle::{Input, Lifecycle};
 use self::machine::Machine;
 use self::opened::Opened;
-use self::pausing::Pausing;
 use self::rules::State as Phase;
 
 use crate::arch::boot_timer::Booted;
@@ -174,10 +174,8 @@ pub struct Vmm {
 enum State {
     /// What was PUT, and the files that belong to it.
     Configuring(Box<Draft>, Opened),
-    Running(Box<Machine>),
-    /// vCPUs and devices have been told to pause.
-    Pausing(Box<Machine>, Pausing),
-    Paused(Box<Machine>),
+    /// Whether it runs or stands still, its lifecycle knows.
+    Started(Box<Machine>, Lifecycle<Reply>),
     /// Only while one state is exchanged for the next.
     Between,
 }
@@ -371,6 +369,12 @@ impl Vmm {
             &self.timeline,
             &self.counters,
         );
+        report.gauge(
+            "mayfly_quiescent",
+            "1 while the microVM is paused and no device has I/O in flight.",
+            &[],
+            u64::from(self.is_quiescent()),
+        );
         for reader in &self.readers {
             reader.read(&mut report);
         }
@@ -482,7 +486,7 @@ impl Vmm {
                 mut handed,
                 reply,
             }) => self.command(*action, &mut handed, reply),
-            Event::Vcpu(VcpuEvent::Paused { index }) => self.vcpu_paused(index),
+            Event::Vcpu(VcpuEvent::Paused { index }) => self.advance(Input::VcpuPaused(index)),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
                 if !matches!(end, End::Reset | End::PowerOff) {
                     self.counters.vcpu_failures = self.counters.vcpu_failures.saturating_add(1);
@@ -604,7 +608,8 @@ impl Vmm {
                 drop(opened);
                 self.kvm = None;
                 let started = machine.run_vcpus();
-                self.state = State::Running(Box::new(machine));
+                let lifecycle = Self::lifecycle_of(&machine);
+                self.state = State::Started(Box::new(machine), lifecycle);
                 // The first line comes at once, beside the guest.
                 self.metrics_due = self.metrics.is_some().then(Instant::now);
                 started.map_err(|e| ActionError::of(&e))?;
@@ -618,8 +623,8 @@ impl Vmm {
     }
 
     fn worker_answered(&mut self, reply: WorkerReply) {
-        if let State::Pausing(_, pausing) = &mut self.state {
-            pausing.device_stands(reply.token);
+        if matches!(reply.done, Done::Paused) {
+            self.device_answered(reply.token);
         }
         if let Done::Updated {
             config: Some(config),
@@ -635,11 +640,7 @@ impl Vmm {
         }
         // What a worker hands back is closed here: it may not do so itself.
         drop(reply);
-        let token = self.new_token();
-        if let Some(machine) = self.machine() {
-            machine.catch_up(!matches!(self.state, State::Running(_)), token);
-        }
-        self.finish_pause_if_done();
+        self.tell_again();
     }
 
     /// Sends a device an update; its answer, or the deadline, answers the client.
@@ -650,7 +651,7 @@ impl Vmm {
     ) {
         let token = self.new_token();
         let sent = match &mut self.state {
-            State::Running(m) | State::Pausing(m, _) | State::Paused(m) => send(m, token),
+            State::Started(machine, _) => send(machine, token),
             _ => Err(ActionError("The microVM is not running.".into())),
         };
         match sent {
@@ -671,7 +672,7 @@ impl Vmm {
     /// Milliseconds until the next deadline.
     fn patience(&self) -> Option<u32> {
         let pause = match &self.state {
-            State::Pausing(_, pausing) => Some(pausing.deadline()),
+            State::Started(_, lifecycle) => lifecycle.deadline(),
             _ => None,
         };
         let updates = self.updates.iter().map(|(.., at)| *at);
@@ -700,20 +701,20 @@ impl Vmm {
                 UPDATE_PATIENCE.as_secs()
             ))));
         }
-        self.look_at_pause(now);
+        self.advance(Input::Tick);
     }
 
     fn phase(&self) -> Phase {
         match &self.state {
             State::Configuring(..) | State::Between => Phase::NotStarted,
-            State::Running(_) | State::Pausing(..) => Phase::Running,
-            State::Paused(_) => Phase::Paused,
+            State::Started(_, lifecycle) if lifecycle.is_paused() => Phase::Paused,
+            State::Started(..) => Phase::Running,
         }
     }
 
     fn machine(&self) -> Option<&Machine> {
         match &self.state {
-            State::Running(m) | State::Pausing(m, _) | State::Paused(m) => Some(m),
+            State::Started(machine, _) => Some(machine),
             _ => None,
         }
     }
@@ -721,7 +722,7 @@ impl Vmm {
     fn draft(&self) -> Result<&Draft, ActionError> {
         match &self.state {
             State::Configuring(draft, _) => Ok(draft),
-            State::Running(m) | State::Pausing(m, _) | State::Paused(m) => Ok(m.draft()),
+            State::Started(machine, _) => Ok(machine.draft()),
             State::Between => Err(ActionError("The microVM is ending.".into())),
         }
     }

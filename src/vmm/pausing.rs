@@ -1,162 +1,130 @@
-//! Pausing and resuming: vCPUs first, so that no new kick can come, then the devices, which finish
-//! what they have begun.
+//! Pausing and resuming: does what [`Lifecycle`] decides.
 //!
-//! Nobody is waited for: vCPUs and devices answer through control's inbox, and clients are
-//! answered once everything stands still. A device that hangs in I/O does not keep the guest from
-//! being reported paused: after a second the pause is, with a line in the log.
+//! Control waits for no thread: vCPUs and devices answer through its inbox, and clients are answered
+//! once everything stands still, or once devices have had their time.
 
-use std::mem;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::action::{ActionError, Outcome, Reply};
+use super::lifecycle::{Input, Lifecycle, Task};
+use super::machine::Machine;
 use super::{State, Vmm};
-use crate::metrics::micros_since;
-use crate::warn;
+use crate::metrics::{micros, micros_since};
+use crate::{info, warn};
 
-/// How long devices may take to finish their I/O before a pause is reported without them.
-const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
+/// In a token: that it belongs to a pause, which one, and to which device. Other tokens count up
+/// from 0.
+const PAUSE: u64 = 1 << 63;
+const DEVICE_BITS: u32 = 8;
 
-/// A pause under way.
-#[derive(Debug)]
-pub(super) struct Pausing {
-    since: Instant,
-    /// vCPUs that still run guest code, by bit.
-    vcpus: u32,
-    /// Tokens of devices that still work.
-    devices: Vec<u64>,
-    clients: Vec<Reply>,
-    /// What was asked for since: done in order once everything stands still. A vCPU is told one
-    /// thing at a time, so that its answer can only belong to that.
-    then: Vec<(Wanted, Reply)>,
-    deadline: Instant,
+/// The token with which device number `device` is told of pause number `pause`.
+pub(super) fn pause_token(pause: u64, device: u32) -> u64 {
+    PAUSE | pause.wrapping_shl(DEVICE_BITS) | u64::from(device)
 }
 
-/// What a client wants of the vCPUs.
-#[derive(Clone, Copy, Debug)]
-enum Wanted {
-    Pause,
-    Resume,
-}
-
-impl Pausing {
-    /// When the pause is looked at again, answers or not.
-    pub(super) fn deadline(&self) -> Instant {
-        self.deadline
-    }
-
-    /// The device that was told with `token` has finished what it had begun.
-    pub(super) fn device_stands(&mut self, token: u64) {
-        self.devices.retain(|waiting| *waiting != token);
-    }
+/// The pause and the device of a token, if it is one of a pause.
+fn of_pause_token(token: u64) -> Option<(u64, u32)> {
+    let device = token & ((1 << DEVICE_BITS) - 1);
+    let device = u32::try_from(device).ok()?;
+    (token & PAUSE != 0).then_some(((token & !PAUSE) >> DEVICE_BITS, device))
 }
 
 impl Vmm {
     pub(super) fn pause(&mut self, reply: Reply) {
-        match mem::replace(&mut self.state, State::Between) {
-            State::Running(machine) => {
-                let pausing = Pausing {
-                    since: Instant::now(),
-                    vcpus: machine.pause_vcpus(),
-                    devices: Vec::new(),
-                    clients: vec![reply],
-                    then: Vec::new(),
-                    deadline: Instant::now() + PAUSE_PATIENCE,
-                };
-                self.state = State::Pausing(machine, pausing);
-            }
-            State::Pausing(machine, mut pausing) => {
-                if pausing.then.is_empty() {
-                    pausing.clients.push(reply);
-                } else {
-                    pausing.then.push((Wanted::Pause, reply));
-                }
-                self.state = State::Pausing(machine, pausing);
-            }
-            // Pausing what is paused is fine.
-            other => {
-                self.state = other;
-                reply.send(Ok(Outcome::Done));
-            }
-        }
-    }
-
-    pub(super) fn vcpu_paused(&mut self, index: u8) {
-        let first_token = self.next_token;
-        let State::Pausing(machine, pausing) = &mut self.state else {
-            return;
-        };
-        pausing.vcpus &= !1u32.checked_shl(u32::from(index)).unwrap_or(0);
-        if pausing.vcpus != 0 {
-            return;
-        }
-        // No new kick can come: now the devices finish what they have begun.
-        pausing.devices = machine.pause_devices(first_token);
-        self.next_token = first_token.wrapping_add(machine.devices() as u64);
-        self.finish_pause_if_done();
-    }
-
-    pub(super) fn finish_pause_if_done(&mut self) {
-        match mem::replace(&mut self.state, State::Between) {
-            State::Pausing(machine, pausing)
-                if pausing.vcpus == 0 && pausing.devices.is_empty() =>
-            {
-                self.state = State::Paused(machine);
-                self.counters.pause_us = micros_since(pausing.since);
-                for client in pausing.clients {
-                    client.send(Ok(Outcome::Done));
-                }
-                for (wanted, client) in pausing.then {
-                    match wanted {
-                        Wanted::Pause => self.pause(client),
-                        Wanted::Resume => self.resume(client),
-                    }
-                }
-            }
-            other => self.state = other,
-        }
+        self.advance(Input::Pause(reply));
     }
 
     pub(super) fn resume(&mut self, reply: Reply) {
-        let token = self.new_token();
-        let since = Instant::now();
-        match mem::replace(&mut self.state, State::Between) {
-            State::Paused(machine) => {
-                machine.resume_devices(token);
-                let resumed = machine.run_vcpus();
-                self.state = State::Running(machine);
-                self.counters.resume_us = micros_since(since);
-                let resumed = resumed.map(|()| Outcome::Done);
-                reply.send(resumed.map_err(|e| ActionError::of(&e)));
-            }
-            State::Pausing(machine, mut pausing) => {
-                pausing.then.push((Wanted::Resume, reply));
-                self.state = State::Pausing(machine, pausing);
-            }
-            // Resuming what runs is fine.
-            other => {
-                self.state = other;
-                reply.send(Ok(Outcome::Done));
-            }
+        self.advance(Input::Resume(reply));
+    }
+
+    /// A device has answered what it was told with `token`.
+    pub(super) fn device_answered(&mut self, token: u64) {
+        if let Some((pause, device)) = of_pause_token(token) {
+            self.advance(Input::DevicePaused { pause, device });
         }
     }
 
-    /// Reports a pause whose devices take too long.
-    pub(super) fn look_at_pause(&mut self, now: Instant) {
-        if let State::Pausing(_, pausing) = &mut self.state
-            && pausing.deadline <= now
-        {
-            if pausing.vcpus == 0 {
-                // The guest stands still; a disk that hangs can not change that.
-                warn!(
-                    "Paused with {} devices still in I/O.",
-                    pausing.devices.len()
-                );
-                pausing.devices.clear();
-                self.finish_pause_if_done();
-            } else {
-                pausing.deadline = now + PAUSE_PATIENCE;
-                warn!("vCPUs {:#x} have not paused yet.", pausing.vcpus);
+    /// Gives a started machine's lifecycle `input`, and does what comes of it.
+    pub(super) fn advance(&mut self, input: Input<Reply>) {
+        let State::Started(_, lifecycle) = &mut self.state else {
+            return;
+        };
+        for task in lifecycle.handle(input, Instant::now()) {
+            self.perform(task);
+        }
+    }
+
+    fn perform(&mut self, task: Task<Reply>) {
+        match task {
+            Task::PauseVcpus => {
+                self.machine().map(Machine::pause_vcpus);
             }
+            Task::PauseDevices(pause) => {
+                if let Some(machine) = self.machine() {
+                    machine.pause_devices(pause);
+                }
+            }
+            Task::Resume(client) => {
+                let since = Instant::now();
+                let token = self.new_token();
+                let resumed = self.machine().map_or(Ok(()), |machine| {
+                    machine.resume_devices(token);
+                    machine.run_vcpus()
+                });
+                self.counters.resume_us = micros_since(since);
+                let resumed = resumed.map(|()| Outcome::Done);
+                client.send(resumed.map_err(|e| ActionError::of(&e)));
+            }
+            Task::Paused { took } => self.counters.pause_us = micros(took),
+            Task::Answer(client) => client.send(Ok(Outcome::Done)),
+            Task::ReportVcpus(vcpus) => warn!("vCPUs {vcpus:#x} have not paused yet."),
+            Task::ReportDevices(devices) => warn!(
+                "Paused, but not quiescent: {devices} devices still have I/O in flight, which may \
+                 write guest memory."
+            ),
+            Task::ReportQuiescent(took) => info!(
+                "Quiescent {} ms after the pause was asked for: no I/O is in flight any more.",
+                took.as_millis()
+            ),
+        }
+    }
+
+    /// Whether the guest is paused and nothing is in flight.
+    pub(super) fn is_quiescent(&self) -> bool {
+        match &self.state {
+            State::Started(_, lifecycle) => lifecycle.is_quiescent(),
+            _ => false,
+        }
+    }
+
+    /// Tells devices again what they could not be told before: one has just answered, and may have
+    /// room in its inbox.
+    pub(super) fn tell_again(&mut self) {
+        let token = self.new_token();
+        if let State::Started(machine, lifecycle) = &self.state {
+            machine.tell_again(lifecycle.devices_paused_by(), token);
+        }
+    }
+
+    /// The lifecycle of `machine`, whose vCPUs run.
+    pub(super) fn lifecycle_of(machine: &Machine) -> Lifecycle<Reply> {
+        Lifecycle::new(machine.vcpus.len(), machine.devices())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_when_of_a_pause_tells_which_and_of_what_device() {
+        for (pause, device) in [(0, 0), (1, 0), (7, 18), (1 << 40, 255)] {
+            let token = pause_token(pause, device);
+            assert_eq!(of_pause_token(token), Some((pause, device)));
+        }
+        for token in [0, 1, 0x1234_5678, (1 << 63) - 1] {
+            assert_eq!(of_pause_token(token), None);
         }
     }
 }
