@@ -55,7 +55,7 @@ pub struct Ticket {
     completed: Arc<AtomicU64>,
 }
 
-/// The completing half. Completed when dropped, so that a worker that ends can not leave a vCPU
+/// The completing half. Completed when dropped, so that a worker that ends cannot leave a vCPU
 /// waiting for ever.
 #[derive(Debug)]
 pub struct Completer {

@@ -219,13 +219,13 @@ impl Vcpu {
         // For good: kicks, which may come at any time, write to the page that it shares with KVM.
         let vcpu: &'static arch::Vcpu = Box::leak(Box::new(fd));
         signal::aim_kicks_at(vcpu.immediate_exit());
-        let mut state = State::Paused;
+        let mut state = VcpuState::Paused;
         loop {
             state = match state {
-                State::Paused => body.paused(),
-                State::Running => body.running(vcpu),
-                State::Ended => body.ended(),
-                State::Abandoned => return,
+                VcpuState::Paused => body.paused(),
+                VcpuState::Running => body.running(vcpu),
+                VcpuState::Ended => body.ended(),
+                VcpuState::Abandoned => return,
             }
         }
     }
@@ -233,18 +233,18 @@ impl Vcpu {
 
 impl VcpuLoop {
     /// Edges: to running, to abandoned.
-    fn paused(&mut self) -> State {
+    fn paused(&mut self) -> VcpuState {
         loop {
             match self.messages.recv() {
-                Ok(VcpuMessage::Run) => return State::Running,
+                Ok(VcpuMessage::Run) => return VcpuState::Running,
                 Ok(VcpuMessage::Pause) => self.tell(VcpuEvent::Paused { index: self.index }),
-                Err(_) => return State::Abandoned,
+                Err(_) => return VcpuState::Abandoned,
             }
         }
     }
 
     /// Edges: to paused, to ended, to abandoned.
-    fn running(&mut self, vcpu: &kvm::Vcpu) -> State {
+    fn running(&mut self, vcpu: &kvm::Vcpu) -> VcpuState {
         self.timeline.mark(Moment::GuestEntered);
         loop {
             // Cleared before the look at the messages: a kick after it makes KVM_RUN return.
@@ -253,13 +253,13 @@ impl VcpuLoop {
                 Ok(VcpuMessage::Run) | Err(TryRecvError::Empty) => {}
                 Ok(VcpuMessage::Pause) => {
                     self.tell(VcpuEvent::Paused { index: self.index });
-                    return State::Paused;
+                    return VcpuState::Paused;
                 }
-                Err(TryRecvError::Disconnected) => return State::Abandoned,
+                Err(TryRecvError::Disconnected) => return VcpuState::Abandoned,
             }
             if let Some(ticket) = &self.waiting_for {
                 if !ticket.is_done() {
-                    // Unparked by whoever completes the ticket, and by control with a message.
+                    // Unparked by the thread that completes the ticket, and by control with a message.
                     thread::park();
                     continue;
                 }
@@ -275,7 +275,7 @@ impl VcpuLoop {
                 Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
                 Outcome::End(end) => {
                     self.end(vcpu, end);
-                    return State::Ended;
+                    return VcpuState::Ended;
                 }
             }
         }
@@ -308,12 +308,12 @@ impl VcpuLoop {
     }
 
     /// Answers for a vCPU that does not run again. Edge: to abandoned.
-    fn ended(&mut self) -> State {
+    fn ended(&mut self) -> VcpuState {
         loop {
             match self.messages.recv() {
                 Ok(VcpuMessage::Run) => {}
                 Ok(VcpuMessage::Pause) => self.tell(VcpuEvent::Paused { index: self.index }),
-                Err(_) => return State::Abandoned,
+                Err(_) => return VcpuState::Abandoned,
             }
         }
     }
@@ -324,7 +324,7 @@ impl VcpuLoop {
     }
 }
 
-enum State {
+enum VcpuState {
     Paused,
     Running,
     Ended,

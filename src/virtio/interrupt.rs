@@ -1,7 +1,7 @@
 //! The way from a device to the guest: status bits and an interrupt line.
 //!
 //! Shared by the worker, which raises, and the registers, which show and acknowledge. Atomics and
-//! an eventfd: nobody ever waits for anybody here.
+//! an eventfd: no thread ever waits here.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 

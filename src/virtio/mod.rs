@@ -23,6 +23,7 @@
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 pub mod block;
+mod chain;
 pub mod handle;
 mod interrupt;
 pub mod net;
@@ -59,7 +60,7 @@ pub mod status {
     pub const DRIVER_OK: u32 = 4;
     /// Feature negotiation is complete.
     pub const FEATURES_OK: u32 = 8;
-    /// The device can not go on without a reset.
+    /// The device cannot go on without a reset.
     pub const DEVICE_NEEDS_RESET: u32 = 0x40;
     /// The guest has given up on the device.
     pub const FAILED: u32 = 0x80;
@@ -79,7 +80,7 @@ pub mod feature {
 
 /// Device IDs (virtio 1.2, 5).
 pub mod device_id {
-    /// Network card (5.1)
+    /// Network device (5.1)
     pub const NET: u32 = 1;
     /// Block device (5.2)
     pub const BLOCK: u32 = 2;
@@ -104,9 +105,9 @@ pub trait Device: Send + 'static {
     fn features(&self) -> u64;
     /// The configuration space as the guest sees it at the start.
     fn config(&self) -> ConfigSpace;
-    /// The counters, for whoever wants to read them.
+    /// The counters, for the thread that reads them.
     fn counters(&self) -> Arc<Self::Counters>;
-    /// Writes `counters`, and what of `worker` belongs to the same line of the original's
+    /// Writes `counters`, and what of `worker` belongs to the same line of Firecracker's
     /// metrics, into `report`, for the device `name`.
     fn read_counters(
         counters: &Self::Counters,
@@ -126,7 +127,7 @@ pub trait Device: Send + 'static {
     /// ended.
     ///
     /// # Errors
-    /// [`BrokenRing`] when the ring itself can not be trusted any more.
+    /// [`BrokenRing`] when the ring itself cannot be trusted any more.
     fn process(
         &mut self,
         index: usize,
@@ -219,7 +220,7 @@ impl QueueSet {
     }
 }
 
-/// A ring that can not be trusted any more: its device needs a reset.
+/// A ring that cannot be trusted any more: its device needs a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BrokenRing {
     /// A ring does not lie in guest memory, or is misaligned, or its size is no power of two.
@@ -238,7 +239,7 @@ impl fmt::Display for BrokenRing {
             BrokenRing::Layout => "a ring does not lie whole and aligned in guest memory",
             BrokenRing::AvailIndex => "the available index runs ahead of the ring",
             BrokenRing::Head => "the available ring names a descriptor outside the table",
-            BrokenRing::Memory => "a ring can not be reached in guest memory",
+            BrokenRing::Memory => "a ring cannot be reached in guest memory",
         })
     }
 }

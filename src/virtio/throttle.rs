@@ -34,7 +34,7 @@ impl Throttle {
         if wait == 0 {
             return true;
         }
-        // A timer that can not be set must not stop the device for ever.
+        // A timer that cannot be set must not stop the device for ever.
         self.timer.reset(Duration::from_nanos(wait), None).is_err()
     }
 

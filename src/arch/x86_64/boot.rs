@@ -149,7 +149,7 @@ impl fmt::Display for BootError {
                 f,
                 "initrd {name} does not fit: it has {len} bytes and there is room for {room}"
             ),
-            BootError::Initrd { name, .. } => write!(f, "initrd {name} can not be opened"),
+            BootError::Initrd { name, .. } => write!(f, "initrd {name} cannot be opened"),
             BootError::Changed { name } => {
                 write!(f, "{name} was changed while the guest was being made")
             }
@@ -175,7 +175,7 @@ impl From<MemoryError> for BootError {
     }
 }
 
-/// The command line would be longer than the kernel reads, or can not be written down.
+/// The command line would be longer than the kernel reads, or cannot be written down.
 #[derive(Debug, PartialEq, Eq)]
 pub enum CommandLineError {
     /// No room.
@@ -293,7 +293,7 @@ fn split_init_args(boot_args: &str) -> (String, &str) {
 /// random numbers where the protocol has a place for it (64-bit Linux).
 ///
 /// # Errors
-/// [`BootError`] when something does not fit or can not be read.
+/// [`BootError`] when something does not fit or cannot be read.
 pub fn load(
     memory: &mut Memory,
     kernel: &Kernel,

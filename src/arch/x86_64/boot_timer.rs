@@ -33,7 +33,7 @@ pub struct BootTimer {
 }
 
 impl BootTimer {
-    /// A register whose writes are told to `reader`.
+    /// A register whose writes are posted to `reader`.
     pub fn new(reader: Outbox<Booted>) -> BootTimer {
         BootTimer {
             reader,

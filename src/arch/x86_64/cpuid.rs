@@ -451,7 +451,7 @@ mod tests {
             get(&supported, 7, 0),
             [1, 0x71bf_27e9, 0x1a40_5f6f, 0xffd1_4412]
         );
-        // The APIC ID is the guest's, whatever the mask says.
+        // The APIC ID is the guest's, also when the mask has another.
         let table = table(&supported, 1, 2, false);
         assert_eq!(get(&table, 1, 0)[1] >> 24, 1);
         assert_eq!(get(&table, 7, 0)[1], 0x71bf_27e9);

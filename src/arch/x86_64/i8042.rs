@@ -196,7 +196,7 @@ impl I8042 {
                     KEYBOARD_RESET => &[ACKNOWLEDGE, RESET_PASSED],
                     _ => &[ACKNOWLEDGE],
                 };
-                // A keyboard drops what it was sending when it is spoken to.
+                // A keyboard drops what it was sending when it gets a command.
                 state.keyboard.clear();
                 state.keyboard.extend(answer);
                 self.interrupt(state);
@@ -403,14 +403,14 @@ mod tests {
         command(&i8042, LOOP_AUX);
         send(&i8042, 0x5a);
         assert_eq!(data(&i8042), 0x5a);
-        // To the second interface, where nobody is.
+        // To the second interface, which has no device.
         command(&i8042, WRITE_AUX);
         send(&i8042, 0xff);
         assert_eq!(data(&i8042), CTRL_ALT_DEL_SET_2[0]);
     }
 
     #[test]
-    fn keyboard_when_spoken_to_answers() {
+    fn keyboard_when_it_gets_commands_answers() {
         let (i8042, interrupt) = controller();
         for (byte, answer) in [
             (0xf2, &[0xfa, 0xab, 0x83][..]),

@@ -1,6 +1,6 @@
 //! Reading a kernel's headers: an ELF64 `vmlinux`, its segments and its PVH entry.
 //!
-//! The file is whatever a client named. Every field is checked before it is used, counts are
+//! A client names the file: it may hold anything. Every field is checked before it is used, counts are
 //! bounded, and only headers and notes are read: the segments themselves stay in the file until
 //! `boot` maps them.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
@@ -41,7 +41,7 @@ const NOTES_MAX: u64 = 64 * 1024;
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const XEN_NOTE_NAME: &[u8] = b"Xen\0";
 
-/// A kernel whose headers have been read and make sense.
+/// A kernel whose headers have been read and checked.
 #[derive(Debug)]
 pub struct Kernel {
     pub(super) source: Source,
@@ -103,7 +103,7 @@ impl fmt::Display for KernelError {
                 "has a segment at {address:#x}, below {:#x} where RAM for kernels begins",
                 layout::HIGH_MEMORY
             ),
-            Reason::Read(_) => write!(f, "can not be read"),
+            Reason::Read(_) => write!(f, "cannot be read"),
         }
     }
 }
@@ -123,7 +123,7 @@ impl Kernel {
     ///
     /// # Errors
     /// [`KernelError`] when the file is empty, cut short, no ELF64 file for x86, or has fields
-    /// that make no sense.
+    /// that are invalid.
     pub fn read(file: &File, name: &str) -> Result<Kernel, KernelError> {
         Kernel::parse(file, name).map_err(|reason| KernelError {
             name: name.to_owned(),
@@ -345,7 +345,7 @@ pub(super) mod tests {
     /// note with the entry `pvh` if there is one.
     pub fn elf(code: &[u8], address: u64, pvh: Option<&[u8]>) -> Vec<u8> {
         let note = pvh.map_or(vec![], |content| {
-            // First a note of somebody else, with lengths that need padding.
+            // First a note of another owner, with lengths that need padding.
             let mut note = Vec::new();
             for word in [6u32, 5, 18] {
                 note.extend_from_slice(&word.to_le_bytes());

@@ -91,7 +91,7 @@ pub const IO_APIC: u32 = 0xfec0_0000;
 /// The local APIC after reset (Intel SDM volume 3, section 11.4.1).
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
-/// Three pages that KVM takes for itself on Intel processors that can not run real mode in a
+/// Three pages that KVM takes for itself on Intel processors that cannot run real mode in a
 /// guest. Right after KVM's default place for its identity-map page, and in the hole.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 

@@ -60,14 +60,14 @@ pub enum VmError {
 impl fmt::Display for VmError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            VmError::Create(_) => write!(f, "KVM can not create a virtual machine"),
-            VmError::Memory(_) => write!(f, "the virtual machine can not have its memory"),
+            VmError::Create(_) => write!(f, "KVM cannot create a virtual machine"),
+            VmError::Memory(_) => write!(f, "cannot give the virtual machine its memory"),
             VmError::Tss(_) => write!(f, "KVM refused the address of its TSS"),
             VmError::InterruptController(_) => {
-                write!(f, "KVM can not create the interrupt controllers")
+                write!(f, "KVM cannot create the interrupt controllers")
             }
-            VmError::Timer(_) => write!(f, "KVM can not create the timer"),
-            VmError::Vcpu { index, .. } => write!(f, "KVM can not create vCPU {index}"),
+            VmError::Timer(_) => write!(f, "KVM cannot create the timer"),
+            VmError::Vcpu { index, .. } => write!(f, "KVM cannot create vCPU {index}"),
         }
     }
 }

@@ -18,17 +18,17 @@ pub struct Disk {
     read_only: bool,
 }
 
-/// Why a file can not be a disk.
+/// Why a file cannot be used as a disk.
 #[derive(Debug)]
 pub enum DiskError {
-    /// Its size can not be found out.
+    /// Its size cannot be determined.
     Size(io::Error),
 }
 
 impl fmt::Display for DiskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            DiskError::Size(_) => f.write_str("the size of the disk can not be found out"),
+            DiskError::Size(_) => f.write_str("cannot determine the size of the disk"),
         }
     }
 }
@@ -46,7 +46,7 @@ impl Disk {
     /// `read_only`.
     ///
     /// # Errors
-    /// When its size can not be found out.
+    /// When its size cannot be determined.
     pub fn new(mut file: File, read_only: bool) -> Result<Self, DiskError> {
         // Also right for block devices, whose metadata says 0.
         let size = file.seek(SeekFrom::End(0)).map_err(DiskError::Size)?;
@@ -54,8 +54,8 @@ impl Disk {
         let rest = size.checked_rem(SECTOR).unwrap_or(0);
         if rest != 0 {
             crate::warn!(
-                "a disk of {size} bytes is no whole number of sectors: its last {rest} bytes are \
-                 out of the guest's reach"
+                "the disk's size of {size} bytes is not a multiple of 512 bytes; the last {rest} bytes \
+                 are not visible to the guest"
             );
         }
         Ok(Disk {
@@ -103,7 +103,7 @@ impl Disk {
         self.file.sync_data()
     }
 
-    /// The file, to be closed by somebody else.
+    /// The file, to be closed by another thread.
     pub fn into_file(self) -> File {
         self.file
     }

@@ -4,15 +4,19 @@
 //! nothing is ever in flight between two calls, and a reset or a pause has nothing to wait for
 //! but the one system call under way.
 
+mod counters;
 mod disk;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use disk::{Disk, DiskError};
+pub use self::counters::{BlockCounters, LINE_KEYS};
+pub use self::disk::{Disk, DiskError};
 
 #[cfg(test)]
 use self::request::status;
@@ -21,10 +25,10 @@ use super::queue::{Chain, MAX_SEGMENTS, Popped};
 use super::segment::{copy_out, window};
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Counter, Device, Progress, Queue, QueueSet, Ram, Updated,
-    WorkerCounters, device_id, feature,
+    BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, Updated, WorkerCounters,
+    device_id, feature,
 };
-use crate::metrics::{Report, Spread, micros_since};
+use crate::metrics::{Report, micros_since};
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys::io::Brief;
 
@@ -62,127 +66,6 @@ const _: () = assert!(SEG_MAX * SIZE_MAX <= REQUEST_MAX);
 /// Bytes of the serial number (virtio 1.2, 5.2.6).
 pub const SERIAL_LEN: usize = 20;
 
-/// What a block device counts.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Requests that read, and were served.
-    pub reads: Counter,
-    /// Bytes of these.
-    pub read_bytes: Counter,
-    /// Requests that wrote, and were served.
-    pub writes: Counter,
-    /// Bytes of these.
-    pub write_bytes: Counter,
-    /// Flushes that were served.
-    pub flushes: Counter,
-    /// Requests that could not be parsed, or asked for what is not there.
-    pub invalid: Counter,
-    /// Requests that the host failed.
-    pub failed: Counter,
-    /// How long those that read took.
-    pub read_times: Spread,
-    /// How long those that wrote took.
-    pub write_times: Spread,
-    /// Times a request had to wait for the rate limiter.
-    pub throttled: Counter,
-    /// Times the disk or the limits were changed.
-    pub updates: Counter,
-}
-
-/// The keys of the original's metrics for a disk.
-pub const LINE_KEYS: [&str; 20] = [
-    "activate_fails",
-    "cfg_fails",
-    "no_avail_buffer",
-    "event_fails",
-    "execute_fails",
-    "invalid_reqs_count",
-    "flush_count",
-    "queue_event_count",
-    "rate_limiter_event_count",
-    "update_count",
-    "update_fails",
-    "read_bytes",
-    "write_bytes",
-    "read_count",
-    "write_count",
-    "read_agg",
-    "write_agg",
-    "rate_limiter_throttled_events",
-    "io_engine_throttled_events",
-    "remaining_reqs_count",
-];
-
-impl Counters {
-    fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
-        let reads = [
-            ("read", &self.reads),
-            ("write", &self.writes),
-            ("flush", &self.flushes),
-        ];
-        for (operation, count) in reads {
-            report.counter(
-                "mayfly_block_operations_total",
-                "Requests that were served.",
-                &[("device", name), ("operation", operation)],
-                count.get(),
-            );
-        }
-        for (operation, bytes) in [("read", &self.read_bytes), ("write", &self.write_bytes)] {
-            report.counter(
-                "mayfly_block_bytes_total",
-                "Bytes of requests that were served.",
-                &[("device", name), ("operation", operation)],
-                bytes.get(),
-            );
-        }
-        for (operation, times) in [("read", &self.read_times), ("write", &self.write_times)] {
-            report.seconds(
-                "mayfly_block_seconds_total",
-                "Time that requests which were served took on the host.",
-                &[("device", name), ("operation", operation)],
-                times.sum(),
-            );
-        }
-        for (why, count) in [("guest", &self.invalid), ("host", &self.failed)] {
-            report.counter(
-                "mayfly_block_errors_total",
-                "Requests that made no sense (guest), or that the host failed (host).",
-                &[("device", name), ("fault", why)],
-                count.get(),
-            );
-        }
-        report.counter(
-            "mayfly_block_throttled_total",
-            "Times a request had to wait for the rate limiter.",
-            &[("device", name)],
-            self.throttled.get(),
-        );
-        report.counter(
-            "mayfly_block_updates_total",
-            "Times the disk or its limits were changed.",
-            &[("device", name)],
-            self.updates.get(),
-        );
-        for group in [&*format!("block_{name}"), "block"] {
-            report.expect(group, &LINE_KEYS);
-            report.add(group, "event_fails", worker.broken.get());
-            report.add(group, "execute_fails", self.failed.get());
-            report.add(group, "invalid_reqs_count", self.invalid.get());
-            report.add(group, "flush_count", self.flushes.get());
-            report.add(group, "queue_event_count", worker.all_kicks());
-            report.add(group, "update_count", self.updates.get());
-            report.add(group, "read_bytes", self.read_bytes.get());
-            report.add(group, "write_bytes", self.write_bytes.get());
-            report.add(group, "read_count", self.reads.get());
-            report.add(group, "write_count", self.writes.get());
-            report.times(group, "read_agg", &self.read_times);
-            report.times(group, "write_agg", &self.write_times);
-            report.add(group, "rate_limiter_throttled_events", self.throttled.get());
-        }
-    }
-}
-
 /// A change of a running device.
 #[derive(Debug, Default)]
 pub struct Update {
@@ -202,7 +85,7 @@ pub struct Block {
     throttle: Throttle,
     chain: Chain,
     flush_accepted: bool,
-    counters: Arc<Counters>,
+    counters: Arc<BlockCounters>,
 }
 
 impl Block {
@@ -223,7 +106,7 @@ impl Block {
             throttle: Throttle::new(limiter)?,
             chain: Chain::new(),
             flush_accepted: false,
-            counters: Arc::new(Counters::default()),
+            counters: Arc::new(BlockCounters::default()),
         })
     }
 
@@ -275,7 +158,7 @@ impl Device for Block {
     const QUEUES: &'static [u16] = &[QUEUE_SIZE];
     const UNITS_MAY_WAIT: bool = true;
     type Update = Update;
-    type Counters = Counters;
+    type Counters = BlockCounters;
 
     fn features(&self) -> u64 {
         let mut features = feature::COMMON | bit::SEG_MAX | bit::SIZE_MAX;
@@ -295,12 +178,12 @@ impl Device for Block {
             .with(field::SEG_MAX, &SEG_MAX.to_le_bytes())
     }
 
-    fn counters(&self) -> Arc<Counters> {
+    fn counters(&self) -> Arc<BlockCounters> {
         Arc::clone(&self.counters)
     }
 
     fn read_counters(
-        counters: &Counters,
+        counters: &BlockCounters,
         worker: &WorkerCounters,
         name: &str,
         report: &mut Report,
@@ -361,305 +244,5 @@ impl Device for Block {
 
     fn reset(&mut self) {
         self.flush_accepted = false;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::testing::{Rings, ram};
-    use super::*;
-    use crate::rate_limiter::{BucketUpdate, TokenBucket};
-    use std::fs::File;
-    use std::io::{Read, Seek, SeekFrom, Write};
-    use vm_memory::{Bytes, GuestAddress};
-    use vmm_sys_util::tempfile::TempFile;
-
-    const BASE: u64 = 0x10000;
-    const HEAD: u64 = 0x20000;
-    const DATA: u64 = 0x30000;
-    const STATUS: u64 = 0x2f000;
-
-    const IN: u32 = 0;
-    const OUT: u32 = 1;
-    const FLUSH: u32 = 4;
-    const GET_ID: u32 = 8;
-
-    /// Sectors filled with their number plus one.
-    fn file(sectors: u8) -> File {
-        let mut file = TempFile::new().unwrap().into_file();
-        for sector in 0..sectors {
-            file.write_all(&[sector + 1; 512]).unwrap();
-        }
-        file
-    }
-
-    struct Bench {
-        ram: Ram,
-        file: File,
-        block: Block,
-    }
-
-    fn bench(sectors: u8, read_only: bool) -> Bench {
-        let file = file(sectors);
-        let disk = Disk::new(file.try_clone().unwrap(), read_only).unwrap();
-        let mut block = Block::new(disk, "rootfs", true, RateLimiter::default()).unwrap();
-        block.activate(block.features()).unwrap();
-        Bench {
-            ram: ram(),
-            file,
-            block,
-        }
-    }
-
-    impl Bench {
-        fn header(&self, kind: u32, sector: u64) {
-            let mut header = [0; 16];
-            header[..4].copy_from_slice(&kind.to_le_bytes());
-            header[8..].copy_from_slice(&sector.to_le_bytes());
-            self.ram.write_slice(&header, GuestAddress(HEAD)).unwrap();
-            self.ram.write_obj(0xeeu8, GuestAddress(STATUS)).unwrap();
-        }
-
-        /// Offers one chain and has it served: used length and status.
-        fn serve(&mut self, parts: &[(u64, u32, bool)]) -> (u32, u8) {
-            let ram = self.ram.clone();
-            let mut rings = Rings::new(&ram, BASE, 256);
-            let mut queue = Queue::new(&rings.layout(), 256, feature::COMMON, &ram).unwrap();
-            rings.offer_chain(0, parts);
-            assert_eq!(self.block.process(0, &mut queue, &ram), Ok(Progress::More));
-            assert_eq!(self.block.process(0, &mut queue, &ram), Ok(Progress::Wait));
-            let (head, len) = rings.take().expect("not used");
-            assert_eq!(head, 0);
-            (len, ram.read_obj(GuestAddress(STATUS)).unwrap())
-        }
-
-        fn request(&mut self, kind: u32, sector: u64, len: u32, writable: bool) -> (u32, u8) {
-            self.header(kind, sector);
-            self.serve(&[(HEAD, 16, false), (DATA, len, writable), (STATUS, 1, true)])
-        }
-
-        fn guest(&self, addr: u64, len: usize) -> Vec<u8> {
-            let mut data = vec![0; len];
-            self.ram.read_slice(&mut data, GuestAddress(addr)).unwrap();
-            data
-        }
-
-        fn on_disk(&mut self) -> Vec<u8> {
-            let mut data = Vec::new();
-            self.file.seek(SeekFrom::Start(0)).unwrap();
-            self.file.read_to_end(&mut data).unwrap();
-            data
-        }
-    }
-
-    #[test]
-    fn read_when_in_range_fills_the_guests_buffer() {
-        let mut bench = bench(8, false);
-        assert_eq!(bench.request(IN, 3, 1024, true), (1025, status::OK));
-        assert_eq!(bench.guest(DATA, 512), [4; 512]);
-        assert_eq!(bench.guest(DATA + 512, 512), [5; 512]);
-        assert_eq!(bench.block.counters.read_bytes.get(), 1024);
-    }
-
-    #[test]
-    fn write_when_in_range_reaches_the_file() {
-        let mut bench = bench(4, false);
-        bench
-            .ram
-            .write_slice(&[0xaa; 1024], GuestAddress(DATA))
-            .unwrap();
-        assert_eq!(bench.request(OUT, 1, 1024, false), (1, status::OK));
-        let disk = bench.on_disk();
-        assert_eq!(disk[512..1536], [0xaa; 1024]);
-        assert_eq!((disk[0], disk[1536], disk.len()), (1, 4, 2048));
-    }
-
-    #[test]
-    fn requests_when_not_allowed_are_refused_and_change_nothing() {
-        let cases: &[(u32, u64, u32, bool, u8)] = &[
-            (IN, 4, 512, true, status::IOERR),
-            (IN, 3, 1024, true, status::IOERR),
-            (IN, u64::MAX, 512, true, status::IOERR),
-            (IN, 1 << 55, 512, true, status::IOERR),
-            (IN, 0, 511, true, status::IOERR),
-            (IN, 0, 512, false, status::IOERR),
-            (OUT, 4, 512, false, status::IOERR),
-            (OUT, 3, 1024, false, status::IOERR),
-            (OUT, u64::MAX - 1, 512, false, status::IOERR),
-            (OUT, 0, 100, false, status::IOERR),
-            (OUT, 0, 512, true, status::IOERR),
-            (GET_ID, 0, 19, true, status::IOERR),
-            (GET_ID, 0, 20, false, status::IOERR),
-            (2, 0, 512, true, status::UNSUPP),
-            (11, 0, 16, false, status::UNSUPP),
-            (u32::MAX, 0, 512, true, status::UNSUPP),
-        ];
-        for (kind, sector, len, writable, status) in cases {
-            let mut bench = bench(4, false);
-            let before = bench.on_disk();
-            let served = bench.request(*kind, *sector, *len, *writable);
-            assert_eq!(served, (1, *status), "{kind} {sector} {len}");
-            assert_eq!(bench.on_disk(), before, "{kind} {sector} {len}");
-            assert_eq!(bench.block.counters.invalid.get(), 1);
-        }
-    }
-
-    #[test]
-    fn request_when_larger_than_we_take_is_refused() {
-        // Sixteen MiB and a sector, by pointing at the same memory again and again.
-        let mut bench = bench(4, false);
-        bench.header(IN, 0);
-        let mut parts = vec![(HEAD, 16, false)];
-        parts.extend((0..33).map(|_| (DATA, 0x80000, true)));
-        parts.push((STATUS, 1, true));
-        assert_eq!(bench.serve(&parts), (1, status::IOERR));
-    }
-
-    #[test]
-    fn header_and_status_when_split_anywhere_are_found() {
-        let mut bench = bench(8, false);
-        bench.header(IN, 2);
-        let served = bench.serve(&[
-            (HEAD, 1, false),
-            (HEAD + 1, 10, false),
-            (HEAD + 11, 5, false),
-            (DATA, 100, true),
-            (DATA + 100, 412, true),
-            (STATUS, 1, true),
-        ]);
-        assert_eq!(served, (513, status::OK));
-        assert_eq!(bench.guest(DATA, 512), [3; 512]);
-        // The status is the last byte of the last part, wherever the data ends.
-        bench.header(IN, 1);
-        assert_eq!(
-            bench.serve(&[(HEAD, 16, false), (STATUS - 512, 513, true)]),
-            (513, status::OK)
-        );
-        assert_eq!(bench.guest(STATUS - 512, 513)[..512], [2; 512]);
-        // Data behind the header in the same part.
-        bench.header(OUT, 0);
-        bench
-            .ram
-            .write_slice(&[7; 512], GuestAddress(HEAD + 16))
-            .unwrap();
-        assert_eq!(
-            bench.serve(&[(HEAD, 528, false), (STATUS, 1, true)]),
-            (1, status::OK)
-        );
-        assert_eq!(bench.on_disk()[..512], [7; 512]);
-    }
-
-    #[test]
-    fn chains_when_too_short_are_used_without_harm() {
-        for (parts, len) in [
-            (vec![(HEAD, 16, false)], 0),
-            (vec![(HEAD, 8, false), (STATUS, 1, true)], 1),
-            (vec![(STATUS, 1, true)], 1),
-            (
-                vec![(HEAD, 16, false), (DATA, 0, true), (STATUS, 1, true)],
-                0,
-            ),
-            (
-                vec![(HEAD, 16, false), (DATA, 512, true), (STATUS, 1, false)],
-                0,
-            ),
-        ] {
-            let mut bench = bench(4, false);
-            bench.header(IN, 0);
-            assert_eq!(bench.serve(&parts).0, len, "{parts:x?}");
-            assert_eq!(bench.block.counters.invalid.get(), 1, "{parts:x?}");
-        }
-    }
-
-    #[test]
-    fn disk_when_read_only_offers_and_holds_it() {
-        let mut bench = bench(4, true);
-        assert!(bench.block.features() & bit::RO != 0);
-        assert_eq!(bench.request(IN, 0, 512, true), (513, status::OK));
-        let before = bench.on_disk();
-        assert_eq!(bench.request(OUT, 0, 512, false), (1, status::IOERR));
-        assert_eq!(bench.on_disk(), before);
-    }
-
-    #[test]
-    fn flush_when_negotiated_is_served_else_unsupported() {
-        let mut bench = bench(4, false);
-        bench.header(FLUSH, 0);
-        assert_eq!(
-            bench.serve(&[(HEAD, 16, false), (STATUS, 1, true)]),
-            (1, status::OK)
-        );
-        assert_eq!(bench.block.counters.flushes.get(), 1);
-        bench.block.activate(feature::COMMON).unwrap();
-        bench.header(FLUSH, 0);
-        assert_eq!(
-            bench.serve(&[(HEAD, 16, false), (STATUS, 1, true)]),
-            (1, status::UNSUPP)
-        );
-    }
-
-    #[test]
-    fn get_id_when_asked_tells_the_serial() {
-        let mut bench = bench(4, false);
-        assert_eq!(bench.request(GET_ID, 0, 20, true), (21, status::OK));
-        assert_eq!(bench.guest(DATA, 20), b"rootfs\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
-    }
-
-    #[test]
-    fn disk_when_shrunk_fails_the_request() {
-        let mut bench = bench(8, false);
-        bench.file.set_len(1000).unwrap();
-        assert_eq!(bench.request(IN, 0, 512, true), (513, status::OK));
-        assert_eq!(bench.request(IN, 1, 512, true), (1, status::IOERR));
-        assert_eq!(bench.request(IN, 7, 512, true), (1, status::IOERR));
-        assert_eq!(bench.block.counters.failed.get(), 2);
-    }
-
-    #[test]
-    fn throttle_when_empty_leaves_the_request_in_the_ring() {
-        let mut bench = bench(8, false);
-        bench.block.update(Update {
-            disk: None,
-            limits: RateLimiterUpdate {
-                ops: BucketUpdate::Replace(TokenBucket::new(1, 0, 3_600_000)),
-                ..RateLimiterUpdate::default()
-            },
-        });
-        let ram = bench.ram.clone();
-        let mut rings = Rings::new(&ram, BASE, 256);
-        let mut queue = Queue::new(&rings.layout(), 256, feature::COMMON, &ram).unwrap();
-        bench.header(FLUSH, 0);
-        for first in [0, 2] {
-            rings.offer_chain(first, &[(HEAD, 16, false), (STATUS, 1, true)]);
-        }
-        assert_eq!(bench.block.process(0, &mut queue, &ram), Ok(Progress::More));
-        for _ in 0..3 {
-            assert_eq!(bench.block.process(0, &mut queue, &ram), Ok(Progress::Wait));
-        }
-        assert_eq!(rings.take(), Some((0, 1)));
-        assert_eq!(rings.take(), None);
-        bench.block.update(Update {
-            disk: None,
-            limits: RateLimiterUpdate {
-                ops: BucketUpdate::Replace(None),
-                ..RateLimiterUpdate::default()
-            },
-        });
-        assert_eq!(bench.block.process(0, &mut queue, &ram), Ok(Progress::More));
-        assert_eq!(rings.take(), Some((2, 1)));
-    }
-
-    #[test]
-    fn update_when_disk_is_new_tells_its_capacity_and_gives_back_the_old() {
-        let mut bench = bench(8, false);
-        let updated = bench.block.update(Update {
-            disk: Some(Disk::new(file(3), false).unwrap()),
-            limits: RateLimiterUpdate::default(),
-        });
-        let mut capacity = [0; 8];
-        updated.config.unwrap().read(field::CAPACITY, &mut capacity);
-        assert_eq!(u64::from_le_bytes(capacity), 3);
-        assert_eq!(updated.replaced.unwrap().metadata().unwrap().len(), 8 * 512);
-        assert_eq!(bench.request(IN, 3, 512, true), (1, status::IOERR));
     }
 }

@@ -1,4 +1,4 @@
-//! What every worker counts, whatever its device.
+//! What every worker counts, for any device.
 
 use crate::metrics::{Counter, Report};
 

@@ -197,12 +197,12 @@ impl Bench {
         self.host.begun.load(Ordering::SeqCst)
     }
 
-    /// Offers request `head` and kicks; returns once the worker has heard it.
+    /// Offers request `head` and kicks; returns once the worker has noticed.
     fn offer(&self, rings: &Rings<'_>, head: u16) {
         let kicks = self.handle.worker_counters().kicks(LAST);
         rings.offer_chain(head, &[(at(head).0, 4, true)]);
         self.registers.kicks()[LAST].write(1).unwrap();
-        wait_until("the kick is heard", || {
+        wait_until("the kick is noticed", || {
             self.handle.worker_counters().kicks(LAST) > kicks
         });
     }
@@ -349,7 +349,7 @@ fn reset_when_requests_are_in_flight_waits_and_writes_nothing_afterwards() {
         first.is_done() && second.is_done()
     });
     assert_eq!(bench.handle.worker_counters().resets.get(), 2);
-    // Whatever is kicked or ends now, the old rings stay as they are.
+    // After further kicks and ends the old rings stay as they are.
     let used = rings.used_index();
     bench.offer(&rings, 3);
     bench.handle.update(1, ()).unwrap();

@@ -83,11 +83,11 @@ impl Bench {
         self.registers.kicks()[0].write(1).unwrap();
     }
 
-    /// Kicks, and returns once the worker has heard it.
+    /// Kicks, and returns once the worker has noticed.
     fn kick_and_wait(&self) {
         let kicks = self.handle.worker_counters().kicks(0);
         self.kick();
-        wait_until("the kick is heard", || {
+        wait_until("the kick is noticed", || {
             self.handle.worker_counters().kicks(0) > kicks
         });
     }
@@ -194,7 +194,7 @@ fn pause_when_answered_leaves_guest_memory_alone() {
 }
 
 #[test]
-fn driver_when_it_spoke_before_the_pause_is_heard() {
+fn messages_of_the_driver_before_a_pause_are_done_before_its_answer() {
     let bench = bench();
     for round in 0..200 {
         let mut rings = Rings::new(&bench.ram, BASE, 16);
@@ -277,7 +277,7 @@ fn resets_when_thousands_bring_the_device_back_each_time() {
         bench.offer(&rings, 0);
         bench.kick();
         reset(&bench.registers);
-        // Whatever was done, nothing is done any more.
+        // Nothing is done any more.
         let done = rings.used_index();
         assert!(done <= 1);
         rings.take();

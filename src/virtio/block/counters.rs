@@ -1,0 +1,139 @@
+//! What a block device counts, and how it is told.
+
+use crate::metrics::{Counter, Report, Spread};
+use crate::virtio::WorkerCounters;
+
+/// What a block device counts.
+#[derive(Debug, Default)]
+pub struct BlockCounters {
+    /// Requests that read, and were served.
+    pub reads: Counter,
+    /// Bytes of these.
+    pub read_bytes: Counter,
+    /// Requests that wrote, and were served.
+    pub writes: Counter,
+    /// Bytes of these.
+    pub write_bytes: Counter,
+    /// Flushes that were served.
+    pub flushes: Counter,
+    /// Requests that could not be parsed, or asked for what is not there.
+    pub invalid: Counter,
+    /// Requests that the host failed.
+    pub failed: Counter,
+    /// How long those that read took.
+    pub read_times: Spread,
+    /// How long those that wrote took.
+    pub write_times: Spread,
+    /// Times a request had to wait for the rate limiter.
+    pub throttled: Counter,
+    /// Times the disk or the limits were changed.
+    pub updates: Counter,
+}
+
+/// The keys of Firecracker's metrics for a drive.
+pub const LINE_KEYS: [&str; 20] = [
+    "activate_fails",
+    "cfg_fails",
+    "no_avail_buffer",
+    "event_fails",
+    "execute_fails",
+    "invalid_reqs_count",
+    "flush_count",
+    "queue_event_count",
+    "rate_limiter_event_count",
+    "update_count",
+    "update_fails",
+    "read_bytes",
+    "write_bytes",
+    "read_count",
+    "write_count",
+    "read_agg",
+    "write_agg",
+    "rate_limiter_throttled_events",
+    "io_engine_throttled_events",
+    "remaining_reqs_count",
+];
+
+impl BlockCounters {
+    /// Writes them, and what of `worker` belongs to them, into `report`, for the device `name`.
+    pub(super) fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
+        self.read_for_prometheus(name, report);
+        for group in [&*format!("block_{name}"), "block"] {
+            report.expect(group, &LINE_KEYS);
+            for (key, value) in self.line(worker) {
+                report.add(group, key, value);
+            }
+            report.times(group, "read_agg", &self.read_times);
+            report.times(group, "write_agg", &self.write_times);
+        }
+    }
+
+    /// The values of Firecracker's line that this device has; the others stay 0.
+    fn line(&self, worker: &WorkerCounters) -> [(&'static str, u64); 11] {
+        [
+            ("event_fails", worker.broken.get()),
+            ("execute_fails", self.failed.get()),
+            ("invalid_reqs_count", self.invalid.get()),
+            ("flush_count", self.flushes.get()),
+            ("queue_event_count", worker.all_kicks()),
+            ("update_count", self.updates.get()),
+            ("read_bytes", self.read_bytes.get()),
+            ("write_bytes", self.write_bytes.get()),
+            ("read_count", self.reads.get()),
+            ("write_count", self.writes.get()),
+            ("rate_limiter_throttled_events", self.throttled.get()),
+        ]
+    }
+
+    fn read_for_prometheus(&self, name: &str, report: &mut Report) {
+        let reads = [
+            ("read", &self.reads),
+            ("write", &self.writes),
+            ("flush", &self.flushes),
+        ];
+        for (operation, count) in reads {
+            report.counter(
+                "mayfly_block_operations_total",
+                "Requests that were served.",
+                &[("device", name), ("operation", operation)],
+                count.get(),
+            );
+        }
+        for (operation, bytes) in [("read", &self.read_bytes), ("write", &self.write_bytes)] {
+            report.counter(
+                "mayfly_block_bytes_total",
+                "Bytes of requests that were served.",
+                &[("device", name), ("operation", operation)],
+                bytes.get(),
+            );
+        }
+        for (operation, times) in [("read", &self.read_times), ("write", &self.write_times)] {
+            report.seconds(
+                "mayfly_block_seconds_total",
+                "Time that requests which were served took on the host.",
+                &[("device", name), ("operation", operation)],
+                times.sum(),
+            );
+        }
+        for (why, count) in [("guest", &self.invalid), ("host", &self.failed)] {
+            report.counter(
+                "mayfly_block_errors_total",
+                "Requests that were malformed (guest), or that the host failed (host).",
+                &[("device", name), ("fault", why)],
+                count.get(),
+            );
+        }
+        report.counter(
+            "mayfly_block_throttled_total",
+            "Times a request had to wait for the rate limiter.",
+            &[("device", name)],
+            self.throttled.get(),
+        );
+        report.counter(
+            "mayfly_block_updates_total",
+            "Times the disk or its limits were changed.",
+            &[("device", name)],
+            self.updates.get(),
+        );
+    }
+}

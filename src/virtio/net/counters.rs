@@ -1,0 +1,175 @@
+//! What a network device counts, and how it is told.
+
+use super::queue;
+use crate::metrics::{Counter, Report, Spread};
+use crate::virtio::WorkerCounters;
+
+/// What a network device counts.
+#[derive(Debug, Default)]
+pub struct NetCounters {
+    /// Frames the guest received.
+    pub rx_frames: Counter,
+    /// Bytes of these, headers not counted.
+    pub rx_bytes: Counter,
+    /// Frames for the guest that were lost because they did not fit its buffers.
+    pub rx_dropped: Counter,
+    /// Buffers from the guest that could not be used.
+    pub rx_invalid: Counter,
+    /// Times reading the tap failed.
+    pub rx_failed: Counter,
+    /// Times a frame had to wait for the rate limiter.
+    pub rx_throttled: Counter,
+    /// Frames the guest sent.
+    pub tx_frames: Counter,
+    /// Bytes of these, headers not counted.
+    pub tx_bytes: Counter,
+    /// How long the tap took for each.
+    pub tx_times: Spread,
+    /// Frames from the guest that the host did not take.
+    pub tx_dropped: Counter,
+    /// Frames from the guest that are malformed.
+    pub tx_invalid: Counter,
+    /// Times a frame had to wait for the rate limiter.
+    pub tx_throttled: Counter,
+    /// 1 when the tap has vanished.
+    pub tap_gone: Counter,
+    /// Times the limits were changed.
+    pub updates: Counter,
+}
+
+/// The keys of Firecracker's metrics for a network interface.
+pub const LINE_KEYS: [&str; 26] = [
+    "activate_fails",
+    "cfg_fails",
+    "no_rx_avail_buffer",
+    "no_tx_avail_buffer",
+    "event_fails",
+    "rx_queue_event_count",
+    "rx_event_rate_limiter_count",
+    "rx_rate_limiter_throttled",
+    "rx_tap_event_count",
+    "rx_bytes_count",
+    "rx_packets_count",
+    "rx_fails",
+    "rx_count",
+    "tap_read_fails",
+    "tap_write_fails",
+    "tap_write_agg",
+    "tx_bytes_count",
+    "tx_malformed_frames",
+    "tx_fails",
+    "tx_count",
+    "tx_packets_count",
+    "tx_queue_event_count",
+    "tx_rate_limiter_event_count",
+    "tx_rate_limiter_throttled",
+    "tx_spoofed_mac_count",
+    "tx_remaining_reqs_count",
+];
+
+impl NetCounters {
+    /// Writes them, and what of `worker` belongs to them, into `report`, for the device `name`.
+    pub(super) fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
+        self.read_for_prometheus(name, report);
+        for group in [&*format!("net_{name}"), "net"] {
+            report.expect(group, &LINE_KEYS);
+            for (key, value) in self.line(worker) {
+                report.add(group, key, value);
+            }
+            report.times(group, "tap_write_agg", &self.tx_times);
+        }
+    }
+
+    /// The values of Firecracker's line that this device has; the others stay 0.
+    fn line(&self, worker: &WorkerCounters) -> [(&'static str, u64); 15] {
+        let rx_lost = [&self.rx_invalid, &self.rx_dropped].map(Counter::get);
+        [
+            ("event_fails", worker.broken.get()),
+            ("rx_queue_event_count", worker.kicks(queue::RECEIVE)),
+            ("rx_rate_limiter_throttled", self.rx_throttled.get()),
+            ("rx_bytes_count", self.rx_bytes.get()),
+            ("rx_packets_count", self.rx_frames.get()),
+            ("rx_count", self.rx_frames.get()),
+            ("rx_fails", rx_lost.into_iter().fold(0, u64::saturating_add)),
+            ("tap_read_fails", self.rx_failed.get()),
+            ("tap_write_fails", self.tx_dropped.get()),
+            ("tx_bytes_count", self.tx_bytes.get()),
+            ("tx_malformed_frames", self.tx_invalid.get()),
+            ("tx_count", self.tx_frames.get()),
+            ("tx_packets_count", self.tx_frames.get()),
+            ("tx_queue_event_count", worker.kicks(queue::TRANSMIT)),
+            ("tx_rate_limiter_throttled", self.tx_throttled.get()),
+        ]
+    }
+
+    fn read_for_prometheus(&self, name: &str, report: &mut Report) {
+        let both = [
+            ("receive", &self.rx_frames, &self.rx_bytes, &self.rx_dropped),
+            (
+                "transmit",
+                &self.tx_frames,
+                &self.tx_bytes,
+                &self.tx_dropped,
+            ),
+        ];
+        for (direction, frames, bytes, dropped) in both {
+            let labels = [("device", name), ("direction", direction)];
+            report.counter(
+                "mayfly_net_frames_total",
+                "Frames that the guest received or sent.",
+                &labels,
+                frames.get(),
+            );
+            report.counter(
+                "mayfly_net_bytes_total",
+                "Bytes of these frames, virtio's headers not counted.",
+                &labels,
+                bytes.get(),
+            );
+            report.counter(
+                "mayfly_net_dropped_total",
+                "Frames that did not fit the guest's buffers, or that the host did not take.",
+                &labels,
+                dropped.get(),
+            );
+        }
+        let both = [
+            ("receive", &self.rx_invalid, &self.rx_throttled),
+            ("transmit", &self.tx_invalid, &self.tx_throttled),
+        ];
+        for (direction, invalid, throttled) in both {
+            let labels = [("device", name), ("direction", direction)];
+            report.counter(
+                "mayfly_net_invalid_total",
+                "Buffers or frames of the guest that could not be used.",
+                &labels,
+                invalid.get(),
+            );
+            report.counter(
+                "mayfly_net_throttled_total",
+                "Times a frame had to wait for the rate limiter.",
+                &labels,
+                throttled.get(),
+            );
+        }
+        let device = [("device", name)];
+        report.counter(
+            "mayfly_net_tap_read_errors_total",
+            "Times reading the tap failed.",
+            &device,
+            self.rx_failed.get(),
+        );
+        report.gauge(
+            "mayfly_net_tap_gone",
+            "1 when the tap has vanished.",
+            &device,
+            self.tap_gone.get(),
+        );
+        report.counter(
+            "mayfly_net_updates_total",
+            "Times the limits were changed.",
+            &device,
+            self.updates.get(),
+        );
+    }
+}
