@@ -712,7 +712,7 @@ fn id_in_use_is_refused_and_the_first_goes_on() {
     assert_eq!(before, after);
     assert_eq!(pid_in(&host.pid_file("one")), staying.pid);
     staying.end();
-    // Ended, it is still there: whoever removes it says so.
+    // Ended, it is still there: the jail is the caller's to remove.
     host.refused(host.jailer("one", &[]));
     fs::remove_dir_all(host.root("one").parent().unwrap()).unwrap();
     Report::of(host.jailer("one", &[]));
@@ -771,7 +771,7 @@ fn links_in_a_prepared_root_are_refused_and_not_followed() {
 }
 
 #[test]
-fn bad_input_gets_a_sentence_and_makes_nothing() {
+fn bad_input_is_refused_in_one_line_and_makes_nothing() {
     let host = host!("bad");
     let path = |name: &str| host.path(name).display().to_string();
     fs::write(host.path("plain"), "x").unwrap();
@@ -803,11 +803,11 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     let none = path("none");
     let (plain, fifo, folder) = (path("plain"), path("fifo"), path("base"));
     let changed: &[(&str, &str, &str)] = &[
-        ("--id", "a/b", "'/'"),
-        ("--id", "../x", "'.'"),
-        ("--id", "", "0 bytes"),
-        ("--id", &long, "65 bytes"),
-        ("--id", "a_b", "'_'"),
+        ("--id", "a/b", "--id \"a/b\": an id has 1 to 64 letters"),
+        ("--id", "../x", "1 to 64 letters"),
+        ("--id", "", "1 to 64 letters"),
+        ("--id", &long, "1 to 64 letters"),
+        ("--id", "a_b", "1 to 64 letters"),
         ("--uid", "-1", "--uid \"-1\""),
         ("--uid", "4294967295", "--uid"),
         ("--uid", "root", "--uid \"root\""),

@@ -12,6 +12,7 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
+use mayfly::wire;
 use rustix::fs::{Gid, Uid};
 
 use crate::cgroup::{Value, Version};
@@ -242,8 +243,6 @@ pub struct Compatible {
 
 /// Limit of open descriptors when none is given.
 const OPEN_FILES: u64 = 2048;
-/// Longest id, in bytes.
-const LONGEST_ID: usize = 64;
 
 const OPTIONS: [(&str, Takes); 12] = [
     ("--id", Takes::Value),
@@ -310,19 +309,12 @@ pub fn parse(mut words: Vec<OsString>) -> Result<Command, ArgsError> {
 
 /// An id is a folder's name on the host and a cgroup's.
 pub fn check_id(id: OsString) -> Result<String, ArgsError> {
-    let is_fit = |c: char| c.is_ascii_alphanumeric() || c == '-';
-    let why = match id.to_str() {
-        None => "it is not UTF-8".to_owned(),
-        Some(text) if text.is_empty() || text.len() > LONGEST_ID => {
-            format!("it has {} bytes", text.len())
-        }
-        Some(text) => match text.chars().find(|&c| !is_fit(c)) {
-            None => return Ok(text.to_owned()),
-            Some(c) => format!("it contains {c:?}"),
-        },
-    };
-    let remedy = "an id has 1 to 64 letters, digits and -";
-    Err(bad("--id", id.display(), why, remedy))
+    let text = id
+        .to_str()
+        .ok_or_else(|| bad("--id", id.display(), "it is not UTF-8", ""))?;
+    wire::id::instance(text)
+        .map(str::to_owned)
+        .map_err(|why| bad("--id", text, why.to_string(), ""))
 }
 
 /// The number of a user or a group.
@@ -502,11 +494,17 @@ mod tests {
             ("--daemonize=1", "not known"),
             ("--node 1", "\"--node\": it is not known"),
             ("word", "\"word\": it is not known"),
-            ("--id a/b --exec-file /m --uid 1 --gid 2", "it contains '/'"),
-            ("--id .. --exec-file /m --uid 1 --gid 2", "it contains '.'"),
+            (
+                "--id a/b --exec-file /m --uid 1 --gid 2",
+                "has 1 to 64 letters",
+            ),
+            (
+                "--id .. --exec-file /m --uid 1 --gid 2",
+                "has 1 to 64 letters",
+            ),
             (
                 &format!("--id {long} --exec-file /m --uid 1 --gid 2"),
-                "it has 65 bytes",
+                "has 1 to 64 letters",
             ),
             ("--id a --exec-file /m --uid root --gid 2", "--uid \"root\""),
             ("--id a --exec-file /m --uid -1 --gid 2", "--uid \"-1\""),

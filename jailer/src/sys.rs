@@ -63,13 +63,13 @@ impl Inherited {
 
     /// Closes all but those of these numbers.
     pub fn keep(self, numbers: Vec<RawFd>) -> Result<HandedIn, Errno> {
-        // SAFETY: `self` says that they are nobody's in this process.
+        // SAFETY: `self` says that no value of this process owns one.
         unsafe { close_all_but(&numbers) }?;
         Ok(HandedIn(numbers))
     }
 }
 
-/// The numbers of inherited descriptors that were kept open and that nobody owns yet.
+/// The numbers of inherited descriptors that were kept open and that no value owns yet.
 #[derive(Debug, Default)]
 pub struct HandedIn(Vec<RawFd>);
 
@@ -86,7 +86,7 @@ impl HandedIn {
         if let Err(error) = checked(i64::from(result)) {
             return Some(Err(error));
         }
-        // SAFETY: it is open. Nobody owned it while it was in the list, and it is in none any more.
+        // SAFETY: it is open. No value owned it while it was in the list, and it is in none any more.
         Some(Ok(unsafe { OwnedFd::from_raw_fd(number) }))
     }
 }
@@ -97,7 +97,7 @@ const FIRST: RawFd = 3;
 /// Closes the descriptors from `first` to `last`, both included, or does with them what `flags` say.
 ///
 /// # Safety
-/// Nobody in this process owns one of them, or uses or drops it afterwards.
+/// No value of this process owns one of them, or it is neither used nor dropped afterwards.
 unsafe fn close_range(first: RawFd, last: RawFd, flags: c_uint) -> Result<(), Errno> {
     let (first, last) = (first as c_uint, last as c_uint);
     // SAFETY: passed on to the caller; the call touches no memory.
@@ -108,7 +108,7 @@ unsafe fn close_range(first: RawFd, last: RawFd, flags: c_uint) -> Result<(), Er
 /// process, the parent's stays whole.
 ///
 /// # Safety
-/// Nobody in this process owns one of them, or uses or drops it afterwards.
+/// No value of this process owns one of them, or it is neither used nor dropped afterwards.
 unsafe fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
     let mut kept: Vec<RawFd> = kept.to_vec();
     kept.sort_unstable();
@@ -179,12 +179,12 @@ pub fn namespace_kind(namespace: BorrowedFd<'_>) -> Result<UnshareFlags, Errno> 
 }
 
 /// Has the ends of children kept for [`wait`], whatever the caller does with its own: a signal that
-/// is ignored stays so across exec, and the children of whoever ignores SIGCHLD leave no word.
+/// is ignored stays so across exec, and the kernel keeps no end for a process that ignores SIGCHLD.
 pub fn expect_children() {
     ignore(libc::SIGCHLD, false);
 }
 
-/// The signals that end a program which does nothing about them, but for SIGKILL, which nobody can,
+/// The signals that end a program which does nothing about them, but for SIGKILL, which none can,
 /// and those that a write brings.
 fn ending() -> impl Iterator<Item = c_int> {
     [
@@ -201,7 +201,7 @@ fn ending() -> impl Iterator<Item = c_int> {
         libc::SIGIO,
         libc::SIGPWR,
         libc::SIGSTKFLT,
-        // Sent by somebody; a fault of this program's own ends it all the same.
+        // As another process sends them; a fault of this program's own ends it all the same.
         libc::SIGABRT,
         libc::SIGTRAP,
         libc::SIGSYS,
@@ -214,8 +214,9 @@ fn ending() -> impl Iterator<Item = c_int> {
     .chain(libc::SIGRTMIN()..=libc::SIGRTMAX())
 }
 
-/// What a shell ignores for a job in the background, but is somebody's wish all the same.
-const WISHES: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+/// Held back even if ignored: a shell ignores them for a job in the background, but one that is sent
+/// asks for the end all the same.
+const ALWAYS: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
 
 /// Those of them that the caller has not chosen to ignore, as nohup(1) does: held back, they would
 /// count.
@@ -225,7 +226,7 @@ fn held() -> Vec<c_int> {
         let mut now: libc::sigaction = unsafe { mem::zeroed() };
         // SAFETY: the kernel writes `now`, which is ours; no action is set.
         unsafe { libc::sigaction(*signal, ptr::null(), &raw mut now) };
-        now.sa_sigaction != libc::SIG_IGN || WISHES.contains(signal)
+        now.sa_sigaction != libc::SIG_IGN || ALWAYS.contains(signal)
     };
     ending().filter(counts).collect()
 }
@@ -285,7 +286,7 @@ fn change_mask(how: c_int, set: &libc::sigset_t) -> Result<(), Errno> {
 
 fn signal_set(signals: &[c_int]) -> libc::sigset_t {
     let mut set = mem::MaybeUninit::uninit();
-    // SAFETY: sigemptyset writes the whole of the set it is given, and can not fail on a valid one;
+    // SAFETY: sigemptyset writes the whole of the set it is given, and cannot fail on a valid one;
     // to add a number that is no signal's fails and changes nothing.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
@@ -445,23 +446,23 @@ pub fn wait(child: Pid) -> Result<(Ended, Used), Errno> {
 }
 
 /// Copies this process. The copy has descriptors 0 to 2, `channel` and `other`, and no others; it
-/// lives for `life`, and ends. `life` is told if the others could not be closed.
+/// runs `body`, and ends. `body` is told if the others could not be closed.
 ///
-/// It is a plain function, and what it is told can be cloned, as the owner of a descriptor can not: so
+/// It is a plain function, and what it is told can be cloned, as the owner of a descriptor cannot: so
 /// it reaches none that was open before.
 pub fn fork_apart<T: std::clone::Clone + 'static>(
     channel: OwnedFd,
     other: BorrowedFd<'_>,
     with: &T,
-    life: fn(Result<(), Errno>, OwnedFd, BorrowedFd<'_>, &T),
+    body: fn(Result<(), Errno>, OwnedFd, BorrowedFd<'_>, &T),
 ) -> Result<Pid, Errno> {
     match fork()? {
         Fork::Parent(pid) => Ok(pid),
         Fork::Child => {
             // SAFETY: what is closed belongs to values of the callers, to whom this process, a copy,
-            // never returns; and `life`, by its type, reaches none of them.
+            // never returns; and `body`, by its type, reaches none of them.
             let closed = unsafe { close_all_but(&[channel.as_raw_fd(), other.as_raw_fd()]) };
-            life(closed, channel, other, with);
+            body(closed, channel, other, with);
             exit_now(0)
         }
     }
@@ -477,7 +478,7 @@ pub const ASIDE: RawFd = 32;
 /// no others, and lets `last` start it. `last` is told if they could not be placed, and has copies of
 /// `kept`. When it returns, this process ends.
 ///
-/// Whatever else had those numbers is closed, whoever owns it. `last` is a plain function, and told
+/// What else had those numbers is closed, even if a value owns it. `last` is a plain function, and told
 /// words alone, so that it reaches no descriptor that was open before.
 ///
 /// Returns only when there is no room for the copies. Nothing has changed then.

@@ -1,5 +1,5 @@
 //! What the jail tests need of the host: a folder and names of their own, a way to start the
-//! jailer, eyes for what it leaves, and a broom for what a killed run left.
+//! jailer, a list of what it leaves, and the removal of what a killed run left.
 #![allow(
     dead_code,
     clippy::allow_attributes,
@@ -33,7 +33,7 @@ struct Programs {
 fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(|| {
-        sweep();
+        remove_leftovers();
         let given = |name| std::env::var_os(name).map(PathBuf::from);
         let (jailer, witness) = (given("MAYFLY_JAILER_BIN"), given("MAYFLY_JAIL_WITNESS"));
         let folder = Path::new(env!("CARGO_BIN_EXE_mayfly"))
@@ -144,7 +144,7 @@ impl Host {
         command
     }
 
-    /// Runs a jailer that has to fail, and returns its one sentence.
+    /// Runs a jailer that has to fail, and returns its one line.
     pub fn refused(&self, mut jailer: Command) -> String {
         let output = jailer.output().expect("the jailer starts");
         let text = String::from_utf8(output.stderr).expect("errors are text");
@@ -210,7 +210,7 @@ fn clean(folder: &Path, name: &str) {
 }
 
 /// Removes what earlier runs left that were killed.
-fn sweep() {
+fn remove_leftovers() {
     let dead = |name: &str| {
         let pid = name
             .strip_prefix(MARK)

@@ -1,5 +1,5 @@
 //! What the tests of `mayfly-jailer run` need besides: copies of the programs that an ordinary user
-//! can reach, a way to start them as root or as that user, and eyes for everything a run may leave.
+//! can reach, a way to start them as root or as that user, and a list of everything a run may leave.
 #![allow(
     dead_code,
     clippy::allow_attributes,
@@ -64,7 +64,7 @@ impl Place {
         self.host.path(name).display().to_string()
     }
 
-    /// A file in a folder that anybody may write to.
+    /// A file in a folder that every user may write to.
     pub fn shared(&self, name: &str) -> String {
         self.path(&format!("shared/{name}"))
     }
@@ -95,7 +95,7 @@ impl Place {
         command
     }
 
-    /// A mount namespace in which the devices are anybody's, and an ordinary user in it; nothing of
+    /// A mount namespace in which every user may use the devices, and an ordinary user in it; nothing of
     /// the host's own changes. It becomes `program`, so that the process started is that.
     pub fn as_user(&self, who: Who, program: &Path) -> Command {
         const SCRIPT: &str = r#"
@@ -133,7 +133,7 @@ impl Place {
         ended
     }
 
-    /// Runs a jailer that has to refuse, with one sentence.
+    /// Runs a jailer that has to refuse, in one line.
     pub fn refuses(&self, command: Command, expected: &str) -> String {
         let ended = self.ends(command, 1);
         assert!(

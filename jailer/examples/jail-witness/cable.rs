@@ -37,7 +37,7 @@ pub fn ask(
             ))
         };
         match frame.get(12..14)? {
-            // ARP: an answer, or somebody asks for us.
+            // ARP: an answer, or a question about our address.
             [8, 6] if frame.get(20..22)? == [0, 2] && address(28)? == gateway => {
                 gateway_mac = Some(frame[6..12].try_into().ok()?);
                 asked_at = None;

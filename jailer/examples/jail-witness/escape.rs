@@ -1,4 +1,4 @@
-//! What a monitor that went over to the other side would try in an empty jail. Every line of its
+//! What a compromised monitor would try in an empty jail. Every line of its
 //! report is an attempt and what came of it: `refused`, with the error's number, or `WORKED`.
 
 use std::fmt::Write as _;
@@ -77,7 +77,7 @@ pub fn attack(report: &mut String, value: &dyn Fn(&str) -> Option<String>) {
         }
     }
     for fd in 0..64_usize {
-        // A folder among what was handed in would lead out.
+        // A folder among the passed descriptors would lead out.
         let up = call(libc::SYS_openat, &[fd, c"..".as_ptr() as usize, 0]);
         if up.is_ok() && fd < 6 {
             tried(&format!("open-above-{fd}"), up);

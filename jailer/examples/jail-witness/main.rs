@@ -137,7 +137,7 @@ fn walk(path: &Path, say: &mut dyn FnMut(String)) {
     }
 }
 
-/// What a monitor that went over to the other side would try first.
+/// What a compromised monitor would try first.
 fn attack(report: &mut String, victim: Option<Pid>) {
     let mut tried = |name: &str, worked: bool| {
         let outcome = if worked { "WORKED" } else { "refused" };

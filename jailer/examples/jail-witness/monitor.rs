@@ -27,7 +27,7 @@ pub fn run(args: &[String]) -> ! {
     let listener = UnixListener::from(raw::take(
         after("--api-fd").expect("the jailer hands it in"),
     ));
-    let mut log = std::fs::File::from(raw::take(after("--log-fd").expect("handed in")));
+    let mut log = std::fs::File::from(raw::take(after("--log-fd").expect("it was passed")));
     let (mut client, _) = listener.accept().expect("the jailer is connected");
     let mut files = Vec::new();
     let mut words = String::new();

@@ -38,7 +38,7 @@ pub fn describe(number: i32) -> Option<String> {
     Some(format!("{number} {kind:?} {}", access.bits()))
 }
 
-/// Takes over the API socket the jailer hands in.
+/// Takes over the API socket that the jailer passes.
 pub fn take(number: i32) -> OwnedFd {
     // SAFETY: the jailer opened it for this program, which takes each once.
     unsafe { OwnedFd::from_raw_fd(number) }

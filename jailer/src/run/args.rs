@@ -574,7 +574,7 @@ mod tests {
             ("--config f --limit x=1", "not known"),
             ("--config f --limit cpus=0", "above 0"),
             ("--config f --limit memory", "no ="),
-            ("--config f --id a/b", "'/'"),
+            ("--config f --id a/b", "1 to 64 letters"),
             ("--config f --uid x", "--uid"),
             ("--config f --resource-limit x=1", "not known"),
             (
