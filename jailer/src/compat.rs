@@ -12,7 +12,7 @@ use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -161,7 +161,7 @@ fn build(
     let null = args.daemonize.then(open_null).transpose()?;
 
     // A signal between here and the exec is answered when nothing is half-made.
-    sys::hold_ending_signals().map_err(step("hold back signals"))?;
+    let signals = sys::watch_signals().map_err(step("hold back signals"))?;
     // What is made is not for other users, whatever mask the caller has.
     let umask = rustix::process::umask(Mode::from_raw_mode(0o077));
 
@@ -190,6 +190,7 @@ fn build(
         monitor: &monitor,
         root: &root,
         started,
+        signals,
         umask,
         null,
         cpu_us: sys::process_cpu_us().saturating_sub(started.cpu_us),
@@ -238,6 +239,8 @@ struct Job<'a> {
     monitor: &'a Executable,
     root: &'a Root,
     started: Started,
+    /// Signals that are held back.
+    signals: OwnedFd,
     /// The caller's, for the monitor.
     umask: Mode,
     /// /dev/null of the host, if the monitor is to be a daemon.
@@ -283,7 +286,8 @@ impl Job<'_> {
         let program = self.monitor.inner_path();
         let argv = self.argv(program.as_os_str())?;
         rustix::process::umask(self.umask);
-        if let Some(signal) = sys::held_signal() {
+        let mut held = std::iter::from_fn(|| sys::next_signal(self.signals.as_fd()));
+        if let Some(signal) = held.find(|&signal| signal != libc::SIGCONT) {
             return Err(CompatError::Signal(signal));
         }
         sys::reset_signals().map_err(step("reset signals"))?;

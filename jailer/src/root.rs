@@ -107,33 +107,21 @@ pub struct Owner {
     pub gid: Gid,
 }
 
-/// A character device to be made in the jail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Device {
-    /// Its folder below the root of the jail.
-    folder: &'static str,
-    name: &'static str,
-    major: u32,
-    minor: u32,
-}
+/// A character device to be made in the jail: its folder below the root, its name, its major and
+/// minor number.
+pub type Device = (&'static str, &'static str, u32, u32);
 
 /// The devices a monitor may need: kvm, tun, urandom, and userfaultfd where the host has it.
 pub fn devices() -> Vec<Device> {
-    let device = |folder, name, major, minor| Device {
-        folder,
-        name,
-        major,
-        minor,
-    };
     let mut devices = vec![
-        device("dev/net", "tun", MISC, 200),
-        device("dev", "kvm", MISC, 232),
-        device("dev", "urandom", 1, 9),
+        ("dev/net", "tun", MISC, 200),
+        ("dev", "kvm", MISC, 232),
+        ("dev", "urandom", 1, 9),
     ];
     // Its number is given out when the host starts.
     let misc = std::fs::read_to_string("/proc/misc").unwrap_or_default();
     if let Some(minor) = misc_minor(&misc, "userfaultfd") {
-        devices.push(device("dev", "userfaultfd", MISC, minor));
+        devices.push(("dev", "userfaultfd", MISC, minor));
     }
     devices
 }
@@ -263,7 +251,7 @@ impl Root {
         let path = self.path.join(&monitor.name);
         self.remove_file(&monitor.name, &path)?;
         let target = make_file(&self.dir, &monitor.name, &path)?;
-        undo.entry(&self.dir, &monitor.name, Kind::File, path.clone());
+        undo.entry(&self.dir, &monitor.name, Kind::File, &path);
         let (mut from, mut to) = (&monitor.file, File::from(target));
         std::io::copy(&mut from, &mut to)
             .map_err(|error| RootError::Copy(path.clone(), errno(error)))?;
@@ -322,9 +310,8 @@ impl Root {
             folders.push((whole, dir));
         }
         for device in devices {
-            let dir =
-                folder(&folders, device.folder).expect("devices() names folders of the list above");
-            let path = self.path.join(device.folder).join(device.name);
+            let dir = folder(&folders, device.0).expect("devices() names folders of that list");
+            let path = self.path.join(device.0).join(device.1);
             make_node(dir, device, owner, &path, undo)?;
         }
         Ok(folders)
@@ -360,7 +347,7 @@ impl Root {
     pub fn expect_pid_file(&self, monitor: &Executable, undo: &mut Undo) {
         let name = monitor.pid_file_name();
         let path = self.path.join(&name);
-        undo.entry(&self.dir, name, Kind::File, path);
+        undo.entry(&self.dir, name, Kind::File, &path);
     }
 
     /// Makes this folder the root of this process, in a mount namespace of its own, with nothing
@@ -445,7 +432,7 @@ fn make_folder(
 ) -> Result<(Rc<OwnedFd>, bool), Errno> {
     let is_new = match rustix::fs::mkdirat(&**parent, name, FOLDER) {
         Ok(()) => {
-            undo.entry(parent, name, kind, path.to_owned());
+            undo.entry(parent, name, kind, path);
             true
         }
         Err(Errno::EXIST) => false,
@@ -470,23 +457,21 @@ fn make_file(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<OwnedFd, RootEr
 
 fn make_node(
     dir: &Rc<OwnedFd>,
-    device: &Device,
+    &(_, name, major, minor): &Device,
     owner: Owner,
     path: &Path,
     undo: &mut Undo,
 ) -> Result<(), RootError> {
-    let number = rustix::fs::makedev(device.major, device.minor);
+    let number = rustix::fs::makedev(major, minor);
     let kind = FileType::CharacterDevice;
-    rustix::fs::mknodat(&**dir, device.name, kind, PRIVATE, number).map_err(
-        |error| match error {
-            Errno::EXIST => RootError::IdInUse(path.to_owned()),
-            error => RootError::MakeNode(path.to_owned(), error),
-        },
-    )?;
-    undo.entry(dir, device.name, Kind::File, path.to_owned());
+    rustix::fs::mknodat(&**dir, name, kind, PRIVATE, number).map_err(|error| match error {
+        Errno::EXIST => RootError::IdInUse(path.to_owned()),
+        error => RootError::MakeNode(path.to_owned(), error),
+    })?;
+    undo.entry(dir, name, Kind::File, path);
     let given = || {
         // A descriptor that names the node without opening the device.
-        let node = open_beneath(dir, OsStr::new(device.name), OFlags::PATH)?;
+        let node = open_beneath(dir, OsStr::new(name), OFlags::PATH)?;
         let stat = rustix::fs::fstat(&node)?;
         if FileType::from_raw_mode(stat.st_mode) != kind || stat.st_rdev != number {
             // Another process has put something else in its place.
@@ -506,7 +491,7 @@ fn give_folder(
     undo: &mut Undo,
 ) -> Result<(), RootError> {
     let before = rustix::fs::fstat(&**dir).map_err(at(RootError::GiveAway, path))?;
-    undo.attributes(dir, before, path.to_owned());
+    undo.attributes(dir, before, path);
     // Mode before owner: afterwards the folder is no longer ours.
     rustix::fs::fchmod(&**dir, FOLDER)
         .and_then(|()| rustix::fs::fchown(&**dir, Some(owner.uid), Some(owner.gid)))

@@ -231,26 +231,6 @@ fn held() -> Vec<c_int> {
     ending().filter(counts).collect()
 }
 
-/// Holds back the signals that end a program, so that none of them stops the jailer half-way.
-pub fn hold_ending_signals() -> Result<(), Errno> {
-    change_mask(libc::SIG_BLOCK, &signal_set(&held()))
-}
-
-/// The ending signal that arrived while they were held back, if one did.
-pub fn held_signal() -> Option<c_int> {
-    let mut set = signal_set(&[]);
-    // SAFETY: `set` is a valid place for the kernel to write the pending signals to.
-    let result = unsafe { libc::sigpending(&mut set) };
-    if result != 0 {
-        return None;
-    }
-    ending().find(|&signal| {
-        // SAFETY: `set` is initialised and the numbers are below 65.
-        let member = unsafe { libc::sigismember(&set, signal) };
-        member == 1
-    })
-}
-
 /// Makes a write to a broken pipe, or beyond the largest file that is allowed, an error instead of
 /// an end.
 pub fn survive_writes() {

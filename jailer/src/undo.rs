@@ -5,38 +5,28 @@
 //! root, below a descriptor limit of zero, and whatever happened to the paths.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, Gid, Mode, Stat, Uid};
 use rustix::io::Errno;
 
-/// The list. Dropping it keeps everything, as when the monitor runs.
-#[derive(Debug, Default)]
-pub struct Undo {
-    changes: Vec<Change>,
-}
+/// The list: what each step back is called, and the step. Dropping it keeps everything, as when the
+/// monitor runs.
+#[derive(Default)]
+pub struct Undo(Vec<(String, StepBack)>);
 
-#[derive(Debug)]
-enum Change {
-    /// A directory entry.
-    Entry {
-        dir: Rc<OwnedFd>,
-        name: OsString,
-        kind: Kind,
-        /// For the message that it could not be removed.
-        path: PathBuf,
-    },
-    /// Owner and mode that something had before.
-    Attributes {
-        file: Rc<OwnedFd>,
-        before: Stat,
-        path: PathBuf,
-    },
-    /// The opened `cgroup.procs` of the cgroup this process came from.
-    Membership { procs: OwnedFd, path: PathBuf },
+type StepBack = Box<dyn FnOnce() -> Result<(), Errno>>;
+
+impl fmt::Debug for Undo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.0.iter().map(|(name, _)| name))
+            .finish()
+    }
 }
 
 /// What sort of directory entry was made.
@@ -51,74 +41,48 @@ pub enum Kind {
 }
 
 impl Undo {
+    fn note(&mut self, name: String, back: impl FnOnce() -> Result<(), Errno> + 'static) {
+        self.0.push((name, Box::new(back)));
+    }
+
     /// Notes that `name` was made in `dir`.
-    pub fn entry(
-        &mut self,
-        dir: &Rc<OwnedFd>,
-        name: impl Into<OsString>,
-        kind: Kind,
-        path: PathBuf,
-    ) {
-        self.changes.push(Change::Entry {
-            dir: Rc::clone(dir),
-            name: name.into(),
-            kind,
-            path,
+    pub fn entry(&mut self, dir: &Rc<OwnedFd>, name: impl Into<OsString>, kind: Kind, path: &Path) {
+        let (dir, name) = (Rc::clone(dir), name.into());
+        self.note(path.display().to_string(), move || {
+            // If it is gone, another process has removed it.
+            remove(&dir, &name, kind).or_else(|error| match error {
+                Errno::NOENT => Ok(()),
+                error => Err(error),
+            })
         });
     }
 
     /// Notes what owner and mode `file` has before it is given new ones.
-    pub fn attributes(&mut self, file: &Rc<OwnedFd>, before: Stat, path: PathBuf) {
-        self.changes.push(Change::Attributes {
-            file: Rc::clone(file),
-            before,
-            path,
+    pub fn attributes(&mut self, file: &Rc<OwnedFd>, before: Stat, path: &Path) {
+        let file = Rc::clone(file);
+        self.note(format!("owner and mode of {}", path.display()), move || {
+            let (uid, gid) = (Uid::from_raw(before.st_uid), Gid::from_raw(before.st_gid));
+            rustix::fs::fchown(&*file, Some(uid), Some(gid))?;
+            rustix::fs::fchmod(&*file, Mode::from_raw_mode(before.st_mode))
         });
     }
 
-    /// Notes the cgroup this process is about to leave.
+    /// Notes the opened `cgroup.procs` of the group that this process is about to leave.
     pub fn membership(&mut self, procs: OwnedFd, path: PathBuf) {
-        self.changes.push(Change::Membership { procs, path });
+        self.note(format!("return to {}", path.display()), move || {
+            rustix::io::write(&procs, b"0").map(drop)
+        });
     }
 
     /// Undoes everything, last first, and returns a line for each thing that stays.
     pub fn run(&mut self) -> Vec<String> {
         let mut left = Vec::new();
-        while let Some(change) = self.changes.pop() {
-            if let Err((what, error)) = change.undo() {
-                left.push(format!("{what}: {error}"));
+        while let Some((name, back)) = self.0.pop() {
+            if let Err(error) = back() {
+                left.push(format!("{name}: {error}"));
             }
         }
         left
-    }
-}
-
-impl Change {
-    fn undo(self) -> Result<(), (String, Errno)> {
-        match self {
-            Change::Entry {
-                dir,
-                name,
-                kind,
-                path,
-            } => match remove(&dir, &name, kind) {
-                // No entry: removed by another process.
-                Ok(()) | Err(Errno::NOENT) => Ok(()),
-                Err(error) => Err((path.display().to_string(), error)),
-            },
-            Change::Attributes { file, before, path } => {
-                let result = rustix::fs::fchown(
-                    &*file,
-                    Some(Uid::from_raw(before.st_uid)),
-                    Some(Gid::from_raw(before.st_gid)),
-                )
-                .and_then(|()| rustix::fs::fchmod(&*file, Mode::from_raw_mode(before.st_mode)));
-                result.map_err(|error| (format!("owner and mode of {}", path.display()), error))
-            }
-            Change::Membership { procs, path } => rustix::io::write(&procs, b"0")
-                .map(drop)
-                .map_err(|error| (format!("return to {}", path.display()), error)),
-        }
     }
 }
 
@@ -159,10 +123,10 @@ mod tests {
         std::fs::write(base.path().join("a/b"), "").unwrap();
         let mut undo = Undo::default();
         let before = rustix::fs::fstat(&*top).unwrap();
-        undo.attributes(&top, before, base.path().into());
+        undo.attributes(&top, before, base.path());
         rustix::fs::fchmod(&*top, Mode::from_raw_mode(0o711)).unwrap();
-        undo.entry(&top, "a", Kind::Folder, base.path().join("a"));
-        undo.entry(&a, "b", Kind::File, base.path().join("a/b"));
+        undo.entry(&top, "a", Kind::Folder, &base.path().join("a"));
+        undo.entry(&a, "b", Kind::File, &base.path().join("a/b"));
 
         assert_eq!(undo.run(), Vec::<String>::new());
 
@@ -179,7 +143,7 @@ mod tests {
             &open(base.path()),
             "shared",
             Kind::SharedFolder,
-            base.path().join("shared"),
+            &base.path().join("shared"),
         );
         assert_eq!(undo.run(), Vec::<String>::new());
         assert!(base.path().join("shared/other").exists());
@@ -194,7 +158,7 @@ mod tests {
             &open(base.path()),
             "mine",
             Kind::Folder,
-            base.path().join("mine"),
+            &base.path().join("mine"),
         );
         let left = undo.run();
         assert_eq!(left.len(), 1);
