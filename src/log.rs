@@ -1,23 +1,28 @@
-//! The log: one line at a time to one descriptor, from any thread.
+//! The log: one line at a time, from any thread, to one place.
 //!
-//! A line is formatted into a buffer on the stack and written by one call; nothing is allocated
-//! and nothing waits: a line that can not be written at once is lost and counted, and the count is
-//! told with the next line that gets through. While a guest runs, the descriptor is a pipe that
-//! the serial thread empties into the log's real place, so that a slow disk, terminal or reader
-//! costs lines and never the time of a vCPU or a device.
+//! A line is formatted into a buffer on the stack and written by one call into a pipe that never
+//! blocks; nothing is allocated and nothing waits. The log thread ([`writer`]) carries lines from
+//! the pipe to their place: standard output, or what [`redirect`] was given. A slow or hanging
+//! disk, terminal or reader costs lines, which are counted and told with the next line that gets
+//! through, and never the time of another thread.
 //!
 //! Lines that a guest can provoke go through [`guest_warn!`](crate::guest_warn), which limits them
 //! for the whole VM to 64 KiB at once and 4 KiB a second after that, and each kind of line to a
-//! quarter of that, so that one kind can not silence the others. Lines never hold bytes that a
+//! quarter of that, so that one kind cannot silence the others. Lines never hold bytes that a
 //! guest or a client chose: numbers and our own words only.
 
-use std::error::Error;
-use std::fmt::{self, Arguments, Write};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+mod line;
+mod writer;
 
-use crate::sys::{clock, fd, thread};
+pub use self::writer::{Writer, flush, is_redirected, redirect, start, stuck};
+
+use std::error::Error;
+use std::fmt::{Arguments, Write};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+
+use self::line::{Line, Utc};
+use crate::sys::{clock, thread};
 pub use crate::wire::Level;
 
 /// The shape of a line.
@@ -31,9 +36,6 @@ pub enum Format {
     Json,
 }
 
-/// A line is cut at this many bytes: below PIPE_BUF, so that it arrives whole.
-const LINE_MAX: usize = 1024;
-
 /// What the guest may make us write at once, and in a second, in bytes.
 const GUEST_BURST: u64 = 64 * 1024;
 const GUEST_RATE: u64 = 4 * 1024;
@@ -45,8 +47,6 @@ static LEVEL: AtomicU8 = AtomicU8::new(Level::Info as u8);
 static FORMAT: AtomicU8 = AtomicU8::new(Format::Text as u8);
 static SHOW_LEVEL: AtomicBool = AtomicBool::new(false);
 static SHOW_ORIGIN: AtomicBool = AtomicBool::new(false);
-/// Standard output until told otherwise.
-static DESCRIPTOR: AtomicI32 = AtomicI32::new(1);
 /// Lines lost that no line has told of yet, and all of them.
 static LOST: AtomicU64 = AtomicU64::new(0);
 static LOST_EVER: AtomicU64 = AtomicU64::new(0);
@@ -85,41 +85,6 @@ pub fn set_shown(level: Option<bool>, origin: Option<bool>) {
     }
     if let Some(origin) = origin {
         SHOW_ORIGIN.store(origin, Ordering::Relaxed);
-    }
-}
-
-/// Where lines go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// A descriptor that may block: it is asked first whether it has room.
-    Blocking(i32),
-    /// A descriptor that never does: threads that may do little else can write to it.
-    NonBlocking(i32),
-}
-
-/// Set in [`DESCRIPTOR`] beside the number of one that never blocks, to change both at once.
-const NON_BLOCKING: i32 = 1 << 30;
-
-/// Sends lines to `place` from now on. The caller keeps it open for as long as lines may go there.
-pub fn redirect(place: Place) {
-    let value = match place {
-        Place::Blocking(fd) => fd,
-        Place::NonBlocking(fd) => fd | NON_BLOCKING,
-    };
-    DESCRIPTOR.store(value, Ordering::Release);
-}
-
-/// The descriptor lines go to now.
-pub fn descriptor() -> i32 {
-    DESCRIPTOR.load(Ordering::Acquire) & !NON_BLOCKING
-}
-
-fn deliver(line: &[u8]) -> bool {
-    let value = DESCRIPTOR.load(Ordering::Acquire);
-    if value & NON_BLOCKING == 0 {
-        fd::write_now(value, line)
-    } else {
-        fd::write(value & !NON_BLOCKING, line).is_ok_and(|n| n == line.len())
     }
 }
 
@@ -163,24 +128,16 @@ pub fn line(level: Level, origin: (&str, &str, u32), message: Arguments<'_>) {
     // Taken, so that of two threads only one tells of them.
     let lost = LOST.swap(0, Ordering::Relaxed);
     compose(&mut buffer, level, origin, message, lost);
-    if !deliver(buffer.finish()) {
+    if !writer::deliver(buffer.finish()) {
         LOST.fetch_add(lost, Ordering::Relaxed);
         count_lost(1);
     }
 }
 
+/// Counts lines that were lost on their way.
 fn count_lost(lines: u64) {
     LOST.fetch_add(lines, Ordering::Relaxed);
     LOST_EVER.fetch_add(lines, Ordering::Relaxed);
-}
-
-/// Counts `bytes` of lines that were lost on their way; a line of them is at least one.
-pub fn count_lost_bytes(bytes: u64) {
-    // What such lines are long, so that the count is near the truth.
-    const USUAL: u64 = 100;
-    if bytes > 0 {
-        count_lost(bytes.div_ceil(USUAL));
-    }
 }
 
 /// One kind of line that a guest can provoke: one place in the code.
@@ -283,113 +240,6 @@ fn compose(
     };
 }
 
-/// A line under construction: cut at [`LINE_MAX`], without control characters.
-struct Line {
-    bytes: [u8; LINE_MAX],
-    len: usize,
-    /// Whether quotes and backslashes are escaped for JSON.
-    escaping: bool,
-}
-
-impl Line {
-    const fn new() -> Self {
-        Line {
-            bytes: [0; LINE_MAX],
-            len: 0,
-            escaping: false,
-        }
-    }
-
-    /// Adds all of `bytes`, or none.
-    fn push(&mut self, bytes: &[u8]) {
-        // Room is kept for the end of a JSON line and for the newline.
-        let room = LINE_MAX - if self.escaping { 8 } else { 4 };
-        let end = self.len + bytes.len();
-        if end <= room
-            && let Some(slots) = self.bytes.get_mut(self.len..end)
-        {
-            slots.copy_from_slice(bytes);
-            self.len = end;
-        }
-    }
-
-    fn finish(&mut self) -> &[u8] {
-        if let Some(slot) = self.bytes.get_mut(self.len) {
-            *slot = b'\n';
-            self.len += 1;
-        }
-        self.bytes.get(..self.len).unwrap_or_default()
-    }
-}
-
-impl Write for Line {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for char in text.chars() {
-            match char {
-                '"' => self.push(if self.escaping { b"\\\"" } else { b"\"" }),
-                '\\' => self.push(if self.escaping { b"\\\\" } else { b"\\" }),
-                // One line stays one line, and a terminal is not told what to do.
-                _ if char.is_control() => self.push(b" "),
-                _ => self.push(char.encode_utf8(&mut [0; 4]).as_bytes()),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A moment in UTC, printed as `2026-01-31T23:59:59.000000000`.
-struct Utc {
-    seconds: u64,
-    nanos: u32,
-}
-
-impl Utc {
-    fn now() -> Self {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Utc {
-            seconds: since.as_secs(),
-            nanos: since.subsec_nanos(),
-        }
-    }
-
-    /// Year, month and day of the proleptic Gregorian calendar, counted in eras of 400 years
-    /// that begin on 1 March.
-    fn date(&self) -> (u64, u64, u64) {
-        let days = self.seconds / 86_400 + 719_468;
-        let era = days / 146_097;
-        let day_of_era = days % 146_097;
-        let year_of_era =
-            (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let shifted_month = (5 * day_of_year + 2) / 153;
-        let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-        let month = if shifted_month < 10 {
-            shifted_month + 3
-        } else {
-            shifted_month - 9
-        };
-        let year = era * 400 + year_of_era + u64::from(month <= 2);
-        (year, month, day)
-    }
-}
-
-impl fmt::Display for Utc {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (year, month, day) = self.date();
-        let second = self.seconds % 86_400;
-        write!(
-            f,
-            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}",
-            second / 3_600,
-            second / 60 % 60,
-            second % 60,
-            self.nanos
-        )
-    }
-}
-
 /// Logs that something failed.
 #[macro_export]
 macro_rules! error {
@@ -426,46 +276,7 @@ macro_rules! guest_warn {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn date_when_at_the_edges_of_years_is_right() {
-        for (seconds, date) in [
-            (0, (1970, 1, 1)),
-            (951_782_400, (2000, 2, 29)),
-            (1_709_164_800, (2024, 2, 29)),
-            (1_735_689_599, (2024, 12, 31)),
-            (4_107_542_400, (2100, 3, 1)),
-        ] {
-            assert_eq!(Utc { seconds, nanos: 0 }.date(), date, "{seconds}");
-        }
-    }
-
-    #[test]
-    fn line_when_too_long_is_cut_and_still_ends() {
-        let mut line = Line::new();
-        let _ = write!(line, "{}", "x".repeat(5000));
-        let bytes = line.finish();
-        assert!(bytes.len() <= LINE_MAX);
-        assert_eq!(bytes.last(), Some(&b'\n'));
-        assert_eq!(bytes.iter().filter(|b| **b == b'\n').count(), 1);
-    }
-
-    #[test]
-    fn line_when_json_and_cut_is_still_whole_json() {
-        for before in 0..8 {
-            for piece in ["\"\\\n", "\\", "\u{e9}", "\u{1f41d}\""] {
-                let mut line = Line::new();
-                let _ = line.write_str("{\"message\":\"");
-                line.escaping = true;
-                let _ = write!(line, "{}{}", "x".repeat(before), piece.repeat(1000));
-                line.escaping = false;
-                let _ = line.write_str("\"}");
-                let value: serde_json::Value = serde_json::from_slice(line.finish()).unwrap();
-                let message = &value["message"].as_str().unwrap()[before..];
-                assert!(message.starts_with(&piece.replace('\n', " ")), "{message}");
-            }
-        }
-    }
+    use std::fmt;
 
     #[test]
     fn spend_when_burst_is_gone_refills_at_the_rate() {

@@ -1,15 +1,15 @@
 //! The monitor: arguments in, control thread, exit code out.
 
 use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use mayfly::api::{self, Server};
 use mayfly::args::{self, Args, Asked};
 use mayfly::config::{Logger, Metrics, Source};
-use mayfly::log;
+use mayfly::log::{self, Writer};
 use mayfly::seccomp::Category;
 use mayfly::sys::allocator::Allocator;
 use mayfly::sys::handed::Handed;
@@ -18,6 +18,9 @@ use mayfly::timeline::Timeline;
 use mayfly::vmm::threads::{self, Muster};
 use mayfly::vmm::{Settings, Vmm, words};
 use mayfly::{error, exit, info};
+
+/// How long the last lines of the log may take to be written.
+const LOG_PATIENCE: Duration = Duration::from_millis(300);
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator {
@@ -42,6 +45,9 @@ fn main() {
 fn run(args: Args, timeline: Timeline) -> ! {
     log::set_instance(&args.id);
     log::set_format(args.log_format);
+    let writer = log::start()
+        .unwrap_or_else(|e| fail(&format!("Making the log's pipe failed: {e}"), exit::ERROR));
+    *LOG.lock().unwrap_or_else(PoisonError::into_inner) = Some((writer, args.seccomp));
     let settings = Settings {
         id: args.id,
         seccomp: args.seccomp,
@@ -53,6 +59,11 @@ fn run(args: Args, timeline: Timeline) -> ! {
     };
     let mut vmm = Vmm::new(settings, timeline)
         .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
+    // After the signals are set up, which threads inherit; and behind Landlock, where that is asked
+    // for: until then lines wait in the pipe.
+    if !args.landlock {
+        carry_log();
+    }
     let log_fails = match &args.log_path {
         Some(Source::Fd(_)) => exit::BAD_ARGUMENTS,
         _ => exit::ERROR,
@@ -104,6 +115,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
     };
     if args.landlock {
         give_up_files();
+        carry_log();
     }
     if let Some(listener) = listener {
         serve(&mut vmm, listener, args.payload_max, args.seccomp);
@@ -142,6 +154,24 @@ fn give_up_files() {
     }
 }
 
+/// The log thread's work until it has a thread, and whether that is filtered.
+static LOG: Mutex<Option<(Writer, bool)>> = Mutex::new(None);
+
+/// Makes the log thread, if there is none yet.
+fn carry_log() {
+    let writer = LOG.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some((writer, seccomp)) = writer else {
+        return;
+    };
+    let berth = threads::berth("log".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
+    let category = seccomp.then_some(Category::Log);
+    let _ = berth.occupy(category, &Muster::of(1), move || {
+        if let Err(cause) = writer.run() {
+            let _ = writeln!(std::io::stderr(), "mayfly: The log stopped: {cause}");
+        }
+    });
+}
+
 /// Makes the thread that serves the API.
 fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: bool) {
     let server = Server::new(listener, vmm.commands(), payload_max)
@@ -153,17 +183,13 @@ fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: boo
     let category = seccomp.then_some(Category::Api);
     let _ = berth.occupy(category, &muster, move || {
         if let Err(cause) = server.run() {
-            error!("The API can not be served any more: {cause}");
+            error!("Cannot serve the API any more: {cause}");
+            log::flush(LOG_PATIENCE);
             process::exit(exit::ERROR);
         }
     });
     vmm.api_is_ready(counters, owed);
     info!("{}", words::API_STARTED);
-}
-
-/// Whether the log goes where nobody sees standard output.
-fn log_is_apart() -> bool {
-    log::descriptor() != std::io::stdout().as_raw_fd()
 }
 
 /// Answers on standard output. Who does not take it gets an exit code instead.
@@ -182,11 +208,13 @@ fn fail(sentence: &str, code: i32) -> ! {
 fn fail_for(what: &str, sentence: &str, code: i32) -> ! {
     // A path may hold anything: one line stays one line, and a terminal is not told what to do.
     let sentence = sentence.replace(char::is_control, "?");
-    if log_is_apart() {
+    if log::is_redirected() {
         error!("{what}{sentence}");
         info!("{}", words::exiting(code));
     }
-    // Nobody may read it: the code is there all the same.
+    carry_log();
+    log::flush(LOG_PATIENCE);
+    // The exit code tells, also where nothing reads this.
     let _ = writeln!(std::io::stderr(), "mayfly: {sentence}");
     process::exit(code)
 }

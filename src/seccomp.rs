@@ -26,8 +26,10 @@ pub enum Category {
     Block,
     /// Serves a network interface.
     Net,
-    /// Moves console bytes and log lines.
+    /// Moves console bytes.
     Serial,
+    /// Carries log lines to their place.
+    Log,
 }
 
 /// A filter could not be installed.
@@ -66,6 +68,7 @@ pub fn install(category: Category) -> Result<(), InstallError> {
         Category::Block => &BLOCK,
         Category::Net => &NET,
         Category::Serial => &SERIAL,
+        Category::Log => &LOG,
     };
     seccompiler::apply_filter(program).map_err(|cause| InstallError { category, cause })
 }

@@ -40,13 +40,14 @@ fn whole_monitor(folder: &Folder, netns: &Netns, more: &[&str]) -> Monitor {
 }
 
 /// The kinds of thread, by the beginning of their names, and calls that none of them may make.
-const KINDS: [(&str, &str); 6] = [
+const KINDS: [(&str, &str); 7] = [
     ("mayfly", "control"),
     ("fc_api", "api"),
     ("fc_vcpu", "vcpu"),
     ("block", "block"),
     ("net", "net"),
     ("serial", "serial"),
+    ("log", "log"),
 ];
 
 const FORBIDDEN: [(i64, &str); 5] = [
@@ -243,7 +244,7 @@ fn filters_when_counted_are_as_small_as_promised() {
     for (category, (steady, _)) in rules() {
         let most = match category.as_str() {
             "vcpu" | "block" | "net" => 12,
-            "serial" => 10,
+            "serial" | "log" => 10,
             "api" => 14,
             "control" => 20,
             other => panic!("{other}"),

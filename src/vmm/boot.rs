@@ -10,9 +10,9 @@ use std::ffi::c_ulong;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm};
@@ -33,7 +33,6 @@ use crate::bus::{Overlap, Registers};
 use crate::config::cpu::{CpuConfig, KvmCapability, MsrModifier};
 use crate::config::{Config, ConfigError, Draft, HugePages};
 use crate::inbox::{Sender, inbox};
-use crate::log::Place;
 use crate::memory::{Memory, MemoryError, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, Streams};
@@ -43,6 +42,8 @@ use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuLink};
 use crate::virtio::{self, Device, DeviceHandle, Worker, registers};
 use crate::{error, info, log, warn};
 
+/// How long the guest waits for the lines about its start to be written.
+const LOG_PATIENCE: Duration = Duration::from_millis(50);
 /// Messages that may wait for the serial thread.
 const SERIAL_MESSAGES: usize = 4;
 const _: () = assert!(registers::LENGTH == layout::VIRTIO_MMIO_SIZE);
@@ -258,14 +259,13 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         warn!("The terminal stays as it is: {error}");
     }
     threads::filter_or_end(host.category(Category::Control));
-    muster.wait();
-    // Said before the guest can speak and before lines go by way of the serial thread, so that this
-    // one does not come in between the guest's words.
+    // Written before the guest can write anything: both may go to one place.
     info!("The microVM is running.");
     if let Some(word) = host.word {
         info!("{word}");
     }
-    log::redirect(Place::NonBlocking(log_writer.as_raw_fd()));
+    muster.wait();
+    log::flush(LOG_PATIENCE);
 
     Ok(Machine {
         draft: Box::new(draft.clone()),
@@ -474,7 +474,7 @@ fn make_console(
         limit: config.serial.rate_limiter.and_then(devices::bucket),
         socket,
         log_from,
-        log_to: fd::duplicate(log::descriptor()).map_err(fail)?,
+        log_to: fd::duplicate(fd::STDOUT).map_err(fail)?,
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).map_err(fail)?;
     let line = line(vm, layout::SERIAL_GSI)?;

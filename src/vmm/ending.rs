@@ -16,7 +16,7 @@ use crate::sys::fd::{self, Interest};
 use crate::sys::kvm;
 use crate::vcpu::{Crash, End};
 use crate::wire::{self, EndReport};
-use crate::{error, exit, info};
+use crate::{error, exit, info, log};
 
 /// How long clients' last answers may take to be written.
 const ANSWERS_PATIENCE: Duration = Duration::from_millis(50);
@@ -24,17 +24,24 @@ const ANSWERS_PATIENCE: Duration = Duration::from_millis(50);
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
 impl Vmm {
-    /// The end: what the guest and the log still had to say is written out, as far as anybody reads.
-    pub(super) fn finish(&mut self) {
+    /// Writes out what the guest still had to say, as far as its place takes it; before the lines
+    /// about the guest's end, since both may go to one place.
+    pub(super) fn finish_console(&mut self) {
         if self.machine().is_some_and(Machine::finish_console) {
             self.await_finished();
         }
-        // There is no client left to tell that it failed.
+    }
+
+    /// The end: the last line of metrics, the last answers and the last lines of the log are
+    /// written, as far as that can be done in a bounded time.
+    pub(super) fn finish(&mut self) {
+        // No client is left to be told that it failed.
         let _ = self.flush_metrics();
         // Clients that wait for a pause or an update are told that the microVM is ending.
         self.advance(Input::End);
         self.updates.clear();
         self.await_answers();
+        log::flush(FINISH_PATIENCE);
     }
 
     /// Gives the API thread time to write what clients have been answered; those that were not

@@ -155,8 +155,6 @@ pub struct Vmm {
     next_token: u64,
     /// Answers that the API thread has still to write.
     owed: Owed,
-    /// The log's place, when it is not standard output.
-    log: Option<File>,
     /// What is told how the guest ended, if anything is.
     end: Option<File>,
     /// /dev/kvm as it was handed in, until a machine is made.
@@ -214,7 +212,6 @@ impl Vmm {
             updates: Vec::new(),
             next_token: 0,
             owed: Owed::default(),
-            log: None,
             end: None,
             kvm: None,
             counters: report::Counters::default(),
@@ -410,9 +407,7 @@ impl Vmm {
 
     fn use_logger(&mut self, logger: &Logger, sink: Option<File>) {
         if let Some(sink) = sink {
-            log::redirect(log::Place::Blocking(sink.as_raw_fd()));
-            // The one before it is closed only now that nobody writes to it.
-            self.log = Some(sink);
+            log::redirect(sink);
         }
         if let Some(level) = logger.level {
             log::set_level(level);
@@ -441,6 +436,7 @@ impl Vmm {
             if signal.is_ready()
                 && let Some(Signal { number, code }) = self.signals.next()
             {
+                self.finish_console();
                 info!("Shutting down VM after intercepting signal {number}, code {code}.");
                 self.counters.signal = Some(number);
                 break Next::EndBySignal(number);
@@ -491,6 +487,7 @@ impl Vmm {
                 if !matches!(end, End::Reset | End::PowerOff) {
                     self.counters.vcpu_failures = self.counters.vcpu_failures.saturating_add(1);
                 }
+                self.finish_console();
                 return Next::Exit(self.guest_ended(index, end));
             }
             Event::Worker(event) => {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle, Thread};
+use std::time::Duration;
 
 use crate::seccomp::{self, Category};
 use crate::sys::{self, process};
@@ -19,6 +20,9 @@ use crate::{exit, log};
 
 /// Stack of a thread, in bytes: address space; only what is touched costs memory.
 const STACK: usize = 256 * 1024;
+
+/// How long the line about a filter that cannot be installed may take to be written.
+const LOG_PATIENCE: Duration = Duration::from_millis(300);
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -154,6 +158,7 @@ pub fn filter_or_end(category: Option<Category>) {
         && let Err(error) = seccomp::install(category)
     {
         crate::error!("{}", log::chain(&error));
+        log::flush(LOG_PATIENCE);
         process::exit(exit::ERROR);
     }
 }

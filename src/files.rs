@@ -1,0 +1,449 @@
+//! The files thread: does what may wait for a file, so that control never does.
+//!
+//! `open`, `stat`, `read`, `write`, `sync`, `close` and `unlink` of a path or of a passed
+//! descriptor may take for ever when its file system (FUSE, NFS) does not answer. Control gives
+//! such work to this thread as a [`Work`], an owned value, and goes on; the result comes back
+//! through control's inbox as a [`Finished`] with the token of the work.
+//!
+//! [`Files`] is control's side. It knows what is under way and until when:
+//! - one thing at a time, in the order of submission, at most [`QUEUE`] waiting;
+//! - work that has not finished by its deadline is *overdue*: control tells the client which
+//!   file did not answer in which operation, and does not use the result when it comes;
+//! - while something is overdue, further work is refused at once.
+//!
+//! What is only to be closed goes the same way ([`Files::close`]): closing a file may wait too.
+//!
+//! The thread is made before any file is opened and lasts as long as the process. It never
+//! decides anything, and never touches the machine. The log has a thread of its own
+//! ([`log`](crate::log)): a log file that hangs does not stop an update of a drive, nor the other
+//! way round.
+//!
+//! What no thread can change: a process cannot end while a FUSE request of it that the file
+//! system's own process has read already is unanswered, not even by SIGKILL. The monitor calls
+//! `exit_group` in time; the kernel keeps the process until that file system answers or its
+//! connection is aborted (`/sys/fs/fuse/connections/N/abort`).
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::inbox::Outbox;
+
+/// How much work may wait for the thread.
+pub const QUEUE: usize = 32;
+
+/// Something for the files thread to do. It says what it is about to wait for, step by step.
+pub type Work<T> = Box<dyn FnOnce(&Steps) -> T + Send>;
+
+/// What came of a [`Work`].
+#[derive(Debug)]
+pub struct Finished<T> {
+    /// Given by [`Files::submit`].
+    pub token: u64,
+    /// What the work returned.
+    pub result: T,
+}
+
+enum Job<T> {
+    Work(u64, Work<T>),
+    /// To be dropped, which closes what it owns.
+    Close(Box<dyn Any + Send>),
+}
+
+/// What the files thread waits for at the moment; shared with control, which tells clients.
+#[derive(Clone, Debug, Default)]
+pub struct Steps(Arc<Mutex<Option<Step>>>);
+
+#[derive(Clone, Debug)]
+struct Step {
+    /// As messages say it: "opening the disk `/x`".
+    text: String,
+    since: Instant,
+}
+
+impl Steps {
+    fn lock(&self) -> MutexGuard<'_, Option<Step>> {
+        // A panic ends the process, so a poisoned lock is never seen.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What follows may wait for `text`: an operation and its file, as in "opening the disk `/x`".
+    pub fn begin(&self, text: impl fmt::Display) {
+        *self.lock() = Some(Step {
+            text: text.to_string(),
+            since: Instant::now(),
+        });
+    }
+
+    fn end(&self) {
+        *self.lock() = None;
+    }
+
+    /// The operation under way, and for how long it has been.
+    fn now(&self) -> Option<(String, Duration)> {
+        let step = self.lock().clone()?;
+        Some((step.text, step.since.elapsed()))
+    }
+}
+
+/// Why work was not accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The thread waits for this, for so long already.
+    Hangs(String, Duration),
+    /// There is no room for more.
+    Full,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refused::Hangs(text, time) => write!(
+                f,
+                "Not tried, because {text} has not ended for {} s. Try again when that file \
+                 system answers",
+                time.as_secs()
+            ),
+            Refused::Full => write!(
+                f,
+                "Not tried, because {QUEUE} file operations wait already. Try again later"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Work that the thread has not finished.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    token: u64,
+    deadline: Option<Instant>,
+    /// Its deadline has passed: nobody waits for it any more.
+    overdue: bool,
+}
+
+/// Control's side of the files thread.
+#[derive(Debug)]
+pub struct Files<T> {
+    jobs: SyncSender<Job<T>>,
+    steps: Steps,
+    /// In the order in which they finish.
+    pending: VecDeque<Pending>,
+    /// What was to be closed when the queue was full.
+    unclosed: Vec<Box<dyn Any + Send>>,
+    next_token: u64,
+    /// Results that came after their deadline.
+    late: u64,
+}
+
+/// The thread's side.
+#[derive(Debug)]
+pub struct FilesThread<T> {
+    jobs: Receiver<Job<T>>,
+    steps: Steps,
+    finished: Outbox<Finished<T>>,
+}
+
+/// Makes both sides; results are posted to `finished`.
+pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, FilesThread<T>) {
+    let (sender, receiver) = sync_channel(QUEUE);
+    let steps = Steps::default();
+    let control = Files {
+        jobs: sender,
+        steps: steps.clone(),
+        pending: VecDeque::new(),
+        unclosed: Vec::new(),
+        next_token: 0,
+        late: 0,
+    };
+    let thread = FilesThread {
+        jobs: receiver,
+        steps,
+        finished,
+    };
+    (control, thread)
+}
+
+impl<T> FilesThread<T> {
+    /// Works until [`Files`] is gone.
+    pub fn run(self) {
+        while let Ok(job) = self.jobs.recv() {
+            match job {
+                Job::Work(token, work) => {
+                    let result = work(&self.steps);
+                    self.steps.end();
+                    // Control's inbox has room for all that can be pending.
+                    let _ = self.finished.post(Finished { token, result });
+                }
+                Job::Close(value) => {
+                    self.steps.begin("closing a file");
+                    drop(value);
+                    self.steps.end();
+                }
+            }
+        }
+    }
+}
+
+impl<T: Send + 'static> Files<T> {
+    /// Gives `work` to the thread, to be finished within `limit` (`None`: whenever). The token
+    /// comes back with its result.
+    ///
+    /// # Errors
+    /// [`Refused`] while the thread hangs, or has too much to do; `work` is dropped by the thread.
+    pub fn submit(&mut self, limit: Option<Duration>, work: Work<T>) -> Result<u64, Refused> {
+        if self.pending.iter().any(|pending| pending.overdue)
+            && let Some((text, time)) = self.steps.now()
+        {
+            self.close(Box::new(work));
+            return Err(Refused::Hangs(text, time));
+        }
+        let token = self.next_token;
+        match self.jobs.try_send(Job::Work(token, work)) {
+            Ok(()) => {
+                self.next_token = token.wrapping_add(1);
+                self.pending.push_back(Pending {
+                    token,
+                    deadline: limit.and_then(|limit| Instant::now().checked_add(limit)),
+                    overdue: false,
+                });
+                Ok(token)
+            }
+            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                if let Job::Work(_, work) = job {
+                    self.unclosed.push(Box::new(work));
+                }
+                Err(Refused::Full)
+            }
+        }
+    }
+
+    /// Drops `value` on the thread: what it owns may wait when it is closed.
+    pub fn close(&mut self, value: Box<dyn Any + Send>) {
+        self.unclosed.push(value);
+        self.close_rest();
+    }
+
+    fn close_rest(&mut self) {
+        while let Some(value) = self.unclosed.pop() {
+            match self.jobs.try_send(Job::Close(value)) {
+                Ok(()) => {}
+                Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                    // Kept until there is room: the number of open files bounds what can wait here.
+                    if let Job::Close(value) = job {
+                        self.unclosed.push(value);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Work `token` has finished. Whether it did in time: otherwise its result must not be used.
+    pub fn is_in_time(&mut self, token: u64) -> bool {
+        self.close_rest();
+        let Some(at) = self.pending.iter().position(|known| known.token == token) else {
+            return false;
+        };
+        let in_time = self.pending.remove(at).is_some_and(|known| !known.overdue);
+        if !in_time {
+            self.late = self.late.saturating_add(1);
+        }
+        in_time
+    }
+
+    /// When the next work becomes overdue.
+    pub fn deadline(&self) -> Option<Instant> {
+        let waited_for = self.pending.iter().filter(|pending| !pending.overdue);
+        waited_for.filter_map(|pending| pending.deadline).min()
+    }
+
+    /// The token of work whose deadline has passed, and the message for whom waits for it; each
+    /// once.
+    pub fn overdue(&mut self, now: Instant) -> Option<(u64, String)> {
+        let is_due = |pending: &&mut Pending| {
+            !pending.overdue && pending.deadline.is_some_and(|deadline| deadline <= now)
+        };
+        let pending = self.pending.iter_mut().find(is_due)?;
+        pending.overdue = true;
+        let token = pending.token;
+        let message = match self.steps.now() {
+            Some((text, time)) => format!(
+                "No answer from a file: {text} has not ended for {} s, and nothing was changed. \
+                 Check the file system it is on, and try again",
+                time.as_secs()
+            ),
+            // It has ended this moment; its result will not be used.
+            None => "No answer from a file in time, and nothing was changed. Try again".to_owned(),
+        };
+        Some((token, message))
+    }
+
+    /// Whether anything is under way.
+    pub fn is_busy(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Results that came too late so far.
+    pub fn late(&self) -> u64 {
+        self.late
+    }
+}
+
+impl<T> fmt::Debug for Job<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Job::Work(token, _) => write!(f, "Work({token})"),
+            Job::Close(_) => f.write_str("Close"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inbox::{Inbox, inbox};
+    use crate::sys::fd::{self, Interest};
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    const LIMIT: Option<Duration> = Some(Duration::from_secs(5));
+
+    fn rig() -> (Files<u32>, Inbox<Finished<u32>>) {
+        let (sender, events) = inbox(QUEUE * 2).unwrap();
+        let (files, thread) = files(sender.outbox());
+        thread::spawn(move || thread.run());
+        (files, events)
+    }
+
+    fn next(events: &Inbox<Finished<u32>>) -> Finished<u32> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(event) = events.next() {
+                return event;
+            }
+            assert!(Instant::now() < deadline, "no event");
+            fd::wait(&mut [Interest::read(events.as_raw_fd())], Some(100)).unwrap();
+            events.silence();
+        }
+    }
+
+    /// Work that waits for what the returned sender says, and tells when it has begun.
+    fn hanging(text: &'static str) -> (Work<u32>, std::sync::mpsc::Sender<u32>, Receiver<()>) {
+        let (release, released) = channel();
+        let (began, begun) = channel();
+        let work: Work<u32> = Box::new(move |steps| {
+            steps.begin(text);
+            began.send(()).unwrap();
+            released.recv().unwrap()
+        });
+        (work, release, begun)
+    }
+
+    #[test]
+    fn work_when_submitted_finishes_in_order() {
+        let (mut files, events) = rig();
+        for n in 0..10 {
+            assert_eq!(files.submit(LIMIT, Box::new(move |_| n * 2)), Ok(u64::from(n)));
+        }
+        assert!(files.is_busy() && files.deadline().is_some());
+        for n in 0..10 {
+            let Finished { token, result } = next(&events);
+            assert_eq!((token, result), (u64::from(n), n * 2));
+            assert!(files.is_in_time(token));
+        }
+        assert!(!files.is_busy() && files.deadline().is_none());
+        assert_eq!(files.late(), 0);
+    }
+
+    #[test]
+    fn work_when_overdue_is_told_once_and_refuses_more_until_it_ends() {
+        let (mut files, events) = rig();
+        let (work, release, begun) = hanging("opening the disk `/x`");
+        let token = files.submit(LIMIT, work).unwrap();
+        begun.recv().unwrap();
+        let queued = files.submit(LIMIT, Box::new(|_| 1)).unwrap();
+        assert_eq!(files.overdue(Instant::now()), None);
+        let later = Instant::now() + Duration::from_secs(6);
+        let (first, message) = files.overdue(later).unwrap();
+        assert_eq!(first, token);
+        assert!(
+            message.starts_with("No answer from a file: opening the disk `/x` has not ended"),
+            "{message}"
+        );
+        // What waits behind it names the same file.
+        let (second, message) = files.overdue(later).unwrap();
+        assert_eq!(second, queued);
+        assert!(message.contains("opening the disk `/x`"), "{message}");
+        assert_eq!(files.overdue(later), None);
+        let refused = files.submit(LIMIT, Box::new(|_| 1)).unwrap_err();
+        assert!(
+            matches!(&refused, Refused::Hangs(text, _) if text == "opening the disk `/x`"),
+            "{refused:?}"
+        );
+        release.send(7).unwrap();
+        for token in [token, queued] {
+            assert_eq!(next(&events).token, token);
+            assert!(!files.is_in_time(token));
+        }
+        assert_eq!(files.late(), 2);
+        let token = files.submit(LIMIT, Box::new(|_| 3)).unwrap();
+        assert_eq!(next(&events).result, 3);
+        assert!(files.is_in_time(token));
+    }
+
+    #[test]
+    fn submit_when_queue_is_full_is_refused() {
+        let (mut files, events) = rig();
+        let (work, release, begun) = hanging("reading");
+        files.submit(None, work).unwrap();
+        begun.recv().unwrap();
+        for _ in 0..QUEUE {
+            files.submit(LIMIT, Box::new(|_| 1)).unwrap();
+        }
+        assert_eq!(files.submit(LIMIT, Box::new(|_| 1)), Err(Refused::Full));
+        release.send(0).unwrap();
+        for _ in 0..=QUEUE {
+            let token = next(&events).token;
+            assert!(files.is_in_time(token));
+        }
+        assert!(!files.is_busy());
+    }
+
+    #[test]
+    fn close_when_the_queue_is_full_happens_later_and_on_the_thread() {
+        static CLOSED: AtomicUsize = AtomicUsize::new(0);
+        struct Value(thread::ThreadId);
+        impl Drop for Value {
+            fn drop(&mut self) {
+                assert_ne!(thread::current().id(), self.0);
+                CLOSED.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let (mut files, events) = rig();
+        let (work, release, begun) = hanging("reading");
+        files.submit(None, work).unwrap();
+        begun.recv().unwrap();
+        for _ in 0..QUEUE * 2 {
+            files.close(Box::new(Value(thread::current().id())));
+        }
+        assert_eq!(CLOSED.load(Ordering::SeqCst), 0);
+        release.send(0).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while CLOSED.load(Ordering::SeqCst) < QUEUE * 2 {
+            assert!(Instant::now() < deadline);
+            if let Some(event) = events.next() {
+                files.is_in_time(event.token);
+            }
+            files.close_rest();
+            thread::yield_now();
+        }
+    }
+}
