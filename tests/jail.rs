@@ -909,6 +909,18 @@ fn ordinary_user_is_told_what_is_missing() {
 }
 
 #[test]
+fn root_of_a_user_namespace_is_told_of_run() {
+    let host = host!("nsroot");
+    let jailer = host.jailer("one", &[]);
+    let mut command = Command::new("unshare");
+    command.args(["-r", "-m"]).arg(jailer.get_program());
+    command.args(jailer.get_args()).stdin(Stdio::null());
+    let text = host.refused(command);
+    assert!(text.contains("`mayfly-jailer run`"), "{text}");
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+#[test]
 fn help_and_version_need_nothing() {
     let host = host!("help");
     let output = host.bare(&["--version"]).output().unwrap();

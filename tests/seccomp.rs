@@ -218,6 +218,27 @@ fn rules() -> BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)> {
 }
 
 #[test]
+fn rules_of_the_jail_tell_each_why_they_are_there() {
+    let folder = common::root().join("resources/seccomp/jail/x86_64");
+    let mut rules = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let text = fs::read_to_string(entry.unwrap().path()).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for (category, filter) in file.as_object().unwrap() {
+            for rule in filter["filter"].as_array().unwrap() {
+                let (subject, reason) = rule["comment"].as_str().unwrap().split_once(": ").unwrap();
+                assert!(
+                    !subject.is_empty() && reason.len() > 10,
+                    "{category}: {rule}"
+                );
+                rules += 1;
+            }
+        }
+    }
+    assert!(rules > 60, "{rules}");
+}
+
+#[test]
 fn table_in_security_md_when_compared_is_what_the_filters_say() {
     let text = fs::read_to_string(common::root().join("SECURITY.md")).unwrap();
     let calls = |cell: &str| -> BTreeSet<String> {

@@ -231,7 +231,8 @@ impl Hierarchies {
         match version {
             // The commonest reason: hosts are moving, and 1 is the default for compatibility.
             Version::V1 => self.v1(value.controller()).ok_or_else(|| {
-                let only_2 = self.v2().is_some() && self.0.len() == 1;
+                let only_2 =
+                    self.0.iter().all(|one| one.version == Version::V2) && self.v2().is_some();
                 missing(only_2.then(|| {
                     "it has version 2: give --cgroup-version 2 and its file names".to_owned()
                 }))

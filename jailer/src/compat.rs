@@ -418,3 +418,19 @@ fn reap(child: Pid) {
     let _ =
         rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), WaitOptions::empty()));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_has_the_cause_then_the_remedy_then_what_was_left_behind() {
+        let error = CompatError::Execute("/m".into(), Errno::NOEXEC);
+        let error = CompatError::LeftBehind(Box::new(error), "/x: busy".into());
+        assert_eq!(
+            message(&error),
+            "cannot execute /m in the jail (--exec-file): Exec format error (os error 8); \
+             give an executable for this machine; left behind: /x: busy"
+        );
+    }
+}
