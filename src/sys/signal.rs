@@ -4,6 +4,7 @@
 //!   are blocked on every thread; control reads them from a descriptor ([`Signals`]) and ends the
 //!   process in order. SIGINT and SIGQUIT stay ignored where the caller ignored them, as shells do
 //!   for what they start in the background.
+//! - SIGCONT continues the process as ever; control reads it too, and sets the terminal again.
 //! - SIGSYS (a filter's trap), SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP and SIGABRT end the process
 //!   from a handler that writes one line, restores the terminal and exits; it allocates nothing
 //!   and takes no lock.
@@ -25,8 +26,12 @@ use vmm_sys_util::signal::{Killable, create_sigset};
 
 use super::{fd, process, terminal, thread};
 
+/// The process goes on after it was stopped.
+pub const CONTINUED: i32 = libc::SIGCONT;
+
 /// Signals that control reads, beside the real-time ones.
-const READ_BY_CONTROL: [libc::c_int; 11] = [
+const READ_BY_CONTROL: [libc::c_int; 12] = [
+    CONTINUED,
     libc::SIGTERM,
     libc::SIGHUP,
     libc::SIGXCPU,

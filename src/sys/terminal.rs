@@ -1,14 +1,23 @@
 //! The terminal on standard input: raw while a guest runs, as it was found on every way out.
+//!
+//! Only the foreground process group changes a terminal: in the background it belongs to the shell
+//! or to another job. So raw mode is set at the start if the process is in the foreground, and
+//! again whenever the process is continued there ([`set_raw_again`]): the shell has set its own
+//! mode meanwhile. The functions on a descriptor know nothing of this process's state; control
+//! calls the others, but for [`restore`], which any thread may call, in a signal handler too.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use super::fd::STDIN;
 
 /// The kernel's `struct termios`, which the requests TCGETS and TCSETS take; the C library's is
 /// longer.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Termios {
+pub struct Termios {
     input: libc::tcflag_t,
     output: libc::tcflag_t,
     control: libc::tcflag_t,
@@ -21,7 +30,8 @@ const _: () = assert!(size_of::<Termios>() == 36);
 
 impl Termios {
     /// The same terminal, passing bytes on as they come: "raw mode" of termios(3).
-    fn raw(mut self) -> Self {
+    #[must_use]
+    pub fn raw(mut self) -> Self {
         self.input &= !(libc::IGNBRK
             | libc::BRKINT
             | libc::PARMRK
@@ -43,43 +53,108 @@ impl Termios {
     }
 }
 
-/// How the terminal was found.
-static FOUND: OnceLock<Termios> = OnceLock::new();
-static RAW: AtomicBool = AtomicBool::new(false);
+/// How the terminal `fd` is set.
+///
+/// # Errors
+/// The host's; ENOTTY when it is no terminal.
+pub fn settings(fd: BorrowedFd<'_>) -> io::Result<Termios> {
+    let mut found = Termios::default();
+    // SAFETY: the kernel writes its termios, 36 bytes, which is what `found` is laid out as.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCGETS, &raw mut found) })?;
+    Ok(found)
+}
 
-/// Makes the terminal on standard input raw. Does nothing when it is no terminal.
+/// Sets the terminal `fd`.
+///
+/// # Errors
+/// The host's.
+pub fn set(fd: BorrowedFd<'_>, termios: &Termios) -> io::Result<()> {
+    // The bare ioctl: the C library makes a second one after it, which no filter allows.
+    // SAFETY: the kernel reads its termios, 36 bytes, which is what `termios` is laid out as.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCSETS, termios) })
+}
+
+/// Whether process group `group`, the caller's own, may change the terminal `fd`: it is in the
+/// foreground, or the terminal is not the one that controls its session.
+pub fn is_in_foreground(fd: BorrowedFd<'_>, group: libc::pid_t) -> bool {
+    let mut foreground: libc::pid_t = 0;
+    // SAFETY: the kernel writes a process id to `foreground`.
+    let asked = check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGPGRP, &raw mut foreground) });
+    asked.is_err() || foreground == group
+}
+
+/// The process group of the calling process.
+pub fn own_group() -> libc::pid_t {
+    // SAFETY: touches no memory and cannot fail.
+    unsafe { libc::getpgrp() }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// How the terminal was before it was first set.
+static FOUND: OnceLock<Termios> = OnceLock::new();
+/// The guest's console is the terminal: it is to be raw.
+static WANTED: AtomicBool = AtomicBool::new(false);
+/// It has been made raw.
+static RAW: AtomicBool = AtomicBool::new(false);
+/// The process group, which stays the same once the process runs.
+static GROUP: AtomicI32 = AtomicI32::new(0);
+
+fn stdin() -> BorrowedFd<'static> {
+    // SAFETY: nothing closes standard input; if the process was started without, the kernel
+    // refuses what is asked of it.
+    unsafe { BorrowedFd::borrow_raw(STDIN) }
+}
+
+/// Whether standard input is a terminal that belongs to another job at the moment.
+pub fn is_in_background() -> bool {
+    WANTED.load(Ordering::Acquire) && !is_in_foreground(stdin(), GROUP.load(Ordering::Acquire))
+}
+
+/// Makes the terminal on standard input raw, now or when the process comes to the foreground. Does
+/// nothing when it is no terminal.
 ///
 /// # Errors
 /// When the terminal refuses.
 pub fn make_raw() -> io::Result<()> {
-    let mut found = Termios::default();
-    // SAFETY: the kernel writes its termios, 36 bytes, which is what `found` is laid out as.
-    if unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TCGETS, &raw mut found) } != 0 {
+    if settings(stdin()).is_err() {
         return Ok(());
     }
-    set(&FOUND.get_or_init(|| found).raw())?;
+    GROUP.store(own_group(), Ordering::Release);
+    WANTED.store(true, Ordering::Release);
+    set_raw_again()
+}
+
+/// Makes the terminal raw if it is to be, after the process was continued.
+///
+/// # Errors
+/// When the terminal refuses.
+pub fn set_raw_again() -> io::Result<()> {
+    if !WANTED.load(Ordering::Acquire) || is_in_background() {
+        return Ok(());
+    }
+    let now = settings(stdin())?;
+    let found = FOUND.get_or_init(|| now);
     RAW.store(true, Ordering::Release);
-    Ok(())
+    set(stdin(), &found.raw())
 }
 
 /// Gives the terminal back as it was found. May be called in a signal handler, and twice.
 pub fn restore() {
-    if !RAW.swap(false, Ordering::AcqRel) {
+    let background = is_in_background();
+    WANTED.store(false, Ordering::Release);
+    if !RAW.swap(false, Ordering::AcqRel) || background {
         return;
     }
     if let Some(found) = FOUND.get() {
-        // There is nobody left to tell if it fails.
-        let _ = set(found);
+        // The process ends: there is no place to report a failure to.
+        let _ = set(stdin(), found);
     }
-}
-
-/// The bare ioctl: the C library makes a second one after it, which no filter allows.
-fn set(termios: &Termios) -> io::Result<()> {
-    // SAFETY: the kernel reads its termios, 36 bytes, which is what `termios` is laid out as.
-    if unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TCSETS, termios) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -436,6 +436,10 @@ impl Vmm {
             if signal.is_ready()
                 && let Some(Signal { number, code }) = self.signals.next()
             {
+                if number == signal::CONTINUED {
+                    set_terminal_again();
+                    continue;
+                }
                 self.finish_console();
                 info!("Shutting down VM after intercepting signal {number}, code {code}.");
                 self.counters.signal = Some(number);
@@ -733,5 +737,13 @@ impl Vmm {
             state: self.phase().name(),
             vmm_version: API_VERSION,
         }
+    }
+}
+
+/// Sets the terminal again, which the shell may have changed while this process was stopped or in
+/// the background.
+fn set_terminal_again() {
+    if let Err(error) = terminal::set_raw_again() {
+        warn!("Cannot set the terminal to raw mode again: {error}");
     }
 }
