@@ -1,74 +1,60 @@
 //! The serial console: the UART that vCPUs touch, and the serial thread behind it.
 //!
 //! ```text
-//!   guest --OUT--> Uart --pipe--> serial thread --> console output
-//!   guest <--IN--- Uart <-------- serial thread <-- console input
-//!   any thread ------log pipe---> serial thread --> the log's place
+//!   guest --OUT--> SerialPort --pipe--> serial thread --> console output
+//!   guest <--IN--- SerialPort <-------- serial thread <-- console input
+//!   any thread ------log pipe---------> serial thread --> the log's place
 //! ```
 //!
-//! [`Uart`] is vm-superio's 16550 behind one mutex, shared by vCPUs (registers) and the serial
-//! thread (input). What the guest writes goes into a pipe that never blocks: a reader of the
-//! console who is slow, or gone, costs bytes, which are counted, and never a vCPU's time.
+//! [`SerialPort`] (`port`) is a 16550 (`uart`) behind one mutex, shared by vCPUs (registers) and
+//! the serial thread (input). What the guest writes goes into a pipe that never blocks: a reader of
+//! the console who is slow, or gone, costs bytes, which are counted, and never a vCPU's time.
 //! Input is taken from its source only while the UART has room for it.
 //!
 //! [`Console`] lives on the serial thread and owns the host's side. It also carries the log of the
 //! other threads to its place, for the same reason. It writes only where there is room, so it can
 //! always be reached by its inbox; it never exits before the process does.
 //!
-//! With a console socket (`port`) the pipe is emptied at once into a ring, which the usual place
+//! With a console socket (`clients`) the pipe is emptied at once into a ring, which the usual place
 //! of output and the socket's clients read at their own pace. Output can be limited: what exceeds
 //! the limit is dropped and counted.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+mod clients;
+mod input;
 mod port;
+mod uart;
 
-use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::port::{CLIENTS, Port};
-use crate::bus::{Registers, Written};
+use self::clients::{CLIENTS, Clients};
+use self::input::Input;
+pub use self::port::{PORTS, SerialPort};
 use crate::inbox::{Inbox, Outbox};
 use crate::metrics::{Counter, Report};
 use crate::rate_limiter::TokenBucket;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 
-/// Ports of a 16550.
-pub const PORTS: u64 = 8;
-
 /// Bytes moved at once: at most PIPE_BUF, so that a pipe that has room takes them all.
 const CHUNK: usize = 4096;
-/// Input taken from its source at once: the FIFO of a 16550.
-const INPUT_CHUNK: usize = 64;
 /// How long a reader may take none of the last output before the rest is given up, in ms.
 const LAST_PATIENCE: u32 = 50;
-/// How often held-back input is offered again to a UART that is in loop-back mode, in ms.
-const RETRY_MILLIS: u32 = 50;
-
-/// The interrupt line of a UART.
-#[derive(Debug)]
-struct Line(EventFd);
-
-impl Trigger for Line {
-    type E = io::Error;
-
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
-    }
-}
+/// How long newcomers are left alone when the last could not be taken, in ms.
+const REST_MILLIS: u32 = 50;
+/// How long a terminal that belongs to another job is left alone, in ms.
+const BACKGROUND_MILLIS: u32 = 1000;
 
 /// What the console counts.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Bytes the guest wrote and the UART took; counted under its mutex.
+    /// Bytes the guest wrote and the pipe took; counted under the UART's mutex.
     written: Counter,
     /// Bytes the guest read; counted under the UART's mutex.
     read: Counter,
@@ -116,87 +102,6 @@ impl Counters {
     }
 }
 
-/// What a UART tells the host.
-#[derive(Debug)]
-struct Events {
-    /// Rung when the guest has read all input.
-    drained: EventFd,
-    counters: Arc<Counters>,
-}
-
-impl SerialEvents for Events {
-    fn buffer_read(&self) {
-        self.counters.read.one();
-    }
-
-    fn out_byte(&self) {
-        self.counters.written.one();
-    }
-
-    fn tx_lost_byte(&self) {
-        self.counters.overrun.one();
-    }
-
-    fn in_buffer_empty(&self) {
-        // Only fails when it is rung already.
-        let _ = self.drained.write(1);
-    }
-}
-
-/// The registers of the console's UART.
-pub struct Uart(Mutex<Serial<Line, Events, File>>);
-
-impl Uart {
-    fn lock(&self) -> MutexGuard<'_, Serial<Line, Events, File>> {
-        // A panic ends the process, so a poisoned lock is never seen.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes the UART's buffer as large as it gets, while there is nobody to see it: the serial
-    /// thread fills it later and is not to allocate.
-    fn warm_up(&self) {
-        let full = [0; INPUT_CHUNK];
-        for _ in 0..self.feed(&full) {
-            self.lock().read(0);
-        }
-    }
-
-    /// Room for input, in bytes.
-    fn room(&self) -> usize {
-        self.lock().fifo_capacity()
-    }
-
-    /// Gives the guest input; how many bytes it took.
-    fn feed(&self, input: &[u8]) -> usize {
-        self.lock().enqueue_raw_bytes(input).unwrap_or(0)
-    }
-}
-
-impl fmt::Debug for Uart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Uart")
-    }
-}
-
-/// The registers are bytes: the first byte of a wider access is the access, the rest reads as 0.
-impl Registers for Uart {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
-            *first = self.lock().read(offset);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Written {
-        if let (Some(first), Ok(offset)) = (data.first(), u8::try_from(offset)) {
-            // A byte that could not be kept was counted by `Events`; a lost interrupt means a
-            // line that is raised already.
-            let _ = self.lock().write(offset, *first);
-        }
-        Written::Done
-    }
-}
-
 /// Where the console and the log go to and come from.
 #[derive(Debug)]
 pub struct Streams {
@@ -226,17 +131,20 @@ pub enum SerialMessage {
 pub enum SerialEvent {
     /// All that could be written is written.
     Finished,
+    /// The terminal that is typed at belonged to another job, and is ours again.
+    InputIsBack,
 }
 
 /// The serial thread's own: the host's side of the console.
 #[derive(Debug)]
 pub struct Console {
-    uart: Arc<Uart>,
-    drained: EventFd,
+    serial_port: Arc<SerialPort>,
+    /// Written to when the UART has room for input again.
+    room: EventFd,
     input: Input,
     output: Stream,
     limit: Option<TokenBucket>,
-    port: Option<Port>,
+    clients: Option<Clients>,
     log: Stream,
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
@@ -254,34 +162,30 @@ pub fn console(
     streams: Streams,
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
-) -> io::Result<(Arc<Uart>, Console)> {
+) -> io::Result<(Arc<SerialPort>, Console)> {
     let (from_guest, to_host) = fd::pipe()?;
-    let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
-    let uart_events = Events {
-        drained: drained.try_clone()?,
-        counters: Arc::clone(&counters),
-    };
-    let uart = Arc::new(Uart(Mutex::new(Serial::with_events(
-        Line(line),
-        uart_events,
+    let serial_port = Arc::new(SerialPort::new(
+        line,
+        room.try_clone()?,
         to_host,
-    ))));
-    uart.warm_up();
+        Arc::clone(&counters),
+    ));
     let console = Console {
-        uart: Arc::clone(&uart),
-        drained,
+        serial_port: Arc::clone(&serial_port),
+        room,
         input: Input::new(streams.input),
         output: Stream::new(from_guest, streams.output),
         limit: streams.limit,
-        port: streams.socket.map(Port::new),
+        clients: streams.socket.map(Clients::new),
         log: Stream::new(streams.log_from, streams.log_to),
         messages,
         events,
         counters,
         last_patience: LAST_PATIENCE,
     };
-    Ok((uart, console))
+    Ok((serial_port, console))
 }
 
 impl Console {
@@ -297,17 +201,17 @@ impl Console {
     pub fn run(mut self) -> io::Result<()> {
         let mut finishing = false;
         loop {
-            let typing = self.input.is_empty() && self.uart.room() > 0;
-            let (newcomer, clients) = match &self.port {
-                Some(port) => port.interests(typing),
+            let typing = self.serial_port.room() > 0;
+            let (newcomer, clients) = match &self.clients {
+                Some(clients) => clients.interests(typing),
                 None => (Interest::none(), [Interest::none(); CLIENTS]),
             };
             let (output, sink) = self.output_interests();
             let [one, two, three, four] = clients;
             let mut interests = [
                 Interest::read(self.messages.as_raw_fd()),
-                Interest::read(self.drained.as_raw_fd()),
-                Interest::read(self.input.descriptor()).when(typing && !self.input.ended),
+                Interest::read(self.room.as_raw_fd()),
+                self.input.interest().when(typing),
                 output,
                 sink,
                 self.log.interest(),
@@ -325,14 +229,19 @@ impl Console {
                     0
                 })
             } else {
-                let rests = self.port.as_mut().is_some_and(Port::rests);
-                (rests || !self.input.is_empty()).then_some(RETRY_MILLIS)
+                let clients = self.clients.as_mut().is_some_and(Clients::rests);
+                let input = self.input.rests();
+                let rest = [
+                    clients.then_some(REST_MILLIS),
+                    input.then_some(BACKGROUND_MILLIS),
+                ];
+                rest.into_iter().flatten().min()
             };
             fd::wait(&mut interests, patience)?;
             let idle = !interests.iter().any(Interest::is_ready);
             let [
                 message,
-                drained,
+                room,
                 input,
                 output,
                 sink,
@@ -351,22 +260,21 @@ impl Console {
                     finishing = true;
                 }
             }
-            if drained.is_ready() {
-                let _ = self.drained.read();
+            if room.is_ready() {
+                let _ = self.room.read();
             }
-            if input.is_ready() {
-                self.input.read();
+            if input.is_ready() && self.input.step(input, &self.serial_port) {
+                let _ = self.events.post(SerialEvent::InputIsBack);
             }
-            if let Some(port) = &mut self.port {
-                port.serve(&clients, &mut self.input);
+            if let Some(all) = &mut self.clients {
+                all.serve(&clients, &self.serial_port);
                 if newcomer.is_ready() {
-                    port.accept();
+                    all.accept();
                 }
                 if sink.is_ready() {
-                    port.step_sink(&self.output.sink, &self.counters);
+                    all.step_sink(&self.output.sink, &self.counters);
                 }
             }
-            self.input.offer(&self.uart);
             // The output first: what the guest said before it ended comes before the line about that.
             if output.is_ready() {
                 self.step_output();
@@ -379,17 +287,17 @@ impl Console {
 
     /// Whether bytes wait for room in their place.
     fn holds_any(&self) -> bool {
-        let port = self.port.as_ref().is_some_and(Port::is_behind);
-        port || self.output.held() > 0 || self.log.held() > 0
+        let clients = self.clients.as_ref().is_some_and(Clients::is_behind);
+        clients || self.output.held() > 0 || self.log.held() > 0
     }
 
     /// What to wait for to move output: of the guest's end, and of the usual place when that has
     /// a pace of its own.
     fn output_interests(&self) -> (Interest, Interest) {
-        match &self.port {
-            Some(port) => (
+        match &self.clients {
+            Some(clients) => (
                 Interest::read(self.output.source.as_raw_fd()).when(!self.output.ended),
-                Interest::write(self.output.sink.as_raw_fd()).when(port.sink_is_behind()),
+                Interest::write(self.output.sink.as_raw_fd()).when(clients.sink_is_behind()),
             ),
             None => (self.output.interest(), Interest::none()),
         }
@@ -409,62 +317,10 @@ impl Console {
             self.counters.limited.add(came.saturating_sub(kept));
             self.output.to = usize::try_from(kept).unwrap_or(self.output.to);
         }
-        if let Some(port) = &mut self.port {
+        if let Some(clients) = &mut self.clients {
             let bytes = self.output.bytes.get(..self.output.to).unwrap_or_default();
-            port.keep(bytes, &self.counters);
+            clients.keep(bytes, &self.counters);
             (self.output.from, self.output.to) = (0, 0);
-        }
-    }
-}
-
-/// Console input: its source, and bytes that the UART has not taken yet.
-#[derive(Debug)]
-struct Input {
-    source: Option<File>,
-    /// The source has nothing more. It stays open: this thread may not close.
-    ended: bool,
-    bytes: [u8; INPUT_CHUNK],
-    from: usize,
-    to: usize,
-}
-
-impl Input {
-    fn new(source: Option<File>) -> Self {
-        Input {
-            ended: source.is_none(),
-            source,
-            bytes: [0; INPUT_CHUNK],
-            from: 0,
-            to: 0,
-        }
-    }
-
-    /// Whether the UART has taken all.
-    const fn is_empty(&self) -> bool {
-        self.from >= self.to
-    }
-
-    fn descriptor(&self) -> RawFd {
-        self.source.as_ref().map_or(-1, AsRawFd::as_raw_fd)
-    }
-
-    fn read(&mut self) {
-        let Some(source) = &mut self.source else {
-            return;
-        };
-        match source.read(&mut self.bytes) {
-            Ok(0) => self.ended = true,
-            Ok(n) => (self.from, self.to) = (0, n),
-            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
-            Err(_) => self.ended = true,
-        }
-    }
-
-    fn offer(&mut self, uart: &Uart) {
-        if let Some(held) = self.bytes.get(self.from..self.to)
-            && !held.is_empty()
-        {
-            self.from = self.from.saturating_add(uart.feed(held));
         }
     }
 }
@@ -533,6 +389,7 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bus::Registers;
     use crate::inbox::{Sender, inbox};
     use std::os::unix::net::UnixStream;
     use std::thread;
@@ -545,7 +402,7 @@ mod tests {
     const LOOPBACK: u8 = 0x10;
 
     struct Rig {
-        uart: Arc<Uart>,
+        port: Arc<SerialPort>,
         messages: Sender<SerialMessage>,
         events: Inbox<SerialEvent>,
         type_in: File,
@@ -574,9 +431,9 @@ mod tests {
             log_to,
         };
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let (uart, console) = console(line, streams, inbox_, sender.outbox()).unwrap();
+        let (port, console) = console(line, streams, inbox_, sender.outbox()).unwrap();
         let rig = Rig {
-            uart,
+            port,
             messages,
             events,
             type_in,
@@ -600,18 +457,18 @@ mod tests {
         got
     }
 
-    fn guest_reads(uart: &Uart, len: usize) -> Vec<u8> {
+    fn guest_reads(port: &SerialPort, len: usize) -> Vec<u8> {
         let deadline = Instant::now() + Duration::from_secs(20);
         let mut got = Vec::new();
         while got.len() < len && Instant::now() < deadline {
             let mut status = [0];
-            uart.read(LINE_STATUS, &mut status);
+            port.read(LINE_STATUS, &mut status);
             if status[0] & 1 == 0 {
                 thread::sleep(Duration::from_millis(1));
                 continue;
             }
             let mut byte = [0];
-            uart.read(DATA, &mut byte);
+            port.read(DATA, &mut byte);
             got.push(byte[0]);
         }
         got
@@ -622,14 +479,14 @@ mod tests {
         let (mut rig, console) = rig();
         thread::spawn(move || console.run());
         for byte in b"hello" {
-            let _ = rig.uart.write(DATA, &[*byte]);
+            let _ = rig.port.write(DATA, &[*byte]);
         }
         assert_eq!(read_soon(&mut rig.screen, 5), b"hello");
 
         // More than a FIFO's worth: held back until the guest reads.
         let typed: Vec<u8> = (0..200).collect();
         rig.type_in.write_all(&typed).unwrap();
-        assert_eq!(guest_reads(&rig.uart, typed.len()), typed);
+        assert_eq!(guest_reads(&rig.port, typed.len()), typed);
 
         rig.log_in.write_all(b"a line\n").unwrap();
         assert_eq!(read_soon(&mut rig.log_out, 7), b"a line\n");
@@ -642,7 +499,7 @@ mod tests {
         thread::spawn(move || console.run());
         // Two pipes and the buffer between them hold less than this.
         for n in 0..400_000u32 {
-            let _ = rig.uart.write(DATA, &[n as u8]);
+            let _ = rig.port.write(DATA, &[n as u8]);
         }
         assert!(counters.overrun.get() > 0);
         assert_eq!(counters.overrun.get() + counters.written.get(), 400_000);
@@ -665,7 +522,7 @@ mod tests {
         let said: Vec<u8> = (0..100_000u32).map(|n| n as u8).collect();
         let takes = |byte: u8| {
             let lost = counters.overrun.get();
-            let _ = rig.uart.write(DATA, &[byte]);
+            let _ = rig.port.write(DATA, &[byte]);
             counters.overrun.get() == lost
         };
         for byte in &said {
@@ -699,7 +556,7 @@ mod tests {
         let counters = console.counters();
         drop(rig.screen);
         thread::spawn(move || console.run());
-        let _ = rig.uart.write(DATA, b"x");
+        let _ = rig.port.write(DATA, b"x");
         let deadline = Instant::now() + Duration::from_secs(20);
         while counters.lost.get() == 0 {
             assert!(Instant::now() < deadline);
@@ -708,26 +565,43 @@ mod tests {
     }
 
     #[test]
-    fn input_when_uart_is_in_loop_back_is_kept() {
+    fn input_while_the_uart_loops_back_is_kept() {
         let (mut rig, console) = rig();
-        let _ = rig.uart.write(MODEM_CONTROL, &[LOOPBACK]);
+        let _ = rig.port.write(MODEM_CONTROL, &[LOOPBACK]);
         thread::spawn(move || console.run());
         rig.type_in.write_all(b"kept").unwrap();
-        thread::sleep(Duration::from_millis(20));
-        let _ = rig.uart.write(MODEM_CONTROL, &[0]);
-        assert_eq!(guest_reads(&rig.uart, 4), b"kept");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while rig.port.room() == uart::LINE {
+            assert!(Instant::now() < deadline, "the UART takes it");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let _ = rig.port.write(MODEM_CONTROL, &[0]);
+        assert_eq!(guest_reads(&rig.port, 4), b"kept");
+    }
+
+    #[test]
+    fn input_counters_count_what_the_guest_read_and_nothing_else() {
+        let (mut rig, console) = rig();
+        let counters = console.counters();
+        assert_eq!(counters.read.get(), 0);
+        thread::spawn(move || console.run());
+        rig.type_in.write_all(b"abc").unwrap();
+        assert_eq!(guest_reads(&rig.port, 3), b"abc");
+        // There is nothing more to read.
+        rig.port.read(DATA, &mut [0]);
+        assert_eq!(counters.read.get(), 3);
     }
 
     #[test]
     fn registers_when_accessed_by_odd_sizes_answer() {
         let (rig, _console) = rig();
         let mut wide = [0xaa; 8];
-        rig.uart.read(LINE_STATUS, &mut wide);
+        rig.port.read(LINE_STATUS, &mut wide);
         assert_eq!(wide[1..], [0; 7]);
         assert_eq!(wide[0] & 0x60, 0x60);
-        rig.uart.read(LINE_STATUS, &mut []);
-        let _ = rig.uart.write(LINE_STATUS, &[]);
-        let _ = rig.uart.write(u64::MAX, &[1]);
+        rig.port.read(LINE_STATUS, &mut []);
+        let _ = rig.port.write(LINE_STATUS, &[]);
+        let _ = rig.port.write(u64::MAX, &[1]);
     }
 
     fn socket(name: &str) -> (TempDir, UnixListener, std::path::PathBuf) {
@@ -738,9 +612,9 @@ mod tests {
         (folder, listener, path)
     }
 
-    fn write_all(uart: &Uart, text: &[u8]) {
+    fn write_all(port: &SerialPort, text: &[u8]) {
         for byte in text {
-            let _ = uart.write(DATA, &[*byte]);
+            let _ = port.write(DATA, &[*byte]);
         }
     }
 
@@ -759,11 +633,11 @@ mod tests {
         let (_folder, listener, path) = socket("console");
         let (mut rig, console) = rig_with(None, Some(listener));
         thread::spawn(move || console.run());
-        write_all(&rig.uart, b"before ");
+        write_all(&rig.port, b"before ");
         assert_eq!(read_soon(&mut rig.screen, 7), b"before ");
         let mut one = UnixStream::connect(&path).unwrap();
         assert_eq!(client_reads(&mut one, 7), b"before ");
-        write_all(&rig.uart, b"after");
+        write_all(&rig.port, b"after");
         assert_eq!(client_reads(&mut one, 5), b"after");
         assert_eq!(read_soon(&mut rig.screen, 5), b"after");
         let mut two = UnixStream::connect(&path).unwrap();
@@ -773,14 +647,14 @@ mod tests {
         one.write_all(&typed).unwrap();
         // It goes; what it typed is not lost.
         drop(one);
-        assert_eq!(guest_reads(&rig.uart, typed.len()), typed);
+        assert_eq!(guest_reads(&rig.port, typed.len()), typed);
         two.write_all(b"two").unwrap();
         two.shutdown(std::net::Shutdown::Write).unwrap();
-        assert_eq!(guest_reads(&rig.uart, 3), b"two");
-        write_all(&rig.uart, b"!");
+        assert_eq!(guest_reads(&rig.port, 3), b"two");
+        write_all(&rig.port, b"!");
         assert_eq!(client_reads(&mut two, 1), b"!");
         rig.type_in.write_all(b"stdin").unwrap();
-        assert_eq!(guest_reads(&rig.uart, 5), b"stdin");
+        assert_eq!(guest_reads(&rig.port, 5), b"stdin");
     }
 
     #[test]
@@ -788,7 +662,7 @@ mod tests {
         let (_folder, listener, path) = socket("console");
         let (rig, console) = rig_with(None, Some(listener));
         thread::spawn(move || console.run());
-        write_all(&rig.uart, b"x");
+        write_all(&rig.port, b"x");
         for _ in 0..50 {
             let mut all: Vec<_> = (0..CLIENTS)
                 .map(|_| UnixStream::connect(&path).unwrap())
@@ -813,7 +687,7 @@ mod tests {
         let mut slow = UnixStream::connect(&path).unwrap();
         // Neither it nor the screen is read.
         for n in 0..600_000u32 {
-            let _ = rig.uart.write(DATA, &[b'a' + (n % 26) as u8]);
+            let _ = rig.port.write(DATA, &[b'a' + (n % 26) as u8]);
             if n % 4096 == 0 {
                 thread::sleep(Duration::from_micros(200));
             }
@@ -835,7 +709,7 @@ mod tests {
         let (mut rig, console) = rig_with(bucket, None);
         let counters = console.counters();
         thread::spawn(move || console.run());
-        write_all(&rig.uart, &[b'x'; 3000]);
+        write_all(&rig.port, &[b'x'; 3000]);
         assert_eq!(read_soon(&mut rig.screen, 1000).len(), 1000);
         let deadline = Instant::now() + Duration::from_secs(20);
         while counters.limited.get() < 2000 {

@@ -11,7 +11,8 @@ use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
-use super::{Counters, Input};
+use super::port::SerialPort;
+use super::{Counters, uart};
 use crate::sys::fd::Interest;
 use crate::sys::socket;
 
@@ -87,7 +88,7 @@ struct Client {
 
 /// The socket and all who read from the ring.
 #[derive(Debug)]
-pub struct Port {
+pub struct Clients {
     listener: UnixListener,
     ring: Ring,
     clients: [Option<Client>; CLIENTS],
@@ -99,9 +100,9 @@ pub struct Port {
 
 const _: () = assert!(REPLAY.is_power_of_two());
 
-impl Port {
+impl Clients {
     pub fn new(listener: UnixListener) -> Self {
-        Port {
+        Clients {
             listener,
             ring: Ring::new(),
             clients: [const { None }; CLIENTS],
@@ -186,14 +187,14 @@ impl Port {
         }
     }
 
-    /// Does for each client what it is ready for; what one types goes to `input`.
-    pub fn serve(&mut self, ready: &[Interest; CLIENTS], input: &mut Input) {
+    /// Does for each client what it is ready for; what one types goes to `port`.
+    pub fn serve(&mut self, ready: &[Interest; CLIENTS], port: &SerialPort) {
         for (slot, ready) in self.clients.iter_mut().zip(ready) {
             if !ready.is_ready() {
                 continue;
             }
             if let Some(client) = slot
-                && client.serve(*ready, &self.ring, input).is_err()
+                && client.serve(*ready, &self.ring, port).is_err()
             {
                 *slot = None;
             }
@@ -204,14 +205,9 @@ impl Port {
 impl Client {
     /// # Errors
     /// It has gone.
-    fn serve(&mut self, ready: Interest, ring: &Ring, input: &mut Input) -> io::Result<()> {
-        if ready.may_read() && input.is_empty() && !self.input_ended {
-            match socket::receive_now(&self.socket, &mut input.bytes) {
-                Ok(0) => self.input_ended = true,
-                Ok(n) => (input.from, input.to) = (0, n),
-                Err(e) if passing(&e) => {}
-                Err(e) => return Err(e),
-            }
+    fn serve(&mut self, ready: Interest, ring: &Ring, port: &SerialPort) -> io::Result<()> {
+        if ready.may_read() && !self.input_ended {
+            self.receive(port)?;
         }
         let piece = ring.read(self.at);
         if !piece.is_empty() {
@@ -223,6 +219,23 @@ impl Client {
         }
         if ready.hung_up() && self.input_ended {
             return Err(ErrorKind::ConnectionAborted.into());
+        }
+        Ok(())
+    }
+
+    /// Moves to the UART what it has room for.
+    fn receive(&mut self, port: &SerialPort) -> io::Result<()> {
+        let mut bytes = [0; uart::LINE];
+        let Some(bytes) = bytes.get_mut(..port.room()).filter(|b| !b.is_empty()) else {
+            return Ok(());
+        };
+        match socket::receive_now(&self.socket, bytes) {
+            Ok(0) => self.input_ended = true,
+            Ok(n) => {
+                port.feed(bytes.get(..n).unwrap_or_default());
+            }
+            Err(e) if passing(&e) => {}
+            Err(e) => return Err(e),
         }
         Ok(())
     }

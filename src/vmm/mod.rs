@@ -500,6 +500,7 @@ impl Vmm {
             }
             Event::Answer(reply) => self.worker_answered(reply),
             Event::Serial(SerialEvent::Finished) => {}
+            Event::Serial(SerialEvent::InputIsBack) => set_terminal_again(),
             Event::Booted(_) => self.guest_booted(),
         }
         Next::GoOn
