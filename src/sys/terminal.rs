@@ -8,10 +8,13 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-use super::fd::STDIN;
+use rustix::process::{Pid, getpgrp};
+use rustix::stdio::stdin;
+use rustix::termios::tcgetpgrp;
 
 /// The kernel's `struct termios`, which the requests TCGETS and TCSETS take; the C library's is
 /// longer.
@@ -59,8 +62,7 @@ impl Termios {
 /// The host's; ENOTTY when it is no terminal.
 pub fn settings(fd: BorrowedFd<'_>) -> io::Result<Termios> {
     let mut found = Termios::default();
-    // SAFETY: the kernel writes its termios, 36 bytes, which is what `found` is laid out as.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCGETS, &raw mut found) })?;
+    ioctl(fd, libc::TCGETS, &mut found)?;
     Ok(found)
 }
 
@@ -69,31 +71,23 @@ pub fn settings(fd: BorrowedFd<'_>) -> io::Result<Termios> {
 /// # Errors
 /// The host's.
 pub fn set(fd: BorrowedFd<'_>, termios: &Termios) -> io::Result<()> {
-    // The bare ioctl: the C library makes a second one after it, which no filter allows.
-    // SAFETY: the kernel reads its termios, 36 bytes, which is what `termios` is laid out as.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCSETS, termios) })
+    ioctl(fd, libc::TCSETS, &mut { *termios })
+}
+
+/// The bare request: for TCSETS the C library makes a second one after it, which no filter allows.
+fn ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl, termios: &mut Termios) -> io::Result<()> {
+    // SAFETY: both requests take a termios, 36 bytes, which is what `termios` is laid out as; the
+    // kernel reads or writes it during the call.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), request, ptr::from_mut(termios)) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Whether process group `group`, the caller's own, may change the terminal `fd`: it is in the
 /// foreground, or the terminal is not the one that controls its session.
-pub fn is_in_foreground(fd: BorrowedFd<'_>, group: libc::pid_t) -> bool {
-    let mut foreground: libc::pid_t = 0;
-    // SAFETY: the kernel writes a process id to `foreground`.
-    let asked = check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGPGRP, &raw mut foreground) });
-    asked.is_err() || foreground == group
-}
-
-/// The process group of the calling process.
-pub fn own_group() -> libc::pid_t {
-    // SAFETY: touches no memory and cannot fail.
-    unsafe { libc::getpgrp() }
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+pub fn is_in_foreground(fd: BorrowedFd<'_>, group: Pid) -> bool {
+    tcgetpgrp(fd).map_or(true, |foreground| foreground == group)
 }
 
 /// How the terminal was before it was first set.
@@ -105,15 +99,11 @@ static RAW: AtomicBool = AtomicBool::new(false);
 /// The process group, which stays the same once the process runs.
 static GROUP: AtomicI32 = AtomicI32::new(0);
 
-fn stdin() -> BorrowedFd<'static> {
-    // SAFETY: nothing closes standard input; if the process was started without, the kernel
-    // refuses what is asked of it.
-    unsafe { BorrowedFd::borrow_raw(STDIN) }
-}
-
 /// Whether standard input is a terminal that belongs to another job at the moment.
 pub fn is_in_background() -> bool {
-    WANTED.load(Ordering::Acquire) && !is_in_foreground(stdin(), GROUP.load(Ordering::Acquire))
+    WANTED.load(Ordering::Acquire)
+        && Pid::from_raw(GROUP.load(Ordering::Acquire))
+            .is_some_and(|group| !is_in_foreground(stdin(), group))
 }
 
 /// Makes the terminal on standard input raw, now or when the process comes to the foreground. Does
@@ -125,7 +115,7 @@ pub fn make_raw() -> io::Result<()> {
     if settings(stdin()).is_err() {
         return Ok(());
     }
-    GROUP.store(own_group(), Ordering::Release);
+    GROUP.store(getpgrp().as_raw_nonzero().get(), Ordering::Release);
     WANTED.store(true, Ordering::Release);
     set_raw_again()
 }
