@@ -798,7 +798,7 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     let endless = path(&"x".repeat(300));
     let kernel = path("kernel");
     let many: &[(&[&str], &str)] = &[
-        (&["--id", "a/b"], "'/'"),
+        (&["--id", "a/b"], "1 to 64 letters"),
         (&["--id", &long], "65 bytes"),
         (&["--id", ""], "0 bytes"),
         (&["--id", "a\nb"], "use the id \"a?b\""),
