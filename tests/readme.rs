@@ -596,3 +596,35 @@ fn limits_are_those_of_the_source() {
         assert!(line.contains(stated), "{line}: no {stated:?}");
     }
 }
+
+/// Paths of the source that a document quotes, `like/this.rs`, and that are not there.
+fn missing_paths(text: &str) -> (usize, Vec<String>) {
+    let folders = ["src/", "jailer/", "tests/", "tools/", "resources/", "docs/"];
+    let is_path = |word: &&str| {
+        folders.iter().any(|folder| word.starts_with(folder))
+            && !word.contains(|c: char| c.is_whitespace() || "*{,".contains(c))
+    };
+    let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).filter(is_path).collect();
+    let missing = quoted
+        .iter()
+        .filter(|path| !common::root().join(path).exists());
+    (
+        quoted.len(),
+        missing.map(|path| (*path).to_owned()).collect(),
+    )
+}
+
+#[test]
+fn paths_in_documents_exist() {
+    let mut seen = 0;
+    for name in documents() {
+        let text = fs::read_to_string(common::root().join(&name)).unwrap();
+        // Blocks have fences of the same sign.
+        let prose: String = text.split("```").step_by(2).collect();
+        let (count, missing) = missing_paths(&prose);
+        assert!(missing.is_empty(), "{name} names {missing:?}");
+        seen += count;
+    }
+    assert!(seen > 60, "{seen}");
+    assert_eq!(missing_paths("see `src/no/such.rs`").1, ["src/no/such.rs"]);
+}
