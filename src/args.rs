@@ -9,11 +9,10 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::arch::Protocol;
-use crate::config::Source;
 use crate::exit;
 use crate::log::{Format, Level};
 use crate::wire::limits::BODY_MAX;
-use crate::wire::{API_VERSION, id};
+use crate::wire::{API_VERSION, Source, id};
 
 /// Where the API socket is made unless `--api-sock` says otherwise.
 const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";

@@ -29,12 +29,12 @@
 //!
 //! ```text
 //!   7  main             and args
-//!   6  api              of vmm it sees `action` only, and config
+//!   6  api              of vmm it sees `action` only
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
 //!   2  serial   memory
-//!   1  bus   config   rate_limiter   inbox   seccomp   metrics   timeline   log   of each other they see nothing
+//!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   of each other they see nothing
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
 //!      sys              system calls
 //! ```
@@ -54,7 +54,6 @@ pub mod api;
 pub mod arch;
 pub mod args;
 pub mod bus;
-pub mod config;
 pub mod exit;
 pub mod inbox;
 pub mod log;

@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use mayfly::api::{self, Server};
 use mayfly::args::{self, Args, Asked};
-use mayfly::config::{Logger, Metrics, Source};
 use mayfly::log::{self, Writer};
 use mayfly::seccomp::Category;
 use mayfly::sys::allocator::Allocator;
-use mayfly::sys::handed::Handed;
+use mayfly::sys::passed::Passed;
 use mayfly::sys::{kvm, landlock, process, socket};
 use mayfly::timeline::Timeline;
-use mayfly::vmm::threads::{self, Muster};
-use mayfly::vmm::{Settings, Vmm, words};
+use mayfly::vmm::threads::{self, ReadyLatch};
+use mayfly::vmm::{Settings, Vmm, firecracker_log};
+use mayfly::wire::Source;
+use mayfly::wire::config::{Logger, Metrics};
 use mayfly::{error, exit, info};
 
 /// How long the last lines of the log may take to be written.
@@ -75,22 +76,19 @@ fn run(args: Args, timeline: Timeline) -> ! {
         show_log_origin: Some(args.show_log_origin),
         module: args.module,
     };
-    if let Err(error) = vmm.set_logger(&logger, &mut Handed::Inherited) {
+    if let Err(error) = vmm.set_logger(logger) {
         fail(&error.0, log_fails);
     }
     if let Some(metrics_path) = args.metrics_path
-        && let Err(error) = vmm.set_metrics(
-            Metrics {
-                metrics_path: Source::Named(metrics_path),
-                emit_id: false,
-                properties: None,
-            },
-            &mut Handed::default(),
-        )
+        && let Err(error) = vmm.set_metrics(Metrics {
+            metrics_path: Source::Named(metrics_path),
+            emit_id: false,
+            properties: None,
+        })
     {
         fail(&error.0, exit::ERROR);
     }
-    info!("{}", words::running());
+    info!("{}", firecracker_log::running());
     if let Some(number) = args.kvm_fd {
         vmm.set_kvm(adopt("kvm-fd", number, |fd| {
             kvm::adopt(fd).ok_or("not /dev/kvm")
@@ -104,7 +102,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
     // Read before there is nothing to be opened by name.
     let config = args.config_file.map(|path| {
         Vmm::read_config(&path)
-            .unwrap_or_else(|e| fail_for(words::BAD_CONFIGURATION, &e.0, exit::ERROR))
+            .unwrap_or_else(|e| fail_for(firecracker_log::BAD_CONFIGURATION, &e.0, exit::ERROR))
     });
     let listener = match (args.api_fd, &args.api_sock) {
         (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
@@ -127,7 +125,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
             // Made by this process a moment ago; nobody can have been served.
             let _ = std::fs::remove_file(socket);
         }
-        fail_for(words::BAD_CONFIGURATION, &error.0, exit::ERROR);
+        fail_for(firecracker_log::BAD_CONFIGURATION, &error.0, exit::ERROR);
     }
     vmm.run()
 }
@@ -136,10 +134,10 @@ fn run(args: Args, timeline: Timeline) -> ! {
 /// says what it is if it is something else.
 fn adopt<T>(option: &str, number: u32, kind: impl FnOnce(OwnedFd) -> Result<T, &'static str>) -> T {
     let refuse = |why: String| -> ! {
-        let sentence = format!("--{option} {number} can not be used: {why}.");
-        fail(&sentence, exit::BAD_ARGUMENTS)
+        let message = format!("Cannot use --{option} {number}: {why}.");
+        fail(&message, exit::BAD_ARGUMENTS)
     };
-    match Handed::Inherited.claim(number) {
+    match Passed::Inherited.claim(number) {
         Ok(fd) => kind(fd).unwrap_or_else(|what| refuse(format!("Descriptor {number} is {what}"))),
         Err(error) => refuse(error.to_string()),
     }
@@ -163,9 +161,9 @@ fn carry_log() {
     let Some((writer, seccomp)) = writer else {
         return;
     };
-    let berth = threads::berth("log".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
+    let thread = threads::parked("log".into()).unwrap_or_else(|e| fail(&e.0, exit::ERROR));
     let category = seccomp.then_some(Category::Log);
-    let _ = berth.occupy(category, &Muster::of(1), move || {
+    let _ = thread.start(category, &ReadyLatch::of(1), move || {
         if let Err(cause) = writer.run() {
             let _ = writeln!(std::io::stderr(), "mayfly: The log stopped: {cause}");
         }
@@ -176,20 +174,20 @@ fn carry_log() {
 fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: bool) {
     let server = Server::new(listener, vmm.commands(), payload_max)
         .unwrap_or_else(|e| fail(&format!("Serving the API failed: {e}"), exit::ERROR));
-    let (counters, owed) = (server.counters(), server.owed());
-    let berth =
-        threads::berth("fc_api".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
-    let muster: Arc<Muster> = Muster::of(1);
+    let (counters, pending) = (server.counters(), server.pending());
+    let thread =
+        threads::parked("fc_api".into()).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR));
+    let latch: Arc<ReadyLatch> = ReadyLatch::of(1);
     let category = seccomp.then_some(Category::Api);
-    let _ = berth.occupy(category, &muster, move || {
+    let _ = thread.start(category, &latch, move || {
         if let Err(cause) = server.run() {
             error!("Cannot serve the API any more: {cause}");
             log::flush(LOG_PATIENCE);
             process::exit(exit::ERROR);
         }
     });
-    vmm.api_is_ready(counters, owed);
-    info!("{}", words::API_STARTED);
+    vmm.api_is_ready(counters, pending);
+    info!("{}", firecracker_log::API_STARTED);
 }
 
 /// Answers on standard output. Who does not take it gets an exit code instead.
@@ -210,7 +208,7 @@ fn fail_for(what: &str, sentence: &str, code: i32) -> ! {
     let sentence = sentence.replace(char::is_control, "?");
     if log::is_redirected() {
         error!("{what}{sentence}");
-        info!("{}", words::exiting(code));
+        info!("{}", firecracker_log::exiting(code));
     }
     carry_log();
     log::flush(LOG_PATIENCE);

@@ -12,9 +12,9 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::Kvm;
 use mayfly::arch::boot::command_line;
 use mayfly::arch::{Entry, Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
-use mayfly::config::cpu::{CpuConfig, MsrModifier};
 use mayfly::memory::Memory;
 use mayfly::sys::kvm::Exit;
+use mayfly::wire::config::cpu::{CpuConfig, MsrModifier};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 

@@ -116,7 +116,7 @@ fn guest_when_all_comes_in_requests_runs_without_a_name() {
     );
     drop(tap);
 
-    // It is shown as it was asked for, and a name can not be used.
+    // It is shown as it was asked for, and a name cannot be used.
     let config = api.get("/vm/config");
     assert_eq!(config["boot-source"]["kernel_image_path"], json!({"fd": 1}));
     assert_eq!(config["drives"][0]["path_on_host"], json!({"fd": 0}));
@@ -275,7 +275,7 @@ fn configuration_when_a_descriptor_is_wrong_is_refused() {
             "Descriptor 2147483648 is not open",
         ),
         // The monitor's own: it begins with these three, and whatever it opens comes after them.
-        (kernel(fd(3)), json!([]), "Descriptor 3 was not handed in"),
+        (kernel(fd(3)), json!([]), "Descriptor 3 was not passed"),
         (kernel(fd(12)), json!([]), "is a FIFO, not a file"),
         (kernel(fd(13)), json!([]), "is a directory, not a file"),
         (kernel(fd(1 << 32)), json!([]), "expected u32"),
@@ -314,23 +314,23 @@ fn option_when_its_descriptor_is_wrong_is_refused_with_153() {
     let cases = [
         (
             "--api-fd 10",
-            "--api-fd 10 can not be used: Descriptor 10 is not a socket.",
+            "Cannot use --api-fd 10: Descriptor 10 is not a socket.",
         ),
         ("--api-fd 11", "is not a Unix socket"),
         ("--api-fd 12", "does not listen"),
         ("--api-fd 99", "Descriptor 99 is not open"),
         ("--api-fd 4294967295", "is not open"),
-        ("--api-fd 3", "was not handed in"),
+        ("--api-fd 3", "was not passed"),
         ("--api-fd x", "takes a whole number"),
         (
             "--api-fd 13 --kvm-fd 10",
-            "--kvm-fd 10 can not be used: Descriptor 10 is not /dev/kvm.",
+            "Cannot use --kvm-fd 10: Descriptor 10 is not /dev/kvm.",
         ),
         ("--api-fd 13 --kvm-fd 13", "is not /dev/kvm"),
         ("--api-fd 13 --kvm-fd 14", "is not /dev/kvm"),
         (
             "--api-fd 13 --log-fd 13 --kvm-fd 13",
-            "was not handed in to this process, or is named twice",
+            "was not passed to this process, or is named twice",
         ),
         (
             "--api-fd 13 --log-fd 14",
@@ -604,7 +604,7 @@ fn log_when_it_is_a_stream_of_ours_goes_there() {
     common::wait_until("the first line of the log", || {
         monitor.stderr().contains("(mayfly v")
     });
-    // A descriptor that was handed in stays out of what this process would start.
+    // A descriptor that was passed stays out of what this process would start.
     let info = fs::read_to_string(format!("/proc/{}/fdinfo/10", monitor.pid())).unwrap();
     let flags = info.lines().find_map(|l| l.strip_prefix("flags:")).unwrap();
     let flags = i32::from_str_radix(flags.trim(), 8).unwrap();

@@ -17,12 +17,12 @@ const LAYERS: &[(&str, u8, &[&str])] = &[
     ("memory", 4, &[]),
     ("rate_limiter", 3, &[]),
     ("bus", 3, &[]),
-    ("config", 3, &[]),
     ("inbox", 3, &[]),
     ("seccomp", 3, &[]),
     ("metrics", 3, &[]),
     ("log", 3, &[]),
     ("timeline", 3, &[]),
+    ("files", 4, &[]),
     // What the programs that drive the monitor know too.
     ("wire", 1, &[]),
     ("exit", 0, &[]),

@@ -21,7 +21,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::PLACE_BITS;
 use super::counters::Counted;
 use super::http::{Decoder, Piece, Request, Response};
-use crate::sys::handed::{Handed, HandedError};
+use crate::sys::passed::{Passed, PassedError};
 use crate::sys::socket::{self, Received};
 
 /// Bytes that are read and thrown away behind the last request of a connection, and for how long:
@@ -82,7 +82,7 @@ pub struct Connection {
     pub token: u64,
     decoder: Decoder,
     /// The descriptors that came with the first byte of the request that is being received.
-    arriving: Handed,
+    arriving: Passed,
     /// The question whose answer is awaited.
     pub asked: Option<Asked>,
     /// A request that waits for room in control's inbox, and since when.
@@ -120,7 +120,7 @@ impl Connection {
             stream,
             token,
             decoder: Decoder::new(payload_max),
-            arriving: Handed::default(),
+            arriving: Passed::default(),
             asked: None,
             waiting: None,
             output: Vec::new(),
@@ -145,7 +145,7 @@ impl Connection {
 
     /// Whether it has descriptors of a request that is half sent.
     pub fn is_holding(&self) -> bool {
-        matches!(&self.arriving, Handed::Received(some) if !some.is_empty())
+        matches!(&self.arriving, Passed::Received(some) if !some.is_empty())
     }
 
     /// Since when it has descriptors of a request that is half sent, if that is `long` ago.
@@ -155,7 +155,7 @@ impl Connection {
 
     /// Closes the descriptors of the request that is half sent, which is told so when it is whole.
     pub fn give_up_descriptors(&mut self) {
-        self.arriving = Handed::Refused(HandedError::Crowded);
+        self.arriving = Passed::Refused(PassedError::Crowded);
     }
 
     fn has_stalled(&self, now: Instant, long: Duration) -> bool {
@@ -265,17 +265,17 @@ impl Connection {
     }
 
     /// The next piece of what has come, and the descriptors that came with it.
-    pub fn next(&mut self) -> Option<(Piece, Handed)> {
+    pub fn next(&mut self) -> Option<(Piece, Passed)> {
         if self.closing {
             return None;
         }
         let piece = self.decoder.next_piece()?;
-        let handed = match piece {
+        let passed = match piece {
             // It goes on to be received.
-            Piece::Continue => Handed::default(),
+            Piece::Continue => Passed::default(),
             Piece::Request(_) | Piece::Malformed { .. } => std::mem::take(&mut self.arriving),
         };
-        Some((piece, handed))
+        Some((piece, passed))
     }
 
     /// Reads once.
@@ -290,10 +290,10 @@ impl Connection {
         let room = self.decoder.room().min(scratch.len());
         let scratch = scratch.get_mut(..room).unwrap_or_default();
         // Dropped, and so closed, unless it is the first byte of a request that brought them.
-        let mut handed = Handed::default();
+        let mut passed = Passed::default();
         // Descriptors are not to come with bytes of two requests.
         let most = |next: &[u8]| self.decoder.most(next);
-        let received = socket::receive(&self.stream, scratch, most, &mut handed);
+        let received = socket::receive(&self.stream, scratch, most, &mut passed);
         let count = self.take_note(received);
         if count == 0 {
             return;
@@ -302,7 +302,7 @@ impl Connection {
             self.since = now;
         }
         if self.decoder.is_between() {
-            self.arriving = handed;
+            self.arriving = passed;
         }
         self.decoder.feed(scratch.get(..count).unwrap_or_default());
     }
@@ -317,8 +317,8 @@ impl Connection {
 
     /// Reads once for nothing; how many bytes.
     fn discard(&mut self, scratch: &mut [u8]) -> usize {
-        let mut handed = Handed::default();
-        let received = socket::receive(&self.stream, scratch, <[u8]>::len, &mut handed);
+        let mut passed = Passed::default();
+        let received = socket::receive(&self.stream, scratch, <[u8]>::len, &mut passed);
         self.take_note(received)
     }
 

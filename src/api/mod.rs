@@ -37,9 +37,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::inbox::{self, Inbox, Outbox};
 use crate::metrics::Reader;
-use crate::sys::handed::Handed;
+use crate::sys::passed::Passed;
 use crate::sys::{process, socket};
-use crate::vmm::action::{Answer, Command, Owed, Reply};
+use crate::vmm::action::{Answer, Command, PendingReplies, Reply};
 use crate::warn;
 use connection::{Asked, Connection, DRAIN_PATIENCE, Dispensable, Flush, STALLED};
 use counters::{Counted, Counters};
@@ -147,7 +147,7 @@ pub struct Server {
     /// Questions that control has not answered.
     outstanding: usize,
     /// Answers of control's that are not written yet.
-    owed: Owed,
+    pending: PendingReplies,
     payload_max: usize,
     /// Most connections that may hold descriptors of a request that is half sent.
     holders_max: usize,
@@ -208,7 +208,7 @@ impl Server {
             answers,
             answer_to: sender.outbox(),
             outstanding: 0,
-            owed: Owed::default(),
+            pending: PendingReplies::default(),
             payload_max,
             holders_max: holders.clamp(1, CONNECTIONS_MAX),
             connections: (0..places).map(|_| None).collect(),
@@ -232,8 +232,8 @@ impl Server {
     }
 
     /// What it has still to write.
-    pub fn owed(&self) -> Owed {
-        self.owed.clone()
+    pub fn pending(&self) -> PendingReplies {
+        self.pending.clone()
     }
 
     /// Serves until the process ends.
@@ -345,7 +345,7 @@ impl Server {
             self.outstanding = self.outstanding.saturating_sub(1);
             self.take_answer(token, &answer);
             // Written, as far as the client takes it.
-            self.owed.settle();
+            self.pending.settle();
         }
     }
 
@@ -414,7 +414,7 @@ impl Server {
             }
             self.draining |= connection.begin_drain(self.now, self.drain_patience);
             if let Some((request, since)) = connection.waiting.take() {
-                if !self.ask(connection, request, Handed::default(), since) {
+                if !self.ask(connection, request, Passed::default(), since) {
                     return true;
                 }
                 continue;
@@ -428,8 +428,8 @@ impl Server {
                         connection.forget_rest(&mut self.scratch);
                     }
                 }
-                Some((Piece::Request(request), handed)) => {
-                    if !self.ask(connection, request, handed, self.now) {
+                Some((Piece::Request(request), passed)) => {
+                    if !self.ask(connection, request, passed, self.now) {
                         return true;
                     }
                 }
@@ -469,10 +469,10 @@ impl Server {
         &mut self,
         connection: &mut Connection,
         request: Request,
-        handed: Handed,
+        passed: Passed,
         since: Instant,
     ) -> bool {
-        if let Handed::Refused(why) = handed {
+        if let Passed::Refused(why) = passed {
             connection.respond(&routes::refused(&why), request.close);
             return true;
         }
@@ -490,14 +490,14 @@ impl Server {
         let deprecated = routes::deprecated(&action);
         let token = self.token(place_of(connection.token));
         // What came with a question goes with it, delivered or not: no second try then.
-        let once = !handed.is_empty();
+        let once = !passed.is_empty();
         let posted = self.outstanding < OUTSTANDING_MAX && {
             // Answered in any case: a command that nobody takes answers for itself.
             self.outstanding = self.outstanding.saturating_add(1);
             self.to_control.post(Command {
                 action: Box::new(action),
-                handed,
-                reply: Reply::new(token, self.answer_to.clone(), self.owed.clone()),
+                passed,
+                reply: Reply::new(token, self.answer_to.clone(), self.pending.clone()),
             })
         };
         if posted {
@@ -853,11 +853,11 @@ mod tests {
             .commands
             .send(Command {
                 action: Box::new(Action::GetVersion),
-                handed: Handed::default(),
+                passed: Passed::default(),
                 reply: Reply::new(
                     0,
                     inbox::inbox::<(u64, Answer)>(1).unwrap().0.outbox(),
-                    Owed::default(),
+                    PendingReplies::default(),
                 ),
             })
             .is_ok()

@@ -14,7 +14,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::{Server, bind};
 use crate::inbox::{self, Sender};
-use crate::sys::handed::Handed;
+use crate::sys::passed::Passed;
 use crate::vmm::action::{Action, ActionError, Command, Outcome, Reply};
 
 /// Longer than any test takes.
@@ -62,11 +62,11 @@ impl Fixture {
                 thread::sleep(Duration::from_millis(1));
                 while let Some(Command {
                     action,
-                    handed,
+                    passed,
                     reply,
                 }) = inbox.next()
                 {
-                    if let Handed::Received(fds) = handed {
+                    if let Passed::Received(fds) = passed {
                         count.lock().unwrap().push(fds.len());
                     }
                     match *action {

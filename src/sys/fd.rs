@@ -87,7 +87,7 @@ fn fcntl(fd: RawFd, command: libc::c_int, argument: libc::c_int) -> io::Result<l
 /// owns it now, and at the next exec. A standard stream stays, and is copied.
 ///
 /// All that this process opens for itself is closed at exec from the first moment on, and nothing
-/// that is could have been handed in: so what is taken here has no other owner, and is taken once.
+/// that is could have been passed: so what is taken here has no other owner, and is taken once.
 ///
 /// # Errors
 /// `None` when `fd` is the process's own, or taken already; else the host's: it is not open.
@@ -277,9 +277,9 @@ mod tests {
     }
 
     #[test]
-    fn take_over_when_handed_in_is_taken_once() {
+    fn take_over_when_passed_is_taken_once() {
         let (reader, mut writer) = pipe().unwrap();
-        // SAFETY: makes a descriptor that an exec would leave open, as handed-in ones are.
+        // SAFETY: makes a descriptor that an exec would leave open, as passed ones are.
         let fd = unsafe { libc::dup(reader.as_raw_fd()) };
         drop(reader);
         let taken = take_over(fd).unwrap();

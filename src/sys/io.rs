@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-/// The most pieces handed to the kernel at once.
+/// The most pieces given to the kernel at once.
 const PIECES: usize = 256;
 
 /// Pieces of memory in the form the kernel takes, on the stack. Each is part of a slice that lives

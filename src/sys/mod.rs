@@ -6,10 +6,10 @@
 pub mod allocator;
 pub mod clock;
 pub mod fd;
-pub mod handed;
 pub mod io;
 pub mod kvm;
 pub mod landlock;
+pub mod passed;
 pub mod process;
 pub mod signal;
 pub mod socket;

@@ -1,4 +1,4 @@
-//! Unix sockets: one that listens and was handed in, and bytes that bring descriptors along.
+//! Unix sockets: one that listens and was passed, and bytes that bring descriptors along.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{self, MaybeUninit};
@@ -11,7 +11,7 @@ use rustix::net::{
     recv, recvmsg, send, sendmsg, sockopt,
 };
 
-use super::handed::{HANDED_MAX, Handed, HandedError};
+use super::passed::{PASSED_MAX, Passed, PassedError};
 
 /// Takes `fd` for a Unix stream socket that listens.
 ///
@@ -118,7 +118,7 @@ pub struct Received {
 }
 
 /// Reads what has come on `stream`, without waiting; descriptors that came with it go into
-/// `handed`.
+/// `passed`.
 ///
 /// The kernel ends a read behind the bytes of a message with descriptors, but puts bytes of
 /// messages before it into the same read: with which byte they came can not be told. So the bytes
@@ -131,7 +131,7 @@ pub fn receive(
     stream: &UnixStream,
     bytes: &mut [u8],
     most: impl FnOnce(&[u8]) -> usize,
-    handed: &mut Handed,
+    passed: &mut Passed,
 ) -> io::Result<Received> {
     let limit = bytes.len();
     let (count, marked) = peek(stream, bytes)?;
@@ -141,7 +141,7 @@ pub fn receive(
         count
     };
     let (count, came) = take(stream, bytes.get_mut(..wanted).unwrap_or_default())?;
-    *handed = came;
+    *passed = came;
     Ok(Received {
         count,
         more: count > 0 && (marked || count >= limit),
@@ -160,10 +160,10 @@ fn peek(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, bool)> {
 }
 
 /// Room for more descriptors than may come, so that too many are noticed.
-const ROOM: usize = rustix::cmsg_space!(ScmRights(2 * HANDED_MAX));
+const ROOM: usize = rustix::cmsg_space!(ScmRights(2 * PASSED_MAX));
 
 /// Reads into `bytes`; and the descriptors that came with them.
-fn take(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Handed)> {
+fn take(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Passed)> {
     let mut pieces = [IoSliceMut::new(bytes)];
     let mut room = [MaybeUninit::uninit(); ROOM];
     let mut control = RecvAncillaryBuffer::new(&mut room);
@@ -176,14 +176,14 @@ fn take(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Handed)> {
             received.extend(descriptors.map(Some));
         }
     }
-    let handed = if received.len() > HANDED_MAX {
-        Handed::Refused(HandedError::TooMany)
+    let passed = if received.len() > PASSED_MAX {
+        Passed::Refused(PassedError::TooMany)
     } else if message.flags.contains(ReturnFlags::CTRUNC) {
-        Handed::Refused(HandedError::Lost)
+        Passed::Refused(PassedError::Lost)
     } else {
-        Handed::Received(received)
+        Passed::Received(received)
     };
-    Ok((message.bytes, handed))
+    Ok((message.bytes, passed))
 }
 
 #[cfg(test)]
@@ -210,17 +210,17 @@ mod tests {
     fn reads(stream: &UnixStream, room: usize, total: usize) -> Vec<(String, usize)> {
         let (mut found, mut bytes, mut sum) = (Vec::new(), vec![0; room], 0);
         while sum < total {
-            let mut handed = Handed::default();
-            let received = receive(stream, &mut bytes, |_| 1, &mut handed).unwrap();
+            let mut passed = Passed::default();
+            let received = receive(stream, &mut bytes, |_| 1, &mut passed).unwrap();
             sum += received.count;
-            let Handed::Received(fds) = handed else {
-                panic!("{handed:?}")
+            let Passed::Received(fds) = passed else {
+                panic!("{passed:?}")
             };
             assert!(received.more || sum == total);
             let text = String::from_utf8_lossy(&bytes[..received.count]);
             found.push((text.into_owned(), fds.len()));
         }
-        let empty = receive(stream, &mut bytes, |_| 1, &mut Handed::default());
+        let empty = receive(stream, &mut bytes, |_| 1, &mut Passed::default());
         assert_eq!(empty.unwrap_err().kind(), io::ErrorKind::WouldBlock);
         found
     }
@@ -280,16 +280,16 @@ mod tests {
         (&theirs).write_all(b"one\ntwo\n").unwrap();
         send_with(&theirs, b"three", &[&file]);
         let line = |next: &[u8]| next.iter().position(|b| *b == b'\n').unwrap() + 1;
-        let (mut bytes, mut handed) = ([0; 64], Handed::default());
+        let (mut bytes, mut passed) = ([0; 64], Passed::default());
         for expected in [4, 4] {
-            let received = receive(&ours, &mut bytes, line, &mut handed).unwrap();
-            assert_eq!((received.count, handed.is_empty()), (expected, true));
+            let received = receive(&ours, &mut bytes, line, &mut passed).unwrap();
+            assert_eq!((received.count, passed.is_empty()), (expected, true));
         }
         // Nothing and too much are understood as little and all.
-        let received = receive(&ours, &mut bytes, |_| 0, &mut handed).unwrap();
-        assert_eq!((received.count, handed.is_empty()), (1, false));
+        let received = receive(&ours, &mut bytes, |_| 0, &mut passed).unwrap();
+        assert_eq!((received.count, passed.is_empty()), (1, false));
         send_with(&theirs, b"four", &[&file]);
-        let received = receive(&ours, &mut bytes, |_| usize::MAX, &mut handed).unwrap();
+        let received = receive(&ours, &mut bytes, |_| usize::MAX, &mut passed).unwrap();
         assert_eq!(received.count, 8);
     }
 
@@ -299,9 +299,9 @@ mod tests {
         let (mut reader, writer) = pipe().unwrap();
         send_with(&theirs, b"x", &[&writer]);
         drop(writer);
-        let mut handed = Handed::default();
-        receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();
-        let fd = handed.claim(0).unwrap();
+        let mut passed = Passed::default();
+        receive(&ours, &mut [0; 8], |_| 1, &mut passed).unwrap();
+        let fd = passed.claim(0).unwrap();
         // SAFETY: F_GETFD has no effect.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFD) };
         assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
@@ -317,12 +317,12 @@ mod tests {
         let (reader, writer) = pipe().unwrap();
         for count in [33, 64, 80, 253] {
             send_with(&theirs, b"x", &vec![&writer; count]);
-            let mut handed = Handed::default();
-            let received = receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();
+            let mut passed = Passed::default();
+            let received = receive(&ours, &mut [0; 8], |_| 1, &mut passed).unwrap();
             assert_eq!(received.count, 1);
             assert!(
-                matches!(handed, Handed::Refused(HandedError::TooMany)),
-                "{handed:?}"
+                matches!(passed, Passed::Refused(PassedError::TooMany)),
+                "{passed:?}"
             );
         }
         drop(writer);
@@ -334,8 +334,8 @@ mod tests {
     fn receive_when_the_client_is_gone_is_the_end() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let mut handed = Handed::default();
-        let received = receive(&ours, &mut [0; 8], |_| 1, &mut handed).unwrap();
+        let mut passed = Passed::default();
+        let received = receive(&ours, &mut [0; 8], |_| 1, &mut passed).unwrap();
         assert_eq!((received.count, received.more), (0, false));
     }
 

@@ -58,9 +58,9 @@ pub enum TapError {
     NotATap(String),
     /// It could not be attached or made for another reason.
     Attach(String, io::Error),
-    /// The descriptor handed in is not an attached tap.
+    /// The descriptor passed is not an attached tap.
     NotAttached(io::Error),
-    /// The descriptor handed in is attached without IFF_TAP, IFF_NO_PI or IFF_VNET_HDR.
+    /// The descriptor passed is attached without IFF_TAP, IFF_NO_PI or IFF_VNET_HDR.
     Flags(String),
     /// It could not be set up.
     SetUp(String, io::Error),

@@ -4,17 +4,18 @@
 //! nothing else of `vmm`. Guest and device events arrive in the same inbox, as [`Event`](super::Event)s, so one
 //! place decides the order of everything that happens to a VM.
 
+use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::config::cpu::CpuConfig;
-use crate::config::{
+use crate::inbox::Outbox;
+use crate::sys::passed::Passed;
+use crate::wire::config::cpu::CpuConfig;
+use crate::wire::config::{
     AnyDevice, AnyUpdate, BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial,
     VmConfig,
 };
-use crate::inbox::Outbox;
-use crate::sys::handed::Handed;
 
 /// One request to control.
 #[derive(Debug)]
@@ -101,13 +102,13 @@ pub struct InstanceInfo {
     pub app_name: &'static str,
 }
 
-/// Why an [`Action`] was refused: one sentence for the person who sent it.
+/// Why an [`Action`] was refused: one message for the client that sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActionError(pub String);
 
 impl ActionError {
-    /// Puts an error and all its causes into one sentence.
-    pub fn of(error: &dyn std::error::Error) -> Self {
+    /// Puts an error and all its causes into one message.
+    pub fn of(error: &dyn Error) -> Self {
         ActionError(crate::log::chain(error))
     }
 }
@@ -118,26 +119,45 @@ impl fmt::Display for ActionError {
     }
 }
 
-impl std::error::Error for ActionError {}
+impl Error for ActionError {}
+
+/// Errors of the parts, as messages for the client.
+pub(super) trait Context<T> {
+    /// Puts what failed before the cause.
+    fn context(self, what: impl fmt::Display) -> Result<T, ActionError>;
+
+    /// The cause says enough.
+    fn bare(self) -> Result<T, ActionError>;
+}
+
+impl<T, E: Error> Context<T> for Result<T, E> {
+    fn context(self, what: impl fmt::Display) -> Result<T, ActionError> {
+        self.map_err(|cause| ActionError(format!("{what}: {}", crate::log::chain(&cause))))
+    }
+
+    fn bare(self) -> Result<T, ActionError> {
+        self.map_err(|cause| ActionError::of(&cause))
+    }
+}
 
 /// What a requester is told.
 pub type Answer = Result<Outcome, ActionError>;
 
-/// The way back to whoever asked: answers exactly once, also when it is dropped unanswered.
+/// The way back to the client: answers exactly once, also when it is dropped unanswered.
 #[derive(Debug)]
 pub struct Reply {
     token: u64,
     to: Option<Outbox<(u64, Answer)>>,
-    owed: Owed,
+    pending: PendingReplies,
 }
 
 /// Answers that control has given and that have not been written to their clients yet. Control
 /// looks at it before it ends the process, so that a client whose request made the guest end
 /// still hears that it was done.
 #[derive(Clone, Debug, Default)]
-pub struct Owed(Arc<AtomicUsize>);
+pub struct PendingReplies(Arc<AtomicUsize>);
 
-impl Owed {
+impl PendingReplies {
     /// An answer was written, or its client is gone.
     pub fn settle(&self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
@@ -158,19 +178,19 @@ impl Owed {
 }
 
 impl Reply {
-    /// Answers go to `to`, marked with `token`, and are owed until `owed` is told otherwise.
-    pub fn new(token: u64, to: Outbox<(u64, Answer)>, owed: Owed) -> Self {
+    /// Answers go to `to`, marked with `token`, and are pending until `pending` is told otherwise.
+    pub fn new(token: u64, to: Outbox<(u64, Answer)>, pending: PendingReplies) -> Self {
         Reply {
             token,
             to: Some(to),
-            owed,
+            pending,
         }
     }
 
     /// Answers the request.
     pub fn send(mut self, answer: Answer) {
         if let Some(to) = self.to.take() {
-            self.owed.give(&to, self.token, answer);
+            self.pending.give(&to, self.token, answer);
         }
     }
 }
@@ -179,7 +199,7 @@ impl Drop for Reply {
     fn drop(&mut self) {
         if let Some(to) = self.to.take() {
             let error = ActionError("The request was given up: the microVM is ending.".into());
-            self.owed.give(&to, self.token, Err(error));
+            self.pending.give(&to, self.token, Err(error));
         }
     }
 }
@@ -189,8 +209,8 @@ impl Drop for Reply {
 pub struct Command {
     /// What is asked. Boxed: a slot of the inbox stays small.
     pub action: Box<Action>,
-    /// The descriptors that came with it; those that nobody claims are closed when it is done.
-    pub handed: Handed,
+    /// The descriptors that came with it; those that are not claimed are closed when it is done.
+    pub passed: Passed,
     /// Where the answer goes.
     pub reply: Reply,
 }

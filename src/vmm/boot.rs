@@ -2,12 +2,10 @@
 //! descriptors. One function, one paragraph a step.
 //!
 //! The order is the order that KVM is fast in: memory slots before the interrupt controllers, those
-//! before the vCPUs. Threads are made first, to wake up beside the rest of the work; they get theirs
+//! before the vCPUs. Threads are made first, to wake up beside the rest of the work; they get their work
 //! last. Whatever fails, nothing is left but what was configured: the start can be tried again.
 
-use std::error::Error;
 use std::ffi::c_ulong;
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -18,28 +16,28 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::devices;
+use super::action::{ActionError, Context};
+use super::configuration::{Boot, Configuration, Console};
+use super::devices::{self, Backing, Devices, Entry, Listed, Visit};
 use super::machine::Machine;
-use super::opened::{OpenError, Opened};
-use super::threads::{self, Berth, Muster, SpawnError, berth};
+use super::threads::{self, ParkedThread, ReadyLatch, parked};
 use super::{Event, Settings};
-use crate::arch::boot::{self, BootError, CommandLineError, Root};
+use crate::arch::boot::{self, Root};
 use crate::arch::boot_timer::{self, BootTimer};
-use crate::arch::cpuid::NoSuchLeaf;
 use crate::arch::i8042::I8042;
-use crate::arch::vcpu::VcpuError;
-use crate::arch::{self, Kernel, KernelError, Vm, VmError, cpuid, layout};
+use crate::arch::{self, Kernel, Vm, cpuid, layout};
 use crate::bus::{Overlap, Registers};
-use crate::config::cpu::{CpuConfig, KvmCapability, MsrModifier};
-use crate::config::{Config, ConfigError, Draft, HugePages};
 use crate::inbox::{Sender, inbox};
-use crate::memory::{Memory, MemoryError, Pages};
+use crate::memory::{Memory, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, Streams};
 use crate::sys::{fd, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuLink};
-use crate::virtio::{self, Device, DeviceHandle, Worker, registers};
+use crate::virtio::{self, registers};
+use crate::wire::DEFAULT_BOOT_ARGS;
+use crate::wire::config::cpu::{CpuConfig, KvmCapability, MsrModifier};
+use crate::wire::config::{DeviceConfig, HugePages};
 use crate::{error, info, log, warn};
 
 /// How long the guest waits for the lines about its start to be written.
@@ -47,109 +45,6 @@ const LOG_PATIENCE: Duration = Duration::from_millis(50);
 /// Messages that may wait for the serial thread.
 const SERIAL_MESSAGES: usize = 4;
 const _: () = assert!(registers::LENGTH == layout::VIRTIO_MMIO_SIZE);
-
-/// Why a VM could not be started.
-#[derive(Debug)]
-pub enum StartError {
-    /// What was asked for does not fit together.
-    Config(ConfigError),
-    /// A file changed since it was named.
-    File(OpenError),
-    /// KVM itself.
-    Kvm(kvm_ioctls::Error),
-    /// What the host's processor offers guests.
-    Cpuid(kvm_ioctls::Error),
-    /// The CPU configuration asks for what KVM does not have.
-    Mask(NoSuchLeaf),
-    /// A KVM capability, by number, that the CPU configuration asks for and KVM does not have.
-    Capability(u32),
-    /// The virtual machine.
-    Vm(VmError),
-    /// Guest memory.
-    Memory(MemoryError),
-    /// The kernel's file.
-    Kernel(KernelError),
-    /// The command line.
-    CommandLine(CommandLineError),
-    /// Kernel, initrd or tables.
-    Load(BootError),
-    /// A vCPU's registers.
-    Vcpu(VcpuError),
-    /// A thread.
-    Thread(SpawnError),
-    /// Two register blocks at one place.
-    Bus(Overlap),
-    /// A device, by name.
-    Device(String, io::Error),
-    /// A descriptor, or what KVM does with one.
-    Descriptor(&'static str, io::Error),
-}
-
-impl fmt::Display for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            StartError::Config(_) => f.write_str("The configuration can not be started"),
-            StartError::File(_) => f.write_str("A file can not be used"),
-            StartError::Kvm(_) => f.write_str(
-                "Opening /dev/kvm failed (is the module loaded, and may this user open it?)",
-            ),
-            StartError::Cpuid(_) => f.write_str("KVM does not tell what guests may see of the CPU"),
-            StartError::Mask(_) => f.write_str("The CPU can not be as it was asked for"),
-            StartError::Capability(number) => write!(
-                f,
-                "The CPU can not be as it was asked for: KVM lacks the capability {number}"
-            ),
-            StartError::Vm(_) => f.write_str("Making the virtual machine failed"),
-            StartError::Memory(_) => f.write_str("Making guest memory failed"),
-            StartError::Kernel(_) => f.write_str("The kernel can not be booted"),
-            StartError::CommandLine(_) => f.write_str("The kernel command line does not fit"),
-            StartError::Load(_) => f.write_str("Loading the guest failed"),
-            StartError::Vcpu(_) => f.write_str("Setting up a vCPU failed"),
-            StartError::Thread(_) => f.write_str("The microVM lacks a thread"),
-            StartError::Bus(_) => f.write_str("Placing a device failed"),
-            StartError::Device(name, _) => write!(f, "Making the device `{name}` failed"),
-            StartError::Descriptor(what, _) => write!(f, "Making {what} failed"),
-        }
-    }
-}
-
-impl Error for StartError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match self {
-            StartError::Config(e) => Some(e),
-            StartError::File(e) => Some(e),
-            StartError::Kvm(e) | StartError::Cpuid(e) => Some(e),
-            StartError::Mask(e) => Some(e),
-            StartError::Capability(_) => None,
-            StartError::Vm(e) => Some(e),
-            StartError::Memory(e) => Some(e),
-            StartError::Kernel(e) => Some(e),
-            StartError::CommandLine(e) => Some(e),
-            StartError::Load(e) => Some(e),
-            StartError::Vcpu(e) => Some(e),
-            StartError::Thread(e) => Some(e),
-            StartError::Bus(e) => Some(e),
-            StartError::Device(_, e) | StartError::Descriptor(_, e) => Some(e),
-        }
-    }
-}
-
-/// Errors whose variant says enough.
-macro_rules! from {
-    ($($cause:ty => $variant:ident),+ $(,)?) => {
-        $(impl From<$cause> for StartError {
-            fn from(cause: $cause) -> Self {
-                StartError::$variant(cause)
-            }
-        })+
-    };
-}
-
-from! {
-    NoSuchLeaf => Mask, ConfigError => Config, OpenError => File, VmError => Vm, MemoryError => Memory,
-    KernelError => Kernel, CommandLineError => CommandLine, BootError => Load,
-    VcpuError => Vcpu, SpawnError => Thread, Overlap => Bus,
-}
 
 /// What a start takes from control.
 #[derive(Clone, Copy)]
@@ -160,10 +55,10 @@ pub struct Host<'a> {
     pub events: &'a Sender<Event>,
     /// When what happened.
     pub timeline: &'a Timeline,
-    /// /dev/kvm, if it was handed in.
+    /// /dev/kvm, if it was passed.
     pub kvm: Option<&'a Arc<Kvm>>,
-    /// Said in the log once the guest is about to run.
-    pub word: Option<&'static str>,
+    /// A line for the log once the guest is about to run.
+    pub line: Option<&'static str>,
 }
 
 impl Host<'_> {
@@ -172,44 +67,49 @@ impl Host<'_> {
     }
 }
 
-/// Builds the machine that `draft` asks for from the files in `opened`. Its vCPUs are paused.
+/// Builds the machine that `configuration` asks for; its devices run then, its vCPUs are paused.
 ///
 /// # Errors
-/// [`StartError`]; nothing of the attempt is left then.
-pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine, StartError> {
-    let config = draft.check()?;
+/// What failed; nothing of the attempt is left then.
+pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machine, ActionError> {
+    let kernel = configuration.check_start()?;
+    let machine = &configuration.machine;
     let kvm = match host.kvm {
-        Some(handed_in) => Arc::clone(handed_in),
-        None => Arc::new(Kvm::new().map_err(StartError::Kvm)?),
+        Some(passed) => Arc::clone(passed),
+        None => Arc::new(Kvm::new().context(
+            "Opening /dev/kvm failed (is the module loaded, and may this user open it?)",
+        )?),
     };
-    let berths = Berths::make(&config)?;
+    let threads = Threads::make(configuration)?;
     // Half a millisecond that needs no virtual machine: the serial thread asks meanwhile.
     let for_asking = Arc::clone(&kvm);
-    let supported = berths.serial.ask(move || cpuid::supported(&for_asking));
+    let supported = threads.serial.ask(move || cpuid::supported(&for_asking));
 
     // The machine: memory first, then KVM's part of it.
-    let pages = match config.machine.huge_pages {
+    let pages = match machine.huge_pages {
         HugePages::None => Pages::Ordinary,
         HugePages::Transparent => Pages::Transparent,
         HugePages::TwoMib => Pages::TwoMib,
     };
-    let mut memory = Memory::new(config.machine.mem_size_mib, pages)?;
-    let vm = Arc::new(Vm::new(&kvm, &memory, config.machine.track_dirty_pages)?);
+    let memory = Memory::new(machine.mem_size_mib, pages);
+    let mut memory = memory.context("Making guest memory failed")?;
+    let vm = Vm::new(&kvm, &memory, machine.track_dirty_pages);
+    let vm = Arc::new(vm.context("Making the virtual machine failed")?);
     host.timeline.mark_again(Moment::MemoryMade);
 
     // The vCPUs, each made by the thread that will run it, beside all that follows.
     let mut supported = supported
         .recv()
         .unwrap_or_else(|_| cpuid::supported(&kvm))
-        .map_err(StartError::Cpuid)?;
-    if let Some(cpu) = &config.cpu {
+        .context("KVM_GET_SUPPORTED_CPUID failed")?;
+    if let Some(cpu) = &configuration.cpu {
         check_capabilities(&kvm, cpu)?;
-        cpuid::mask(&mut supported, &cpu.cpuid_modifiers)?;
+        cpuid::mask(&mut supported, &cpu.cpuid_modifiers).context(BAD_CPU)?;
     }
-    let vcpus = begin_vcpus(&berths.vcpus, &vm, &config, Arc::new(supported));
+    let vcpus = begin_vcpus(&threads.vcpus, &vm, configuration, Arc::new(supported));
 
     // What the guest starts with: kernel, initrd, command line, tables.
-    let entry = load(host, &mut memory, &config, opened)?;
+    let entry = load(host, &mut memory, configuration, kernel)?;
     host.timeline.mark_again(Moment::KernelLoaded);
 
     // What the guest can touch: registers on two buses.
@@ -217,43 +117,49 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
         ram: memory.regions().collect(),
         ..Buses::default()
     };
-    let mut slots = Slots { vm: &vm, next: 0 };
-    let disks = config.drives.iter();
-    let disks = disks.map(|drive| (drive.drive_id.as_str(), devices::block(drive, opened)));
-    let blocks = attach_all(host, &memory, disks, &mut buses, &mut slots)?;
-    let cards = config.networks.iter();
-    let cards = cards.map(|network| (network.iface_id.as_str(), devices::net(network, opened)));
-    let nets = attach_all(host, &memory, cards, &mut buses, &mut slots)?;
+    let mut attaching = Attaching {
+        host,
+        vm: &vm,
+        memory: &memory,
+        buses: &mut buses,
+        attached: Vec::new(),
+    };
+    configuration.devices.visit(&mut attaching)?;
+    let attached = attaching.attached;
     let (console, console_sender, log_writer) =
-        make_console(host, &vm, &config, opened, &mut buses)?;
+        make_console(host, &vm, &configuration.console, &mut buses)?;
     let keyboard = Arc::new(I8042::new(line(&vm, layout::I8042_GSI)?));
     buses
         .ports
-        .insert(layout::I8042_PORT, layout::I8042_PORTS, keyboard.clone())?;
+        .insert(layout::I8042_PORT, layout::I8042_PORTS, keyboard.clone())
+        .context(NOT_PLACED)?;
     if host.settings.boot_timer {
-        place_boot_timer(host, &mut buses)?;
+        place_boot_timer(host, &mut buses).context(NOT_PLACED)?;
     }
 
     // The first vCPU starts at the kernel's entry; the guest wakes the others.
     let vcpus = finish_vcpus(host, vcpus, &entry, &Arc::new(buses))?;
 
     // From here on nothing fails: every thread, this one included, gets its work and its filter.
-    let muster = Muster::of(berths.count());
+    let latch = ReadyLatch::of(threads.count());
     let mut vcpu_handles = Vec::with_capacity(vcpus.len());
-    for ((vcpu, seat), berth) in vcpus.into_iter().zip(berths.vcpus) {
-        let thread = berth.occupy(host.category(Category::Vcpu), &muster, move || vcpu.run());
+    for ((vcpu, seat), thread) in vcpus.into_iter().zip(threads.vcpus) {
+        let thread = thread.start(host.category(Category::Vcpu), &latch, move || vcpu.run());
         vcpu_handles.push(VcpuHandle::new(seat, thread));
     }
+    for (device, thread) in attached.into_iter().zip(threads.devices) {
+        let _ = thread.start(host.category(device.category), &latch, device.work);
+        (device.note)(&mut configuration.devices);
+    }
     let console_counters = console.counters();
-    let blocks = occupy(host, Category::Block, &muster, blocks, berths.blocks);
-    let nets = occupy(host, Category::Net, &muster, nets, berths.nets);
-    let _ = berths
-        .serial
-        .occupy(host.category(Category::Serial), &muster, move || {
-            if let Err(cause) = console.run() {
-                error!("The console stopped: {cause}");
-            }
-        });
+    let category = host.category(Category::Serial);
+    let _ = threads.serial.start(category, &latch, move || {
+        if let Err(cause) = console.run() {
+            error!("The console stopped: {cause}");
+        }
+    });
+    // The machine has its own copies of these.
+    configuration.release();
     // The filter lets the terminal be given back, not taken.
     if let Err(error) = terminal::make_raw() {
         warn!("The terminal stays as it is: {error}");
@@ -261,20 +167,16 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     threads::filter_or_end(host.category(Category::Control));
     // Written before the guest can write anything: both may go to one place.
     info!("The microVM is running.");
-    if let Some(word) = host.word {
-        info!("{word}");
+    if let Some(line) = host.line {
+        info!("{line}");
     }
-    muster.wait();
+    latch.wait();
     log::flush(LOG_PATIENCE);
 
     Ok(Machine {
-        draft: Box::new(draft.clone()),
         vcpus: vcpu_handles,
-        blocks,
-        nets,
         console: console_sender,
         console_counters,
-        _console_socket: opened.console_socket.clone(),
         _log_writer: log_writer,
         keyboard,
         _vm: vm,
@@ -282,212 +184,202 @@ pub fn start(host: &Host<'_>, draft: &Draft, opened: &Opened) -> Result<Machine,
     })
 }
 
+const BAD_CPU: &str = "Cannot apply the CPU configuration";
+const NOT_PLACED: &str = "Placing a device failed";
+
 /// The threads of a machine, made but idle.
-struct Berths {
-    vcpus: Vec<Berth>,
-    blocks: Vec<Berth>,
-    nets: Vec<Berth>,
-    serial: Berth,
+struct Threads {
+    vcpus: Vec<ParkedThread>,
+    /// In the order of the devices' slots.
+    devices: Vec<ParkedThread>,
+    serial: ParkedThread,
 }
 
-impl Berths {
-    fn make(config: &Config) -> Result<Self, SpawnError> {
+impl Threads {
+    fn make(configuration: &Configuration) -> Result<Self, ActionError> {
+        let vcpus = 0..configuration.machine.vcpu_count;
         // Tools pin vCPUs by these names.
-        Ok(Berths {
-            vcpus: (0..config.machine.vcpu_count)
-                .map(|index| berth(format!("fc_vcpu {index}")))
+        let vcpus = vcpus.map(|index| parked(format!("fc_vcpu {index}")));
+        Ok(Threads {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            devices: configuration
+                .devices
+                .threads()
+                .map(parked)
                 .collect::<Result<_, _>>()?,
-            blocks: config
-                .drives
-                .iter()
-                .map(|drive| berth(format!("block {}", drive.drive_id)))
-                .collect::<Result<_, _>>()?,
-            nets: config
-                .networks
-                .iter()
-                .map(|network| berth(format!("net {}", network.iface_id)))
-                .collect::<Result<_, _>>()?,
-            serial: berth("serial".into())?,
+            serial: parked("serial".into())?,
         })
     }
 
     fn count(&self) -> usize {
-        self.vcpus.len() + self.blocks.len() + self.nets.len() + 1
+        self.vcpus.len() + self.devices.len() + 1
     }
 }
 
-/// Device slots: addresses and interrupt lines, handed out in order.
-struct Slots<'a> {
-    vm: &'a Vm,
-    next: usize,
+/// A device that was built and waits for its thread.
+struct Attached {
+    category: Category,
+    /// For its thread: the worker's loop.
+    work: Box<dyn FnOnce() + Send>,
+    /// For control: its handle takes its place in the list.
+    note: Box<dyn FnOnce(&mut Devices)>,
 }
 
-impl Slots<'_> {
-    /// Puts `registers` into the next slot: on the bus, with its kicks and its line wired to KVM.
-    fn place(
-        &mut self,
-        buses: &mut Buses,
-        name: &str,
-        registers: Arc<virtio::Registers>,
-        irqfd: &EventFd,
-    ) -> Result<(), StartError> {
-        let fail = |cause: kvm_ioctls::Error| StartError::Device(name.to_owned(), cause.into());
-        // `Draft::check` counted the devices.
-        let (address, gsi) = layout::virtio_device(self.next)
-            .ok_or_else(|| StartError::Device(name.to_owned(), io::Error::other("no slot left")))?;
-        self.next += 1;
-        self.vm.register_irqfd(irqfd, gsi).map_err(fail)?;
-        for (queue, kick) in (0u32..).zip(registers.kicks()) {
-            let at = IoEventAddress::Mmio(address + registers::QUEUE_NOTIFY);
-            self.vm.register_ioevent(kick, &at, queue).map_err(fail)?;
-        }
-        let registers: Arc<dyn Registers> = registers;
-        buses
-            .memory
-            .insert(address, layout::VIRTIO_MMIO_SIZE, registers)?;
+/// Gives each device a slot, in order: address, interrupt line, registers on the bus.
+struct Attaching<'a> {
+    host: &'a Host<'a>,
+    vm: &'a Vm,
+    memory: &'a Memory,
+    buses: &'a mut Buses,
+    attached: Vec<Attached>,
+}
+
+impl Visit for Attaching<'_> {
+    fn device<K: Listed>(&mut self, entry: &Entry<K>) -> Result<(), ActionError> {
+        let id = entry.config.id();
+        let attached = self.attach(entry);
+        let attached = attached.context(format_args!("Making the device `{id}` failed"))?;
+        self.attached.push(attached);
         Ok(())
     }
 }
 
+impl Attaching<'_> {
+    fn attach<K: Listed>(&mut self, entry: &Entry<K>) -> io::Result<Attached> {
+        let id = entry.config.id().to_owned();
+        let Backing::Opened(opened) = &entry.backing else {
+            return Err(io::Error::other("it runs already"));
+        };
+        let device = K::build(&entry.config, opened)?;
+        let irqfd = event()?;
+        let for_kvm = irqfd.try_clone()?;
+        let events = self.host.events;
+        let (ram, answers) = (self.memory.ram().clone(), events.outbox());
+        let (registers, worker, handle) =
+            virtio::attach(device, &id, ram, irqfd, answers, events.outbox())?;
+        self.place(registers, &for_kvm)?;
+        Ok(Attached {
+            category: K::CATEGORY,
+            // No filter has the calls for taking the worker apart.
+            work: Box::new(move || std::mem::forget(worker.run())),
+            note: Box::new(move |devices| {
+                let list = &mut K::list(devices).0;
+                if let Some(entry) = list.iter_mut().find(|entry| entry.config.id() == id) {
+                    entry.backing = Backing::Running(handle);
+                }
+            }),
+        })
+    }
+
+    /// Puts `registers` into the next slot: on the bus, with its kicks and its line wired to KVM.
+    fn place(&mut self, registers: Arc<virtio::Registers>, irqfd: &EventFd) -> io::Result<()> {
+        // `check_start` counted the devices.
+        let (address, gsi) = layout::virtio_device(self.attached.len())
+            .ok_or_else(|| io::Error::other("no slot left"))?;
+        self.vm.register_irqfd(irqfd, gsi)?;
+        for (queue, kick) in (0u32..).zip(registers.kicks()) {
+            let at = IoEventAddress::Mmio(address + registers::QUEUE_NOTIFY);
+            self.vm.register_ioevent(kick, &at, queue)?;
+        }
+        let registers: Arc<dyn Registers> = registers;
+        let bus = &mut self.buses.memory;
+        bus.insert(address, layout::VIRTIO_MMIO_SIZE, registers)
+            .map_err(io::Error::other)
+    }
+}
+
+/// Puts kernel, initrd, command line and tables into guest memory.
 fn load(
     host: &Host<'_>,
     memory: &mut Memory,
-    config: &Config,
-    opened: &Opened,
-) -> Result<boot::Entry, StartError> {
-    let image = opened.kernel.as_ref().ok_or(ConfigError::NoBootSource)?;
-    image.check_unchanged()?;
-    let kernel = Kernel::read(&image.file, &image.name)?;
-    let initrd = match &opened.initrd {
-        Some(initrd) => {
-            initrd.check_unchanged()?;
-            Some((&initrd.file, initrd.name.as_str()))
-        }
-        None => None,
+    configuration: &Configuration,
+    kernel: &Boot,
+) -> Result<boot::Entry, ActionError> {
+    let Some((image, initrd)) = &kernel.images else {
+        return Err(ActionError("The kernel is not open any more.".into()));
     };
-    let root = config
-        .drives
-        .first()
-        .filter(|d| d.is_root_device)
+    const NO_FILE: &str = "A file cannot be used";
+    image.check_unchanged().context(NO_FILE)?;
+    let parsed = Kernel::read(&image.file, &image.name);
+    let parsed = parsed.context("The kernel cannot be booted")?;
+    if let Some(initrd) = initrd {
+        initrd.check_unchanged().context(NO_FILE)?;
+    }
+    let initrd = initrd.as_ref();
+    let initrd = initrd.map(|initrd| (&initrd.file, initrd.name.as_str()));
+    let first = configuration.devices.drives.0.first();
+    let root = first
+        .map(|entry| &entry.config)
+        .filter(|drive| drive.is_root_device)
         .map(|drive| Root {
             partuuid: drive.partuuid.as_deref(),
             read_only: drive.read_only(),
         });
-    let devices: Vec<(u64, u32)> = (0..config.drives.len() + config.networks.len())
-        .filter_map(layout::virtio_device)
-        .collect();
-    let command_line = boot::command_line(&config.boot_args, root, &devices)?;
+    let slots = 0..configuration.devices.count();
+    let devices: Vec<(u64, u32)> = slots.filter_map(layout::virtio_device).collect();
+    let boot_args = kernel
+        .source
+        .boot_args
+        .as_deref()
+        .unwrap_or(DEFAULT_BOOT_ARGS);
+    let command_line = boot::command_line(boot_args, root, &devices)
+        .context("The kernel command line does not fit")?;
     let mut seed = [0; 32];
-    fd::random(&mut seed).map_err(|e| StartError::Descriptor("the guest's random seed", e))?;
-    Ok(boot::load(
+    fd::random(&mut seed).context("Making the guest's random seed failed")?;
+    boot::load(
         memory,
-        &kernel,
+        &parsed,
         initrd,
         &command_line,
-        config.machine.vcpu_count,
+        configuration.machine.vcpu_count,
         host.settings.protocol,
         &seed,
-    )?)
-}
-
-type Attached<D> = Vec<(Worker<D>, DeviceHandle<D>)>;
-
-/// Attaches each device of `made`, in order, by its name.
-fn attach_all<'a, D: Device>(
-    host: &Host<'_>,
-    memory: &Memory,
-    made: impl Iterator<Item = (&'a str, io::Result<D>)>,
-    buses: &mut Buses,
-    slots: &mut Slots<'_>,
-) -> Result<Attached<D>, StartError> {
-    made.map(|(name, device)| {
-        let device = device.map_err(|e| StartError::Device(name.to_owned(), e))?;
-        attach(host, memory, device, name, buses, slots)
-    })
-    .collect()
-}
-
-fn attach<D: Device>(
-    host: &Host<'_>,
-    memory: &Memory,
-    device: D,
-    name: &str,
-    buses: &mut Buses,
-    slots: &mut Slots<'_>,
-) -> Result<(Worker<D>, DeviceHandle<D>), StartError> {
-    let fail = |cause| StartError::Device(name.to_owned(), cause);
-    let irqfd = event().map_err(fail)?;
-    let for_kvm = irqfd.try_clone().map_err(fail)?;
-    let (registers, worker, handle) = virtio::attach(
-        device,
-        name,
-        memory.ram().clone(),
-        irqfd,
-        host.events.outbox(),
-        host.events.outbox(),
     )
-    .map_err(fail)?;
-    slots.place(buses, name, registers, &for_kvm)?;
-    Ok((worker, handle))
-}
-
-fn occupy<D: Device>(
-    host: &Host<'_>,
-    category: Category,
-    muster: &Arc<Muster>,
-    devices: Attached<D>,
-    berths: Vec<Berth>,
-) -> Vec<DeviceHandle<D>> {
-    let mut handles = Vec::with_capacity(devices.len());
-    for ((worker, handle), berth) in devices.into_iter().zip(berths) {
-        let _ = berth.occupy(host.category(category), muster, move || worker.run());
-        handles.push(handle);
-    }
-    handles
+    .context("Loading the guest failed")
 }
 
 /// The UART on its ports, the console behind it, and the pipe that log lines will take.
 fn make_console(
     host: &Host<'_>,
     vm: &Vm,
-    config: &Config,
-    opened: &Opened,
+    asked: &Console,
     buses: &mut Buses,
-) -> Result<(serial::Console, Sender<serial::SerialMessage>, File), StartError> {
-    let fail = |cause| StartError::Descriptor("the console", cause);
-    let (log_from, log_writer) = fd::pipe().map_err(fail)?;
-    let (input, output) = match &opened.console {
-        // A console that goes to a file has nobody who types.
-        Some(file) => (None, file.try_clone().map_err(fail)?),
+) -> Result<(serial::Console, Sender<serial::SerialMessage>, File), ActionError> {
+    const FAILED: &str = "Making the console failed";
+    let (log_from, log_writer) = fd::pipe().context(FAILED)?;
+    let (input, output) = match &asked.output {
+        // A console that goes to a file has no input.
+        Some(file) => (None, file.try_clone().context(FAILED)?),
         None => (
             fd::duplicate(fd::STDIN).ok(),
-            fd::duplicate(fd::STDOUT).map_err(fail)?,
+            fd::duplicate(fd::STDOUT).context(FAILED)?,
         ),
     };
-    let socket = match &opened.console_socket {
-        Some(socket) => Some(socket.listener.try_clone().map_err(fail)?),
+    let socket = match &asked.socket {
+        Some(socket) => Some(socket.listener.try_clone().context(FAILED)?),
         None => None,
     };
     let streams = Streams {
         input,
         output,
-        limit: config.serial.rate_limiter.and_then(devices::bucket),
+        limit: asked.serial.rate_limiter.and_then(devices::bucket),
         socket,
         log_from,
-        log_to: fd::duplicate(fd::STDOUT).map_err(fail)?,
+        log_to: fd::duplicate(fd::STDOUT).context(FAILED)?,
     };
-    let (messages, inbox) = inbox(SERIAL_MESSAGES).map_err(fail)?;
+    let (messages, inbox) = inbox(SERIAL_MESSAGES).context(FAILED)?;
     let line = line(vm, layout::SERIAL_GSI)?;
     let (uart, console) =
-        serial::console(line, streams, inbox, host.events.outbox()).map_err(fail)?;
+        serial::console(line, streams, inbox, host.events.outbox()).context(FAILED)?;
     buses
         .ports
-        .insert(layout::SERIAL_PORT, serial::PORTS, uart)?;
+        .insert(layout::SERIAL_PORT, serial::PORTS, uart)
+        .context(NOT_PLACED)?;
     Ok((console, messages, log_writer))
 }
 
 /// The device that tells how long the guest took to come up, at its address and at its port.
-fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), StartError> {
+fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), Overlap> {
     let timer = Arc::new(BootTimer::new(host.events.outbox()));
     buses
         .memory
@@ -496,42 +388,48 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), StartError
     Ok(())
 }
 
+const BAD_VCPU: &str = "Setting up a vCPU failed";
+
 type Seats = Vec<(Vcpu, VcpuLink)>;
 
 /// Whether KVM has what the CPU configuration asks it to have.
-fn check_capabilities(kvm: &Kvm, cpu: &CpuConfig) -> Result<(), StartError> {
+fn check_capabilities(kvm: &Kvm, cpu: &CpuConfig) -> Result<(), ActionError> {
     for capability in &cpu.kvm_capabilities {
         if let KvmCapability::Add(number) = *capability
             && kvm.check_extension_raw(c_ulong::from(number)) <= 0
         {
-            return Err(StartError::Capability(number));
+            return Err(ActionError(format!(
+                "{BAD_CPU}: KVM lacks the capability {number}"
+            )));
         }
     }
     Ok(())
 }
 
 /// A vCPU that its thread is making.
-type Making = Receiver<Result<arch::Vcpu, StartError>>;
+type Making = Receiver<Result<arch::Vcpu, ActionError>>;
 
 /// Lets the thread of each vCPU make it.
 fn begin_vcpus(
-    berths: &[Berth],
+    threads: &[ParkedThread],
     vm: &Arc<Vm>,
-    config: &Config,
+    config: &Configuration,
     supported: Arc<CpuId>,
 ) -> Vec<Making> {
     let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
     let masks = config.cpu.as_ref().map(|cpu| &*cpu.msr_modifiers);
     let masks: Arc<[MsrModifier]> = Arc::from(masks.unwrap_or_default());
     (0u8..)
-        .zip(berths)
-        .map(|(index, berth)| {
+        .zip(threads)
+        .map(|(index, thread)| {
             let (vm, supported) = (Arc::clone(vm), Arc::clone(&supported));
             let masks = Arc::clone(&masks);
-            berth.ask(move || {
-                let vcpu = vm.create_vcpu(index)?;
-                arch::vcpu::prepare(&vcpu, &cpuid::table(&supported, index, count, smt))?;
-                arch::vcpu::mask_msrs(&vcpu, &masks)?;
+            thread.ask(move || {
+                let vcpu = vm.create_vcpu(index);
+                let vcpu = vcpu.context("Making the virtual machine failed")?;
+                let table = cpuid::table(&supported, index, count, smt);
+                arch::vcpu::prepare(&vcpu, &table).context(BAD_VCPU)?;
+                arch::vcpu::mask_msrs(&vcpu, &masks).context(BAD_VCPU)?;
                 Ok(vcpu)
             })
         })
@@ -544,16 +442,14 @@ fn finish_vcpus(
     making: Vec<Making>,
     entry: &boot::Entry,
     buses: &Arc<Buses>,
-) -> Result<Seats, StartError> {
+) -> Result<Seats, ActionError> {
     (0u8..)
         .zip(making)
         .map(|(index, making)| {
-            let gone = |_| io::Error::other("its thread is gone");
-            let fd = making
-                .recv()
-                .map_err(|e| StartError::Descriptor("a vCPU", gone(e)))??;
+            let made = making.recv();
+            let fd = made.context("Making a vCPU failed: its thread is gone")??;
             if index == 0 {
-                arch::vcpu::enter(&fd, entry)?;
+                arch::vcpu::enter(&fd, entry).context(BAD_VCPU)?;
             }
             Ok(Vcpu::new(
                 index,
@@ -567,10 +463,10 @@ fn finish_vcpus(
 }
 
 /// An interrupt line: an eventfd that raises `gsi`.
-fn line(vm: &Vm, gsi: u32) -> Result<EventFd, StartError> {
-    let fail = |cause| StartError::Descriptor("an interrupt line", cause);
-    let line = event().map_err(fail)?;
-    vm.register_irqfd(&line, gsi).map_err(|e| fail(e.into()))?;
+fn line(vm: &Vm, gsi: u32) -> Result<EventFd, ActionError> {
+    const FAILED: &str = "Making an interrupt line failed";
+    let line = event().context(FAILED)?;
+    vm.register_irqfd(&line, gsi).context(FAILED)?;
     Ok(line)
 }
 

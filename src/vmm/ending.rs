@@ -27,7 +27,7 @@ impl Vmm {
     /// Writes out what the guest still had to say, as far as its place takes it; before the lines
     /// about the guest's end, since both may go to one place.
     pub(super) fn finish_console(&mut self) {
-        if self.machine().is_some_and(Machine::finish_console) {
+        if self.machine.as_ref().is_some_and(Machine::finish_console) {
             self.await_finished();
         }
     }
@@ -51,7 +51,7 @@ impl Vmm {
             drop(unanswered);
         }
         let deadline = Instant::now() + ANSWERS_PATIENCE;
-        while !self.owed.is_settled() && Instant::now() < deadline {
+        while !self.pending.is_settled() && Instant::now() < deadline {
             // Nothing rings when an answer is written, and most are by now.
             let _ = fd::wait(&mut [], Some(1));
         }
@@ -82,7 +82,10 @@ impl Vmm {
 
     /// Tells how the guest ended, in the log and on `--end-fd`, and gives the exit code for it.
     pub(super) fn guest_ended(&self, index: u8, end: End) -> i32 {
-        let crash = self.machine().and_then(|machine| machine.crash(index));
+        let crash = self
+            .machine
+            .as_ref()
+            .and_then(|machine| machine.crash(index));
         if let Some(told) = &self.end {
             let report = EndReport {
                 end: word(end),
@@ -131,7 +134,7 @@ impl Vmm {
                 format!(", hardware entry failure reason {reason:#x}"),
             ),
             End::Unexpected(reason) => unexpected(reason, String::new()),
-            End::MemoryGone => match self.machine().and_then(|m| m.memory.changed_file()) {
+            End::MemoryGone => match self.machine.as_ref().and_then(|m| m.memory.changed_file()) {
                 Some(name) => format!(
                     "The file `{name}`, which is mapped into the guest, was cut short; replace such \
                      a file by rename. Seen on vCPU {index}"

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!                 Start
-//!   Configuring ---------> Started: running or paused, as `lifecycle` says
+//!   Not started ---------> Started: running or paused, as `lifecycle` says
 //!       ^  |
 //!       '--' PUT, PATCH
 //! ```
@@ -13,51 +13,50 @@
 //! with a deadline on everything a client waits for. That is why `GET /` is answered while a disk
 //! hangs.
 //!
-//! Control alone may open files once the guest runs; what it opens it hands to the worker.
+//! Control alone may open files once the guest runs; what it opens it sends to the worker.
 
 pub mod action;
 mod boot;
+mod change;
+mod configuration;
 mod devices;
 mod ending;
+pub mod firecracker_log;
 mod lifecycle;
 mod machine;
-mod opened;
+mod open;
 mod pausing;
 mod report;
+mod requests;
 pub mod rules;
 pub mod threads;
-pub mod words;
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{io, mem};
 
 use kvm_ioctls::Kvm;
 
-use self::action::{Action, ActionError, Answer, Command, InstanceInfo, Outcome, Owed, Reply};
+use self::action::{ActionError, Command, Outcome, PendingReplies, Reply};
+use self::configuration::Configuration;
 use self::lifecycle::{Input, Lifecycle};
 use self::machine::Machine;
-use self::opened::Opened;
-use self::rules::State as Phase;
+use self::rules::State;
 
 use crate::arch::boot_timer::Booted;
-use crate::config::{self, AnyUpdate, Draft, Logger, Metrics, Source, VmConfig};
 use crate::inbox::{Inbox, Sender, inbox};
-use crate::metrics::{Reader, Report, Sink};
+use crate::metrics::{Reader, Sink};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
-use crate::sys::handed::Handed;
 use crate::sys::signal::{self, Signal, Signals};
 use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{End, VcpuEvent};
 use crate::virtio::{Done, WorkerEvent, WorkerReply};
-use crate::wire::API_VERSION;
-use crate::{error, exit, info, log, warn};
+use crate::{error, exit, info, warn};
 
 /// Events that may wait for control: the 128 requests that the API thread may have under way and
 /// as many answers of devices to them, two events of each of 32 vCPUs, three of each of 19
@@ -86,40 +85,20 @@ pub enum Event {
     Booted(Booted),
 }
 
-impl From<Booted> for Event {
-    fn from(booted: Booted) -> Self {
-        Event::Booted(booted)
-    }
+/// Events come from outboxes of their own types.
+macro_rules! from {
+    ($($cause:ty => $event:ident),+ $(,)?) => {
+        $(impl From<$cause> for Event {
+            fn from(cause: $cause) -> Self {
+                Event::$event(cause)
+            }
+        })+
+    };
 }
 
-impl From<Command> for Event {
-    fn from(command: Command) -> Self {
-        Event::Command(command)
-    }
-}
-
-impl From<VcpuEvent> for Event {
-    fn from(event: VcpuEvent) -> Self {
-        Event::Vcpu(event)
-    }
-}
-
-impl From<WorkerEvent> for Event {
-    fn from(event: WorkerEvent) -> Self {
-        Event::Worker(event)
-    }
-}
-
-impl From<WorkerReply> for Event {
-    fn from(reply: WorkerReply) -> Self {
-        Event::Answer(reply)
-    }
-}
-
-impl From<SerialEvent> for Event {
-    fn from(event: SerialEvent) -> Self {
-        Event::Serial(event)
-    }
+from! {
+    Command => Command, VcpuEvent => Vcpu, WorkerEvent => Worker, WorkerReply => Answer,
+    SerialEvent => Serial, Booted => Booted,
 }
 
 /// What the command line says that lasts as long as the process.
@@ -146,7 +125,12 @@ pub struct Settings {
 pub struct Vmm {
     settings: Settings,
     timeline: Timeline,
-    state: State,
+    /// What was asked for, and what was opened for it or runs.
+    configuration: Configuration,
+    /// The rest of the virtual machine, once there is one.
+    machine: Option<Machine>,
+    /// Whether that runs or stands still.
+    lifecycle: Option<Lifecycle<Reply>>,
     inbox: Inbox<Event>,
     events: Sender<Event>,
     signals: Signals,
@@ -154,10 +138,10 @@ pub struct Vmm {
     updates: Vec<(u64, Reply, Instant)>,
     next_token: u64,
     /// Answers that the API thread has still to write.
-    owed: Owed,
+    pending: PendingReplies,
     /// What is told how the guest ended, if anything is.
     end: Option<File>,
-    /// /dev/kvm as it was handed in, until a machine is made.
+    /// /dev/kvm as it was passed, until a machine is made.
     kvm: Option<Arc<Kvm>>,
     counters: report::Counters,
     /// What other threads than a machine's count.
@@ -166,24 +150,6 @@ pub struct Vmm {
     metrics: Option<Sink>,
     /// When that is due, while a machine runs.
     metrics_due: Option<Instant>,
-}
-
-#[derive(Debug)]
-enum State {
-    /// What was PUT, and the files that belong to it.
-    Configuring(Box<Draft>, Opened),
-    /// Whether it runs or stands still, its lifecycle knows.
-    Started(Box<Machine>, Lifecycle<Reply>),
-    /// Only while one state is exchanged for the next.
-    Between,
-}
-
-/// Opens where `logger` wants the log, if it says so.
-fn open_log(logger: &Logger, handed: &mut Handed) -> Result<Option<File>, ActionError> {
-    match &logger.log_path {
-        Some(sink) => Ok(Some(opened::open_sink(opened::LOG, sink, handed)?)),
-        None => Ok(None),
-    }
 }
 
 /// Whether the loop goes on.
@@ -205,13 +171,15 @@ impl Vmm {
         Ok(Vmm {
             settings,
             timeline,
-            state: State::Configuring(Box::default(), Opened::default()),
+            configuration: Configuration::default(),
+            machine: None,
+            lifecycle: None,
             inbox,
             events,
             signals,
             updates: Vec::new(),
             next_token: 0,
-            owed: Owed::default(),
+            pending: PendingReplies::default(),
             end: None,
             kvm: None,
             counters: report::Counters::default(),
@@ -221,10 +189,10 @@ impl Vmm {
         })
     }
 
-    /// The API accepts clients; `counters` are what its thread counts, `owed` what it has still to
+    /// The API accepts clients; `counters` are what its thread counts, `pending` what it has still to
     /// write.
-    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>, owed: Owed) {
-        self.owed = owed;
+    pub fn api_is_ready(&mut self, counters: Arc<dyn Reader>, pending: PendingReplies) {
+        self.pending = pending;
         self.timeline.mark(Moment::ApiReady);
         self.readers.push(counters);
         if let Some(start) = self.settings.start_time_us {
@@ -243,183 +211,13 @@ impl Vmm {
         self.events.outbox()
     }
 
-    /// Makes the virtual machine by this /dev/kvm, instead of one opened for it.
+    /// Makes the virtual machine with this /dev/kvm, instead of one opened for it.
     pub fn set_kvm(&mut self, kvm: Kvm) {
         self.kvm = Some(Arc::new(kvm));
     }
 
-    /// Does what a client would ask for, before there are any.
-    ///
-    /// # Errors
-    /// The sentence a client would get.
-    pub fn apply(&mut self, action: Action) -> Result<Outcome, ActionError> {
-        rules::allow(&action, self.phase())?;
-        self.configure(action, &mut Handed::default())
-    }
-
-    /// Has one word about the guest's end written to inherited descriptor `number`.
-    ///
-    /// # Errors
-    /// The sentence for the person who named it.
-    pub fn set_end(&mut self, number: u32) -> Result<(), ActionError> {
-        let place = Source::fd(number);
-        let file = opened::open_sink("end", &place, &mut Handed::Inherited)?;
-        fd::set_nonblocking(&file).map_err(|e| {
-            ActionError(format!(
-                "Descriptor {number} can not be used for the end: {e}."
-            ))
-        })?;
-        self.end = Some(file);
-        Ok(())
-    }
-
-    /// Reads the configuration in the file at `path`.
-    ///
-    /// # Errors
-    /// The sentence for the person who named the file.
-    pub fn read_config(path: &Path) -> Result<VmConfig, ActionError> {
-        let path = path.to_str().ok_or_else(|| {
-            ActionError("The path of the configuration is not valid UTF-8.".into())
-        })?;
-        let source = Source::from(path);
-        let bytes = opened::read_text("configuration", &source, &mut Handed::default())?;
-        config::parse_file(&bytes)
-            .map_err(|e| ActionError(format!("The configuration `{path}` can not be read: {e}")))
-    }
-
-    /// Takes up `config` and starts it. The descriptors it names are those that the process was
-    /// started with.
-    ///
-    /// # Errors
-    /// The sentence for the person who wrote it.
-    pub fn start_from(&mut self, config: VmConfig) -> Result<(), ActionError> {
-        self.take_config(config, &mut Handed::Inherited)?;
-        self.start(Some(words::STARTED_FROM_FILE)).map(|_| ())
-    }
-
-    /// Takes up a whole configuration in place of what there was; all of it, or nothing.
-    fn take_config(
-        &mut self,
-        mut config: VmConfig,
-        handed: &mut Handed,
-    ) -> Result<(), ActionError> {
-        let (logger, metrics) = (config.logger.take(), config.metrics.take());
-        let State::Configuring(_, opened) = &self.state else {
-            return Err(ActionError("The microVM is running.".into()));
-        };
-        let taken = opened::take_all(opened, config, handed)?;
-        let metrics = match metrics {
-            Some(metrics) => Some(self.open_metrics(metrics, handed)?),
-            None => None,
-        };
-        let log = match &logger {
-            Some(logger) => open_log(logger, handed)?,
-            None => None,
-        };
-        // From here on nothing fails.
-        let State::Configuring(draft, opened) = &mut self.state else {
-            return Ok(());
-        };
-        (**draft, *opened) = taken;
-        if let Some(logger) = logger {
-            self.use_logger(&logger, log);
-        }
-        if let Some(metrics) = metrics {
-            self.metrics = Some(metrics);
-        }
-        Ok(())
-    }
-
-    /// Takes up where the command line or a client wants the metrics: once.
-    ///
-    /// # Errors
-    /// The sentence: its file can not be opened, or there is one already.
-    pub fn set_metrics(
-        &mut self,
-        metrics: Metrics,
-        handed: &mut Handed,
-    ) -> Result<(), ActionError> {
-        self.metrics = Some(self.open_metrics(metrics, handed)?);
-        Ok(())
-    }
-
-    fn open_metrics(&self, metrics: Metrics, handed: &mut Handed) -> Result<Sink, ActionError> {
-        const WHY: &str = "Cannot initialize the metrics system due to bad user input";
-        if self.metrics.is_some() {
-            return Err(ActionError(format!(
-                "{WHY}: Reinitialization of metrics not allowed."
-            )));
-        }
-        let file = opened::open_sink("metrics", &metrics.metrics_path, handed)
-            .map_err(|e| ActionError(format!("{WHY}: {}", log::chain(&e))))?;
-        // Opened by somebody else it may not be; and control waits for no reader.
-        fd::set_nonblocking(&file).map_err(|e| ActionError(format!("{WHY}: {e}")))?;
-        let id = metrics.emit_id.then(|| self.settings.id.clone());
-        Ok(Sink::new(file, id, metrics.properties))
-    }
-
-    /// All counters as they are now.
-    fn report(&self) -> Report {
-        let mut report = report::begin(
-            &self.settings.id,
-            self.phase(),
-            &self.timeline,
-            &self.counters,
-        );
-        report.gauge(
-            "mayfly_quiescent",
-            "1 while the microVM is paused and no device has I/O in flight.",
-            &[],
-            u64::from(self.is_quiescent()),
-        );
-        for reader in &self.readers {
-            reader.read(&mut report);
-        }
-        if let Some(machine) = self.machine() {
-            report::machine(machine, &mut report);
-        }
-        report
-    }
-
-    /// Writes a line of metrics, if there is a place for it.
-    fn flush_metrics(&mut self) -> io::Result<()> {
-        if self.metrics.is_none() {
-            return Ok(());
-        }
-        let report = self.report();
-        if let Some(sink) = &mut self.metrics {
-            let result = sink.write(report);
-            self.counters.missed_lines = sink.missed();
-            return result;
-        }
-        Ok(())
-    }
-
-    /// Takes up what the command line or a client says of the log.
-    ///
-    /// # Errors
-    /// The sentence: its file can not be opened.
-    pub fn set_logger(&mut self, logger: &Logger, handed: &mut Handed) -> Result<(), ActionError> {
-        let sink = open_log(logger, handed)?;
-        self.use_logger(logger, sink);
-        Ok(())
-    }
-
-    fn use_logger(&mut self, logger: &Logger, sink: Option<File>) {
-        if let Some(sink) = sink {
-            log::redirect(sink);
-        }
-        if let Some(level) = logger.level {
-            log::set_level(level);
-        }
-        log::set_shown(logger.show_level, logger.show_log_origin);
-        if let Some(module) = &logger.module {
-            log::set_module(module);
-        }
-    }
-
-    /// The life of the thread, and so of the process, which ends with it. Nothing is taken apart
-    /// piece by piece: the kernel does that faster, and all at once.
+    /// The loop of the thread. The process ends with it; the kernel takes all of it apart faster than
+    /// code here could.
     pub fn run(mut self) -> ! {
         let mut more = false;
         let code = loop {
@@ -429,7 +227,7 @@ impl Vmm {
             ];
             let patience = if more { Some(0) } else { self.patience() };
             if let Err(error) = fd::wait(&mut interests, patience) {
-                error!("Control can not wait for events any more: {error}");
+                error!("Control cannot wait for events any more: {error}");
                 break Next::Exit(exit::ERROR);
             }
             let [event, signal] = interests;
@@ -466,9 +264,9 @@ impl Vmm {
                 break next;
             }
         };
-        info!("{}", words::STOPPING);
+        info!("{}", firecracker_log::STOPPING);
         if let Next::Exit(code) = code {
-            info!("{}", words::exiting(code));
+            info!("{}", firecracker_log::exiting(code));
         }
         self.finish();
         terminal::restore();
@@ -483,9 +281,9 @@ impl Vmm {
         match event {
             Event::Command(Command {
                 action,
-                mut handed,
+                mut passed,
                 reply,
-            }) => self.command(*action, &mut handed, reply),
+            }) => self.command(*action, &mut passed, reply),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.advance(Input::VcpuPaused(index)),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
                 if !matches!(end, End::Reset | End::PowerOff) {
@@ -521,109 +319,6 @@ impl Vmm {
         );
     }
 
-    /// One request: refused by the rules of state, begun, or done.
-    fn command(&mut self, action: Action, handed: &mut Handed, reply: Reply) {
-        if let Err(error) = rules::allow(&action, self.phase()) {
-            return reply.send(Err(error));
-        }
-        match action {
-            Action::Pause => self.pause(reply),
-            Action::Resume => self.resume(reply),
-            Action::PatchDevice(update) if self.machine().is_some() => {
-                self.update(reply, |machine, token| match update {
-                    AnyUpdate::Drive(update) => machine.update_drive(&update, handed, token),
-                    AnyUpdate::NetworkInterface(update) => machine.update_network(&update, token),
-                });
-            }
-            action => {
-                let answer = self.configure(action, handed);
-                reply.send(answer);
-            }
-        }
-    }
-
-    /// Requests that are done at once.
-    fn configure(&mut self, action: Action, handed: &mut Handed) -> Answer {
-        match action {
-            Action::DescribeInstance => Ok(Outcome::Instance(self.instance())),
-            Action::GetVersion => Ok(Outcome::Version(API_VERSION)),
-            Action::GetTimeline => Ok(Outcome::Timeline(self.timeline.steps().collect())),
-            Action::GetVmConfig => Ok(Outcome::VmConfig(Box::new(self.draft()?.vm_config()))),
-            Action::GetMachineConfig => Ok(Outcome::MachineConfig(
-                self.draft()?.machine_config().clone(),
-            )),
-            Action::Start => self.start(None),
-            Action::SendCtrlAltDel => {
-                if let Some(machine) = self.machine() {
-                    machine
-                        .press_ctrl_alt_del()
-                        .map_err(|e| ActionError::of(&e))?;
-                }
-                Ok(Outcome::Done)
-            }
-            Action::GetMetrics => Ok(Outcome::Metrics(self.report().prometheus())),
-            Action::PutMetrics(metrics) => {
-                self.set_metrics(metrics, handed).map(|()| Outcome::Done)
-            }
-            Action::FlushMetrics => match self.flush_metrics() {
-                Ok(()) => Ok(Outcome::Done),
-                Err(cause) => Err(ActionError(format!(
-                    "The metrics could not be written, and will be with the next line: {cause}"
-                ))),
-            },
-            Action::PutLogger(logger) => self.set_logger(&logger, handed).map(|()| Outcome::Done),
-            Action::PutVm { config, start } => {
-                self.take_config(*config, handed)?;
-                if start {
-                    self.start(None)
-                } else {
-                    Ok(Outcome::Done)
-                }
-            }
-            action => match &mut self.state {
-                State::Configuring(draft, opened) => opened::put(draft, opened, action, handed),
-                _ => Err(ActionError("The microVM is running.".into())),
-            },
-        }
-    }
-
-    /// Starts the guest; `word` is said in the log besides what always is.
-    fn start(&mut self, word: Option<&'static str>) -> Answer {
-        let (draft, opened) = match mem::replace(&mut self.state, State::Between) {
-            State::Configuring(draft, opened) => (draft, opened),
-            other => {
-                self.state = other;
-                return Err(ActionError("The microVM is running already.".into()));
-            }
-        };
-        self.timeline.mark_again(Moment::Configured);
-        let host = boot::Host {
-            settings: &self.settings,
-            events: &self.events,
-            timeline: &self.timeline,
-            kvm: self.kvm.as_ref(),
-            word,
-        };
-        match boot::start(&host, &draft, &opened) {
-            Ok(machine) => {
-                // The machine has its own copies of what was opened.
-                drop(opened);
-                self.kvm = None;
-                let started = machine.run_vcpus();
-                let lifecycle = Self::lifecycle_of(&machine);
-                self.state = State::Started(Box::new(machine), lifecycle);
-                // The first line comes at once, beside the guest.
-                self.metrics_due = self.metrics.is_some().then(Instant::now);
-                started.map_err(|e| ActionError::of(&e))?;
-                Ok(Outcome::Done)
-            }
-            Err(error) => {
-                self.state = State::Configuring(draft, opened);
-                Err(ActionError::of(&error))
-            }
-        }
-    }
-
     fn worker_answered(&mut self, reply: WorkerReply) {
         if matches!(reply.done, Done::Paused) {
             self.device_answered(reply.token);
@@ -632,37 +327,20 @@ impl Vmm {
             config: Some(config),
             ..
         } = &reply.done
-            && let Some(machine) = self.machine()
         {
-            machine.set_device_config(&reply.device, *config);
+            // The guest's driver sees it: the size of a disk may be another now.
+            let mut running = self.configuration.devices.running();
+            if let Some(device) = running.find(|device| *device.name() == *reply.device) {
+                device.registers().set_config(*config);
+            }
         }
         if let Some(at) = self.updates.iter().position(|(t, ..)| *t == reply.token) {
             let (_, client, _) = self.updates.swap_remove(at);
             client.send(Ok(Outcome::Done));
         }
-        // What a worker hands back is closed here: it may not do so itself.
+        // What a worker gives back is closed here: it may not do so itself.
         drop(reply);
         self.tell_again();
-    }
-
-    /// Sends a device an update; its answer, or the deadline, answers the client.
-    fn update(
-        &mut self,
-        reply: Reply,
-        send: impl FnOnce(&mut Machine, u64) -> Result<(), ActionError>,
-    ) {
-        let token = self.new_token();
-        let sent = match &mut self.state {
-            State::Started(machine, _) => send(machine, token),
-            _ => Err(ActionError("The microVM is not running.".into())),
-        };
-        match sent {
-            Ok(()) => {
-                let deadline = Instant::now() + UPDATE_PATIENCE;
-                self.updates.push((token, reply, deadline));
-            }
-            Err(error) => reply.send(Err(error)),
-        }
     }
 
     fn new_token(&mut self) -> u64 {
@@ -673,10 +351,7 @@ impl Vmm {
 
     /// Milliseconds until the next deadline.
     fn patience(&self) -> Option<u32> {
-        let pause = match &self.state {
-            State::Started(_, lifecycle) => lifecycle.deadline(),
-            _ => None,
-        };
+        let pause = self.lifecycle.as_ref().and_then(Lifecycle::deadline);
         let updates = self.updates.iter().map(|(.., at)| *at);
         let next = updates.chain(pause).chain(self.metrics_due).min()?;
         let left = next.saturating_duration_since(Instant::now());
@@ -706,37 +381,11 @@ impl Vmm {
         self.advance(Input::Tick);
     }
 
-    fn phase(&self) -> Phase {
-        match &self.state {
-            State::Configuring(..) | State::Between => Phase::NotStarted,
-            State::Started(_, lifecycle) if lifecycle.is_paused() => Phase::Paused,
-            State::Started(..) => Phase::Running,
-        }
-    }
-
-    fn machine(&self) -> Option<&Machine> {
-        match &self.state {
-            State::Started(machine, _) => Some(machine),
-            _ => None,
-        }
-    }
-
-    fn draft(&self) -> Result<&Draft, ActionError> {
-        match &self.state {
-            State::Configuring(draft, _) => Ok(draft),
-            State::Started(machine, _) => Ok(machine.draft()),
-            State::Between => Err(ActionError("The microVM is ending.".into())),
-        }
-    }
-
-    fn instance(&self) -> InstanceInfo {
-        InstanceInfo {
-            // Who is asked for, not who answers: clients that were written for the original look
-            // at these. What this is, the metrics and `--version` say.
-            app_name: "Firecracker",
-            id: self.settings.id.clone(),
-            state: self.phase().name(),
-            vmm_version: API_VERSION,
+    fn state(&self) -> State {
+        match &self.lifecycle {
+            None => State::NotStarted,
+            Some(lifecycle) if lifecycle.is_paused() => State::Paused,
+            Some(_) => State::Running,
         }
     }
 }

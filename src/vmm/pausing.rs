@@ -5,10 +5,10 @@
 
 use std::time::Instant;
 
-use super::action::{ActionError, Outcome, Reply};
+use super::Vmm;
+use super::action::{Context, Outcome, Reply};
 use super::lifecycle::{Input, Lifecycle, Task};
 use super::machine::Machine;
-use super::{State, Vmm};
 use crate::metrics::{micros, micros_since};
 use crate::{info, warn};
 
@@ -47,7 +47,7 @@ impl Vmm {
 
     /// Gives a started machine's lifecycle `input`, and does what comes of it.
     pub(super) fn advance(&mut self, input: Input<Reply>) {
-        let State::Started(_, lifecycle) = &mut self.state else {
+        let Some(lifecycle) = &mut self.lifecycle else {
             return;
         };
         for task in lifecycle.handle(input, Instant::now()) {
@@ -58,23 +58,24 @@ impl Vmm {
     fn perform(&mut self, task: Task<Reply>) {
         match task {
             Task::PauseVcpus => {
-                self.machine().map(Machine::pause_vcpus);
+                self.machine.as_ref().map(Machine::pause_vcpus);
             }
             Task::PauseDevices(pause) => {
-                if let Some(machine) = self.machine() {
-                    machine.pause_devices(pause);
+                for (number, device) in (0..).zip(self.configuration.devices.running()) {
+                    // A device that hangs may have an inbox full of what it was told before:
+                    // `tell_again`.
+                    let _ = device.pause(pause_token(pause, number));
                 }
             }
             Task::Resume(client) => {
                 let since = Instant::now();
                 let token = self.new_token();
-                let resumed = self.machine().map_or(Ok(()), |machine| {
-                    machine.resume_devices(token);
-                    machine.run_vcpus()
-                });
+                for device in self.configuration.devices.running() {
+                    let _ = device.resume(token);
+                }
+                let resumed = self.machine.as_ref().map_or(Ok(()), Machine::run_vcpus);
                 self.counters.resume_us = micros_since(since);
-                let resumed = resumed.map(|()| Outcome::Done);
-                client.send(resumed.map_err(|e| ActionError::of(&e)));
+                client.send(resumed.bare().map(|()| Outcome::Done));
             }
             Task::Paused { took } => self.counters.pause_us = micros(took),
             Task::Answer(client) => client.send(Ok(Outcome::Done)),
@@ -92,24 +93,24 @@ impl Vmm {
 
     /// Whether the guest is paused and nothing is in flight.
     pub(super) fn is_quiescent(&self) -> bool {
-        match &self.state {
-            State::Started(_, lifecycle) => lifecycle.is_quiescent(),
-            _ => false,
-        }
+        self.lifecycle.as_ref().is_some_and(Lifecycle::is_quiescent)
     }
 
     /// Tells devices again what they could not be told before: one has just answered, and may have
     /// room in its inbox.
     pub(super) fn tell_again(&mut self) {
         let token = self.new_token();
-        if let State::Started(machine, lifecycle) = &self.state {
-            machine.tell_again(lifecycle.devices_paused_by(), token);
+        let Some(lifecycle) = &self.lifecycle else {
+            return;
+        };
+        for (number, device) in (0..).zip(self.configuration.devices.running()) {
+            if device.has_missed() {
+                let _ = match lifecycle.devices_paused_by() {
+                    Some(pause) => device.pause(pause_token(pause, number)),
+                    None => device.resume(token),
+                };
+            }
         }
-    }
-
-    /// The lifecycle of `machine`, whose vCPUs run.
-    pub(super) fn lifecycle_of(machine: &Machine) -> Lifecycle<Reply> {
-        Lifecycle::new(machine.vcpus.len(), machine.devices())
     }
 }
 

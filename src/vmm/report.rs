@@ -1,11 +1,12 @@
 //! All counters of the process gathered into one report: the one place that knows who has any.
 
+use super::devices::Devices;
 use super::machine::Machine;
 use super::rules::State;
 use crate::log;
 use crate::metrics::Report;
 use crate::timeline::Timeline;
-use crate::virtio::{DeviceControl, block, net};
+use crate::virtio::{block, net};
 
 /// What control itself counts.
 #[derive(Debug, Default)]
@@ -348,7 +349,7 @@ pub fn begin(id: &str, state: State, timeline: &Timeline, counters: &Counters) -
 }
 
 /// What a machine's threads have counted.
-pub fn machine(machine: &Machine, report: &mut Report) {
+pub fn machine(machine: &Machine, devices: &Devices, report: &mut Report) {
     report.gauge(
         "mayfly_guest_memory_bytes",
         "Guest memory.",
@@ -358,10 +359,7 @@ pub fn machine(machine: &Machine, report: &mut Report) {
     for vcpu in &machine.vcpus {
         vcpu.read_counters(report);
     }
-    for device in &machine.blocks {
-        device.read_counters(report);
-    }
-    for device in &machine.nets {
+    for device in devices.running() {
         device.read_counters(report);
     }
     machine.console_counters.read(report);

@@ -66,7 +66,7 @@ const fn when(action: &Action) -> When {
 /// Whether `action` may be asked for in `state`.
 ///
 /// # Errors
-/// The sentence that Firecracker's clients know.
+/// The message that Firecracker's clients know.
 pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
     match (when(action), state) {
         (When::Always, _)
@@ -84,7 +84,7 @@ pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{self, AnyDevice, AnyUpdate, json};
+    use crate::wire::config::{self, AnyDevice, AnyUpdate, json};
 
     fn from<T: serde::de::DeserializeOwned>(text: &str) -> T {
         json::parse(text.as_bytes()).unwrap()
@@ -166,9 +166,9 @@ mod tests {
             ] {
                 let answer = allow(&action, state);
                 assert_eq!(answer.is_ok(), expected, "{action:?} in {state:?}");
-                if let Err(ActionError(sentence)) = answer {
+                if let Err(ActionError(message)) = answer {
                     let side = if before { "after" } else { "before" };
-                    assert!(sentence.contains(side), "{sentence}");
+                    assert!(message.contains(side), "{message}");
                 }
             }
         }

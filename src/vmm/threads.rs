@@ -1,19 +1,17 @@
 //! Threads that exist before they have anything to do.
 //!
-//! Making a thread can fail and takes time; a [`Berth`] is a thread made early, beside other work,
-//! that waits for what it is to do. If starting the VM fails after all, the berth is dropped and
-//! the thread ends, unfiltered and unnoticed. Given work, it names itself, installs its filter,
+//! Making a thread can fail and takes time; a [`ParkedThread`] is a thread made early, beside other work,
+//! that waits for what it is to do. If starting the VM fails after all, it is dropped and
+//! ends, unfiltered. Given work, it names itself, installs its filter,
 //! reports ready, and works: from then on it lasts until the process ends.
 
-use std::error::Error;
-use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
+use super::action::{ActionError, Context};
 use crate::seccomp::{self, Category};
 use crate::sys::{self, process};
 use crate::{exit, log};
@@ -28,45 +26,22 @@ type Work = Box<dyn FnOnce() + Send>;
 
 /// A thread without work.
 #[derive(Debug)]
-pub struct Berth {
+pub struct ParkedThread {
     work: SyncSender<Work>,
     thread: JoinHandle<()>,
 }
 
-/// A thread could not be made.
-#[derive(Debug)]
-pub struct SpawnError {
-    name: String,
-    cause: io::Error,
-}
-
-impl fmt::Display for SpawnError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Making the thread `{}` failed (a limit on processes or memory?)",
-            self.name
-        )
-    }
-}
-
-impl Error for SpawnError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&self.cause)
-    }
-}
-
 /// Counts threads down to ready and wakes the one that waits for them.
 #[derive(Debug)]
-pub struct Muster {
+pub struct ReadyLatch {
     missing: AtomicUsize,
     waiter: Thread,
 }
 
-impl Muster {
+impl ReadyLatch {
     /// For `count` threads; the calling thread will wait for them.
     pub fn of(count: usize) -> Arc<Self> {
-        Arc::new(Muster {
+        Arc::new(ReadyLatch {
             missing: AtomicUsize::new(count),
             waiter: thread::current(),
         })
@@ -79,7 +54,7 @@ impl Muster {
     }
 
     /// Returns once all threads are ready. They always get there: what they do before is to
-    /// install a filter, and one that can not ends the process.
+    /// install a filter, and one that cannot ends the process.
     pub fn wait(&self) {
         while self.missing.load(Ordering::Acquire) > 0 {
             thread::park();
@@ -91,24 +66,24 @@ impl Muster {
 ///
 /// # Errors
 /// When the host's limits do not allow another thread.
-pub fn berth(name: String) -> Result<Berth, SpawnError> {
-    let (work, berthed): (SyncSender<Work>, Receiver<Work>) = sync_channel(1);
+pub fn parked(name: String) -> Result<ParkedThread, ActionError> {
+    let (work, orders): (SyncSender<Work>, Receiver<Work>) = sync_channel(1);
     let body = move || {
-        while let Ok(work) = berthed.recv() {
+        while let Ok(work) = orders.recv() {
             work();
         }
     };
-    match thread::Builder::new()
+    let made = thread::Builder::new()
         .name(name.clone())
         .stack_size(STACK)
-        .spawn(body)
-    {
-        Ok(thread) => Ok(Berth { work, thread }),
-        Err(cause) => Err(SpawnError { name, cause }),
-    }
+        .spawn(body);
+    let thread = made.context(format_args!(
+        "Cannot create the thread `{name}` (a limit on processes or memory?)"
+    ))?;
+    Ok(ParkedThread { work, thread })
 }
 
-impl Berth {
+impl ParkedThread {
     /// Lets the thread work something out beside the caller, while it has no other work; the
     /// answer comes through the channel.
     pub fn ask<T: Send + 'static>(
@@ -125,20 +100,20 @@ impl Berth {
     }
 
     /// Gives the thread its work, to be done behind the filter of `category` (none when the
-    /// command line said so), after it has reported to `muster`.
-    pub fn occupy<T: 'static>(
+    /// command line said so), after it has reported to `latch`.
+    pub fn start<T: 'static>(
         self,
         category: Option<Category>,
-        muster: &Arc<Muster>,
+        latch: &Arc<ReadyLatch>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> JoinHandle<()> {
-        let muster = Arc::clone(muster);
+        let latch = Arc::clone(latch);
         let filtered = move || {
             if let Some(name) = thread::current().name() {
                 sys::thread::set_name(name);
             }
             filter_or_end(category);
-            muster.report();
+            latch.report();
             // Neither is what it owned taken apart nor does the thread end: no filter has the
             // calls for that.
             let _kept = work();
@@ -152,7 +127,7 @@ impl Berth {
     }
 }
 
-/// Installs the calling thread's filter; a host that can not is no place to run guests.
+/// Installs the calling thread's filter; a host without filters is no place to run guests.
 pub fn filter_or_end(category: Option<Category>) {
     if let Some(category) = category
         && let Err(error) = seccomp::install(category)
@@ -169,21 +144,20 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     #[test]
-    fn berth_when_dropped_ends_its_thread() {
-        let berth = berth("mf-idle".into()).unwrap();
-        let Berth { work, thread } = berth;
+    fn parked_when_dropped_ends_its_thread() {
+        let ParkedThread { work, thread } = parked("mf-idle".into()).unwrap();
         drop(work);
         thread.join().unwrap();
     }
 
     #[test]
-    fn muster_when_all_have_work_returns() {
+    fn latch_when_all_have_work_returns() {
         static DONE: AtomicBool = AtomicBool::new(false);
-        let muster = Muster::of(2);
+        let latch = ReadyLatch::of(2);
         for n in 0..2 {
-            let berth = berth(format!("mf-{n}")).unwrap();
-            let _ = berth.occupy(None, &muster, || DONE.store(true, Ordering::Release));
+            let thread = parked(format!("mf-{n}")).unwrap();
+            let _ = thread.start(None, &latch, || DONE.store(true, Ordering::Release));
         }
-        muster.wait();
+        latch.wait();
     }
 }

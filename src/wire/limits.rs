@@ -1,6 +1,6 @@
 //! How many and how large things may be.
 
-pub use crate::sys::handed::HANDED_MAX as DESCRIPTORS_MAX;
+pub use crate::sys::passed::PASSED_MAX as DESCRIPTORS_MAX;
 
 /// Most vCPUs of one VM.
 pub const VCPUS_MAX: u8 = 32;

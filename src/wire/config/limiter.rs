@@ -60,3 +60,41 @@ impl TokenBucketConfig {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bucket(size: u64, refill_time: u64) -> TokenBucketConfig {
+        TokenBucketConfig {
+            size,
+            one_time_burst: Some(0),
+            refill_time,
+        }
+    }
+
+    #[test]
+    fn limiter_when_patched_changes_only_the_buckets_given() {
+        let (ten, none) = (Some(bucket(10, 100)), Some(bucket(0, 0)));
+        let limiter = |bandwidth, ops| Some(RateLimiterConfig { bandwidth, ops });
+        let kept = Some(TokenBucketConfig {
+            one_time_burst: None,
+            ..bucket(10, 100)
+        });
+        // before, update, after
+        let cases = [
+            (None, limiter(ten, None), limiter(kept, None)),
+            (
+                limiter(kept, kept),
+                limiter(none, None),
+                limiter(None, kept),
+            ),
+            (limiter(kept, None), limiter(none, None), None),
+            (limiter(kept, kept), None, limiter(kept, kept)),
+            (None, limiter(None, None), None),
+        ];
+        for (before, update, after) in cases {
+            assert_eq!(RateLimiterConfig::patched(before, update), after);
+        }
+    }
+}

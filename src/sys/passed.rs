@@ -1,5 +1,5 @@
 //! Descriptors that `"fd": N` can name: those a request came with, or those this process was
-//! started with. Each is claimed once; what nobody claims is closed with the whole.
+//! started with. Each is claimed once; what is not claimed is closed with the whole.
 
 use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
@@ -7,28 +7,28 @@ use std::os::fd::{OwnedFd, RawFd};
 use super::fd;
 
 /// Most descriptors that may come with one request.
-pub const HANDED_MAX: usize = 32;
+pub const PASSED_MAX: usize = 32;
 
 /// What there is to claim.
 #[derive(Debug)]
-pub enum Handed {
+pub enum Passed {
     /// All that the process was started with, by the numbers they have there.
     Inherited,
     /// What came with a request, in its order; a place is empty once it was claimed.
     Received(Vec<Option<OwnedFd>>),
-    /// What came with a request can not be had, and why. None of it is open any more.
-    Refused(HandedError),
+    /// What came with a request cannot be used, and why. None of it is open any more.
+    Refused(PassedError),
 }
 
-impl Default for Handed {
+impl Default for Passed {
     fn default() -> Self {
-        Handed::Received(Vec::new())
+        Passed::Received(Vec::new())
     }
 }
 
 /// Why there is no such descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HandedError {
+pub enum PassedError {
     /// Fewer came with the request.
     Missing {
         /// The one that was named.
@@ -41,7 +41,7 @@ pub enum HandedError {
     /// The process was not started with it.
     NotOpen(u32),
     /// The process opened it itself, or it was named before.
-    NotHandedIn(u32),
+    NotPassed(u32),
     /// More came with the request than may.
     TooMany,
     /// The host could not give them to this process.
@@ -50,31 +50,31 @@ pub enum HandedError {
     Crowded,
 }
 
-impl fmt::Display for HandedError {
+impl fmt::Display for PassedError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            HandedError::Missing { number, count } => write!(
+            PassedError::Missing { number, count } => write!(
                 f,
                 "There is no descriptor {number}: {count} came with the first byte of the request, \
                  counted from 0"
             ),
-            HandedError::ClaimedTwice(number) => {
+            PassedError::ClaimedTwice(number) => {
                 write!(f, "Descriptor {number} is named twice in one request")
             }
-            HandedError::NotOpen(number) => write!(f, "Descriptor {number} is not open"),
-            HandedError::NotHandedIn(number) => write!(
+            PassedError::NotOpen(number) => write!(f, "Descriptor {number} is not open"),
+            PassedError::NotPassed(number) => write!(
                 f,
-                "Descriptor {number} was not handed in to this process, or is named twice"
+                "Descriptor {number} was not passed to this process, or is named twice"
             ),
-            HandedError::TooMany => write!(
+            PassedError::TooMany => write!(
                 f,
-                "More than {HANDED_MAX} descriptors came with the request; all of them were closed"
+                "More than {PASSED_MAX} descriptors came with the request; all of them were closed"
             ),
-            HandedError::Lost => f.write_str(
+            PassedError::Lost => f.write_str(
                 "Not all descriptors that came with the request could be taken: this process has \
                  reached its limit of open files",
             ),
-            HandedError::Crowded => f.write_str(
+            PassedError::Crowded => f.write_str(
                 "The descriptors that came with the request were closed: too many other requests \
                  with descriptors are half sent",
             ),
@@ -82,38 +82,38 @@ impl fmt::Display for HandedError {
     }
 }
 
-impl std::error::Error for HandedError {}
+impl std::error::Error for PassedError {}
 
-impl Handed {
+impl Passed {
     /// Descriptor `number`, which is the caller's from now on.
     ///
     /// # Errors
     /// There is none of that number, or it was claimed before.
-    pub fn claim(&mut self, number: u32) -> Result<OwnedFd, HandedError> {
+    pub fn claim(&mut self, number: u32) -> Result<OwnedFd, PassedError> {
         match self {
-            Handed::Inherited => {
-                let fd = RawFd::try_from(number).map_err(|_| HandedError::NotOpen(number))?;
+            Passed::Inherited => {
+                let fd = RawFd::try_from(number).map_err(|_| PassedError::NotOpen(number))?;
                 fd::take_over(fd).map_err(|cause| match cause {
-                    Some(_) => HandedError::NotOpen(number),
-                    None => HandedError::NotHandedIn(number),
+                    Some(_) => PassedError::NotOpen(number),
+                    None => PassedError::NotPassed(number),
                 })
             }
-            Handed::Received(received) => {
+            Passed::Received(received) => {
                 let count = received.len();
                 usize::try_from(number)
                     .ok()
                     .and_then(|place| received.get_mut(place))
-                    .ok_or(HandedError::Missing { number, count })?
+                    .ok_or(PassedError::Missing { number, count })?
                     .take()
-                    .ok_or(HandedError::ClaimedTwice(number))
+                    .ok_or(PassedError::ClaimedTwice(number))
             }
-            Handed::Refused(error) => Err(*error),
+            Passed::Refused(error) => Err(*error),
         }
     }
 
     /// Whether anything came with the request.
     pub fn is_empty(&self) -> bool {
-        matches!(self, Handed::Received(received) if received.is_empty())
+        matches!(self, Passed::Received(received) if received.is_empty())
     }
 }
 
@@ -126,16 +126,16 @@ mod tests {
     fn claim_when_received_gives_each_once() {
         let (a, b) = fd::pipe().unwrap();
         let (first, second) = (a.as_raw_fd(), b.as_raw_fd());
-        let mut handed = Handed::Received(vec![Some(a.into()), Some(b.into())]);
-        assert!(!handed.is_empty());
-        assert_eq!(handed.claim(1).unwrap().as_raw_fd(), second);
-        assert_eq!(handed.claim(1).unwrap_err(), HandedError::ClaimedTwice(1));
-        let missing = |number| HandedError::Missing { number, count: 2 };
-        assert_eq!(handed.claim(2).unwrap_err(), missing(2));
-        assert_eq!(handed.claim(u32::MAX).unwrap_err(), missing(u32::MAX));
+        let mut passed = Passed::Received(vec![Some(a.into()), Some(b.into())]);
+        assert!(!passed.is_empty());
+        assert_eq!(passed.claim(1).unwrap().as_raw_fd(), second);
+        assert_eq!(passed.claim(1).unwrap_err(), PassedError::ClaimedTwice(1));
+        let missing = |number| PassedError::Missing { number, count: 2 };
+        assert_eq!(passed.claim(2).unwrap_err(), missing(2));
+        assert_eq!(passed.claim(u32::MAX).unwrap_err(), missing(u32::MAX));
         assert!(fd::is_open(first));
         assert_eq!(
-            Handed::default().claim(0).unwrap_err().to_string(),
+            Passed::default().claim(0).unwrap_err().to_string(),
             "There is no descriptor 0: 0 came with the first byte of the request, counted from 0"
         );
     }
@@ -144,24 +144,24 @@ mod tests {
     fn claim_when_inherited_takes_what_was_handed_in_only() {
         let (ours, _) = fd::pipe().unwrap();
         let number = u32::try_from(ours.as_raw_fd()).unwrap();
-        let mut handed = Handed::Inherited;
+        let mut passed = Passed::Inherited;
         assert_eq!(
-            handed.claim(number).unwrap_err(),
-            HandedError::NotHandedIn(number)
+            passed.claim(number).unwrap_err(),
+            PassedError::NotPassed(number)
         );
         for number in [1 << 20, u32::MAX] {
             assert_eq!(
-                handed.claim(number).unwrap_err(),
-                HandedError::NotOpen(number)
+                passed.claim(number).unwrap_err(),
+                PassedError::NotOpen(number)
             );
         }
-        assert!(handed.claim(2).is_ok());
+        assert!(passed.claim(2).is_ok());
     }
 
     #[test]
     fn claim_when_refused_says_why() {
-        let mut handed = Handed::Refused(HandedError::TooMany);
-        assert!(!handed.is_empty());
-        assert_eq!(handed.claim(0).unwrap_err(), HandedError::TooMany);
+        let mut passed = Passed::Refused(PassedError::TooMany);
+        assert!(!passed.is_empty());
+        assert_eq!(passed.claim(0).unwrap_err(), PassedError::TooMany);
     }
 }

@@ -1,0 +1,100 @@
+//! A request that changes what is configured, or a running device, in three steps:
+//!
+//! 1. *check*: [`Configuration::check`] and its like judge the request beside all there is. Pure.
+//! 2. *open*: [`Change::open`] opens the files that it names. This alone may wait for the host. It
+//!    owns all it needs and borrows nothing of control's, so that any thread may do it.
+//! 3. *commit*: control takes up what was opened ([`super::Vmm::commit`]). Nothing is opened any more.
+//!
+//! A request that fails in the first two steps has changed nothing. Between the first and the last
+//! of one request control must not commit another: the checks would not hold.
+//!
+//! [`Configuration::check`]: super::configuration::Configuration::check
+
+use std::fmt;
+use std::fs::File;
+
+use super::action::ActionError;
+use super::configuration::Configuration;
+use super::devices::Devices;
+use crate::metrics::Sink;
+use crate::sys::passed::Passed;
+use crate::wire::config::Logger;
+
+/// What the first step gives.
+pub type Step = Result<Change, ActionError>;
+
+type Open = dyn FnOnce(&mut Passed) -> Result<Ready, ActionError> + Send;
+type ForConfiguration = dyn FnOnce(&mut Configuration) + Send;
+type ForDevice = dyn FnOnce(&mut Devices, u64) -> Result<(), ActionError> + Send;
+
+/// A request that was checked.
+pub struct Change(Box<Open>);
+
+impl Change {
+    /// One whose second step is `open`.
+    pub fn new(
+        open: impl FnOnce(&mut Passed) -> Result<Ready, ActionError> + Send + 'static,
+    ) -> Self {
+        Change(Box::new(open))
+    }
+
+    /// One that opens nothing.
+    pub fn at_once(change: impl FnOnce(&mut Configuration) + Send + 'static) -> Self {
+        Change::new(|_| Ok(Ready::of(change)))
+    }
+
+    /// Opens what it names, or takes it from what was passed with it. May wait.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    pub fn open(self, passed: &mut Passed) -> Result<Ready, ActionError> {
+        (self.0)(passed)
+    }
+}
+
+impl fmt::Debug for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Change")
+    }
+}
+
+/// A request whose files are open: all that is to be taken up.
+#[derive(Default)]
+pub struct Ready {
+    /// A part of the configuration, or all of it.
+    pub configuration: Option<Box<ForConfiguration>>,
+    /// The log, and where it goes if that changes.
+    pub logger: Option<(Logger, Option<File>)>,
+    /// Where metrics go.
+    pub metrics: Option<Sink>,
+    /// A message to a running device, which answers with the given token.
+    pub device: Option<Box<ForDevice>>,
+    /// Start the guest.
+    pub start: bool,
+}
+
+impl Ready {
+    /// A change of the configuration.
+    pub fn of(change: impl FnOnce(&mut Configuration) + Send + 'static) -> Self {
+        Ready {
+            configuration: Some(Box::new(change)),
+            ..Ready::default()
+        }
+    }
+
+    /// A message to a running device.
+    pub fn for_device(
+        send: impl FnOnce(&mut Devices, u64) -> Result<(), ActionError> + Send + 'static,
+    ) -> Self {
+        Ready {
+            device: Some(Box::new(send)),
+            ..Ready::default()
+        }
+    }
+}
+
+impl fmt::Debug for Ready {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ready")
+    }
+}

@@ -1,0 +1,345 @@
+//! The devices of a virtual machine: one list for each kind, whose entries hold what was asked for
+//! beside what was opened for it, and in its place the device's handle once it runs.
+//!
+//! The order of the lists, and in each of its entries, is the order of slots: bus, command line,
+//! tables, threads, metrics and `GET /vm/config` all follow it. What one kind has of its own is in a
+//! file beside this one, as its [`Kind`]; a kind is registered in `wire::config::devices`.
+
+mod block;
+mod limits;
+mod net;
+
+use std::io;
+
+use self::block::Block;
+pub use self::limits::bucket;
+use self::net::Net;
+use super::action::ActionError;
+use super::change::{Change, Ready, Step};
+use crate::seccomp::Category;
+use crate::sys::passed::Passed;
+use crate::virtio::{Device, DeviceControl, DeviceHandle};
+use crate::wire::config::{self as wire, AnyDevice, AnyUpdate, DeviceConfig, each_device_kind};
+use crate::wire::limits::DEVICES_MAX;
+
+/// One kind of device, as control handles it. Of these steps only the two that open may wait for
+/// the host: they have all they need, and may run on another thread.
+pub trait Kind: Sized + 'static {
+    /// What clients ask for.
+    type Config: DeviceConfig<Update: Send> + Send + 'static;
+    /// What was opened for one.
+    type Opened: std::fmt::Debug + Send + 'static;
+    /// The device.
+    type Device: Device<Update: Send> + std::fmt::Debug;
+    /// The filter of its thread.
+    const CATEGORY: Category;
+    /// Its thread is called this and the device's id.
+    const THREAD: &'static str;
+
+    /// Checks `config` beside the others of its kind, and fills in what it leaves out.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    fn check<'a>(
+        config: &mut Self::Config,
+        others: impl Iterator<Item = &'a Self::Config>,
+    ) -> Result<(), ActionError>;
+
+    /// Whether it comes before the others of its kind, as the guest counts them.
+    fn is_first(_config: &Self::Config) -> bool {
+        false
+    }
+
+    /// `opened` once more, for a new configuration of the device, where opening again is not possible.
+    ///
+    /// # Errors
+    /// The host's.
+    fn reopen(_opened: &Self::Opened) -> io::Result<Option<Self::Opened>> {
+        Ok(None)
+    }
+
+    /// Opens what `config` names, or takes it from `before`. May wait.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    fn open(
+        config: &mut Self::Config,
+        before: &mut Vec<Self::Opened>,
+        passed: &mut Passed,
+    ) -> Result<Self::Opened, ActionError>;
+
+    /// Makes the device, on a copy of what was opened.
+    ///
+    /// # Errors
+    /// The host's.
+    fn build(config: &Self::Config, opened: &Self::Opened) -> io::Result<Self::Device>;
+
+    /// Checks a change to the device of `config`; none if there is no such device.
+    ///
+    /// # Errors
+    /// Why it cannot be made.
+    fn check_update(
+        config: Option<&Self::Config>,
+        update: &<Self::Config as DeviceConfig>::Update,
+    ) -> Result<(), ActionError>;
+
+    /// Opens what `update` names, for the device of `config`. May wait.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    fn open_update(
+        config: &Self::Config,
+        update: &<Self::Config as DeviceConfig>::Update,
+        passed: &mut Passed,
+    ) -> Result<<Self::Device as Device>::Update, ActionError>;
+
+    /// Notes `update` in `config`.
+    fn note_update(config: &mut Self::Config, update: <Self::Config as DeviceConfig>::Update);
+}
+
+/// A device: what was asked for, and what there is for it.
+#[derive(Debug)]
+pub struct Entry<K: Kind> {
+    /// What was asked for.
+    pub config: K::Config,
+    /// What there is for it.
+    pub backing: Backing<K>,
+}
+
+/// What there is for a device.
+#[derive(Debug)]
+pub enum Backing<K: Kind> {
+    /// What was opened for it.
+    Opened(K::Opened),
+    /// The device runs, and has that.
+    Running(DeviceHandle<K::Device>),
+}
+
+/// The devices of one kind, in the order of their slots.
+#[derive(Debug)]
+pub struct List<K: Kind>(pub Vec<Entry<K>>);
+
+impl<K: Kind> Default for List<K> {
+    fn default() -> Self {
+        List(Vec::new())
+    }
+}
+
+impl<K: Kind> Entry<K> {
+    /// The name of its thread. Tools know it.
+    fn thread(&self) -> String {
+        format!("{} {}", K::THREAD, self.config.id())
+    }
+}
+
+/// Something that is done for each device, of whichever kind.
+pub trait Visit {
+    /// Does it for one.
+    ///
+    /// # Errors
+    /// Why it failed.
+    fn device<K: Listed>(&mut self, entry: &Entry<K>) -> Result<(), ActionError>;
+}
+
+/// Where in [`Devices`] the list of a kind is.
+pub trait Listed: Kind {
+    /// Its list.
+    fn list(devices: &mut Devices) -> &mut List<Self>;
+}
+
+/// Puts `item` into `list`, in place of the one with the same id.
+fn place<K: Kind, T>(list: &mut Vec<T>, item: T, config: impl Fn(&T) -> &K::Config) {
+    let first = K::is_first(config(&item));
+    let id = config(&item).id();
+    match list.iter().position(|other| config(other).id() == id) {
+        None if first => list.insert(0, item),
+        None => list.push(item),
+        Some(at) => {
+            if let Some(old) = list.get_mut(at) {
+                *old = item;
+            }
+            if first {
+                // The two change places, as clients know it: the guest names disks by order.
+                list.swap(0, at);
+            }
+        }
+    }
+}
+
+impl<K: Listed> List<K> {
+    fn running(&self) -> impl Iterator<Item = &dyn DeviceControl> {
+        self.0.iter().filter_map(|entry| match &entry.backing {
+            Backing::Opened(_) => None,
+            Backing::Running(handle) => Some(handle as &dyn DeviceControl),
+        })
+    }
+
+    fn reopened(&self) -> Result<Vec<K::Opened>, ActionError> {
+        let mut before = Vec::new();
+        for entry in &self.0 {
+            if let Backing::Opened(opened) = &entry.backing {
+                before.extend(K::reopen(opened).map_err(|e| ActionError::of(&e))?);
+            }
+        }
+        Ok(before)
+    }
+
+    /// The three steps of a PUT of one device.
+    fn put(&self, mut config: K::Config) -> Step {
+        K::check(&mut config, self.0.iter().map(|entry| &entry.config))?;
+        let mut before = self.reopened()?;
+        Ok(Change::new(move |passed| {
+            let opened = K::open(&mut config, &mut before, passed)?;
+            let backing = Backing::Opened(opened);
+            Ok(Ready::of(move |configuration| {
+                let List(list) = K::list(&mut configuration.devices);
+                place::<K, _>(list, Entry { config, backing }, |entry| &entry.config);
+            }))
+        }))
+    }
+
+    /// Checks all of `configs`, which are to take the place of these, and tells how to open them.
+    fn replace(
+        &self,
+        configs: Vec<K::Config>,
+    ) -> Result<impl FnOnce(&mut Passed) -> Result<Self, ActionError> + use<K>, ActionError> {
+        let mut checked: Vec<K::Config> = Vec::new();
+        for mut config in configs {
+            K::check(&mut config, checked.iter())?;
+            place::<K, _>(&mut checked, config, |config| config);
+        }
+        let mut before = self.reopened()?;
+        Ok(move |passed: &mut Passed| {
+            let mut list = Vec::new();
+            for mut config in checked {
+                let opened = K::open(&mut config, &mut before, passed)?;
+                let backing = Backing::Opened(opened);
+                list.push(Entry { config, backing });
+            }
+            Ok(List(list))
+        })
+    }
+
+    /// The three steps of a PATCH of a running device.
+    fn patch(&self, update: <K::Config as DeviceConfig>::Update) -> Step {
+        let id = K::Config::updated(&update).to_owned();
+        let entry = self.0.iter().find(|entry| entry.config.id() == id);
+        let config = entry.map(|entry| &entry.config);
+        K::check_update(config, &update)?;
+        let Some(config) = config.cloned() else {
+            return Err(ActionError(format!("There is no device `{id}`.")));
+        };
+        Ok(Change::new(move |passed| {
+            let message = K::open_update(&config, &update, passed)?;
+            Ok(Ready::for_device(move |devices, token| {
+                let List(list) = K::list(devices);
+                for entry in list.iter_mut().filter(|entry| entry.config.id() == id) {
+                    if let Backing::Running(handle) = &entry.backing {
+                        handle
+                            .update(token, message)
+                            .map_err(|e| ActionError::of(&e))?;
+                        K::note_update(&mut entry.config, update);
+                        break;
+                    }
+                }
+                Ok(())
+            }))
+        }))
+    }
+}
+
+macro_rules! declare {
+    ($($list:ident = $section:literal: $config:ident, $kind:ident [$($serde:tt)*];)+) => {
+        /// All devices, in the order of their slots.
+        #[derive(Debug, Default)]
+        pub struct Devices {
+            $(
+                #[doc = concat!("Those of the section `", $section, "`.")]
+                pub $list: List<$kind>,
+            )+
+        }
+
+        $(impl Listed for $kind {
+            fn list(devices: &mut Devices) -> &mut List<Self> {
+                &mut devices.$list
+            }
+        })+
+
+        impl Devices {
+            /// How many there are.
+            pub fn count(&self) -> usize {
+                0usize$(.saturating_add(self.$list.0.len()))+
+            }
+
+            /// What was asked for.
+            pub fn configs(&self) -> wire::Devices {
+                wire::Devices {
+                    $($list: self.$list.0.iter().map(|entry| entry.config.clone()).collect(),)+
+                }
+            }
+
+            /// The three steps of a PUT of one device.
+            pub fn put(&self, device: AnyDevice) -> Step {
+                match device {
+                    $(AnyDevice::$config(config) => self.$list.put(config),)+
+                }
+            }
+
+            /// The three steps of a PATCH of a running device.
+            pub fn patch(&self, update: AnyUpdate) -> Step {
+                match update {
+                    $(AnyUpdate::$config(update) => self.$list.patch(update),)+
+                }
+            }
+
+            /// Checks a whole list that is to take the place of this one, and tells how to open it.
+            pub fn replace(
+                &self,
+                devices: wire::Devices,
+            ) -> Result<impl FnOnce(&mut Passed) -> Result<Devices, ActionError> + use<>, ActionError> {
+                $(let $list = self.$list.replace(devices.$list)?;)+
+                Ok(move |passed: &mut Passed| {
+                    Ok(Devices { $($list: $list(passed)?,)+ })
+                })
+            }
+
+            /// Those that run.
+            pub fn running(&self) -> impl Iterator<Item = &dyn DeviceControl> {
+                std::iter::empty()$(.chain(self.$list.running()))+
+            }
+
+            /// Has `visit` see each device, in the order of slots.
+            ///
+            /// # Errors
+            /// The first that it tells of.
+            pub fn visit(&self, visit: &mut impl Visit) -> Result<(), ActionError> {
+                $(for entry in &self.$list.0 {
+                    visit.device(entry)?;
+                })+
+                Ok(())
+            }
+
+            /// The names of their threads, in the order of slots.
+            pub fn threads(&self) -> impl Iterator<Item = String> {
+                std::iter::empty()$(.chain(self.$list.0.iter().map(Entry::thread)))+
+            }
+
+            /// Checks that there are not too many.
+            ///
+            /// # Errors
+            /// There are.
+            pub fn check_count(&self) -> Result<(), ActionError> {
+                if self.count() <= DEVICES_MAX {
+                    return Ok(());
+                }
+                let counts = [$(format!("{} {}", self.$list.0.len(), $section.replace('-', " ")),)+];
+                Err(ActionError(format!(
+                    "Start microvm error: {} are more than the {DEVICES_MAX} devices there is room for",
+                    counts.join(" and ")
+                )))
+            }
+        }
+    };
+}
+
+each_device_kind!(declare);

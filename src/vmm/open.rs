@@ -1,0 +1,548 @@
+//! Opening what a configuration names. A file is opened without waiting for its other end (a FIFO
+//! does not hold up control) and taken only if it can be what it is said to be. A descriptor that was
+//! passed takes the place of opening, and must be as good.
+
+use std::fmt;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+
+use super::action::{ActionError, Context};
+use crate::sys::fd;
+use crate::sys::passed::Passed;
+use crate::sys::socket;
+use crate::sys::tap::Tap;
+use crate::wire::config::cpu::CpuConfig;
+use crate::wire::config::{CpuConfigSource, PassedFd, Source, json};
+use crate::wire::limits::CONFIG_FILE_MAX;
+
+/// What a file is for.
+#[derive(Debug)]
+pub struct Purpose {
+    /// What messages call it.
+    pub what: &'static str,
+    /// How Firecracker begins a message about it, for clients that look at that.
+    pub section: &'static str,
+    /// Firecracker's words for a file that cannot be opened, which clients match too.
+    refused: &'static str,
+    mode: Mode,
+}
+
+/// What is to be done with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Read,
+    ReadWrite,
+    /// Add to its end; make it when it is missing.
+    Append,
+}
+
+const fn purpose(what: &'static str, section: &'static str, mode: Mode) -> Purpose {
+    Purpose {
+        what,
+        section,
+        refused: "",
+        mode,
+    }
+}
+
+/// A kernel.
+pub const KERNEL: Purpose = Purpose {
+    refused: ": The kernel file cannot be opened",
+    ..purpose("kernel", "Boot source error: ", Mode::Read)
+};
+/// An initial RAM disk.
+pub const INITRD: Purpose = Purpose {
+    refused: ": The initrd file cannot be opened due to invalid path or invalid permissions",
+    ..purpose("initrd", "Boot source error: ", Mode::Read)
+};
+const DISK_MANIPULATING: &str = ": Error manipulating the backing file";
+const DISK: Purpose = Purpose {
+    refused: DISK_MANIPULATING,
+    ..purpose("disk", "Drive config error: ", Mode::ReadWrite)
+};
+const DISK_TO_READ: Purpose = Purpose {
+    mode: Mode::Read,
+    ..DISK
+};
+/// A tap.
+pub const TAP: Purpose = purpose(
+    "tap",
+    "Network config error: Could not create the network device: ",
+    Mode::ReadWrite,
+);
+/// The log.
+pub const LOG: Purpose = purpose("log", "Logger error: ", Mode::Append);
+/// Metrics.
+pub const METRICS: Purpose = purpose("metrics", "", Mode::Append);
+/// How the guest ended.
+pub const END: Purpose = purpose("end", "", Mode::Append);
+/// The console's output.
+pub const CONSOLE_OUTPUT: Purpose = purpose("console output", "", Mode::Append);
+const CONSOLE_SOCKET: Purpose = purpose("console socket", "", Mode::ReadWrite);
+/// A configuration of the whole.
+pub const CONFIGURATION: Purpose = purpose("configuration", "", Mode::Read);
+const CPU_CONFIGURATION: Purpose = purpose("CPU configuration", "", Mode::Read);
+
+impl Purpose {
+    /// "The kernel `/k` is ..."
+    fn wrong(&self, source: &Source, why: impl fmt::Display) -> ActionError {
+        let Purpose { what, section, .. } = self;
+        ActionError(format!("{section}The {what} {} {why}", Quoted(source)))
+    }
+
+    fn not_opened(&self, source: &Source, cause: &io::Error) -> ActionError {
+        let Purpose {
+            what,
+            section,
+            refused,
+            ..
+        } = self;
+        let quoted = Quoted(source);
+        // The path once more, behind the cause, as Firecracker has it.
+        let path = match *refused {
+            DISK_MANIPULATING => format!(" {source}"),
+            _ => String::new(),
+        };
+        ActionError(format!(
+            "{section}Opening the {what} {quoted} failed{refused}: {cause}{path}"
+        ))
+    }
+
+    fn claim(
+        &self,
+        passed_fd: &PassedFd,
+        passed: &mut Passed,
+    ) -> Result<std::os::fd::OwnedFd, ActionError> {
+        let Purpose { what, section, .. } = self;
+        let name = match &passed_fd.name {
+            Some(name) => format!(" `{name}`"),
+            None => String::new(),
+        };
+        let claimed = passed.claim(passed_fd.fd);
+        claimed.context(format_args!(
+            "{section}Cannot use the descriptor passed for the {what}{name}"
+        ))
+    }
+
+    /// Opens what `source` names, or claims it.
+    fn open(&self, source: &Source, passed: &mut Passed) -> Result<(File, Metadata), ActionError> {
+        let not_opened = |cause: io::Error| self.not_opened(source, &cause);
+        let file = match source {
+            Source::Named(path) => open_path(path, self.mode).map_err(not_opened)?,
+            Source::Fd(passed_fd) => {
+                let fd = self.claim(passed_fd, passed)?;
+                let access = fd::access(&fd).map_err(not_opened)?;
+                check_access(access, self.mode).map_err(|why| self.wrong(source, why))?;
+                File::from(fd)
+            }
+        };
+        let metadata = file.metadata().map_err(not_opened)?;
+        Ok((file, metadata))
+    }
+
+    fn wrong_kind(&self, source: &Source, metadata: &Metadata) -> ActionError {
+        let kind = metadata.file_type();
+        let kind = if kind.is_dir() {
+            "a directory"
+        } else if kind.is_fifo() {
+            "a FIFO"
+        } else if kind.is_socket() {
+            "a socket"
+        } else if kind.is_block_device() {
+            "a block device"
+        } else if kind.is_char_device() {
+            "a character device"
+        } else {
+            // An eventfd, an epoll set and their like have no type at all.
+            "an anonymous inode"
+        };
+        self.wrong(source, format_args!("is {kind}, not a file"))
+    }
+}
+
+/// A source as messages name it.
+struct Quoted<'a>(&'a Source);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Source::Fd(PassedFd { fd, name: None }) => write!(f, "in descriptor {fd}"),
+            named => write!(f, "`{named}`"),
+        }
+    }
+}
+
+fn open_path(path: &str, mode: Mode) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    match mode {
+        Mode::Read => options.read(true),
+        Mode::ReadWrite => options.read(true).write(true),
+        Mode::Append => {
+            // A FIFO without a reader could not be opened for writing alone, and would wait for
+            // one.
+            let fifo = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo());
+            options.read(fifo).append(true).create(true)
+        }
+    };
+    // Not to be held up by a FIFO without a writer, nor to make a terminal ours.
+    options
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+}
+
+/// Whether a descriptor that another program opened serves for `mode`.
+fn check_access(access: fd::Access, mode: Mode) -> Result<(), &'static str> {
+    match mode {
+        Mode::Read | Mode::ReadWrite if !access.read => Err("was not opened for reading"),
+        Mode::ReadWrite | Mode::Append if !access.write => Err("was not opened for writing"),
+        // The file would grow, and nothing would be where it was written to.
+        Mode::ReadWrite if access.append => {
+            Err("was opened with O_APPEND, but random-access writes are needed")
+        }
+        // Buffers are where the guest has them.
+        Mode::Read | Mode::ReadWrite if access.direct => {
+            Err("was opened with O_DIRECT, but unaligned reads and writes are needed")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An image that is mapped into guests: a kernel or an initrd.
+#[derive(Debug)]
+pub struct Image {
+    /// Open for reading.
+    pub file: File,
+    /// As the client named it.
+    pub name: String,
+    source: Source,
+    purpose: &'static Purpose,
+    /// Size, modification time and its nanoseconds when it was opened.
+    stamp: (u64, i64, i64),
+}
+
+impl Image {
+    /// Opens the image that `source` names.
+    ///
+    /// # Errors
+    /// When it is missing, unreadable, or no regular file.
+    pub fn open(
+        purpose: &'static Purpose,
+        source: &Source,
+        passed: &mut Passed,
+    ) -> Result<Self, ActionError> {
+        let (file, metadata) = purpose.open(source, passed)?;
+        if !metadata.is_file() {
+            return Err(purpose.wrong_kind(source, &metadata));
+        }
+        Ok(Image {
+            file,
+            name: source.to_string(),
+            source: source.clone(),
+            purpose,
+            stamp: stamp(&metadata),
+        })
+    }
+
+    /// Whether the file is still as it was when it was opened: it is about to be mapped.
+    ///
+    /// # Errors
+    /// When its size or modification time changed.
+    pub fn check_unchanged(&self) -> Result<(), ActionError> {
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(|cause| self.purpose.not_opened(&self.source, &cause))?;
+        if stamp(&metadata) == self.stamp {
+            return Ok(());
+        }
+        Err(self.purpose.wrong(
+            &self.source,
+            "was changed in place after it was named; name it again, and replace such a file by \
+             rename",
+        ))
+    }
+}
+
+fn stamp(metadata: &Metadata) -> (u64, i64, i64) {
+    (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+}
+
+/// Opens the disk image that `source` names, for writing too unless `read_only`.
+///
+/// # Errors
+/// When it is missing, not permitted, or neither a regular file nor a block device.
+pub fn open_disk(
+    source: &Source,
+    read_only: bool,
+    passed: &mut Passed,
+) -> Result<File, ActionError> {
+    let purpose = if read_only { &DISK_TO_READ } else { &DISK };
+    let (file, metadata) = purpose.open(source, passed)?;
+    match metadata.is_file() || metadata.file_type().is_block_device() {
+        true => Ok(file),
+        false => Err(purpose.wrong_kind(source, &metadata)),
+    }
+}
+
+/// Takes the tap out of a descriptor.
+///
+/// # Errors
+/// When it is not one.
+pub fn tap_from(source: &Source, passed: &mut Passed) -> Result<Tap, ActionError> {
+    let (file, metadata) = TAP.open(source, passed)?;
+    // Its question is put to devices only: no other file can have an opinion on it.
+    if !metadata.file_type().is_char_device() {
+        return Err(TAP.wrong(source, "is not a tap"));
+    }
+    let tap = Tap::from_fd(file.into());
+    tap.context(TAP.wrong(source, "cannot be used"))
+}
+
+/// Opens a place to write text to: a file, made when missing and added to, a FIFO, or a device; a
+/// descriptor may be a socket as well.
+///
+/// # Errors
+/// When it cannot be opened or made.
+pub fn sink(purpose: &Purpose, source: &Source, passed: &mut Passed) -> Result<File, ActionError> {
+    purpose.open(source, passed).map(|(file, _)| file)
+}
+
+/// Reads a whole small file.
+///
+/// # Errors
+/// When it cannot be read, or is longer than any configuration is.
+pub fn read_text(
+    purpose: &Purpose,
+    source: &Source,
+    passed: &mut Passed,
+) -> Result<Vec<u8>, ActionError> {
+    let (mut file, metadata) = purpose.open(source, passed)?;
+    if metadata.is_dir() {
+        return Err(purpose.wrong_kind(source, &metadata));
+    }
+    let not_read = |cause: io::Error| purpose.not_opened(source, &cause);
+    if metadata.is_file() {
+        // The program that passed a descriptor may have written the file and be at its end.
+        file.rewind().map_err(not_read)?;
+    }
+    let mut bytes = Vec::new();
+    let mut limited = file.take(CONFIG_FILE_MAX.saturating_add(1));
+    limited.read_to_end(&mut bytes).map_err(not_read)?;
+    if bytes.len() as u64 > CONFIG_FILE_MAX {
+        return Err(not_read(io::Error::other("it is longer than 1 MiB")));
+    }
+    Ok(bytes)
+}
+
+/// The CPU masks of a configuration, read from their own file if they have one.
+///
+/// # Errors
+/// When that cannot be read, or is wrong.
+pub fn cpu_config(source: CpuConfigSource, passed: &mut Passed) -> Result<CpuConfig, ActionError> {
+    match source {
+        CpuConfigSource::Inline(masks) => Ok(masks),
+        CpuConfigSource::File(file) => {
+            json::parse(&read_text(&CPU_CONFIGURATION, &file, passed)?).bare()
+        }
+    }
+}
+
+/// The socket for clients of the console. It goes when the configuration does that asked for it.
+#[derive(Debug)]
+pub struct ConsoleSocket {
+    /// Made here, or passed.
+    pub listener: UnixListener,
+    /// Where it was made.
+    path: Option<String>,
+}
+
+impl ConsoleSocket {
+    /// Makes it where `source` says, or takes it from what was passed.
+    ///
+    /// # Errors
+    /// When it cannot be made, or is no socket that listens.
+    pub fn open(source: &Source, passed: &mut Passed) -> Result<Self, ActionError> {
+        let not_opened = |cause: io::Error| CONSOLE_SOCKET.not_opened(source, &cause);
+        let (listener, path) = match source {
+            Source::Named(path) => {
+                let listener = UnixListener::bind(path).map_err(not_opened)?;
+                (listener, Some(path.clone()))
+            }
+            Source::Fd(passed_fd) => {
+                let fd = CONSOLE_SOCKET.claim(passed_fd, passed)?;
+                let is = |what| CONSOLE_SOCKET.wrong(source, format_args!("is {what}"));
+                (socket::listener(fd).map_err(is)?, None)
+            }
+        };
+        listener.set_nonblocking(true).map_err(not_opened)?;
+        Ok(ConsoleSocket { listener, path })
+    }
+
+    /// Whether it was made where `source` says.
+    pub fn is_at(&self, source: &Source) -> bool {
+        self.path.is_some() && self.path.as_deref() == source.name()
+    }
+}
+
+impl Drop for ConsoleSocket {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // It may have been removed already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::tempdir::TempDir;
+    use vmm_sys_util::tempfile::TempFile;
+
+    #[test]
+    fn open_when_not_a_file_says_what_it_is() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().to_str().unwrap();
+        let none = &mut Passed::default();
+        let error = Image::open(&KERNEL, &path.into(), none)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            format!("Boot source error: The kernel `{path}` is a directory, not a file")
+        );
+        let error = open_disk(&path.into(), true, none).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("Drive config error: The disk `{path}` is a directory, not a file")
+        );
+        let error = Image::open(&KERNEL, &"/dev/null".into(), none)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.ends_with("is a character device, not a file"),
+            "{error}"
+        );
+        let error = Image::open(&KERNEL, &"/no/such".into(), none).unwrap_err();
+        assert_eq!(
+            crate::log::chain(&error),
+            "Boot source error: Opening the kernel `/no/such` failed: The kernel file cannot be \
+             opened: No such file or directory (os error 2)"
+        );
+    }
+
+    #[test]
+    fn image_when_cut_after_opening_is_noticed() {
+        let file = TempFile::new().unwrap();
+        file.as_file().set_len(100).unwrap();
+        let path = Source::from(file.as_path().to_str().unwrap());
+        let image = Image::open(&KERNEL, &path, &mut Passed::default()).unwrap();
+        image.check_unchanged().unwrap();
+        file.as_file().set_len(50).unwrap();
+        let error = image.check_unchanged().unwrap_err().to_string();
+        assert!(error.contains("was changed in place"), "{error}");
+    }
+
+    /// `file` as the only descriptor of a request.
+    fn passed(file: File) -> Passed {
+        Passed::Received(vec![Some(file.into())])
+    }
+
+    #[test]
+    fn open_when_passed_checks_kind_and_mode() {
+        let file = TempFile::new().unwrap();
+        let path = file.as_path();
+        let opened = |options: &mut OpenOptions| options.open(path).unwrap();
+        let read = || opened(OpenOptions::new().read(true));
+        let write = || opened(OpenOptions::new().write(true));
+        let both = || opened(OpenOptions::new().read(true).write(true));
+        let append = || opened(OpenOptions::new().read(true).append(true));
+        let direct = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).custom_flags(libc::O_DIRECT);
+            options.open(path)
+        };
+        let name = || {
+            let mut options = OpenOptions::new();
+            options.read(true).custom_flags(libc::O_PATH);
+            opened(&mut options)
+        };
+        let folder = || File::open("/").unwrap();
+        let null = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).open("/dev/null").unwrap()
+        };
+        let pipe = || fd::pipe().unwrap().0;
+        let fd0 = Source::fd(0);
+        let disk = |file, read_only| open_disk(&fd0, read_only, &mut passed(file)).map(drop);
+        let kernel = |file| Image::open(&KERNEL, &fd0, &mut passed(file)).map(drop);
+        let to_write = |file| sink(&LOG, &fd0, &mut passed(file)).map(drop);
+        let tap = |file| tap_from(&fd0, &mut passed(file)).map(drop);
+
+        let good = [
+            disk(both(), false),
+            disk(read(), true),
+            disk(both(), true),
+            disk(append(), true),
+            kernel(read()),
+            kernel(both()),
+            to_write(write()),
+            to_write(append()),
+            to_write(null()),
+            to_write(fd::pipe().unwrap().1),
+        ];
+        for (case, outcome) in good.into_iter().enumerate() {
+            assert!(outcome.is_ok(), "{case}: {outcome:?}");
+        }
+        let mut bad = vec![
+            (disk(read(), false), "not opened for writing"),
+            (disk(write(), false), "not opened for reading"),
+            (disk(append(), false), "O_APPEND"),
+            (disk(name(), true), "not opened for reading"),
+            (disk(folder(), true), "is a directory, not a file"),
+            (disk(null(), false), "is a character device, not a file"),
+            (disk(pipe(), true), "is a FIFO, not a file"),
+            (kernel(write()), "not opened for reading"),
+            (kernel(name()), "not opened for reading"),
+            (kernel(folder()), "is a directory"),
+            (kernel(null()), "is a character device"),
+            (kernel(pipe()), "is a FIFO"),
+            (to_write(read()), "not opened for writing"),
+            (to_write(folder()), "not opened for writing"),
+            (to_write(pipe()), "not opened for writing"),
+            (tap(both()), "is not a tap"),
+            (tap(null()), "cannot be used"),
+            (tap(read()), "not opened for writing"),
+        ];
+        // Not every file system has it.
+        if let Ok(direct) = direct() {
+            bad.push((disk(direct, false), "O_DIRECT"));
+        }
+        for (outcome, reason) in bad {
+            let error = outcome.unwrap_err().to_string();
+            assert!(error.contains("in descriptor 0"), "{error}");
+            assert!(error.contains(reason), "{error}, not {reason}");
+        }
+        let named = Source::passed(0, "root.ext4");
+        let error = open_disk(&named, false, &mut passed(read())).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "Drive config error: The disk `root.ext4` was not opened for writing"
+        );
+        let error = open_disk(&Source::fd(1), true, &mut passed(read())).unwrap_err();
+        assert_eq!(
+            crate::log::chain(&error),
+            "Drive config error: Cannot use the descriptor passed for the disk: There is no descriptor \
+             1: 1 came with the first byte of the request, counted from 0"
+        );
+    }
+
+    #[test]
+    fn read_text_when_passed_at_the_end_is_read_from_the_start() {
+        use std::io::Write;
+        let mut file = TempFile::new().unwrap().into_file();
+        file.write_all(b"{}").unwrap();
+        let text = read_text(&CPU_CONFIGURATION, &Source::fd(0), &mut passed(file)).unwrap();
+        assert_eq!(text, b"{}");
+    }
+}
