@@ -38,7 +38,7 @@ fn check_boots_its_guest_and_prints_every_step() {
             "Landlock:",
             "taps:",
             "cgroups:",
-            "ok    guest: started",
+            "ok    guest: booted",
             "everything opened",
             "jail stands",
             "monitor runs",
@@ -199,14 +199,18 @@ fn configuration_in_a_file_has_its_paths_opened_outside() {
             r#"{ "kernel_image_path": "/no/such/kernel" }"#,
             "No such file",
         ),
-        (r#"{ "kernel_image_path": "/k" }, "vsock": {}"#, "\"vsock\""),
-        (r#"{ "kernel_image_path": 5 }"#, "is the number 5"),
+        (r#"{ "kernel_image_path": "/k" }, "vsock": {}"#, "`vsock`"),
+        (r#"{ "kernel_image_path": 5 }"#, "descriptor 5"),
         (
             r#"{ "kernel_image_path": "/k", "kernel_image_path": "/l" }"#,
             "duplicate field `kernel_image_path`",
         ),
     ] {
-        fs::write(&bad, format!(r#"{{ "boot-source": {text} }}"#)).unwrap();
+        fs::write(
+            &bad,
+            format!(r#"{{ "drives": [], "boot-source": {text} }}"#),
+        )
+        .unwrap();
         let command = place.jailer(Who::Root, &["run", "--config", &bad]);
         place.refuses(command, expected);
     }
@@ -267,6 +271,72 @@ fn configuration_of_any_length_a_file_may_have_is_taken() {
 }
 
 #[test]
+fn console_socket_is_the_monitors_and_is_removed() {
+    let place = place!("gsocket");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (kernel, socket) = (place.path("probe"), place.shared("console"));
+    let at = format!("unix:{socket}");
+    let boot_args = "probe=print:here,echo:1";
+    for who in BOTH {
+        let words = [
+            "run",
+            "--console",
+            &at,
+            "--kernel",
+            &kernel,
+            "--cmdline",
+            boot_args,
+        ];
+        let mut child = place.jailer(who, &words).spawn().unwrap();
+        host::wait_until("the console's socket", || {
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&socket).unwrap());
+        assert_eq!(mode & 0o777, 0o600);
+        let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        let mut text = String::new();
+        let mut read_until = |client: &mut std::os::unix::net::UnixStream, words: &str| {
+            while !text.contains(words) {
+                let mut bytes = [0; 256];
+                let count = std::io::Read::read(client, &mut bytes).unwrap();
+                assert!(count > 0, "{words} in {text}");
+                text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+            }
+        };
+        // What was written before anything was connected is there too.
+        read_until(&mut client, "echo ready");
+        std::io::Write::write_all(&mut client, b"typed\n").unwrap();
+        read_until(&mut client, "got typed");
+        assert!(text.contains("here"), "{text}");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        place.nothing_is_left();
+    }
+    let config = format!(
+        r#"{{"boot-source":{{"kernel_image_path":"{kernel}"}},"drives":[],
+            "serial":{{"console_socket":"{socket}"}}}}"#
+    );
+    fs::write(place.path("vm.json"), config).unwrap();
+    let words = ["run", "--config", &place.path("vm.json"), "--console", &at];
+    place.refuses(place.jailer(Who::Root, &words), "console_socket already");
+    let words = ["run", "--api-sock", &place.shared("api"), "--console", &at];
+    place.refuses(place.jailer(Who::Root, &words), "PUT /serial");
+}
+
+#[test]
+fn crash_is_reported_with_its_vcpu() {
+    let place = place!("gcrash");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (kernel, report) = (place.path("probe"), place.path("report.json"));
+    let machine = ["run", "--kernel", &kernel, "--cmdline", "probe=triple"];
+    let words = [&machine[..], &["--exit-report", &report]].concat();
+    let ended = place.ends(place.jailer(Who::Root, &words), 160);
+    assert!(ended.err.contains("vCPU 0, RIP 0x"), "{ended:?}");
+    let text = fs::read_to_string(&report).unwrap();
+    assert!(fact(&text, "rip").starts_with("0x"), "{text}");
+    assert!(text.contains("\"last_exits\": ["), "{text}");
+}
+
+#[test]
 fn files_are_called_by_their_names() {
     let place = place!("gnames");
     copy_readable(&common::probe(), &place.path("probe"));
@@ -287,8 +357,8 @@ fn files_are_called_by_their_names() {
         let err = place.refuses(command, name);
         assert!(!err.contains("descriptor"), "{err}");
     }
-    // In several requests.
-    let drives: Vec<String> = (0..17)
+    // As many as one request carries.
+    let drives: Vec<String> = (0..18)
         .map(|n| format!(r#"{{"drive_id":"d{n}","path_on_host":"{disk}","is_root_device":false}}"#))
         .collect();
     let config = format!(

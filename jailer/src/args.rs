@@ -106,7 +106,6 @@ pub enum Takes {
     /// A value; once.
     Value,
     /// A value that may begin with two dashes; once.
-    #[expect(dead_code, reason = "for the kernel command line of `run`")]
     Text,
     /// A value; any number of times.
     Values,

@@ -1,36 +1,41 @@
-//! `mayfly-jailer check`: whether this host can run microVMs, one line for each thing that matters,
+//! `mayfly-jailer check`: whether this host can run microVMs, one line for each requirement,
 //! with the remedy; then a built-in guest in the empty jail, with the milliseconds of every step.
 //!
 //! It changes nothing and works for any user; what it finds holds for that user.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
+use rustix::io::Errno;
 use rustix::process::Resource;
 
 use crate::args::{ArgsError, Takes, Words, account};
 use crate::cgroup::Hierarchies;
-use crate::failure::{Doing, Failure};
+use crate::error::{AnyError, Remedy, message};
 use crate::guest;
-use crate::run::args::Console;
-use crate::run::build::{Parts, build};
-use crate::run::machine::Machine;
-use crate::run::opening;
-use crate::run::refusal;
-use crate::run::supervise::{FirstByte, Watch, Watched};
-use crate::run::{self, Sink};
+use crate::run::jail::obstacle;
+use crate::run::spec::resources::open_tun;
+use crate::run::spec::vm::Vm;
+use crate::run::spec::{self, Spec};
+use crate::run::supervise::start::start;
+use crate::run::supervise::{Watch, Watched};
 use crate::sys;
+
+/// The built-in guest cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot make the built-in guest")]
+struct GuestError(#[source] Errno);
+
+impl Remedy for GuestError {}
 
 /// What `check --help` prints.
 pub const HELP: &str = "\
 usage: mayfly-jailer check [--mayfly FILE] [--uid UID --gid GID]
 
-Says whether this host can run microVMs, one line for each thing that matters, then boots a built-in
+Says whether this host can run microVMs, one line for each requirement, then boots a built-in
 guest in an empty jail and prints the milliseconds of each step. Ends with 0 if that worked.
 ";
 
@@ -40,7 +45,7 @@ const NOBODY: u32 = 65_534;
 const TIMEOUT: Duration = Duration::from_secs(20);
 const GUEST_MIB: u64 = 16;
 
-/// How a thing is.
+/// What was found.
 enum Finding {
     /// As it should be.
     Good(String),
@@ -108,8 +113,8 @@ pub fn check(options: &Options, began_us: u64) -> i32 {
     }
     match boot(options, began_us).map(Watch::run) {
         Ok(watched) => conclude(&watched),
-        Err(failure) => {
-            say(&format!("NO    guest: {failure}\n"));
+        Err(error) => {
+            say(&format!("NO    guest: {}\n", message(&*error)));
             1
         }
     }
@@ -120,39 +125,24 @@ fn say(text: &str) {
 }
 
 /// Boots the built-in guest.
-fn boot(options: &Options, began_us: u64) -> Result<Watch, Failure> {
-    let as_root = sys::is_superuser();
-    let or_nobody = |id: Option<u32>| id.or(as_root.then_some(NOBODY));
-    let (owner, as_root) = run::owner(or_nobody(options.uid), or_nobody(options.gid))?;
-    let name = run::monitor_path(options.mayfly.as_deref())?;
-    let what = "make the built-in guest";
+fn boot(options: &Options, began_us: u64) -> Result<Watch, AnyError> {
+    let or_nobody = |id: Option<u32>| id.or(sys::is_superuser().then_some(NOBODY));
+    let owner = spec::owner(or_nobody(options.uid), or_nobody(options.gid))?;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let kernel = File::from(rustix::fs::memfd_create("guest", flags).doing(what)?);
-    (&kernel).write_all(&guest::image()).doing(what)?;
-    let parts = Parts {
-        id: format!("check-{}", std::process::id()),
-        began_us: sys::monotonic_us().max(began_us),
-        owner,
-        as_root,
-        monitor: run::open_monitor(&name)?,
-        monitor_name: name.display().to_string(),
-        kvm: run::open_kvm()?,
-        machine: Some(Machine::of_kernel(kernel.into(), GUEST_MIB)),
-        own_tap: None,
-        listener: None,
-        api_sock: None,
-        groups: None,
-        console: Console::None,
-        log: Sink::output(std::io::stderr().as_fd()),
-        only_troubles: true,
-        file_size: None,
-        open_files: None,
+    let kernel = rustix::fs::memfd_create("guest", flags).map_err(GuestError)?;
+    rustix::io::write(&kernel, &guest::image()).map_err(GuestError)?;
+    let spec = Spec {
         timeout: Some(TIMEOUT),
-        enders: Vec::new(),
-        quiet: true,
-        on_first_byte: Some(FirstByte { reply: b"?" }),
+        first_reply: Some(b"?"),
+        ..Spec::of(
+            format!("check-{}", std::process::id()),
+            sys::monotonic_us().max(began_us),
+            owner,
+            options.mayfly.as_deref(),
+            Some(Vm::of_kernel(kernel, GUEST_MIB)),
+        )?
     };
-    build(parts, None)
+    start(spec, None)
 }
 
 /// Says how the guest did.
@@ -160,7 +150,9 @@ fn conclude(watched: &Watched) -> i32 {
     let verdict = watched.verdict();
     let worked = verdict.word == "reset" && watched.times.first_byte_us.is_some();
     if worked {
-        say("ok    guest: started in the empty jail, spoke, was spoken to, reset; milliseconds:\n");
+        say(
+            "ok    guest: booted in the empty jail; console output, input and reset work; milliseconds:\n",
+        );
     } else {
         let why = if verdict.sentence.is_empty() {
             verdict.word
@@ -200,8 +192,8 @@ fn conclude(watched: &Watched) -> i32 {
 }
 
 fn kvm() -> Finding {
-    match run::open_kvm() {
-        Err(failure) => Finding::Bad("/dev/kvm cannot be used".into(), failure.to_string()),
+    match spec::open_kvm() {
+        Err(error) => Finding::Bad("/dev/kvm cannot be used".into(), message(&error)),
         Ok(_) => {
             let has = |module: &str| Path::new("/sys/module").join(module).exists();
             let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -228,8 +220,8 @@ fn kvm() -> Finding {
 }
 
 fn namespaces() -> Finding {
-    if let Some(obstacle) = refusal::here() {
-        return Finding::Bad(obstacle.reason().into(), obstacle.remedy().into());
+    if let Some(found) = obstacle::here() {
+        return Finding::Bad(found.reason().into(), found.remedy().into());
     }
     let who = if sys::is_superuser() {
         "root"
@@ -267,11 +259,10 @@ fn landlock() -> Finding {
 }
 
 fn taps() -> Finding {
-    match opening::open_tun() {
+    match open_tun() {
         Ok(_) => Finding::Good("/dev/net/tun can be opened".into()),
         Err(_) => Finding::Less(
-            "/dev/net/tun cannot be opened: only a tap handed in (--net fd:N) connects a guest"
-                .into(),
+            "/dev/net/tun cannot be opened: only a passed tap (--net fd:N) connects a guest".into(),
             "as root: modprobe tun, then chmod 666 /dev/net/tun (it is safe: taps take capabilities)",
         ),
     }

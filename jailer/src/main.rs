@@ -11,7 +11,6 @@ mod cgroup;
 mod check;
 mod compat;
 mod error;
-mod failure;
 mod filter;
 mod guest;
 mod netns;
@@ -27,7 +26,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use args::Command;
-use error::{AnyError, Remedy, Reported, message};
+use error::{AnyError, Remedy, message};
 
 /// Standard output does not take the text.
 #[derive(Debug, thiserror::Error)]
@@ -56,9 +55,9 @@ fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let subcommand = words.first().and_then(|word| word.to_str());
     match subcommand {
-        Some("run") => match run::args::parse(words.split_off(1)).map_err(reported)? {
+        Some("run") => match run::spec::options::parse(words.split_off(1))? {
             Some(options) => sys::exit_now(run::run(options, inherited, started.monotonic_us())),
-            None => print(run::args::HELP),
+            None => print(run::spec::options::HELP),
         },
         Some("check") => match check::parse(words.split_off(1))? {
             Some(options) => sys::exit_now(check::check(&options, started.monotonic_us())),
@@ -77,10 +76,6 @@ fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
             }
         },
     }
-}
-
-fn reported(failure: failure::Failure) -> Reported {
-    Reported(failure.to_string())
 }
 
 fn print(text: &str) -> Result<ExitCode, AnyError> {

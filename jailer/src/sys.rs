@@ -5,7 +5,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "fork, clone3, exec, signals, close_range and tap requests have no safe wrapper"
+    reason = "fork, clone3, exec, signals, close_range and some ioctls have no safe wrapper"
 )]
 
 use std::convert::Infallible;
@@ -517,59 +517,6 @@ pub fn ignore_terminal_signals() {
     for signal in [libc::SIGTTIN, libc::SIGTTOU] {
         ignore(signal, true);
     }
-}
-
-/// What a tap for a guest is attached with: Ethernet frames with a virtio-net header.
-const TAP_FLAGS: i16 = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-
-/// `struct ifreq`, as the requests of a tap use it.
-#[repr(C)]
-#[derive(Default)]
-struct TapRequest {
-    /// Ends with a zero byte.
-    name: [u8; libc::IFNAMSIZ],
-    flags: i16,
-    /// Room for what other requests have here.
-    unused: [u8; 22],
-}
-
-const _: () = assert!(size_of::<TapRequest>() == size_of::<libc::ifreq>());
-
-/// Attaches an opened /dev/net/tun to the tap `name`, which is made if it does not exist.
-pub fn attach_tap(tun: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
-    let mut request = TapRequest::default();
-    // The last byte stays zero.
-    if name.len() >= request.name.len() {
-        return Err(Errno::NAMETOOLONG);
-    }
-    request.name[..name.len()].copy_from_slice(name.as_bytes());
-    request.flags = TAP_FLAGS;
-    tap_ioctl(tun, libc::TUNSETIFF, &mut request)
-}
-
-fn tap_ioctl(
-    fd: BorrowedFd<'_>,
-    number: libc::Ioctl,
-    request: &mut TapRequest,
-) -> Result<(), Errno> {
-    // SAFETY: both numbers this is called with take an ifreq, which is what `request` is laid out as,
-    // and write no more than one.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), number, ptr::from_mut(request)) };
-    checked(i64::from(result)).map(drop)
-}
-
-/// Leaves the end of an attached tap to its network namespace.
-pub fn keep_tap(tap: BorrowedFd<'_>) -> Result<(), Errno> {
-    // SAFETY: the descriptor is open while borrowed; the argument is a number.
-    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1) };
-    checked(i64::from(result)).map(drop)
-}
-
-/// Whether `fd` is a tap attached as a guest needs it; an error if it is no tap at all.
-pub fn is_guest_tap(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    let mut request = TapRequest::default();
-    tap_ioctl(fd, libc::TUNGETIFF, &mut request)?;
-    Ok(request.flags & TAP_FLAGS == TAP_FLAGS)
 }
 
 /// The version of KVM's interface that an opened /dev/kvm speaks.

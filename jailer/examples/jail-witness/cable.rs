@@ -5,8 +5,8 @@ use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-/// The header in front of every frame: `struct virtio_net_hdr`.
-const HEADER: usize = 10;
+/// The header in front of every frame: `struct virtio_net_hdr` with `num_buffers`, as `tap` sets it.
+const HEADER: usize = 12;
 const OWN: [u8; 6] = [6, 0, 1, 2, 3, 4];
 const PATIENCE: Duration = Duration::from_secs(10);
 

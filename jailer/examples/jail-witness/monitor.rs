@@ -24,9 +24,7 @@ pub fn run(args: &[String]) -> ! {
         args.get(at + 1)?.parse::<i32>().ok()
     };
     let before: Vec<String> = (0..4096).filter_map(raw::describe).collect();
-    let listener = UnixListener::from(raw::take(
-        after("--api-fd").expect("the jailer hands it in"),
-    ));
+    let listener = UnixListener::from(raw::take(after("--api-fd").expect("the jailer passes it")));
     let mut log = std::fs::File::from(raw::take(after("--log-fd").expect("it was passed")));
     let (mut client, _) = listener.accept().expect("the jailer is connected");
     let mut files = Vec::new();
@@ -163,7 +161,11 @@ fn obey(
     }
     print!("{report}");
     let _ = std::io::stdout().flush();
-    if let Some(line) = value("log") {
+    // As the monitor does, it keeps to the level of its log.
+    let is_info = |pair: &[String]| pair[0] == "--level" && pair[1] == "Info";
+    if let Some(line) = value("log")
+        && args.windows(2).any(is_info)
+    {
         let _ = writeln!(log, "now [witness:main:INFO] {}", line.replace('_', " "));
     }
     if let Some(line) = value("warn") {

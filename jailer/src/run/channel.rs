@@ -1,21 +1,21 @@
 //! Short messages, with descriptors, between the processes of one run: the supervisor, the one that
 //! becomes the monitor, and the keeper. A channel ends for its reader when every writer is gone.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use mayfly::wire::limits::DESCRIPTORS_MAX;
+use mayfly::wire::send_with_descriptors;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
 };
 
-/// Longest message in bytes; a failure's sentence is cut there.
-const LONGEST: usize = 4096;
-/// Most descriptors with one message.
-const DESCRIPTORS: usize = mayfly::wire::limits::DESCRIPTORS_MAX;
+use crate::error::errno;
 
+/// Longest message in bytes; a longer text is cut there.
+const LONGEST: usize = 4096;
 /// One end.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
@@ -46,12 +46,9 @@ impl Channel {
     /// Sends a message. The other end being gone is not an error: what matters then is the end of
     /// the process there, which is watched elsewhere.
     pub fn send(&self, kind: u8, text: &str, files: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-        let text = &text.as_bytes()[..text.len().min(LONGEST - 1)];
-        match send(
-            self.0.as_fd(),
-            &[IoSlice::new(&[kind]), IoSlice::new(text)],
-            files,
-        ) {
+        let mut bytes = vec![kind];
+        bytes.extend_from_slice(&text.as_bytes()[..text.len().min(LONGEST - 1)]);
+        match send_with_descriptors(&self.0, &bytes, files).map_err(errno) {
             Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(()),
             Err(error) => Err(error),
         }
@@ -60,7 +57,7 @@ impl Channel {
     /// The next message; none when the other end is gone. Waits.
     pub fn receive(&self) -> Result<Option<Message>, Errno> {
         let mut bytes = [0; LONGEST];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut into = [IoSliceMut::new(&mut bytes)];
@@ -104,22 +101,6 @@ impl AsFd for Channel {
     }
 }
 
-/// Sends `bytes` with `files` over any Unix socket; the number of bytes that went.
-pub fn send(
-    socket: BorrowedFd<'_>,
-    bytes: &[IoSlice<'_>],
-    files: &[BorrowedFd<'_>],
-) -> Result<usize, Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(files)) {
-        return Err(Errno::INVAL);
-    }
-    rustix::io::retry_on_intr(|| {
-        rustix::net::sendmsg(socket, bytes, &mut control, SendFlags::NOSIGNAL)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,6 +121,6 @@ mod tests {
         let message = other.receive().unwrap().unwrap();
         assert_eq!((message.kind, message.text.len()), (b'y', LONGEST - 1));
         assert!(other.receive().unwrap().is_none());
-        other.send(b'x', "to nobody", &[]).unwrap();
+        other.send(b'x', "lost", &[]).unwrap();
     }
 }

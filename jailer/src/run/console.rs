@@ -1,11 +1,11 @@
-//! The guest's console between the monitor's pipes and wherever it is wanted: the terminal, a file, a
-//! socket, nowhere. And the monitor's log, which goes the same way.
+//! The guest's console between the monitor's pipes and the terminal, a file or nowhere. (A socket for
+//! clients of the console is the monitor's.) And the monitor's log, which goes the same way.
 //!
 //! Nothing here waits: what cannot be written stays in a small buffer, and while that is full nothing
-//! more is read, so that a slow reader costs the guest console bytes and never the supervisor its
-//! attention.
+//! more is read, so that a slow reader costs console bytes and never holds up the supervisor.
 
-use std::collections::VecDeque;
+mod terminal;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,9 +13,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, SocketFlags};
 
-use super::terminal::Terminal;
+pub use self::terminal::LOOK_EVERY;
+use self::terminal::Terminal;
+use crate::error::errno;
 
 /// Most bytes held for a slow reader.
 const HELD: usize = 64 * 1024;
@@ -31,12 +32,10 @@ pub enum Part {
     Guest,
     /// The sink takes more.
     Sink,
-    /// Somebody types.
+    /// There is input.
     Typed,
     /// The guest reads.
     ToGuest,
-    /// Somebody connects.
-    Caller,
 }
 
 /// Where bytes go.
@@ -53,29 +52,11 @@ pub enum Sink {
     },
     /// To a file.
     File(File),
-    /// To whoever is connected.
-    Socket {
-        /// Where to connect.
-        listener: OwnedFd,
-        /// Who is.
-        client: Option<OwnedFd>,
-        /// What was written last, for the next one.
-        history: VecDeque<u8>,
-    },
 }
 
 impl Sink {
-    /// To whoever connects to `listener`.
-    pub fn socket(listener: OwnedFd) -> Sink {
-        Sink::Socket {
-            listener,
-            client: None,
-            history: VecDeque::new(),
-        }
-    }
-
     /// Standard output or error. Opened anew where that is possible: not waiting is a property that
-    /// would otherwise be shared with whoever else has it open, the shell for one.
+    /// would otherwise be shared with others that have it open, a shell for one.
     pub fn output(of: BorrowedFd<'_>) -> Sink {
         let Ok(own) = rustix::io::fcntl_dupfd_cloexec(of, 3) else {
             return Sink::Nowhere;
@@ -88,13 +69,13 @@ impl Sink {
                 return Sink::Output { to, patient: false };
             }
         }
-        // Writing to a file does not wait for anybody.
+        // Writing to a file does not wait for a reader.
         let patient = kind != Ok(FileType::RegularFile);
         Sink::Output { to: own, patient }
     }
 
-    /// Writes what can be written now; how much that was. An error means that nobody will ever
-    /// read these bytes.
+    /// Writes what can be written now; how much that was. An error means that these
+    /// bytes are lost.
     fn write(&mut self, bytes: &[u8]) -> Result<usize, Errno> {
         match self {
             Sink::Nowhere => Ok(bytes.len()),
@@ -109,31 +90,10 @@ impl Sink {
                     other => other,
                 }
             }
-            Sink::File(file) => {
-                let result = file
-                    .write(bytes)
-                    .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
-                match result {
-                    Err(Errno::AGAIN | Errno::INTR) => Ok(0),
-                    other => other,
-                }
-            }
-            Sink::Socket {
-                client, history, ..
-            } => {
-                history.extend(bytes);
-                let excess = history.len().saturating_sub(HELD);
-                history.drain(..excess);
-                if let Some(to) = client {
-                    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                    let sent = rustix::net::send(&*to, bytes, flags);
-                    // One that is slow loses bytes; one that is gone is forgotten.
-                    if !matches!(sent, Ok(_) | Err(Errno::AGAIN | Errno::INTR)) {
-                        *client = None;
-                    }
-                }
-                Ok(bytes.len())
-            }
+            Sink::File(file) => match file.write(bytes).map_err(errno) {
+                Err(Errno::AGAIN | Errno::INTR) => Ok(0),
+                other => other,
+            },
         }
     }
 }
@@ -176,25 +136,15 @@ impl Relay {
         if let Some(source) = self.source.as_ref().filter(|_| self.held.len() < HELD) {
             add(Part::Guest, source.as_fd(), PollFlags::IN);
         }
-        match &self.sink {
-            Sink::Output { to, .. } if !self.held.is_empty() => {
-                add(Part::Sink, to.as_fd(), PollFlags::OUT);
-            }
-            Sink::Socket { listener, .. } => add(Part::Caller, listener.as_fd(), PollFlags::IN),
-            _ => {}
+        if let Sink::Output { to, .. } = &self.sink
+            && !self.held.is_empty()
+        {
+            add(Part::Sink, to.as_fd(), PollFlags::OUT);
         }
     }
 
     /// Takes what has come and passes it on; whether anything has.
     pub fn take(&mut self) -> bool {
-        let mut came = Vec::new();
-        let has_come = self.look(&mut came);
-        self.pass(&came);
-        has_come
-    }
-
-    /// Takes what has come without passing it on; whether anything has.
-    pub fn look(&mut self, came: &mut Vec<u8>) -> bool {
         let Some(source) = &self.source else {
             return false;
         };
@@ -207,16 +157,11 @@ impl Relay {
             }
             Ok(count) => {
                 self.has_begun = true;
-                came.extend_from_slice(&buffer[..count]);
+                self.held.extend_from_slice(&buffer[..count]);
+                self.flush();
                 true
             }
         }
-    }
-
-    /// Passes bytes on, or holds them.
-    pub fn pass(&mut self, bytes: &[u8]) {
-        self.held.extend_from_slice(bytes);
-        self.flush();
     }
 
     /// Passes on what is held; whether some of it went.
@@ -289,13 +234,6 @@ impl Console {
             if let Some(typed) = self.typed.as_ref().filter(|_| !self.is_in_background()) {
                 add(Part::Typed, typed.as_fd(), PollFlags::IN);
             }
-            if let Sink::Socket {
-                client: Some(client),
-                ..
-            } = &self.out.sink
-            {
-                add(Part::Typed, client.as_fd(), PollFlags::IN);
-            }
         } else {
             add(Part::ToGuest, self.to_guest.as_fd(), PollFlags::OUT);
         }
@@ -331,7 +269,6 @@ impl Console {
             }
             Part::Typed => return self.take_typed(),
             Part::ToGuest => {}
-            Part::Caller => self.answer_caller(),
         }
         if !self.unread.is_empty() {
             match rustix::io::write(&self.to_guest, &self.unread) {
@@ -349,28 +286,22 @@ impl Console {
         {
             return false;
         }
-        let mut buffer = [0; 1024];
-        let from_client = matches!(self.out.sink, Sink::Socket { .. });
-        let source = match &self.out.sink {
-            Sink::Socket { client, .. } => client.as_ref(),
-            _ => self.typed.as_ref(),
+        let Some(source) = &self.typed else {
+            return false;
         };
-        let Some(source) = source else { return false };
+        let mut buffer = [0; 1024];
         let count = match rustix::io::read(source, &mut buffer) {
             Err(Errno::AGAIN | Errno::INTR) => return false,
             // Sent to the background a moment ago.
             Err(Errno::IO) if self.terminal.is_some() => return false,
             Ok(0) | Err(_) => {
                 // The end of the input; the guest goes on.
-                if let Sink::Socket { client, .. } = &mut self.out.sink {
-                    *client = None;
-                }
                 self.typed = None;
                 return false;
             }
             Ok(count) => count,
         };
-        if self.terminal.is_none() || from_client {
+        if self.terminal.is_none() {
             self.unread.extend_from_slice(&buffer[..count]);
         } else {
             for &byte in &buffer[..count] {
@@ -389,24 +320,6 @@ impl Console {
             }
         }
         self.handle(Part::ToGuest)
-    }
-
-    /// One caller at a time; the newest takes over, and sees what was last written.
-    fn answer_caller(&mut self) {
-        if let Sink::Socket {
-            listener,
-            client,
-            history,
-        } = &mut self.out.sink
-        {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            if let Ok(caller) = rustix::net::accept_with(&*listener, flags) {
-                let last: Vec<u8> = history.iter().copied().collect();
-                let _ =
-                    rustix::net::send(&caller, &last, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-                *client = Some(caller);
-            }
-        }
     }
 
     /// Gives the terminal back, and everything else.
@@ -450,7 +363,8 @@ mod tests {
     fn full_sink_loses_bytes_and_is_tried_again() {
         for is_file in [true, false] {
             let (_writer, mut relay) = relay("/dev/full", is_file);
-            relay.pass(b"lost");
+            relay.held.extend(b"lost");
+            relay.flush();
             assert!(!relay.is_holding());
             assert!(!matches!(relay.sink, Sink::Nowhere));
         }
@@ -462,7 +376,8 @@ mod tests {
         let (source, _writer) = pipe(false, false).unwrap();
         drop(reader);
         let mut relay = Relay::new(source, Sink::Output { to, patient: false });
-        relay.pass(b"lost");
+        relay.held.extend(b"lost");
+        relay.flush();
         assert!(!relay.is_holding());
         assert!(matches!(relay.sink, Sink::Nowhere));
     }

@@ -5,10 +5,14 @@
 //! the root file system go with their last process. The monitor finds these descriptors and no
 //! others: 0 to 2 the console and the log, [`API`], [`KVM`], [`LOG`], [`END`].
 
+pub mod obstacle;
+
+use std::borrow::Cow;
 use std::convert::Infallible;
-use std::ffi::CString;
+use std::ffi::{CString, NulError};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Gid, MemfdFlags, Mode, SealFlags, Uid};
@@ -18,10 +22,12 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
+use self::obstacle::Obstacle;
 use super::channel::Channel;
-use super::network::{self, Block};
-use super::refusal::{self, Obstacle};
-use crate::failure::{Doing, Failure};
+use super::network::{self, Network, NetworkError};
+use super::spec::FOR_MONITOR;
+use crate::cgroup::cannot_enter;
+use crate::error::{Remedy, errno, message};
 use crate::filter;
 use crate::root::{Owner, pivot_into};
 use crate::sys::{self, Aside};
@@ -44,11 +50,7 @@ const LOG: u32 = 5;
 /// Where it says how the guest ended, as the monitor sees it.
 const END: u32 = 6;
 
-/// How many descriptors the monitor is handed: 0 to [`END`].
-const HANDED: u64 = END as u64 + 1;
-/// Fewest descriptors that a jail is made with: those handed over are put aside first, and with them
-/// the monitor's executable, the supervisor's process and the way to report.
-pub const LEAST_OPEN_FILES: u64 = sys::ASIDE as u64 + HANDED + 3;
+const _: () = assert!(END as u64 + 1 == FOR_MONITOR);
 /// Limit of open descriptors when none is given.
 const OPEN_FILES: u64 = 2048;
 
@@ -58,36 +60,107 @@ pub const MAPPED: u8 = b'm';
 pub const CONNECTED: u8 = b'n';
 /// From the jail: it is ready; a connection to the API comes along, and a tap if it has its own.
 pub const READY: u8 = b'r';
-/// From the jail: a failure's sentence.
+/// From the jail: the message of an error.
 pub const FAILED: u8 = b'f';
+
+/// The jail cannot be made or entered.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    #[error("cannot {0}")]
+    Step(&'static str, #[source] Errno),
+    #[error("cannot give the jail its user and group ({0})")]
+    Map(PathBuf, #[source] Errno),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error("cannot enter the empty root")]
+    EnterRoot(#[source] Errno),
+    #[error("cannot enter a control group")]
+    EnterGroup(#[source] Errno),
+    #[error("cannot set --resource-limit {0}={1}")]
+    Limit(&'static str, u64, #[source] Errno),
+    #[error("cannot install the jail's filters")]
+    Filter(#[source] seccompiler::Error),
+    #[error("cannot pass an argument to the monitor")]
+    Argument(#[source] NulError),
+    #[error("cannot execute {0} in the jail")]
+    Execute(PathBuf, #[source] Errno),
+}
+
+/// For `map_err`: the step that failed.
+pub fn step(what: &'static str) -> impl FnOnce(Errno) -> JailError {
+    move |error| JailError::Step(what, error)
+}
+
+impl Remedy for JailError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        Some(Cow::Borrowed(match self {
+            JailError::EnterGroup(error) => cannot_enter(*error)?,
+            JailError::Network(error) => return error.remedy(),
+            JailError::EnterRoot(Errno::INVAL) => {
+                "the host's root must be a mounted file system, not a bare chroot or initial ramfs"
+            }
+            JailError::Limit(_, _, Errno::PERM) => "it is above what this host or user allows",
+            JailError::Filter(_) => "use a kernel with CONFIG_SECCOMP_FILTER",
+            JailError::Execute(_, Errno::NOENT) => {
+                "it needs an interpreter or shared libraries, which a jail does not have: give a \
+                 static executable (--mayfly)"
+            }
+            JailError::Execute(_, Errno::NOEXEC) => {
+                "give an executable for this machine (--mayfly)"
+            }
+            _ => return None,
+        }))
+    }
+}
+
+impl JailError {
+    /// The message, with what may be behind a denial in new namespaces: AppArmor lets them be made
+    /// and then denies everything in them. It was found outside: inside there is nothing to look at.
+    pub fn explained(&self, obstacle: Option<Obstacle>) -> String {
+        let error = match self {
+            JailError::Step(_, error) | JailError::Map(_, error) | JailError::EnterRoot(error) => {
+                Some(*error)
+            }
+            JailError::Network(error) => error.errno(),
+            _ => None,
+        };
+        let text = message(self);
+        match obstacle {
+            Some(found) if matches!(error, Some(Errno::PERM | Errno::ACCESS)) => {
+                format!("{text}; {}: {}", found.reason(), found.remedy())
+            }
+            _ => text,
+        }
+    }
+}
 
 /// Everything the sequence needs, opened and checked beforehand.
 #[derive(Debug)]
 pub struct Plan {
     /// Name of the microVM; inside, also of the host.
     pub id: String,
-    /// Whom the monitor runs as.
+    /// User and group of the monitor.
     pub owner: Owner,
-    /// Whether this is root becoming somebody else, or an ordinary user.
+    /// Whether this is root, which becomes another user, or an ordinary user.
     pub as_root: bool,
     /// The monitor's executable.
     pub monitor: File,
-    /// What it is called, in sentences.
-    pub monitor_name: String,
+    /// Its path, for messages.
+    pub monitor_path: PathBuf,
     /// Guest console: what it reads and what it writes to.
     pub console: (OwnedFd, OwnedFd),
     /// Where the log goes.
     pub log: OwnedFd,
-    /// Where a word about the guest's end goes.
+    /// Where the monitor reports how the guest ended.
     pub end: OwnedFd,
     /// /dev/kvm.
     pub kvm: OwnedFd,
     /// A listening API socket, if it has a name outside; else one without a name is made.
     pub api: Option<OwnedFd>,
     /// Files of version 1 control groups, to go into them by.
-    pub doors: Vec<OwnedFd>,
-    /// The tap to be made inside.
-    pub tap: Option<Tap>,
+    pub entrances: Vec<OwnedFd>,
+    /// The network to be made inside.
+    pub network: Option<Network>,
     /// Largest file in bytes.
     pub file_size: Option<u64>,
     /// Most descriptors.
@@ -96,97 +169,80 @@ pub struct Plan {
     pub more: Vec<String>,
     /// A descriptor of the supervisor's process.
     pub parent: OwnedFd,
-    /// What of the host's may be behind a refusal inside the namespaces.
+    /// What on this host may be behind a denial inside the namespaces.
     pub obstacle: Option<Obstacle>,
 }
 
-/// A tap in the jail's own network namespace.
-#[derive(Debug)]
-pub enum Tap {
-    /// Routed to the host over a cable whose other end the supervisor makes.
-    Auto(Block),
-    /// Routed to whatever the user connects.
-    User,
-}
-
 /// Becomes the monitor. Returns only why that did not happen.
-pub fn enter(plan: &Plan, supervisor: &Channel) -> Failure {
+pub fn enter(plan: &Plan, supervisor: &Channel) -> JailError {
     match try_enter(plan, supervisor) {
         Ok(never) => match never {},
-        Err(failure) => failure,
+        Err(error) => error,
     }
 }
 
-fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
+fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, JailError> {
     wait_for(supervisor, MAPPED)?;
     // What is used from here on counts.
-    for door in &plan.doors {
-        rustix::io::write(door, b"0").doing_or("enter a control group", |error| {
-            match Errno::from_io_error(error) {
-                Some(Errno::NOSPC) => "its cpuset has no processor or no memory node",
-                Some(Errno::ACCESS) => "that group is not this user's: see --parent-cgroup",
-                _ => "",
-            }
-        })?;
+    for entrance in &plan.entrances {
+        rustix::io::write(entrance, b"0").map_err(JailError::EnterGroup)?;
     }
-    // What is refused from here on may be for the namespaces' sake.
-    let explain = |failure| refusal::explain(failure, plan.obstacle);
     // Before what may be refused for reasons of its own.
-    rustix::system::sethostname(plan.id.as_bytes())
-        .doing("name the jail's host")
-        .map_err(explain)?;
+    rustix::system::sethostname(plan.id.as_bytes()).map_err(step("name the jail's host"))?;
     // While the host's devices are in reach, and this user may still be root.
-    let tap = plan.tap.as_ref().map(|_| network::make_tap()).transpose()?;
-    // Groups while we may; then nobody can be found in here who is not the jail's user. The
-    // capabilities in the new user namespace stay: its root has no number in it.
+    let tap = plan.network.map(|_| network::make_tap()).transpose()?;
+    // Groups while we may; then no process in here is anything but the jail's user. The capabilities
+    // in the new user namespace stay: its root has no number in it.
     if plan.as_root {
-        rustix::thread::set_thread_groups(&[])
-            .doing("leave supplementary groups")
-            .map_err(explain)?;
+        rustix::thread::set_thread_groups(&[]).map_err(step("leave supplementary groups"))?;
     }
-    become_owner(plan.owner).map_err(explain)?;
+    become_owner(plan.owner)?;
     // Best effort: a user may have no room for another set of keys, and the monitor's filters
     // do not let it ask for any.
     let _ = sys::leave_session_keys();
-    match &plan.tap {
-        Some(Tap::Auto(block)) => {
+    match &plan.network {
+        Some(Network::Auto(block)) => {
             // The other end is made meanwhile.
-            network::prepare_inside().map_err(explain)?;
+            network::prepare_inside()?;
             wait_for(supervisor, CONNECTED)?;
-            network::connect_inside(block).map_err(explain)?;
+            network::connect_inside(block)?;
         }
-        Some(Tap::User) => network::open_inside().map_err(explain)?,
+        Some(Network::User) => network::open_inside()?,
         None => {}
     }
-    let (listener, client) = match &plan.api {
-        Some(listener) => (Some(listener.as_fd()), None),
-        None => (None, Some(unnamed_socket().doing("make the API socket")?)),
+    let unnamed = match plan.api {
+        Some(_) => None,
+        None => Some(unnamed_socket().map_err(step("make the API socket"))?),
     };
+    let client = unnamed.as_ref().map(|(_, client)| client.as_fd());
     let files: Vec<BorrowedFd<'_>> = client
-        .iter()
-        .map(|(_, client)| client.as_fd())
-        .chain(tap.iter().map(AsFd::as_fd))
+        .into_iter()
+        .chain(tap.as_ref().map(AsFd::as_fd))
         .collect();
-    supervisor.send(READY, "", &files).doing("report")?;
-    let listener = listener.or(client.as_ref().map(|(listener, _)| listener.as_fd()));
-    let listener = listener.ok_or_else(|| Failure::new("make the API socket", "there is none"))?;
+    supervisor.send(READY, "", &files).map_err(step("report"))?;
+    let listener = unnamed
+        .as_ref()
+        .map(|(listener, _)| listener)
+        .or(plan.api.as_ref());
+    let listener = listener.ok_or(JailError::Step("find the API socket", Errno::BADF))?;
 
     // The network's files were the last that were needed of the host's.
-    empty_root().map_err(explain)?;
+    empty_root()?;
     limit_resources(plan)?;
-    drop_capabilities().doing("drop capabilities")?;
-    rustix::thread::set_no_new_privs(true).doing("set no_new_privs")?;
+    drop_capabilities().map_err(step("drop capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(step("set no_new_privs"))?;
     rustix::process::umask(Mode::from_raw_mode(0o077));
     // A session of its own: signals from a terminal are for the supervisor, which passes them on.
-    rustix::process::setsid().doing("open a session")?;
+    rustix::process::setsid().map_err(step("open a session"))?;
 
     let argv = argv(plan)?;
+    let name = plan.monitor_path.to_string_lossy();
     sys::place(
         &[
             plan.console.0.as_fd(),
             plan.console.1.as_fd(),
             plan.log.as_fd(),
-            listener,
+            listener.as_fd(),
             plan.kvm.as_fd(),
             plan.log.as_fd(),
             plan.end.as_fd(),
@@ -197,14 +253,14 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
             supervisor.as_fd(),
         ],
         &argv,
-        &plan.monitor_name,
+        &name,
         become_monitor,
     )
-    .doing("hand over descriptors")
+    .map_err(step("pass descriptors"))
 }
 
 /// The last steps, with the monitor's executable, a descriptor of the supervisor, and the channel to
-/// it. Returns only when the monitor does not run, which has then been said.
+/// it. Returns only when the monitor does not run, which has then been reported.
 fn become_monitor(
     placed: Result<(), Errno>,
     [monitor, parent, report]: Aside,
@@ -212,39 +268,35 @@ fn become_monitor(
     name: &str,
 ) {
     let result = placed
-        .doing("hand over descriptors")
+        .map_err(step("pass descriptors"))
         .and_then(|()| die_with(parent.as_fd()))
-        // After what it denies.
-        .and_then(|()| {
-            let what = "install the jail's filters";
-            filter::install()
-                .map_err(std::io::Error::other)
-                .doing_or(what, |_| "use a kernel with CONFIG_SECCOMP_FILTER")
-        })
-        .and_then(|()| sys::reset_signals().doing("reset signals"));
-    let failure = match result {
-        Err(failure) => failure,
-        Ok(()) => execute(name, &File::from(monitor), argv),
+        // After what they deny.
+        .and_then(|()| filter::install().map_err(JailError::Filter))
+        .and_then(|()| sys::reset_signals().map_err(step("reset signals")));
+    let error = match result {
+        Err(error) => error,
+        Ok(()) => JailError::Execute(name.into(), execute(&File::from(monitor), argv)),
     };
-    let _ = Channel::from(report).send(FAILED, &failure.to_string(), &[]);
+    let _ = Channel::from(report).send(FAILED, &message(&error), &[]);
 }
 
-fn wait_for(supervisor: &Channel, kind: u8) -> Result<(), Failure> {
-    match supervisor.receive().doing("hear from the supervisor")? {
+fn wait_for(supervisor: &Channel, kind: u8) -> Result<(), JailError> {
+    match supervisor
+        .receive()
+        .map_err(step("hear from the supervisor"))?
+    {
         Some(message) if message.kind == kind => Ok(()),
-        // It has failed, or is gone: there is nobody left to tell.
+        // It has failed, or is gone: there is no process left to tell.
         _ => sys::exit_now(1),
     }
 }
 
-fn become_owner(owner: Owner) -> Result<(), Failure> {
-    rustix::thread::set_thread_res_gid(owner.gid, owner.gid, owner.gid)
-        .doing(format_args!("become group {}", owner.gid.as_raw()))?;
-    rustix::thread::set_thread_res_uid(owner.uid, owner.uid, owner.uid)
-        .doing(format_args!("become user {}", owner.uid.as_raw()))
+fn become_owner(Owner { uid, gid }: Owner) -> Result<(), JailError> {
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(step("become the group of --gid"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(step("become the user of --uid"))
 }
 
-/// A listening socket that has a name only in this network namespace, where nobody else is, and a
+/// A listening socket that has a name only in this network namespace, where nothing else is, and a
 /// connection to it.
 fn unnamed_socket() -> Result<(OwnedFd, OwnedFd), Errno> {
     let socket = || {
@@ -264,40 +316,30 @@ fn unnamed_socket() -> Result<(OwnedFd, OwnedFd), Errno> {
 }
 
 /// Makes an empty file system the root of everything, and lets go of the host's.
-fn empty_root() -> Result<(), Failure> {
+fn empty_root() -> Result<(), JailError> {
     let what = "make the empty root";
-    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).doing(what)?;
+    let context =
+        rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step(what))?;
     rustix::mount::fsconfig_set_string(&context, "mode", "0555")
         .and_then(|()| rustix::mount::fsconfig_set_string(&context, "nr_inodes", "1"))
         .and_then(|()| rustix::mount::fsconfig_set_flag(&context, "ro"))
         .and_then(|()| rustix::mount::fsconfig_create(&context))
-        .doing(what)?;
+        .map_err(step(what))?;
     let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let root =
-        rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).doing(what)?;
+    let root = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        .map_err(step(what))?;
     rustix::process::chdir("/")
         .and_then(|()| pivot_into(&root))
-        .doing_or("enter the empty root", |error| match Errno::from_io_error(error) {
-            Some(Errno::INVAL) => {
-                "the host's root must be a mounted file system, not a bare chroot or initial ramfs"
-            }
-            _ => "",
-        })
+        .map_err(JailError::EnterRoot)
 }
 
 /// No limit can be raised in here: what is left of soft and hard limits is one number each.
-fn limit_resources(plan: &Plan) -> Result<(), Failure> {
-    let set = |resource, value, name: &str| {
-        sys::set_limit(resource, value).doing_or(
-            format_args!("set --resource-limit {name}={value}"),
-            |error| match error.kind() {
-                std::io::ErrorKind::PermissionDenied => "it is above what this host or user allows",
-                _ => "",
-            },
-        )
+fn limit_resources(plan: &Plan) -> Result<(), JailError> {
+    let set = |resource, value, name| {
+        sys::set_limit(resource, value).map_err(|error| JailError::Limit(name, value, error))
     };
     if let Some(bytes) = plan.file_size {
         set(Resource::Fsize, bytes, "fsize")?;
@@ -334,7 +376,7 @@ fn limit_resources(plan: &Plan) -> Result<(), Failure> {
             current: now,
             maximum: now,
         };
-        rustix::process::setrlimit(resource, fixed).doing("fix resource limits")?;
+        rustix::process::setrlimit(resource, fixed).map_err(step("fix resource limits"))?;
     }
     Ok(())
 }
@@ -366,9 +408,9 @@ fn drop_capabilities() -> Result<(), Errno> {
 
 /// Ends this process when the supervisor ends. It comes after the change of credentials, which
 /// takes it back; and the supervisor may have ended before it.
-fn die_with(parent: BorrowedFd<'_>) -> Result<(), Failure> {
+fn die_with(parent: BorrowedFd<'_>) -> Result<(), JailError> {
     let what = "tie the monitor to the supervisor";
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).doing(what)?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(step(what))?;
     let now = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -377,13 +419,13 @@ fn die_with(parent: BorrowedFd<'_>) -> Result<(), Failure> {
         &mut [PollFd::from_borrowed_fd(parent, PollFlags::IN)],
         Some(&now),
     );
-    match ended.doing(what)? {
+    match ended.map_err(step(what))? {
         0 => Ok(()),
         _ => sys::exit_now(1),
     }
 }
 
-fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
+fn argv(plan: &Plan) -> Result<Vec<CString>, JailError> {
     let mut words = vec!["mayfly".to_owned(), "--id".into(), plan.id.clone()];
     for (name, number) in [
         ("--api-fd", API),
@@ -395,34 +437,20 @@ fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
     }
     words.push("--landlock".to_owned());
     words.extend(plan.more.iter().cloned());
-    words
-        .into_iter()
-        .map(|word| {
-            CString::new(word).map_err(|_| {
-                Failure::new("pass an argument to the monitor", "it contains a zero byte")
-            })
-        })
-        .collect()
+    let words = words.into_iter().map(CString::new);
+    words.collect::<Result<_, _>>().map_err(JailError::Argument)
 }
 
-fn execute(name: &str, monitor: &File, argv: &[CString]) -> Failure {
-    let mut error = sys::exec(monitor.as_fd(), c"", argv);
+fn execute(monitor: &File, argv: &[CString]) -> Errno {
+    let error = sys::exec(monitor.as_fd(), c"", argv);
     // Not for this user to execute, or where it lies nothing may be executed: a copy in memory
     // then, which costs its size for every microVM.
     if error == Errno::ACCESS
         && let Ok(copy) = copy_to_memory(monitor)
     {
-        error = sys::exec(copy.as_fd(), c"", argv);
+        return sys::exec(copy.as_fd(), c"", argv);
     }
-    let failure = Failure::new(format_args!("execute {name} in the jail"), error);
-    match error {
-        Errno::NOENT => failure.remedy(
-            "it needs an interpreter or shared libraries, which a jail does not have: give a \
-             static executable (--mayfly)",
-        ),
-        Errno::NOEXEC => failure.remedy("give an executable for this machine (--mayfly)"),
-        _ => failure,
-    }
+    error
 }
 
 fn copy_to_memory(mut monitor: &File) -> Result<File, std::io::Error> {
@@ -437,16 +465,14 @@ fn copy_to_memory(mut monitor: &File) -> Result<File, std::io::Error> {
 }
 
 /// Gives the jail's user namespace its one user and one group, with the same numbers as outside.
-pub fn map_owner(pid: rustix::process::Pid, owner: Owner, as_root: bool) -> Result<(), Failure> {
-    let folder = format!("/proc/{}", pid.as_raw_nonzero());
+pub fn map_owner(pid: rustix::process::Pid, owner: Owner, as_root: bool) -> Result<(), JailError> {
+    let folder = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
     let write = |name: &str, text: &str| {
-        let path = format!("{folder}/{name}");
-        File::options()
-            .write(true)
-            .open(&path)
-            .and_then(|file| rustix::io::write(&file, text.as_bytes()).map_err(Into::into))
+        let path = folder.join(name);
+        let file = File::options().write(true).open(&path).map_err(errno);
+        file.and_then(|file| rustix::io::write(&file, text.as_bytes()))
             .map(drop)
-            .doing(format_args!("give the jail its user and group ({path})"))
+            .map_err(|error| JailError::Map(path, error))
     };
     let one = |id: u32| format!("{id} {id} 1\n");
     // An ordinary user has to promise first that groups stay as they are.
@@ -455,4 +481,23 @@ pub fn map_owner(pid: rustix::process::Pid, owner: Owner, as_root: bool) -> Resu
     }
     write("gid_map", &one(Gid::as_raw(owner.gid)))?;
     write("uid_map", &one(Uid::as_raw(owner.uid)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn denial_is_explained_by_what_was_found_and_nothing_else_is() {
+        let denied = JailError::Step("name the jail's host", Errno::PERM);
+        assert_eq!(denied.explained(None), message(&denied));
+        let text = denied.explained(Some(Obstacle::AppArmor));
+        assert!(text.contains("AppArmor"), "{text}");
+        for other in [
+            JailError::Step("name the jail's host", Errno::INVAL),
+            JailError::Limit("no-file", 9, Errno::PERM),
+        ] {
+            assert_eq!(other.explained(Some(Obstacle::AppArmor)), message(&other));
+        }
+    }
 }

@@ -9,6 +9,9 @@
 //!
 //! It is started only when there is something to keep.
 
+mod socket;
+
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -18,11 +21,11 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
+use self::socket::NamedSocket;
 use super::channel::{Channel, Message};
 use super::outcome::{self, Report, Seen, Times, Verdict};
-use super::socket::NamedSocket;
 use crate::cgroup::exclusive::{self, Entrances, Groups, Usage};
-use crate::failure::{Doing, Failure};
+use crate::error::{AnyError, Remedy, Reported, message};
 use crate::sys;
 
 /// To the keeper: the process in the jail, by a descriptor.
@@ -39,7 +42,7 @@ const REPORT: u8 = b'f';
 const DONE: u8 = b'+';
 /// With that: the last descriptor is a version 2 group.
 const WITH_V2: &str = "v2";
-/// From the keeper: a failure's sentence.
+/// From the keeper: the message of an error.
 const FAILED: u8 = b'-';
 
 /// How long a killed monitor may take to end.
@@ -48,24 +51,44 @@ const PATIENCE: Timespec = Timespec {
     tv_nsec: 0,
 };
 
+/// The keeper cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    #[error("cannot get a descriptor of this process")]
+    OwnDescriptor(#[source] Errno),
+    #[error("cannot start the keeper")]
+    Start(#[source] Errno),
+    #[error("cannot speak to the keeper")]
+    Channel(#[source] Errno),
+    #[error("cannot hear from the keeper: it was killed")]
+    Killed,
+}
+
+impl Remedy for KeeperError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        match self {
+            KeeperError::OwnDescriptor(_) => Some("use Linux 5.10 or newer".into()),
+            _ => None,
+        }
+    }
+}
+
 /// What there is to keep.
 #[derive(Clone, Debug, Default)]
-pub struct Errand {
+pub struct Assignment {
     /// Control groups.
     pub groups: Option<exclusive::Plan>,
     /// Listening sockets at these paths.
     pub sockets: Vec<PathBuf>,
     /// The exit report.
-    pub report: Option<Described>,
+    report: Option<ReportPlace>,
 }
 
 /// What the keeper has to know to write an exit report.
 #[derive(Clone, Debug)]
-pub struct Described {
-    /// Name of the microVM.
-    pub id: String,
-    /// When the jailer began, microseconds of the monotonic clock.
-    pub began_us: u64,
+struct ReportPlace {
+    id: String,
+    began_us: u64,
     path: PathBuf,
     name: Option<OsString>,
 }
@@ -75,54 +98,61 @@ pub struct Described {
 pub struct Keeper {
     channel: Channel,
     pid: Pid,
-    errand: Errand,
+    assignment: Assignment,
 }
 
 impl Keeper {
-    /// Starts one.
+    /// Starts one. With the report go the microVM's name and when the jailer began.
     pub fn start(
-        mut errand: Errand,
+        groups: Option<exclusive::Plan>,
+        sockets: Vec<PathBuf>,
         report: Option<(&Report, &str, u64)>,
         supervisor: &OwnedFd,
-    ) -> Result<Keeper, Failure> {
-        let what = "start the keeper";
-        let (channel, theirs) = Channel::pair().doing(what)?;
+    ) -> Result<Keeper, KeeperError> {
+        let (channel, theirs) = Channel::pair().map_err(KeeperError::Start)?;
+        let mut assignment = Assignment {
+            groups,
+            sockets,
+            report: None,
+        };
         if let Some((report, id, began_us)) = report {
             let (files, path, name) = report.parts();
-            channel.send(REPORT, "", &files).doing(what)?;
-            errand.report = Some(Described {
+            channel
+                .send(REPORT, "", &files)
+                .map_err(KeeperError::Channel)?;
+            assignment.report = Some(ReportPlace {
                 id: id.to_owned(),
                 began_us,
                 path,
                 name,
             });
         }
-        let pid = sys::fork_apart(theirs.into(), supervisor.as_fd(), &errand, keep).doing(what)?;
+        let pid = sys::fork_apart(theirs.into(), supervisor.as_fd(), &assignment, keep)
+            .map_err(KeeperError::Start)?;
         Ok(Keeper {
             channel,
             pid,
-            errand,
+            assignment,
         })
     }
 
     /// Waits until everything is made: the sockets, in the order in which they were asked for, and
-    /// the way into the groups.
-    pub fn made(&self) -> Result<(Vec<OwnedFd>, Entrances), Failure> {
+    /// the ways into the groups.
+    pub fn made(&self) -> Result<(Vec<OwnedFd>, Entrances), AnyError> {
         let message = self.answer()?;
         let mut sockets = message.files;
-        let mut doors = Entrances::default();
+        let mut entrances = Entrances::default();
         if message.text == WITH_V2 {
-            doors.v2 = sockets.pop();
+            entrances.v2 = sockets.pop();
         }
-        doors.v1 = sockets.split_off(sockets.len().min(self.errand.sockets.len()));
-        Ok((sockets, doors))
+        entrances.v1 = sockets.split_off(sockets.len().min(self.assignment.sockets.len()));
+        Ok((sockets, entrances))
     }
 
     /// Tells it which process is in the jail.
-    pub fn watch(&self, pidfd: BorrowedFd<'_>) -> Result<(), Failure> {
-        self.channel
-            .send(WATCH, "", &[pidfd])
-            .doing("speak to the keeper")
+    pub fn watch(&self, pidfd: BorrowedFd<'_>) -> Result<(), KeeperError> {
+        let sent = self.channel.send(WATCH, "", &[pidfd]);
+        sent.map_err(KeeperError::Channel)
     }
 
     /// Tells it that the monitor has been killed: nothing in its groups is to hold its end up.
@@ -131,11 +161,11 @@ impl Keeper {
     }
 
     /// The answer to the last request.
-    fn answer(&self) -> Result<Message, Failure> {
-        match self.channel.receive().doing("hear from the keeper")? {
+    fn answer(&self) -> Result<Message, AnyError> {
+        match self.channel.receive().map_err(KeeperError::Channel)? {
             Some(message) if message.kind == DONE => Ok(message),
-            Some(message) => Err(Failure::reported(message.text)),
-            None => Err(Failure::new("hear from the keeper", "it was killed")),
+            Some(message) => Err(Reported(message.text).into()),
+            None => Err(KeeperError::Killed.into()),
         }
     }
 
@@ -145,11 +175,11 @@ impl Keeper {
         match self.answer() {
             Ok(message) => decode(&message.text),
             Err(_) => {
-                // It was killed. What it made is nobody's now.
-                if let Some(groups) = &self.errand.groups {
+                // It was killed.
+                if let Some(groups) = &self.assignment.groups {
                     groups.remove_abandoned();
                 }
-                for path in &self.errand.sockets {
+                for path in &self.assignment.sockets {
                     NamedSocket::remove_dead(path);
                 }
                 Usage::default()
@@ -181,39 +211,44 @@ fn decode(text: &str) -> Usage {
 
 /// The life of the keeper, which holds nothing of the supervisor's but what it needs: an output kept
 /// open would keep its reader waiting.
-fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>, errand: &Errand) {
+fn keep(
+    closed: Result<(), Errno>,
+    channel: OwnedFd,
+    supervisor: BorrowedFd<'_>,
+    assignment: &Assignment,
+) {
     let channel = &Channel::from(channel);
     // Signals that end a program stay held back; a terminal's do not come here.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"mayfly-keeper");
     let silent = closed.and_then(|()| be_silent());
-    if let Err(failure) = silent.doing("close inherited descriptors") {
-        let _ = channel.send(FAILED, &failure.to_string(), &[]);
+    if let Err(error) = silent.map_err(KeeperError::Start) {
+        let _ = channel.send(FAILED, &message(&error), &[]);
         return;
     }
-    let mut kept = Kept::default();
-    let report = errand.report.as_ref().and_then(|described| {
+    let mut holdings = Holdings::default();
+    let report = assignment.report.as_ref().and_then(|place| {
         let files = channel.receive().ok()??.files;
-        Report::of(files, described.path.clone(), described.name.clone())
+        Report::of(files, place.path.clone(), place.name.clone())
     });
-    match kept.make(errand) {
+    match holdings.make(assignment) {
         Ok(made) => {
-            let (sockets, doors) = &made;
-            let text = if doors.v2.is_some() { WITH_V2 } else { "" };
+            let (sockets, entrances) = &made;
+            let text = if entrances.v2.is_some() { WITH_V2 } else { "" };
             let files: Vec<BorrowedFd<'_>> = sockets
                 .iter()
-                .chain(&doors.v1)
-                .chain(&doors.v2)
+                .chain(&entrances.v1)
+                .chain(&entrances.v2)
                 .map(AsFd::as_fd)
                 .collect();
             if channel.send(DONE, text, &files).is_err() {
-                kept.remove(errand);
+                holdings.remove(assignment);
                 return;
             }
         }
-        Err(failure) => {
-            kept.remove(errand);
-            let _ = channel.send(FAILED, &failure.to_string(), &[]);
+        Err(error) => {
+            holdings.remove(assignment);
+            let _ = channel.send(FAILED, &message(&*error), &[]);
             return;
         }
     }
@@ -222,9 +257,9 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
     loop {
         match next(channel, supervisor) {
             Some(message) if message.kind == WATCH => monitor = message.files.into_iter().next(),
-            Some(message) if message.kind == KILLED => kept.let_end(),
+            Some(message) if message.kind == KILLED => holdings.let_end(),
             Some(message) if message.kind == END => {
-                account = kept.remove(errand).unwrap_or(account);
+                account = holdings.remove(assignment).unwrap_or(account);
                 let _ = channel.send(DONE, &encode(account), &[]);
             }
             Some(_) => return,
@@ -232,14 +267,14 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
                 if let Some(monitor) = &monitor {
                     let _ = rustix::process::pidfd_send_signal(monitor, Signal::KILL);
                 }
-                kept.let_end();
+                holdings.let_end();
                 if let Some(monitor) = monitor {
                     let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
                     let _ = poll(&mut [ended], Some(&PATIENCE));
                 }
-                account = kept.remove(errand).unwrap_or(account);
-                if let (Some(report), Some(described)) = (&report, &errand.report) {
-                    write_report(report, described, account);
+                account = holdings.remove(assignment).unwrap_or(account);
+                if let (Some(report), Some(place)) = (&report, &assignment.report) {
+                    write_report(report, place, account);
                 }
                 return;
             }
@@ -248,7 +283,7 @@ fn keep(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>,
 }
 
 /// For a supervisor that was killed before it has written one.
-fn write_report(report: &Report, described: &Described, account: Usage) {
+fn write_report(report: &Report, place: &ReportPlace, account: Usage) {
     if report.is_written() {
         return;
     }
@@ -257,16 +292,10 @@ fn write_report(report: &Report, described: &Described, account: Usage) {
         ..Seen::default()
     };
     let times = Times {
-        ended_us: Some(sys::monotonic_us().saturating_sub(described.began_us)),
+        ended_us: Some(sys::monotonic_us().saturating_sub(place.began_us)),
         ..Times::default()
     };
-    let facts = outcome::facts(
-        &described.id,
-        &Verdict::jailer_killed(),
-        None,
-        &seen,
-        &times,
-    );
+    let facts = outcome::facts(&place.id, &Verdict::jailer_killed(), None, &seen, &times);
     // There is no process left to tell if it fails.
     let _ = report.write(&facts);
 }
@@ -306,26 +335,28 @@ fn be_silent() -> Result<(), Errno> {
 
 /// What was made.
 #[derive(Default)]
-struct Kept {
+struct Holdings {
     groups: Option<Groups>,
     sockets: Vec<NamedSocket>,
 }
 
-impl Kept {
-    fn make(&mut self, errand: &Errand) -> Result<(Vec<OwnedFd>, Entrances), Failure> {
+impl Holdings {
+    fn make(&mut self, assignment: &Assignment) -> Result<(Vec<OwnedFd>, Entrances), AnyError> {
+        let bound = assignment
+            .sockets
+            .iter()
+            .map(|path| NamedSocket::bind(path));
         let mut listening = Vec::new();
-        for path in &errand.sockets {
-            let (named, socket) = NamedSocket::bind(path)?;
+        for bound in bound {
+            let (named, socket) = bound?;
             self.sockets.push(named);
             listening.push(socket);
         }
-        self.groups = errand
-            .groups
-            .as_ref()
-            .map(exclusive::Plan::make)
-            .transpose()?;
-        let doors = self.groups.as_ref().map(Groups::entrances).transpose()?;
-        Ok((listening, doors.unwrap_or_default()))
+        let Some(plan) = &assignment.groups else {
+            return Ok((listening, Entrances::default()));
+        };
+        let groups = self.groups.insert(plan.make()?);
+        Ok((listening, groups.entrances()?))
     }
 
     fn let_end(&self) {
@@ -335,18 +366,18 @@ impl Kept {
     }
 
     /// What the groups counted, unless they were removed before or never made.
-    fn remove(&mut self, errand: &Errand) -> Option<Usage> {
+    fn remove(&mut self, assignment: &Assignment) -> Option<Usage> {
         for socket in self.sockets.drain(..) {
             socket.remove();
         }
-        // What stays (a group somebody else has put a process in) the next start will sweep.
+        // What stays (a group that another process was put in) the next start will remove.
         let (account, left) = self.groups.take()?.end();
-        if let Some(errand) = &errand.groups {
-            // A process in the jail that nobody told us of may take its time to end.
+        if let Some(assignment) = &assignment.groups {
+            // A process in the jail that this one was not told of may take its time to end.
             if left.is_empty() {
-                errand.remove_parents();
+                assignment.remove_parents();
             } else {
-                errand.remove_abandoned();
+                assignment.remove_abandoned();
             }
         }
         Some(account)
@@ -354,11 +385,9 @@ impl Kept {
 }
 
 /// A descriptor of this process, by which others can tell that it has ended.
-pub fn own_descriptor() -> Result<OwnedFd, Failure> {
-    rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).doing_or(
-        "get a descriptor of this process",
-        |_| "use Linux 5.10 or newer",
-    )
+pub fn own_descriptor() -> Result<OwnedFd, KeeperError> {
+    let own = rustix::process::getpid();
+    rustix::process::pidfd_open(own, PidfdFlags::empty()).map_err(KeeperError::OwnDescriptor)
 }
 
 #[cfg(test)]
@@ -366,7 +395,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn accounts_survive_the_channel() {
+    fn usage_survives_the_channel() {
         for account in [
             Usage::default(),
             Usage {

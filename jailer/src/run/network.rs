@@ -10,19 +10,24 @@
 //!
 //! The tap is persistent and so left to its namespace: closing one takes 34 ms, a namespace takes
 //! all its interfaces down at once, later, the cable's other end with them. So nothing has to be
-//! removed, whoever is killed when.
+//! removed, whichever process is killed when.
 
+mod netlink;
+
+use std::borrow::Cow;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use mayfly::wire::config::Mac;
+use mayfly::wire::tap::{Tap, TapError};
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-use super::netlink::Netlink;
-use super::opening::open_tun;
-use crate::failure::{Doing, Failure};
-use crate::sys;
+use self::netlink::Netlink;
+use super::spec::OwnTap;
+use super::spec::resources::{open_tun, tun_remedy};
+use crate::error::{Remedy, errno};
 
 /// The tap's name in the jail.
 const TAP: &str = "guest";
@@ -42,6 +47,117 @@ const PREFIX: u8 = 30;
 const USER_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const USER_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
+/// The jail's network cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error("cannot open /dev/net/tun")]
+    Tun(#[source] Errno),
+    #[error("cannot make a tap in the jail")]
+    Tap(#[source] TapError),
+    #[error("cannot keep the tap of the jail")]
+    Keep(#[source] Errno),
+    #[error("cannot make the cable {0} between the jail and the host")]
+    Cable(String, #[source] Errno),
+    #[error("cannot give the cable {0} its address and route")]
+    Host(String, #[source] Errno),
+    #[error("cannot set up the network in the jail")]
+    Jail(#[source] Errno),
+    #[error("cannot set {0} in the jail")]
+    Setting(String, #[source] Errno),
+}
+
+impl NetworkError {
+    /// The kernel's answer behind it, where it was one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            NetworkError::Tap(_) => None,
+            NetworkError::Tun(error)
+            | NetworkError::Keep(error)
+            | NetworkError::Cable(_, error)
+            | NetworkError::Host(_, error)
+            | NetworkError::Jail(error)
+            | NetworkError::Setting(_, error) => Some(*error),
+        }
+    }
+}
+
+impl Remedy for NetworkError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        Some(Cow::Borrowed(match self {
+            NetworkError::Tun(error) => tun_remedy(*error)?,
+            NetworkError::Cable(_, Errno::OPNOTSUPP) => {
+                "this kernel has no veth: load it with `modprobe veth`"
+            }
+            NetworkError::Cable(_, Errno::EXIST) => {
+                "another microVM took that name just now: start again"
+            }
+            NetworkError::Host(_, Errno::EXIST) => {
+                "a route of this host is in the way in 198.18.0.0/15"
+            }
+            NetworkError::Setting(..) => "mount /proc writable",
+            _ => return None,
+        }))
+    }
+}
+
+/// A network of the jail's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// Routed to the host, over a cable whose other end the supervisor makes.
+    Auto(Block),
+    /// Routed to whatever program the user connects.
+    User,
+}
+
+impl Network {
+    /// Chooses the addresses.
+    pub fn choose(tap: OwnTap, seed: u32) -> Network {
+        match tap {
+            OwnTap::Auto => Network::Auto(choose_block(seed)),
+            OwnTap::User => Network::User,
+        }
+    }
+
+    fn guest(self) -> Ipv4Addr {
+        match self {
+            Network::Auto(block) => block.guest(),
+            Network::User => USER_GUEST,
+        }
+    }
+
+    /// The guest's address on a Linux command line.
+    pub fn words(self) -> String {
+        let (gateway, mask) = match self {
+            Network::Auto(block) => (block.gateway(), Ipv4Addr::new(255, 255, 255, 252)),
+            Network::User => (USER_GATEWAY, Ipv4Addr::new(255, 255, 255, 0)),
+        };
+        format!("ip={}::{gateway}:{mask}::eth0:off", self.guest())
+    }
+
+    /// A MAC address for the guest, locally administered.
+    pub fn mac(self) -> Mac {
+        let [a, b, c, d] = self.guest().octets();
+        Mac([6, 0, a, b, c, d])
+    }
+
+    /// What the user is told, once the process in the jail has the number `pid`.
+    pub fn announcement(self, pid: Pid) -> String {
+        let guest = self.guest();
+        match self {
+            Network::Auto(block) => format!(
+                "mayfly-jailer: the guest's address is {guest} (the host's, to the guest: {})\n",
+                block.host()
+            ),
+            Network::User => format!(
+                "mayfly-jailer: the guest's address is {guest}; connect its network with one of\n  \
+                 slirp4netns --configure PID tap0\n  pasta --config-net PID\n\
+                 where PID is {0} (network namespace /proc/{0}/ns/net)\n",
+                pid.as_raw_nonzero()
+            ),
+        }
+    }
+}
+
 /// The addresses of one microVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block(u32);
@@ -57,7 +173,7 @@ impl Block {
     }
 
     /// The host's end of the cable.
-    pub fn host(self) -> Ipv4Addr {
+    fn host(self) -> Ipv4Addr {
         self.address(1)
     }
 
@@ -73,52 +189,18 @@ impl Block {
         self.address(5)
     }
 
-    /// The guest.
-    pub fn guest(self) -> Ipv4Addr {
+    fn guest(self) -> Ipv4Addr {
         self.address(6)
     }
 
     /// Name of the host's end of the cable; that it exists once is what makes the block ours.
-    pub fn interface(self) -> String {
+    fn interface(self) -> String {
         format!("mf{}", self.0)
     }
-
-    /// The guest's address on a Linux command line.
-    pub fn words(self) -> String {
-        words(
-            self.guest(),
-            self.gateway(),
-            Ipv4Addr::new(255, 255, 255, 252),
-        )
-    }
-
-    /// A MAC address for the guest, locally administered.
-    pub fn mac(self) -> String {
-        mac(self.guest())
-    }
-}
-
-fn words(guest: Ipv4Addr, gateway: Ipv4Addr, mask: Ipv4Addr) -> String {
-    format!("ip={guest}::{gateway}:{mask}::eth0:off")
-}
-
-fn mac(guest: Ipv4Addr) -> String {
-    let [a, b, c, d] = guest.octets();
-    format!("06:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
-}
-
-/// The address, as words for Linux, and the MAC of a guest whose network is the user's.
-pub fn user_guest() -> (Ipv4Addr, String, String) {
-    let mask = Ipv4Addr::new(255, 255, 255, 0);
-    (
-        USER_GUEST,
-        words(USER_GUEST, USER_GATEWAY, mask),
-        mac(USER_GUEST),
-    )
 }
 
 /// Chooses a block no microVM of this host has, as far as can be seen; making the cable decides.
-pub fn choose_block(seed: u32) -> Block {
+fn choose_block(seed: u32) -> Block {
     (0..BLOCKS)
         .map(|step| Block::of(seed.wrapping_add(step)))
         .find(|block| !Path::new("/sys/class/net").join(block.interface()).exists())
@@ -126,66 +208,56 @@ pub fn choose_block(seed: u32) -> Block {
 }
 
 /// On the host: makes the cable into the jail and routes the guest's network into it.
-pub fn connect_outside(block: Block, pid: Pid) -> Result<(), Failure> {
-    let what = format!("connect the jail to the host ({})", block.interface());
-    let netlink = Netlink::open().doing(&what)?;
+pub fn connect_outside(block: Block, pid: Pid) -> Result<(), NetworkError> {
+    let name = block.interface();
+    let cable = |error| NetworkError::Cable(name.clone(), error);
+    let netlink = Netlink::open().map_err(cable)?;
     netlink
-        .make_cable(&block.interface(), CABLE, pid.as_raw_nonzero().get())
-        .doing_or(&what, |error| match Errno::from_io_error(error) {
-            Some(Errno::OPNOTSUPP) => "this kernel has no veth: load it with `modprobe veth`",
-            Some(Errno::EXIST) => "another microVM took that name just now: start again",
-            _ => "",
-        })?;
-    let index = netlink.index(&block.interface()).doing(&what)?;
+        .make_cable(&name, CABLE, pid.as_raw_nonzero().get())
+        .map_err(cable)?;
+    let guests = block.guests_network();
     netlink
-        .add_address(index, block.host(), PREFIX)
-        .doing(&what)?;
-    netlink.set_up(index).doing(&what)?;
-    netlink
-        .add_route(block.guests_network(), PREFIX, Some(block.jail()), index)
-        .doing_or(&what, |error| match Errno::from_io_error(error) {
-            Some(Errno::EXIST) => "a route of this host is in the way in 198.18.0.0/15",
-            _ => "",
+        .index(&name)
+        .and_then(|index| {
+            netlink.add_address(index, block.host(), PREFIX)?;
+            netlink.set_up(index)?;
+            netlink.add_route(guests, PREFIX, Some(block.jail()), index)
         })
+        .map_err(|error| NetworkError::Host(name.clone(), error))
 }
 
 /// In the jail: makes the tap.
-pub fn make_tap() -> Result<OwnedFd, Failure> {
-    let what = "make a tap in the jail";
-    let tap = open_tun()?;
-    sys::attach_tap(tap.as_fd(), TAP).doing(what)?;
-    sys::keep_tap(tap.as_fd()).doing(what)?;
-    Ok(tap)
+pub fn make_tap() -> Result<OwnedFd, NetworkError> {
+    let tun = open_tun().map_err(NetworkError::Tun)?;
+    let tap = Tap::attach(tun, TAP).map_err(NetworkError::Tap)?;
+    let kept = tap.make_persistent();
+    kept.map_err(|error| NetworkError::Keep(errno(error)))?;
+    Ok(tap.into())
 }
 
 /// In the jail: lets its kernel pass on what is not for itself.
-pub fn prepare_inside() -> Result<(), Failure> {
+pub fn prepare_inside() -> Result<(), NetworkError> {
     set("ip_forward", "1")
 }
 
 /// In the jail: configures both ends of what the guest needs to reach the host.
-pub fn connect_inside(block: &Block) -> Result<(), Failure> {
-    let what = "set up the jail's network";
-    let netlink = Netlink::open().doing(what)?;
-    let cable = netlink.index(CABLE).doing(what)?;
-    netlink.set_up(cable).doing(what)?;
-    netlink
-        .add_address(cable, block.jail(), PREFIX)
-        .doing(what)?;
-    netlink
-        .add_route(Ipv4Addr::UNSPECIFIED, 0, Some(block.host()), cable)
-        .doing(what)?;
-    let tap = netlink.index(TAP).doing(what)?;
-    netlink.set_up(tap).doing(what)?;
-    netlink
-        .add_address(tap, block.gateway(), PREFIX)
-        .doing(what)
+pub fn connect_inside(block: &Block) -> Result<(), NetworkError> {
+    let connect = || {
+        let netlink = Netlink::open()?;
+        let cable = netlink.index(CABLE)?;
+        netlink.set_up(cable)?;
+        netlink.add_address(cable, block.jail(), PREFIX)?;
+        netlink.add_route(Ipv4Addr::UNSPECIFIED, 0, Some(block.host()), cable)?;
+        let tap = netlink.index(TAP)?;
+        netlink.set_up(tap)?;
+        netlink.add_address(tap, block.gateway(), PREFIX)
+    };
+    connect().map_err(NetworkError::Jail)
 }
 
 /// In the jail: lets the guest have whatever network appears here later. The kernel answers for the
 /// guest towards that network, and for all of that network towards the guest.
-pub fn open_inside() -> Result<(), Failure> {
-    let what = "set up the jail's network";
+pub fn open_inside() -> Result<(), NetworkError> {
     prepare_inside()?;
     for (name, value) in [
         ("conf/all/proxy_arp", "1"),
@@ -195,19 +267,19 @@ pub fn open_inside() -> Result<(), Failure> {
     ] {
         set(name, value)?;
     }
-    let netlink = Netlink::open().doing(what)?;
-    let tap = netlink.index(TAP).doing(what)?;
-    netlink.set_up(1).doing(what)?;
-    netlink.set_up(tap).doing(what)?;
-    netlink.add_route(USER_GUEST, 32, None, tap).doing(what)
+    let open = || {
+        let netlink = Netlink::open()?;
+        let tap = netlink.index(TAP)?;
+        netlink.set_up(1)?;
+        netlink.set_up(tap)?;
+        netlink.add_route(USER_GUEST, 32, None, tap)
+    };
+    open().map_err(NetworkError::Jail)
 }
 
-fn set(name: &str, value: &str) -> Result<(), Failure> {
+fn set(name: &str, value: &str) -> Result<(), NetworkError> {
     let path = format!("/proc/sys/net/ipv4/{name}");
-    std::fs::write(&path, value).doing_or(
-        format_args!("set {path} in the jail"),
-        |_| "mount /proc writable",
-    )
+    std::fs::write(&path, value).map_err(|error| NetworkError::Setting(path, errno(error)))
 }
 
 #[cfg(test)]
@@ -221,11 +293,12 @@ mod tests {
         assert_eq!(first.guest(), Ipv4Addr::new(198, 18, 0, 6));
         assert_eq!(last.guest(), Ipv4Addr::new(198, 19, 255, 254));
         assert_eq!(Block::of(BLOCKS), first);
+        let network = Network::Auto(first);
         assert_eq!(
-            first.words(),
+            network.words(),
             "ip=198.18.0.6::198.18.0.5:255.255.255.252::eth0:off"
         );
-        assert_eq!(first.mac(), "06:00:c6:12:00:06");
+        assert_eq!(network.mac().to_string(), "06:00:c6:12:00:06");
         assert!(last.interface().len() < 16);
     }
 }

@@ -1,27 +1,31 @@
 //! The supervisor's watch over one microVM: from the moment its jail is asked for until it is gone.
 //!
 //! One loop over one set of descriptors. What has to happen in order (the jail stands, the
-//! configuration is sent, the guest starts) happens as soon as each has been
-//! heard of; the console, the log, signals and the time limit are served all the while.
+//! configuration is sent, the guest starts) happens as soon as each has been heard of; the console,
+//! the log, signals and the time limit are served all the while.
 
-use std::collections::VecDeque;
+pub mod start;
+
+use std::borrow::Cow;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use mayfly::wire::limits::END_REPORT_MAX;
+use mayfly::wire::{Client, ClientError, EndReport, Response};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
-use super::api::{Answer, Client};
 use super::channel::Channel;
-use super::console::{Console, Part, Relay};
+use super::console::{Console, LOOK_EVERY, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
-use super::machine::{Machine, Request, rename};
-use super::outcome::{Asked, ORDERLY, Seen, Times, Verdict};
-use super::terminal::LOOK_EVERY;
+use super::outcome::{Asked, Seen, Times, Verdict};
+use super::spec::Ender;
+use super::spec::vm::Vm;
 use crate::cgroup::exclusive;
-use crate::failure::{Doing, Failure};
+use crate::error::{AnyError, Remedy, Reported, message};
 use crate::sys::{self, Ended, Used};
 
 /// How long a start may take, in microseconds: a big guest on huge pages takes seconds.
@@ -30,6 +34,31 @@ const START_US: u64 = 60_000_000;
 const GRACE_US: u64 = 3_000_000;
 /// How long the last of console and log may take to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// The microVM cannot be started or watched.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    #[error("cannot start the microVM: {0}")]
+    Refused(String),
+    #[error("cannot start the microVM: the monitor did not answer for {0} seconds")]
+    NoAnswer(u64),
+    #[error("cannot speak to the monitor")]
+    Client(#[from] ClientError),
+    #[error("cannot hear from the jail")]
+    Jail(#[source] Errno),
+    #[error("cannot wait for the microVM")]
+    Poll(#[source] Errno),
+    #[error("cannot learn how the monitor ended")]
+    Wait(#[source] Errno),
+    #[error("cannot run the monitor: {0} before the guest started")]
+    EndedEarly(String),
+}
+
+impl Remedy for WatchError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        matches!(self, WatchError::EndedEarly(_)).then_some("its log may say why".into())
+    }
+}
 
 /// Everything there is to watch.
 #[derive(Debug)]
@@ -44,50 +73,43 @@ pub struct Watch {
     pub pidfd: OwnedFd,
     /// To the process in the jail, until it is the monitor.
     pub jail: Channel,
-    /// Who keeps what has a name.
+    /// The process that keeps what has a name.
     pub keeper: Option<Keeper>,
     /// When the control groups were made, microseconds after the jailer began.
     pub limited_us: Option<u64>,
-    /// What to start; none if a client does that.
-    pub machine: Option<Machine>,
+    /// What to start; none if a client of the API does that.
+    pub vm: Option<Vm>,
     /// The console.
     pub console: Console,
     /// The log.
-    pub log: Log,
-    /// Where it says how the guest ended.
+    pub log: Relay,
+    /// Where the monitor reports how the guest ended.
     pub end: OwnedFd,
-    /// Signals that end this program.
+    /// Signals that end this program, and SIGCONT.
     pub signals: OwnedFd,
     /// Connection to the API, if there is one already.
     pub client: Option<Client>,
-    /// What ends it besides: descriptors that are ready then, and why.
-    pub enders: Vec<(OwnedFd, Asked)>,
+    /// What ends the microVM besides: descriptors that are ready then.
+    pub enders: Vec<(OwnedFd, Ender)>,
     /// How many processes had been killed at a memory limit of the caller's own group.
     pub kills_before: Option<u64>,
     /// When to end the microVM, microseconds after the jailer began.
     pub time_limit_us: Option<u64>,
-    /// What to do when the guest's first byte is there.
-    pub on_first_byte: Option<FirstByte>,
+    /// For `check`: what to type at the guest's first byte, after asking for the timeline.
+    pub first_reply: Option<&'static [u8]>,
     /// What to tell the user once the monitor runs.
     pub announcement: String,
     /// Why it is to be given up at once.
-    pub doomed: Option<Failure>,
-}
-
-/// For `check`: ask for the monitor's timeline, then type something.
-#[derive(Debug)]
-pub struct FirstByte {
-    /// What to type.
-    pub reply: &'static [u8],
+    pub doomed: Option<AnyError>,
 }
 
 /// What became of it.
 #[derive(Debug)]
 pub struct Watched {
-    /// How the monitor ended and what it used, or why nobody knows.
-    pub ended: Result<(Ended, Used), Failure>,
+    /// How the monitor ended and what it used, or why that is not known.
+    pub ended: Result<(Ended, Used), WatchError>,
     /// Why it was given up before it ran, if it was.
-    pub failure: Option<Failure>,
+    pub failure: Option<AnyError>,
     /// What was seen.
     pub seen: Seen,
     /// When.
@@ -99,78 +121,17 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// How it ended, in a word, a code and a sentence.
+    /// How it ended, in a word, a code and a message.
     pub fn verdict(&self) -> Verdict {
         match (&self.failure, &self.ended) {
             // Whatever else failed did so for that.
             (_, Ok((ended, _))) if self.seen.was_memory_limit(*ended) => {
                 Verdict::of(*ended, &self.seen)
             }
-            (Some(failure), _) => Verdict::not_started(failure),
+            (Some(error), _) => Verdict::not_started(message(&**error)),
             (None, Ok((ended, _))) => Verdict::of(*ended, &self.seen),
-            (None, Err(failure)) => Verdict::unknown(failure),
+            (None, Err(error)) => Verdict::unknown(message(error)),
         }
-    }
-}
-
-/// The monitor's log on its way.
-#[derive(Debug)]
-pub struct Log {
-    relay: Relay,
-    /// Lines of little weight are for a file, not for a person's terminal.
-    only_troubles: bool,
-    line: Vec<u8>,
-    /// What the user calls the files of the request that is asked just now.
-    names: Vec<String>,
-    /// What the user calls the files that the guest has mapped.
-    images: Vec<String>,
-}
-
-/// The monitor's words about a file that is mapped into the guest. Any other file may have been
-/// handed in by a client of the API, once the guest runs.
-const MAPPED: &[u8] = b"was cut short; replace such a file";
-
-impl Log {
-    /// Longest line that is looked at.
-    const LONGEST: usize = 4096;
-
-    /// To where `relay` goes.
-    pub fn new(relay: Relay, only_troubles: bool) -> Log {
-        Log {
-            relay,
-            only_troubles,
-            line: Vec::new(),
-            names: Vec::new(),
-            images: Vec::new(),
-        }
-    }
-
-    fn take(&mut self) -> bool {
-        let mut came = Vec::new();
-        if !self.relay.look(&mut came) {
-            return false;
-        }
-        for piece in came.split_inclusive(|&byte| byte == b'\n') {
-            if self.line.len() < Self::LONGEST {
-                self.line.extend_from_slice(piece);
-            }
-            if piece.ends_with(b"\n") {
-                let line = std::mem::take(&mut self.line);
-                let has = |words: &[u8]| line.windows(words.len()).any(|part| part == words);
-                let is_minor = [&b":INFO]"[..], b":DEBUG]", b":TRACE]"]
-                    .into_iter()
-                    .any(has);
-                if !(self.only_troubles && is_minor) {
-                    let names = if has(MAPPED) {
-                        &self.images
-                    } else {
-                        &self.names
-                    };
-                    self.relay.pass(&rename(&line, names));
-                }
-            }
-        }
-        true
     }
 }
 
@@ -179,28 +140,36 @@ impl Log {
 enum Ready {
     Ended,
     Signal,
-    Ender(Asked),
+    Ender(Ender),
     Jail,
     Api,
     Console(Part),
     Log(Part),
 }
 
+/// What the monitor is being asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Question {
+    /// To start the guest.
+    Start,
+    /// When it did what.
+    Timeline,
+}
+
 /// The state of the watch besides what there is to watch.
 #[derive(Debug, Default)]
 struct Progress {
-    requests: Option<VecDeque<Request>>,
-    /// The request whose answer is awaited.
-    asked: Option<String>,
-    /// The monitor has been asked to start the guest, and has.
+    /// The question whose answer is awaited.
+    question: Option<Question>,
+    /// The monitor has been asked to start the guest, and has; or a client is to ask.
     has_started: bool,
     /// The process in the jail has said its last: it is the monitor, or gone.
     is_monitor: bool,
-    failure: Option<Failure>,
+    failure: Option<AnyError>,
     kill_at_us: Option<u64>,
-    /// The connection to the API broke; by when whoever was behind it has to have said why, or
+    /// The connection to the API broke; by when the process at its other end has to have said why, or
     /// ended.
-    hung_up: Option<(u64, Failure)>,
+    hung_up: Option<(u64, ClientError)>,
     seen: Seen,
     times: Times,
     timeline: Option<Vec<u8>>,
@@ -216,9 +185,9 @@ impl Watch {
             self.give_up(&mut progress, failure);
         }
         loop {
-            let advanced = self.advance(&mut progress);
-            if let Err(failure) = advanced.and_then(|()| self.answer_first_byte(&mut progress)) {
-                self.give_up(&mut progress, failure);
+            self.advance(&mut progress);
+            if let Err(error) = self.answer_first_byte(&mut progress) {
+                self.give_up(&mut progress, error.into());
             }
             self.look_at_clock(&mut progress);
             match self.wait(&progress) {
@@ -235,8 +204,8 @@ impl Watch {
                         break;
                     }
                 }
-                Err(failure) => {
-                    self.give_up(&mut progress, failure);
+                Err(error) => {
+                    self.give_up(&mut progress, error.into());
                     break;
                 }
             }
@@ -256,39 +225,29 @@ impl Watch {
         }
     }
 
-    fn give_up(&self, progress: &mut Progress, failure: Failure) {
+    fn give_up(&self, progress: &mut Progress, failure: AnyError) {
         // The first reason is the reason.
         progress.failure.get_or_insert(failure);
         self.kill();
     }
 
-    /// Sends what is next, if its time has come.
-    fn advance(&mut self, progress: &mut Progress) -> Result<(), Failure> {
-        let is_ready = progress.times.jailed_us.is_some();
-        let is_over = progress.failure.is_some() || progress.hung_up.is_some();
-        if !is_ready || is_over || progress.asked.is_some() {
-            return Ok(());
+    /// Has the guest started, once the jail stands.
+    fn advance(&mut self, progress: &mut Progress) {
+        if progress.times.jailed_us.is_none() || progress.failure.is_some() {
+            return;
         }
-        let (Some(machine), Some(client)) = (&self.machine, &mut self.client) else {
-            // A client of its own configures and starts it.
-            progress.has_started = true;
-            return Ok(());
+        // The monitor has its own then: a tap or disk is not held open here.
+        let (Some(vm), Some(client)) = (self.vm.take(), &mut self.client) else {
+            // A client of its own configures and starts it, unless the above is under way.
+            progress.has_started |= progress.question.is_none() && progress.hung_up.is_none();
+            return;
         };
-        let requests = progress
-            .requests
-            .get_or_insert_with(|| machine.requests().into());
-        if let Some(request) = requests.pop_front() {
-            let files = machine.files(&request);
-            self.log.names = machine.names(&request);
-            self.log.images = machine.images();
-            match client.send(&request.line, Some(&request.body), &files) {
-                Ok(()) => progress.asked = Some(request.line),
-                // The process in the jail failed before it was the monitor, or the monitor at its
-                // start: its own words, or how it ends, tell more than a broken connection.
-                Err(failure) => progress.hung_up = Some((self.now_us() + GRACE_US, failure)),
-            }
+        match client.send("PUT", "/vm", &vm.request(), &vm.files()) {
+            Ok(()) => progress.question = Some(Question::Start),
+            // The process in the jail failed before it was the monitor, or the monitor at its start:
+            // its own message, or how it ends, tells more than a broken connection.
+            Err(error) => progress.hung_up = Some((self.now_us() + GRACE_US, error)),
         }
-        Ok(())
     }
 
     fn look_at_clock(&mut self, progress: &mut Progress) {
@@ -300,22 +259,20 @@ impl Watch {
             progress.kill_at_us = None;
             self.kill();
         }
-        if let Some((_, failure)) = progress.hung_up.take_if(|(at, _)| now >= *at) {
-            self.give_up(progress, failure);
+        if let Some((_, error)) = progress.hung_up.take_if(|(at, _)| now >= *at) {
+            self.give_up(progress, WatchError::from(error).into());
         }
         if !progress.seen.timed_out && self.time_limit_us.is_some_and(|at| now >= at) {
             progress.seen.timed_out = true;
             self.kill();
         }
         if !progress.has_started && progress.failure.is_none() && now >= START_US {
-            let seconds = START_US / 1_000_000;
-            let why = format!("the monitor did not answer for {seconds} seconds");
-            self.give_up(progress, Failure::new("start the microVM", why));
+            self.give_up(progress, WatchError::NoAnswer(START_US / 1_000_000).into());
         }
     }
 
     /// Waits until something is ready or due.
-    fn wait(&self, progress: &Progress) -> Result<Vec<Ready>, Failure> {
+    fn wait(&self, progress: &Progress) -> Result<Vec<Ready>, WatchError> {
         let mut polled = Vec::with_capacity(12);
         let mut kinds = Vec::with_capacity(12);
         {
@@ -324,17 +281,17 @@ impl Watch {
                 polled.push(PollFd::from_borrowed_fd(fd, flags));
             };
             add(Ready::Signal, self.signals.as_fd(), PollFlags::IN);
-            for (fd, asked) in self.enders.iter().filter(|_| progress.seen.asked.is_none()) {
-                let flags = match asked {
-                    Asked::HangUp => PollFlags::RDHUP,
-                    _ => PollFlags::IN,
+            for (fd, ender) in self.enders.iter().filter(|_| progress.seen.asked.is_none()) {
+                let flags = match ender {
+                    Ender::HangUp => PollFlags::RDHUP,
+                    Ender::Parent => PollFlags::IN,
                 };
-                add(Ready::Ender(*asked), fd.as_fd(), flags);
+                add(Ready::Ender(*ender), fd.as_fd(), flags);
             }
             if !progress.is_monitor {
                 add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
             }
-            if let Some(client) = self.client.as_ref().filter(|_| progress.asked.is_some()) {
+            if let Some(client) = self.client.as_ref().filter(|_| progress.question.is_some()) {
                 let more = if client.is_sending() {
                     PollFlags::OUT
                 } else {
@@ -343,7 +300,6 @@ impl Watch {
                 add(Ready::Api, client.as_fd(), PollFlags::IN | more);
             }
             self.log
-                .relay
                 .interests(&mut |part, fd, flags| add(Ready::Log(part), fd, flags));
             self.console
                 .interests(&mut |part, fd, flags| add(Ready::Console(part), fd, flags));
@@ -351,7 +307,7 @@ impl Watch {
         }
         match poll(&mut polled, self.patience(progress).as_ref()) {
             Err(Errno::INTR) => return Ok(Vec::new()),
-            other => other.doing("wait for the microVM")?,
+            other => other.map_err(WatchError::Poll)?,
         };
         Ok(kinds
             .into_iter()
@@ -380,7 +336,7 @@ impl Watch {
         })
     }
 
-    fn handle(&mut self, ready: Ready, progress: &mut Progress) -> Result<(), Failure> {
+    fn handle(&mut self, ready: Ready, progress: &mut Progress) -> Result<(), AnyError> {
         match ready {
             Ready::Ended => {}
             Ready::Signal => match sys::next_signal(self.signals.as_fd()) {
@@ -388,7 +344,7 @@ impl Watch {
                 Some(signal) => self.ask_to_end(Asked::Signal(signal), progress),
                 None => {}
             },
-            Ready::Ender(asked) => self.ask_to_end(asked, progress),
+            Ready::Ender(ender) => self.ask_to_end(Asked::Ender(ender), progress),
             Ready::Jail => self.hear_jail(progress)?,
             Ready::Api => self.hear_monitor(progress)?,
             Ready::Console(part) => {
@@ -400,7 +356,7 @@ impl Watch {
                 }
             }
             Ready::Log(Part::Guest) => drop(self.log.take()),
-            Ready::Log(_) => drop(self.log.relay.flush()),
+            Ready::Log(_) => drop(self.log.flush()),
         }
         Ok(())
     }
@@ -415,101 +371,89 @@ impl Watch {
         progress.kill_at_us = Some(self.now_us() + GRACE_US);
     }
 
-    fn hear_jail(&mut self, progress: &mut Progress) -> Result<(), Failure> {
-        match self.jail.receive().doing("hear from the jail")? {
+    fn hear_jail(&mut self, progress: &mut Progress) -> Result<(), AnyError> {
+        match self.jail.receive().map_err(WatchError::Jail)? {
             Some(message) if message.kind == jail::READY => {
                 progress.times.jailed_us = Some(self.now_us());
                 let mut files = message.files.into_iter();
                 if self.client.is_none() {
-                    self.client = files.next().map(Client::new);
+                    let client = files.next().map(|fd| Client::new(UnixStream::from(fd)));
+                    self.client = client.transpose().map_err(WatchError::Client)?;
                 }
-                if let (Some(machine), Some(tap)) = (&mut self.machine, files.next()) {
-                    machine.set_tap(tap);
+                if let (Some(vm), Some(tap)) = (&mut self.vm, files.next()) {
+                    vm.set_tap(tap);
                 }
                 Ok(())
             }
             Some(message) => {
                 progress.is_monitor = true;
-                Err(Failure::reported(message.text))
+                Err(Reported(message.text).into())
             }
             // Closed by the exec, or by the end of the process, which will be heard of.
             None => {
                 progress.is_monitor = true;
                 progress.times.executed_us = Some(self.now_us());
                 let text = std::mem::take(&mut self.announcement);
-                // Whoever does not want to read it does not hold up the guest.
+                // A reader that does not read it does not hold up the guest.
                 let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
                 Ok(())
             }
         }
     }
 
-    fn hear_monitor(&mut self, progress: &mut Progress) -> Result<(), Failure> {
+    fn hear_monitor(&mut self, progress: &mut Progress) -> Result<(), WatchError> {
         let Some(client) = &mut self.client else {
             return Ok(());
         };
         let answer = match client.receive() {
             Ok(Some(answer)) => answer,
             Ok(None) => return Ok(()),
-            Err(failure) => {
-                progress.asked = None;
+            Err(error) => {
+                let question = progress.question.take();
                 self.client = None;
                 // A guest may be over before the answer to its start is out; how it ended counts.
                 // And what is not the monitor yet is about to say why it never will be.
-                let is_last = progress.requests.as_ref().is_some_and(VecDeque::is_empty);
-                if is_last || !progress.is_monitor {
-                    progress.has_started = is_last;
-                    progress.hung_up = Some((self.now_us() + GRACE_US, failure));
+                let is_start = question == Some(Question::Start);
+                if is_start || !progress.is_monitor {
+                    progress.has_started |= is_start;
+                    progress.hung_up = Some((self.now_us() + GRACE_US, error));
                     return Ok(());
                 }
-                return Err(failure);
+                return Err(error.into());
             }
         };
-        let line = progress.asked.take().unwrap_or_default();
-        self.judge(&line, answer, progress)
+        self.take_answer(answer, progress)
     }
 
-    fn judge(
-        &mut self,
-        line: &str,
-        answer: Answer,
-        progress: &mut Progress,
-    ) -> Result<(), Failure> {
-        if line.starts_with("GET /vm/timeline") {
-            progress.timeline = Some(answer.body);
-            if let Some(first) = self.on_first_byte.take() {
-                self.console.type_in(first.reply);
+    fn take_answer(&mut self, answer: Response, progress: &mut Progress) -> Result<(), WatchError> {
+        match progress.question.take() {
+            Some(Question::Timeline) => {
+                progress.timeline = Some(answer.body);
+                if let Some(reply) = self.first_reply.take() {
+                    self.console.type_in(reply);
+                }
             }
-            return Ok(());
-        }
-        if !answer.is_success() {
-            let fault = rename(answer.fault().as_bytes(), &self.log.names);
-            let fault = String::from_utf8_lossy(&fault).into_owned();
-            return Err(Failure::new("start the microVM", fault));
-        }
-        if progress.requests.as_ref().is_some_and(VecDeque::is_empty) {
-            progress.has_started = true;
-            progress.times.started_us = Some(self.now_us());
-            // The monitor has its own now; a tap or disk is not held open here.
-            self.machine = None;
-            self.log.names.clear();
+            _ if !answer.is_success() => return Err(WatchError::Refused(answer.fault())),
+            Some(Question::Start) => {
+                progress.has_started = true;
+                progress.times.started_us = Some(self.now_us());
+            }
+            _ => {}
         }
         Ok(())
     }
 
-    /// For `check`: the guest has spoken and waits for an answer.
-    fn answer_first_byte(&mut self, progress: &mut Progress) -> Result<(), Failure> {
-        if self.on_first_byte.is_none()
-            || progress.times.first_byte_us.is_none()
-            || progress.asked.is_some()
-            || !progress.has_started
-            || progress.timeline.is_some()
+    /// For `check`: the guest has written and waits for a reply.
+    fn answer_first_byte(&mut self, progress: &mut Progress) -> Result<(), WatchError> {
+        let is_time = progress.times.first_byte_us.is_some()
+            && progress.question.is_none()
+            && progress.times.started_us.is_some()
+            && progress.timeline.is_none();
+        if let Some(client) = self.client.as_mut().filter(|_| is_time)
+            && self.first_reply.is_some()
         {
-            return Ok(());
-        }
-        if let Some(client) = &mut self.client {
-            client.send("GET /vm/timeline", None, &[])?;
-            progress.asked = Some("GET /vm/timeline".into());
+            client.send("GET", "/vm/timeline", "", &[])?;
+            progress.question = Some(Question::Timeline);
         }
         Ok(())
     }
@@ -517,29 +461,25 @@ impl Watch {
     /// The process in the jail is gone: hears its last words and has everything removed.
     fn finish(mut self, mut progress: Progress) -> Watched {
         progress.times.ended_us = Some(self.now_us());
-        let ended = sys::wait(self.pid).doing("learn how the monitor ended");
+        let ended = sys::wait(self.pid).map_err(WatchError::Wait);
         // A failure may have been told just before the end.
         while !progress.is_monitor {
-            if let Err(failure) = self.hear_jail(&mut progress) {
-                progress.failure.get_or_insert(failure);
+            if let Err(error) = self.hear_jail(&mut progress) {
+                progress.failure.get_or_insert(error);
             }
         }
-        if progress.asked.is_some()
-            && let Err(failure) = self.hear_monitor(&mut progress)
+        if progress.question.is_some()
+            && let Err(error) = self.hear_monitor(&mut progress)
         {
-            progress.failure.get_or_insert(failure);
+            progress.failure.get_or_insert(error.into());
         }
         while self.log.take() {}
         while self.console.out.take() {}
-        // A monitor gone bad may have written anything, but it has no more to say than this.
-        let mut word = [0; 16];
-        let said = rustix::io::read(&self.end, &mut word).unwrap_or(0);
-        let said = word.get(..said).and_then(|line| line.strip_suffix(b"\n"));
-        progress.seen.told = ORDERLY
-            .into_iter()
-            .find(|word| said == Some(word.as_bytes()));
+        // A monitor that was taken over may have written anything, but this much is read.
+        let mut report = [0; END_REPORT_MAX];
+        let count = rustix::io::read(&self.end, &mut report).unwrap_or(0);
+        progress.seen.end = report.get(..count).and_then(EndReport::parse);
         self.write_the_rest();
-        // Nobody listens any more on what is now removed.
         self.console.close();
         if let Some(keeper) = &self.keeper {
             progress.seen.account = keeper.remove();
@@ -554,15 +494,12 @@ impl Watch {
             && progress.seen.asked.is_none()
         {
             let why = match ended {
-                Ended::Exited(code) => {
-                    format!("it ended with code {code} before the guest started")
-                }
-                Ended::Killed(signal) => {
-                    format!("signal {signal} ended it before the guest started")
-                }
+                Ended::Exited(code) => format!("it ended with code {code}"),
+                Ended::Killed(signal) => format!("signal {signal} ended it"),
             };
-            let failure = Failure::new("run the monitor", why).remedy("its log may say why");
-            progress.failure = (!progress.seen.timed_out).then_some(failure);
+            if !progress.seen.timed_out {
+                progress.failure = Some(WatchError::EndedEarly(why).into());
+            }
         }
         Watched {
             ended,
@@ -577,10 +514,8 @@ impl Watch {
     /// Gives slow readers of console and log a moment for what is still held for them.
     fn write_the_rest(&mut self) {
         let until = self.now_us() + LAST_WORDS.as_micros() as u64;
-        while (self.log.relay.is_holding() || self.console.out.is_holding())
-            && self.now_us() < until
-        {
-            if !(self.log.relay.flush() | self.console.out.flush()) {
+        while (self.log.is_holding() || self.console.out.is_holding()) && self.now_us() < until {
+            if !(self.log.flush() | self.console.out.flush()) {
                 std::thread::sleep(Duration::from_millis(2));
             }
         }

@@ -4,16 +4,38 @@
 //! The path is the caller's, who is trusted: symbolic links in it are followed, once, to the folder
 //! that is held open from then on.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::failure::{Doing, Failure};
+use crate::error::{Remedy, at};
+
+/// A socket cannot be made at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    #[error("cannot make the socket {0}")]
+    Make(PathBuf, #[source] Errno),
+    #[error("cannot make the socket {0}: something is there already")]
+    Taken(PathBuf),
+    #[error("cannot make the socket {0}: its name may have 107 bytes")]
+    LongName(PathBuf),
+}
+
+impl Remedy for SocketError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        match self {
+            SocketError::Make(_, Errno::NOENT) => Some("make its folder first".into()),
+            SocketError::Taken(_) => Some("choose another path, or remove it".into()),
+            _ => None,
+        }
+    }
+}
 
 /// The name of a socket in its folder.
 #[derive(Debug)]
@@ -28,35 +50,41 @@ impl NamedSocket {
     /// Makes a socket at `path`, which only this user may connect to, and listens on it. A socket
     /// without a listener was left by a process that was killed, and is replaced. Changes the working
     /// directory: the address of a socket holds 107 bytes.
-    pub fn bind(path: &Path) -> Result<(NamedSocket, OwnedFd), Failure> {
-        let what = format!("make the socket {}", path.display());
-        let (folder, name) =
-            open_folder(path).doing_or(&what, |error| match Errno::from_io_error(error) {
-                Some(Errno::NOENT) => "make its folder first",
-                _ => "",
-            })?;
+    pub fn bind(path: &Path) -> Result<(NamedSocket, OwnedFd), SocketError> {
+        let (folder, name) = open_folder(path).map_err(at(SocketError::Make, path))?;
         let _lock = lock(&folder);
-        rustix::process::fchdir(&folder).doing(&what)?;
         let address =
-            SocketAddrUnix::new(&*name).doing_or(&what, |_| "its name may have 107 bytes")?;
-        let socket = stream().doing(&what)?;
+            SocketAddrUnix::new(&*name).map_err(|_| SocketError::LongName(path.to_owned()))?;
         if let Ok(there) = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            rustix::process::fchdir(&folder).map_err(at(SocketError::Make, path))?;
             if !is_dead(&there, &address) {
-                return Err(Failure::new(what, "something is there already")
-                    .remedy("choose another path, or remove it"));
+                return Err(SocketError::Taken(path.to_owned()));
             }
-            rustix::fs::unlinkat(&folder, &name, AtFlags::empty()).doing(&what)?;
+        }
+        NamedSocket::make(folder, name, &address).map_err(at(SocketError::Make, path))
+    }
+
+    fn make(
+        folder: OwnedFd,
+        name: OsString,
+        address: &SocketAddrUnix,
+    ) -> Result<(NamedSocket, OwnedFd), Errno> {
+        rustix::process::fchdir(&folder)?;
+        let socket = stream()?;
+        match rustix::fs::unlinkat(&folder, &name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error),
         }
         let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let bound = rustix::net::bind(&socket, &address);
+        let bound = rustix::net::bind(&socket, address);
         rustix::process::umask(umask);
-        bound.doing(&what)?;
+        bound?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = rustix::fs::openat(&folder, &name, flags, Mode::empty()).doing(&what)?;
+        let made = rustix::fs::openat(&folder, &name, flags, Mode::empty())?;
         let named = NamedSocket { folder, name, made };
         if let Err(error) = rustix::net::listen(&socket, 128) {
             named.remove();
-            return Err(Failure::new(what, error));
+            return Err(error);
         }
         Ok((named, socket))
     }
@@ -92,18 +120,6 @@ impl NamedSocket {
 fn stream() -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-/// Connects to a listening socket at `path`.
-pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
 }
 
 /// Whether it is a socket without a listener. The working directory is its folder.
@@ -154,7 +170,7 @@ mod tests {
         let path = folder.path().join("s");
 
         let (named, socket) = NamedSocket::bind(&path).unwrap();
-        assert!(connect(&path).is_ok());
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
         let text = NamedSocket::bind(&path).unwrap_err().to_string();
         assert!(text.contains("there already"), "{text}");
         NamedSocket::remove_dead(&path);

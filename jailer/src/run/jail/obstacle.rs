@@ -1,22 +1,22 @@
-//! Why a host does not let an ordinary program make a jail, and what to do about it.
+//! What on a host keeps an ordinary program from making a jail, and what to do about it.
 //!
-//! Distributions and containers have several switches for user namespaces; all of them show only as
-//! a refused system call. What they are set to is looked up here, below a folder that a test can
-//! replace.
+//! Distributions and containers have several settings for user namespaces; all of them show only as
+//! a refused system call. What they are set to is read here, below a folder that a test can replace.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use rustix::io::Errno;
 
-use crate::failure::Failure;
+use crate::error::Remedy;
 
-/// Where the kernel's switches are.
-pub const SWITCHES: &str = "/proc/sys";
+/// Where the kernel's settings are.
+const SETTINGS: &str = "/proc/sys";
 
-/// A switch that is set against us.
+/// A setting that forbids it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Obstacle {
-    /// Debian's old switch.
+    /// Debian's old setting.
     UnprivilegedClone,
     /// The limit on user namespaces is 0.
     MaxUserNamespaces,
@@ -66,10 +66,10 @@ impl Obstacle {
     }
 }
 
-/// What stands in the way, if a switch does.
-pub fn obstacle(switches: &Path, is_root: bool) -> Option<Obstacle> {
+/// What stands in the way, if a setting below this folder does.
+fn obstacle(settings: &Path, is_root: bool) -> Option<Obstacle> {
     let value = |name: &str| {
-        let text = std::fs::read_to_string(switches.join(name)).ok()?;
+        let text = std::fs::read_to_string(settings.join(name)).ok()?;
         text.trim().parse::<u64>().ok()
     };
     if value("user/max_user_namespaces") == Some(0) {
@@ -87,58 +87,52 @@ pub fn obstacle(switches: &Path, is_root: bool) -> Option<Obstacle> {
     None
 }
 
-/// Why the namespaces could not be had.
-pub fn of_namespaces(error: Errno) -> Failure {
-    of_error(error, here())
-}
-
-/// What stands in the way on this host, if a switch does.
+/// What stands in the way on this host, if a setting does.
 pub fn here() -> Option<Obstacle> {
-    obstacle(Path::new(SWITCHES), crate::sys::is_superuser())
+    obstacle(Path::new(SETTINGS), crate::sys::is_superuser())
 }
 
-fn of_error(error: Errno, found: Option<Obstacle>) -> Failure {
-    let what = "make the jail's namespaces";
-    let found = found.or(match error {
-        // Containers' filters answer clone3 with "no such call".
-        Errno::NOSYS | Errno::PERM | Errno::ACCESS => Some(Obstacle::Filter),
-        Errno::INVAL => Some(Obstacle::NoUserNamespaces),
-        _ => None,
-    });
-    match (found, error) {
-        (Some(obstacle), _) => Failure::new(what, format_args!("{} ({error})", obstacle.reason()))
-            .remedy(obstacle.remedy()),
-        (None, Errno::NOSPC | Errno::USERS) => {
-            Failure::new(what, "a limit on namespaces is reached")
-                .remedy("raise user.max_*_namespaces (sysctl), or end some")
-        }
-        (None, Errno::AGAIN) => {
-            Failure::new(what, "the limit on processes is reached").remedy("raise ulimit -u")
-        }
-        (None, _) => Failure::new(what, error),
+/// The namespaces cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot make the jail's namespaces{}", found.map_or(String::new(), |it| format!(": {}", it.reason())))]
+pub struct NamespacesError {
+    found: Option<Obstacle>,
+    source: Errno,
+}
+
+impl NamespacesError {
+    /// From the kernel's answer, and what is set on this host.
+    pub fn of(source: Errno, found: Option<Obstacle>) -> NamespacesError {
+        let found = found.or(match source {
+            // Containers' filters answer clone3 with "no such call".
+            Errno::NOSYS | Errno::PERM | Errno::ACCESS => Some(Obstacle::Filter),
+            Errno::INVAL => Some(Obstacle::NoUserNamespaces),
+            _ => None,
+        });
+        NamespacesError { found, source }
     }
 }
 
-/// Adds to a failure of what namespaces are needed for, once they are made, what may be behind it:
-/// AppArmor lets them be made and then refuses everything in them. `found` is what was found outside
-/// and before, since inside there is nothing to look at.
-pub fn explain(failure: Failure, found: Option<Obstacle>) -> Failure {
-    // Said by number in every sentence: EPERM, EACCES.
-    let text = failure.to_string();
-    let is_denial = text.contains("(os error 1)") || text.contains("(os error 13)");
-    match found {
-        Some(obstacle) if is_denial => {
-            failure.remedy(format_args!("{}: {}", obstacle.reason(), obstacle.remedy()))
-        }
-        _ => failure,
+impl Remedy for NamespacesError {
+    fn remedy(&self) -> Option<Cow<'static, str>> {
+        let remedy = match (self.found, self.source) {
+            (Some(obstacle), _) => obstacle.remedy(),
+            (None, Errno::NOSPC | Errno::USERS) => {
+                "a limit on namespaces is reached: raise user.max_*_namespaces (sysctl), or end some"
+            }
+            (None, Errno::AGAIN) => "the limit on processes is reached: raise ulimit -u",
+            _ => return None,
+        };
+        Some(remedy.into())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::message;
 
-    fn switches(name: &str, files: &[(&str, &str)]) -> crate::testing::Folder {
+    fn settings(name: &str, files: &[(&str, &str)]) -> crate::testing::Folder {
         let folder = crate::testing::Folder::new(name);
         for (file, text) in files {
             let path = folder.path().join(file);
@@ -149,25 +143,12 @@ mod tests {
     }
 
     #[test]
-    fn denial_is_explained_by_what_was_found_and_by_nothing_else() {
-        let denied = || Failure::new("name the jail's host", std::io::Error::from(Errno::PERM));
-        let plain = denied().to_string();
-        assert_eq!(explain(denied(), None).to_string(), plain);
-        let text = explain(denied(), Some(Obstacle::AppArmor)).to_string();
-        assert!(text.contains("AppArmor"), "{text}");
-        let other = Failure::new("name the jail's host", std::io::Error::from(Errno::INVAL));
-        let plain = other.to_string();
-        let text = explain(other, Some(Obstacle::AppArmor)).to_string();
-        assert_eq!(text, plain);
-    }
-
-    #[test]
-    fn every_switch_is_recognised_and_has_a_remedy() {
-        let none = switches("refusal-none", &[("user/max_user_namespaces", "100\n")]);
+    fn every_setting_is_recognised_and_has_a_remedy() {
+        let none = settings("obstacle-none", &[("user/max_user_namespaces", "100\n")]);
         assert_eq!(obstacle(none.path(), false), None);
-        let text = of_error(Errno::NOSYS, None).to_string();
+        let text = message(&NamespacesError::of(Errno::NOSYS, None));
         assert!(text.contains("seccomp=unconfined"), "{text}");
-        let text = of_error(Errno::NOSPC, None).to_string();
+        let text = message(&NamespacesError::of(Errno::NOSPC, None));
         assert!(text.contains("max_*_namespaces"), "{text}");
         for (file, value, remedy) in [
             (
@@ -186,8 +167,9 @@ mod tests {
                 "resources/apparmor",
             ),
         ] {
-            let folder = switches("refusal", &[(file, value)]);
-            let text = of_error(Errno::PERM, obstacle(folder.path(), false)).to_string();
+            let folder = settings("obstacle", &[(file, value)]);
+            let found = obstacle(folder.path(), false);
+            let text = message(&NamespacesError::of(Errno::PERM, found));
             assert!(text.contains(remedy), "{text}");
         }
     }

@@ -1,0 +1,279 @@
+//! The machine to run: a configuration in the monitor's own types, and the opened files that stand for
+//! what it names.
+//!
+//! Reading comes first and opens nothing else ([`Described`]); then everything is opened ([`Vm`]),
+//! and the configuration refers to it by number, with the user's name for messages. Then it is sent,
+//! in one request that carries all descriptors.
+
+use std::io::Read as _;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use mayfly::wire::config::{self, Backing, BootSource, Mac, MachineConfig, PassedFd};
+use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
+use mayfly::wire::{Source, VmConfig};
+
+use super::inherited::Passed;
+use super::options::{Machine, default_boot_args};
+use super::resources::{self, CONSOLE_SOCKET};
+use super::{OWN_TAP, OwnTap, SpecError};
+use crate::error::errno;
+
+/// A configuration, in which descriptors still have the numbers that they were passed with.
+#[derive(Debug)]
+pub struct Described {
+    config: VmConfig,
+    /// The tap to be made in the jail.
+    pub own_tap: Option<OwnTap>,
+    /// Where it wants the monitor's log.
+    pub log: Option<PathBuf>,
+    /// Where it wants the console.
+    pub console: Option<PathBuf>,
+    /// Where it wants a socket for clients of the console.
+    pub console_socket: Option<PathBuf>,
+}
+
+impl Described {
+    /// Reads the configuration that the options name, if they do.
+    pub fn of(machine: Machine) -> Result<Option<Described>, SpecError> {
+        let (mut config, own_tap) = match machine {
+            Machine::Client => return Ok(None),
+            Machine::Config(path) => (read(&path)?, None),
+            Machine::Plain(config, own_tap) => (*config, own_tap),
+        };
+        let logger = config.logger.as_mut();
+        let log = take_path(logger.and_then(|it| it.log_path.take()), "log_path")?;
+        let mut serial = config.serial.as_mut();
+        let output = serial.as_mut().and_then(|it| it.serial_out_path.take());
+        let console = take_path(output, "serial_out_path")?;
+        let socket = serial.and_then(|it| it.console_socket.take_if(|it| it.name().is_some()));
+        let described = Described {
+            config,
+            own_tap,
+            log,
+            console,
+            console_socket: take_path(socket, "console_socket")?,
+        };
+        Ok(Some(described))
+    }
+
+    /// The numbers of the passed descriptors that it names.
+    pub fn inherited(&mut self) -> Vec<RawFd> {
+        let number = |(_, source): (_, &mut Source)| match source {
+            Source::Fd(PassedFd { fd, .. }) => RawFd::try_from(*fd).ok(),
+            Source::Named(_) => None,
+        };
+        self.config
+            .sources()
+            .into_iter()
+            .filter_map(number)
+            .collect()
+    }
+
+    /// Opens everything but what is still to be made: a tap in the jail, a socket.
+    pub fn open(mut self, passed: &mut Passed) -> Result<Vm, SpecError> {
+        let mut files = Vec::new();
+        for (backing, source) in self.config.sources() {
+            let (file, name) = match source {
+                Source::Named(name) if backing == Backing::Tap && name == OWN_TAP => continue,
+                Source::Named(name) => (resources::open(backing, name)?, name.clone()),
+                Source::Fd(PassedFd { fd, name }) => {
+                    let called = name.clone().unwrap_or_else(|| format!("descriptor {fd}"));
+                    let file = passed.take(*fd)?;
+                    resources::examine(backing, file.as_fd(), &called)?;
+                    (file, called)
+                }
+            };
+            *source = Source::passed(files.len() as u32, name);
+            files.push(file);
+        }
+        // A tap and a socket may be added.
+        if files.len() + 2 > DESCRIPTORS_MAX {
+            return Err(SpecError::TooManyFiles(files.len()));
+        }
+        Ok(Vm {
+            config: self.config,
+            files,
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<VmConfig, SpecError> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|error| SpecError::ReadConfig(path.to_owned(), errno(error)))?;
+    if bytes.len() as u64 > CONFIG_FILE_MAX {
+        return Err(SpecError::LongConfig(path.to_owned()));
+    }
+    config::parse_file(&bytes).map_err(|error| SpecError::Config(path.to_owned(), error))
+}
+
+/// The path at which this program, and not the monitor, makes something.
+fn take_path(source: Option<Source>, member: &'static str) -> Result<Option<PathBuf>, SpecError> {
+    match source {
+        None => Ok(None),
+        Some(Source::Named(path)) => Ok(Some(path.into())),
+        Some(Source::Fd(_)) => Err(SpecError::NotAPath(member)),
+    }
+}
+
+/// A machine with everything it names opened.
+#[derive(Debug)]
+pub struct Vm {
+    config: VmConfig,
+    /// In the order of the numbers in the configuration.
+    files: Vec<OwnedFd>,
+}
+
+impl Vm {
+    /// A machine of one kernel, for `check`.
+    pub fn of_kernel(kernel: OwnedFd, mem_size_mib: u64) -> Vm {
+        let config = VmConfig {
+            boot_source: Some(BootSource {
+                kernel_image_path: Source::passed(0, "of this check"),
+                initrd_path: None,
+                boot_args: Some(String::new()),
+            }),
+            machine_config: Some(MachineConfig {
+                mem_size_mib,
+                ..MachineConfig::default()
+            }),
+            ..VmConfig::default()
+        };
+        Vm {
+            config,
+            files: vec![kernel],
+        }
+    }
+
+    fn add(&mut self, file: OwnedFd, name: impl Into<String>) -> Source {
+        self.files.push(file);
+        Source::passed(self.files.len() as u32 - 1, name)
+    }
+
+    fn own_interface(&mut self) -> Option<&mut config::NetworkInterface> {
+        let mut interfaces = self.config.devices.network_interfaces.iter_mut();
+        interfaces.find(|it| it.host_dev_name.name() == Some(OWN_TAP))
+    }
+
+    /// Takes the tap that was made in the jail.
+    pub fn set_tap(&mut self, tap: OwnedFd) {
+        let source = self.add(tap, OWN_TAP);
+        if let Some(interface) = self.own_interface() {
+            interface.host_dev_name = source;
+        }
+    }
+
+    /// Takes the socket that was made for clients of the console.
+    pub fn set_console_socket(&mut self, listener: OwnedFd) {
+        let source = self.add(listener, CONSOLE_SOCKET);
+        self.config.serial.get_or_insert_default().console_socket = Some(source);
+    }
+
+    /// Gives the guest its address on the kernel's command line, unless that has one already.
+    pub fn set_guest_address(&mut self, words: &str, mac: Mac) {
+        if let Some(boot) = &mut self.config.boot_source {
+            let line = boot.boot_args.get_or_insert_with(default_boot_args);
+            if !line.split_whitespace().any(|word| word.starts_with("ip=")) {
+                // Before what is for init.
+                *line = match line.split_once(" -- ") {
+                    Some((kernel, init)) => format!("{kernel} {words} -- {init}"),
+                    None => format!("{line} {words}"),
+                };
+            }
+        }
+        if let Some(interface) = self.own_interface() {
+            interface.guest_mac.get_or_insert(mac);
+        }
+    }
+
+    /// The body of the request that configures and starts the machine.
+    pub fn request(&self) -> String {
+        self.config.to_request(true)
+    }
+
+    /// The descriptors that go with it.
+    pub fn files(&self) -> Vec<BorrowedFd<'_>> {
+        self.files.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::options::parse;
+    use super::*;
+
+    fn null() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    /// Reads a configuration from a file of this text.
+    fn described(name: &str, text: &str) -> Result<Described, SpecError> {
+        let folder = crate::testing::Folder::new(name);
+        let path = folder.path().join("vm.json");
+        std::fs::write(&path, text).unwrap();
+        Described::of(Machine::Config(path)).map(Option::unwrap)
+    }
+
+    const BOOT: &str =
+        r#""boot-source": { "kernel_image_path": "/k", "initrd_path": { "fd": 8 } }"#;
+
+    #[test]
+    fn configuration_gives_up_the_paths_that_the_jailer_opens() {
+        let text = format!(
+            r#"{{ {BOOT}, "drives": [{{ "drive_id": "a", "is_root_device": true, "fd": 7 }}],
+                 "logger": {{ "log_path": "/l", "level": "Info" }},
+                 "serial": {{ "serial_out_path": "/s", "console_socket": "/c" }} }}"#
+        );
+        let mut described = described("vm-paths", &text).unwrap();
+        assert_eq!(described.inherited(), [8, 7]);
+        assert_eq!(described.log, Some("/l".into()));
+        assert_eq!(described.console, Some("/s".into()));
+        assert_eq!(described.console_socket, Some("/c".into()));
+        for member in ["\"logger\": { \"fd\": 5 }", "\"serial\": { \"fd\": 5 }"] {
+            let text = format!(r#"{{ {BOOT}, "drives": [], {member} }}"#);
+            let error = self::described("vm-fd", &text).unwrap_err();
+            assert!(matches!(error, SpecError::NotAPath(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn request_has_descriptors_with_names_in_place_of_paths() {
+        let words = "--kernel /dev/null --net user --net fd:9 --cmdline quiet";
+        let options = parse(words.split(' ').map(Into::into).collect());
+        let described = Described::of(options.unwrap().unwrap().machine).unwrap();
+        let described = described.unwrap();
+        assert_eq!(described.own_tap, Some(OwnTap::User));
+        let mut vm = Vm {
+            config: described.config,
+            files: vec![null()],
+        };
+        vm.set_guest_address("ip=1", "06:00:00:00:00:01".parse().unwrap());
+        vm.set_guest_address("ip=2", "06:00:00:00:00:02".parse().unwrap());
+        vm.set_tap(null());
+        vm.set_console_socket(null());
+        assert_eq!(vm.files().len(), 3);
+        let (read, start) = config::parse_vm(vm.request().as_bytes()).unwrap();
+        assert!(start);
+        assert_eq!(read.boot_source.unwrap().boot_args.unwrap(), "quiet ip=1");
+        let own = &read.devices.network_interfaces[0];
+        assert_eq!(own.host_dev_name, Source::passed(1, OWN_TAP));
+        assert_eq!(own.guest_mac, "06:00:00:00:00:01".parse().ok());
+        let socket = read.serial.unwrap().console_socket;
+        assert_eq!(socket, Some(Source::passed(2, CONSOLE_SOCKET)));
+    }
+
+    #[test]
+    fn address_goes_before_the_words_for_init_and_a_given_one_stays() {
+        for (line, expected) in [
+            ("quiet -- single", "quiet ip=1 -- single"),
+            ("ip=9", "ip=9"),
+        ] {
+            let mut vm = Vm::of_kernel(null(), 16);
+            vm.config.boot_source.as_mut().unwrap().boot_args = Some(line.into());
+            vm.set_guest_address("ip=1", "06:00:00:00:00:01".parse().unwrap());
+            assert_eq!(vm.config.boot_source.unwrap().boot_args.unwrap(), expected);
+        }
+    }
+}
