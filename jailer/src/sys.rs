@@ -62,18 +62,18 @@ impl Inherited {
     }
 
     /// Closes all but those of these numbers.
-    pub fn keep(self, numbers: Vec<RawFd>) -> Result<HandedIn, Errno> {
+    pub fn keep(self, numbers: Vec<RawFd>) -> Result<PassedNumbers, Errno> {
         // SAFETY: `self` says that no value of this process owns one.
         unsafe { close_all_but(&numbers) }?;
-        Ok(HandedIn(numbers))
+        Ok(PassedNumbers(numbers))
     }
 }
 
 /// The numbers of inherited descriptors that were kept open and that no value owns yet.
 #[derive(Debug, Default)]
-pub struct HandedIn(Vec<RawFd>);
+pub struct PassedNumbers(Vec<RawFd>);
 
-impl HandedIn {
+impl PassedNumbers {
     /// Takes over descriptor `number`; `None` if it was not kept, or taken before.
     pub fn take(&mut self, number: RawFd) -> Option<Result<OwnedFd, Errno>> {
         let before = self.0.len();

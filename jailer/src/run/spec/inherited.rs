@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::SpecError;
-use crate::sys::{HandedIn, Inherited};
+use crate::sys::{Inherited, PassedNumbers};
 
 /// The first descriptor that a service manager passes.
 const FIRST: RawFd = 3;
@@ -16,7 +16,7 @@ const FIRST: RawFd = 3;
 #[derive(Debug)]
 pub struct Passed {
     listener: Option<RawFd>,
-    rest: HandedIn,
+    rest: PassedNumbers,
 }
 
 impl Passed {
