@@ -7,7 +7,9 @@ use std::path::Path;
 use std::{env, error::Error};
 
 /// Thread categories, as `seccomp::Category` has them.
-const CATEGORIES: [&str; 7] = ["api", "block", "control", "log", "net", "serial", "vcpu"];
+const CATEGORIES: [&str; 8] = [
+    "api", "block", "control", "files", "log", "net", "serial", "vcpu",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;

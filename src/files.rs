@@ -25,8 +25,10 @@
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use std::any::Any;
+use std::cell::OnceCell;
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -63,6 +65,21 @@ struct Step {
     /// As messages say it: "opening the disk `/x`".
     text: String,
     since: Instant,
+}
+
+thread_local! {
+    /// On the files thread: where its steps are told.
+    static CURRENT: OnceCell<Steps> = const { OnceCell::new() };
+}
+
+/// What follows may wait for `text`: an operation and its file, as in "opening the disk `/x`". Tells
+/// control on the files thread, and does nothing on any other.
+pub fn may_wait(text: impl fmt::Display) {
+    CURRENT.with(|current| {
+        if let Some(steps) = current.get() {
+            steps.begin(text);
+        }
+    });
 }
 
 impl Steps {
@@ -132,6 +149,9 @@ struct Pending {
 pub struct Files<T> {
     jobs: SyncSender<Job<T>>,
     steps: Steps,
+    /// Values given to the thread to be dropped, and those that it has dropped.
+    closes: u64,
+    closed: Arc<AtomicU64>,
     /// In the order in which they finish.
     pending: VecDeque<Pending>,
     /// What was to be closed when the queue was full.
@@ -146,6 +166,7 @@ pub struct Files<T> {
 pub struct FilesThread<T> {
     jobs: Receiver<Job<T>>,
     steps: Steps,
+    closed: Arc<AtomicU64>,
     finished: Outbox<Finished<T>>,
 }
 
@@ -153,9 +174,12 @@ pub struct FilesThread<T> {
 pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, FilesThread<T>) {
     let (sender, receiver) = sync_channel(QUEUE);
     let steps = Steps::default();
+    let closed = Arc::new(AtomicU64::new(0));
     let control = Files {
         jobs: sender,
         steps: steps.clone(),
+        closes: 0,
+        closed: Arc::clone(&closed),
         pending: VecDeque::new(),
         unclosed: Vec::new(),
         next_token: 0,
@@ -164,6 +188,7 @@ pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, Fil
     let thread = FilesThread {
         jobs: receiver,
         steps,
+        closed,
         finished,
     };
     (control, thread)
@@ -172,6 +197,9 @@ pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, Fil
 impl<T> FilesThread<T> {
     /// Works until [`Files`] is gone.
     pub fn run(self) {
+        CURRENT.with(|current| {
+            let _ = current.set(self.steps.clone());
+        });
         while let Ok(job) = self.jobs.recv() {
             match job {
                 Job::Work(token, work) => {
@@ -184,6 +212,7 @@ impl<T> FilesThread<T> {
                     self.steps.begin("closing a file");
                     drop(value);
                     self.steps.end();
+                    self.closed.fetch_add(1, Ordering::AcqRel);
                 }
             }
         }
@@ -232,7 +261,7 @@ impl<T: Send + 'static> Files<T> {
     fn close_rest(&mut self) {
         while let Some(value) = self.unclosed.pop() {
             match self.jobs.try_send(Job::Close(value)) {
-                Ok(()) => {}
+                Ok(()) => self.closes = self.closes.saturating_add(1),
                 Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
                     // Kept until there is room: the number of open files bounds what can wait here.
                     if let Job::Close(value) = job {
@@ -284,9 +313,21 @@ impl<T: Send + 'static> Files<T> {
         Some((token, message))
     }
 
-    /// Whether anything is under way.
+    /// How much work is under way, or waits.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Whether any work is under way.
     pub fn is_busy(&self) -> bool {
         !self.pending.is_empty()
+    }
+
+    /// Whether the thread has nothing at all to do: it takes up work at once, and has finished it
+    /// soon if that does not wait.
+    pub fn is_idle(&self) -> bool {
+        let closed = self.closed.load(Ordering::Acquire);
+        self.pending.is_empty() && self.unclosed.is_empty() && self.closes == closed
     }
 
     /// Results that came too late so far.
@@ -310,7 +351,7 @@ mod tests {
     use crate::inbox::{Inbox, inbox};
     use crate::sys::fd::{self, Interest};
     use std::os::fd::AsRawFd;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc::channel;
     use std::thread;
 
@@ -351,7 +392,10 @@ mod tests {
     fn work_when_submitted_finishes_in_order() {
         let (mut files, events) = rig();
         for n in 0..10 {
-            assert_eq!(files.submit(LIMIT, Box::new(move |_| n * 2)), Ok(u64::from(n)));
+            assert_eq!(
+                files.submit(LIMIT, Box::new(move |_| n * 2)),
+                Ok(u64::from(n))
+            );
         }
         assert!(files.is_busy() && files.deadline().is_some());
         for n in 0..10 {

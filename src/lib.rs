@@ -33,7 +33,7 @@
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
-//!   2  serial   memory
+//!   2  serial   memory   files
 //!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   of each other they see nothing
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
 //!      sys              system calls
@@ -55,6 +55,7 @@ pub mod arch;
 pub mod args;
 pub mod bus;
 pub mod exit;
+pub mod files;
 pub mod inbox;
 pub mod log;
 pub mod memory;

@@ -3,23 +3,28 @@
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mayfly::api::{self, Server};
 use mayfly::args::{self, Args, Asked};
+use mayfly::files;
 use mayfly::log::{self, Writer};
 use mayfly::seccomp::Category;
 use mayfly::sys::allocator::Allocator;
 use mayfly::sys::passed::Passed;
 use mayfly::sys::{kvm, landlock, process, socket};
 use mayfly::timeline::Timeline;
+use mayfly::vmm::action::ActionError;
 use mayfly::vmm::threads::{self, ReadyLatch};
 use mayfly::vmm::{Settings, Vmm, firecracker_log};
 use mayfly::wire::Source;
 use mayfly::wire::config::{Logger, Metrics};
 use mayfly::{error, exit, info};
 
+/// How long the file system of the API socket may take.
+const BIND_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the last lines of the log may take to be written.
 const LOG_PATIENCE: Duration = Duration::from_millis(300);
 
@@ -58,8 +63,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
         parent_cpu_time_us: args.parent_cpu_time_us,
         protocol: args.boot_protocol,
     };
-    let mut vmm = Vmm::new(settings, timeline)
-        .unwrap_or_else(|e| fail(&format!("Setting up signals failed: {e}"), exit::ERROR));
+    let mut vmm = Vmm::new(settings, timeline).unwrap_or_else(|e| fail(&e.0, exit::ERROR));
     // After the signals are set up, which threads inherit; and behind Landlock, where that is asked
     // for: until then lines wait in the pipe.
     if !args.landlock {
@@ -101,33 +105,52 @@ fn run(args: Args, timeline: Timeline) -> ! {
     }
     // Read before there is nothing to be opened by name.
     let config = args.config_file.map(|path| {
-        Vmm::read_config(&path)
+        vmm.read_config(&path)
             .unwrap_or_else(|e| fail_for(firecracker_log::BAD_CONFIGURATION, &e.0, exit::ERROR))
     });
     let listener = match (args.api_fd, &args.api_sock) {
         (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
         (None, Some(path)) => {
-            Some(api::bind(path).unwrap_or_else(|e| fail(&log::chain(&e), exit::ERROR)))
+            let path = path.clone();
+            let bound = vmm.wait_for_file(Some(BIND_PATIENCE), move || {
+                files::may_wait(format_args!("making the API socket `{}`", path.display()));
+                api::bind(&path).map_err(|e| ActionError::of(&e))
+            });
+            Some(bound.unwrap_or_else(|e| fail(&e.0, exit::ERROR)))
         }
         (None, None) => None,
     };
     if args.landlock {
-        give_up_files();
+        give_up_files(&mut vmm);
         carry_log();
     }
     if let Some(listener) = listener {
         serve(&mut vmm, listener, args.payload_max, args.seccomp);
     }
-    if let Some(config) = config
-        && let Err(error) = vmm.start_from(config)
-    {
-        if let Some(socket) = &args.api_sock {
-            // Made by this process a moment ago; nobody can have been served.
-            let _ = std::fs::remove_file(socket);
-        }
-        fail_for(firecracker_log::BAD_CONFIGURATION, &error.0, exit::ERROR);
+    if let Some(config) = config {
+        let socket = args.api_sock;
+        vmm.start_from(
+            config,
+            Box::new(move |error| {
+                // Made by this process a moment ago.
+                if let Some(socket) = socket {
+                    remove(socket);
+                }
+                fail_for(firecracker_log::BAD_CONFIGURATION, &error.0, exit::ERROR)
+            }),
+        );
     }
     vmm.run()
+}
+
+/// Removes the file at `path`, but does not wait for that if its file system does not answer.
+fn remove(path: PathBuf) {
+    if let Ok(thread) = threads::parked("remove".into()) {
+        let removed = thread.ask(move || std::fs::remove_file(path));
+        let _ = removed.recv_timeout(LOG_PATIENCE);
+        // Dropping it would wait for nothing, but it may still be at work.
+        std::mem::forget(thread);
+    }
 }
 
 /// Takes over the descriptor that `--option number` hands in, for what `kind` makes of it; `kind`
@@ -143,9 +166,12 @@ fn adopt<T>(option: &str, number: u32, kind: impl FnOnce(OwnedFd) -> Result<T, &
     }
 }
 
-/// Applies Landlock, where the kernel has it. Threads made later inherit it.
-fn give_up_files() {
-    match landlock::restrict() {
+/// Applies Landlock, where the kernel has it, to this thread and the files thread. Threads made later
+/// inherit it.
+fn give_up_files(vmm: &mut Vmm) {
+    let others = vmm.wait_for_file(None, || Ok(landlock::restrict()));
+    let others = others.unwrap_or_else(|e| fail(&e.0, exit::ERROR));
+    match others.and_then(|_| landlock::restrict()) {
         Ok(Some(abi)) => info!("Landlock holds the monitor (its version {abi})."),
         Ok(None) => info!("This kernel has no Landlock: the monitor goes on without it."),
         Err(cause) => fail(&format!("Applying Landlock failed: {cause}"), exit::ERROR),

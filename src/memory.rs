@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -73,7 +74,7 @@ pub struct Memory {
     size_mib: u64,
     pages: Pages,
     /// Kept open to see whether they change.
-    sources: Vec<Source>,
+    sources: Vec<Arc<Source>>,
     records: Vec<mapped::Record>,
 }
 
@@ -383,7 +384,12 @@ impl Memory {
         self.sources
             .iter()
             .find(|source| !source.is_unchanged())
-            .map(Source::name)
+            .map(|source| source.name())
+    }
+
+    /// The files that are mapped into it.
+    pub fn mapped_files(&self) -> Vec<Arc<Source>> {
+        self.sources.clone()
     }
 
     /// Registers all of RAM with `vm`, one slot for each piece. With `track_dirty` KVM logs which
@@ -452,7 +458,7 @@ impl Memory {
                 name: source.name.clone(),
                 cause,
             })?;
-            self.sources.push(copy);
+            self.sources.push(Arc::new(copy));
         }
         Ok(true)
     }

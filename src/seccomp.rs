@@ -18,8 +18,10 @@ include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 pub enum Category {
     /// Reads requests and writes responses.
     Api,
-    /// Owns the virtual machine; the only one that may open files.
+    /// Owns the virtual machine.
     Control,
+    /// Does what may wait for a file; the only one that may open files.
+    Files,
     /// Runs guest code.
     Vcpu,
     /// Serves a disk.
@@ -64,6 +66,7 @@ pub fn install(category: Category) -> Result<(), InstallError> {
     let program: &[sock_filter] = match category {
         Category::Api => &API,
         Category::Control => &CONTROL,
+        Category::Files => &FILES,
         Category::Vcpu => &VCPU,
         Category::Block => &BLOCK,
         Category::Net => &NET,

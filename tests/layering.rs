@@ -14,6 +14,7 @@ const LAYERS: &[(&str, u8, &[&str])] = &[
     ("virtio", 5, &[]),
     ("arch", 5, &[]),
     ("serial", 4, &[]),
+    ("files", 4, &[]),
     ("memory", 4, &[]),
     ("rate_limiter", 3, &[]),
     ("bus", 3, &[]),

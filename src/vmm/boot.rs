@@ -6,17 +6,19 @@
 //! last. Whatever fails, nothing is left but what was configured: the start can be tried again.
 
 use std::ffi::c_ulong;
+use std::fmt;
 use std::fs::File;
-use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
+use std::{io, mem};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::action::{ActionError, Context};
+use super::change::Replaced;
 use super::configuration::{Boot, Configuration, Console};
 use super::devices::{self, Backing, Devices, Entry, Listed, Visit};
 use super::machine::Machine;
@@ -27,6 +29,7 @@ use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::i8042::I8042;
 use crate::arch::{self, Kernel, Vm, cpuid, layout};
 use crate::bus::{Overlap, Registers};
+use crate::files;
 use crate::inbox::{Sender, inbox};
 use crate::memory::{Memory, Pages};
 use crate::seccomp::Category;
@@ -67,11 +70,46 @@ impl Host<'_> {
     }
 }
 
-/// Builds the machine that `configuration` asks for; its devices run then, its vCPUs are paused.
+/// A machine whose guest is not loaded yet.
+pub struct Begun {
+    threads: Threads,
+    vm: Arc<Vm>,
+    vcpus: Vec<Making>,
+    buses: Buses,
+    console: MadeConsole,
+    keyboard: Arc<I8042>,
+}
+
+/// For the files thread: puts the guest into memory. It may wait for files.
+pub type Load = Box<dyn FnOnce() -> Loaded + Send>;
+
+/// The console, how it is reached, and the log's pipe.
+type MadeConsole = (serial::Console, Sender<serial::SerialMessage>, File);
+
+/// Guest memory, and how the guest that was put into it is entered.
+pub struct Loaded {
+    memory: Memory,
+    entry: Result<boot::Entry, ActionError>,
+    /// In the order of slots.
+    devices: Vec<Attach>,
+}
+
+impl fmt::Debug for Begun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Begun")
+    }
+}
+
+/// The first half of a start: all that needs no file. `submit` has the files thread do what does,
+/// meanwhile; the token is for its result.
 ///
 /// # Errors
 /// What failed; nothing of the attempt is left then.
-pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machine, ActionError> {
+pub fn begin(
+    host: &Host<'_>,
+    configuration: &Configuration,
+    submit: impl FnOnce(Load) -> Result<u64, ActionError>,
+) -> Result<(Begun, u64), ActionError> {
     let kernel = configuration.check_start()?;
     let machine = &configuration.machine;
     let kvm = match host.kvm {
@@ -97,6 +135,24 @@ pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machi
     let vm = Arc::new(vm.context("Making the virtual machine failed")?);
     host.timeline.mark_again(Moment::MemoryMade);
 
+    // What the guest starts with: kernel, initrd, command line, tables, and the devices' files. The
+    // files thread sees to it, beside all that follows.
+    let load = load(host, configuration, kernel)?;
+    let mut building = Building(Vec::new());
+    configuration.devices.visit(&mut building)?;
+    let timeline = host.timeline.clone();
+    let ram = memory.regions().collect();
+    let token = submit(Box::new(move || {
+        let entry = load(&mut memory);
+        timeline.mark_again(Moment::KernelLoaded);
+        let devices = building.0.into_iter().map(|build| build()).collect();
+        Loaded {
+            memory,
+            entry,
+            devices,
+        }
+    }))?;
+
     // The vCPUs, each made by the thread that will run it, beside all that follows.
     let mut supported = supported
         .recv()
@@ -108,26 +164,12 @@ pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machi
     }
     let vcpus = begin_vcpus(&threads.vcpus, &vm, configuration, Arc::new(supported));
 
-    // What the guest starts with: kernel, initrd, command line, tables.
-    let entry = load(host, &mut memory, configuration, kernel)?;
-    host.timeline.mark_again(Moment::KernelLoaded);
-
-    // What the guest can touch: registers on two buses.
+    // What the guest can touch, but for its devices: registers on two buses.
     let mut buses = Buses {
-        ram: memory.regions().collect(),
+        ram,
         ..Buses::default()
     };
-    let mut attaching = Attaching {
-        host,
-        vm: &vm,
-        memory: &memory,
-        buses: &mut buses,
-        attached: Vec::new(),
-    };
-    configuration.devices.visit(&mut attaching)?;
-    let attached = attaching.attached;
-    let (console, console_sender, log_writer) =
-        make_console(host, &vm, &configuration.console, &mut buses)?;
+    let console = make_console(host, &vm, &configuration.console, &mut buses)?;
     let keyboard = Arc::new(I8042::new(line(&vm, layout::I8042_GSI)?));
     buses
         .ports
@@ -136,20 +178,72 @@ pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machi
     if host.settings.boot_timer {
         place_boot_timer(host, &mut buses).context(NOT_PLACED)?;
     }
+    let begun = Begun {
+        threads,
+        vm,
+        vcpus,
+        buses,
+        console,
+        keyboard,
+    };
+    Ok((begun, token))
+}
+
+/// The second half: the machine that `configuration` asks for. Its devices run then, its vCPUs are
+/// paused. `seal` has the files thread install its filter, and report to the latch.
+///
+/// # Errors
+/// What failed; nothing of the attempt is left then.
+pub fn complete(
+    host: &Host<'_>,
+    configuration: &mut Configuration,
+    begun: Begun,
+    loaded: Loaded,
+    seal: impl FnOnce(Option<Category>, &Arc<ReadyLatch>) -> Result<(), ActionError>,
+) -> Result<(Machine, Vec<Replaced>), ActionError> {
+    let Begun {
+        threads,
+        vm,
+        vcpus,
+        mut buses,
+        console: (console, console_sender, log_writer),
+        keyboard,
+    } = begun;
+    let Loaded {
+        memory,
+        entry,
+        devices,
+    } = loaded;
+    let entry = entry?;
+
+    let mut attaching = Attaching {
+        host,
+        vm: &vm,
+        memory: &memory,
+        buses: &mut buses,
+        attached: Vec::new(),
+    };
+    for attach in devices {
+        let attached = attach(&mut attaching)?;
+        attaching.attached.push(attached);
+    }
+    let attached = attaching.attached;
 
     // The first vCPU starts at the kernel's entry; the guest wakes the others.
     let vcpus = finish_vcpus(host, vcpus, &entry, &Arc::new(buses))?;
 
+    let latch = ReadyLatch::of(threads.count() + 1);
+    seal(host.category(Category::Files), &latch)?;
     // From here on nothing fails: every thread, this one included, gets its work and its filter.
-    let latch = ReadyLatch::of(threads.count());
     let mut vcpu_handles = Vec::with_capacity(vcpus.len());
     for ((vcpu, seat), thread) in vcpus.into_iter().zip(threads.vcpus) {
         let thread = thread.start(host.category(Category::Vcpu), &latch, move || vcpu.run());
         vcpu_handles.push(VcpuHandle::new(seat, thread));
     }
+    let mut replaced = Vec::new();
     for (device, thread) in attached.into_iter().zip(threads.devices) {
         let _ = thread.start(host.category(device.category), &latch, device.work);
-        (device.note)(&mut configuration.devices);
+        replaced.push((device.note)(&mut configuration.devices));
     }
     let console_counters = console.counters();
     let category = host.category(Category::Serial);
@@ -159,7 +253,7 @@ pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machi
         }
     });
     // The machine has its own copies of these.
-    configuration.release();
+    replaced.push(configuration.release());
     // The filter lets the terminal be given back, not taken.
     if let Err(error) = terminal::make_raw() {
         warn!("The terminal stays as it is: {error}");
@@ -173,7 +267,7 @@ pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machi
     latch.wait();
     log::flush(LOG_PATIENCE);
 
-    Ok(Machine {
+    let machine = Machine {
         vcpus: vcpu_handles,
         console: console_sender,
         console_counters,
@@ -181,7 +275,8 @@ pub fn start(host: &Host<'_>, configuration: &mut Configuration) -> Result<Machi
         keyboard,
         _vm: vm,
         memory,
-    })
+    };
+    Ok((machine, replaced))
 }
 
 const BAD_CPU: &str = "Cannot apply the CPU configuration";
@@ -222,7 +317,7 @@ struct Attached {
     /// For its thread: the worker's loop.
     work: Box<dyn FnOnce() + Send>,
     /// For control: its handle takes its place in the list.
-    note: Box<dyn FnOnce(&mut Devices)>,
+    note: Box<dyn FnOnce(&mut Devices) -> Replaced>,
 }
 
 /// Gives each device a slot, in order: address, interrupt line, registers on the bus.
@@ -234,23 +329,38 @@ struct Attaching<'a> {
     attached: Vec<Attached>,
 }
 
-impl Visit for Attaching<'_> {
+/// Makes a device. For the files thread: what it is made of may have to be asked for its size.
+type Build = Box<dyn FnOnce() -> Attach + Send>;
+/// Attaches it, unless it could not be made.
+type Attach = Box<dyn FnOnce(&mut Attaching<'_>) -> Result<Attached, ActionError> + Send>;
+
+/// How each device is made, in the order of slots.
+struct Building(Vec<Build>);
+
+impl Visit for Building {
     fn device<K: Listed>(&mut self, entry: &Entry<K>) -> Result<(), ActionError> {
-        let id = entry.config.id();
-        let attached = self.attach(entry);
-        let attached = attached.context(format_args!("Making the device `{id}` failed"))?;
-        self.attached.push(attached);
+        let config = entry.config.clone();
+        let what = format!("Making the device `{}` failed", config.id());
+        let opened = match &entry.backing {
+            Backing::Opened(opened) => K::copy(opened),
+            Backing::Running(_) => Err(io::Error::other("it runs already")),
+        };
+        let opened = opened.context(&what)?;
+        self.0.push(Box::new(move || {
+            files::may_wait(format_args!("making the device `{}`", config.id()));
+            let device = K::build(&config, opened);
+            Box::new(move |attaching: &mut Attaching<'_>| {
+                let attached = device.and_then(|device| attaching.attach::<K>(config.id(), device));
+                attached.context(what)
+            })
+        }));
         Ok(())
     }
 }
 
 impl Attaching<'_> {
-    fn attach<K: Listed>(&mut self, entry: &Entry<K>) -> io::Result<Attached> {
-        let id = entry.config.id().to_owned();
-        let Backing::Opened(opened) = &entry.backing else {
-            return Err(io::Error::other("it runs already"));
-        };
-        let device = K::build(&entry.config, opened)?;
+    fn attach<K: Listed>(&mut self, id: &str, device: K::Device) -> io::Result<Attached> {
+        let id = id.to_owned();
         let irqfd = event()?;
         let for_kvm = irqfd.try_clone()?;
         let events = self.host.events;
@@ -261,12 +371,13 @@ impl Attaching<'_> {
         Ok(Attached {
             category: K::CATEGORY,
             // No filter has the calls for taking the worker apart.
-            work: Box::new(move || std::mem::forget(worker.run())),
+            work: Box::new(move || mem::forget(worker.run())),
             note: Box::new(move |devices| {
                 let list = &mut K::list(devices).0;
-                if let Some(entry) = list.iter_mut().find(|entry| entry.config.id() == id) {
-                    entry.backing = Backing::Running(handle);
-                }
+                let entry = list.iter_mut().find(|entry| entry.config.id() == id);
+                Box::new(
+                    entry.map(|entry| mem::replace(&mut entry.backing, Backing::Running(handle))),
+                )
             }),
         })
     }
@@ -288,25 +399,16 @@ impl Attaching<'_> {
     }
 }
 
-/// Puts kernel, initrd, command line and tables into guest memory.
+/// Work for the files thread: it puts kernel, initrd, command line and tables into guest memory.
 fn load(
     host: &Host<'_>,
-    memory: &mut Memory,
     configuration: &Configuration,
     kernel: &Boot,
-) -> Result<boot::Entry, ActionError> {
-    let Some((image, initrd)) = &kernel.images else {
+) -> Result<impl FnOnce(&mut Memory) -> Result<boot::Entry, ActionError> + Send + use<>, ActionError>
+{
+    let Some(images) = kernel.images.clone() else {
         return Err(ActionError("The kernel is not open any more.".into()));
     };
-    const NO_FILE: &str = "A file cannot be used";
-    image.check_unchanged().context(NO_FILE)?;
-    let parsed = Kernel::read(&image.file, &image.name);
-    let parsed = parsed.context("The kernel cannot be booted")?;
-    if let Some(initrd) = initrd {
-        initrd.check_unchanged().context(NO_FILE)?;
-    }
-    let initrd = initrd.as_ref();
-    let initrd = initrd.map(|initrd| (&initrd.file, initrd.name.as_str()));
     let first = configuration.devices.drives.0.first();
     let root = first
         .map(|entry| &entry.config)
@@ -326,16 +428,30 @@ fn load(
         .context("The kernel command line does not fit")?;
     let mut seed = [0; 32];
     fd::random(&mut seed).context("Making the guest's random seed failed")?;
-    boot::load(
-        memory,
-        &parsed,
-        initrd,
-        &command_line,
-        configuration.machine.vcpu_count,
-        host.settings.protocol,
-        &seed,
-    )
-    .context("Loading the guest failed")
+    let (vcpus, protocol) = (configuration.machine.vcpu_count, host.settings.protocol);
+    Ok(move |memory: &mut Memory| {
+        const NO_FILE: &str = "A file cannot be used";
+        let (image, initrd) = &*images;
+        image.check_unchanged().context(NO_FILE)?;
+        if let Some(initrd) = initrd {
+            initrd.check_unchanged().context(NO_FILE)?;
+        }
+        image.may_wait();
+        let parsed = Kernel::read(&image.file, &image.name);
+        let parsed = parsed.context("The kernel cannot be booted")?;
+        let initrd = initrd.as_ref();
+        let initrd = initrd.map(|initrd| (&initrd.file, initrd.name.as_str()));
+        boot::load(
+            memory,
+            &parsed,
+            initrd,
+            &command_line,
+            vcpus,
+            protocol,
+            &seed,
+        )
+        .context("Loading the guest failed")
+    })
 }
 
 /// The UART on its ports, the console behind it, and the pipe that log lines will take.
@@ -344,7 +460,7 @@ fn make_console(
     vm: &Vm,
     asked: &Console,
     buses: &mut Buses,
-) -> Result<(serial::Console, Sender<serial::SerialMessage>, File), ActionError> {
+) -> Result<MadeConsole, ActionError> {
     const FAILED: &str = "Making the console failed";
     let (log_from, log_writer) = fd::pipe().context(FAILED)?;
     let (input, output) = match &asked.output {

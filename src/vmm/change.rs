@@ -2,7 +2,7 @@
 //!
 //! 1. *check*: [`Configuration::check`] and its like judge the request beside all there is. Pure.
 //! 2. *open*: [`Change::open`] opens the files that it names. This alone may wait for the host. It
-//!    owns all it needs and borrows nothing of control's, so that any thread may do it.
+//!    owns all it needs and borrows nothing of control's: the files thread does it.
 //! 3. *commit*: control takes up what was opened ([`super::Vmm::commit`]). Nothing is opened any more.
 //!
 //! A request that fails in the first two steps has changed nothing. Between the first and the last
@@ -10,6 +10,7 @@
 //!
 //! [`Configuration::check`]: super::configuration::Configuration::check
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 
@@ -24,23 +25,44 @@ use crate::wire::config::Logger;
 pub type Step = Result<Change, ActionError>;
 
 type Open = dyn FnOnce(&mut Passed) -> Result<Ready, ActionError> + Send;
-type ForConfiguration = dyn FnOnce(&mut Configuration) + Send;
+type ForConfiguration = dyn FnOnce(&mut Configuration) -> Replaced + Send;
+
+/// What was replaced: it is closed by the files thread.
+pub type Replaced = Box<dyn Any + Send>;
 type ForDevice = dyn FnOnce(&mut Devices, u64) -> Result<(), ActionError> + Send;
 
 /// A request that was checked.
-pub struct Change(Box<Open>);
+pub struct Change {
+    open: Box<Open>,
+    waits: bool,
+}
 
 impl Change {
     /// One whose second step is `open`.
     pub fn new(
         open: impl FnOnce(&mut Passed) -> Result<Ready, ActionError> + Send + 'static,
     ) -> Self {
-        Change(Box::new(open))
+        Change {
+            open: Box::new(open),
+            waits: true,
+        }
     }
 
     /// One that opens nothing.
-    pub fn at_once(change: impl FnOnce(&mut Configuration) + Send + 'static) -> Self {
-        Change::new(|_| Ok(Ready::of(change)))
+    pub fn at_once<T: Send + 'static>(
+        change: impl FnOnce(&mut Configuration) -> T + Send + 'static,
+    ) -> Self {
+        Change::new(|_| Ok(Ready::of(change))).waiting(false)
+    }
+
+    /// The same; whether its second step may wait for a file.
+    pub fn waiting(self, waits: bool) -> Self {
+        Change { waits, ..self }
+    }
+
+    /// Whether its second step may wait for a file.
+    pub fn waits(&self) -> bool {
+        self.waits
     }
 
     /// Opens what it names, or takes it from what was passed with it. May wait.
@@ -48,7 +70,7 @@ impl Change {
     /// # Errors
     /// Why it cannot be used.
     pub fn open(self, passed: &mut Passed) -> Result<Ready, ActionError> {
-        (self.0)(passed)
+        (self.open)(passed)
     }
 }
 
@@ -71,13 +93,17 @@ pub struct Ready {
     pub device: Option<Box<ForDevice>>,
     /// Start the guest.
     pub start: bool,
+    /// A line for the log once it runs.
+    pub line: Option<&'static str>,
 }
 
 impl Ready {
-    /// A change of the configuration.
-    pub fn of(change: impl FnOnce(&mut Configuration) + Send + 'static) -> Self {
+    /// A change of the configuration, which returns what it replaces.
+    pub fn of<T: Send + 'static>(
+        change: impl FnOnce(&mut Configuration) -> T + Send + 'static,
+    ) -> Self {
         Ready {
-            configuration: Some(Box::new(change)),
+            configuration: Some(Box::new(|configuration| Box::new(change(configuration)))),
             ..Ready::default()
         }
     }

@@ -4,10 +4,11 @@
 //! nothing. Clients may remove a file once they have PUT it, so it is opened then and kept.
 
 use std::fs::File;
+use std::mem;
 use std::sync::Arc;
 
 use super::action::{Action, ActionError};
-use super::change::{Change, Ready, Step};
+use super::change::{Change, Ready, Replaced, Step};
 use super::devices::Devices;
 use super::open::{self, ConsoleSocket, INITRD, Image, KERNEL};
 use crate::sys::passed::Passed;
@@ -38,7 +39,7 @@ pub struct Boot {
     /// What was asked for.
     pub source: BootSource,
     /// The kernel's file, and the initial RAM disk's. They go with the start.
-    pub images: Option<(Image, Option<Image>)>,
+    pub images: Option<Arc<(Image, Option<Image>)>>,
 }
 
 /// The console.
@@ -76,7 +77,7 @@ impl Boot {
             Some(initrd) => Some(Image::open(&INITRD, initrd, passed)?),
             None => None,
         };
-        let images = Some((kernel, initrd));
+        let images = Some(Arc::new((kernel, initrd)));
         Ok(Boot { source, images })
     }
 }
@@ -120,7 +121,7 @@ impl Configuration {
                 Boot::check(&source)?;
                 Ok(Change::new(|passed| {
                     let boot = Boot::open(source, passed)?;
-                    Ok(Ready::of(|configuration| configuration.boot = Some(boot)))
+                    Ok(Ready::of(|configuration| configuration.boot.replace(boot)))
                 }))
             }
             Action::PutDevice(device) => self.devices.put(device),
@@ -129,7 +130,9 @@ impl Configuration {
                 let before = self.console.socket.clone();
                 Ok(Change::new(|passed| {
                     let console = Console::open(serial, before, passed)?;
-                    Ok(Ready::of(|configuration| configuration.console = console))
+                    Ok(Ready::of(|configuration| {
+                        mem::replace(&mut configuration.console, console)
+                    }))
                 }))
             }
             Action::PutCpuConfig(cpu) => Ok(Change::at_once(|configuration| {
@@ -166,13 +169,14 @@ impl Configuration {
                 .transpose()?;
             let devices = devices(passed)?;
             Ok(Ready::of(move |configuration| {
-                *configuration = Configuration {
+                let new = Configuration {
                     machine,
                     boot,
                     devices,
                     cpu,
                     console,
                 };
+                mem::replace(configuration, new)
             }))
         }))
     }
@@ -212,12 +216,10 @@ impl Configuration {
         Ok(boot)
     }
 
-    /// Closes what a machine that has started has copies of.
-    pub fn release(&mut self) {
-        if let Some(boot) = &mut self.boot {
-            boot.images = None;
-        }
-        self.console.output = None;
+    /// Gives up what a machine that has started has copies of; the files thread closes it.
+    pub fn release(&mut self) -> Replaced {
+        let images = self.boot.as_mut().and_then(|boot| boot.images.take());
+        Box::new((images, self.console.output.take()))
     }
 
     /// What `GET /vm/config` answers.
@@ -275,7 +277,7 @@ mod tests {
     fn put(configuration: &mut Configuration, action: Action) -> Result<(), ActionError> {
         let change = configuration.check(action)?;
         let ready = change.open(&mut Passed::default())?;
-        ready.configuration.unwrap()(configuration);
+        drop(ready.configuration.unwrap()(configuration));
         Ok(())
     }
 

@@ -3,13 +3,16 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
 
+use super::file_work::FileResult;
 use super::lifecycle::Input;
 use super::machine::Machine;
-use super::{Event, Vmm};
+use super::{Event, Vmm, file_work};
+use crate::files::Steps;
 use crate::memory::mapped::{self, NAME_MAX};
 use crate::serial::SerialEvent;
 use crate::sys::fd::{self, Interest};
@@ -35,8 +38,8 @@ impl Vmm {
     /// The end: the last line of metrics, the last answers and the last lines of the log are
     /// written, as far as that can be done in a bounded time.
     pub(super) fn finish(&mut self) {
-        // No client is left to be told that it failed.
-        let _ = self.flush_metrics();
+        self.write_metrics(None);
+        self.await_files(Instant::now() + FINISH_PATIENCE);
         // Clients that wait for a pause or an update are told that the microVM is ending.
         self.advance(Input::End);
         self.updates.clear();
@@ -46,9 +49,10 @@ impl Vmm {
 
     /// Gives the API thread time to write what clients have been answered; those that were not
     /// are told that the microVM is ending.
-    fn await_answers(&self) {
+    fn await_answers(&mut self) {
+        self.held.drain(..).for_each(file_work::drop_command);
         while let Some(unanswered) = self.inbox.next() {
-            drop(unanswered);
+            file_work::drop_unclosed(unanswered);
         }
         let deadline = Instant::now() + ANSWERS_PATIENCE;
         while !self.pending.is_settled() && Instant::now() < deadline {
@@ -57,12 +61,14 @@ impl Vmm {
         }
     }
 
-    fn await_finished(&self) {
+    fn await_finished(&mut self) {
         let deadline = Instant::now() + FINISH_PATIENCE;
         loop {
             while let Some(event) = self.inbox.next() {
-                if matches!(event, Event::Serial(SerialEvent::Finished)) {
-                    return;
+                match event {
+                    Event::Serial(SerialEvent::Finished) => return,
+                    Event::Files(finished) => self.file_work_finished(finished),
+                    other => file_work::drop_unclosed(other),
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -81,18 +87,19 @@ impl Vmm {
     }
 
     /// Tells how the guest ended, in the log and on `--end-fd`, and gives the exit code for it.
-    pub(super) fn guest_ended(&self, index: u8, end: End) -> i32 {
+    pub(super) fn guest_ended(&mut self, index: u8, end: End) -> i32 {
         let crash = self
             .machine
             .as_ref()
-            .and_then(|machine| machine.crash(index));
-        if let Some(told) = &self.end {
+            .and_then(|machine| machine.crash(index))
+            .copied();
+        if let Some(told) = self.end.take() {
             let report = EndReport {
                 end: word(end),
-                crash: crash.map(|crash| detail(index, crash)),
+                crash: crash.map(|crash| detail(index, &crash)),
             };
             // The exit code says the most important part if nothing reads this.
-            let _ = fd::write(told.as_raw_fd(), report.to_string().as_bytes());
+            self.write_once("how the guest ended", told, report.to_string());
         }
         match end {
             End::Reset => info!("The guest reset its machine."),
@@ -108,8 +115,22 @@ impl Vmm {
         exit_code(end)
     }
 
+    /// The mapped file that was changed, as far as the files thread finds out in time.
+    fn changed_file(&mut self) -> Option<String> {
+        let mapped = self.machine.as_ref()?.memory.mapped_files();
+        let (send, name) = sync_channel(1);
+        let work = Box::new(move |steps: &Steps| {
+            steps.begin("reading the state of the files that are mapped into the guest");
+            let changed = mapped.iter().find(|file| !file.is_unchanged());
+            let _ = send.send(changed.map(|file| file.name().to_owned()));
+            FileResult::Done
+        });
+        self.files.submit(Some(FINISH_PATIENCE), work).ok()?;
+        name.recv_timeout(FINISH_PATIENCE).ok()?
+    }
+
     /// What failed, on which vCPU, and why.
-    fn failure(&self, index: u8, end: End) -> String {
+    fn failure(&mut self, index: u8, end: End) -> String {
         let unexpected = |reason: u32, detail: String| {
             let name = kvm::exit_name(reason);
             format!("Unexpected KVM exit reason {reason} ({name}) on vCPU {index}{detail}")
@@ -134,7 +155,7 @@ impl Vmm {
                 format!(", hardware entry failure reason {reason:#x}"),
             ),
             End::Unexpected(reason) => unexpected(reason, String::new()),
-            End::MemoryGone => match self.machine.as_ref().and_then(|m| m.memory.changed_file()) {
+            End::MemoryGone => match self.changed_file() {
                 Some(name) => format!(
                     "The file `{name}`, which is mapped into the guest, was cut short; replace such \
                      a file by rename. Seen on vCPU {index}"

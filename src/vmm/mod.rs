@@ -13,7 +13,8 @@
 //! with a deadline on everything a client waits for. That is why `GET /` is answered while a disk
 //! hangs.
 //!
-//! Control alone may open files once the guest runs; what it opens it sends to the worker.
+//! What may wait for a file is done by the files thread ([`file_work`]); what it opens, control sends to
+//! the worker.
 
 pub mod action;
 mod boot;
@@ -21,6 +22,7 @@ mod change;
 mod configuration;
 mod devices;
 mod ending;
+mod file_work;
 pub mod firecracker_log;
 mod lifecycle;
 mod machine;
@@ -31,21 +33,23 @@ mod requests;
 pub mod rules;
 pub mod threads;
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 
-use self::action::{ActionError, Command, Outcome, PendingReplies, Reply};
+use self::action::{ActionError, Command, Context, Outcome, PendingReplies, Reply};
 use self::configuration::Configuration;
+use self::file_work::{Awaited, FileResult};
 use self::lifecycle::{Input, Lifecycle};
 use self::machine::Machine;
 use self::rules::State;
 
 use crate::arch::boot_timer::Booted;
+use crate::files::{self, Files, Finished};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::metrics::{Reader, Sink};
 use crate::serial::SerialEvent;
@@ -60,8 +64,9 @@ use crate::{error, exit, info, warn};
 
 /// Events that may wait for control: the 128 requests that the API thread may have under way and
 /// as many answers of devices to them, two events of each of 32 vCPUs, three of each of 19
-/// devices, eight of the boot timer and the serial thread's.
-const INBOX: usize = 400;
+/// devices, what the files thread may have under way, eight of the boot timer and the serial
+/// thread's.
+const INBOX: usize = 440;
 
 /// How long a client waits for a device to take up an update.
 const UPDATE_PATIENCE: Duration = Duration::from_secs(5);
@@ -81,6 +86,8 @@ pub enum Event {
     Answer(WorkerReply),
     /// From the serial thread.
     Serial(SerialEvent),
+    /// The files thread has done something.
+    Files(Finished<FileResult>),
     /// The guest says that it has booted.
     Booted(Booted),
 }
@@ -98,7 +105,7 @@ macro_rules! from {
 
 from! {
     Command => Command, VcpuEvent => Vcpu, WorkerEvent => Worker, WorkerReply => Answer,
-    SerialEvent => Serial, Booted => Booted,
+    SerialEvent => Serial, Booted => Booted, Finished<FileResult> => Files,
 }
 
 /// What the command line says that lasts as long as the process.
@@ -137,6 +144,14 @@ pub struct Vmm {
     /// Clients that wait for a device: token, reply, deadline.
     updates: Vec<(u64, Reply, Instant)>,
     next_token: u64,
+    /// Does what may wait for a file.
+    files: Files<FileResult>,
+    /// What of that control awaits, by token.
+    awaited: Vec<(u64, Awaited)>,
+    /// Requests that wait for a change under way, in order.
+    held: VecDeque<Command>,
+    /// For the log, when the guest that is being started runs.
+    start_line: Option<&'static str>,
     /// Answers that the API thread has still to write.
     pending: PendingReplies,
     /// What is told how the guest ended, if anything is.
@@ -147,7 +162,9 @@ pub struct Vmm {
     /// What other threads than a machine's count.
     readers: Vec<Arc<dyn Reader>>,
     /// Where metrics are written to.
-    metrics: Option<Sink>,
+    metrics: Option<Arc<Mutex<Sink>>>,
+    /// The files thread is writing a line of them.
+    is_writing_metrics: bool,
     /// When that is due, while a machine runs.
     metrics_due: Option<Instant>,
 }
@@ -163,11 +180,13 @@ impl Vmm {
     /// Control, with nothing configured. Call it before any other thread exists.
     ///
     /// # Errors
-    /// When the host has no descriptor left.
-    pub fn new(settings: Settings, timeline: Timeline) -> io::Result<Self> {
-        let signals = Signals::install(exit::by_signal)?;
+    /// When the host has no descriptor left, or allows no other thread.
+    pub fn new(settings: Settings, timeline: Timeline) -> Result<Self, ActionError> {
+        let signals = Signals::install(exit::by_signal).context("Setting up signals failed")?;
         signal::describe_addresses_by(ending::name_mapped_file);
-        let (events, inbox) = inbox(INBOX)?;
+        let (events, inbox) = inbox(INBOX).context("Making control's inbox failed")?;
+        let (files, files_thread) = files::files(events.outbox());
+        threads::parked("files".into())?.start_unfiltered(move || files_thread.run());
         Ok(Vmm {
             settings,
             timeline,
@@ -179,12 +198,17 @@ impl Vmm {
             signals,
             updates: Vec::new(),
             next_token: 0,
+            files,
+            awaited: Vec::new(),
+            held: VecDeque::new(),
+            start_line: None,
             pending: PendingReplies::default(),
             end: None,
             kvm: None,
             counters: report::Counters::default(),
             readers: Vec::new(),
             metrics: None,
+            is_writing_metrics: false,
             metrics_due: None,
         })
     }
@@ -216,6 +240,19 @@ impl Vmm {
         self.kvm = Some(Arc::new(kvm));
     }
 
+    fn log_signal(&mut self, number: i32, code: i32) {
+        info!("Shutting down VM after intercepting signal {number}, code {code}.");
+        self.counters.signal = Some(number);
+    }
+
+    /// The end, when there is no guest yet.
+    fn end_by_signal(&mut self, signal: Signal) -> ! {
+        self.log_signal(signal.number, signal.code);
+        info!("{}", firecracker_log::STOPPING);
+        self.finish();
+        signal::end_by(signal.number)
+    }
+
     /// The loop of the thread. The process ends with it; the kernel takes all of it apart faster than
     /// code here could.
     pub fn run(mut self) -> ! {
@@ -239,8 +276,7 @@ impl Vmm {
                     continue;
                 }
                 self.finish_console();
-                info!("Shutting down VM after intercepting signal {number}, code {code}.");
-                self.counters.signal = Some(number);
+                self.log_signal(number, code);
                 break Next::EndBySignal(number);
             }
             let mut next = Next::GoOn;
@@ -279,11 +315,8 @@ impl Vmm {
 
     fn handle(&mut self, event: Event) -> Next {
         match event {
-            Event::Command(Command {
-                action,
-                mut passed,
-                reply,
-            }) => self.command(*action, &mut passed, reply),
+            Event::Command(command) => self.command(command),
+            Event::Files(finished) => self.file_work_finished(finished),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.advance(Input::VcpuPaused(index)),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
                 if !matches!(end, End::Reset | End::PowerOff) {
@@ -338,8 +371,8 @@ impl Vmm {
             let (_, client, _) = self.updates.swap_remove(at);
             client.send(Ok(Outcome::Done));
         }
-        // What a worker gives back is closed here: it may not do so itself.
-        drop(reply);
+        // What a worker gives back is closed by the files thread: it may not do so itself.
+        self.close(reply);
         self.tell_again();
     }
 
@@ -353,7 +386,9 @@ impl Vmm {
     fn patience(&self) -> Option<u32> {
         let pause = self.lifecycle.as_ref().and_then(Lifecycle::deadline);
         let updates = self.updates.iter().map(|(.., at)| *at);
-        let next = updates.chain(pause).chain(self.metrics_due).min()?;
+        let files = self.files.deadline();
+        let next = updates.chain(pause).chain(self.metrics_due).chain(files);
+        let next = next.min()?;
         let left = next.saturating_duration_since(Instant::now());
         Some(
             u32::try_from(left.as_millis())
@@ -366,10 +401,9 @@ impl Vmm {
         let now = Instant::now();
         if self.metrics_due.is_some_and(|at| at <= now) {
             self.metrics_due = now.checked_add(METRICS_INTERVAL);
-            if let Err(cause) = self.flush_metrics() {
-                warn!("A line of metrics was not written: {cause}");
-            }
+            self.write_metrics(None);
         }
+        self.look_at_files(now);
         while let Some(at) = self.updates.iter().position(|(.., at)| *at <= now) {
             let (_, client, _) = self.updates.swap_remove(at);
             client.send(Err(ActionError(format!(

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 
 use super::action::{ActionError, Context};
+use crate::files;
 use crate::sys::fd;
 use crate::sys::passed::Passed;
 use crate::sys::socket;
@@ -128,6 +129,7 @@ impl Purpose {
 
     /// Opens what `source` names, or claims it.
     fn open(&self, source: &Source, passed: &mut Passed) -> Result<(File, Metadata), ActionError> {
+        self.may_wait("opening", source);
         let not_opened = |cause: io::Error| self.not_opened(source, &cause);
         let file = match source {
             Source::Named(path) => open_path(path, self.mode).map_err(not_opened)?,
@@ -140,6 +142,12 @@ impl Purpose {
         };
         let metadata = file.metadata().map_err(not_opened)?;
         Ok((file, metadata))
+    }
+
+    /// What follows may wait for the file.
+    fn may_wait(&self, operation: &str, source: &Source) {
+        let Purpose { what, .. } = self;
+        files::may_wait(format_args!("{operation} the {what} {}", Quoted(source)));
     }
 
     fn wrong_kind(&self, source: &Source, metadata: &Metadata) -> ActionError {
@@ -245,11 +253,17 @@ impl Image {
         })
     }
 
+    /// What follows reads it.
+    pub fn may_wait(&self) {
+        self.purpose.may_wait("reading", &self.source);
+    }
+
     /// Whether the file is still as it was when it was opened: it is about to be mapped.
     ///
     /// # Errors
     /// When its size or modification time changed.
     pub fn check_unchanged(&self) -> Result<(), ActionError> {
+        self.purpose.may_wait("reading the state of", &self.source);
         let metadata = self.file.metadata();
         let metadata = metadata.map_err(|cause| self.purpose.not_opened(&self.source, &cause))?;
         if stamp(&metadata) == self.stamp {
@@ -316,11 +330,37 @@ pub fn read_text(
     source: &Source,
     passed: &mut Passed,
 ) -> Result<Vec<u8>, ActionError> {
-    let (mut file, metadata) = purpose.open(source, passed)?;
+    let (file, metadata) = purpose.open(source, passed)?;
+    read(purpose, source, file, &metadata)
+}
+
+/// Reads the configuration of the whole at `path`, to its end: it waits for whatever writes a FIFO
+/// or a pipe.
+///
+/// # Errors
+/// When it cannot be read, or is longer than any configuration is.
+pub fn read_configuration(path: &str) -> Result<Vec<u8>, ActionError> {
+    let (purpose, source) = (&CONFIGURATION, Source::from(path));
+    purpose.may_wait("opening", &source);
+    let not_opened = |cause: io::Error| purpose.not_opened(&source, &cause);
+    let mut options = OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NOCTTY);
+    let file = options.open(path).map_err(not_opened)?;
+    let metadata = file.metadata().map_err(not_opened)?;
+    read(purpose, &source, file, &metadata)
+}
+
+fn read(
+    purpose: &Purpose,
+    source: &Source,
+    mut file: File,
+    metadata: &Metadata,
+) -> Result<Vec<u8>, ActionError> {
     if metadata.is_dir() {
-        return Err(purpose.wrong_kind(source, &metadata));
+        return Err(purpose.wrong_kind(source, metadata));
     }
     let not_read = |cause: io::Error| purpose.not_opened(source, &cause);
+    purpose.may_wait("reading", source);
     if metadata.is_file() {
         // The program that passed a descriptor may have written the file and be at its end.
         file.rewind().map_err(not_read)?;
@@ -365,6 +405,7 @@ impl ConsoleSocket {
         let not_opened = |cause: io::Error| CONSOLE_SOCKET.not_opened(source, &cause);
         let (listener, path) = match source {
             Source::Named(path) => {
+                CONSOLE_SOCKET.may_wait("making", source);
                 let listener = UnixListener::bind(path).map_err(not_opened)?;
                 (listener, Some(path.clone()))
             }

@@ -25,6 +25,10 @@ pub struct Counters {
     pub signal: Option<i32>,
     /// Lines of metrics that their sink did not take.
     pub missed_lines: u64,
+    /// Lines of metrics that were not written, because the one before had not been.
+    pub skipped_lines: u64,
+    /// Results of the files thread that came too late.
+    pub late_files: u64,
 }
 
 /// What the original's line always has, also of devices that there are none of here: its readers
@@ -325,7 +329,13 @@ pub fn begin(id: &str, state: State, timeline: &Timeline, counters: &Counters) -
         "mayfly_metrics_lines_missed_total",
         "Lines of metrics that their sink did not take.",
         &[],
-        counters.missed_lines,
+        counters.missed_lines.saturating_add(counters.skipped_lines),
+    );
+    report.counter(
+        "mayfly_late_file_operations_total",
+        "File operations that ended after their deadline; their results were not used.",
+        &[],
+        counters.late_files,
     );
     report.set("api_server", "process_startup_time_us", counters.startup_us);
     report.set(
@@ -342,8 +352,9 @@ pub fn begin(id: &str, state: State, timeline: &Timeline, counters: &Counters) -
     report.set("latencies_us", "vmm_resume_vm", counters.resume_us);
     report.add("logger", "missed_log_count", lost);
     report.add("logger", "rate_limited_log_count", suppressed);
-    report.add("logger", "missed_metrics_count", counters.missed_lines);
-    report.add("logger", "metrics_fails", counters.missed_lines);
+    let missed = counters.missed_lines.saturating_add(counters.skipped_lines);
+    report.add("logger", "missed_metrics_count", missed);
+    report.add("logger", "metrics_fails", missed);
     report.add("vcpu", "failures", counters.vcpu_failures);
     report
 }

@@ -2,16 +2,20 @@
 //! three steps of [`super::change`].
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use super::action::{Action, ActionError, Context, InstanceInfo, Outcome, Reply};
+use super::action::{Action, ActionError, Answer, Command, Context, InstanceInfo, Outcome};
 use super::change::{Change, Ready, Step};
+use super::file_work::{Asker, Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::Lifecycle;
+use super::threads::{self, ReadyLatch};
 use super::{UPDATE_PATIENCE, Vmm, boot, firecracker_log, open, report, rules};
+use crate::files::{Files, Steps};
 use crate::log;
 use crate::metrics::{Report, Sink};
+use crate::seccomp::Category;
 use crate::sys::fd;
 use crate::sys::passed::Passed;
 use crate::timeline::Moment;
@@ -24,33 +28,59 @@ const NO_METRICS: &str = "Cannot initialize the metrics system due to bad user i
 /// What came of a request.
 pub(super) enum Committed {
     /// All of it.
-    Done(Outcome),
+    Done,
+    /// The guest is to be started, with a line for the log.
+    Starts(Option<&'static str>),
     /// A device was told, and will answer with this token.
     Awaits(u64),
 }
 
 impl Vmm {
-    /// One request: refused by the rules of state, begun, or done.
-    pub(super) fn command(&mut self, action: Action, passed: &mut Passed, reply: Reply) {
-        if let Err(error) = rules::allow(&action, self.state()) {
-            return reply.send(Err(error));
-        }
-        match action {
-            Action::Pause => self.pause(reply),
-            Action::Resume => self.resume(reply),
-            action => match self.act(action, passed) {
-                Ok(Committed::Done(outcome)) => reply.send(Ok(outcome)),
-                Ok(Committed::Awaits(token)) => {
-                    self.updates
-                        .push((token, reply, Instant::now() + UPDATE_PATIENCE));
-                }
-                Err(error) => reply.send(Err(error)),
-            },
+    /// One request: done now, or in its turn.
+    pub(super) fn command(&mut self, command: Command) {
+        if self.is_held_back(&command.action) {
+            self.held.push_back(command);
+        } else {
+            self.carry_out(command);
         }
     }
 
-    /// Requests that control does by itself.
-    fn act(&mut self, action: Action, passed: &mut Passed) -> Result<Committed, ActionError> {
+    /// One request: refused by the rules of state, begun, or done.
+    pub(super) fn carry_out(&mut self, command: Command) {
+        let Command {
+            action,
+            passed,
+            reply,
+        } = command;
+        if let Err(error) = rules::allow(&action, self.state()) {
+            self.close(passed);
+            return reply.send(Err(error));
+        }
+        match *action {
+            Action::Pause => self.pause(reply),
+            Action::Resume => self.resume(reply),
+            Action::FlushMetrics => self.write_metrics(Some(reply)),
+            Action::Start => self.begin_start(Asker::Client(reply), None),
+            action @ (Action::PutLogger(_)
+            | Action::PutMetrics(_)
+            | Action::PutVm { .. }
+            | Action::PutMachineConfig(_)
+            | Action::PatchMachineConfig(_)
+            | Action::PutBootSource(_)
+            | Action::PutDevice(_)
+            | Action::PatchDevice(_)
+            | Action::PutSerial(_)
+            | Action::PutCpuConfig(_)) => match self.check(action) {
+                Ok(change) => return self.open(change, passed, Asker::Client(reply)),
+                Err(error) => reply.send(Err(error)),
+            },
+            action => reply.send(self.act(action)),
+        }
+        self.close(passed);
+    }
+
+    /// Requests that are done at once.
+    fn act(&mut self, action: Action) -> Answer {
         let outcome = match action {
             Action::DescribeInstance => Outcome::Instance(self.instance()),
             Action::GetVersion => Outcome::Version(API_VERSION),
@@ -58,28 +88,29 @@ impl Vmm {
             Action::GetVmConfig => Outcome::VmConfig(Box::new(self.configuration.report())),
             Action::GetMachineConfig => Outcome::MachineConfig(self.configuration.machine.clone()),
             Action::GetMetrics => Outcome::Metrics(self.report().prometheus()),
-            Action::Start => {
-                self.start(None)?;
-                Outcome::Done
-            }
             Action::SendCtrlAltDel => {
                 if let Some(machine) = &self.machine {
                     machine.keyboard.ctrl_alt_del().bare()?;
                 }
                 Outcome::Done
             }
-            Action::FlushMetrics => {
-                self.flush_metrics()
-                    .context("The metrics could not be written, and will be with the next line")?;
-                Outcome::Done
-            }
-            action => {
-                let change = self.check(action)?;
-                let ready = change.open(passed)?;
-                return self.commit(ready);
-            }
+            other => return Err(ActionError(format!("This is not done at once: {other:?}."))),
         };
-        Ok(Committed::Done(outcome))
+        Ok(outcome)
+    }
+
+    /// Takes up what was opened, and answers, now or when it is done.
+    pub(super) fn conclude(&mut self, asker: Asker, ready: Result<Ready, ActionError>) {
+        match (ready.and_then(|ready| self.commit(ready)), asker) {
+            (Ok(Committed::Done), asker) => asker.answer(Ok(Outcome::Done)),
+            (Ok(Committed::Awaits(token)), Asker::Client(reply)) => {
+                self.updates
+                    .push((token, reply, Instant::now() + UPDATE_PATIENCE));
+            }
+            (Ok(Committed::Awaits(_)), asker) => asker.answer(Ok(Outcome::Done)),
+            (Ok(Committed::Starts(line)), asker) => self.begin_start(asker, line),
+            (Err(error), asker) => asker.answer(Err(error)),
+        }
     }
 
     /// The first step of a request that changes something.
@@ -87,7 +118,7 @@ impl Vmm {
         match action {
             Action::PutLogger(logger) => Ok(put_logger(logger)),
             Action::PutMetrics(metrics) => self.put_metrics(metrics),
-            Action::PutVm { config, start } => self.put_vm(*config, start),
+            Action::PutVm { config, start } => self.put_vm(*config, start, None),
             action => self.configuration.check(action),
         }
     }
@@ -98,16 +129,17 @@ impl Vmm {
     /// The guest cannot be started, or a device takes no messages.
     pub(super) fn commit(&mut self, ready: Ready) -> Result<Committed, ActionError> {
         if let Some(change) = ready.configuration {
-            change(&mut self.configuration);
+            let replaced = change(&mut self.configuration);
+            self.files.close(replaced);
         }
         if let Some((logger, sink)) = ready.logger {
             self.use_logger(&logger, sink);
         }
         if let Some(sink) = ready.metrics {
-            self.metrics = Some(sink);
+            self.metrics = Some(Arc::new(Mutex::new(sink)));
         }
         if ready.start {
-            self.start(None)?;
+            return Ok(Committed::Starts(ready.line));
         }
         match ready.device {
             Some(send) => {
@@ -115,19 +147,24 @@ impl Vmm {
                 send(&mut self.configuration.devices, token)?;
                 Ok(Committed::Awaits(token))
             }
-            None => Ok(Committed::Done(Outcome::Done)),
+            None => Ok(Committed::Done),
         }
     }
 
     /// All three steps, before there are clients. Descriptors are those that the process was started
     /// with.
     fn change(&mut self, change: Change) -> Result<(), ActionError> {
-        let ready = change.open(&mut Passed::Inherited)?;
+        let waits = change.waits();
+        let open = move || change.open(&mut Passed::Inherited);
+        let ready = match waits {
+            true => self.wait_for_file(Some(FILE_PATIENCE), open)?,
+            false => open()?,
+        };
         self.commit(ready).map(drop)
     }
 
     /// Takes up a whole configuration in place of what there was; all of it, or nothing.
-    fn put_vm(&self, mut config: VmConfig, start: bool) -> Step {
+    fn put_vm(&self, mut config: VmConfig, start: bool, line: Option<&'static str>) -> Step {
         let logger = config.logger.take().map(put_logger);
         let metrics = config.metrics.take();
         let metrics = metrics
@@ -142,7 +179,7 @@ impl Vmm {
             if let Some(logger) = logger {
                 ready.logger = logger.open(passed)?.logger;
             }
-            ready.start = start;
+            (ready.start, ready.line) = (start, line);
             Ok(ready)
         }))
     }
@@ -172,36 +209,40 @@ impl Vmm {
     /// The message for the person who named it.
     pub fn set_end(&mut self, number: u32) -> Result<(), ActionError> {
         let place = Source::fd(number);
-        let file = open::sink(&open::END, &place, &mut Passed::Inherited)?;
-        fd::set_nonblocking(&file)
-            .context(format_args!("Cannot use descriptor {number} (--end-fd)"))?;
+        let file = self.wait_for_file(Some(FILE_PATIENCE), move || {
+            let file = open::sink(&open::END, &place, &mut Passed::Inherited)?;
+            fd::set_nonblocking(&file)
+                .context(format_args!("Cannot use descriptor {number} (--end-fd)"))?;
+            Ok(file)
+        })?;
         self.end = Some(file);
         Ok(())
     }
 
-    /// Reads the configuration in the file at `path`.
+    /// Reads the configuration in the file at `path`, to its end, however long that takes; SIGTERM and
+    /// its like end the process meanwhile.
     ///
     /// # Errors
     /// The message for the person who named the file.
-    pub fn read_config(path: &Path) -> Result<VmConfig, ActionError> {
+    pub fn read_config(&mut self, path: &Path) -> Result<VmConfig, ActionError> {
         let path = path.to_str().ok_or_else(|| {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
-        let source = Source::from(path);
-        let bytes = open::read_text(&open::CONFIGURATION, &source, &mut Passed::default())?;
+        let name = path.to_owned();
+        let bytes = self.wait_for_file(None, move || open::read_configuration(&name))?;
         let parsed = config::parse_file(&bytes);
         parsed.context(format_args!("Cannot read the configuration `{path}`"))
     }
 
-    /// Takes up `config` and starts it. The descriptors it names are those that the process was
-    /// started with.
-    ///
-    /// # Errors
-    /// The message for the person who wrote it.
-    pub fn start_from(&mut self, config: VmConfig) -> Result<(), ActionError> {
-        let change = self.put_vm(config, false)?;
-        self.change(change)?;
-        self.start(Some(firecracker_log::STARTED_FROM_FILE))
+    /// Takes up `config` and starts it; `fail` ends the process if that fails. The descriptors it
+    /// names are those that the process was started with.
+    pub fn start_from(&mut self, config: VmConfig, fail: Box<dyn FnOnce(ActionError)>) {
+        let asker = Asker::CommandLine(fail);
+        let line = Some(firecracker_log::STARTED_FROM_FILE);
+        match self.put_vm(config, true, line) {
+            Ok(change) => self.open(change, Passed::Inherited, asker),
+            Err(error) => asker.answer(Err(error)),
+        }
     }
 
     /// Takes up where the command line wants the metrics.
@@ -235,7 +276,7 @@ impl Vmm {
     }
 
     /// All counters as they are now.
-    fn report(&self) -> Report {
+    pub(super) fn report(&self) -> Report {
         let mut report = report::begin(
             &self.settings.id,
             self.state(),
@@ -248,6 +289,12 @@ impl Vmm {
             &[],
             u64::from(self.is_quiescent()),
         );
+        report.gauge(
+            "mayfly_file_operations_pending",
+            "File operations under way, or waiting.",
+            &[],
+            self.files.pending() as u64,
+        );
         for reader in &self.readers {
             reader.read(&mut report);
         }
@@ -257,26 +304,14 @@ impl Vmm {
         report
     }
 
-    /// Writes a line of metrics, if there is a place for it.
-    pub(super) fn flush_metrics(&mut self) -> io::Result<()> {
-        if self.metrics.is_none() {
-            return Ok(());
-        }
-        let report = self.report();
-        if let Some(sink) = &mut self.metrics {
-            let result = sink.write(report);
-            self.counters.missed_lines = sink.missed();
-            return result;
-        }
-        Ok(())
-    }
-
-    /// Starts the guest; `line` is written to the log besides what always is.
-    fn start(&mut self, line: Option<&'static str>) -> Result<(), ActionError> {
+    /// The first half of a start; the second comes when the guest has been loaded. `line` is written
+    /// to the log besides what always is.
+    pub(super) fn begin_start(&mut self, asker: Asker, line: Option<&'static str>) {
         if self.machine.is_some() {
-            return Err(ActionError("The microVM is running already.".into()));
+            return asker.answer(Err(ActionError("The microVM is running already.".into())));
         }
         self.timeline.mark_again(Moment::Configured);
+        self.start_line = line;
         let host = boot::Host {
             settings: &self.settings,
             events: &self.events,
@@ -284,7 +319,40 @@ impl Vmm {
             kvm: self.kvm.as_ref(),
             line,
         };
-        let machine = boot::start(&host, &mut self.configuration)?;
+        let files = &mut self.files;
+        let submit = |load: boot::Load| {
+            let work = Box::new(move |_: &Steps| FileResult::Loaded(Box::new(load())));
+            files.submit(Some(FILE_PATIENCE), work).bare()
+        };
+        match boot::begin(&host, &self.configuration, submit) {
+            Ok((begun, token)) => {
+                self.awaited
+                    .push((token, Awaited::Start(asker, Box::new(begun))));
+            }
+            Err(error) => asker.answer(Err(error)),
+        }
+    }
+
+    /// The second half of a start.
+    pub(super) fn complete_start(
+        &mut self,
+        begun: boot::Begun,
+        loaded: boot::Loaded,
+    ) -> Result<(), ActionError> {
+        let host = boot::Host {
+            settings: &self.settings,
+            events: &self.events,
+            timeline: &self.timeline,
+            kvm: self.kvm.as_ref(),
+            line: self.start_line,
+        };
+        let files = &mut self.files;
+        let seal = |category, latch: &Arc<ReadyLatch>| seal(files, category, latch);
+        let (machine, replaced) =
+            boot::complete(&host, &mut self.configuration, begun, loaded, seal)?;
+        for replaced in replaced {
+            self.files.close(replaced);
+        }
         self.kvm = None;
         let started = machine.run_vcpus();
         let devices = self.configuration.devices.count();
@@ -308,6 +376,7 @@ impl Vmm {
 }
 
 fn put_logger(logger: Logger) -> Change {
+    let waits = logger.log_path.is_some();
     Change::new(|passed| {
         let sink = match &logger.log_path {
             Some(sink) => Some(open::sink(&open::LOG, sink, passed)?),
@@ -318,4 +387,33 @@ fn put_logger(logger: Logger) -> Change {
             ..Ready::default()
         })
     })
+    .waiting(waits)
+}
+
+/// Has the files thread install its filter, the last time that anything waits for it. It has
+/// nothing else to do then, so it does that at once.
+fn seal(
+    files: &mut Files<FileResult>,
+    category: Option<Category>,
+    latch: &Arc<ReadyLatch>,
+) -> Result<(), ActionError> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let deadline = Instant::now() + PATIENCE;
+    while !files.is_idle() {
+        if Instant::now() >= deadline {
+            return Err(ActionError(
+                "The guest was not started, because a file that was replaced has not been closed \
+                 within 1 s. Try again when its file system answers."
+                    .into(),
+            ));
+        }
+        let _ = fd::wait(&mut [], Some(1));
+    }
+    let latch = Arc::clone(latch);
+    let work = Box::new(move |_: &Steps| {
+        threads::filter_or_end(category);
+        latch.report();
+        FileResult::Done
+    });
+    files.submit(None, work).map(drop).bare()
 }

@@ -47,7 +47,8 @@ impl ReadyLatch {
         })
     }
 
-    fn report(&self) {
+    /// A thread is ready.
+    pub fn report(&self) {
         if self.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.waiter.unpark();
         }
@@ -97,6 +98,12 @@ impl ParkedThread {
             let _ = answer.try_send(question());
         }));
         receiver
+    }
+
+    /// Gives the thread its work; it installs its filter later, by itself.
+    pub fn start_unfiltered(self, work: impl FnOnce() + Send + 'static) {
+        let latch = ReadyLatch::of(1);
+        let _ = self.start(None, &latch, work);
     }
 
     /// Gives the thread its work, to be done behind the filter of `category` (none when the

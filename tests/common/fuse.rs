@@ -1,4 +1,8 @@
-//! A file system with one file, whose `fsync` takes as long as a test wants (FUSE, protocol 7).
+//! A file system with one file, whose `fsync` takes as long as a test wants, and which can fall silent:
+//! it reads no requests then, so that whatever touches it waits (FUSE, protocol 7).
+//!
+//! The kernel lets a process end whose request has not been read. One that has been read holds its
+//! process until it is answered.
 //!
 //! The kernel asks, a thread of the test answers. When the test dies, its end of the connection
 //! is closed, and the kernel fails whatever was waiting: nothing hangs for ever.
@@ -46,6 +50,8 @@ struct State {
 
 /// The mounted file system.
 pub struct Slow {
+    /// Requests are read only while this is locked, and false.
+    silent: Arc<Mutex<bool>>,
     state: Arc<(Mutex<State>, Condvar)>,
     connection: File,
     folder: PathBuf,
@@ -54,10 +60,24 @@ pub struct Slow {
 /// While this exists, an fsync does not end.
 pub struct Hanging<'a>(&'a Slow);
 
+/// While this exists, no request is read.
+pub struct Silent<'a>(&'a Slow);
+
+impl Drop for Silent<'_> {
+    fn drop(&mut self) {
+        *self.0.silent.lock().unwrap_or_else(|e| e.into_inner()) = false;
+    }
+}
+
 impl Slow {
     /// Mounts it at the folder `at`, with a disk of `len` bytes. The calling thread gets mounts of
     /// its own: only what it starts sees the disk.
     pub fn mount(at: &Path, len: usize) -> Self {
+        Slow::mount_with(at, vec![0; len])
+    }
+
+    /// The same with a file of this content.
+    pub fn mount_with(at: &Path, content: Vec<u8>) -> Self {
         fs::create_dir_all(at).unwrap();
         let connection = File::options()
             .read(true)
@@ -72,20 +92,34 @@ impl Slow {
         sys::mount("fuse", at, &options);
         let state = Arc::new((
             Mutex::new(State {
-                content: vec![0; len],
+                content,
                 ..State::default()
             }),
             Condvar::new(),
         ));
         let (theirs, mut requests) = (Arc::clone(&state), connection.try_clone().unwrap());
+        let silent = Arc::new(Mutex::new(false));
+        let gate = Arc::clone(&silent);
         thread::spawn(move || {
             let mut bytes = vec![0; 2 << 20];
-            // Ends when the file system is unmounted, with its last user.
-            while let Ok(n) = requests.read(&mut bytes) {
+            loop {
+                sys::wait_readable(&requests, 20);
+                let silent = gate.lock().unwrap();
+                if *silent || !sys::wait_readable(&requests, 0) {
+                    continue;
+                }
+                // Ends when the file system is unmounted, with its last user.
+                let Ok(n) = requests.read(&mut bytes) else {
+                    break;
+                };
+                drop(silent);
                 serve(&theirs, &mut requests, &bytes[..n]);
             }
         });
+        // The kernel learns that closing needs no request.
+        drop(File::open(at.join(NAME)).unwrap());
         Slow {
+            silent,
             state,
             connection,
             folder: at.to_owned(),
@@ -95,6 +129,17 @@ impl Slow {
     /// Where the disk is.
     pub fn path(&self) -> PathBuf {
         self.folder.join(NAME)
+    }
+
+    /// From now on no request is read.
+    pub fn fall_silent(&self) -> Silent<'_> {
+        *self.silent.lock().unwrap() = true;
+        Silent(self)
+    }
+
+    /// What the file holds.
+    pub fn content(&self) -> Vec<u8> {
+        self.state.0.lock().unwrap().content.clone()
     }
 
     /// From now on no fsync ends.
@@ -175,9 +220,12 @@ fn serve(shared: &(Mutex<State>, Condvar), connection: &mut File, request: &[u8]
         }
         opcode::READ => reply(unique, 0, &state.content[range()]),
         opcode::WRITE => {
-            let range = range();
-            let written = u32::try_from(range.len()).unwrap();
+            // It grows where it is added to.
+            let (at, written) = (long(IN_HEADER + 8) as usize, word(IN_HEADER + 16));
+            let range = at..at + written as usize;
             let data = &request[IN_HEADER + 40..][..range.len()];
+            let end = len.max(range.end);
+            state.content.resize(end, 0);
             state.content[range].copy_from_slice(data);
             reply(unique, 0, &[written, 0].map(u32::to_le_bytes).concat())
         }
@@ -186,7 +234,8 @@ fn serve(shared: &(Mutex<State>, Condvar), connection: &mut File, request: &[u8]
             shared.1.notify_all();
             return;
         }
-        opcode::FSYNC | opcode::FLUSH | opcode::RELEASE => reply(unique, 0, &[]),
+        opcode::FLUSH => reply(unique, -libc::ENOSYS, &[]),
+        opcode::FSYNC | opcode::RELEASE => reply(unique, 0, &[]),
         opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => return,
         opcode::LOOKUP => reply(unique, -libc::ENOENT, &[]),
         _ => reply(unique, -libc::ENOSYS, &[]),

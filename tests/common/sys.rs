@@ -121,6 +121,17 @@ pub fn heed_the_user() {
     }
 }
 
+/// Whether `file` has something to read within `millis`.
+pub fn wait_readable(file: &impl AsRawFd, millis: i32) -> bool {
+    let mut poll = libc::pollfd {
+        fd: file.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: `poll` is one whole pollfd of ours.
+    unsafe { libc::poll(&raw mut poll, 1, millis) > 0 }
+}
+
 /// Sends `signal` to the process `pid`, which is a child of ours.
 pub fn kill(pid: u32, signal: i32) {
     let pid = i32::try_from(pid).unwrap();

@@ -59,8 +59,12 @@ impl Kind for Block {
         open_disk(&drive.path_on_host, drive.read_only(), passed)
     }
 
-    fn build(drive: &Drive, file: &File) -> io::Result<block::Block> {
-        let disk = Disk::new(file.try_clone()?, drive.read_only()).map_err(io::Error::other)?;
+    fn copy(file: &File) -> io::Result<File> {
+        file.try_clone()
+    }
+
+    fn build(drive: &Drive, file: File) -> io::Result<block::Block> {
+        let disk = Disk::new(file, drive.read_only()).map_err(io::Error::other)?;
         block::Block::new(
             disk,
             &drive.drive_id,
@@ -84,6 +88,10 @@ impl Kind for Block {
             )));
         }
         Ok(())
+    }
+
+    fn update_opens(update: &DriveUpdate) -> bool {
+        update.path_on_host.is_some()
     }
 
     fn open_update(

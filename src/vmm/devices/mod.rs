@@ -9,7 +9,7 @@ mod block;
 mod limits;
 mod net;
 
-use std::io;
+use std::{io, mem};
 
 use self::block::Block;
 pub use self::limits::bucket;
@@ -68,11 +68,17 @@ pub trait Kind: Sized + 'static {
         passed: &mut Passed,
     ) -> Result<Self::Opened, ActionError>;
 
-    /// Makes the device, on a copy of what was opened.
+    /// A copy of what was opened, for the device.
     ///
     /// # Errors
     /// The host's.
-    fn build(config: &Self::Config, opened: &Self::Opened) -> io::Result<Self::Device>;
+    fn copy(opened: &Self::Opened) -> io::Result<Self::Opened>;
+
+    /// Makes the device of what was opened. May wait.
+    ///
+    /// # Errors
+    /// The host's.
+    fn build(config: &Self::Config, opened: Self::Opened) -> io::Result<Self::Device>;
 
     /// Checks a change to the device of `config`; none if there is no such device.
     ///
@@ -82,6 +88,11 @@ pub trait Kind: Sized + 'static {
         config: Option<&Self::Config>,
         update: &<Self::Config as DeviceConfig>::Update,
     ) -> Result<(), ActionError>;
+
+    /// Whether `update` names something to be opened.
+    fn update_opens(_update: &<Self::Config as DeviceConfig>::Update) -> bool {
+        false
+    }
 
     /// Opens what `update` names, for the device of `config`. May wait.
     ///
@@ -147,23 +158,23 @@ pub trait Listed: Kind {
     fn list(devices: &mut Devices) -> &mut List<Self>;
 }
 
-/// Puts `item` into `list`, in place of the one with the same id.
-fn place<K: Kind, T>(list: &mut Vec<T>, item: T, config: impl Fn(&T) -> &K::Config) {
+/// Puts `item` into `list`, in place of the one with the same id, which it returns.
+fn place<K: Kind, T>(list: &mut Vec<T>, item: T, config: impl Fn(&T) -> &K::Config) -> Option<T> {
     let first = K::is_first(config(&item));
     let id = config(&item).id();
     match list.iter().position(|other| config(other).id() == id) {
         None if first => list.insert(0, item),
         None => list.push(item),
         Some(at) => {
-            if let Some(old) = list.get_mut(at) {
-                *old = item;
-            }
+            let old = list.get_mut(at).map(|old| mem::replace(old, item));
             if first {
                 // The two change places, as clients know it: the guest names disks by order.
                 list.swap(0, at);
             }
+            return old;
         }
     }
+    None
 }
 
 impl<K: Listed> List<K> {
@@ -193,7 +204,7 @@ impl<K: Listed> List<K> {
             let backing = Backing::Opened(opened);
             Ok(Ready::of(move |configuration| {
                 let List(list) = K::list(&mut configuration.devices);
-                place::<K, _>(list, Entry { config, backing }, |entry| &entry.config);
+                place::<K, _>(list, Entry { config, backing }, |entry| &entry.config)
             }))
         }))
     }
@@ -229,6 +240,7 @@ impl<K: Listed> List<K> {
         let Some(config) = config.cloned() else {
             return Err(ActionError(format!("There is no device `{id}`.")));
         };
+        let opens = K::update_opens(&update);
         Ok(Change::new(move |passed| {
             let message = K::open_update(&config, &update, passed)?;
             Ok(Ready::for_device(move |devices, token| {
@@ -244,7 +256,8 @@ impl<K: Listed> List<K> {
                 }
                 Ok(())
             }))
-        }))
+        })
+        .waiting(opens))
     }
 }
 

@@ -95,9 +95,13 @@ impl Kind for Net {
         Ok(tap)
     }
 
-    fn build(network: &NetworkInterface, tap: &Tap) -> io::Result<net::Net> {
+    fn copy(tap: &Tap) -> io::Result<Tap> {
+        tap.try_clone()
+    }
+
+    fn build(network: &NetworkInterface, tap: Tap) -> io::Result<net::Net> {
         net::Net::new(
-            tap.try_clone()?,
+            tap,
             network.guest_mac.map(|mac| mac.0),
             network.mtu,
             limiter(network.rx_rate_limiter),

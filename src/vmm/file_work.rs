@@ -1,0 +1,351 @@
+//! What control has the files thread do ([`crate::files`]), and what it does with the results.
+//!
+//! - A change of the configuration or of a device: its middle step, the opening. One change at a
+//!   time: what clients ask for meanwhile waits in order ([`Vmm::is_held_back`]), but for questions,
+//!   which are answered at once.
+//! - The start: the kernel and the initrd are read and mapped ([`super::boot`]).
+//! - A line of metrics; the word about the guest's end; whatever is to be closed.
+//!
+//! Each has a deadline. When it passes, the client is told which file did not answer, nothing is
+//! changed, and what comes of it later is closed. Before there are clients, control waits for the
+//! result, for a signal or for the deadline ([`Vmm::wait_for_file`]).
+
+use std::any::Any;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::action::{Action, ActionError, Answer, Command, Context, Outcome, Reply};
+use super::boot::{Begun, Loaded};
+use super::change::{Change, Ready};
+use super::rules::State;
+use super::{Event, Vmm};
+use crate::files::{Finished, Steps};
+use crate::sys::fd::{self, Interest};
+use crate::sys::passed::Passed;
+use crate::sys::signal;
+use crate::warn;
+
+/// How long a client waits for a file.
+pub(super) const FILE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the files thread gives back.
+pub enum FileResult {
+    /// The middle step of a change.
+    Opened(Box<Result<Ready, ActionError>>),
+    /// The kernel and the initrd are in guest memory, or why not.
+    Loaded(Box<Loaded>),
+    /// A line of metrics was written, or why not; and how many were not so far.
+    Written(io::Result<()>, u64),
+    /// The result went another way.
+    Done,
+}
+
+impl fmt::Debug for FileResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FileResult")
+    }
+}
+
+/// Who asked for a change.
+pub(super) enum Asker {
+    /// A client of the API.
+    Client(Reply),
+    /// The command line; the process ends when it fails.
+    CommandLine(Box<dyn FnOnce(ActionError)>),
+}
+
+impl Asker {
+    pub(super) fn answer(self, answer: Answer) {
+        match (self, answer) {
+            (Asker::Client(reply), answer) => reply.send(answer),
+            (Asker::CommandLine(fail), Err(error)) => fail(error),
+            (Asker::CommandLine(_), Ok(_)) => {}
+        }
+    }
+}
+
+impl fmt::Debug for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Asker::Client(_) => "Client",
+            Asker::CommandLine(_) => "CommandLine",
+        })
+    }
+}
+
+/// What control awaits of the files thread.
+#[derive(Debug)]
+pub(super) enum Awaited {
+    /// The opening of a change.
+    Change(Asker),
+    /// The loading of a start.
+    Start(Asker, Box<Begun>),
+    /// A line of metrics, and the client that asked for it, if one did.
+    Metrics(Option<Reply>),
+    /// Nothing is done with it.
+    Nothing,
+}
+
+impl Vmm {
+    fn is_changing(&self) -> bool {
+        let mut awaited = self.awaited.iter().map(|(_, awaited)| awaited);
+        awaited.any(|awaited| matches!(awaited, Awaited::Change(_) | Awaited::Start(..)))
+    }
+
+    /// Whether `action` must not overtake a change, nor be overtaken.
+    fn keeps_its_turn(&self, action: &Action) -> bool {
+        match action {
+            Action::DescribeInstance
+            | Action::GetVersion
+            | Action::GetTimeline
+            | Action::GetVmConfig
+            | Action::GetMachineConfig
+            | Action::GetMetrics => false,
+            // A start may be under way, or wait.
+            Action::Pause | Action::Resume | Action::SendCtrlAltDel | Action::FlushMetrics => {
+                matches!(self.state(), State::NotStarted)
+            }
+            _ => true,
+        }
+    }
+
+    /// Whether `action` has to wait for the change that is under way.
+    pub(super) fn is_held_back(&self, action: &Action) -> bool {
+        (self.is_changing() || !self.held.is_empty()) && self.keeps_its_turn(action)
+    }
+
+    /// Does what has been held back, until something has to wait again.
+    pub(super) fn release_held(&mut self) {
+        while let Some(command) = self.held.pop_front() {
+            if self.is_changing() && self.keeps_its_turn(&command.action) {
+                self.held.push_front(command);
+                return;
+            }
+            self.carry_out(command);
+        }
+    }
+
+    /// Has the files of `change` opened; the rest follows when they are.
+    pub(super) fn open(&mut self, change: Change, mut passed: Passed, asker: Asker) {
+        if !change.waits() {
+            let ready = change.open(&mut passed);
+            self.close(passed);
+            return self.conclude(asker, ready);
+        }
+        let work =
+            Box::new(move |_: &Steps| FileResult::Opened(Box::new(change.open(&mut passed))));
+        match self.files.submit(Some(FILE_PATIENCE), work) {
+            Ok(token) => self.awaited.push((token, Awaited::Change(asker))),
+            Err(refused) => asker.answer(Err(ActionError::of(&refused))),
+        }
+    }
+
+    /// Closes `value` on the files thread: closing a file may wait too.
+    pub(super) fn close(&mut self, value: impl Any + Send) {
+        self.files.close(Box::new(value));
+    }
+
+    /// Something that the files thread was given has ended.
+    pub(super) fn file_work_finished(&mut self, finished: Finished<FileResult>) {
+        let Finished { token, result } = finished;
+        let is_in_time = self.files.is_in_time(token);
+        self.counters.late_files = self.files.late();
+        let at = self.awaited.iter().position(|(known, _)| *known == token);
+        let awaited = at.map(|at| self.awaited.swap_remove(at).1);
+        match (result, awaited) {
+            (FileResult::Written(result, missed), awaited) => {
+                self.metrics_written(result, missed, awaited);
+            }
+            (FileResult::Opened(ready), Some(Awaited::Change(asker))) if is_in_time => {
+                self.conclude(asker, *ready);
+            }
+            (FileResult::Loaded(loaded), Some(Awaited::Start(asker, begun))) if is_in_time => {
+                let started = self.complete_start(*begun, *loaded);
+                asker.answer(started.map(|()| Outcome::Done));
+            }
+            (FileResult::Done, _) => {}
+            (late, _) => self.close(late),
+        }
+        self.release_held();
+    }
+
+    /// Tells clients whose file did not answer in time.
+    pub(super) fn look_at_files(&mut self, now: Instant) {
+        while let Some((token, message)) = self.files.overdue(now) {
+            let at = self.awaited.iter().position(|(known, _)| *known == token);
+            match at.map(|at| self.awaited.swap_remove(at).1) {
+                Some(Awaited::Change(asker) | Awaited::Start(asker, _)) => {
+                    asker.answer(Err(ActionError(message)));
+                }
+                Some(Awaited::Metrics(Some(reply))) => reply.send(Err(ActionError(message))),
+                Some(Awaited::Metrics(None)) => warn!("{message}."),
+                Some(Awaited::Nothing) | None => {}
+            }
+            self.release_held();
+        }
+    }
+
+    /// Has a line of metrics written, if there is a place for it; `reply` is answered then.
+    pub(super) fn write_metrics(&mut self, reply: Option<Reply>) {
+        let refuse = |reply: Option<Reply>, why: &dyn fmt::Display| match reply {
+            Some(reply) => reply.send(Err(ActionError(format!("{NOT_WRITTEN}: {why}")))),
+            None => warn!("{NOT_WRITTEN}: {why}."),
+        };
+        let Some(sink) = &self.metrics else {
+            if let Some(reply) = reply {
+                reply.send(Ok(Outcome::Done));
+            }
+            return;
+        };
+        if self.is_writing_metrics {
+            self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
+            return refuse(reply, &"the line before has not been written yet");
+        }
+        let (sink, report) = (Arc::clone(sink), self.report());
+        let work = Box::new(move |steps: &Steps| {
+            steps.begin("writing the metrics");
+            // The only thread that locks it.
+            let mut sink = sink.lock().unwrap_or_else(PoisonError::into_inner);
+            let result = sink.write(report);
+            FileResult::Written(result, sink.missed())
+        });
+        match self.files.submit(Some(FILE_PATIENCE), work) {
+            Ok(token) => {
+                self.is_writing_metrics = true;
+                self.awaited.push((token, Awaited::Metrics(reply)));
+            }
+            Err(refused) => {
+                self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
+                refuse(reply, &refused);
+            }
+        }
+    }
+
+    fn metrics_written(&mut self, result: io::Result<()>, missed: u64, awaited: Option<Awaited>) {
+        self.is_writing_metrics = false;
+        self.counters.missed_lines = missed;
+        let reply = match awaited {
+            Some(Awaited::Metrics(reply)) => reply,
+            _ => None,
+        };
+        match (reply, result) {
+            (Some(reply), result) => {
+                reply.send(result.context(NOT_WRITTEN).map(|()| Outcome::Done));
+            }
+            (None, Err(cause)) => warn!("{NOT_WRITTEN}: {cause}"),
+            (None, Ok(())) => {}
+        }
+    }
+
+    /// Has `text` written to `file`, whose only purpose that is.
+    pub(super) fn write_once(&mut self, what: &'static str, file: File, text: String) {
+        let work = Box::new(move |steps: &Steps| {
+            steps.begin(format_args!("writing {what}"));
+            // A reader that is gone has the exit code.
+            let _ = fd::write(file.as_raw_fd(), text.as_bytes());
+            FileResult::Done
+        });
+        if let Ok(token) = self.files.submit(Some(FILE_PATIENCE), work) {
+            self.awaited.push((token, Awaited::Nothing));
+        }
+    }
+
+    /// Waits until all that the files thread was given has ended, or until `deadline`. What clients
+    /// ask for meanwhile is refused: the process is ending.
+    pub(super) fn await_files(&mut self, deadline: Instant) {
+        while self.files.is_busy() {
+            match self.inbox.next() {
+                Some(Event::Files(Finished { token, .. })) => {
+                    self.files.is_in_time(token);
+                }
+                Some(other) => drop_unclosed(other),
+                None => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return;
+                    }
+                    let mut interests = [Interest::read(self.inbox.as_raw_fd())];
+                    let _ = fd::wait(&mut interests, Some(millis(left)));
+                    self.inbox.silence();
+                }
+            }
+        }
+    }
+
+    /// Has `work` done while there are no clients yet, and waits for it; `None` waits as long as it
+    /// takes. A signal ends the process meanwhile.
+    ///
+    /// # Errors
+    /// Which file did not answer, or what `work` gives.
+    pub fn wait_for_file<T: Send + 'static>(
+        &mut self,
+        limit: Option<Duration>,
+        work: impl FnOnce() -> Result<T, ActionError> + Send + 'static,
+    ) -> Result<T, ActionError> {
+        let (send, result) = sync_channel(1);
+        let work = Box::new(move |_: &Steps| {
+            let _ = send.send(work());
+            FileResult::Done
+        });
+        let token = self.files.submit(limit, work).bare()?;
+        loop {
+            let left = self.files.deadline();
+            let left = left.map(|at| millis(at.saturating_duration_since(Instant::now())));
+            let mut interests = [
+                Interest::read(self.inbox.as_raw_fd()),
+                Interest::read(self.signals.as_raw_fd()),
+            ];
+            fd::wait(&mut interests, left).context("Cannot wait for a file")?;
+            if let Some(signal) = self.signals.next()
+                && signal.number != signal::CONTINUED
+            {
+                self.end_by_signal(signal);
+            }
+            self.inbox.silence();
+            while let Some(event) = self.inbox.next() {
+                let Event::Files(Finished { token: ended, .. }) = event else {
+                    continue;
+                };
+                self.files.is_in_time(ended);
+                if ended == token {
+                    let gone = |_| ActionError("The files thread has gone.".into());
+                    return result.recv().map_err(gone)?;
+                }
+            }
+            if let Some((overdue, message)) = self.files.overdue(Instant::now())
+                && overdue == token
+            {
+                return Err(ActionError(message));
+            }
+        }
+    }
+}
+
+const NOT_WRITTEN: &str = "The metrics could not be written, and will be with the next line";
+
+/// Milliseconds until `left` has passed.
+fn millis(left: Duration) -> u32 {
+    u32::try_from(left.as_millis())
+        .unwrap_or(u32::MAX)
+        .saturating_add(1)
+}
+
+/// Drops `event` without closing what came with it, which may wait: the process is ending.
+pub(super) fn drop_unclosed(event: Event) {
+    match event {
+        Event::Command(command) => drop_command(command),
+        Event::Files(finished) => std::mem::forget(finished),
+        Event::Answer(reply) => std::mem::forget(reply),
+        _ => {}
+    }
+}
+
+/// The same of a command, whose client is told that the process is ending.
+pub(super) fn drop_command(command: Command) {
+    std::mem::forget(command.passed);
+}
