@@ -538,7 +538,7 @@ const CONSTANTS: &[(&str, &str, &str, u64)] = &[
     (
         "descriptors with a request",
         "32",
-        "HANDED_MAX|DESCRIPTORS_MAX",
+        "PASSED_MAX|DESCRIPTORS_MAX",
         32,
     ),
     ("console socket", "4 clients", "CLIENTS", 4),
