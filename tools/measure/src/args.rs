@@ -16,6 +16,7 @@ figures
   api        exec to socket ready, to configured, to first guest byte, by API requests
   api-load   how long GET / takes beside a halted guest and beside one that writes
   limits     rate limiters: how exact they are, and how soon a change takes hold (needs root)
+  console    1 MiB of guest output: time and processor time; system calls for each byte of it, and over a boot of Linux
   memory     private dirty memory of the monitor; PSS per VM of 8 VMs with one 20 MiB kernel
   density    host memory and PSS per VM of many idle VMs; starts per second
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
@@ -27,7 +28,8 @@ options
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
   --probe PATH       api-load and limits: the probe guest, in place of the one just built
-  --runs N           rounds that count (start, api and jail: 30; api-load and limits: 5; memory and density: 3)
+  --linux DIR        console: the folder that tools/guest made (target/guest)
+  --runs N           rounds that count (start, api and jail: 30; api-load and limits: 5; others: 3)
   --vms N            VMs at once, for density (50)
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
@@ -46,6 +48,8 @@ pub enum Which {
     ApiLoad,
     /// See `limits`.
     Limits,
+    /// See `console`.
+    Console,
     /// See `memory`.
     Memory,
     /// See `density`.
@@ -69,6 +73,8 @@ pub struct Args {
     pub devices: bool,
     /// The probe guest, for the figures that need it.
     pub probe: Option<PathBuf>,
+    /// Where Linux for the guest lies.
+    pub linux: Option<PathBuf>,
     /// The jailers with Firecracker's command line, by the monitor's name.
     pub jailers: Vec<(String, PathBuf)>,
     /// Where the samples go.
@@ -83,7 +89,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let mut words = words.into_iter();
     let (mut which, mut runs, mut json) = (None, None, None);
     let (mut vms, mut devices, mut probe) = (50, false, None);
-    let (mut ours, mut with_ours) = (None, true);
+    let (mut ours, mut with_ours, mut linux) = (None, true, None);
     let mut others = Vec::new();
     let mut extras = Vec::new();
     let mut jailers = Vec::new();
@@ -99,6 +105,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "api" => which = Some(Which::Api),
             "api-load" => which = Some(Which::ApiLoad),
             "limits" => which = Some(Which::Limits),
+            "console" => which = Some(Which::Console),
             "memory" => which = Some(Which::Memory),
             "density" => which = Some(Which::Density),
             "jail" => which = Some(Which::Jail),
@@ -110,6 +117,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             }
             "--mayfly" => ours = Some(value()?),
             "--probe" => probe = Some(PathBuf::from(value()?)),
+            "--linux" => linux = Some(PathBuf::from(value()?)),
             "--no-mayfly" => with_ours = false,
             "--runs" => runs = Some(count(&word, &value()?)?),
             "--vms" => vms = count(&word, &value()?)?,
@@ -123,7 +131,9 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         }
     }
     let which = which.ok_or_else(|| {
-        Failure::new("say what to measure: start, api, api-load, limits, memory, density or jail")
+        Failure::new(
+            "say what to measure: start, api, api-load, limits, console, memory, density or jail",
+        )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
         return Err(Failure::new("--devices goes with start and api only"));
@@ -155,7 +165,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let usual = match which {
         Which::Start | Which::Api | Which::Jail => 30,
         Which::ApiLoad | Which::Limits => 5,
-        Which::Memory | Which::Density => 3,
+        Which::Console | Which::Memory | Which::Density => 3,
     };
     if matches!(which, Which::ApiLoad | Which::Limits) && probe.is_none() {
         return Err(Failure::new("say which probe guest: --probe PATH"));
@@ -167,6 +177,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         vms,
         devices,
         probe,
+        linux,
         jailers,
         json,
     }))

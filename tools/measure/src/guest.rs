@@ -33,6 +33,9 @@ const PT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the note's address is the PVH entry point.
 const NOTE_PHYS32_ENTRY: u32 = 18;
 
+/// Bytes of a line that a printing guest writes, its end included.
+pub const LINE: u32 = 64;
+
 /// How much there is to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
@@ -51,6 +54,10 @@ pub enum Task {
     Stay,
     /// Reads a byte of each of its pages, writes the marker, then halts for ever.
     ReadAndStay,
+    /// Writes the marker and so many lines, then halts for ever.
+    PrintAndStay(u32),
+    /// Writes the marker and so many lines, then resets the machine.
+    PrintAndReset(u32),
 }
 
 /// A guest, ready to be written to a file.
@@ -122,7 +129,21 @@ fn code(size: Size, task: Task) -> Vec<u8> {
     code.extend([0x66, 0xba, 0xf8, 0x03]); // mov dx, 0x3f8
     code.extend([0xb0, MARKER]); // mov al, MARKER
     code.push(0xee); // out dx, al
-    if task == Task::Reset {
+    if let Task::PrintAndStay(lines) | Task::PrintAndReset(lines) = task {
+        code.push(0xbe); // mov esi, lines
+        code.extend(lines.to_le_bytes());
+        code.push(0xb9); // line: mov ecx, LINE - 2
+        code.extend((LINE - 2).to_le_bytes());
+        code.extend([0xb0, b'x']); // mov al, 'x'
+        code.push(0xee); // character: out dx, al
+        code.extend([0xff, 0xc9]); // dec ecx
+        code.extend([0x75, 0xfb]); // jnz character
+        code.extend([0xb0, b'\r', 0xee]); // mov al, '\r'; out dx, al
+        code.extend([0xb0, b'\n', 0xee]); // mov al, '\n'; out dx, al
+        code.extend([0xff, 0xce]); // dec esi
+        code.extend([0x75, 0xea]); // jnz line
+    }
+    if matches!(task, Task::Reset | Task::PrintAndReset(_)) {
         code.extend([0xb0, 0xfe]); // mov al, 0xfe: pulse the reset line
         code.extend([0xe6, 0x64]); // out 0x64, al
     }
@@ -257,6 +278,19 @@ mod tests {
             file.chunks(PAGE)
                 .all(|page| page.iter().any(|byte| *byte != 0))
         );
+    }
+
+    #[test]
+    fn jumps_of_a_printing_guest_reach_its_line_and_its_character() {
+        let code = code(Size::Tiny, Task::PrintAndStay(3));
+        let line = code.iter().position(|byte| *byte == 0xb9).unwrap();
+        let character = line + 7;
+        assert_eq!(code[character], 0xee);
+        let targets: Vec<i64> = (character..code.len() - 2)
+            .filter(|at| code[*at] == 0x75)
+            .map(|at| at as i64 + 2 + i64::from(code[at + 1] as i8))
+            .collect();
+        assert_eq!(targets, [character as i64, line as i64]);
     }
 
     #[test]

@@ -15,6 +15,7 @@
 pub mod api;
 pub mod api_load;
 pub mod args;
+pub mod console;
 pub mod density;
 pub mod failure;
 pub mod filter;

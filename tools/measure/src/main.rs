@@ -11,7 +11,7 @@ use mayfly_measure::host::Host;
 use mayfly_measure::monitor::{CommandLine, Monitor};
 use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::workspace::Workspace;
-use mayfly_measure::{api, api_load, density, jail, limits, memory, report, start, sys};
+use mayfly_measure::{api, api_load, console, density, jail, limits, memory, report, start, sys};
 use serde_json::json;
 
 fn main() -> ExitCode {
@@ -97,6 +97,7 @@ fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Jail => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
+        Which::Console => 0,
     };
     Plan {
         warm_up,
@@ -145,6 +146,10 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
         Which::Limits => (
             limits::measure(workspace, monitors, plan, probe)?,
             limits::NOTES,
+        ),
+        Which::Console => (
+            console::measure(workspace, monitors, plan, args.linux.as_deref())?,
+            console::NOTES,
         ),
         Which::Memory => (memory::measure(workspace, monitors, plan)?, memory::NOTES),
         Which::Density => (

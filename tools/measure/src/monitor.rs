@@ -123,6 +123,8 @@ pub struct Running {
     _stdin: PipeWriter,
     /// What `said` has read.
     printed: String,
+    /// Bytes that came with the guest's first.
+    came_along: usize,
     /// Just before the process was made.
     pub started: Instant,
 }
@@ -160,6 +162,7 @@ impl Running {
             stderr,
             _stdin: keep_stdin,
             printed: String::new(),
+            came_along: 0,
             started,
         })
     }
@@ -193,7 +196,8 @@ impl Running {
                     .stdout
                     .read(&mut bytes)
                     .cannot(|| format!("read what {} prints", self.name))?;
-                if bytes[..len].contains(&MARKER) {
+                if let Some(at) = bytes[..len].iter().position(|byte| *byte == MARKER) {
+                    self.came_along = len - at - 1;
                     return Ok(now);
                 }
                 if len == 0 {
@@ -232,6 +236,28 @@ impl Running {
                 .push_str(&String::from_utf8_lossy(&bytes[..len]));
         }
         Ok(self.printed.clone())
+    }
+
+    /// Reads what its guest prints until `wanted` bytes have come, those that came with its first byte included, or
+    /// until the end of the output; how many came.
+    pub fn read_output(&mut self, wanted: u64, patience: Duration) -> Result<u64> {
+        let mut came = self.came_along as u64;
+        let deadline = Instant::now() + patience;
+        let mut bytes = vec![0; 64 << 10];
+        while came < wanted {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let [spoke] = sys::poll([self.stdout.as_fd()], left)
+                .map_err(|error| self.poll_failure(&error))?;
+            if !spoke {
+                return Err(self.failure(&format!("printed {came} bytes and no more")));
+            }
+            match self.stdout.read(&mut bytes) {
+                Ok(0) => break,
+                Ok(len) => came += len as u64,
+                Err(_) => return Err(self.failure("could not be read from")),
+            }
+        }
+        Ok(came)
     }
 
     /// Waits for the name of its API socket to appear, then connects. Between bind and listen a connection is refused;

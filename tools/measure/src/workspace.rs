@@ -61,6 +61,13 @@ impl Workspace {
         Ok(workspace)
     }
 
+    /// Writes a file of text.
+    pub fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let path = self.path(name);
+        fs::write(&path, text).cannot(|| format!("write {}", path.display()))?;
+        Ok(path)
+    }
+
     /// Writes a guest, and a configuration that boots it.
     pub fn kernel(&self, name: &str, size: Size, task: Task) -> Result<Kernel> {
         let image = guest::image(size, task);
