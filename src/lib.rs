@@ -16,7 +16,7 @@
 //!                                  +----v----+ +-v--------+---------+--------+
 //!              KVM_RUN <---------->|  vcpu   | | block    |  net    | serial |
 //!                                  +----+----+ | Disk     |  Tap    | in/out |
-//!                   MMIO or port exit   |      | Queue    |  2Queue | pipe   |
+//!                   MMIO or port exit   |      | Queue    |  2Queue | ring   |
 //!                                  +----v----+ +-^---^--+-+---------+--------+
 //!                                  |  Bus    |   |   |  |
 //!                                  |Registers|---'   |  '---> Interrupt -> irqfd -> guest

@@ -1,64 +1,57 @@
 //! The serial console: the UART that vCPUs touch, and the serial thread behind it.
 //!
 //! ```text
-//!   guest --OUT--> SerialPort --pipe--> serial thread --> console output
-//!   guest <--IN--- SerialPort <-------- serial thread <-- console input
-//!   any thread ------log pipe---------> serial thread --> the log's place
+//!   guest --OUT--> SerialPort --ring--> serial thread --> console output, clients of its socket
+//!   guest <--IN--- SerialPort <-------- serial thread <-- console input, clients of its socket
 //! ```
 //!
-//! [`SerialPort`] (`port`) is a 16550 (`uart`) behind one mutex, shared by vCPUs (registers) and
-//! the serial thread (input). What the guest writes goes into a pipe that never blocks: a reader of
-//! the console who is slow, or gone, costs bytes, which are counted, and never a vCPU's time.
-//! Input is taken from its source only while the UART has room for it.
+//! - [`SerialPort`] (`port`) is a 16550 (`uart`) behind one mutex, shared by vCPUs (registers) and
+//!   the serial thread (input). Input is taken from its source only while the UART has room for it.
+//! - What the guest writes goes into a bounded ring (`ring`). A reader of the console that is slow
+//!   or gone costs bytes, which are counted, and never a vCPU's time. The serial thread is woken for
+//!   the first byte and for the end of a line, not for each byte (`pace`).
+//! - [`Console`] (`console`) is what the serial thread runs.
+//! - With a console socket, `clients` keeps the last of the output, which the usual place and the
+//!   socket's clients read at their own pace.
 //!
-//! [`Console`] lives on the serial thread and owns the host's side. It also carries the log of the
-//! other threads to its place, for the same reason. It writes only where there is room, so it can
-//! always be reached by its inbox; it never exits before the process does.
-//!
-//! With a console socket (`clients`) the pipe is emptied at once into a ring, which the usual place
-//! of output and the socket's clients read at their own pace. Output can be limited: what exceeds
-//! the limit is dropped and counted.
+//! Output can be limited: what exceeds the limit is dropped and counted.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 mod clients;
+mod console;
 mod input;
+mod pace;
 mod port;
+mod ring;
+mod sink;
 mod uart;
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::clients::{CLIENTS, Clients};
+use self::clients::Clients;
+pub use self::console::Console;
 use self::input::Input;
+use self::pace::Pace;
 pub use self::port::{PORTS, SerialPort};
+use self::ring::Ring;
+use self::sink::Sink;
 use crate::inbox::{Inbox, Outbox};
 use crate::metrics::{Counter, Report};
 use crate::rate_limiter::TokenBucket;
-use crate::sys::clock;
-use crate::sys::fd::{self, Interest};
-
-/// Bytes moved at once: at most PIPE_BUF, so that a pipe that has room takes them all.
-const CHUNK: usize = 4096;
-/// How long a reader may take none of the last output before the rest is given up, in ms.
-const LAST_PATIENCE: u32 = 50;
-/// How long newcomers are left alone when the last could not be taken, in ms.
-const REST_MILLIS: u32 = 50;
-/// How long a terminal that belongs to another job is left alone, in ms.
-const BACKGROUND_MILLIS: u32 = 1000;
 
 /// What the console counts.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Bytes the guest wrote and the pipe took; counted under the UART's mutex.
+    /// Bytes the guest wrote and the ring took; counted under the UART's mutex.
     written: Counter,
     /// Bytes the guest read; counted under the UART's mutex.
     read: Counter,
-    /// Bytes the guest wrote while the pipe to the serial thread was full; under the mutex.
+    /// Bytes the guest wrote while the ring was full; counted under the UART's mutex.
     overrun: Counter,
     /// Bytes that their place did not take; by the serial thread.
     lost: Counter,
@@ -102,7 +95,7 @@ impl Counters {
     }
 }
 
-/// Where the console and the log go to and come from.
+/// Where the console goes to and comes from.
 #[derive(Debug)]
 pub struct Streams {
     /// Console input; none when the guest gets no input.
@@ -113,10 +106,6 @@ pub struct Streams {
     pub limit: Option<TokenBucket>,
     /// Where clients may come to see it, and to type.
     pub socket: Option<UnixListener>,
-    /// Lines that the other threads log.
-    pub log_from: File,
-    /// The log's place.
-    pub log_to: File,
 }
 
 /// What control tells the serial thread.
@@ -135,24 +124,6 @@ pub enum SerialEvent {
     InputIsBack,
 }
 
-/// The serial thread's own: the host's side of the console.
-#[derive(Debug)]
-pub struct Console {
-    serial_port: Arc<SerialPort>,
-    /// Written to when the UART has room for input again.
-    room: EventFd,
-    input: Input,
-    output: Stream,
-    limit: Option<TokenBucket>,
-    clients: Option<Clients>,
-    log: Stream,
-    messages: Inbox<SerialMessage>,
-    events: Outbox<SerialEvent>,
-    counters: Arc<Counters>,
-    /// [`LAST_PATIENCE`]
-    last_patience: u32,
-}
-
 /// Makes the UART, whose interrupts go to `line`, and the console behind it.
 ///
 /// # Errors
@@ -163,234 +134,42 @@ pub fn console(
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
 ) -> io::Result<(Arc<SerialPort>, Console)> {
-    let (from_guest, to_host) = fd::pipe()?;
-    let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    let wakeup = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
-    let serial_port = Arc::new(SerialPort::new(
+    let ring = Arc::new(Ring::new());
+    let port = Arc::new(SerialPort::new(
         line,
-        room.try_clone()?,
-        to_host,
+        Arc::clone(&ring),
+        wakeup.try_clone()?,
         Arc::clone(&counters),
     ));
     let console = Console {
-        serial_port: Arc::clone(&serial_port),
-        room,
+        port: Arc::clone(&port),
+        ring,
+        wakeup,
         input: Input::new(streams.input),
-        output: Stream::new(from_guest, streams.output),
+        output: Sink::new(streams.output),
+        pace: Pace::default(),
         limit: streams.limit,
         clients: streams.socket.map(Clients::new),
-        log: Stream::new(streams.log_from, streams.log_to),
         messages,
         events,
         counters,
-        last_patience: LAST_PATIENCE,
+        finishing: false,
+        last_patience: console::LAST_PATIENCE,
     };
-    Ok((serial_port, console))
-}
-
-impl Console {
-    /// What it and the UART count.
-    pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.counters)
-    }
-
-    /// The life of the thread.
-    ///
-    /// # Errors
-    /// When the host can not wait for descriptors (it is out of memory).
-    pub fn run(mut self) -> io::Result<()> {
-        let mut finishing = false;
-        loop {
-            let typing = self.serial_port.room() > 0;
-            let (newcomer, clients) = match &self.clients {
-                Some(clients) => clients.interests(typing),
-                None => (Interest::none(), [Interest::none(); CLIENTS]),
-            };
-            let (output, sink) = self.output_interests();
-            let [one, two, three, four] = clients;
-            let mut interests = [
-                Interest::read(self.messages.as_raw_fd()),
-                Interest::read(self.room.as_raw_fd()),
-                self.input.interest().when(typing),
-                output,
-                sink,
-                self.log.interest(),
-                newcomer,
-                one,
-                two,
-                three,
-                four,
-            ];
-            let patience = if finishing {
-                // The guest is silent: what is not there at once, or held, will not come.
-                Some(if self.holds_any() {
-                    self.last_patience
-                } else {
-                    0
-                })
-            } else {
-                let clients = self.clients.as_mut().is_some_and(Clients::rests);
-                let input = self.input.rests();
-                let rest = [
-                    clients.then_some(REST_MILLIS),
-                    input.then_some(BACKGROUND_MILLIS),
-                ];
-                rest.into_iter().flatten().min()
-            };
-            fd::wait(&mut interests, patience)?;
-            let idle = !interests.iter().any(Interest::is_ready);
-            let [
-                message,
-                room,
-                input,
-                output,
-                sink,
-                log,
-                newcomer,
-                clients @ ..,
-            ] = interests;
-
-            if finishing && idle {
-                let _ = self.events.post(SerialEvent::Finished);
-                finishing = false;
-            }
-            if message.is_ready() {
-                self.messages.silence();
-                while let Some(SerialMessage::Finish) = self.messages.next() {
-                    finishing = true;
-                }
-            }
-            if room.is_ready() {
-                let _ = self.room.read();
-            }
-            if input.is_ready() && self.input.step(input, &self.serial_port) {
-                let _ = self.events.post(SerialEvent::InputIsBack);
-            }
-            if let Some(all) = &mut self.clients {
-                all.serve(&clients, &self.serial_port);
-                if newcomer.is_ready() {
-                    all.accept();
-                }
-                if sink.is_ready() {
-                    all.step_sink(&self.output.sink, &self.counters);
-                }
-            }
-            // The output first: what the guest said before it ended comes before the line about that.
-            if output.is_ready() {
-                self.step_output();
-            }
-            if log.is_ready() {
-                let _ = self.log.step();
-            }
-        }
-    }
-
-    /// Whether bytes wait for room in their place.
-    fn holds_any(&self) -> bool {
-        let clients = self.clients.as_ref().is_some_and(Clients::is_behind);
-        clients || self.output.held() > 0 || self.log.held() > 0
-    }
-
-    /// What to wait for to move output: of the guest's end, and of the usual place when that has
-    /// a pace of its own.
-    fn output_interests(&self) -> (Interest, Interest) {
-        match &self.clients {
-            Some(clients) => (
-                Interest::read(self.output.source.as_raw_fd()).when(!self.output.ended),
-                Interest::write(self.output.sink.as_raw_fd()).when(clients.sink_is_behind()),
-            ),
-            None => (self.output.interest(), Interest::none()),
-        }
-    }
-
-    fn step_output(&mut self) {
-        let held = self.output.held();
-        let lost = self.output.step();
-        self.counters.lost.add(lost);
-        if held > 0 {
-            return;
-        }
-        // New bytes.
-        if let Some(limit) = &mut self.limit {
-            let came = self.output.held() as u64;
-            let kept = limit.take_some(clock::monotonic_nanos(), came);
-            self.counters.limited.add(came.saturating_sub(kept));
-            self.output.to = usize::try_from(kept).unwrap_or(self.output.to);
-        }
-        if let Some(clients) = &mut self.clients {
-            let bytes = self.output.bytes.get(..self.output.to).unwrap_or_default();
-            clients.keep(bytes, &self.counters);
-            (self.output.from, self.output.to) = (0, 0);
-        }
-    }
-}
-
-/// Bytes on their way from a pipe to a place that may be slow, full or gone.
-#[derive(Debug)]
-struct Stream {
-    source: File,
-    sink: File,
-    bytes: Box<[u8]>,
-    from: usize,
-    to: usize,
-    /// Nobody holds the writing end any more.
-    ended: bool,
-}
-
-impl Stream {
-    fn new(source: File, sink: File) -> Self {
-        Stream {
-            source,
-            sink,
-            // Fresh zeros: pages that are never used cost nothing.
-            bytes: vec![0; CHUNK].into_boxed_slice(),
-            from: 0,
-            to: 0,
-            ended: false,
-        }
-    }
-
-    /// Bytes that wait to be written.
-    const fn held(&self) -> usize {
-        self.to.saturating_sub(self.from)
-    }
-
-    fn interest(&self) -> Interest {
-        if self.from < self.to {
-            Interest::write(self.sink.as_raw_fd())
-        } else {
-            Interest::read(self.source.as_raw_fd()).when(!self.ended)
-        }
-    }
-
-    /// One read or one write, whichever the stream is at; how many bytes were lost.
-    fn step(&mut self) -> u64 {
-        let Some(held) = self.bytes.get(self.from..self.to).filter(|h| !h.is_empty()) else {
-            if let Ok(n) = self.source.read(&mut self.bytes[..]) {
-                (self.from, self.to) = (0, n);
-                self.ended = n == 0;
-            }
-            return 0;
-        };
-        match self.sink.write(held) {
-            Ok(n) => self.from = self.from.saturating_add(n),
-            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
-            Err(_) => {
-                // Nobody reads, or the disk is full: these bytes are lost, the next may not be.
-                let lost = held.len() as u64;
-                self.from = self.to;
-                return lost;
-            }
-        }
-        0
-    }
+    Ok((port, console))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::clients::CLIENTS;
+    use super::sink::CHUNK;
     use super::*;
     use crate::bus::Registers;
     use crate::inbox::{Sender, inbox};
+    use crate::sys::fd;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     use std::thread;
     use std::time::{Duration, Instant};
@@ -407,8 +186,6 @@ mod tests {
         events: Inbox<SerialEvent>,
         type_in: File,
         screen: File,
-        log_in: File,
-        log_out: File,
     }
 
     fn rig() -> (Rig, Console) {
@@ -418,8 +195,6 @@ mod tests {
     fn rig_with(limit: Option<TokenBucket>, socket: Option<UnixListener>) -> (Rig, Console) {
         let (input, type_in) = fd::pipe().unwrap();
         let (screen, output) = fd::pipe().unwrap();
-        let (log_from, log_in) = fd::pipe().unwrap();
-        let (log_out, log_to) = fd::pipe().unwrap();
         let (messages, inbox_) = inbox(4).unwrap();
         let (sender, events) = inbox::<SerialEvent>(4).unwrap();
         let streams = Streams {
@@ -427,8 +202,6 @@ mod tests {
             output,
             limit,
             socket,
-            log_from,
-            log_to,
         };
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let (port, console) = console(line, streams, inbox_, sender.outbox()).unwrap();
@@ -438,8 +211,6 @@ mod tests {
             events,
             type_in,
             screen,
-            log_in,
-            log_out,
         };
         (rig, console)
     }
@@ -487,9 +258,6 @@ mod tests {
         let typed: Vec<u8> = (0..200).collect();
         rig.type_in.write_all(&typed).unwrap();
         assert_eq!(guest_reads(&rig.port, typed.len()), typed);
-
-        rig.log_in.write_all(b"a line\n").unwrap();
-        assert_eq!(read_soon(&mut rig.log_out, 7), b"a line\n");
     }
 
     #[test]

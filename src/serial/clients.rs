@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use super::port::SerialPort;
+use super::sink::CHUNK;
 use super::{Counters, uart};
 use crate::sys::fd::Interest;
 use crate::sys::socket;
@@ -93,7 +94,7 @@ pub struct Clients {
     ring: Ring,
     clients: [Option<Client>; CLIENTS],
     /// Where the console's usual place is in the ring.
-    sink_at: u64,
+    output_at: u64,
     /// The last newcomer could not be taken: for one wait, none is looked for.
     resting: bool,
 }
@@ -106,7 +107,7 @@ impl Clients {
             listener,
             ring: Ring::new(),
             clients: [const { None }; CLIENTS],
-            sink_at: 0,
+            output_at: 0,
             resting: false,
         }
     }
@@ -114,26 +115,26 @@ impl Clients {
     /// Keeps what the guest has written.
     pub fn keep(&mut self, output: &[u8], counters: &Counters) {
         self.ring.write(output);
-        counters.lost.add(self.ring.catch_up(&mut self.sink_at));
+        counters.lost.add(self.ring.catch_up(&mut self.output_at));
         for client in self.clients.iter_mut().flatten() {
             counters.skipped.add(self.ring.catch_up(&mut client.at));
         }
     }
 
     /// Whether the console's usual place has not had all yet.
-    pub fn sink_is_behind(&self) -> bool {
-        self.sink_at < self.ring.end
+    pub fn output_is_behind(&self) -> bool {
+        self.output_at < self.ring.end
     }
 
     /// Writes to the console's usual place what it takes.
-    pub fn step_sink(&mut self, mut sink: &File, counters: &Counters) {
-        let piece = self.ring.read(self.sink_at);
-        match sink.write(piece.get(..super::CHUNK).unwrap_or(piece)) {
-            Ok(n) => self.sink_at = self.sink_at.saturating_add(n as u64),
+    pub fn write_output(&mut self, mut place: &File, counters: &Counters) {
+        let piece = self.ring.read(self.output_at);
+        match place.write(piece.get(..CHUNK).unwrap_or(piece)) {
+            Ok(n) => self.output_at = self.output_at.saturating_add(n as u64),
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
             Err(_) => {
                 counters.lost.add(piece.len() as u64);
-                self.sink_at = self.sink_at.saturating_add(piece.len() as u64);
+                self.output_at = self.output_at.saturating_add(piece.len() as u64);
             }
         }
     }
@@ -163,7 +164,7 @@ impl Clients {
     /// Whether any reader has not had all yet.
     pub fn is_behind(&self) -> bool {
         let mut clients = self.clients.iter().flatten();
-        self.sink_is_behind() || clients.any(|client| client.at < self.ring.end)
+        self.output_is_behind() || clients.any(|client| client.at < self.ring.end)
     }
 
     /// Takes one newcomer.

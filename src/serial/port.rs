@@ -2,16 +2,15 @@
 //!
 //! [`SerialPort`] is a [`Uart`] behind one mutex, shared by the vCPU threads (registers) and the
 //! serial thread (input), with what the UART's accesses cause: an interrupt, a byte of output, a
-//! count. It never waits for a reader of the console.
+//! wake-up of the serial thread, a count. It never waits for a reader of the console.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Counters;
+use super::ring::{Pushed, Ring};
 use super::uart::{Effects, Uart};
 use crate::bus::{Registers, Written};
 
@@ -23,24 +22,25 @@ pub struct SerialPort {
     uart: Mutex<Uart>,
     /// The interrupt line.
     interrupt: EventFd,
-    /// Written to when the UART has room for input again.
-    room: EventFd,
-    output: File,
+    /// Output, on its way to the serial thread.
+    output: Arc<Ring>,
+    /// Written to when the serial thread waits for output, or when the UART has room for input.
+    wakeup: EventFd,
     counters: Arc<Counters>,
 }
 
 impl SerialPort {
     pub(super) fn new(
         interrupt: EventFd,
-        room: EventFd,
-        output: File,
+        output: Arc<Ring>,
+        wakeup: EventFd,
         counters: Arc<Counters>,
     ) -> Self {
         SerialPort {
             uart: Mutex::new(Uart::default()),
             interrupt,
-            room,
             output,
+            wakeup,
             counters,
         }
     }
@@ -57,31 +57,39 @@ impl SerialPort {
 
     /// Gives the guest input; how many bytes the UART took.
     pub(super) fn feed(&self, input: &[u8]) -> usize {
-        let mut uart = self.lock();
-        let (count, effects) = uart.feed(input);
-        self.carry_out(effects);
-        count
+        self.access(|uart| uart.feed(input))
     }
 
-    /// Does what an access caused. The caller holds the mutex.
-    fn carry_out(&self, effects: Effects) {
-        if let Some(byte) = effects.sent {
-            match (&self.output).write(&[byte]) {
-                Ok(1) => self.counters.written.one(),
-                _ => self.counters.overrun.one(),
-            }
+    /// One access to the UART, and what it causes.
+    fn access<T>(&self, access: impl FnOnce(&mut Uart) -> (T, Effects)) -> T {
+        let mut uart = self.lock();
+        let (value, effects) = access(&mut uart);
+        // The ring takes bytes from one thread at a time, and so do the counters.
+        let wakeup = self.count(effects);
+        // Not while others would wait for the system calls.
+        drop(uart);
+        // An eventfd only refuses when it was written to 2^64 - 2 times without a read.
+        if effects.interrupt {
+            let _ = self.interrupt.write(1);
         }
+        if wakeup {
+            let _ = self.wakeup.write(1);
+        }
+        value
+    }
+
+    /// Passes output on and counts; whether the serial thread is to be woken.
+    fn count(&self, effects: Effects) -> bool {
         if effects.received {
             self.counters.read.one();
         }
-        // An eventfd only refuses when it has been written to 2^64 - 2 times without a read.
-        let signal = |event: &EventFd| -> io::Result<()> { event.write(1) };
-        if effects.interrupt {
-            let _ = signal(&self.interrupt);
+        let pushed = effects.sent.map(|byte| self.output.push(byte));
+        match pushed {
+            None => {}
+            Some(Pushed::Lost) => self.counters.overrun.one(),
+            Some(Pushed::Kept | Pushed::KeptWake) => self.counters.written.one(),
         }
-        if effects.room {
-            let _ = signal(&self.room);
-        }
+        effects.room || pushed == Some(Pushed::KeptWake)
     }
 }
 
@@ -96,18 +104,13 @@ impl Registers for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (Some(first), Ok(register)) = (data.first_mut(), u8::try_from(offset)) {
-            let mut uart = self.lock();
-            let (value, effects) = uart.read(register);
-            *first = value;
-            self.carry_out(effects);
+            *first = self.access(|uart| uart.read(register));
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Written {
         if let (Some(first), Ok(register)) = (data.first(), u8::try_from(offset)) {
-            let mut uart = self.lock();
-            let effects = uart.write(register, *first);
-            self.carry_out(effects);
+            self.access(|uart| ((), uart.write(register, *first)));
         }
         Written::Done
     }

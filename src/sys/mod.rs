@@ -19,3 +19,4 @@ pub mod terminal;
 #[cfg(test)]
 pub mod testing;
 pub mod thread;
+pub mod zeroed;

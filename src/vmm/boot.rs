@@ -7,7 +7,6 @@
 
 use std::ffi::c_ulong;
 use std::fmt;
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -84,7 +83,7 @@ pub struct Begun {
 pub type Load = Box<dyn FnOnce() -> Loaded + Send>;
 
 /// The console, how it is reached, and the log's pipe.
-type MadeConsole = (serial::Console, Sender<serial::SerialMessage>, File);
+type MadeConsole = (serial::Console, Sender<serial::SerialMessage>);
 
 /// Guest memory, and how the guest that was put into it is entered.
 pub struct Loaded {
@@ -206,7 +205,7 @@ pub fn complete(
         vm,
         vcpus,
         mut buses,
-        console: (console, console_sender, log_writer),
+        console: (console, console_sender),
         keyboard,
     } = begun;
     let Loaded {
@@ -271,7 +270,6 @@ pub fn complete(
         vcpus: vcpu_handles,
         console: console_sender,
         console_counters,
-        _log_writer: log_writer,
         keyboard,
         _vm: vm,
         memory,
@@ -462,7 +460,6 @@ fn make_console(
     buses: &mut Buses,
 ) -> Result<MadeConsole, ActionError> {
     const FAILED: &str = "Making the console failed";
-    let (log_from, log_writer) = fd::pipe().context(FAILED)?;
     let (input, output) = match &asked.output {
         // A console that goes to a file has no input.
         Some(file) => (None, file.try_clone().context(FAILED)?),
@@ -480,8 +477,6 @@ fn make_console(
         output,
         limit: asked.serial.rate_limiter.and_then(devices::bucket),
         socket,
-        log_from,
-        log_to: fd::duplicate(fd::STDOUT).context(FAILED)?,
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).context(FAILED)?;
     let line = line(vm, layout::SERIAL_GSI)?;
@@ -491,7 +486,7 @@ fn make_console(
         .ports
         .insert(layout::SERIAL_PORT, serial::PORTS, uart)
         .context(NOT_PLACED)?;
-    Ok((console, messages, log_writer))
+    Ok((console, messages))
 }
 
 /// The device that tells how long the guest took to come up, at its address and at its port.

@@ -1,7 +1,6 @@
 //! A built virtual machine: what control holds of it besides its devices, which stay in the list that
 //! was configured.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use crate::arch::Vm;
@@ -20,8 +19,6 @@ pub struct Machine {
     pub console: Sender<SerialMessage>,
     /// What it and the UART count.
     pub console_counters: Arc<serial::Counters>,
-    /// The pipe that the log goes into, to the end: other threads may not write it anywhere else.
-    pub _log_writer: File,
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
     /// Kept open: the last one to hold it ends the virtual machine.
