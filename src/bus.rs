@@ -134,6 +134,7 @@ impl std::error::Error for Overlap {}
 
 impl Bus {
     /// A bus with nothing on it.
+    #[cfg(test)]
     pub fn new() -> Self {
         Bus::default()
     }

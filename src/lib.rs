@@ -28,7 +28,7 @@
 //! never from above (`tests/layering.rs` holds the code to this picture).
 //!
 //! ```text
-//!   7  main             and args
+//!   7  program          and args
 //!   6  api              of vmm it sees `action` only
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
@@ -50,22 +50,33 @@
     )
 )]
 
-pub mod api;
-pub mod arch;
-pub mod args;
-pub mod bus;
-pub mod exit;
-pub mod files;
-pub mod inbox;
-pub mod log;
-pub mod memory;
-pub mod metrics;
-pub mod rate_limiter;
-pub mod seccomp;
-pub mod serial;
-pub mod sys;
-pub mod timeline;
-pub mod vcpu;
-pub mod virtio;
-pub mod vmm;
+mod api;
+mod arch;
+mod args;
+mod bus;
+mod files;
+mod inbox;
+mod log;
+mod memory;
+mod metrics;
+mod program;
+mod rate_limiter;
+mod seccomp;
+mod serial;
+mod sys;
+mod timeline;
+mod vcpu;
+mod virtio;
+mod vmm;
 pub mod wire;
+
+use wire::exit;
+
+pub use program::main;
+#[doc(hidden)]
+pub use sys::allocator::Allocator;
+
+/// The binary's allocator: a host without memory ends the process with a code of its own.
+pub const ALLOCATOR: Allocator = Allocator {
+    exit_code: exit::WORKER_FAILED,
+};

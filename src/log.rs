@@ -14,7 +14,7 @@
 mod line;
 mod writer;
 
-pub use self::writer::{Writer, flush, is_redirected, redirect, start, stuck};
+pub use self::writer::{Writer, flush, is_redirected, redirect, start};
 
 use std::error::Error;
 use std::fmt::{Arguments, Write};

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 /// The height of each module, and what of the modules above or beside it may be seen anyway.
 const LAYERS: &[(&str, u8, &[&str])] = &[
     ("main", 9, &[]),
+    ("program", 9, &["args"]),
     ("args", 9, &[]),
     // The API thread sees control's vocabulary, not control.
     ("api", 8, &[]),
@@ -26,7 +27,8 @@ const LAYERS: &[(&str, u8, &[&str])] = &[
     ("files", 4, &[]),
     // What the programs that drive the monitor know too.
     ("wire", 1, &[]),
-    ("exit", 0, &[]),
+    // Beside its place in `wire`, at the root.
+    ("exit", 1, &[]),
     // Sees nothing of ours.
     ("sys", 0, &[]),
 ];

@@ -21,6 +21,8 @@
 mod connection;
 mod counters;
 pub mod http;
+#[cfg(test)]
+mod openapi;
 pub mod routes;
 #[cfg(test)]
 mod testing;

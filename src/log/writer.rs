@@ -2,7 +2,7 @@
 //!
 //! It waits for nothing but the pipe, its place and a new place. A place that takes nothing fills
 //! the pipe, and what does not fit there any more is lost and counted. Only a place that hangs in
-//! a write (FUSE, NFS) holds the thread itself, and nobody else ([`stuck`] tells for how long).
+//! a write (FUSE, NFS) holds the thread itself, and no other thread.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -109,6 +109,7 @@ pub fn is_redirected() -> bool {
 }
 
 /// For how long the log thread has been in one write.
+#[cfg(test)]
 pub fn stuck() -> Option<Duration> {
     match WRITING_SINCE.load(Ordering::SeqCst) {
         0 => None,

@@ -68,6 +68,7 @@ pub fn duplicate(fd: RawFd) -> io::Result<File> {
 }
 
 /// Whether `fd` is an open descriptor of this process.
+#[cfg(test)]
 pub fn is_open(fd: RawFd) -> bool {
     fcntl(fd, libc::F_GETFD, 0).is_ok()
 }
@@ -182,11 +183,6 @@ impl Interest {
     /// Whether there is something to read.
     pub fn may_read(&self) -> bool {
         self.0.revents & libc::POLLIN != 0
-    }
-
-    /// Whether there is room to write.
-    pub fn may_write(&self) -> bool {
-        self.0.revents & libc::POLLOUT != 0
     }
 
     /// Whether the other side is gone.

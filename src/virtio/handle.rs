@@ -94,16 +94,13 @@ impl<D: Device> DeviceHandle<D> {
     ///
     /// # Errors
     /// When the worker cannot be reached.
+    #[cfg(test)]
     pub fn stop(&self) -> Result<(), Unreachable> {
         self.send(ControlMsg::Stop)
     }
 
-    /// What the device has counted.
-    pub fn counters(&self) -> &D::Counters {
-        &self.counters
-    }
-
     /// What its worker has counted.
+    #[cfg(test)]
     pub fn worker_counters(&self) -> &WorkerCounters {
         &self.worker_counters
     }

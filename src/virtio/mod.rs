@@ -44,11 +44,11 @@ use std::sync::Arc;
 use crate::memory::Ram;
 pub use crate::metrics::Counter;
 use crate::metrics::Report;
-pub use handle::{DeviceControl, DeviceHandle, Unreachable};
+pub use handle::{DeviceControl, DeviceHandle};
 pub use interrupt::Interrupt;
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
-pub use worker::{Done, Worker, WorkerCounters, WorkerEvent, WorkerReply, attach};
+pub use worker::{Done, WorkerCounters, WorkerEvent, WorkerReply, attach};
 
 /// Device status bits (virtio 1.2, 2.1).
 pub mod status {
@@ -207,11 +207,6 @@ impl QueueSet {
     /// Takes all of `other` out.
     pub const fn remove(&mut self, other: QueueSet) {
         self.0 &= !other.0;
-    }
-
-    /// Whether nothing is in it.
-    pub const fn is_empty(self) -> bool {
-        self.0 == 0
     }
 
     /// Whether `index` is in it.

@@ -122,11 +122,6 @@ impl Queue {
         })
     }
 
-    /// Entries.
-    pub fn size(&self) -> u16 {
-        self.ring.size()
-    }
-
     /// Takes the next chain into `chain`. When there is none, the driver has been asked to kick.
     ///
     /// # Errors

@@ -171,11 +171,13 @@ impl Registers {
     }
 
     /// The interrupt these registers show.
+    #[cfg(test)]
     pub fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }
 
     /// Accesses so far that were ignored because no driver should have made them.
+    #[cfg(test)]
     pub fn ignored(&self) -> u64 {
         self.ignored.get()
     }

@@ -89,7 +89,7 @@ pub enum Event {
     /// The files thread has done something.
     Files(Finished<FileResult>),
     /// The guest says that it has booted.
-    Booted(Booted),
+    Booted,
 }
 
 /// Events come from outboxes of their own types.
@@ -105,7 +105,13 @@ macro_rules! from {
 
 from! {
     Command => Command, VcpuEvent => Vcpu, WorkerEvent => Worker, WorkerReply => Answer,
-    SerialEvent => Serial, Booted => Booted, Finished<FileResult> => Files,
+    SerialEvent => Serial, Finished<FileResult> => Files,
+}
+
+impl From<Booted> for Event {
+    fn from(_: Booted) -> Self {
+        Event::Booted
+    }
 }
 
 /// What the command line says that lasts as long as the process.
@@ -332,7 +338,7 @@ impl Vmm {
             Event::Answer(reply) => self.worker_answered(reply),
             Event::Serial(SerialEvent::Finished) => {}
             Event::Serial(SerialEvent::InputIsBack) => set_terminal_again(),
-            Event::Booted(_) => self.guest_booted(),
+            Event::Booted => self.guest_booted(),
         }
         Next::GoOn
     }

@@ -11,6 +11,7 @@
 pub mod client;
 pub mod config;
 pub mod end;
+pub mod exit;
 pub mod id;
 mod level;
 pub mod limits;
@@ -22,7 +23,6 @@ pub use end::{Crash, End, EndReport};
 pub use level::Level;
 pub use operations::{Call, Method, OPERATIONS, Operation};
 
-pub use crate::exit;
 pub use crate::sys::socket::send_with_descriptors;
 pub use crate::sys::tap;
 

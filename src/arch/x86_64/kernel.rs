@@ -137,6 +137,7 @@ impl Kernel {
     }
 
     /// Whether the kernel has a PVH entry.
+    #[cfg(test)]
     pub fn has_pvh_entry(&self) -> bool {
         self.pvh_entry.is_some()
     }

@@ -10,7 +10,7 @@
 //! 0x1_0000_0000  RAM continues
 //! ```
 
-pub use crate::memory::{HIGH_RAM, LOW_RAM_END_MAX, PAGE};
+pub use crate::memory::PAGE;
 use crate::wire::limits;
 
 /// Boot page: everything small that the guest needs once, in one page, so that making it
@@ -57,6 +57,7 @@ pub const IDENTITY_GIB_MAX: u64 = 3;
 pub const MP_TABLE: u64 = 0x9_fc00;
 
 /// Room for the MP table. 32 vCPUs take 924 bytes.
+#[cfg(test)]
 pub const MP_TABLE_MAX: usize = 0x400;
 
 /// From here on RAM is the kernel's: what is between [`MP_TABLE`] and here was video memory and

@@ -4,6 +4,8 @@ pub mod boot;
 pub mod boot_timer;
 pub mod cpuid;
 mod gdt;
+#[cfg(test)]
+mod guest_tests;
 pub mod i8042;
 pub mod kernel;
 pub mod layout;
@@ -12,6 +14,6 @@ mod msr;
 pub mod vcpu;
 pub mod vm;
 
-pub use boot::{BootError, Entry, Protocol};
-pub use kernel::{Kernel, KernelError};
-pub use vm::{Vcpu, Vm, VmError};
+pub use boot::Protocol;
+pub use kernel::Kernel;
+pub use vm::{Vcpu, Vm};

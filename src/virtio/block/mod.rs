@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use self::counters::{BlockCounters, LINE_KEYS};
-pub use self::disk::{Disk, DiskError};
+pub use self::disk::Disk;
 
 #[cfg(test)]
 use self::request::status;

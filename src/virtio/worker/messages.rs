@@ -11,6 +11,13 @@ pub(in crate::virtio) enum ControlMsg<U> {
     Pause(u64),
     Resume(u64),
     Update(u64, U),
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "only tests end a worker: the process ends with all of them"
+        )
+    )]
     Stop,
 }
 
@@ -38,6 +45,13 @@ pub enum Done {
         /// The configuration space, when it has changed.
         config: Option<ConfigSpace>,
         /// The old file, when it has been replaced.
+        #[cfg_attr(
+            not(test),
+            expect(
+                dead_code,
+                reason = "held until control drops it: the worker may not close files"
+            )
+        )]
         replaced: Option<std::fs::File>,
     },
 }

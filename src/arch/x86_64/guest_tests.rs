@@ -8,13 +8,13 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};
 
+use crate::arch::boot::{Entry, command_line};
+use crate::arch::{Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
+use crate::memory::Memory;
+use crate::sys::kvm::Exit;
+use crate::wire::config::cpu::{CpuConfig, MsrModifier};
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::Kvm;
-use mayfly::arch::boot::command_line;
-use mayfly::arch::{Entry, Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
-use mayfly::memory::Memory;
-use mayfly::sys::kvm::Exit;
-use mayfly::wire::config::cpu::{CpuConfig, MsrModifier};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
@@ -31,7 +31,16 @@ fn kvm() -> Option<Kvm> {
             panic!("KVM is required: {error}")
         }
         Err(error) => {
-            eprintln!("SKIPPED: no KVM here: {error}");
+            let test = std::thread::current().name().unwrap_or_default().to_owned();
+            if let Some(list) = std::env::var_os("MAYFLY_SKIPPED") {
+                let mut list = File::options()
+                    .append(true)
+                    .create(true)
+                    .open(list)
+                    .unwrap();
+                writeln!(list, "{test}: no usable /dev/kvm").unwrap();
+            }
+            eprintln!("SKIPPED {test}: {error}");
             None
         }
     }

@@ -1,13 +1,14 @@
-//! Holds `resources/openapi.yaml` and the table in `src/api/routes.rs` together, by reading lines:
+//! Tests that `resources/openapi.yaml` says what the table of operations and the readers do. It is read
+//! by lines:
 //! the shape of the document is fixed at its head, so no YAML parser is needed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mayfly::api::http::{Method, Request};
-use mayfly::api::routes;
-use mayfly::wire::OPERATIONS;
+use super::http::{Method, Request};
+use super::routes;
+use crate::wire::OPERATIONS;
 
-const DOCUMENT: &str = include_str!("../resources/openapi.yaml");
+const DOCUMENT: &str = include_str!("../../resources/openapi.yaml");
 
 /// One operation of the document.
 #[derive(Debug, Default)]
