@@ -255,7 +255,7 @@ pub fn response(answer: &Answer) -> Response {
     }
 }
 
-/// The response to a request whose descriptors can not be had.
+/// The response to a request whose descriptors cannot be used.
 pub fn refused(why: &impl std::fmt::Display) -> Response {
     fault(400, &format!("{why}."))
 }
