@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::fuse::Slow;
-use common::{Api, Folder, Monitor, probe_vm, probe_vm_with_disks, sys};
+use common::{Api, Folder, Monitor, needs, probe_vm, probe_vm_with_disks, sys};
 use serde_json::{Value, json};
 
 /// More than the deadline for a file, and than a busy machine makes of it.
@@ -349,10 +349,7 @@ fn command_line_when_its_file_hangs_ends_in_order() {
 
 #[test]
 fn config_file_when_a_fifo_is_read_to_its_end() {
-    let test = "config_file_when_a_fifo_is_read_to_its_end";
-    if !common::kvm(test) {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let fifo = folder.join("fifo");
     common::run("mkfifo", &[fifo.to_str().unwrap()]);
@@ -373,10 +370,7 @@ fn config_file_when_a_fifo_is_read_to_its_end() {
 
 #[test]
 fn config_file_when_nothing_writes_the_fifo_is_waited_for_until_a_signal() {
-    let test = "config_file_when_nothing_writes_the_fifo_is_waited_for_until_a_signal";
-    if !common::kvm(test) {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let fifo = folder.join("fifo");
     common::run("mkfifo", &[fifo.to_str().unwrap()]);
