@@ -59,6 +59,9 @@ mod inbox;
 mod log;
 mod memory;
 mod metrics;
+#[cfg(test)]
+#[path = "../tests/common/needs.rs"]
+mod needs;
 mod program;
 mod rate_limiter;
 mod seccomp;
@@ -70,6 +73,8 @@ mod virtio;
 mod vmm;
 pub mod wire;
 
+#[cfg(test)]
+use needs::needs;
 use wire::exit;
 
 pub use program::main;

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Api, Folder, Monitor, PATIENCE, read_response};
+use common::{Api, Folder, Monitor, PATIENCE, needs, read_response};
 use serde_json::{Value, json};
 
 const GET: &[u8] = b"GET /version HTTP/1.1\r\n\r\n";
@@ -299,9 +299,7 @@ fn sentences_when_refused_hold_the_words_that_clients_match() {
         let sentence = harness.api.refused(method, path, body);
         assert!(sentence.contains(words), "{sentence}");
     }
-    if !common::kvm("sentences_when_refused_hold_the_words_that_clients_match") {
-        return;
-    }
+    needs!(kvm);
     harness
         .api
         .patch("/machine-config", json!({"mem_size_mib": u64::MAX}));
@@ -419,9 +417,7 @@ fn requests_when_before_the_start_know_their_state() {
 
 #[test]
 fn requests_when_after_the_start_know_their_state() {
-    if !common::kvm("requests_when_after_the_start_know_their_state") {
-        return;
-    }
+    needs!(kvm);
     let harness = Harness::running();
     for state in ["Running", "Paused"] {
         if state == "Paused" {
@@ -487,9 +483,7 @@ fn requests_when_after_the_start_know_their_state() {
 
 #[test]
 fn start_when_it_failed_can_be_asked_for_again() {
-    if !common::kvm("start_when_it_failed_can_be_asked_for_again") {
-        return;
-    }
+    needs!(kvm);
     let harness = Harness::new();
     harness.api.put("/boot-source", harness.boot_source());
     harness.api.put(

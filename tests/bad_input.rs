@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Api, Folder, Monitor, Netns, probe_vm};
+use common::{Api, Folder, Monitor, Netns, needs, probe_vm};
 use probe_host::elf;
 use serde_json::{Value, json};
 
@@ -200,9 +200,7 @@ fn fifo(folder: &Folder, name: &str) -> PathBuf {
 
 #[test]
 fn kernel_when_missing_must_be_refused_at_put() {
-    if !common::kvm("kernel_when_missing_must_be_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     let says = ["kernel", "/no/such/vmlinux", "No such file or directory"];
     let config = with_kernel(Path::new("/no/such/vmlinux"));
     Bad::new(config, At::Put("/boot-source"), &says).must_be_refused();
@@ -210,9 +208,7 @@ fn kernel_when_missing_must_be_refused_at_put() {
 
 #[test]
 fn kernel_when_no_regular_file_must_be_refused_at_put() {
-    if !common::kvm("kernel_when_no_regular_file_must_be_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     // Nobody writes to this FIFO: opening it must not wait for that.
     let fifo = fifo(&folder, "fifo");
@@ -228,9 +224,7 @@ fn kernel_when_no_regular_file_must_be_refused_at_put() {
 
 #[test]
 fn kernel_when_empty_must_be_refused_at_the_start() {
-    if !common::kvm("kernel_when_empty_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let path = folder.file("vmlinux", "");
     let says = ["kernel", text(&path), "empty"];
@@ -239,9 +233,7 @@ fn kernel_when_empty_must_be_refused_at_the_start() {
 
 #[test]
 fn kernel_when_truncated_must_be_refused_at_the_start() {
-    if !common::kvm("kernel_when_truncated_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let whole = fs::read(common::probe()).unwrap();
     // In the header, in the program headers, in a segment.
@@ -254,9 +246,7 @@ fn kernel_when_truncated_must_be_refused_at_the_start() {
 
 #[test]
 fn kernel_when_unrecognised_must_be_refused_at_the_start() {
-    if !common::kvm("kernel_when_unrecognised_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut bzimage = vec![0; 4096];
     bzimage[0x202..0x206].copy_from_slice(b"HdrS");
@@ -275,9 +265,7 @@ fn kernel_when_unrecognised_must_be_refused_at_the_start() {
 
 #[test]
 fn kernel_when_larger_than_memory_must_be_refused_at_the_start() {
-    if !common::kvm("kernel_when_larger_than_memory_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let path = folder.file("vmlinux", elf::first_byte(elf::End::Reset, 40 << 20));
     let ram = (32 << 20).to_string();
@@ -291,9 +279,7 @@ fn kernel_when_larger_than_memory_must_be_refused_at_the_start() {
 
 #[test]
 fn kernel_when_without_pvh_entry_must_be_refused_where_pvh_is_asked_for() {
-    if !common::kvm("kernel_when_without_pvh_entry_must_be_refused_where_pvh_is_asked_for") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut kernel = fs::read(common::probe()).unwrap();
     elf::without_pvh(&mut kernel);
@@ -308,9 +294,7 @@ fn kernel_when_without_pvh_entry_must_be_refused_where_pvh_is_asked_for() {
 
 #[test]
 fn kernel_when_cut_after_put_must_be_refused_at_the_start() {
-    if !common::kvm("kernel_when_cut_after_put_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let path = folder.file("vmlinux", fs::read(common::probe()).unwrap());
     let (mut monitor, api) = Monitor::unconfigured(&folder);
@@ -338,9 +322,7 @@ fn kernel_when_cut_after_put_must_be_refused_at_the_start() {
 
 #[test]
 fn initrd_when_missing_must_be_refused_at_put() {
-    if !common::kvm("initrd_when_missing_must_be_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     let says = ["initrd", "/no/such/initrd", "No such file or directory"];
     let config = with_initrd(Path::new("/no/such/initrd"));
     Bad::new(config, At::Put("/boot-source"), &says).must_be_refused();
@@ -348,9 +330,7 @@ fn initrd_when_missing_must_be_refused_at_put() {
 
 #[test]
 fn initrd_when_it_does_not_fit_must_be_refused_at_the_start() {
-    if !common::kvm("initrd_when_it_does_not_fit_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     // Larger than memory, larger than what the kernel leaves of it, and nothing at all.
     for (len, why) in [
@@ -371,9 +351,7 @@ fn initrd_when_it_does_not_fit_must_be_refused_at_the_start() {
 
 #[test]
 fn vcpu_count_when_0_or_33_must_be_refused() {
-    if !common::kvm("vcpu_count_when_0_or_33_must_be_refused") {
-        return;
-    }
+    needs!(kvm);
     for count in [0, 33] {
         let says = [format!("vcpu_count is {count}"), "at most 32".to_owned()];
         Bad::new(with_machine(count, 32), At::Put("/machine-config"), &says).must_be_refused();
@@ -382,18 +360,14 @@ fn vcpu_count_when_0_or_33_must_be_refused() {
 
 #[test]
 fn memory_when_0_must_be_refused() {
-    if !common::kvm("memory_when_0_must_be_refused") {
-        return;
-    }
+    needs!(kvm);
     let says = ["mem_size_mib is 0", "memory size"];
     Bad::new(with_machine(1, 0), At::Put("/machine-config"), &says).must_be_refused();
 }
 
 #[test]
 fn memory_when_more_than_the_host_can_map_must_be_refused_at_the_start() {
-    if !common::kvm("memory_when_more_than_the_host_can_map_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     for mib in [1 << 30, 1 << 43, u64::MAX] {
         let says = [mib.to_string(), "more".to_owned()];
         Bad::new(with_machine(1, mib), At::Start, &says).must_be_refused();
@@ -402,9 +376,7 @@ fn memory_when_more_than_the_host_can_map_must_be_refused_at_the_start() {
 
 #[test]
 fn memory_when_a_limit_forbids_it_must_be_refused_at_the_start() {
-    if !common::kvm("memory_when_a_limit_forbids_it_must_be_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let bad = Bad {
         wrapper: prepared_by("ulimit -v 2000000"),
         ..Bad::new(
@@ -420,9 +392,7 @@ fn memory_when_a_limit_forbids_it_must_be_refused_at_the_start() {
 
 #[test]
 fn drive_when_missing_must_be_refused_at_put() {
-    if !common::kvm("drive_when_missing_must_be_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     let says = ["disk", "/no/such/disk", "No such file or directory"];
     let config = with_disk(Path::new("/no/such/disk"));
     Bad::new(config, At::Put("/drives/disk0"), &says).must_be_refused();
@@ -430,9 +400,7 @@ fn drive_when_missing_must_be_refused_at_put() {
 
 #[test]
 fn drive_when_a_directory_must_be_refused_at_put() {
-    if !common::kvm("drive_when_a_directory_must_be_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     for read_only in [false, true] {
         let says = ["disk", text(folder.path()), "directory"];
@@ -444,10 +412,7 @@ fn drive_when_a_directory_must_be_refused_at_put() {
 
 #[test]
 fn drive_when_not_writable_must_be_refused_at_put() {
-    let test = "drive_when_not_writable_must_be_refused_at_put";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let folder = Folder::new();
     let place = folder.join("place");
     fs::create_dir(&place).unwrap();
@@ -477,9 +442,7 @@ fn drive_when_not_writable_must_be_refused_at_put() {
 
 #[test]
 fn drive_when_a_second_root_must_be_refused_at_put() {
-    if !common::kvm("drive_when_a_second_root_must_be_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let mut config = common::probe_vm_with_disks("print:ran", &[&disk, &disk]);
@@ -494,10 +457,7 @@ fn drive_when_a_second_root_must_be_refused_at_put() {
 
 #[test]
 fn tap_when_its_name_can_not_be_must_be_refused_at_put() {
-    let test = "tap_when_its_name_can_not_be_must_be_refused_at_put";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let netns = Netns::new();
     for name in ["sixteen-letters-", "a/b", "with space"] {
         let says = ["eth0", name, "no interface name"];
@@ -508,10 +468,7 @@ fn tap_when_its_name_can_not_be_must_be_refused_at_put() {
 
 #[test]
 fn tap_when_another_kind_of_interface_must_be_refused_at_put() {
-    let test = "tap_when_another_kind_of_interface_must_be_refused_at_put";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let netns = Netns::new();
     let says = ["provided by lo:", "no tap"];
     Bad::new(with_tap("lo"), At::Put("/network-interfaces/eth0"), &says)
@@ -520,10 +477,7 @@ fn tap_when_another_kind_of_interface_must_be_refused_at_put() {
 
 #[test]
 fn tap_when_busy_must_be_refused_at_put() {
-    let test = "tap_when_busy_must_be_refused_at_put";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let netns = Netns::new();
     let folder = Folder::new();
     let mut holder = with_tap("mfbusy");
@@ -543,10 +497,7 @@ fn tap_when_busy_must_be_refused_at_put() {
 
 #[test]
 fn tap_when_it_may_not_be_made_must_be_refused_at_put() {
-    let test = "tap_when_it_may_not_be_made_must_be_refused_at_put";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let netns = Netns::new();
     // Without its capabilities root may not make interfaces.
     let wrapper = [
@@ -567,10 +518,7 @@ fn tap_when_it_may_not_be_made_must_be_refused_at_put() {
 
 #[test]
 fn tap_when_two_interfaces_want_it_must_be_refused_at_the_second_put() {
-    let test = "tap_when_two_interfaces_want_it_must_be_refused_at_the_second_put";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let netns = Netns::new();
     let mut config = with_tap("mftap");
     config["network-interfaces"] = json!([
@@ -583,10 +531,7 @@ fn tap_when_two_interfaces_want_it_must_be_refused_at_the_second_put() {
 
 #[test]
 fn tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached() {
-    let test = "tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let netns = Netns::new();
     let folder = Folder::new();
     let socket = folder.join("api");
@@ -615,9 +560,7 @@ fn tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached() {
 
 #[test]
 fn devices_when_20_are_refused_at_the_start() {
-    if !common::kvm("devices_when_20_are_refused_at_the_start") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let config = common::probe_vm_with_disks("print:ran", &[disk.as_path(); 20]);
@@ -627,10 +570,7 @@ fn devices_when_20_are_refused_at_the_start() {
 
 #[test]
 fn command_line_when_the_devices_words_do_not_fit_must_be_refused_with_the_room_left() {
-    let test = "command_line_when_the_devices_words_do_not_fit";
-    if !common::kvm(test) {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let word = "virtio_mmio.device=4K@0xc0001000:5";
@@ -650,9 +590,7 @@ fn command_line_when_the_devices_words_do_not_fit_must_be_refused_with_the_room_
 
 #[test]
 fn boot_args_when_longer_than_a_command_line_are_refused_at_put() {
-    if !common::kvm("boot_args_when_longer_than_a_command_line_are_refused_at_put") {
-        return;
-    }
+    needs!(kvm);
     for (args, says) in [
         ("x".repeat(2048), ["boot_args", "2048 bytes", "2047"]),
         ("a\0b".to_owned(), ["boot_args", "zero byte", "end"]),
@@ -665,9 +603,7 @@ fn boot_args_when_longer_than_a_command_line_are_refused_at_put() {
 
 #[test]
 fn descriptors_when_they_run_out_are_named_and_nothing_is_left() {
-    if !common::kvm("descriptors_when_they_run_out_are_named_and_nothing_is_left") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let config = common::probe_vm_with_disks("print:ran", &[disk.as_path(); 12]);
@@ -680,10 +616,7 @@ fn descriptors_when_they_run_out_are_named_and_nothing_is_left() {
 
 #[test]
 fn host_when_it_has_no_kvm_must_be_refused_at_the_start() {
-    let test = "host_when_it_has_no_kvm_must_be_refused_at_the_start";
-    if !common::needs_root(test) {
-        return;
-    }
+    needs!(root);
     let folder = Folder::new();
     let bad = Bad {
         wrapper: prepared_by("mount -t tmpfs none /dev"),
@@ -769,7 +702,7 @@ fn raw(api: &Api, bytes: &[u8]) -> (u16, String) {
 /// That the same process still takes a configuration and starts it.
 fn starts(mut monitor: Monitor, api: &Api) {
     assert_eq!(api.get("/")["state"], "Not started");
-    if common::kvm("bad_input: the start after what was refused") {
+    if needs::are_met("bad_input: the start after what was refused", &["kvm"]) {
         let mut right = probe_vm("echo");
         right["start"] = json!(true);
         api.put("/vm", right);
@@ -1057,9 +990,7 @@ fn request_when_it_makes_no_sense_is_400_and_names_what_is_wrong() {
 
 #[test]
 fn request_when_the_guest_runs_may_not_change_what_it_began_with() {
-    if !common::kvm("request_when_the_guest_runs_may_not_change_what_it_began_with") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let config = common::probe_vm_with_disks("echo", &[&disk]);

@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
 use common::sys::{self, Terminal};
-use common::{Api, Folder, Monitor, Netns, probe_vm, probe_vm_with_disks};
+use common::{Api, Folder, Monitor, Netns, needs, probe_vm, probe_vm_with_disks};
 use probe_host::{elf, pattern};
 use serde_json::{Value, json};
 
@@ -37,18 +37,14 @@ fn value<'a>(text: &'a str, key: &str) -> &'a str {
 
 #[test]
 fn kernel_when_it_has_a_pvh_note_is_entered_by_pvh() {
-    if !common::kvm("kernel_when_it_has_a_pvh_note_is_entered_by_pvh") {
-        return;
-    }
+    needs!(kvm);
     let output = run(&probe_vm("bootinfo"), &[]);
     assert!(output.contains("bootinfo ok protocol=Pvh"), "{output}");
 }
 
 #[test]
 fn kernel_when_linux64_is_asked_for_is_entered_by_it() {
-    if !common::kvm("kernel_when_linux64_is_asked_for_is_entered_by_it") {
-        return;
-    }
+    needs!(kvm);
     let output = run(&probe_vm("bootinfo"), &["--boot-protocol", "linux64"]);
     assert!(output.contains("bootinfo ok protocol=Linux64"), "{output}");
     assert!(output.contains("setup_data type 9 size 32"), "{output}");
@@ -56,9 +52,7 @@ fn kernel_when_linux64_is_asked_for_is_entered_by_it() {
 
 #[test]
 fn kernel_when_it_has_no_pvh_note_is_entered_by_linux64() {
-    if !common::kvm("kernel_when_it_has_no_pvh_note_is_entered_by_linux64") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut kernel = fs::read(common::probe()).unwrap();
     elf::without_pvh(&mut kernel);
@@ -70,9 +64,7 @@ fn kernel_when_it_has_no_pvh_note_is_entered_by_linux64() {
 
 #[test]
 fn kernel_when_20_mib_large_runs() {
-    if !common::kvm("kernel_when_20_mib_large_runs") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let kernel = folder.file("kernel", elf::first_byte(elf::End::Reset, 20 << 20));
     let mut config = probe_vm("");
@@ -84,9 +76,7 @@ fn kernel_when_20_mib_large_runs() {
 
 #[test]
 fn kernel_when_removed_after_put_still_starts() {
-    if !common::kvm("kernel_when_removed_after_put_still_starts") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let kernel = folder.file("kernel", fs::read(common::probe()).unwrap());
     let disk = folder.disk("disk", 4096);
@@ -109,9 +99,7 @@ fn kernel_when_removed_after_put_still_starts() {
 
 #[test]
 fn initrd_when_given_is_seen_whole_by_the_guest() {
-    if !common::kvm("initrd_when_given_is_seen_whole_by_the_guest") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     // Copied, mapped, and neither a whole number of pages.
     for len in [1, 5000, 3_000_001] {
@@ -132,9 +120,7 @@ fn initrd_when_given_is_seen_whole_by_the_guest() {
 
 #[test]
 fn vcpus_when_configured_are_in_the_mp_table_and_have_threads() {
-    if !common::kvm("vcpus_when_configured_are_in_the_mp_table_and_have_threads") {
-        return;
-    }
+    needs!(kvm);
     for count in [1, 2, 3, 32] {
         for (protocol, _) in PROTOCOLS {
             let folder = Folder::new();
@@ -161,9 +147,7 @@ fn vcpus_when_configured_are_in_the_mp_table_and_have_threads() {
 
 #[test]
 fn vcpus_when_the_guest_starts_them_all_run() {
-    if !common::kvm("vcpus_when_the_guest_starts_them_all_run") {
-        return;
-    }
+    needs!(kvm);
     for count in [2, 3] {
         let mut config = probe_vm(&format!("smp:{count}"));
         config["machine-config"]["vcpu_count"] = json!(count);
@@ -175,9 +159,7 @@ fn vcpus_when_the_guest_starts_them_all_run() {
 
 #[test]
 fn memory_when_of_any_size_is_all_there() {
-    if !common::kvm("memory_when_of_any_size_is_all_there") {
-        return;
-    }
+    needs!(kvm);
     const HOLE: u64 = 3072;
     for mib in [4, 5, 128, HOLE - 1, HOLE, HOLE + 1, 4096, 5000] {
         for (protocol, _) in PROTOCOLS {
@@ -200,9 +182,7 @@ fn memory_when_of_any_size_is_all_there() {
 
 #[test]
 fn memory_when_just_enough_for_the_kernel_runs_it() {
-    if !common::kvm("memory_when_just_enough_for_the_kernel_runs_it") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut config = probe_vm("");
     config["boot-source"]["kernel_image_path"] =
@@ -213,10 +193,7 @@ fn memory_when_just_enough_for_the_kernel_runs_it() {
 
 #[test]
 fn devices_when_19_all_work_in_their_order() {
-    let test = "devices_when_19_all_work_in_their_order";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let folder = Folder::new();
     let netns = Netns::new();
     let mut words = String::from("bootinfo");
@@ -273,9 +250,7 @@ fn command_line_seen(config: &Value, more: &[&str]) -> String {
 
 #[test]
 fn command_line_when_the_guest_reads_it_has_what_firecracker_would_add() {
-    if !common::kvm("command_line_when_the_guest_reads_it_has_what_firecracker_would_add") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let drive = |id: &str, more: Value| {
@@ -337,9 +312,7 @@ fn command_line_when_the_guest_reads_it_has_what_firecracker_would_add() {
 
 #[test]
 fn command_line_when_none_is_given_is_firecrackers_default() {
-    if !common::kvm("command_line_when_none_is_given_is_firecrackers_default") {
-        return;
-    }
+    needs!(kvm);
     const DEFAULT: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
                            i8042.dumbkbd swiotlb=noforce pci=off";
     for boot_args in [None, Some(Value::Null)] {
@@ -359,9 +332,7 @@ fn command_line_when_none_is_given_is_firecrackers_default() {
 
 #[test]
 fn command_line_when_as_long_as_there_is_room_arrives_whole() {
-    if !common::kvm("command_line_when_as_long_as_there_is_room_arrives_whole") {
-        return;
-    }
+    needs!(kvm);
     const ROOM: usize = 2047;
     let (begin, end) = ("probe=bootinfo ", " pci=off");
     let args = format!("{begin}{}", "x".repeat(ROOM - begin.len() - end.len()));
@@ -376,9 +347,7 @@ fn command_line_when_as_long_as_there_is_room_arrives_whole() {
 
 #[test]
 fn boot_timer_when_switched_on_logs_the_guests_word() {
-    if !common::kvm("boot_timer_when_switched_on_logs_the_guests_word") {
-        return;
-    }
+    needs!(kvm);
     for (more, logged) in [(&["--boot-timer"][..], true), (&[][..], false)] {
         let folder = Folder::new();
         let mut monitor = Monitor::boot_with(&folder, &probe_vm("timer,print:later"), more);
@@ -398,9 +367,7 @@ fn boot_timer_when_switched_on_logs_the_guests_word() {
 
 #[test]
 fn ctrl_alt_del_when_sent_reaches_the_guests_keyboard() {
-    if !common::kvm("ctrl_alt_del_when_sent_reaches_the_guests_keyboard") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let (mut monitor, api) = Monitor::boot_with_api(&folder, &probe_vm("kbd:4:60000"));
     monitor.expect("probe: kbd ready");
@@ -420,9 +387,7 @@ fn ctrl_alt_del_when_sent_reaches_the_guests_keyboard() {
 
 #[test]
 fn api_when_switched_off_has_neither_socket_nor_thread() {
-    if !common::kvm("api_when_switched_off_has_neither_socket_nor_thread") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut monitor = Monitor::boot(&folder, &probe_vm("echo"));
     monitor.expect("probe: echo ready");
@@ -453,9 +418,7 @@ fn api_when_switched_off_has_neither_socket_nor_thread() {
 
 #[test]
 fn config_file_when_given_with_a_socket_starts_and_serves() {
-    if !common::kvm("config_file_when_given_with_a_socket_starts_and_serves") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let config = probe_vm("print:here,echo");
     let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
@@ -471,9 +434,7 @@ fn config_file_when_given_with_a_socket_starts_and_serves() {
 
 #[test]
 fn guest_when_started_by_requests_alone_runs() {
-    if !common::kvm("guest_when_started_by_requests_alone_runs") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let (mut monitor, api) = Monitor::unconfigured(&folder);
     assert_eq!(api.get("/")["state"], "Not started");
@@ -507,9 +468,7 @@ fn guest_when_started_by_requests_alone_runs() {
 
 #[test]
 fn pause_when_asked_for_stops_the_guest_until_resume() {
-    if !common::kvm("pause_when_asked_for_stops_the_guest_until_resume") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut config = probe_vm("count");
     config["machine-config"]["vcpu_count"] = json!(2);
@@ -519,12 +478,7 @@ fn pause_when_asked_for_stops_the_guest_until_resume() {
         api.patch("/vm", json!({"state": "Paused"}));
         api.patch("/vm", json!({"state": "Paused"}));
         assert_eq!(api.get("/")["state"], "Paused");
-        // What it printed before is still on its way to us.
-        monitor.comes_to_rest("serial");
-        std::thread::sleep(std::time::Duration::from_millis(50));
-        let before = monitor.stdout();
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        assert_eq!(monitor.stdout(), before, "a paused guest goes on");
+        let before = monitor.stays_paused(&api, 2);
         api.patch("/vm", json!({"state": "Resumed"}));
         api.patch("/vm", json!({"state": "Resumed"}));
         assert_eq!(api.get("/")["state"], "Running");
@@ -536,9 +490,7 @@ fn pause_when_asked_for_stops_the_guest_until_resume() {
 
 #[test]
 fn pauses_and_resumes_when_asked_for_at_once_are_done_one_after_the_other() {
-    if !common::kvm("pauses_and_resumes_when_asked_for_at_once") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut config = probe_vm("count");
     config["machine-config"]["vcpu_count"] = json!(2);
@@ -556,11 +508,7 @@ fn pauses_and_resumes_when_asked_for_at_once_are_done_one_after_the_other() {
         }
     });
     api.patch("/vm", json!({"state": "Paused"}));
-    monitor.comes_to_rest("serial");
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    let before = monitor.stdout();
-    std::thread::sleep(std::time::Duration::from_millis(200));
-    assert_eq!(monitor.stdout(), before, "a paused guest goes on");
+    let before = monitor.stays_paused(&api, 2);
     api.patch("/vm", json!({"state": "Resumed"}));
     let lines = before.matches("probe: count ").count();
     monitor.expect(&format!("probe: count {} ", lines + 2));
@@ -568,10 +516,8 @@ fn pauses_and_resumes_when_asked_for_at_once_are_done_one_after_the_other() {
 }
 
 #[test]
-fn resume_when_a_vcpu_is_slow_to_hear_of_many_pauses_is_what_counts() {
-    if !common::kvm("resume_when_a_vcpu_is_slow_to_hear_of_many_pauses_is_what_counts") {
-        return;
-    }
+fn last_pause_or_resume_wins_when_a_vcpu_is_slow() {
+    needs!(kvm);
     let folder = Folder::new();
     let (mut monitor, api) = Monitor::boot_with_api(&folder, &probe_vm("count"));
     monitor.expect("probe: count 2 ");
@@ -605,9 +551,7 @@ fn resume_when_a_vcpu_is_slow_to_hear_of_many_pauses_is_what_counts() {
 
 #[test]
 fn guest_when_it_resets_ends_the_process_with_0() {
-    if !common::kvm("guest_when_it_resets_ends_the_process_with_0") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut monitor = Monitor::boot(&folder, &probe_vm("print:bye,reset"));
     monitor.exits_with(0);
@@ -626,9 +570,7 @@ fn crash_told<'a>(log: &'a str, what: &str) -> &'a str {
 
 #[test]
 fn guest_when_it_crashes_ends_the_process_with_160() {
-    if !common::kvm("guest_when_it_crashes_ends_the_process_with_160") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut monitor = Monitor::boot(&folder, &probe_vm("print:bye,triple"));
     monitor.exits_with(160);
@@ -642,9 +584,7 @@ fn guest_when_it_crashes_ends_the_process_with_160() {
 
 #[test]
 fn guest_when_kvm_can_not_run_it_ends_the_process_with_161() {
-    if !common::kvm("guest_when_kvm_can_not_run_it_ends_the_process_with_161") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut kernel = elf::first_byte(elf::End::Halt, 0);
     // mov eax, 0xd0000000; jmp eax: there is no memory to execute.
@@ -665,9 +605,7 @@ fn guest_when_kvm_can_not_run_it_ends_the_process_with_161() {
 
 #[test]
 fn signal_when_sent_ends_the_process_as_documented() {
-    if !common::kvm("signal_when_sent_ends_the_process_as_documented") {
-        return;
-    }
+    needs!(kvm);
     // signal, exit code; none where the process ends by the signal itself
     for (signal, code) in [
         (libc::SIGTERM, None),
@@ -712,9 +650,7 @@ fn signal_when_sent_before_the_start_ends_the_process_too() {
 
 #[test]
 fn signal_when_it_is_to_be_ignored_changes_nothing() {
-    if !common::kvm("signal_when_it_is_to_be_ignored_changes_nothing") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut monitor = Monitor::boot(&folder, &probe_vm("echo"));
     monitor.expect("probe: echo ready");
@@ -728,9 +664,7 @@ fn signal_when_it_is_to_be_ignored_changes_nothing() {
 
 #[test]
 fn interrupt_when_the_caller_ignored_it_is_ignored() {
-    if !common::kvm("interrupt_when_the_caller_ignored_it_is_ignored") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut command = Command::new("bash");
     command
@@ -810,23 +744,21 @@ fn terminal_is_given_back(words: &str, code: Option<i32>, end: impl FnOnce(&Moni
 
 #[test]
 fn terminal_when_the_guest_resets_is_given_back() {
-    if common::kvm("terminal_when_the_guest_resets_is_given_back") {
+    if needs::are_met("terminal_when_the_guest_resets_is_given_back", &["kvm"]) {
         terminal_is_given_back("reset", Some(0), |_| {});
     }
 }
 
 #[test]
 fn terminal_when_the_guest_crashes_is_given_back() {
-    if common::kvm("terminal_when_the_guest_crashes_is_given_back") {
+    if needs::are_met("terminal_when_the_guest_crashes_is_given_back", &["kvm"]) {
         terminal_is_given_back("triple", Some(160), |_| {});
     }
 }
 
 #[test]
 fn terminal_when_the_process_is_told_to_end_is_given_back() {
-    if !common::kvm("terminal_when_the_process_is_told_to_end_is_given_back") {
-        return;
-    }
+    needs!(kvm);
     for (signal, code) in [
         (libc::SIGTERM, None),
         (libc::SIGINT, None),
@@ -842,9 +774,7 @@ fn terminal_when_the_process_is_told_to_end_is_given_back() {
 
 #[test]
 fn terminal_when_the_monitor_crashes_is_given_back() {
-    if !common::kvm("terminal_when_the_monitor_crashes_is_given_back") {
-        return;
-    }
+    needs!(kvm);
     for (signal, code) in [
         (libc::SIGSEGV, 150),
         (libc::SIGBUS, 149),
@@ -856,9 +786,7 @@ fn terminal_when_the_monitor_crashes_is_given_back() {
 
 #[test]
 fn terminal_when_a_filter_is_violated_is_given_back() {
-    if !common::kvm("terminal_when_a_filter_is_violated_is_given_back") {
-        return;
-    }
+    needs!(kvm);
     for thread in ["mayfly", "fc_vcpu", "serial"] {
         terminal_is_given_back("spin", Some(148), |m| {
             sys::inject(m.thread(thread), libc::SYS_socket);
@@ -868,9 +796,7 @@ fn terminal_when_a_filter_is_violated_is_given_back() {
 
 #[test]
 fn terminal_when_the_guest_can_not_be_started_is_left_alone() {
-    if !common::kvm("terminal_when_the_guest_can_not_be_started_is_left_alone") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let terminal = Terminal::new();
     let mut config = probe_vm("spin");
@@ -888,9 +814,7 @@ fn terminal_when_the_guest_can_not_be_started_is_left_alone() {
 
 #[test]
 fn terminal_when_typed_at_passes_every_key_to_the_guest() {
-    if !common::kvm("terminal_when_typed_at_passes_every_key_to_the_guest") {
-        return;
-    }
+    needs!(kvm);
     let (_folder, terminal, mut monitor) = on_a_terminal("echo:2");
     monitor.expect("probe: echo ready");
     // Ctrl-C, Ctrl-Z, Ctrl-S and Ctrl-D are the guest's too.
@@ -906,9 +830,7 @@ fn terminal_when_typed_at_passes_every_key_to_the_guest() {
 
 #[test]
 fn console_input_when_piped_reaches_the_guest_in_order() {
-    if !common::kvm("console_input_when_piped_reaches_the_guest_in_order") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut monitor = Monitor::boot(&folder, &probe_vm("echo:40"));
     // More than the UART holds at once, and before the guest asks for it.
@@ -928,9 +850,7 @@ fn console_input_when_piped_reaches_the_guest_in_order() {
 
 #[test]
 fn console_input_when_it_comes_from_a_file_is_read_to_its_end() {
-    if !common::kvm("console_input_when_it_comes_from_a_file_is_read_to_its_end") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let input = folder.file("input", "from a file\n");
     let mut command = Command::new(common::mayfly());
@@ -946,9 +866,7 @@ fn console_input_when_it_comes_from_a_file_is_read_to_its_end() {
 
 #[test]
 fn console_input_when_it_ends_costs_no_time() {
-    if !common::kvm("console_input_when_it_ends_costs_no_time") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut monitor = Monitor::boot(&folder, &probe_vm("echo,spin"));
     monitor.expect("probe: echo ready");
@@ -965,9 +883,7 @@ fn verbose() -> String {
 
 #[test]
 fn console_output_when_nobody_reads_it_costs_bytes_and_not_time() {
-    if !common::kvm("console_output_when_nobody_reads_it_costs_bytes_and_not_time") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let words = format!("{},blkwrite:0:0:8:1,echo", verbose());
@@ -997,9 +913,7 @@ fn console_output_when_nobody_reads_it_costs_bytes_and_not_time() {
 
 #[test]
 fn console_output_when_it_can_not_be_written_is_lost_without_a_spin() {
-    if !common::kvm("console_output_when_it_can_not_be_written_is_lost_without_a_spin") {
-        return;
-    }
+    needs!(kvm);
     let (read_end, broken) = std::io::pipe().unwrap();
     drop(read_end);
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
@@ -1030,9 +944,7 @@ fn console_output_when_it_can_not_be_written_is_lost_without_a_spin() {
 
 #[test]
 fn standard_streams_when_closed_from_the_start_do_not_keep_the_guest_from_running() {
-    if !common::kvm("standard_streams_when_closed_from_the_start_do_not_keep") {
-        return;
-    }
+    needs!(kvm);
     for closed in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
         let folder = Folder::new();
         let disk = folder.disk("disk", 4096);
@@ -1102,9 +1014,7 @@ fn log_when_the_start_fails_says_why() {
 
 #[test]
 fn log_when_it_goes_to_standard_output_comes_with_the_console() {
-    if !common::kvm("log_when_it_goes_to_standard_output_comes_with_the_console") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let file = folder.file("vm.json", probe_vm("echo,print:between").to_string());
     let mut monitor = Monitor::start(["--no-api", "--config-file", file.to_str().unwrap()]);
@@ -1141,10 +1051,7 @@ fn instance_when_named_answers_with_its_name() {
 /// Thirty times, because it is a race that is won or lost.
 #[test]
 fn start_when_the_guest_ends_at_once_is_answered() {
-    let test = "start_when_the_guest_ends_at_once_is_answered";
-    if !common::kvm(test) {
-        return;
-    }
+    needs!(kvm);
     for round in 0..30 {
         let folder = Folder::new();
         let socket = folder.join("api");

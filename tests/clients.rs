@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use common::{Api, Folder, Monitor, Netns};
+use common::{Api, Folder, Monitor, Netns, needs};
 use serde_json::json;
 
 /// What `tools/clients` made.
@@ -40,9 +40,7 @@ fn succeeds(command: &mut Command) -> String {
 
 #[test]
 fn rust_sdk_when_unmodified_leads_a_whole_life() {
-    if !common::kvm("rust_sdk_when_unmodified_leads_a_whole_life") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let said = succeeds(
         Command::new(client("rust-sdk-client"))
@@ -236,9 +234,7 @@ fn schemathesis(jailed: &mut Jailed) {
 
 #[test]
 fn schemathesis_when_before_the_start_finds_nothing() {
-    if !common::needs_root("schemathesis_when_before_the_start_finds_nothing") {
-        return;
-    }
+    needs!(root);
     let mut jailed = Jailed::new();
     // Without KVM no guest starts and ends the run; every start is refused.
     let _ = std::fs::remove_file(jailed.root.join("dev/kvm"));
@@ -248,10 +244,7 @@ fn schemathesis_when_before_the_start_finds_nothing() {
 
 #[test]
 fn schemathesis_when_after_the_start_finds_nothing() {
-    let name = "schemathesis_when_after_the_start_finds_nothing";
-    if !common::kvm(name) || !common::needs_root(name) {
-        return;
-    }
+    needs!(kvm, root);
     let mut jailed = Jailed::new();
     // What the examples of the document change.
     jailed.api.put(

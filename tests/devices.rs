@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::fuse::{Hanging, Slow};
 use common::sys;
-use common::{Api, Folder, Monitor, Netns, probe_vm, probe_vm_with_disks};
+use common::{Api, Folder, Monitor, Netns, needs, probe_vm, probe_vm_with_disks};
 use probe_host::pattern;
 use serde_json::json;
 
@@ -68,9 +68,7 @@ fn does(monitor: &mut Monitor, word: &str) -> String {
 
 #[test]
 fn disk_when_written_by_the_guest_holds_it_on_the_host() {
-    if !common::kvm("disk_when_written_by_the_guest_holds_it_on_the_host") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4 << 20);
     let words = "blkwrite:0:0:8:1,blkwrite:0:100:1000:2,blkwrite:0:8191:1:3,\
@@ -97,9 +95,7 @@ fn disk_when_written_by_the_guest_holds_it_on_the_host() {
 
 #[test]
 fn disk_when_read_only_refuses_writes_and_stays_as_it_was() {
-    if !common::kvm("disk_when_read_only_refuses_writes_and_stays_as_it_was") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let content = written(5, 0, 8);
     let disk = folder.file("disk", &content);
@@ -120,9 +116,7 @@ fn disk_when_read_only_refuses_writes_and_stays_as_it_was() {
 
 #[test]
 fn disk_when_asked_for_its_id_tells_twenty_bytes_of_it() {
-    if !common::kvm("disk_when_asked_for_its_id_tells_twenty_bytes_of_it") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     let mut config = probe_vm_with_disks("blkinfo:0,blkinfo:1", &[&disk, &disk]);
@@ -136,9 +130,7 @@ fn disk_when_asked_for_its_id_tells_twenty_bytes_of_it() {
 
 #[test]
 fn flush_when_the_cache_is_writeback_is_offered_and_done() {
-    if !common::kvm("flush_when_the_cache_is_writeback_is_offered_and_done") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 4096);
     for (cache, offered) in [("Writeback", true), ("Unsafe", false)] {
@@ -162,9 +154,7 @@ fn flush_when_the_cache_is_writeback_is_offered_and_done() {
 
 #[test]
 fn disks_when_two_are_given_keep_apart() {
-    if !common::kvm("disks_when_two_are_given_keep_apart") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disks = ["a", "b"].map(|name| folder.disk(name, 8192));
     let words = "blkwrite:0:0:8:1,blkwrite:1:8:8:2,blkverify:0:0:8:1,blkverify:1:8:8:2";
@@ -183,9 +173,7 @@ fn disks_when_two_are_given_keep_apart() {
 
 #[test]
 fn disk_when_of_an_odd_size_has_its_whole_sectors_and_never_grows() {
-    if !common::kvm("disk_when_of_an_odd_size_has_its_whole_sectors_and_never_grows") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     for (size, sectors) in [(0, 0), (511, 0), (512, 1), (1535, 2)] {
         let disk = folder.disk("disk", size);
@@ -210,9 +198,7 @@ fn disk_when_of_an_odd_size_has_its_whole_sectors_and_never_grows() {
 
 #[test]
 fn disk_when_shrunk_gives_errors_and_works_again_when_it_has_grown() {
-    if !common::kvm("disk_when_shrunk_gives_errors_and_works_again_when_it_has_grown") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 1 << 20);
     let mut config = probe_vm_with_disks("", &[&disk]);
@@ -236,10 +222,7 @@ fn disk_when_shrunk_gives_errors_and_works_again_when_it_has_grown() {
 
 #[test]
 fn disk_when_its_fsync_hangs_holds_up_nothing_else() {
-    let test = "disk_when_its_fsync_hangs_holds_up_nothing_else";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     // The disk is mounted for one thread and what it starts.
     std::thread::spawn(|| {
         let folder = Folder::new();
@@ -280,10 +263,7 @@ fn metric(api: &Api, begins: &str) -> u64 {
 
 #[test]
 fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
-    let test = "pause_when_the_disk_hangs_is_quiescent_only_once_that_ends";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     std::thread::spawn(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
@@ -329,6 +309,7 @@ fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
 fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
     hanging.wait();
     assert!(monitor.stdout().contains("probe: print:flushing ok"));
+    // An answer at all shows that the disk is not waited for: it hangs until this is over.
     for _ in 0..20 {
         assert_eq!(api.get("/")["state"], "Running");
         api.get("/vm/config");
@@ -351,10 +332,7 @@ fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
 
 #[test]
 fn disk_when_it_hangs_through_many_pauses_works_again_afterwards() {
-    let test = "disk_when_it_hangs_through_many_pauses_works_again_afterwards";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     std::thread::spawn(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
@@ -398,21 +376,20 @@ fn disk_when_it_hangs_through_many_pauses_works_again_afterwards() {
 
 #[test]
 fn disk_when_its_fsync_hangs_and_the_guest_resets_it_waits_without_holding_up_the_api() {
-    let test = "disk_when_its_fsync_hangs_and_the_guest_resets_it";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     std::thread::spawn(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
         let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
+        config["boot-source"]["boot_args"] =
+            json!("probe=blkflush:0,blkread:0:0,echo patience_ms=1000");
         config["drives"][0]["cache_type"] = json!("Writeback");
         let hanging = slow.hang();
         let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
         // Moved: it is let go before the monitor is dropped, also by a panic.
         let hanging = hanging;
         hanging.wait();
-        // The guest gives up after 10 s and resets the device, which must be over when the write
+        // The guest gives up and resets the device, which must be over when the write
         // of its status returns: that waits, and can be paused all the same.
         let writes = "mayfly_vcpu_exits_total{vcpu=\"0\",kind=\"mmio_write\"}";
         let before = metric(&api, writes);
@@ -436,9 +413,7 @@ fn disk_when_its_fsync_hangs_and_the_guest_resets_it_waits_without_holding_up_th
 
 #[test]
 fn drive_when_patched_shows_the_guest_another_file() {
-    if !common::kvm("drive_when_patched_shows_the_guest_another_file") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disks = [1, 2].map(|seed| folder.file(&format!("disk{seed}"), written(seed, 0, 8)));
     let mut config = probe_vm_with_disks("", &[&disks[0]]);
@@ -472,10 +447,7 @@ fn with_card(netns: &Netns, folder: &Folder, words: &str) -> (Monitor, Api) {
 
 #[test]
 fn card_when_pinged_answers() {
-    let test = "card_when_pinged_answers";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     netns.run("ip", &["link", "set", "mftap", "mtu", "9000"]);
@@ -513,10 +485,7 @@ const EXPERIMENT: u16 = 0x88b5;
 
 #[test]
 fn frames_when_echoed_come_back_as_they_were() {
-    let test = "frames_when_echoed_come_back_as_they_were";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     // Without and with checksum and segmentation offloads.
     for option in ["", ":offload"] {
         let (netns, folder) = (Netns::new(), Folder::new());
@@ -564,10 +533,7 @@ fn frames_when_echoed_come_back_as_they_were() {
 
 #[test]
 fn frames_when_sent_by_the_guest_all_reach_the_host() {
-    let test = "frames_when_sent_by_the_guest_all_reach_the_host";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let (mut monitor, _) = with_card(
@@ -590,10 +556,7 @@ fn frames_when_sent_by_the_guest_all_reach_the_host() {
 
 #[test]
 fn frames_when_sent_to_the_guest_are_counted_by_it() {
-    let test = "frames_when_sent_to_the_guest_are_counted_by_it";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let (mut monitor, _) = with_card(&netns, &folder, "netcount:0:300");
@@ -617,10 +580,7 @@ fn frames_when_sent_to_the_guest_are_counted_by_it() {
 
 #[test]
 fn tap_when_missing_is_made_and_goes_with_the_monitor() {
-    let test = "tap_when_missing_is_made_and_goes_with_the_monitor";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     let (mut monitor, api) = with_card(&netns, &folder, "netinfo:0,echo");
     monitor.expect("probe: echo ready");
@@ -638,10 +598,7 @@ fn tap_when_missing_is_made_and_goes_with_the_monitor() {
 
 #[test]
 fn tap_when_it_was_there_stays_after_the_monitor() {
-    let test = "tap_when_it_was_there_stays_after_the_monitor";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     for _ in 0..2 {
@@ -659,10 +616,7 @@ fn tap_when_it_was_there_stays_after_the_monitor() {
 
 #[test]
 fn tap_when_it_vanishes_leaves_the_guest_without_network_and_nothing_else() {
-    let test = "tap_when_it_vanishes_leaves_the_guest_without_network";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let (mut monitor, api) = with_card(&netns, &folder, "shell");
@@ -733,9 +687,7 @@ fn survives_every_attack(
 
 #[test]
 fn disk_when_attacked_in_every_way_survives() {
-    if !common::kvm("disk_when_attacked_in_every_way_survives") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 1 << 20);
     let (mut monitor, api) =
@@ -746,10 +698,7 @@ fn disk_when_attacked_in_every_way_survives() {
 
 #[test]
 fn card_when_its_transmit_queue_is_attacked_in_every_way_survives() {
-    let test = "card_when_its_transmit_queue_is_attacked_in_every_way_survives";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let (mut monitor, api) = with_card(&netns, &folder, "shell");
@@ -758,10 +707,7 @@ fn card_when_its_transmit_queue_is_attacked_in_every_way_survives() {
 
 #[test]
 fn card_when_its_receive_queue_is_attacked_in_every_way_survives() {
-    let test = "card_when_its_receive_queue_is_attacked_in_every_way_survives";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     // Something to receive all the while.
@@ -780,10 +726,7 @@ fn card_when_its_receive_queue_is_attacked_in_every_way_survives() {
 
 #[test]
 fn device_when_reset_thousands_of_times_comes_back_and_leaks_nothing() {
-    let test = "device_when_reset_thousands_of_times_comes_back";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let mut config = probe_vm_with_disks("shell", &[&folder.disk("disk", 1 << 20)]);
@@ -825,9 +768,7 @@ fn device_when_reset_thousands_of_times_comes_back_and_leaks_nothing() {
 
 #[test]
 fn api_when_the_guest_kicks_without_end_still_answers() {
-    if !common::kvm("api_when_the_guest_kicks_without_end_still_answers") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 1 << 20);
     let config = probe_vm_with_disks("print:begun,attack:0:kick-storm:100000000", &[&disk]);
@@ -849,9 +790,7 @@ fn api_when_the_guest_kicks_without_end_still_answers() {
 
 #[test]
 fn log_when_the_guest_provokes_lines_without_end_stays_small() {
-    if !common::kvm("log_when_the_guest_provokes_lines_without_end_stays_small") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.disk("disk", 1 << 20);
     // 16 broken rings each time, and a line about each of them.
@@ -868,10 +807,7 @@ fn log_when_the_guest_provokes_lines_without_end_stays_small() {
 
 #[test]
 fn ports_and_registers_when_touched_at_random_give_answers() {
-    let test = "ports_and_registers_when_touched_at_random_give_answers";
-    if !common::kvm(test) || !common::needs_root(test) {
-        return;
-    }
+    needs!(kvm, root);
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let disk = folder.disk("disk", 1 << 20);
@@ -893,9 +829,7 @@ fn ports_and_registers_when_touched_at_random_give_answers() {
 
 #[test]
 fn disk_when_its_image_is_replaced_under_its_name_stays_the_one_it_was() {
-    if !common::kvm("disk_when_its_image_is_replaced_under_its_name") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let disk = folder.file("disk", written(1, 0, 8));
     let mut config = probe_vm_with_disks("", &[&disk]);

@@ -5,6 +5,8 @@
 
 #[path = "jail/host.rs"]
 mod host;
+#[path = "common/needs.rs"]
+mod needs;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -13,19 +15,17 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use host::{
-    GID, Host, Report, Staying, UID, cgroup_mount, descriptors, is_root, namespace, pid_in, status,
+    GID, Host, Report, Staying, UID, cgroup_mount, descriptors, namespace, pid_in, status,
     wait_until,
 };
+use needs::needs;
 
 /// The host for a test of this name, unless it has to be skipped.
 macro_rules! host {
-    ($name:literal) => {
-        if is_root($name) {
-            Host::new($name)
-        } else {
-            return;
-        }
-    };
+    ($name:literal) => {{
+        needs!(root);
+        Host::new($name)
+    }};
 }
 
 #[test]
@@ -355,7 +355,7 @@ fn cgroups_of_version_1_hold_the_process_and_the_values() {
         cgroup_mount("cpuset"),
         cgroup_mount("pids"),
     ) else {
-        return eprintln!("SKIPPED cgroup1: this host has no cgroups of version 1");
+        return needs::skip("cgroup1", "this host has no cgroups of version 1");
     };
     let values = [
         "--cgroup",
@@ -407,7 +407,7 @@ fn parent_cgroup_alone_does_nothing_in_version_1() {
 fn cgroups_of_version_2_hold_the_process_and_the_values() {
     let host = host!("cgroup2");
     let Some(mount) = cgroup_mount("") else {
-        return eprintln!("SKIPPED cgroup2: this host has no cgroups of version 2");
+        return needs::skip("cgroup2", "this host has no cgroups of version 2");
     };
     let control = mount.join("cgroup.subtree_control");
     let before = fs::read_to_string(&control).unwrap();
@@ -437,7 +437,10 @@ fn cgroups_of_version_2_hold_the_process_and_the_values() {
         assert_eq!(procs.trim(), staying.pid.to_string());
         staying.end();
     } else {
-        eprintln!("SKIPPED a part of cgroup2: no controller to set a value of in \"{offered}\"");
+        needs::skip(
+            "cgroup2",
+            &format!("no controller to set a value of in \"{offered}\""),
+        );
     }
 
     // Without values: into the parent if it is there, else nowhere. Its name may begin with a slash,
@@ -682,7 +685,7 @@ fn executable_that_does_not_start_leaves_nothing_in_any_form() {
         ),
     ] {
         if more.contains(&"--cgroup") && cgroup_mount("pids").is_none() {
-            eprintln!("SKIPPED a part of noexec: this host has no cgroups of version 1");
+            needs::skip("noexec", "this host has no cgroups of version 1");
             continue;
         }
         let text = host.refused(dynamic(&host, id, more));

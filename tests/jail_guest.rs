@@ -4,6 +4,8 @@
 
 #[path = "common/mod.rs"]
 mod common;
+
+use common::needs;
 #[path = "jail/host.rs"]
 mod host;
 #[path = "jail/run.rs"]
@@ -13,15 +15,13 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use host::{cgroup_mount, is_root};
+use host::cgroup_mount;
 use run::{BOTH, Ended, Place, Who, fact};
 
 /// The place for a test of this name, with the real monitor, unless it has to be skipped.
 macro_rules! place {
     ($test:literal) => {{
-        if !is_root($test) || !common::kvm($test) {
-            return;
-        }
+        needs!(root, kvm);
         Place::real($test, &common::mayfly())
     }};
 }
@@ -132,7 +132,7 @@ fn guests_end_in_every_way_they_can() {
 fn process_limit_that_is_too_low_is_an_end_and_not_a_spin() {
     let place = place!("gpids");
     if cgroup_mount("pids").is_none() {
-        eprintln!("SKIPPED gpids: this host has no cgroup of version 1 for pids");
+        needs::skip("gpids", "this host has no cgroup of version 1 for pids");
         return;
     }
     copy_readable(&common::firstbyte(), &place.path("firstbyte"));
@@ -409,10 +409,7 @@ fn copy_readable(from: &Path, to: &str) {
 
 #[test]
 fn units_are_what_systemd_takes() {
-    if !Path::new("/usr/bin/systemd-analyze").exists() {
-        common::skip("units", "no systemd-analyze");
-        return;
-    }
+    needs!("systemd-analyze");
     let folder = common::Folder::new();
     for name in ["mayfly@.service", "mayfly@.socket"] {
         let text = fs::read_to_string(common::root().join("resources/systemd").join(name)).unwrap();

@@ -3,6 +3,8 @@
 
 #[path = "jail/host.rs"]
 mod host;
+#[path = "common/needs.rs"]
+mod needs;
 #[path = "jail/run.rs"]
 mod run;
 
@@ -12,20 +14,12 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use host::is_root;
+use needs::needs;
 use run::{Place, Who, cables};
 
 macro_rules! place {
     ($test:literal) => {{
-        if !is_root($test) {
-            return;
-        }
-        for device in ["/dev/kvm", "/dev/net/tun"] {
-            if !Path::new(device).exists() {
-                eprintln!("SKIPPED {}: no {device}", $test);
-                return;
-            }
-        }
+        needs!(root, kvm, tun);
         Place::new($test)
     }};
 }
@@ -83,7 +77,7 @@ fn auto_connects_guest_and_host_and_leaves_no_interface() {
     let start = Instant::now();
     // The kernel takes them down with their namespace, a moment later.
     while !cables().is_subset(&before) {
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", cables());
+        assert!(start.elapsed() < Duration::from_secs(300), "{:?}", cables());
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -112,7 +106,10 @@ fn user_connects_slirp4netns_or_pasta() {
     ];
     for (program, before, after) in programs {
         if !Path::new(program).exists() {
-            eprintln!("SKIPPED a part of nuser: no {program} (apt-get install slirp4netns passt)");
+            needs::skip(
+                "nuser",
+                &format!("no {program} (apt-get install slirp4netns passt)"),
+            );
             continue;
         }
         let words = format!("udp={port} udp-to=10.0.2.2 exit=0");

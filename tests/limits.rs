@@ -7,9 +7,8 @@ mod common;
 
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
-use common::{Api, Folder, Monitor, Netns};
+use common::{Api, Folder, Monitor, Netns, needs};
 use serde_json::{Value, json};
 
 /// EtherType for local experiments.
@@ -87,6 +86,18 @@ impl Guest {
         seconds_in(&self.said())
     }
 
+    /// How often the only device had to wait for its limiter.
+    fn waits(&self) -> f64 {
+        let (status, text) = self.api.request("GET", "/metrics", "");
+        assert_eq!(status, 200);
+        let lines = text
+            .lines()
+            .filter(|line| line.contains("_throttled_total{"));
+        lines
+            .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+            .sum()
+    }
+
     fn limit_drive(&self, limiter: Value) {
         self.api.patch(
             "/drives/disk0",
@@ -112,10 +123,11 @@ fn allowed(amount: u64, size: u64) -> f64 {
     (amount - size) as f64 / size as f64 * REFILL_MS as f64 / 1e3
 }
 
-/// Not faster than the limit (2 % for the clocks), and not stopped by it.
+/// Not faster than the limit (2 % for the clocks), and not stopped by it: a busy host may make it
+/// slower by a minute.
 fn assert_limited(seconds: f64, expected: f64, what: &str) {
     assert!(
-        seconds > expected * 0.98 && seconds < expected * 4.0 + 2.0,
+        seconds > expected * 0.98 && seconds < expected * 4.0 + 60.0,
         "{what}: {seconds} s, and the limit makes it {expected} s"
     );
 }
@@ -125,9 +137,7 @@ const OPS: &str = "blkbench:0:512:250:50";
 
 #[test]
 fn drive_when_limited_keeps_to_operations_and_to_bytes() {
-    if !common::kvm("drive_when_limited_keeps_to_operations_and_to_bytes") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut guest = guest_with_disk(&folder, json!({"ops": bucket(50, 0)}));
     let seconds = guest.seconds("blkbench:0:512:250:1");
@@ -144,27 +154,24 @@ fn drive_when_limited_keeps_to_operations_and_to_bytes() {
 
 #[test]
 fn drive_when_given_a_burst_has_it_once() {
-    if !common::kvm("drive_when_given_a_burst_has_it_once") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut guest = guest_with_disk(&folder, json!({"ops": bucket(25, 225)}));
-    let (first, second) = (guest.seconds(OPS), guest.seconds(OPS));
-    assert_limited(second, allowed(250, 25), "without the burst");
-    assert!(first < second / 2.0, "{first} s, then {second} s");
+    guest.seconds(OPS);
+    assert_eq!(guest.waits(), 0.0, "the burst is there for all of it");
+    assert_limited(guest.seconds(OPS), allowed(250, 25), "without the burst");
+    assert!(guest.waits() > 0.0);
 }
 
 #[test]
 fn drive_when_its_limits_change_follows_at_once() {
-    if !common::kvm("drive_when_its_limits_change_follows_at_once") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let mut guest = guest_with_disk(&folder, json!({}));
-    let free = guest.seconds(OPS);
+    guest.seconds(OPS);
+    assert_eq!(guest.waits(), 0.0, "there is no limit yet");
     guest.limit_drive(json!({"ops": bucket(25, 0), "bandwidth": bucket(1 << 30, 0)}));
-    let limited = guest.seconds(OPS);
-    assert_limited(limited, allowed(250, 25), "limited");
+    assert_limited(guest.seconds(OPS), allowed(250, 25), "limited");
     guest.limit_drive(json!({"ops": bucket(50, 0)}));
     assert_limited(
         guest.seconds("blkbench:0:512:250:10"),
@@ -179,36 +186,27 @@ fn drive_when_its_limits_change_follows_at_once() {
         limiter["ops"].is_null() && limiter["bandwidth"]["size"] == 1 << 30,
         "{limiter}"
     );
-    let again = guest.seconds(OPS);
-    assert!(
-        free < limited / 2.0 && again < limited / 2.0,
-        "{free} s, with the limit {limited} s, without it again {again} s"
-    );
+    let waits = guest.waits();
+    guest.seconds(OPS);
+    assert_eq!(guest.waits(), waits, "there is no limit any more");
 }
 
 #[test]
 fn drive_when_it_waits_and_its_limit_goes_does_not_wait_on() {
-    if !common::kvm("drive_when_it_waits_and_its_limit_goes_does_not_wait_on") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
-    let minute = json!({"ops": {"size": 2, "refill_time": 120_000}});
-    let mut guest = guest_with_disk(&folder, minute);
-    // The third has to wait for a minute; the guest itself gives up after ten seconds.
+    let hours = json!({"ops": {"size": 2, "refill_time": 7_200_000}});
+    let mut guest = guest_with_disk(&folder, hours);
+    // The third has to wait for most of an hour.
     guest.type_word("blkbench:0:512:3:1");
-    let began = Instant::now();
-    std::thread::sleep(Duration::from_millis(300));
+    common::wait_until("the third waits", || guest.waits() > 0.0);
     guest.limit_drive(json!({"ops": {"size": 0, "refill_time": 0}}));
-    assert!(seconds_in(&guest.said()) < 10.0);
-    assert!(began.elapsed() < Duration::from_secs(30));
+    assert!(seconds_in(&guest.said()) < 600.0);
 }
 
 #[test]
 fn net_when_limited_keeps_to_frames_and_bytes_sent() {
-    let name = "net_when_limited_keeps_to_frames_and_bytes_sent";
-    if !common::kvm(name) || !common::needs_root(name) {
-        return;
-    }
+    needs!(kvm, root);
     let (folder, netns) = (Folder::new(), Netns::new());
     let mut guest = guest_with_net(&netns, &folder, Value::Null, json!({"ops": bucket(50, 0)}));
     let seconds = guest.seconds("netsend:0:250:200");
@@ -229,19 +227,14 @@ fn net_when_limited_keeps_to_frames_and_bytes_sent() {
         "/network-interfaces/n",
         json!({"iface_id": "n", "tx_rate_limiter": {"bandwidth": bucket(0, 0)}}),
     );
-    let free = guest.seconds("netsend:0:250:1000");
-    assert!(
-        free < seconds / 2.0,
-        "{free} s without a limit, {seconds} s with it"
-    );
+    let waits = guest.waits();
+    guest.seconds("netsend:0:250:1000");
+    assert_eq!(guest.waits(), waits, "there is no limit any more");
 }
 
 #[test]
 fn net_when_limited_keeps_to_frames_and_bytes_received() {
-    let name = "net_when_limited_keeps_to_frames_and_bytes_received";
-    if !common::kvm(name) || !common::needs_root(name) {
-        return;
-    }
+    needs!(kvm, root);
     let (folder, netns) = (Folder::new(), Netns::new());
     let mut guest = guest_with_net(&netns, &folder, json!({"ops": bucket(50, 0)}), Value::Null);
     let seconds = guest.received(&netns, 250, 200);
@@ -257,11 +250,9 @@ fn net_when_limited_keeps_to_frames_and_bytes_received() {
         "/network-interfaces/n",
         json!({"iface_id": "n", "rx_rate_limiter": {"bandwidth": bucket(0, 0)}}),
     );
-    let free = guest.received(&netns, 250, 1000);
-    assert!(
-        free < seconds / 2.0,
-        "{free} s without a limit, {seconds} s with it"
-    );
+    let waits = guest.waits();
+    guest.received(&netns, 250, 1000);
+    assert_eq!(guest.waits(), waits, "there is no limit any more");
 }
 
 impl Guest {
@@ -269,7 +260,7 @@ impl Guest {
     fn received(&mut self, netns: &Netns, count: usize, size: usize) -> f64 {
         let ready = "netcount ready";
         let before = self.monitor.stdout().matches(ready).count();
-        self.type_word(&format!("netcount:0:{count}:20000"));
+        self.type_word(&format!("netcount:0:{count}:300000"));
         common::wait_until("the guest counts frames", || {
             self.monitor.stdout().matches(ready).count() > before
         });

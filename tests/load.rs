@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Api, Folder, Monitor, PATIENCE, read_response};
+use common::{Api, Folder, Monitor, PATIENCE, needs, read_response};
 
 const CLIENTS: usize = 200;
 const REQUESTS: usize = 10_000;
@@ -60,9 +60,7 @@ fn expect_numbered(stream: &mut UnixStream, n: usize) {
 
 #[test]
 fn requests_when_200_clients_ask_at_once_are_all_answered() {
-    if !common::kvm("requests_when_200_clients_ask_at_once_are_all_answered") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let (mut monitor, api) = busy_guest(&folder);
     // These two stay for ever: one in the middle of its request, one that takes no answer.
@@ -159,9 +157,7 @@ fn monitor_when_200_clients_ask_on_and_never_read_hardly_grows() {
 
 #[test]
 fn newcomers_when_300_connections_idle_are_served() {
-    if !common::kvm("newcomers_when_300_connections_idle_are_served") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let (_monitor, api) = busy_guest(&folder);
     let mut idle: Vec<UnixStream> = (0..300).map(|_| connect(&api.0)).collect();
@@ -181,9 +177,7 @@ fn newcomers_when_300_connections_idle_are_served() {
 
 #[test]
 fn pipelined_requests_when_thousands_are_answered_in_order() {
-    if !common::kvm("pipelined_requests_when_thousands_are_answered_in_order") {
-        return;
-    }
+    needs!(kvm);
     let folder = Folder::new();
     let (_monitor, api) = busy_guest(&folder);
     let mut stream = connect(&api.0);

@@ -7,7 +7,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use common::{Api, Folder, Monitor, Netns};
+use common::{Api, Folder, Monitor, Netns, needs};
 use mayfly::wire::OPERATIONS;
 use serde_json::{Value, json};
 
@@ -699,10 +699,7 @@ fn name_of(place: &str) -> &str {
 
 #[test]
 fn operations_when_asked_in_every_way_answer_as_they_must() {
-    let name = "operations_when_asked_in_every_way_answer_as_they_must";
-    if !common::kvm(name) || !common::needs_root(name) {
-        return;
-    }
+    needs!(kvm, root);
     let world = World::new();
     let mut table = Table::default();
     for path in plain() {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 
-use common::LINUX_PATIENCE;
+use common::{LINUX_PATIENCE, needs};
 use host::{GID, Host, UID};
 
 const README: &str = include_str!("../README.md");
@@ -255,10 +255,6 @@ fn ping(pid: &str, address: &str, fail: impl Fn(&str)) {
     }
 }
 
-fn can_run(test: &str) -> bool {
-    common::kvm(test) && common::needs_root(test)
-}
-
 /// Every block is run by a test below, or is one of the two commands that everything begins with.
 #[test]
 fn blocks_when_counted_are_those_that_are_run() {
@@ -295,11 +291,8 @@ fn blocks_when_counted_are_those_that_are_run() {
 
 #[test]
 fn readme_runs_a_guest_as_an_ordinary_user() {
-    let test = "readme-run";
-    if !can_run(test) {
-        return;
-    }
-    let place = Place::new(test, Who::User, Guest::Linux);
+    needs!(kvm, root);
+    let place = Place::new("readme-run", Who::User, Guest::Linux);
     let block = block(README, "Run a guest", "mayfly-jailer check");
     let said = place.run(
         Who::User,
@@ -311,11 +304,8 @@ fn readme_runs_a_guest_as_an_ordinary_user() {
 
 #[test]
 fn readme_gives_root_a_network_that_answers() {
-    let test = "readme-auto";
-    if !can_run(test) {
-        return;
-    }
-    let place = Place::new(test, Who::Root, Guest::Linux);
+    needs!(kvm, root);
+    let place = Place::new("readme-auto", Who::Root, Guest::Linux);
     let auto = block(README, "Give it a network", "--net auto");
     let ready = [
         (
@@ -329,11 +319,8 @@ fn readme_gives_root_a_network_that_answers() {
 
 #[test]
 fn readme_makes_a_tap_by_hand_that_answers() {
-    let test = "readme-tap";
-    if !can_run(test) {
-        return;
-    }
-    let place = Place::new(test, Who::Root, Guest::Linux);
+    needs!(kvm, root);
+    let place = Place::new("readme-tap", Who::Root, Guest::Linux);
     let by_hand = block(README, "Give it a network", "ip tuntap add");
     let ready = [
         ("shell ready", Reaction::Ping("172.16.0.2")),
@@ -344,12 +331,9 @@ fn readme_makes_a_tap_by_hand_that_answers() {
 
 #[test]
 fn readme_gives_an_ordinary_user_a_network() {
-    let test = "readme-user";
-    if !can_run(test) {
-        return;
-    }
+    needs!(kvm, root);
     // What pasta and slirp4netns make of it: tests/jail_net.rs.
-    let place = Place::new(test, Who::User, Guest::Probe("probe=reset"));
+    let place = Place::new("readme-user", Who::User, Guest::Probe("probe=reset"));
     let block = block(README, "Give it a network", "--net user");
     let said = place.run(Who::User, block, &[]);
     for part in [
@@ -363,11 +347,8 @@ fn readme_gives_an_ordinary_user_a_network() {
 
 #[test]
 fn readme_drives_a_guest_by_api() {
-    let test = "readme-api";
-    if !can_run(test) {
-        return;
-    }
-    let place = Place::new(test, Who::User, Guest::Probe("probe=stay"));
+    needs!(kvm, root);
+    let place = Place::new("readme-api", Who::User, Guest::Probe("probe=stay"));
     let block = block(README, "Drive it by API", "InstanceStart");
     let said = place.run(Who::User, block, &[]);
     assert!(said.contains(r#""state":"Running""#), "{said}");
@@ -375,11 +356,8 @@ fn readme_drives_a_guest_by_api() {
 
 #[test]
 fn api_tour_does_what_it_says() {
-    let test = "readme-tour";
-    if !can_run(test) {
-        return;
-    }
-    let place = Place::new(test, Who::User, Guest::Probe("probe=stay"));
+    needs!(kvm, root);
+    let place = Place::new("readme-tour", Who::User, Guest::Probe("probe=stay"));
     let said = place.run(Who::User, block(API, "Step by step", "InstanceStart"), &[]);
     for part in [
         r#""state":"Running""#,
@@ -398,11 +376,8 @@ fn api_tour_does_what_it_says() {
 
 #[test]
 fn api_page_boots_from_a_file() {
-    let test = "readme-file";
-    if !can_run(test) {
-        return;
-    }
-    let place = Place::new(test, Who::User, Guest::Probe("probe=reset"));
+    needs!(kvm, root);
+    let place = Place::new("readme-file", Who::User, Guest::Probe("probe=reset"));
     place.run(
         Who::User,
         block(API, "One file, no API", "--config-file"),

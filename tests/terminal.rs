@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use common::sys::Terminal;
-use common::{Folder, probe_vm};
+use common::{Folder, needs, probe_vm};
 
 /// An interactive shell on a terminal that controls its session.
 struct Shell {
@@ -107,10 +107,7 @@ impl Drop for Shell {
 
 #[test]
 fn monitor_in_the_background_leaves_the_terminal_alone_until_it_is_in_the_foreground() {
-    let test = "monitor_in_the_background_leaves_the_terminal_alone";
-    if !common::kvm(test) {
-        return;
-    }
+    needs!(kvm);
     let (shell, folder) = (Shell::new(), Folder::new());
     let found = shell.terminal.settings();
     assert!(found.is_for_people());
@@ -136,10 +133,7 @@ fn monitor_in_the_background_leaves_the_terminal_alone_until_it_is_in_the_foregr
 
 #[test]
 fn monitor_that_ends_in_the_background_leaves_the_terminal_alone() {
-    let test = "monitor_that_ends_in_the_background_leaves_the_terminal_alone";
-    if !common::kvm(test) {
-        return;
-    }
+    needs!(kvm);
     for signal in [libc::SIGTERM, libc::SIGSEGV] {
         let (shell, folder) = (Shell::new(), Folder::new());
         let monitor = shell.starts_in_background(&folder, "echo:1,spin");

@@ -131,7 +131,7 @@ mod tests {
         .unwrap();
         match outcome {
             (None, opened, _) => {
-                eprintln!("SKIPPED: this kernel has no Landlock");
+                crate::needs::skip("landlock", "this kernel has no Landlock");
                 assert!(opened);
             }
             (Some(abi), opened, bound) => assert!(!opened && (!bound || abi < 4)),

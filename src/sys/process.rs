@@ -97,7 +97,10 @@ mod tests {
         if permitted.is_ok_and(|status| status.success()) {
             commands.push(first);
         } else {
-            eprintln!("SKIPPED as the first process: needs root for a pid namespace");
+            crate::needs::skip(
+                "a panic as the first process",
+                "needs root for a pid namespace",
+            );
         }
         for mut command in commands {
             let output = command.env(TOLD, "1").output().unwrap();

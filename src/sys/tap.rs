@@ -344,7 +344,7 @@ mod tests {
         match Tap::open(name) {
             Ok(tap) => Some(tap),
             Err(error @ (TapError::Open(_) | TapError::NotPermitted(_))) => {
-                eprintln!("SKIPPED: {error}");
+                crate::needs::skip(name, &error.to_string());
                 None
             }
             Err(error) => panic!("{error}"),

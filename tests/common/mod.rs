@@ -3,11 +3,14 @@
 #![expect(dead_code, reason = "each test file uses a part of it")]
 
 pub mod fuse;
+pub mod needs;
 pub mod sys;
+
+pub(crate) use needs::needs;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -16,10 +19,11 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take before a test gives up. Generous: the machines are shared.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-/// The same for a Linux guest on a host that emulates its kernel.
-pub const LINUX_PATIENCE: Duration = Duration::from_secs(240);
+/// How long anything may take before a test gives up. Only there so that a fault does not hang the
+/// suite: no test measures time with it, so it is as long as the busiest machine may need.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+/// The same for a Linux guest on a host that emulates its kernel, which alone takes half a minute.
+pub const LINUX_PATIENCE: Duration = Duration::from_secs(1800);
 
 /// The monitor under test: MAYFLY_BIN, else the one cargo built beside this test.
 pub fn mayfly() -> PathBuf {
@@ -31,49 +35,14 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Whether this host runs guests. Says so, in a form that `tools/test` counts, if it does not;
-/// with MAYFLY_REQUIRE_KVM=1 that is a failure.
+/// For tests that do not use [`needs!`] yet.
 pub fn kvm(test: &str) -> bool {
-    if File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok()
-    {
-        return true;
-    }
-    skip(test, "no usable /dev/kvm");
-    false
+    needs::are_met(test, &["kvm"])
 }
 
-/// Whether the test runs as root, which taps and namespaces need.
-pub fn is_root() -> bool {
-    fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
-}
-
-/// Whether the test runs as root; says so, and counts it, if it does not.
+/// For tests that do not use [`needs!`] yet.
 pub fn needs_root(test: &str) -> bool {
-    if !is_root() {
-        skip(test, "needs root for taps and namespaces");
-    }
-    is_root()
-}
-
-/// Reports a test that did not run.
-pub fn skip(test: &str, why: &str) {
-    assert!(
-        std::env::var_os("MAYFLY_REQUIRE_KVM").is_none_or(|v| v != "1"),
-        "{test} can not run here: {why}"
-    );
-    if let Some(list) = std::env::var_os("MAYFLY_SKIPPED") {
-        let mut list = File::options()
-            .append(true)
-            .create(true)
-            .open(list)
-            .unwrap();
-        writeln!(list, "{test}: {why}").unwrap();
-    }
-    eprintln!("SKIPPED {test}: {why}");
+    needs::are_met(test, &["root"])
 }
 
 /// The bare-metal probe guest: MAYFLY_PROBE, else the one `tools/test` built.
@@ -111,8 +80,7 @@ pub struct Linux {
 
 /// The Linux guest; `tools/guest` must have run.
 pub fn linux() -> Linux {
-    let folder = std::env::var_os("MAYFLY_GUEST_DIR")
-        .map_or_else(|| root().join("target/guest"), PathBuf::from);
+    let folder = needs::guest_folder();
     let cmdline = folder.join("cmdline");
     let cmdline = fs::read_to_string(&cmdline)
         .unwrap_or_else(|e| panic!("{}: {e}: run `tools/guest` first", cmdline.display()));
@@ -199,6 +167,8 @@ fn sweep() {
 struct Output {
     bytes: Mutex<Vec<u8>>,
     more: Condvar,
+    /// The end that is read, for asking whether all was.
+    pipe: Option<OwnedFd>,
 }
 
 /// A running monitor. Killed, by its own id, when dropped.
@@ -409,6 +379,49 @@ impl Monitor {
         }
     }
 
+    /// Whether the vCPU thread `index` waits for a message: it sleeps, and not in KVM_RUN, where a
+    /// guest that waits for an interrupt sleeps too.
+    pub fn is_vcpu_stopped(&self, index: usize) -> bool {
+        let id = self.thread(&format!("fc_vcpu {index}"));
+        // The number of the system call that it is in, or "running".
+        let call = fs::read_to_string(format!("/proc/{}/task/{id}/syscall", self.pid())).unwrap();
+        let call = call.split_whitespace().next().unwrap();
+        self.run_time(id).0 == 'S' && call != libc::SYS_ioctl.to_string() && call != "running"
+    }
+
+    /// That the paused guest with `vcpus` vCPUs does not run while the API is used for a while;
+    /// what it wrote on the console until then.
+    pub fn stays_paused(&self, api: &Api, vcpus: usize) -> String {
+        // The answer to a pause may come before the last vCPU thread is back at its inbox.
+        wait_until("the vCPUs are stopped", || {
+            (0..vcpus).all(|index| self.is_vcpu_stopped(index))
+        });
+        // What it printed before is on its way to us.
+        self.comes_to_rest("serial");
+        let output = self.settled_stdout();
+        for _ in 0..50 {
+            assert_eq!(api.get("/")["state"], "Paused");
+            assert!((0..vcpus).all(|index| self.is_vcpu_stopped(index)));
+        }
+        assert_eq!(self.settled_stdout(), output, "a paused guest writes");
+        output
+    }
+
+    /// All that was written on standard output so far, what is still in the pipe included.
+    fn settled_stdout(&self) -> String {
+        let mut output = String::new();
+        wait_until("the pipe is read", || {
+            // Bytes are in the pipe or, once this lock is free, noted.
+            let bytes = self.stdout.bytes.lock().unwrap();
+            output = String::from_utf8_lossy(&bytes).into_owned();
+            self.stdout
+                .pipe
+                .as_ref()
+                .is_none_or(|pipe| sys::waiting_in(pipe) == 0)
+        });
+        output
+    }
+
     /// KiB of memory that are the monitor's alone and not the guest's: its heap, its stacks, its
     /// variables. Guest memory shows as anonymous mappings of a MiB and more.
     pub fn own_kib(&self) -> u64 {
@@ -449,8 +462,12 @@ impl Monitor {
 }
 
 /// Waits for something to become true.
-pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub fn wait_until(what: &str, is_so: impl FnMut() -> bool) {
+    wait_until_within(PATIENCE, what, is_so);
+}
+
+pub fn wait_until_within(patience: Duration, what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !is_so() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         thread::sleep(Duration::from_millis(5));
@@ -510,20 +527,30 @@ impl Drop for Monitor {
 impl Output {
     /// Waits until the pipe has been read to its end (marked by the reader's own reference gone).
     fn settle(self: &Arc<Self>) {
-        let deadline = Instant::now() + Duration::from_secs(2);
+        // Longer only where a process that was left behind holds the other end.
+        let deadline = Instant::now() + Duration::from_secs(30);
         while Arc::strong_count(self) > 1 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
-fn collect(mut pipe: impl Read + Send + 'static) -> Arc<Output> {
-    let output = Arc::new(Output::default());
+fn collect(mut pipe: impl Read + AsFd + AsRawFd + Send + 'static) -> Arc<Output> {
+    let output = Arc::new(Output {
+        pipe: Some(pipe.as_fd().try_clone_to_owned().unwrap()),
+        ..Output::default()
+    });
     let ours = Arc::clone(&output);
     thread::spawn(move || {
         let mut bytes = [0; 4096];
-        while let Ok(n @ 1..) = pipe.read(&mut bytes) {
-            ours.bytes.lock().unwrap().extend_from_slice(&bytes[..n]);
+        loop {
+            sys::await_bytes(&pipe);
+            // Read and noted under one lock: see `settled_stdout`.
+            let mut noted = ours.bytes.lock().unwrap();
+            let Ok(n @ 1..) = pipe.read(&mut bytes) else {
+                return;
+            };
+            noted.extend_from_slice(&bytes[..n]);
             ours.more.notify_all();
         }
     });

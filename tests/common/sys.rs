@@ -145,10 +145,29 @@ pub fn set_pipe_size(pipe: &impl AsRawFd, size: i32) {
     check(unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, size) }).unwrap();
 }
 
+/// Waits until `pipe` has bytes or its end.
+pub fn await_bytes(pipe: &impl AsRawFd) {
+    let mut poll = libc::pollfd {
+        fd: pipe.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: `poll` is one pollfd of ours. A wait that is interrupted is begun again.
+    while unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {}
+}
+
+/// How many bytes wait in `pipe`.
+pub fn waiting_in(pipe: &impl AsRawFd) -> i32 {
+    let mut count = 0;
+    // SAFETY: the descriptor is open while `pipe` is borrowed; the kernel writes one int to `count`.
+    check(unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) }).unwrap();
+    count
+}
+
 /// Makes thread `id` of another process call `number` with all arguments 0, by way of the system
-/// call instruction it is at.
-pub fn inject(id: i32, number: i64) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+/// call instruction it is at. Its filter decides: what the call gave, or `None` when it was refused.
+pub fn inject(id: i32, number: i64) -> Option<i64> {
+    let deadline = Instant::now() + super::PATIENCE;
     loop {
         assert!(
             Instant::now() < deadline,
@@ -157,21 +176,28 @@ pub fn inject(id: i32, number: i64) {
         // SAFETY: ptrace and waitpid act on the other process; `regs` is ours and whole.
         unsafe {
             let null = std::ptr::null_mut::<libc::c_void>();
+            let stopped = || {
+                let mut status = 0;
+                assert_eq!(libc::waitpid(id, &raw mut status, libc::__WALL), id);
+                assert!(libc::WIFSTOPPED(status), "{status:#x}");
+                libc::WSTOPSIG(status)
+            };
+            let options = libc::PTRACE_O_TRACESYSGOOD as usize as *mut libc::c_void;
             assert_eq!(
-                libc::ptrace(libc::PTRACE_SEIZE, id, null, null),
+                libc::ptrace(libc::PTRACE_SEIZE, id, null, options),
                 0,
                 "seize {id}"
             );
             assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, null, null), 0);
-            let mut status = 0;
-            assert_eq!(libc::waitpid(id, &raw mut status, libc::__WALL), id);
-            assert!(libc::WIFSTOPPED(status));
+            stopped();
             let mut regs: libc::user_regs_struct = std::mem::zeroed();
-            assert_eq!(
-                libc::ptrace(libc::PTRACE_GETREGS, id, null, &raw mut regs),
-                0
-            );
+            let read = |regs: &mut libc::user_regs_struct| {
+                let to = (&raw mut *regs).cast::<libc::c_void>();
+                assert_eq!(libc::ptrace(libc::PTRACE_GETREGS, id, null, to), 0);
+            };
+            read(&mut regs);
             let in_call = regs.orig_rax as i64 >= 0;
+            let mut result = None;
             if in_call {
                 // Back to the two bytes of `syscall`, which it will execute again.
                 regs.rip -= 2;
@@ -183,10 +209,28 @@ pub fn inject(id: i32, number: i64) {
                     libc::ptrace(libc::PTRACE_SETREGS, id, null, &raw mut regs),
                     0
                 );
+                // Where the call begins, and where it ends or the filter's signal comes.
+                for _ in 0..2 {
+                    assert_eq!(libc::ptrace(libc::PTRACE_SYSCALL, id, null, null), 0);
+                    let mut signal = stopped();
+                    // The stop that was asked for above may be told once more.
+                    while signal == libc::SIGTRAP {
+                        assert_eq!(libc::ptrace(libc::PTRACE_SYSCALL, id, null, null), 0);
+                        signal = stopped();
+                    }
+                    if signal == libc::SIGSYS {
+                        let signal = signal as usize as *mut libc::c_void;
+                        assert_eq!(libc::ptrace(libc::PTRACE_DETACH, id, null, signal), 0);
+                        return None;
+                    }
+                    assert_eq!(signal, libc::SIGTRAP | 0x80);
+                }
+                read(&mut regs);
+                result = Some(regs.rax as i64);
             }
             assert_eq!(libc::ptrace(libc::PTRACE_DETACH, id, null, null), 0);
             if in_call {
-                return;
+                return result;
             }
         }
         std::thread::sleep(Duration::from_millis(1));

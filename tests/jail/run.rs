@@ -159,7 +159,7 @@ impl Place {
                 return;
             }
             assert!(
-                start.elapsed() < Duration::from_secs(10),
+                start.elapsed() < Duration::from_secs(300),
                 "left behind: {left:?}"
             );
             std::thread::sleep(Duration::from_millis(5));

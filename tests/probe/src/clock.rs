@@ -46,6 +46,13 @@ fn khz() -> u64 {
     }
 }
 
+/// How long a device, a processor or a person may take: `patience_ms=N`, else longer than the
+/// busiest host needs.
+pub fn patience_ms() -> u64 {
+    let told = boot::info().option("patience_ms=");
+    told.and_then(|ms| ms.parse().ok()).unwrap_or(300_000)
+}
+
 fn from_command_line() -> Option<u64> {
     boot::info().option("tsc_khz=")?.parse().ok()
 }

@@ -8,9 +8,10 @@
 //!
 //! `probe=WORD,WORD,...` on the command line are executed in order, each printing one line
 //! `probe: WORD ok ...` or `probe: WORD FAILED reason` (words are listed in [`words`]). After
-//! the last one the machine is reset, unless that is `stay`. Two more words of the command
-//! line are read: `virtio_mmio.device=SIZE@ADDRESS:IRQ`, one for each device, and
-//! `tsc_khz=N` for machines that give no means to find that out.
+//! the last one the machine is reset, unless that is `stay`. Three more words of the command
+//! line are read: `virtio_mmio.device=SIZE@ADDRESS:IRQ`, one for each device, `tsc_khz=N` for
+//! machines that give no means to find that out, and `patience_ms=N`, after which what is not
+//! answered has failed.
 //!
 //! ```text
 //!   boot.s        entries, tables, the few instructions of ring 0

@@ -66,11 +66,21 @@ fn main() -> Result {
         vm.describe_instance()?.state,
         InstanceState::Paused,
     )?;
-    // What was written before the pause may still be on its way.
-    thread::sleep(Duration::from_millis(300));
-    let then = counted(&console);
-    thread::sleep(Duration::from_millis(300));
-    check("the count of a paused guest", counted(&console), then)?;
+    // What was written before the pause may still be on its way; a guest that goes on counts
+    // every 20 ms, and never stands still for so long.
+    let deadline = Instant::now() + PATIENCE;
+    let mut then = counted(&console);
+    loop {
+        thread::sleep(Duration::from_millis(500));
+        let now = counted(&console);
+        if now == then {
+            break;
+        }
+        if Instant::now() > deadline {
+            return Err("a paused guest goes on counting".into());
+        }
+        then = now;
+    }
     step("pause");
 
     vm.resume()?;

@@ -57,8 +57,6 @@ pub const NET: u32 = 1;
 pub const BLOCK: u32 = 2;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
-/// How long a device may take to reset.
-const RESET_MS: u64 = 5000;
 
 pub struct Device {
     base: u64,
@@ -149,7 +147,7 @@ impl Device {
     /// Writes 0 to the status and waits until it reads 0.
     pub fn reset(&self) -> Result<(), Text> {
         self.write(reg::STATUS, 0);
-        if clock::wait_until(RESET_MS, || self.status() == 0) {
+        if clock::wait_until(clock::patience_ms(), || self.status() == 0) {
             Ok(())
         } else {
             Err(text!("reset does not end, status {:#x}", self.status()))

@@ -57,8 +57,6 @@ pub const HEADER: u64 = 16;
 const ID: u64 = 20;
 /// Most bytes of one request of the simple words.
 const CHUNK: u64 = 256 << 10;
-/// How long one request may take.
-const REQUEST_MS: u64 = 10_000;
 /// A status byte no device writes.
 pub const UNTOUCHED: u8 = 0xee;
 
@@ -119,7 +117,7 @@ impl Disk {
             self.device.kick(0);
         }
         let mut done = None;
-        clock::wait_until(REQUEST_MS, || {
+        clock::wait_until(clock::patience_ms(), || {
             done = self.queue.pop();
             done.is_some()
         });
@@ -498,7 +496,7 @@ fn run(
         }
         if completed != before {
             last_progress = Moment::now();
-        } else if last_progress.elapsed_ns() > REQUEST_MS * 1_000_000 {
+        } else if last_progress.elapsed_ns() > clock::patience_ms() * 1_000_000 {
             return Err(text!("no answer after {completed} requests"));
         }
     }

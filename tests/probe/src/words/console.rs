@@ -44,7 +44,7 @@ pub fn shell(_: &mut Arguments) -> Outcome {
 
 pub fn keyboard(arguments: &mut Arguments) -> Outcome {
     let wanted = arguments.number_or("CODES", 3)?;
-    let limit = Deadline::in_ms(arguments.number_or("MS", 10_000)?);
+    let limit = Deadline::in_ms(arguments.number_or("MS", clock::patience_ms())?);
     serial::line(format_args!("kbd ready"));
     let mut seen = 0;
     while seen < wanted && !limit.passed() {

@@ -7,7 +7,7 @@ use core::fmt;
 
 use super::{Arguments, Outcome};
 use crate::arena::{self, Arena};
-use crate::clock::{Deadline, Moment};
+use crate::clock::{self, Deadline, Moment};
 use crate::text::Text;
 use crate::virtio::queue::{Buffer, CHAIN_MAX, Queue};
 use crate::virtio::{Device, NET};
@@ -47,7 +47,6 @@ const LARGE_BUFFER: u64 = 65_562;
 const FRAME_MAX: u64 = 65_550;
 const ENTRIES: u32 = 256;
 const BROADCAST: [u8; MAC] = [0xff; MAC];
-const SEND_MS: u64 = 10_000;
 
 /// A frame that has been received: its pieces, header included, in order.
 pub struct Frame {
@@ -247,7 +246,7 @@ impl Nic {
     }
 
     fn send(&mut self, chain: &[Buffer], back: Option<Return>) -> Result<(), Text> {
-        let limit = Deadline::in_ms(SEND_MS);
+        let limit = Deadline::in_ms(clock::patience_ms());
         loop {
             if let Some(head) = self.transmit.add(chain) {
                 self.sending[usize::from(head)] = back;
@@ -280,7 +279,7 @@ impl Nic {
     /// Waits until everything has been sent.
     fn drain(&mut self) -> Result<(), Text> {
         self.kick_transmit();
-        let limit = Deadline::in_ms(SEND_MS);
+        let limit = Deadline::in_ms(clock::patience_ms());
         while self.transmit.free < self.transmit.size {
             self.reap()?;
             if limit.passed() {
@@ -498,7 +497,7 @@ pub fn send(arguments: &mut Arguments) -> Outcome {
     for i in 0..count {
         let address = first + i % slots * (HEADER + size);
         // The frame before in this place must have been sent.
-        let limit = Deadline::in_ms(SEND_MS);
+        let limit = Deadline::in_ms(clock::patience_ms());
         while u64::from(nic.transmit.size - nic.transmit.free) >= slots {
             nic.kick_transmit();
             nic.reap()?;

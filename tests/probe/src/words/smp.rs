@@ -78,13 +78,18 @@ pub fn smp(arguments: &mut Arguments) -> Outcome {
     clock::wait_ms(10);
     command(STARTUP | START_PAGE >> 12);
     let came = || ARRIVED.load(Ordering::Acquire);
-    // Real mode is emulated on some hosts: a while of patience, the same again if in vain.
-    let limit = if wanted > 1 { 2000 } else { 100 };
+    // Real mode is emulated on some hosts, and hosts are busy.
+    let limit = if wanted > 1 {
+        clock::patience_ms()
+    } else {
+        100
+    };
     clock::wait_until(limit, || came() + 1 >= wanted.max(2));
     clock::wait_ms(5);
     let count = came() as usize;
     let before: [u64; MOST] = core::array::from_fn(|i| COUNTERS[i].load(Ordering::Relaxed));
-    clock::wait_ms(50);
+    let moves = |slot: usize| COUNTERS[slot].load(Ordering::Relaxed) > before[slot];
+    clock::wait_until(clock::patience_ms(), || (0..count).all(moves));
     let mut moving = 0;
     for (slot, before) in before.iter().enumerate().take(count) {
         let now = COUNTERS[slot].load(Ordering::Relaxed);
