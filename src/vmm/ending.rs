@@ -21,8 +21,9 @@ use crate::vcpu::{Crash, End};
 use crate::wire::{self, EndReport};
 use crate::{error, exit, info, log};
 
-/// How long clients' last answers may take to be written.
-const ANSWERS_PATIENCE: Duration = Duration::from_millis(50);
+/// How long clients' last answers may take to be written. As a rule they are at once; on a busy host
+/// the API thread may have to wait for a processor.
+const ANSWERS_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the console and the log may take to be written out.
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 

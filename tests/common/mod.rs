@@ -78,8 +78,11 @@ pub struct Linux {
     pub cmdline: String,
 }
 
-/// The Linux guest; `tools/guest` must have run.
+/// The Linux guest; `tools/guest` must have run. What the calling thread starts from now on comes
+/// before other processes: where the guest's kernel is emulated, one that gets a fraction of a
+/// processor spends all of it on its timer interrupts, and never boots.
 pub fn linux() -> Linux {
+    sys::prefer_what_is_started();
     let folder = needs::guest_folder();
     let cmdline = folder.join("cmdline");
     let cmdline = fs::read_to_string(&cmdline)

@@ -145,6 +145,12 @@ pub fn set_pipe_size(pipe: &impl AsRawFd, size: i32) {
     check(unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, size) }).unwrap();
 }
 
+/// Raises the priority of the calling thread and of what it starts, as far as that is permitted.
+pub fn prefer_what_is_started() {
+    // SAFETY: touches no memory.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -15) };
+}
+
 /// Waits until `pipe` has bytes or its end.
 pub fn await_bytes(pipe: &impl AsRawFd) {
     let mut poll = libc::pollfd {
