@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod boot_timer;
+mod command_line;
 pub mod cpuid;
 mod gdt;
 #[cfg(test)]
