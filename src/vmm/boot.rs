@@ -5,7 +5,6 @@
 //! before the vCPUs. Threads are made first, to wake up beside the rest of the work; they get their work
 //! last. Whatever fails, nothing is left but what was configured: the start can be tried again.
 
-use std::ffi::c_ulong;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -19,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::action::{ActionError, Context};
 use super::change::Replaced;
 use super::configuration::{Boot, Configuration, Console};
+use super::cpu;
 use super::devices::{self, Backing, Devices, Entry, Listed, Visit};
 use super::machine::Machine;
 use super::threads::{self, ParkedThread, ReadyLatch, parked};
@@ -26,6 +26,7 @@ use super::{Event, Settings};
 use crate::arch::boot::{self, Root};
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::i8042::I8042;
+use crate::arch::mask::MsrMask;
 use crate::arch::{self, Kernel, Vm, cpuid, layout};
 use crate::bus::{Overlap, Registers};
 use crate::files;
@@ -38,7 +39,6 @@ use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuLink};
 use crate::virtio::{self, registers};
 use crate::wire::DEFAULT_BOOT_ARGS;
-use crate::wire::config::cpu::{CpuConfig, KvmCapability, MsrModifier};
 use crate::wire::config::{DeviceConfig, HugePages};
 use crate::{error, info, log, warn};
 
@@ -157,9 +157,12 @@ pub fn begin(
         .recv()
         .unwrap_or_else(|_| cpuid::supported(&kvm))
         .context("KVM_GET_SUPPORTED_CPUID failed")?;
-    if let Some(cpu) = &configuration.cpu {
-        check_capabilities(&kvm, cpu)?;
-        cpuid::mask(&mut supported, &cpu.cpuid_modifiers).context(BAD_CPU)?;
+    if let Some(config) = &configuration.cpu {
+        if let Some(number) = cpu::missing_capability(&kvm, config) {
+            let why = format!("{BAD_CPU}: KVM lacks the capability {number}");
+            return Err(ActionError(why));
+        }
+        cpuid::mask(&mut supported, &cpu::cpuid_masks(config)).context(BAD_CPU)?;
     }
     let vcpus = begin_vcpus(&threads.vcpus, &vm, configuration, Arc::new(supported));
 
@@ -235,9 +238,9 @@ pub fn complete(
     seal(host.category(Category::Files), &latch)?;
     // From here on nothing fails: every thread, this one included, gets its work and its filter.
     let mut vcpu_handles = Vec::with_capacity(vcpus.len());
-    for ((vcpu, seat), thread) in vcpus.into_iter().zip(threads.vcpus) {
+    for ((vcpu, link), thread) in vcpus.into_iter().zip(threads.vcpus) {
         let thread = thread.start(host.category(Category::Vcpu), &latch, move || vcpu.run());
-        vcpu_handles.push(VcpuHandle::new(seat, thread));
+        vcpu_handles.push(VcpuHandle::new(link, thread));
     }
     let mut replaced = Vec::new();
     for (device, thread) in attached.into_iter().zip(threads.devices) {
@@ -501,21 +504,7 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), Overlap> {
 
 const BAD_VCPU: &str = "Setting up a vCPU failed";
 
-type Seats = Vec<(Vcpu, VcpuLink)>;
-
-/// Whether KVM has what the CPU configuration asks it to have.
-fn check_capabilities(kvm: &Kvm, cpu: &CpuConfig) -> Result<(), ActionError> {
-    for capability in &cpu.kvm_capabilities {
-        if let KvmCapability::Add(number) = *capability
-            && kvm.check_extension_raw(c_ulong::from(number)) <= 0
-        {
-            return Err(ActionError(format!(
-                "{BAD_CPU}: KVM lacks the capability {number}"
-            )));
-        }
-    }
-    Ok(())
-}
+type NewVcpus = Vec<(Vcpu, VcpuLink)>;
 
 /// A vCPU that its thread is making.
 type Making = Receiver<Result<arch::Vcpu, ActionError>>;
@@ -528,8 +517,8 @@ fn begin_vcpus(
     supported: Arc<CpuId>,
 ) -> Vec<Making> {
     let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
-    let masks = config.cpu.as_ref().map(|cpu| &*cpu.msr_modifiers);
-    let masks: Arc<[MsrModifier]> = Arc::from(masks.unwrap_or_default());
+    let masks = config.cpu.as_ref().map(cpu::msr_masks);
+    let masks: Arc<[MsrMask]> = Arc::from(masks.unwrap_or_default());
     (0u8..)
         .zip(threads)
         .map(|(index, thread)| {
@@ -553,7 +542,7 @@ fn finish_vcpus(
     making: Vec<Making>,
     entry: &boot::Entry,
     buses: &Arc<Buses>,
-) -> Result<Seats, ActionError> {
+) -> Result<NewVcpus, ActionError> {
     (0u8..)
         .zip(making)
         .map(|(index, making)| {

@@ -20,6 +20,7 @@ pub mod action;
 mod boot;
 mod change;
 mod configuration;
+mod cpu;
 mod devices;
 mod ending;
 mod file_work;

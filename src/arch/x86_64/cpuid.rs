@@ -14,7 +14,7 @@ use std::fmt;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-use crate::wire::config::cpu::{CpuidModifier, CpuidRegister};
+use super::mask::{CpuidMask, CpuidRegister};
 
 /// Leaves that tell about topology (Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E).
 const FEATURES: u32 = 0x1;
@@ -85,7 +85,7 @@ impl Error for NoSuchLeaf {}
 ///
 /// # Errors
 /// A mask for a leaf that is not there.
-pub fn mask(supported: &mut CpuId, masks: &[CpuidModifier]) -> Result<(), NoSuchLeaf> {
+pub fn mask(supported: &mut CpuId, masks: &[CpuidMask]) -> Result<(), NoSuchLeaf> {
     for mask in masks {
         let (leaf, subleaf) = (mask.leaf, mask.subleaf);
         let entry = supported
@@ -94,15 +94,15 @@ pub fn mask(supported: &mut CpuId, masks: &[CpuidModifier]) -> Result<(), NoSuch
             .find(|entry| (entry.function, entry.index) == (leaf, subleaf))
             .ok_or(NoSuchLeaf { leaf, subleaf })?;
         entry.flags = mask.flags;
-        for change in &mask.modifiers {
-            let register = match change.register {
+        for (register, change) in &mask.changes {
+            let register = match register {
                 CpuidRegister::Eax => &mut entry.eax,
                 CpuidRegister::Ebx => &mut entry.ebx,
                 CpuidRegister::Ecx => &mut entry.ecx,
                 CpuidRegister::Edx => &mut entry.edx,
             };
-            // The mask has 32 bits, so what it makes of 32 bits has no more.
-            *register = change.bitmap.apply(u64::from(*register)) as u32;
+            // Of the mask, the low 32 bits: the register has no more.
+            *register = change.apply(u64::from(*register)) as u32;
         }
     }
     Ok(())

@@ -6,11 +6,11 @@ use std::io::{Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};
 
 use crate::arch::boot::{Entry, command_line};
+use crate::arch::mask::{BitMask, CpuidMask, CpuidRegister, MsrMask};
 use crate::arch::{Kernel, Protocol, Vcpu, Vm, boot, cpuid, vcpu};
 use crate::memory::Memory;
 use crate::needs;
 use crate::sys::kvm::Exit;
-use crate::wire::config::cpu::{CpuConfig, MsrModifier};
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
@@ -185,32 +185,40 @@ fn cpuid_when_set_is_read_back() {
 fn cpu_config_when_applied_is_read_back_as_in_the_golden_tables() {
     needs!(kvm);
     let kvm = Kvm::new().unwrap();
-    let config: CpuConfig = serde_json::from_value(serde_json::json!({
-        "cpuid_modifiers": [
-            {"leaf": "0x80000000", "subleaf": "0x0", "flags": 0, "modifiers": [
-                {"register": "ecx", "bitmap": "0b01010101010101010101010101010101"}]},
-            {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
-                {"register": "eax", "bitmap": "0b00000000000000110000011010101001"}]},
-            {"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [
-                {"register": "ebx", "bitmap": "0b00000000000000000000000000000001"}]},
-        ],
-        "msr_modifiers": [
-            {"addr": "0x277", "bitmap": "0b00000101"},
-            {"addr": "0x174", "bitmap": "0b10x00"},
-            {"addr": "0x1a0", "bitmap": "0b0"},
-            {"addr": "0x2ff", "bitmap": "0bxxx"},
-        ]
-    }))
-    .unwrap();
+    let all = |value| BitMask {
+        bits: 0xffff_ffff,
+        value,
+    };
+    let leaf_mask = |leaf, flags, register, value| CpuidMask {
+        leaf,
+        subleaf: 0,
+        flags,
+        changes: vec![(register, all(value))],
+    };
+    let cpuid_masks = [
+        leaf_mask(0x8000_0000, 0, CpuidRegister::Ecx, 0x5555_5555),
+        leaf_mask(1, 0, CpuidRegister::Eax, 0x306a9),
+        leaf_mask(7, 1, CpuidRegister::Ebx, 1),
+    ];
+    let msr_mask = |address, bits, value| MsrMask {
+        address,
+        mask: BitMask { bits, value },
+    };
+    let msr_masks = [
+        msr_mask(0x277, 0xff, 5),
+        msr_mask(0x174, 0b11011, 0b10000),
+        msr_mask(0x1a0, 1, 0),
+        msr_mask(0x2ff, 0, 0),
+    ];
     let offered = cpuid::supported(&kvm).unwrap();
     let mut supported = offered.clone();
-    cpuid::mask(&mut supported, &config.cpuid_modifiers).unwrap();
+    cpuid::mask(&mut supported, &cpuid_masks).unwrap();
     let memory = Memory::anonymous(2).unwrap();
     let vm = Vm::new(&kvm, &memory, false).unwrap();
     for index in [0, 1] {
         let vcpu = vm.create_vcpu(index).unwrap();
         vcpu::prepare(&vcpu, &cpuid::table(&supported, index, 2, false)).unwrap();
-        vcpu::mask_msrs(&vcpu, &config.msr_modifiers).unwrap();
+        vcpu::mask_msrs(&vcpu, &msr_masks).unwrap();
 
         let leaf = |table: &CpuId, function| {
             let found = table
@@ -254,9 +262,7 @@ fn cpu_config_when_applied_is_read_back_as_in_the_golden_tables() {
             assert_eq!(data & mask, value, "{address:#x}: {data:#x}");
         }
     }
-    let unknown = serde_json::from_value(serde_json::json!([
-        {"addr": "0xdeadbeef", "bitmap": "0b1"}]));
-    let unknown: Vec<MsrModifier> = unknown.unwrap();
+    let unknown = [msr_mask(0xdead_beef, 1, 1)];
     let vcpu = vm.create_vcpu(2).unwrap();
     let error = vcpu::mask_msrs(&vcpu, &unknown).unwrap_err().to_string();
     assert!(error.ends_with("address 0xdeadbeef"), "{error}");

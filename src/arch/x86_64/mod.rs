@@ -10,6 +10,7 @@ mod guest_tests;
 pub mod i8042;
 pub mod kernel;
 pub mod layout;
+pub mod mask;
 mod mptable;
 mod msr;
 pub mod vcpu;

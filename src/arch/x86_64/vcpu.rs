@@ -11,8 +11,8 @@ use kvm_ioctls::VcpuFd;
 
 use super::boot::{Entry, Protocol};
 use super::gdt::{self, Segments};
+use super::mask::MsrMask;
 use super::{layout, msr};
-use crate::wire::config::cpu::MsrModifier;
 
 /// Bit 1 of RFLAGS is always set.
 const RFLAGS: u64 = 0x2;
@@ -96,14 +96,14 @@ pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
 /// # Errors
 /// [`VcpuError`] for a register that KVM does not know, or does not let be as it was asked for.
 #[cfg_attr(not(test), expect(clippy::expect_used, reason = "one entry fits"))]
-pub fn mask_msrs(vcpu: &VcpuFd, masks: &[MsrModifier]) -> Result<(), VcpuError> {
+pub fn mask_msrs(vcpu: &VcpuFd, masks: &[MsrMask]) -> Result<(), VcpuError> {
     for mask in masks {
         let unknown = |cause| VcpuError {
-            what: Refused::Msr(mask.addr),
+            what: Refused::Msr(mask.address),
             cause,
         };
         let entry = kvm_msr_entry {
-            index: mask.addr,
+            index: mask.address,
             ..kvm_msr_entry::default()
         };
         let mut msrs = Msrs::from_entries(&[entry]).expect("one entry fits");
@@ -111,7 +111,7 @@ pub fn mask_msrs(vcpu: &VcpuFd, masks: &[MsrModifier]) -> Result<(), VcpuError> 
             return Err(unknown(kvm_ioctls::Error::new(libc::EINVAL)));
         }
         for entry in msrs.as_mut_slice() {
-            entry.data = mask.bitmap.apply(entry.data);
+            entry.data = mask.mask.apply(entry.data);
         }
         if vcpu.set_msrs(&msrs).map_err(unknown)? != 1 {
             return Err(unknown(kvm_ioctls::Error::new(libc::EINVAL)));

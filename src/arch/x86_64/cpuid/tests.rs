@@ -1,3 +1,4 @@
+use super::super::mask::BitMask;
 use super::*;
 
 type Registers = [u32; 4];
@@ -117,15 +118,25 @@ fn table_when_intel_has_the_guests_topology() {
 
 #[test]
 fn mask_when_applied_changes_just_its_bits() {
-    let masks: Vec<CpuidModifier> = serde_json::from_value(serde_json::json!([
-        {"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [
-            {"register": "ebx", "bitmap": "0b0xxx_xxxx_xxxx_xxxx_xxxx_xxxx_xxxx_xx0x"},
-            {"register": "ecx", "bitmap": "0b1"},
-            {"register": "ebx", "bitmap": "0bx"}]},
-        {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
-            {"register": "ebx", "bitmap": "0b11111111xxxxxxxxxxxxxxxxxxxxxxxx"}]},
-    ]))
-    .unwrap();
+    let bits = |bits, value| BitMask { bits, value };
+    let masks = [
+        CpuidMask {
+            leaf: 7,
+            subleaf: 0,
+            flags: 1,
+            changes: vec![
+                (CpuidRegister::Ebx, bits(0x8000_0002, 0)),
+                (CpuidRegister::Ecx, bits(1, 1)),
+                (CpuidRegister::Ebx, bits(0, 0)),
+            ],
+        },
+        CpuidMask {
+            leaf: 1,
+            subleaf: 0,
+            flags: 0,
+            changes: vec![(CpuidRegister::Ebx, bits(0xff00_0000, 0xff00_0000))],
+        },
+    ];
     let mut supported = intel();
     mask(&mut supported, &masks).unwrap();
     assert_eq!(
@@ -137,9 +148,12 @@ fn mask_when_applied_changes_just_its_bits() {
     assert_eq!(get(&table, 1, 0)[1] >> 24, 1);
     assert_eq!(get(&table, 7, 0)[1], 0x71bf_27e9);
 
-    let absent: Vec<CpuidModifier> = serde_json::from_value(serde_json::json!([
-        {"leaf": "0x7", "subleaf": "0x9", "flags": 0, "modifiers": []}]))
-    .unwrap();
+    let absent = [CpuidMask {
+        leaf: 7,
+        subleaf: 9,
+        flags: 0,
+        changes: Vec::new(),
+    }];
     let error = mask(&mut supported, &absent).unwrap_err().to_string();
     assert!(error.ends_with("leaf 0x7, subleaf 0x9"), "{error}");
 }
