@@ -21,7 +21,7 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::ByteValued;
 
-pub use super::command_line::{CommandLineError, Root, command_line};
+pub use super::command_line::{Root, command_line};
 use super::gdt::Segments;
 use super::kernel::Kernel;
 use super::{layout, mptable};
