@@ -641,8 +641,8 @@ fn signals_that_the_caller_ignores_end_nothing() {
         &["env", "--ignore-signal=HUP", "--ignore-signal=USR1"],
         &command,
     );
-    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(300));
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let _out = read_report(child.stdout.take().unwrap());
     // The second of a kind would not wait for the witness.
     for signal in ["HUP", "USR1", "HUP", "USR1"] {
         kill(child.id(), signal);
