@@ -226,11 +226,9 @@ impl<T: Send + 'static> Files<T> {
     /// # Errors
     /// [`Refused`] while the thread hangs, or has too much to do; `work` is dropped by the thread.
     pub fn submit(&mut self, limit: Option<Duration>, work: Work<T>) -> Result<u64, Refused> {
-        if self.pending.iter().any(|pending| pending.overdue)
-            && let Some((text, time)) = self.steps.now()
-        {
+        if let Some(refused) = self.refuses() {
             self.close(Box::new(work));
-            return Err(Refused::Hangs(text, time));
+            return Err(refused);
         }
         let token = self.next_token;
         match self.jobs.try_send(Job::Work(token, work)) {
@@ -252,7 +250,18 @@ impl<T: Send + 'static> Files<T> {
         }
     }
 
-    /// Drops `value` on the thread: what it owns may wait when it is closed.
+    /// Why further work would be refused now, if it would. To be asked before work is made, so that
+    /// what clients ask for again and again while a file hangs leaves nothing behind.
+    pub fn refuses(&self) -> Option<Refused> {
+        if !self.pending.iter().any(|pending| pending.overdue) {
+            return None;
+        }
+        let (text, time) = self.steps.now()?;
+        Some(Refused::Hangs(text, time))
+    }
+
+    /// Drops `value` on the thread: what it owns may wait when it is closed. Only for what holds an
+    /// open file: each value takes a place in the queue until the thread gets to it.
     pub fn close(&mut self, value: Box<dyn Any + Send>) {
         self.unclosed.push(value);
         self.close_rest();

@@ -618,9 +618,10 @@ fn console_socket_when_it_can_not_be_made_is_refused() {
     harness
         .api
         .put("/serial", json!({"console_socket": path(&two)}));
-    assert!(two.exists() && !one.exists());
+    assert!(two.exists());
+    common::wait_until("the first socket is removed", || !one.exists());
     harness.api.put("/serial", json!({}));
-    assert!(!two.exists());
+    common::wait_until("the second socket is removed", || !two.exists());
 }
 
 #[test]

@@ -308,7 +308,7 @@ fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
 /// monitor that waits for its disk can not be waited for.
 fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
     hanging.wait();
-    assert!(monitor.stdout().contains("probe: print:flushing ok"));
+    monitor.expect("probe: print:flushing ok");
     // An answer at all shows that the disk is not waited for: it hangs until this is over.
     for _ in 0..20 {
         assert_eq!(api.get("/")["state"], "Running");

@@ -111,6 +111,11 @@ impl Passed {
         }
     }
 
+    /// Whether a descriptor is open in it, which nothing has claimed.
+    pub fn holds_any(&self) -> bool {
+        matches!(self, Passed::Received(received) if received.iter().any(Option::is_some))
+    }
+
     /// Whether anything came with the request.
     pub fn is_empty(&self) -> bool {
         matches!(self, Passed::Received(received) if received.is_empty())
@@ -128,8 +133,10 @@ mod tests {
         let (first, second) = (a.as_raw_fd(), b.as_raw_fd());
         let mut passed = Passed::Received(vec![Some(a.into()), Some(b.into())]);
         assert!(!passed.is_empty());
+        assert!(passed.holds_any() && !Passed::default().holds_any());
         assert_eq!(passed.claim(1).unwrap().as_raw_fd(), second);
         assert_eq!(passed.claim(1).unwrap_err(), PassedError::ClaimedTwice(1));
+        assert!(passed.holds_any());
         let missing = |number| PassedError::Missing { number, count: 2 };
         assert_eq!(passed.claim(2).unwrap_err(), missing(2));
         assert_eq!(passed.claim(u32::MAX).unwrap_err(), missing(u32::MAX));

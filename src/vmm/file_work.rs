@@ -134,14 +134,25 @@ impl Vmm {
     pub(super) fn open(&mut self, change: Change, mut passed: Passed, asker: Asker) {
         if !change.waits() {
             let ready = change.open(&mut passed);
-            self.close(passed);
+            self.close_passed(passed);
             return self.conclude(asker, ready);
+        }
+        if let Some(refused) = self.files.refuses() {
+            self.close_passed(passed);
+            return asker.answer(Err(ActionError::of(&refused)));
         }
         let work =
             Box::new(move |_: &Steps| FileResult::Opened(Box::new(change.open(&mut passed))));
         match self.files.submit(Some(FILE_PATIENCE), work) {
             Ok(token) => self.awaited.push((token, Awaited::Change(asker))),
             Err(refused) => asker.answer(Err(ActionError::of(&refused))),
+        }
+    }
+
+    /// Closes the descriptors that came with a request and were not claimed, if there are any.
+    pub(super) fn close_passed(&mut self, passed: Passed) {
+        if passed.holds_any() {
+            self.close(passed);
         }
     }
 
@@ -205,6 +216,10 @@ impl Vmm {
         if self.is_writing_metrics {
             self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
             return refuse(reply, &"the line before has not been written yet");
+        }
+        if let Some(refused) = self.files.refuses() {
+            self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
+            return refuse(reply, &refused);
         }
         let (sink, report) = (Arc::clone(sink), self.report());
         let work = Box::new(move |steps: &Steps| {

@@ -378,8 +378,14 @@ impl Vmm {
             let (_, client, _) = self.updates.swap_remove(at);
             client.send(Ok(Outcome::Done));
         }
-        // What a worker gives back is closed by the files thread: it may not do so itself.
-        self.close(reply);
+        if let Done::Updated {
+            replaced: Some(file),
+            ..
+        } = reply.done
+        {
+            // A worker may not close what it gives back.
+            self.close(file);
+        }
         self.tell_again();
     }
 

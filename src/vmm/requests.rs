@@ -53,7 +53,7 @@ impl Vmm {
             reply,
         } = command;
         if let Err(error) = rules::allow(&action, self.state()) {
-            self.close(passed);
+            self.close_passed(passed);
             return reply.send(Err(error));
         }
         match *action {
@@ -76,7 +76,7 @@ impl Vmm {
             },
             action => reply.send(self.act(action)),
         }
-        self.close(passed);
+        self.close_passed(passed);
     }
 
     /// Requests that are done at once.

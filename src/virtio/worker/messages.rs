@@ -45,13 +45,6 @@ pub enum Done {
         /// The configuration space, when it has changed.
         config: Option<ConfigSpace>,
         /// The old file, when it has been replaced.
-        #[cfg_attr(
-            not(test),
-            expect(
-                dead_code,
-                reason = "held until control drops it: the worker may not close files"
-            )
-        )]
         replaced: Option<std::fs::File>,
     },
 }
