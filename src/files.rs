@@ -38,6 +38,10 @@ use crate::inbox::Outbox;
 /// How much work may wait for the thread.
 pub const QUEUE: usize = 32;
 
+/// How much of that may be things to close: after a file has hung there are many, and a client's
+/// request is not to be refused for them.
+const CLOSES: u64 = 16;
+
 /// Something for the files thread to do. It says what it is about to wait for, step by step.
 pub type Work<T> = Box<dyn FnOnce(&Steps) -> T + Send>;
 
@@ -269,6 +273,11 @@ impl<T: Send + 'static> Files<T> {
 
     fn close_rest(&mut self) {
         while let Some(value) = self.unclosed.pop() {
+            let closed = self.closed.load(Ordering::Acquire);
+            if self.closes.saturating_sub(closed) >= CLOSES {
+                self.unclosed.push(value);
+                return;
+            }
             match self.jobs.try_send(Job::Close(value)) {
                 Ok(()) => self.closes = self.closes.saturating_add(1),
                 Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
@@ -468,6 +477,20 @@ mod tests {
             assert!(files.is_in_time(token));
         }
         assert!(!files.is_busy());
+    }
+
+    #[test]
+    fn submit_when_many_files_are_to_be_closed_still_has_room() {
+        let (mut files, events) = rig();
+        let (work, release, begun) = hanging("reading");
+        files.submit(None, work).unwrap();
+        begun.recv().unwrap();
+        for _ in 0..QUEUE * 2 {
+            files.close(Box::new(()));
+        }
+        let token = files.submit(LIMIT, Box::new(|_| 1)).unwrap();
+        release.send(0).unwrap();
+        while next(&events).token != token {}
     }
 
     #[test]

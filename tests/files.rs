@@ -46,8 +46,13 @@ fn refused_in_time(api: &Api, method: &str, path: &str, body: &Value, file: &Pat
             rounds += 1;
             thread::sleep(Duration::from_millis(20));
         }
-        assert!(rounds > 10, "{path}: the file did not hang");
-        asking.join().unwrap()
+        let answered = asking.join().unwrap();
+        assert!(
+            rounds > 10,
+            "{path}: the file did not hang: {rounds} rounds, {:?}: {answered:?}",
+            asked.elapsed()
+        );
+        answered
     });
     assert!(asked.elapsed() < ANSWER, "{path}: {:?}", asked.elapsed());
     assert_eq!(status, 400, "{path}: {answer}");
@@ -111,6 +116,11 @@ fn drive_update_when_the_open_hangs_is_refused_and_holds_up_nothing_else() {
             metrics.contains("mayfly_late_file_operations_total 1"),
             "{metrics}"
         );
+        // What was refused is closed by the thread too, the slow file among it: each further update
+        // waits for the closes before it.
+        for _ in 0..8 {
+            api.patch("/drives/disk0", other.clone());
+        }
         let silent = slow.fall_silent();
         refused_in_time(&api, "PATCH", "/drives/disk0", &update, &slow.path());
         ends_by_sigterm(monitor);
