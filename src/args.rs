@@ -2,7 +2,7 @@
 //!
 //! Firecracker's options, with its rules: `--option value` and never `--option=value`, each at
 //! most once, `--help` and `--version` wherever they stand. Those that have no meaning here are
-//! refused with a sentence.
+//! refused with a message.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -351,7 +351,7 @@ pub fn parse<I>(arguments: I) -> Result<Asked, ArgsError>
 where
     I: IntoIterator<Item = OsString>,
 {
-    // What follows a lone `--` is nobody's.
+    // Nothing takes what follows a lone `--`.
     let words: Vec<OsString> = arguments
         .into_iter()
         .take_while(|word| word != "--")

@@ -144,7 +144,7 @@ impl std::error::Error for Refused {}
 struct Pending {
     token: u64,
     deadline: Option<Instant>,
-    /// Its deadline has passed: nobody waits for it any more.
+    /// Its deadline has passed, and its requester was answered.
     overdue: bool,
 }
 

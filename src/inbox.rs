@@ -37,7 +37,7 @@ impl<T> fmt::Debug for Undelivered<T> {
     }
 }
 
-/// Makes an inbox for at most `capacity` messages that nobody has fetched yet.
+/// Makes an inbox for at most `capacity` messages that wait to be fetched.
 ///
 /// # Errors
 /// When the host has no descriptor left for the eventfd.
@@ -64,7 +64,7 @@ impl<T> Inbox<T> {
 
     /// Acknowledges the wake-up. Call it before fetching, never after.
     pub fn silence(&self) {
-        // Nothing to read only means that somebody else's wake-up was spurious.
+        // Nothing to read only means that the wake-up was spurious.
         let _ = self.bell.read();
     }
 }

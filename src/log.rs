@@ -96,7 +96,7 @@ pub fn losses() -> (u64, u64) {
     )
 }
 
-/// An error and its causes as one sentence, each said once.
+/// An error and its causes in one line, each once.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -143,7 +143,7 @@ impl fmt::Display for MemoryError {
                 "{size_mib} MiB of guest memory is more than this host can map ({limit_mib} MiB)"
             ),
             MemoryError::Map { size_mib, .. } => {
-                write!(f, "the host can not map {size_mib} MiB of guest memory")
+                write!(f, "the host cannot map {size_mib} MiB of guest memory")
             }
             MemoryError::HugePages { size_mib, .. } => write!(
                 f,
@@ -154,7 +154,7 @@ impl fmt::Display for MemoryError {
             MemoryError::Outside { address, len } => {
                 write!(f, "{len} bytes at {address:#x} are not in guest memory")
             }
-            MemoryError::Read { name, .. } => write!(f, "{name} can not be read"),
+            MemoryError::Read { name, .. } => write!(f, "{name} cannot be read"),
             MemoryError::Register(_) => write!(f, "KVM refused the guest memory"),
         }
     }
@@ -334,10 +334,10 @@ impl Memory {
     /// Makes `len` bytes of `source` from `offset` on appear at guest address `address`.
     ///
     /// Whole pages are mapped privately from the file where file and guest agree about where
-    /// pages begin; what is left at both ends, and files that can not be mapped, are copied.
+    /// pages begin; what is left at both ends, and files that cannot be mapped, are copied.
     ///
     /// # Errors
-    /// [`MemoryError`] when the range is not in one piece of RAM, or the file can not be read.
+    /// [`MemoryError`] when the range is not in one piece of RAM, or the file cannot be read.
     pub fn map_file(
         &mut self,
         source: &Source,
@@ -361,7 +361,7 @@ impl Memory {
         let head = address.wrapping_neg() & (PAGE - 1);
         let whole = len.saturating_sub(head) & !(PAGE - 1);
         let agree = (address ^ offset) & (PAGE - 1) == 0;
-        // A part of a huge page can not be exchanged.
+        // A part of a huge page cannot be exchanged.
         if !agree || whole < MAP_MIN || self.pages == Pages::TwoMib {
             return self.copy(source, offset, address, len);
         }
@@ -423,7 +423,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Maps whole pages of `source` over the guest's; `false` when the host can not map that file.
+    /// Maps whole pages of `source` over the guest's; `false` when the host cannot map that file.
     fn map_pages(
         &mut self,
         source: &Source,
@@ -497,7 +497,7 @@ impl Memory {
 }
 
 /// Guest memory of huge pages. They are set aside here (there is no MAP_NORESERVE), so that the
-/// guest can not come to an end for want of one.
+/// guest cannot come to an end for want of one.
 fn huge(ranges: &[(GuestAddress, usize)], size_mib: u64) -> Result<Ram, MemoryError> {
     const FLAGS: i32 =
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
@@ -539,7 +539,7 @@ fn map_over(pages: &VolatileSlice<'_>, file: Option<(&File, i64)>) -> io::Result
         Some((file, offset)) => (flags, file.as_raw_fd(), offset),
         None => (flags | libc::MAP_ANONYMOUS, -1, 0),
     };
-    // SAFETY: the slice's lifetime keeps it mapped, and nobody has a reference to what is in it, as
+    // SAFETY: the slice's lifetime keeps it mapped, and no reference to what is in it exists, as
     // with all memory that is accessed by such slices: to them this is a write like any other. It
     // is whole pages, as was just checked, and the kernel refuses it if it does not begin with one:
     // so nothing beside it is replaced.
@@ -700,7 +700,7 @@ mod tests {
         assert_eq!(memory.changed_file(), Some(source.name()));
     }
 
-    /// Huge pages that nobody uses.
+    /// Huge pages that are free.
     fn free_huge_pages() -> u64 {
         let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
         std::fs::read_to_string(path).map_or(0, |text| text.trim().parse().unwrap_or(0))

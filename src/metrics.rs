@@ -1,8 +1,8 @@
 //! Counters, and the two forms they are read in: Prometheus' text for `GET /metrics`, and
 //! Firecracker's line of JSON for the sink of `PUT /metrics`.
 //!
-//! Nothing here knows a device. Whoever counts owns its [`Counter`]s, on one thread, and has a
-//! function that reads them out into a [`Report`]; control calls these when somebody asks, so
+//! Nothing here knows a device. The thread that counts owns its [`Counter`]s, on one thread, and has a
+//! function that reads them out into a [`Report`]; control calls these when a client asks, so
 //! counting costs a thread one plain addition and nothing else.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
@@ -437,7 +437,7 @@ impl Sink {
     /// line that is tells it.
     ///
     /// # Errors
-    /// Nobody reads, or the disk is full: there is no new line.
+    /// Without a reader, or with a full disk, there is no new line.
     pub fn write(&mut self, report: Report) -> io::Result<()> {
         let result = self.write_rest().and_then(|()| {
             let mut line = serde_json::to_vec(&Line {

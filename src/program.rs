@@ -219,21 +219,21 @@ fn print(text: &str) {
 }
 
 /// Says why on standard error, where a person looks, and in the log, and ends.
-fn fail(sentence: &str, code: i32) -> ! {
-    fail_for("", sentence, code)
+fn fail(message: &str, code: i32) -> ! {
+    fail_for("", message, code)
 }
 
-/// The same; the log has `what` before the sentence.
-fn fail_for(what: &str, sentence: &str, code: i32) -> ! {
+/// The same; the log has `what` before the message.
+fn fail_for(what: &str, message: &str, code: i32) -> ! {
     // A path may hold anything: one line stays one line, and a terminal is not told what to do.
-    let sentence = sentence.replace(char::is_control, "?");
+    let message = message.replace(char::is_control, "?");
     if log::is_redirected() {
-        error!("{what}{sentence}");
+        error!("{what}{message}");
         info!("{}", firecracker_log::exiting(code));
     }
     carry_log();
     log::flush(LOG_PATIENCE);
     // The exit code tells, also where nothing reads this.
-    let _ = writeln!(std::io::stderr(), "mayfly: {sentence}");
+    let _ = writeln!(std::io::stderr(), "mayfly: {message}");
     process::exit(code)
 }

@@ -296,18 +296,18 @@ fn sentences_when_refused_hold_the_words_that_clients_match() {
             "The requested operation is not supported before starting the microVM.",
         ),
     ] {
-        let sentence = harness.api.refused(method, path, body);
-        assert!(sentence.contains(words), "{sentence}");
+        let message = harness.api.refused(method, path, body);
+        assert!(message.contains(words), "{message}");
     }
     needs!(kvm);
     harness
         .api
         .patch("/machine-config", json!({"mem_size_mib": u64::MAX}));
     let start = json!({"action_type": "InstanceStart"});
-    let sentence = harness.api.refused("PUT", "/actions", start);
+    let message = harness.api.refused("PUT", "/actions", start);
     let words =
         "Invalid Memory Configuration: Cannot create mmap region: Out of memory (os error 12)";
-    assert!(sentence.contains(words), "{sentence}");
+    assert!(message.contains(words), "{message}");
     harness
         .api
         .patch("/machine-config", json!({"mem_size_mib": 64}));
@@ -326,8 +326,8 @@ fn sentences_when_refused_hold_the_words_that_clients_match() {
             "unknown field `io_engine`",
         ),
     ] {
-        let sentence = harness.api.refused("PATCH", "/drives/d", body);
-        assert!(sentence.contains(words), "{sentence}");
+        let message = harness.api.refused("PATCH", "/drives/d", body);
+        assert!(message.contains(words), "{message}");
     }
 }
 
@@ -362,13 +362,13 @@ fn patch_when_before_the_start_changes_only_the_machine() {
     harness
         .api
         .patch("/machine-config", json!({"vcpu_count": 4, "smt": true}));
-    let sentence = harness
+    let message = harness
         .api
         .refused("PATCH", "/machine-config", json!({"vcpu_count": 5}));
-    assert!(sentence.contains("vcpu_count"), "{sentence}");
+    assert!(message.contains("vcpu_count"), "{message}");
     for empty in [json!({}), json!({"smt": null})] {
-        let sentence = harness.api.refused("PATCH", "/machine-config", empty);
-        assert!(sentence.contains("Empty PATCH request"), "{sentence}");
+        let message = harness.api.refused("PATCH", "/machine-config", empty);
+        assert!(message.contains("Empty PATCH request"), "{message}");
     }
     let expected = with(
         &with(&machine(), "/vcpu_count", json!(4)),
@@ -398,14 +398,14 @@ fn requests_when_before_the_start_know_their_state() {
         ),
         ("PATCH", "/network-interfaces/n", json!({"iface_id": "n"})),
     ] {
-        let sentence = harness.api.refused(method, path, body);
-        assert!(sentence.contains(BEFORE), "{method} {path}: {sentence}");
+        let message = harness.api.refused(method, path, body);
+        assert!(message.contains(BEFORE), "{method} {path}: {message}");
     }
     let start = json!({"action_type": "InstanceStart"});
-    let sentence = harness.api.refused("PUT", "/actions", start.clone());
+    let message = harness.api.refused("PUT", "/actions", start.clone());
     assert!(
-        sentence.contains("Cannot start microvm without kernel configuration"),
-        "{sentence}"
+        message.contains("Cannot start microvm without kernel configuration"),
+        "{message}"
     );
     harness.api.put(
         "/boot-source",
@@ -426,8 +426,8 @@ fn requests_when_after_the_start_know_their_state() {
         }
         assert_eq!(harness.api.get("/")["state"], state);
         for (method, path, body) in bodies(&harness) {
-            let sentence = harness.api.refused(method, path, body);
-            assert!(sentence.contains(AFTER), "{method} {path}: {sentence}");
+            let message = harness.api.refused(method, path, body);
+            assert!(message.contains(AFTER), "{method} {path}: {message}");
         }
         for (method, path, body) in [
             ("PUT", "/actions", json!({"action_type": "InstanceStart"})),
@@ -442,8 +442,8 @@ fn requests_when_after_the_start_know_their_state() {
                 json!({"metrics_path": path(&harness.folder.join("metrics"))}),
             ),
         ] {
-            let sentence = harness.api.refused(method, path, body);
-            assert!(sentence.contains(AFTER), "{method} {path}: {sentence}");
+            let message = harness.api.refused(method, path, body);
+            assert!(message.contains(AFTER), "{method} {path}: {message}");
         }
         harness
             .api
@@ -491,8 +491,8 @@ fn start_when_it_failed_can_be_asked_for_again() {
         json!({"vcpu_count": 1, "mem_size_mib": u64::MAX}),
     );
     let start = json!({"action_type": "InstanceStart"});
-    let sentence = harness.api.refused("PUT", "/actions", start);
-    assert!(sentence.contains("mem"), "{sentence}");
+    let message = harness.api.refused("PUT", "/actions", start);
+    assert!(message.contains("mem"), "{message}");
     assert_eq!(harness.api.get("/")["state"], "Not started");
     harness.api.put(
         "/machine-config",
@@ -542,8 +542,8 @@ fn endpoints_when_out_of_scope_say_so() {
         ("PUT", "/pmem/p", json!({})),
         ("PUT", "/hotplug/memory", json!({})),
     ] {
-        let sentence = harness.api.refused(method, path, body);
-        assert!(sentence.contains("out of scope"), "{sentence}");
+        let message = harness.api.refused(method, path, body);
+        assert!(message.contains("out of scope"), "{message}");
     }
 }
 

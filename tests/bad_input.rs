@@ -1,4 +1,4 @@
-//! Bad input: refused with one sentence that names the thing and the reason, at the API and on
+//! Bad input: refused with one message that names the thing and the reason, at the API and on
 //! the command line, before any guest runs, with nothing left behind and nothing spoilt for what
 //! comes next.
 
@@ -30,7 +30,7 @@ struct Bad {
     config: Value,
     /// Where it shows at the API.
     at: At,
-    /// What the sentence has to say.
+    /// What the message has to say.
     says: Vec<String>,
     /// Runs before the monitor: `unshare`, `ip netns exec` and the like.
     wrapper: Vec<String>,
@@ -63,11 +63,11 @@ impl Bad {
         command
     }
 
-    fn check_sentence(&self, sentence: &str) {
+    fn check_sentence(&self, message: &str) {
         for text in &self.says {
-            assert!(sentence.contains(text.as_str()), "`{text}`: {sentence}");
+            assert!(message.contains(text.as_str()), "`{text}`: {message}");
         }
-        assert!(!sentence.contains('\n'), "one sentence: {sentence:?}");
+        assert!(!message.contains('\n'), "one message: {message:?}");
     }
 
     /// Refused on the command line, with the API and without.
@@ -84,10 +84,10 @@ impl Bad {
             };
             let mut monitor = Monitor::spawn(command);
             monitor.exits_with(1);
-            let sentence = monitor.stderr();
-            assert_eq!(sentence.lines().count(), 1, "{sentence}");
-            self.check_sentence(sentence.trim_end());
-            assert!(sentence.starts_with("mayfly: "), "{sentence}");
+            let message = monitor.stderr();
+            assert_eq!(message.lines().count(), 1, "{message}");
+            self.check_sentence(message.trim_end());
+            assert!(message.starts_with("mayfly: "), "{message}");
             assert!(!monitor.stdout().contains("probe: "), "a guest ran");
             assert!(!socket.exists(), "the socket is left");
         }
@@ -210,7 +210,7 @@ fn kernel_when_missing_must_be_refused_at_put() {
 fn kernel_when_no_regular_file_must_be_refused_at_put() {
     needs!(kvm);
     let folder = Folder::new();
-    // Nobody writes to this FIFO: opening it must not wait for that.
+    // This FIFO has no writer: opening it must not wait for that.
     let fifo = fifo(&folder, "fifo");
     for (path, kind) in [
         (folder.path(), "a directory"),
@@ -307,9 +307,9 @@ fn kernel_when_cut_after_put_must_be_refused_at_the_start() {
         .set_len(8192)
         .unwrap();
     let start = json!({"action_type": "InstanceStart"});
-    let sentence = api.refused("PUT", "/actions", start.clone());
-    assert!(sentence.contains(text(&path)), "{sentence}");
-    assert!(sentence.contains("changed in place"), "{sentence}");
+    let message = api.refused("PUT", "/actions", start.clone());
+    assert!(message.contains(text(&path)), "{message}");
+    assert!(message.contains("changed in place"), "{message}");
     assert_eq!(api.get("/")["state"], "Not started");
     api.put(
         "/boot-source",
@@ -382,7 +382,7 @@ fn memory_when_a_limit_forbids_it_must_be_refused_at_the_start() {
         ..Bad::new(
             with_machine(1, 4096),
             At::Start,
-            &["4096 MiB", "can not map", "Cannot allocate memory"],
+            &["4096 MiB", "cannot map", "Cannot allocate memory"],
         )
     };
     bad.must_be_refused();
@@ -418,7 +418,7 @@ fn drive_when_not_writable_must_be_refused_at_put() {
     fs::create_dir(&place).unwrap();
     let disk = place.join("disk");
     fs::write(&disk, [0; 4096]).unwrap();
-    // Root may write to any file, but not where nobody may.
+    // Root may write to any file, but not where no user may.
     let at = text(&place);
     let script = format!("mount --bind {at} {at} && mount -o remount,bind,ro {at}");
     let bad = Bad {
@@ -544,8 +544,8 @@ fn tap_when_a_second_put_of_its_interface_must_be_refused_stays_attached() {
     let path = "/network-interfaces/eth0";
     api.put(path, json!({"iface_id": "eth0", "host_dev_name": "mfone"}));
     let other = json!({"iface_id": "eth0", "host_dev_name": "lo"});
-    let sentence = api.refused("PUT", path, other);
-    assert!(sentence.contains("provided by lo:"), "{sentence}");
+    let message = api.refused("PUT", path, other);
+    assert!(message.contains("provided by lo:"), "{message}");
     netns.run("ip", &["link", "show", "mfone"]);
     api.put("/actions", json!({"action_type": "InstanceStart"}));
     monitor.exits_with(0);
@@ -646,10 +646,10 @@ fn socket_path_when_in_use_must_be_refused_and_its_user_left_alone() {
     let socket = folder.join("api");
     let mut second = Monitor::start(["--api-sock", text(&socket)]);
     second.exits_with(1);
-    let sentence = second.stderr();
-    assert_eq!(sentence.lines().count(), 1, "{sentence}");
-    assert!(sentence.contains(text(&socket)), "{sentence}");
-    assert!(sentence.contains("Address already in use"), "{sentence}");
+    let message = second.stderr();
+    assert_eq!(message.lines().count(), 1, "{message}");
+    assert!(message.contains(text(&socket)), "{message}");
+    assert!(message.contains("Address already in use"), "{message}");
     assert_eq!(api.get("/")["state"], "Not started");
 }
 
@@ -662,10 +662,10 @@ fn socket_path_when_something_is_there_must_be_refused_and_left_as_it_is() {
     for path in [&stale, &file] {
         let mut monitor = Monitor::start(["--api-sock", text(path)]);
         monitor.exits_with(1);
-        let sentence = monitor.stderr();
-        assert_eq!(sentence.lines().count(), 1, "{sentence}");
-        assert!(sentence.contains(text(path)), "{sentence}");
-        assert!(sentence.contains("Address already in use"), "{sentence}");
+        let message = monitor.stderr();
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert!(message.contains(text(path)), "{message}");
+        assert!(message.contains("Address already in use"), "{message}");
     }
     assert!(fs::symlink_metadata(stale).unwrap().file_type().is_socket());
     assert_eq!(fs::read_to_string(file).unwrap(), "precious");
@@ -679,24 +679,24 @@ fn socket_path_when_it_can_not_be_must_be_refused() {
     for (path, reason) in [(nowhere, "No such file"), (long, "SUN_LEN")] {
         let mut monitor = Monitor::start(["--api-sock", text(&path)]);
         monitor.exits_with(1);
-        let sentence = monitor.stderr();
-        assert_eq!(sentence.lines().count(), 1, "{sentence}");
-        assert!(sentence.contains(text(&path)), "{sentence}");
-        assert!(sentence.contains(reason), "{sentence}");
+        let message = monitor.stderr();
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert!(message.contains(text(&path)), "{message}");
+        assert!(message.contains(reason), "{message}");
     }
 }
 
 // HTTP
 
-/// Sends raw bytes; status and the sentence of what comes back.
+/// Sends raw bytes; status and the message of what comes back.
 fn raw(api: &Api, bytes: &[u8]) -> (u16, String) {
     let mut stream = UnixStream::connect(&api.0).unwrap();
     stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
     stream.write_all(bytes).unwrap();
     let (status, body) = common::read_response(&mut stream);
     let body: Value = serde_json::from_str(&body).unwrap();
-    let sentence = body["error"].as_str().unwrap_or_else(|| panic!("{body}"));
-    (status, sentence.to_owned())
+    let message = body["error"].as_str().unwrap_or_else(|| panic!("{body}"));
+    (status, message.to_owned())
 }
 
 /// That the same process still takes a configuration and starts it.
@@ -748,9 +748,9 @@ fn http_when_malformed_is_400_and_the_next_client_is_served() {
         (long_path.as_bytes(), "request"),
     ];
     for (bytes, says) in cases {
-        let (status, sentence) = raw(&api, bytes);
-        assert_eq!(status, 400, "{sentence}");
-        assert!(sentence.contains(says), "{says}: {sentence}");
+        let (status, message) = raw(&api, bytes);
+        assert_eq!(status, 400, "{message}");
+        assert!(message.contains(says), "{says}: {message}");
         assert_eq!(api.get("/")["state"], "Not started");
     }
     starts(monitor, &api);
@@ -793,13 +793,10 @@ fn body_when_over_the_limit_is_400_before_it_is_sent() {
         let monitor = Monitor::spawn(command);
         let api = Api::at(socket);
         let head = format!("PUT /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n", limit + 1);
-        let (status, sentence) = raw(&api, head.as_bytes());
+        let (status, message) = raw(&api, head.as_bytes());
         assert_eq!(status, 400);
-        assert!(sentence.contains(&(limit + 1).to_string()), "{sentence}");
-        assert!(
-            sentence.contains(&format!("limit of {limit}")),
-            "{sentence}"
-        );
+        assert!(message.contains(&(limit + 1).to_string()), "{message}");
+        assert!(message.contains(&format!("limit of {limit}")), "{message}");
         // Digits that no number has room for.
         let head = format!(
             "PUT /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
@@ -978,12 +975,12 @@ fn request_when_it_makes_no_sense_is_400_and_names_what_is_wrong() {
         let (status, answer) = api.request(method, path, body);
         assert_eq!(status, 400, "{method} {path} {body}: {answer}");
         let answer: Value = serde_json::from_str(&answer).unwrap();
-        let sentence = answer["fault_message"].as_str().unwrap();
+        let message = answer["fault_message"].as_str().unwrap();
         assert!(
-            sentence.contains(says),
-            "{method} {path} {body}: {says}: {sentence}"
+            message.contains(says),
+            "{method} {path} {body}: {says}: {message}"
         );
-        assert!(!sentence.contains('\n'), "{sentence}");
+        assert!(!message.contains('\n'), "{message}");
     }
     starts(monitor, &api);
 }
@@ -999,8 +996,8 @@ fn request_when_the_guest_runs_may_not_change_what_it_began_with() {
     let mut all = requests(&config);
     all.push(("/actions".into(), json!({"action_type": "InstanceStart"})));
     for (path, body) in all {
-        let sentence = api.refused("PUT", &path, body);
-        assert!(sentence.contains("after starting"), "{path}: {sentence}");
+        let message = api.refused("PUT", &path, body);
+        assert!(message.contains("after starting"), "{path}: {message}");
     }
     assert_eq!(api.get("/")["state"], "Running");
     monitor.type_in("still here\n");
@@ -1010,14 +1007,14 @@ fn request_when_the_guest_runs_may_not_change_what_it_began_with() {
 
 // The command line
 
-/// Ends with `code` and one sentence that says this; nothing runs, nothing is made.
+/// Ends with `code` and one message that says this; nothing runs, nothing is made.
 fn arguments_are_refused(arguments: &[&str], code: i32, says: &[&str]) {
     let mut monitor = Monitor::start(arguments);
     monitor.exits_with(code);
-    let sentence = monitor.stderr();
-    assert_eq!(sentence.lines().count(), 1, "{arguments:?}: {sentence}");
+    let message = monitor.stderr();
+    assert_eq!(message.lines().count(), 1, "{arguments:?}: {message}");
     for text in says {
-        assert!(sentence.contains(text), "{arguments:?}: {text}: {sentence}");
+        assert!(message.contains(text), "{arguments:?}: {text}: {message}");
     }
     assert!(!monitor.stdout().contains("probe: "), "a guest ran");
 }

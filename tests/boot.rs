@@ -457,10 +457,10 @@ fn guest_when_started_by_requests_alone_runs() {
     assert_eq!(value(&output, "processors"), "2", "{output}");
     assert_eq!(value(&output, "id"), "rootfs", "{output}");
     assert_eq!(api.get("/")["state"], "Running");
-    let sentence = api.refused("PUT", "/boot-source", config["boot-source"].clone());
+    let message = api.refused("PUT", "/boot-source", config["boot-source"].clone());
     assert!(
-        sentence.contains("not supported after starting"),
-        "{sentence}"
+        message.contains("not supported after starting"),
+        "{message}"
     );
     monitor.type_in("x\n");
     monitor.exits_with(0);

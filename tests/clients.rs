@@ -1,4 +1,4 @@
-//! Clients that nobody here wrote, unmodified, against the real monitor. `tools/clients` gets them:
+//! Clients of other projects, unmodified, against the real monitor. `tools/clients` gets them:
 //! the crate firecracker-rs-sdk (tests/clients/rust-sdk) and schemathesis (from PyPI).
 
 mod common;
@@ -64,7 +64,7 @@ fn rust_sdk_when_unmodified_leads_a_whole_life() {
     assert!(metrics.starts_with('{'), "{metrics}");
 }
 
-/// Checks that contradict what clients of the original rely on, or that one request cannot know.
+/// Checks that contradict what clients of Firecracker rely on, or that one request cannot know.
 const SWITCHED_OFF: [(&str, &str); 5] = [
     (
         "positive_data_acceptance",
@@ -72,7 +72,7 @@ const SWITCHED_OFF: [(&str, &str); 5] = [
     ),
     (
         "unsupported_method",
-        "the original answers 400 to an unknown method, never 405",
+        "Firecracker answers 400 to an unknown method, never 405",
     ),
     (
         "allow_header_conformance",
@@ -88,7 +88,7 @@ const SWITCHED_OFF: [(&str, &str); 5] = [
     ),
 ];
 
-/// The user of the jails; nobody's.
+/// The user of the jails, and of nothing else.
 const UID: &str = "64321";
 
 /// A monitor in a jail and a network namespace of its own, with what the examples of the OpenAPI

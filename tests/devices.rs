@@ -305,7 +305,7 @@ fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
 }
 
 /// The part of a test in which the disk hangs. It ends that first of all, also by a panic: a
-/// monitor that waits for its disk can not be waited for.
+/// monitor that waits for its disk cannot be waited for.
 fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
     hanging.wait();
     monitor.expect("probe: print:flushing ok");
@@ -322,8 +322,8 @@ fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
     // What needs the disk itself gets an answer too.
     let limits = json!({"ops": {"size": 1000, "refill_time": 100}});
     let update = json!({"drive_id": "disk0", "rate_limiter": limits});
-    let sentence = api.refused("PATCH", "/drives/disk0", update);
-    assert!(sentence.contains("busy with I/O"), "{sentence}");
+    let message = api.refused("PATCH", "/drives/disk0", update);
+    assert!(message.contains("busy with I/O"), "{message}");
     let update = json!({"drive_id": "disk1", "rate_limiter": limits});
     api.patch("/drives/disk1", update);
     assert!(hanging.is_waited_for(), "it did not hang all that time");
@@ -427,8 +427,8 @@ fn drive_when_patched_shows_the_guest_another_file() {
     );
     assert!(does(&mut monitor, "blkverify:0:0:8:2").contains(" ok "));
     let missing = json!({"drive_id": "disk0", "path_on_host": "/no/such/disk"});
-    let sentence = api.refused("PATCH", "/drives/disk0", missing);
-    assert!(sentence.contains("/no/such/disk"), "{sentence}");
+    let message = api.refused("PATCH", "/drives/disk0", missing);
+    assert!(message.contains("/no/such/disk"), "{message}");
     assert!(does(&mut monitor, "blkverify:0:0:4:2").contains(" ok "));
 }
 

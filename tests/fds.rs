@@ -1,5 +1,5 @@
 //! Descriptors in place of paths: with requests, in a configuration, on the command line; and the
-//! monitor that can not open anything any more.
+//! monitor that cannot open anything any more.
 
 mod common;
 
@@ -87,7 +87,7 @@ fn guest_when_all_comes_in_requests_runs_without_a_name() {
     let api = Api::at(folder.join("api"));
 
     let words = "print:up,blkinfo:0,blkwrite:0:0:8:7,blkverify:0:0:8:7,netinfo:1,shell";
-    // A descriptor that nobody asks for comes along: it is closed.
+    // A descriptor that is not asked for comes along: it is closed.
     let (mut unclaimed, writer) = pipe();
     api.put_with(
         "/boot-source",
@@ -118,19 +118,19 @@ fn guest_when_all_comes_in_requests_runs_without_a_name() {
     assert_eq!(config["drives"][0]["path_on_host"], json!({"fd": 0}));
     let network = &config["network-interfaces"][0];
     assert_eq!(network["host_dev_name"], json!({"fd": 0}));
-    // The socket was there before the monitor, so it may have answered nobody yet.
+    // The socket was there before the monitor, so it may not have answered yet.
     let says = |text: &str| folder.read("log").contains(text);
     common::wait_until("the log tells of Landlock", || {
         says("Landlock holds the monitor") || says("has no Landlock")
     });
     let landlock = says("Landlock holds the monitor");
     if landlock {
-        let sentence = api.refused(
+        let message = api.refused(
             "PUT",
             "/drives/e",
             json!({"drive_id": "e", "is_root_device": false, "path_on_host": disk}),
         );
-        assert!(sentence.contains("Permission denied"), "{sentence}");
+        assert!(message.contains("Permission denied"), "{message}");
     }
 
     api.put("/actions", json!({"action_type": "InstanceStart"}));
@@ -155,14 +155,14 @@ fn guest_when_all_comes_in_requests_runs_without_a_name() {
     monitor.type_in("blkwrite:0:0:8:9\nblkverify:0:0:8:9\n");
     monitor.expect("probe: blkverify:0:0:8:9 ok");
     assert!(fs::read(&other).unwrap().iter().any(|byte| *byte != 0));
-    let (status, sentence) = api.request_with(
+    let (status, message) = api.request_with(
         "PATCH",
         "/drives/d",
         r#"{"drive_id":"d","fd":0}"#,
         &[read(&disk).as_fd()],
     );
     assert_eq!(status, 400);
-    assert!(sentence.contains("not opened for writing"), "{sentence}");
+    assert!(message.contains("not opened for writing"), "{message}");
     monitor.type_in("end\n");
     monitor.exits_with(0);
     drop(end);

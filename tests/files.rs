@@ -150,8 +150,8 @@ fn metrics_when_their_file_hangs_are_refused_and_hold_up_nothing_else() {
         });
         assert_eq!(answer.0, 400, "{answer:?}");
         assert!(answer.1.contains("writing the metrics"), "{answer:?}");
-        let sentence = api.refused("PUT", "/actions", flush.clone());
-        assert!(sentence.contains("has not been written yet"), "{sentence}");
+        let message = api.refused("PUT", "/actions", flush.clone());
+        assert!(message.contains("has not been written yet"), "{message}");
         // It answers again: lines are whole, and go on.
         drop(silent);
         common::wait_until("metrics are written", || {

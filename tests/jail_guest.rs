@@ -214,7 +214,7 @@ fn configuration_in_a_file_has_its_paths_opened_outside() {
         let command = place.jailer(Who::Root, &["run", "--config", &bad]);
         place.refuses(command, expected);
     }
-    // What the monitor does not take is its own sentence.
+    // What the monitor does not take is its own message.
     let kernel = place.path("kernel");
     place.refuses(
         place.jailer(Who::Root, &["run", "--kernel", &kernel]),

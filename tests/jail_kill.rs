@@ -134,7 +134,7 @@ fn processes_of_a_run_when_killed_at_any_time_leave_nothing() {
             spin(gap);
         }
         dead += u64::from(!hit.is_empty());
-        // Where only the keeper was, or nobody yet, the guest goes on until it is killed later.
+        // Where only the keeper was, or nothing yet, the guest goes on until it is killed later.
         let survives = hit.iter().all(|victim| *victim == Victim::Keeper);
         let what = format!("{what}; met {hit:?}");
         end(&mut child, survives, &what);
@@ -208,7 +208,7 @@ fn end(child: &mut Child, survives: bool, what: &str) {
     }
 }
 
-/// Waits until nothing is left; where nobody was left to remove it, the next start has to.
+/// Waits until nothing is left; where nothing was left to remove it, the next start has to.
 fn settle(place: &Place, what: &str, sweeps: bool, who: Who, more: &[&str]) {
     let start = Instant::now();
     let mut has_swept = false;

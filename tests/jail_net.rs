@@ -1,5 +1,5 @@
 //! The networks of the empty jail: a tap of its own routed to the host, a tap that slirp4netns or
-//! pasta is pointed at, a tap handed in. The witness is the guest: it sends frames.
+//! pasta is pointed at, a passed tap. The witness is the guest: it sends frames.
 
 #[path = "jail/host.rs"]
 mod host;

@@ -1,5 +1,5 @@
 //! `mayfly-jailer run`, with a witness in the monitor's place: what it finds in the empty jail, that
-//! it cannot get out, how each end is told, and that bad input gets a sentence and leaves nothing.
+//! it cannot get out, how each end is told, and that bad input gets a message and leaves nothing.
 //! Each as root and as an ordinary user made for the test.
 //!
 //! They take root (to become both), and are skipped, loudly, without it.
@@ -52,7 +52,7 @@ fn empty_jail_holds_seven_descriptors_and_nothing_else() {
         assert_eq!(report.one("host"), "box-1");
         assert_eq!(report.one("nofile"), "2048 2048");
         assert!(report.all("env").is_empty());
-        // The root folder alone, for nobody to write in.
+        // The root folder alone, which no user may write to.
         assert_eq!(report.all("file").len(), 1, "{:?}", report.all("file"));
         assert!(report.one("file").starts_with("40555 "));
         let fds = [
@@ -113,7 +113,7 @@ fn monitor_gone_bad_cannot_get_out() {
         let attacks = report.all("attack");
         assert!(attacks.len() > 100, "{attacks:?}");
         for attack in attacks {
-            // It is root's number already, which is nobody's in there.
+            // It is root's number already, which no user has in there.
             if more.contains(&"0") && attack.starts_with("set") {
                 continue;
             }
@@ -408,7 +408,7 @@ fn console_is_relayed_both_ways_and_log_goes_elsewhere() {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // Ctrl-A X means nothing where nobody types.
+        // Ctrl-A X means nothing without a terminal.
         child.stdin.take().unwrap().write_all(b"ab\x01xq").unwrap();
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.stdout, b"<a><b><\\x01><x><q>");
@@ -657,7 +657,7 @@ fn api_socket_at_a_path_is_for_clients_and_gives_way_when_dead() {
     let place = place!("rapi");
     for who in BOTH {
         let socket = place.shared("api");
-        // Left by somebody who was killed.
+        // Left by a process that was killed.
         drop(UnixListener::bind(&socket).unwrap());
         if who == Who::User {
             std::os::unix::fs::chown(&socket, Some(UID), Some(GID)).unwrap();
@@ -916,7 +916,7 @@ fn root_of_a_user_namespace_is_an_ordinary_user() {
             let report = Report::parse(place.ends(command, 0).out.lines());
             assert_eq!(report.one("uid"), "0", "{who:?} {options:?}");
             assert!(report.one("file").starts_with("40555 "));
-            // It is nobody but itself, whatever it asks for.
+            // It is only itself, whatever it asks for.
             let other = run(&["--uid", "1", "--gid", "0"]);
             let command = as_namespace_root(&place, who, options, &other);
             place.refuses(command, "--uid");
@@ -1088,7 +1088,7 @@ fn user_has_limits_where_a_group_is_delegated() {
         needs::skip("rdelegated", "this host has no cgroups of version 1 and 2");
         return;
     };
-    // Nothing is delegated: a sentence.
+    // Nothing is delegated: a message.
     let limit = ["--limit", "pids=30"];
     let text = place.refuses(place.run(Who::User, "exit=0", &limit), "delegated");
     assert!(text.contains("systemd-run --user"), "{text}");

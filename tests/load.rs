@@ -1,5 +1,5 @@
 //! Many clients at once, while a guest runs and writes to its disk: no request is lost, answers
-//! keep their order, and whoever stalls delays nobody.
+//! keep their order, and a client that stalls delays no other.
 
 mod common;
 
@@ -108,7 +108,7 @@ fn requests_when_200_clients_ask_at_once_are_all_answered() {
     assert!(monitor.child.try_wait().unwrap().is_none());
 }
 
-/// Sends `requests` again and again until nobody takes any more; how many are whole.
+/// Sends `requests` again and again until no more are taken; how many are whole.
 fn fill(stream: &mut UnixStream, requests: &[u8], count: usize) -> usize {
     stream.set_nonblocking(true).unwrap();
     let (mut sent, mut deaf_since) = (0, Instant::now());
@@ -143,7 +143,7 @@ fn monitor_when_200_clients_ask_on_and_never_read_hardly_grows() {
     // About 5 KiB each, and room for what else the heap is used for.
     assert!(grown < 3 * 1024, "{grown} KiB");
 
-    // Nothing is lost: whoever does read has every answer.
+    // Nothing is lost: a client that reads has every answer.
     let (stream, sent) = &mut clients[0];
     for n in 0..*sent {
         let (status, body) = read_response(stream);

@@ -36,7 +36,7 @@ struct Row {
     bounds: Vec<(&'static str, Value, u16)>,
     /// Done a second time it is refused, or something else: only the good body is sent, last.
     once: bool,
-    /// Members that nobody knows are ignored.
+    /// Unknown members are ignored.
     open: bool,
 }
 
@@ -571,13 +571,13 @@ impl Table {
             path,
             body,
             status,
-            sentence,
+            message,
         } = case;
         let (method, pattern) = operation;
         let (found, answer) = api.request(method, &path, &body);
         assert!(
-            found == status && sentence.split('|').any(|one| answer.contains(one)),
-            "{column}: {method} {path} {body:.300}\nis answered {found} {answer}\nnot {status} `{sentence}`"
+            found == status && message.split('|').any(|one| answer.contains(one)),
+            "{column}: {method} {path} {body:.300}\nis answered {found} {answer}\nnot {status} `{message}`"
         );
         if status == 400 {
             let told: Value = serde_json::from_str(&answer).unwrap();
@@ -619,7 +619,7 @@ struct Case<'a> {
     body: String,
     status: u16,
     /// What the answer must hold; alternatives are parted by `|`.
-    sentence: &'a str,
+    message: &'a str,
 }
 
 /// A copy of `body` in which the member at `pointer` is `value`.
@@ -709,7 +709,7 @@ fn operations_when_asked_in_every_way_answer_as_they_must() {
                 path: path.to_owned(),
                 body: body.to_owned(),
                 status,
-                sentence: "",
+                message: "",
             };
             table.case("good", ("GET", path), case("", 200));
             table.case("shape", ("GET", path), case("{}", 400));
@@ -736,13 +736,13 @@ fn check(world: &World, row: &Row, table: &mut Table) {
         When::Before => &world.before,
         When::After => &world.running,
     };
-    let mut send = |column: &str, api: &Api, path: &str, body: String, status, sentence: &str| {
+    let mut send = |column: &str, api: &Api, path: &str, body: String, status, message: &str| {
         let case = Case {
             api,
             path: path.to_owned(),
             body,
             status,
-            sentence,
+            message,
         };
         table.case(column, operation, case);
     };
@@ -762,8 +762,8 @@ fn check(world: &World, row: &Row, table: &mut Table) {
         };
         let name = name_of(&place);
         if row.required.contains(&place.as_str()) {
-            let sentence = format!("missing field `{name}`");
-            send("missing", api, &path, less.to_string(), 400, &sentence);
+            let message = format!("missing field `{name}`");
+            send("missing", api, &path, less.to_string(), 400, &message);
         } else if !row.once {
             send("missing", api, &path, less.to_string(), 204, "");
         }
@@ -777,8 +777,8 @@ fn check(world: &World, row: &Row, table: &mut Table) {
         for wrong in wrong_types(right, row.nullable.contains(&place.as_str())) {
             let body = with(&row.body, &place, wrong).to_string();
             // A number in the place of a path asks for a descriptor, of which none was sent.
-            let sentence = format!("{}|descriptor", name_of(&place));
-            send("type", api, &path, body, 400, &sentence);
+            let message = format!("{}|descriptor", name_of(&place));
+            send("type", api, &path, body, 400, &message);
         }
     }
 
@@ -797,17 +797,17 @@ fn check(world: &World, row: &Row, table: &mut Table) {
     send("shape", api, &path, twice, 400, "duplicate field");
     if !row.open {
         let unknown = with(&row.body, "/nobody_knows", json!(1)).to_string();
-        let sentence = "unknown field `nobody_knows`";
-        send("shape", api, &path, unknown, 400, sentence);
+        let message = "unknown field `nobody_knows`";
+        send("shape", api, &path, unknown, 400, message);
     }
     if row.path.contains("{id}") {
-        for (id, sentence) in [
+        for (id, message) in [
             ("", "cannot be empty"),
             ("a-b", "alphanumeric"),
             ("b", "does not match"),
         ] {
             let path = row.path.replace("{id}", id);
-            send("shape", api, &path, good.clone(), 400, sentence);
+            send("shape", api, &path, good.clone(), 400, message);
         }
     }
 

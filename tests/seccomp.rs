@@ -91,7 +91,7 @@ fn call_outside_the_filter_when_made_on_any_thread_ends_the_process_with_148() {
     }
 }
 
-/// Where the host's clock source can not be read without a call, every thread makes it.
+/// Where the host's clock source cannot be read without a call, every thread makes it.
 #[test]
 fn time_when_asked_for_by_a_call_is_no_violation_on_any_thread() {
     needs!(kvm, root);

@@ -154,10 +154,10 @@ fn conclude(watched: &Watched) -> i32 {
             "ok    guest: booted in the empty jail; console output, input and reset work; milliseconds:\n",
         );
     } else {
-        let why = if verdict.sentence.is_empty() {
+        let why = if verdict.message.is_empty() {
             verdict.word
         } else {
-            &verdict.sentence
+            &verdict.message
         };
         say(&format!("NO    guest: {why}\n"));
     }

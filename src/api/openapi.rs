@@ -164,10 +164,10 @@ fn members_when_compared_are_the_same_in_types_and_schemas() {
         let refused =
             routes::action(&request(method, &path, Some(r#"{"nobody knows":1}"#))).unwrap_err();
         // "unknown field `x`, expected one of `a`, `b`": what is known stands there.
-        let sentence = refused.body.unwrap();
-        let (_, list) = sentence
+        let message = refused.body.unwrap();
+        let (_, list) = message
             .split_once("expected ")
-            .unwrap_or_else(|| panic!("{path}: {sentence}"));
+            .unwrap_or_else(|| panic!("{path}: {message}"));
         let known: BTreeSet<String> = list
             .split('`')
             .skip(1)

@@ -3,7 +3,7 @@
 //!
 //! Output lies in one ring. Every reader, the console's usual place among them, has a position of
 //! its own in it: one that is too slow skips what was overwritten, which is counted, and costs
-//! nobody else anything. Nothing is allocated once the guest runs, and a client that goes is
+//! the others nothing. Nothing is allocated once the guest runs, and a client that goes is
 //! forgotten.
 
 use std::fs::File;

@@ -63,7 +63,7 @@ pub fn pipe() -> io::Result<(File, File)> {
 /// When `fd` is not open, or the host has no descriptor left.
 pub fn duplicate(fd: RawFd) -> io::Result<File> {
     let copy = fcntl(fd, libc::F_DUPFD_CLOEXEC, 3)?;
-    // SAFETY: the call succeeded: `copy` is open and nobody else's.
+    // SAFETY: the call succeeded: `copy` is open and owned by nothing else.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(copy) }))
 }
 
@@ -101,7 +101,7 @@ pub fn take_over(fd: RawFd) -> Result<OwnedFd, Option<io::Error>> {
         return duplicate(fd).map(OwnedFd::from).map_err(Some);
     }
     fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC).map_err(Some)?;
-    // SAFETY: it is open, and was not marked until now: nobody in this process owns it.
+    // SAFETY: it is open, and was not marked until now: nothing in this process owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

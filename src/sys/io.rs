@@ -109,7 +109,7 @@ impl<'a> Vectors<'a> {
         let rest = self.rest();
         let (fd, pieces, count) = (fd.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int);
         // SAFETY: `pieces` are `count` in number, and each lies in a slice whose lifetime keeps it
-        // mapped, and writable, across the call; `advance` moves none beyond its end. Nobody else
+        // mapped, and writable, across the call; `advance` moves none beyond its end. Nothing else
         // has a reference to that memory.
         let n = unsafe {
             match (direction, offset) {

@@ -64,7 +64,7 @@ pub fn restrict() -> io::Result<Option<u32>> {
     let (handled, known) = everything(abi);
     let attributes = [handled.fs, handled.net, handled.scoped];
     let ruleset = create_ruleset(attributes.get(..known).unwrap_or_default(), 0)?;
-    // SAFETY: asked for a ruleset, the call succeeded: it is open and nobody else's.
+    // SAFETY: asked for a ruleset, the call succeeded: it is open and owned by nothing else.
     let ruleset = unsafe { OwnedFd::from_raw_fd(ruleset) };
     // What a process without privileges must promise first.
     rustix::thread::set_no_new_privs(true)?;

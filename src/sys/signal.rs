@@ -113,7 +113,7 @@ impl Signals {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the call succeeded: `fd` is open and nobody else's.
+        // SAFETY: the call succeeded: `fd` is open and owned by nothing else.
         Ok(Signals(File::from(unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 
@@ -140,7 +140,7 @@ impl AsRawFd for Signals {
 }
 
 /// Ends the process the way `signal` would have ended it, or with the documented code where
-/// that can not be (process 1 of a namespace).
+/// that cannot be (process 1 of a namespace).
 pub fn end_by(signal: i32) -> ! {
     let has_own_code = matches!(signal, libc::SIGHUP | libc::SIGXCPU);
     if !has_own_code && !process::is_first_process() {
@@ -166,7 +166,7 @@ pub fn aim_kicks_at(flag: &'static AtomicU8) {
 
 /// Makes KVM_RUN return on the thread of `vcpu`, now or as soon as it is next called.
 pub fn kick<T>(vcpu: &JoinHandle<T>) {
-    // It can not fail: the handle exists, so the thread has not been joined.
+    // It cannot fail: the handle exists, so the thread has not been joined.
     let _ = vcpu.kill(libc::SIGRTMIN());
 }
 

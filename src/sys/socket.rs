@@ -121,7 +121,7 @@ pub struct Received {
 /// `passed`.
 ///
 /// The kernel ends a read behind the bytes of a message with descriptors, but puts bytes of
-/// messages before it into the same read: with which byte they came can not be told. So the bytes
+/// messages before it into the same read: with which byte they came cannot be told. So the bytes
 /// are looked at first. If descriptors are among them or behind them, this reads no more than
 /// `most` says of the bytes to come, and at least one; else it reads all.
 ///
@@ -326,7 +326,7 @@ mod tests {
             );
         }
         drop(writer);
-        // Nobody has the writing end any more: its end can be read.
+        // The writing end is closed: its end can be read.
         assert_eq!((&reader).read(&mut [0]).unwrap(), 0);
     }
 

@@ -43,7 +43,7 @@ pub struct Offloads {
     pub ufo: bool,
 }
 
-/// Why a tap can not be had.
+/// Why a tap cannot be had.
 #[derive(Debug)]
 pub enum TapError {
     /// Longer than the host allows, or holding a zero byte.
@@ -54,7 +54,7 @@ pub enum TapError {
     Busy(String),
     /// Attaching to it, or making it, is not permitted.
     NotPermitted(String),
-    /// There is an interface of this name that can not be attached to as we need it.
+    /// There is an interface of this name that cannot be attached to as we need it.
     NotATap(String),
     /// It could not be attached or made for another reason.
     Attach(String, io::Error),
@@ -71,10 +71,10 @@ impl fmt::Display for TapError {
         match self {
             TapError::Name(name) => write!(
                 f,
-                "{name:?} can not name a tap: at most {} bytes, none of them zero",
+                "{name:?} cannot name a tap: at most {} bytes, none of them zero",
                 libc::IFNAMSIZ - 1
             ),
-            TapError::Open(_) => write!(f, "{TUN} can not be opened"),
+            TapError::Open(_) => write!(f, "{TUN} cannot be opened"),
             TapError::Busy(name) => write!(f, "the tap {name:?} is in use by another process"),
             TapError::NotPermitted(name) => write!(
                 f,
@@ -86,13 +86,13 @@ impl fmt::Display for TapError {
                  not be named so",
                 name.escape_debug()
             ),
-            TapError::Attach(name, _) => write!(f, "the tap {name:?} can not be attached to"),
+            TapError::Attach(name, _) => write!(f, "the tap {name:?} cannot be attached to"),
             TapError::NotAttached(_) => f.write_str("the descriptor is not an attached tap"),
             TapError::Flags(name) => write!(
                 f,
                 "the tap {name:?} was attached without IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
             ),
-            TapError::SetUp(name, _) => write!(f, "the tap {name:?} can not be set up"),
+            TapError::SetUp(name, _) => write!(f, "the tap {name:?} cannot be set up"),
         }
     }
 }
@@ -114,7 +114,7 @@ impl Tap {
     /// empty name or one with `%d` asks the host for a free one.
     ///
     /// # Errors
-    /// One sentence for each of: a bad name, no tun device, busy, not permitted, not a tap.
+    /// One message for each of: a bad name, no tun device, busy, not permitted, not a tap.
     pub fn open(name: &str) -> Result<Self, TapError> {
         // Before anything is opened for a name that cannot be.
         Request::of(name)?;

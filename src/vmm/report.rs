@@ -31,7 +31,7 @@ pub struct Counters {
     pub late_files: u64,
 }
 
-/// What the original's line always has, also of devices that there are none of here: its readers
+/// What Firecracker's line always has, also of devices that there are none of here: its readers
 /// may rely on that.
 const LINE: &[(&str, &[&str])] = &[
     (

@@ -156,7 +156,7 @@ impl Hanging<'_> {
         let waits = |state: &mut State| state.waiting.is_empty();
         let state = state.lock().unwrap();
         let (state, _) = changed.wait_timeout_while(state, PATIENCE, waits).unwrap();
-        assert!(!state.waiting.is_empty(), "nobody calls fsync");
+        assert!(!state.waiting.is_empty(), "no fsync was called");
     }
 
     /// Whether one still does.

@@ -654,7 +654,7 @@ impl Api {
         assert_eq!(status, 204, "PATCH {path} {body}: {answer}");
     }
 
-    /// A request that must be refused; the sentence.
+    /// A request that must be refused; the message.
     pub fn refused(&self, method: &str, path: &str, body: serde_json::Value) -> String {
         let (status, answer) = self.request(method, path, &body.to_string());
         assert_eq!(status, 400, "{method} {path} {body}: {answer}");

@@ -34,7 +34,7 @@ pub fn hand_in(command: &mut Command, fd: OwnedFd, number: i32) {
     const ASIDE: i32 = 400;
     // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor and has no other effect.
     let aside = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ASIDE) };
-    // SAFETY: the call succeeded, so it is open and nobody else owns it.
+    // SAFETY: the call succeeded, so it is open and owned by nothing else.
     let fd = unsafe { OwnedFd::from_raw_fd(check(aside).unwrap()) };
     assert!(number < ASIDE);
     // SAFETY: dup2 is async-signal-safe and touches no memory.
@@ -316,7 +316,7 @@ impl Terminal {
             // SAFETY: just opened; no memory is touched.
             check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }).unwrap();
         }
-        // SAFETY: the call succeeded: both are open and nobody else's.
+        // SAFETY: the call succeeded: both are open and owned by nothing else.
         unsafe {
             Terminal {
                 keyboard: File::from_raw_fd(keyboard),
@@ -344,7 +344,7 @@ pub fn enter_netns(path: &Path) {
     check(unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) }).unwrap();
 }
 
-/// Gives the calling thread mounts of its own, seen by nobody but what it starts.
+/// Gives the calling thread mounts of its own, seen only by what it starts.
 pub fn own_mounts() {
     let root = CString::new("/").unwrap();
     // SAFETY: touches no memory.
@@ -387,7 +387,7 @@ pub fn frames(name: &str, ethertype: u16) -> File {
     let protocol = i32::from(ethertype.to_be());
     // SAFETY: touches no memory.
     let fd = check(unsafe { libc::socket(libc::AF_PACKET, kind, protocol) }).unwrap();
-    // SAFETY: the call succeeded: `fd` is open and nobody else's.
+    // SAFETY: the call succeeded: `fd` is open and owned by nothing else.
     let socket = unsafe { File::from_raw_fd(fd) };
     let name = CString::new(name).unwrap();
     // SAFETY: `name` is a C string that outlives the call.

@@ -68,7 +68,7 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
     if let Some(keeper) = keeper {
         keeper.dismiss();
     }
-    match verdict.sentence.as_str() {
+    match verdict.message.as_str() {
         "" => verdict.code,
         text => complain(text, verdict.code),
     }

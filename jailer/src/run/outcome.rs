@@ -58,15 +58,15 @@ pub struct Verdict {
     /// For shells.
     pub code: i32,
     /// For people; empty when there is nothing to say.
-    pub sentence: String,
+    pub message: String,
 }
 
 impl Verdict {
-    fn new(word: &'static str, code: i32, sentence: impl Into<String>) -> Verdict {
+    fn new(word: &'static str, code: i32, message: impl Into<String>) -> Verdict {
         Verdict {
             word,
             code,
-            sentence: sentence.into(),
+            message: message.into(),
         }
     }
 
@@ -242,7 +242,7 @@ pub fn facts(
         "id": id,
         "ended": verdict.word,
         "exit_code": verdict.code,
-        "sentence": verdict.sentence,
+        "sentence": verdict.message,
         "monitor": { "exit_code": exit_code, "signal": signal },
         "ended_at_unix_ms": began.as_millis() as u64,
         "wall_us": wall_us,
@@ -333,7 +333,7 @@ mod tests {
             ..Seen::default()
         };
         let verdict = Verdict::of(Ended::Exited(160), &seen);
-        assert!(verdict.sentence.contains("vCPU 1, RIP 0x12"), "{verdict:?}");
+        assert!(verdict.message.contains("vCPU 1, RIP 0x12"), "{verdict:?}");
         let facts = facts("x", &verdict, None, &seen, &Times::default());
         assert_eq!(facts["crash"]["rip"], "0x12");
         assert_eq!(facts["crash"]["last_exits"], json!(["hlt"]));

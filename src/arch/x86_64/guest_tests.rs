@@ -236,7 +236,7 @@ fn cpu_config_when_applied_is_read_back_as_in_the_golden_tables() {
         let without = other.get_cpuid2(256).unwrap();
         assert_eq!(leaf(&set, 1).ecx, leaf(&without, 1).ecx);
         assert_eq!(leaf(&set, 1).ebx >> 24, u32::from(index));
-        // KVM that is software adds the features it can not hide.
+        // KVM that is software adds the features it cannot hide.
         let given = cpuid::table(&offered, index, 2, false);
         if leaf(&without, 7).ebx == leaf(&given, 7).ebx {
             assert_eq!(leaf(&set, 7).ebx, 1);

@@ -50,6 +50,6 @@ impl Arena {
 
 /// Arena memory as a slice. The caller has taken it and shares it with a device at most.
 pub fn bytes(address: u64, size: u64) -> &'static mut [u8] {
-    // SAFETY: arena memory is no Rust object; one processor uses it, and it was handed out once.
+    // SAFETY: arena memory is no Rust object; one processor uses it, and it was given out once.
     unsafe { core::slice::from_raw_parts_mut(address as *mut u8, size as usize) }
 }

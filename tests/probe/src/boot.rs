@@ -1,4 +1,4 @@
-//! What the boot loader handed over, by either protocol, read once.
+//! What the boot loader passed, by either protocol, read once.
 //!
 //! Everything here stays where the loader put it; this module only remembers where. It never
 //! writes to it.
@@ -62,7 +62,7 @@ impl Region {
     }
 }
 
-/// What was handed over.
+/// What was passed.
 pub struct Info {
     pub protocol: Protocol,
     /// Where hvm_start_info or boot_params lie.

@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{boot, ring0, x86};
 
-/// Ticks in a millisecond; 0 until somebody asks.
+/// Ticks in a millisecond; 0 until first asked for.
 static KHZ: AtomicU64 = AtomicU64::new(0);
 /// An ordinary server's rate.
 const GUESS_KHZ: u64 = 2_400_000;

@@ -23,7 +23,7 @@ pub fn install() {
     for vector in 0..32u64 {
         let stub = stubs + vector * STUB;
         let low = stub & 0xffff | GATE | (stub & 0xffff_0000) << 32;
-        // SAFETY: boot.s reserves 32 gates; nobody else writes them.
+        // SAFETY: boot.s reserves 32 gates; nothing else writes them.
         unsafe { (&raw mut idt[vector as usize]).write_volatile([low, stub >> 32]) };
     }
 }

@@ -15,7 +15,7 @@
 //!
 //! ```text
 //!   boot.s        entries, tables, the few instructions of ring 0
-//!   boot          what the boot loader handed over: command line, memory map, initrd
+//!   boot          what the boot loader passed: command line, memory map, initrd
 //!   x86 ring0 fault paging     the processor
 //!   serial clock text arena    the means to work and to speak
 //!   virtio/       transport and split queue, raw enough to be misused

@@ -1,8 +1,8 @@
-//! The one error of this program: a sentence, complete enough to act on.
+//! The one error of this program: a message, complete enough to act on.
 
 use std::fmt;
 
-/// A sentence that says what could not be done and why.
+/// A message that says what could not be done and why.
 #[derive(Debug)]
 pub struct Failure(String);
 
@@ -10,9 +10,9 @@ pub struct Failure(String);
 pub type Result<T> = std::result::Result<T, Failure>;
 
 impl Failure {
-    /// Makes a failure of a sentence (without its full stop).
-    pub fn new(sentence: impl Into<String>) -> Self {
-        Self(sentence.into())
+    /// Makes a failure of a message (without its full stop).
+    pub fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
     }
 
     /// The person at the terminal, or their supervisor, asked us to stop.

@@ -15,7 +15,7 @@ use crate::monitor::{CommandLine, Monitor, Running};
 use crate::rounds::{self, Figure, Plan, Sample};
 use crate::workspace::{Kernel, MEMORY_MIB, Workspace};
 
-/// Whom jailed monitors run as: a user nobody else is.
+/// The user that jailed monitors run as, and nothing else.
 const USER: &str = "64321";
 
 /// Starts or lives whose rate is taken.

@@ -318,7 +318,7 @@ fn ptrace(request: libc::c_uint, tid: libc::pid_t, data: usize) -> io::Result<()
 
 fn owned(fd: i64) -> io::Result<OwnedFd> {
     match libc::c_int::try_from(fd) {
-        // SAFETY: a system call has just returned this descriptor, and nobody else knows it.
+        // SAFETY: a system call has just returned this descriptor, and nothing else knows it.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }

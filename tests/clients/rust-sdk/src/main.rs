@@ -192,7 +192,7 @@ fn counted(console: &Path) -> usize {
     text.lines().filter(|line| line.contains("count ")).count()
 }
 
-/// Whether the process, a child that nobody has waited for, is over.
+/// Whether the process, a child that has not been waited for, is over.
 fn has_ended(pid: u32) -> bool {
     let stat = text_of(Path::new(&format!("/proc/{pid}/stat")));
     stat.rsplit_once(") ")

@@ -249,7 +249,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // A device that does not reset has been reported by whoever needed it.
+        // A device that does not reset has been reported by the word that needed it.
         let _ = self.reset();
     }
 }

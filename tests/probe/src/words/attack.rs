@@ -726,7 +726,7 @@ fn race(t: &mut Target) -> Result<(), Text> {
             let flags = (dice >> 8) as u16 & (NEXT | WRITE | INDIRECT);
             t.queue
                 .set_descriptor(place, address, size, flags, (dice >> 32) as u16 % 5);
-            // Type only among reads and unknown ones: the disk is somebody's.
+            // Type only among reads and unknown ones: the disk has content.
             x86::store(header, 4, dice >> 40 & 8 | 4);
             x86::store(header + 8, 8, dice);
         }

@@ -90,7 +90,7 @@ pub fn cpus(_: &mut Arguments) -> Outcome {
 fn tables(mut each: impl FnMut(u64, [u8; 4])) -> Result<u32, Text> {
     let rsdp = boot::info().rsdp;
     if rsdp == 0 {
-        return Err("no RSDP was handed over".into());
+        return Err("no RSDP was passed".into());
     }
     paging::map(rsdp, rsdp + 36)?;
     if x86::load(rsdp, 8) != u64::from_le_bytes(*b"RSD PTR ") || sum(rsdp, 20) != 0 {
