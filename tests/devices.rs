@@ -277,11 +277,10 @@ fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
         api.patch("/vm", json!({"state": "Paused"}));
         assert_eq!(api.get("/")["state"], "Paused");
         assert_eq!(metric(&api, "mayfly_quiescent"), 0);
-        let log = folder.read("log");
-        assert!(
-            log.contains("Paused, but not quiescent: 1 devices"),
-            "{log}"
-        );
+        common::wait_until("the log tells of the disk", || {
+            let log = folder.read("log");
+            log.contains("Paused, but not quiescent: 1 devices")
+        });
         assert!(hanging.is_waited_for(), "it did not hang all that time");
         drop(hanging);
         common::wait_until("it is quiescent", || metric(&api, "mayfly_quiescent") == 1);
