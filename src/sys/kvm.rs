@@ -120,6 +120,36 @@ pub struct Vcpu {
 // SAFETY: the page is the vCPU's own, reached by nothing but this value, and bound to no thread.
 unsafe impl Send for Vcpu {}
 
+/// Whether the host's processor has what hardware KVM needs: VMX or SVM. Without either the host's
+/// KVM is software for certain; with one it may still be.
+pub fn may_be_hardware() -> bool {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    const EXTENDED: u32 = 0x8000_0000;
+    const EXTENDED_FEATURES: u32 = 0x8000_0001;
+    let has_vmx = cpuid(1).1 & VMX != 0;
+    let has_extended = cpuid(EXTENDED).0 >= EXTENDED_FEATURES;
+    has_vmx || has_extended && cpuid(EXTENDED_FEATURES).1 & SVM != 0
+}
+
+/// EAX and ECX of a CPUID leaf of the host's.
+fn cpuid(leaf: u32) -> (u32, u32) {
+    let (eax, ecx);
+    // SAFETY: every 64-bit processor has the instruction; it changes four registers, of which RBX is
+    // restored and the others are declared.
+    unsafe {
+        std::arch::asm!(
+            "push rbx",
+            "cpuid",
+            "pop rbx",
+            inout("eax") leaf => eax,
+            inout("ecx") 0 => ecx,
+            out("edx") _,
+        );
+    }
+    (eax, ecx)
+}
+
 impl Vcpu {
     /// A vCPU by its descriptor; `len` is what KVM_GET_VCPU_MMAP_SIZE says.
     ///

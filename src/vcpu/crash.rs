@@ -6,6 +6,7 @@ use std::fmt;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::exits::{Access, End};
+use super::instruction;
 use crate::sys::kvm::{INSTRUCTION_MAX, Vcpu};
 
 /// How many exits are remembered.
@@ -100,6 +101,11 @@ impl Crash {
         let told = self.instruction.get(..self.instruction_len);
         told.unwrap_or_default()
     }
+
+    /// The name of that instruction, where it is known.
+    pub fn instruction_name(&self) -> Option<&'static str> {
+        instruction::name(self.instruction())
+    }
 }
 
 /// Whether KVM has reset the registers: on AMD it does so when the processor shuts down, because
@@ -120,6 +126,9 @@ impl fmt::Display for Crash {
         for (i, byte) in self.instruction().iter().enumerate() {
             f.write_str(if i == 0 { ", instruction bytes " } else { " " })?;
             write!(f, "{byte:02x}")?;
+        }
+        if let Some(name) = self.instruction_name() {
+            write!(f, " ({name})")?;
         }
         let mut exits = self.last_exits.iter();
         match exits.next() {
@@ -167,6 +176,13 @@ mod tests {
         assert_eq!(
             crash.to_string(),
             "RIP 0xffffffff81000000, CR2 0x10, instruction bytes 0f c7, \
+             last exits: port 0x60 in, mmio 0xd0000000 read"
+        );
+        crash.instruction[..4].copy_from_slice(&[0xf3, 0x0f, 0xb8, 0xc7]);
+        crash.instruction_len = 4;
+        assert_eq!(
+            crash.to_string(),
+            "RIP 0xffffffff81000000, CR2 0x10, instruction bytes f3 0f b8 c7 (popcnt), \
              last exits: port 0x60 in, mmio 0xd0000000 read"
         );
         crash.rip = None;

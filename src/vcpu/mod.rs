@@ -15,6 +15,7 @@
 
 mod crash;
 mod exits;
+mod instruction;
 
 use std::error::Error;
 use std::fmt;

@@ -18,7 +18,7 @@ use crate::serial::SerialEvent;
 use crate::sys::fd::{self, Interest};
 use crate::sys::kvm;
 use crate::vcpu::{Crash, End};
-use crate::wire::{self, EndReport};
+use crate::wire::{self, EndReport, SOFTWARE_KVM};
 use crate::{error, exit, info, log};
 
 /// How long clients' last answers may take to be written. As a rule they are at once; on a busy host
@@ -97,7 +97,7 @@ impl Vmm {
         if let Some(told) = self.end.take() {
             let report = EndReport {
                 end: word(end),
-                crash: crash.map(|crash| detail(index, &crash)),
+                crash: crash.map(|crash| detail(index, end, &crash)),
             };
             // The exit code says the most important part if nothing reads this.
             self.write_once("how the guest ended", told, report.to_string());
@@ -107,9 +107,13 @@ impl Vmm {
             End::PowerOff => info!("The guest powered its machine off."),
             _ => {
                 let what = self.failure(index, end);
+                let why = match needs_hardware_kvm(end) {
+                    true => format!("; {SOFTWARE_KVM}"),
+                    false => String::new(),
+                };
                 match crash {
-                    Some(crash) => error!("{what}: {crash}."),
-                    None => error!("{what}."),
+                    Some(crash) => error!("{what}: {crash}{why}."),
+                    None => error!("{what}{why}."),
                 }
             }
         }
@@ -180,8 +184,19 @@ impl Vmm {
     }
 }
 
+/// Whether the guest stopped at an instruction because this host's KVM emulates its kernel mode.
+fn needs_hardware_kvm(end: End) -> bool {
+    let is_emulation = matches!(
+        end,
+        End::InternalError {
+            suberror: KVM_INTERNAL_ERROR_EMULATION
+        }
+    );
+    is_emulation && !kvm::may_be_hardware()
+}
+
 /// What programs are told of a vCPU that the guest ended on.
-fn detail(vcpu: u8, crash: &Crash) -> wire::Crash {
+fn detail(vcpu: u8, end: End, crash: &Crash) -> wire::Crash {
     let bytes = crash.instruction().iter();
     let instruction: Vec<String> = bytes.map(|byte| format!("{byte:02x}")).collect();
     let exits = crash.last_exits.iter();
@@ -189,7 +204,13 @@ fn detail(vcpu: u8, crash: &Crash) -> wire::Crash {
         vcpu,
         rip: crash.rip,
         cr2: crash.cr2,
+        suberror: match end {
+            End::InternalError { suberror } => Some(suberror),
+            _ => None,
+        },
         instruction: instruction.join(" "),
+        instruction_name: crash.instruction_name().map(Into::into),
+        software_kvm: needs_hardware_kvm(end),
         last_exits: exits.map(|exit| exit.to_string()).collect(),
     }
 }

@@ -81,6 +81,16 @@ impl FromStr for End {
     }
 }
 
+/// What to tell the user of a guest that stopped at an instruction that software KVM lacks.
+pub const SOFTWARE_KVM: &str = "this host has software KVM (kvm_pvm), which emulates the guest's \
+                                kernel mode: a stock kernel does not run here, one that \
+                                tools/guest makes does (docs/guest-kernel.md)";
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 /// What is known of the vCPU that a guest ended on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Crash {
@@ -92,9 +102,19 @@ pub struct Crash {
     /// The address of its last page fault.
     #[serde(default, with = "hexadecimal")]
     pub cr2: Option<u64>,
+    /// KVM's number for the kind of failure (KVM_EXIT_INTERNAL_ERROR); 1 is an instruction that it
+    /// cannot emulate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suberror: Option<u32>,
     /// The bytes at its instruction pointer, in hexadecimal; empty when not known.
     #[serde(default)]
     pub instruction: String,
+    /// The name of that instruction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instruction_name: Option<String>,
+    /// Whether it is certain that the host has software KVM: see [`SOFTWARE_KVM`].
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub software_kvm: bool,
     /// Its last exits before that, the latest last.
     #[serde(default)]
     pub last_exits: Vec<String>,
@@ -187,6 +207,7 @@ mod tests {
                 cr2: None,
                 instruction: "0f 0b".into(),
                 last_exits: vec!["io out 0x3f8".into()],
+                ..Crash::default()
             }),
         };
         let text = crash.to_string();
@@ -196,6 +217,20 @@ mod tests {
              \"instruction\":\"0f 0b\",\"last_exits\":[\"io out 0x3f8\"]}\n"
         );
         assert_eq!(EndReport::parse(text.as_bytes()), Some(crash));
+        let stopped = EndReport {
+            end: End::NotRunnable,
+            crash: Some(Crash {
+                suberror: Some(1),
+                instruction: "f3 0f b8 c7".into(),
+                instruction_name: Some("popcnt".into()),
+                software_kvm: true,
+                ..Crash::default()
+            }),
+        };
+        let text = stopped.to_string();
+        assert!(text.contains("\"suberror\":1,"), "{text}");
+        assert!(text.contains("\"instruction_name\":\"popcnt\",\"software_kvm\":true"));
+        assert_eq!(EndReport::parse(text.as_bytes()), Some(stopped));
     }
 
     #[test]

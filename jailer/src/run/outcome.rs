@@ -4,7 +4,7 @@ mod report;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mayfly::wire::{EndReport, exit};
+use mayfly::wire::{EndReport, SOFTWARE_KVM, exit};
 use serde_json::{Value, json};
 
 pub use self::report::Report;
@@ -131,7 +131,7 @@ impl Verdict {
                 "a file mapped into the guest was cut short",
             ),
             exit::GUEST_CRASHED => return Verdict::new("crash", code, crash_text(seen)),
-            exit::GUEST_NOT_RUNNABLE => ("not-runnable", "KVM cannot run the guest any further"),
+            exit::GUEST_NOT_RUNNABLE => return Verdict::new("not-runnable", code, stop_text(seen)),
             exit::WORKER_FAILED => ("worker-failed", "a thread of the monitor failed"),
             exit::BAD_LOG_LEVEL | exit::BAD_ARGUMENTS => (
                 "refused",
@@ -178,6 +178,27 @@ fn crash_text(seen: &Seen) -> String {
         Some((crash, rip)) => format!("{text} on vCPU {}, RIP {rip:#x}", crash.vcpu),
         None => text.to_owned(),
     }
+}
+
+/// The same for a guest that KVM cannot run: with the instruction, and why the host lacks it.
+fn stop_text(seen: &Seen) -> String {
+    let mut text = "KVM cannot run the guest any further".to_owned();
+    let Some(crash) = seen.end.as_ref().and_then(|report| report.crash.as_ref()) else {
+        return text;
+    };
+    if let Some(rip) = crash.rip {
+        text += &format!(": vCPU {}, RIP {rip:#x}", crash.vcpu);
+    }
+    if !crash.instruction.is_empty() {
+        text += &format!(", instruction bytes {}", crash.instruction);
+    }
+    if let Some(name) = &crash.instruction_name {
+        text += &format!(" ({name})");
+    }
+    if crash.software_kvm {
+        text += &format!("; {SOFTWARE_KVM}");
+    }
+    text
 }
 
 /// When what happened, in microseconds since the jailer began.
@@ -337,5 +358,21 @@ mod tests {
         let facts = facts("x", &verdict, None, &seen, &Times::default());
         assert_eq!(facts["crash"]["rip"], "0x12");
         assert_eq!(facts["crash"]["last_exits"], json!(["hlt"]));
+    }
+
+    #[test]
+    fn stop_has_its_instruction_and_the_kind_of_host_in_its_message() {
+        let report = "not-runnable\n{\"vcpu\":0,\"rip\":\"0x12\",\"suberror\":1,\"instruction\":\
+                      \"f3 0f b8 c7\",\"instruction_name\":\"popcnt\",\"software_kvm\":true}\n";
+        let seen = Seen {
+            end: EndReport::parse(report.as_bytes()),
+            ..Seen::default()
+        };
+        let verdict = Verdict::of(Ended::Exited(161), &seen);
+        let expected = "KVM cannot run the guest any further: vCPU 0, RIP 0x12, instruction bytes \
+                        f3 0f b8 c7 (popcnt); this host has software KVM";
+        assert!(verdict.message.starts_with(expected), "{verdict:?}");
+        let facts = facts("x", &verdict, None, &seen, &Times::default());
+        assert_eq!(facts["crash"]["instruction_name"], "popcnt");
     }
 }
