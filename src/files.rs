@@ -29,11 +29,10 @@ use std::cell::OnceCell;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::inbox::Outbox;
+use crate::inbox::{Outbox, TaskReceiver, TaskSender, tasks};
 
 /// How much work may wait for the thread.
 pub const QUEUE: usize = 32;
@@ -151,7 +150,7 @@ struct Pending {
 /// Control's side of the files thread.
 #[derive(Debug)]
 pub struct Files<T> {
-    jobs: SyncSender<Job<T>>,
+    jobs: TaskSender<Job<T>>,
     steps: Steps,
     /// Values given to the thread to be dropped, and those that it has dropped.
     closes: u64,
@@ -168,7 +167,7 @@ pub struct Files<T> {
 /// The thread's side.
 #[derive(Debug)]
 pub struct FilesThread<T> {
-    jobs: Receiver<Job<T>>,
+    jobs: TaskReceiver<Job<T>>,
     steps: Steps,
     closed: Arc<AtomicU64>,
     finished: Outbox<Finished<T>>,
@@ -176,7 +175,7 @@ pub struct FilesThread<T> {
 
 /// Makes both sides; results are posted to `finished`.
 pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, FilesThread<T>) {
-    let (sender, receiver) = sync_channel(QUEUE);
+    let (sender, receiver) = tasks(QUEUE);
     let steps = Steps::default();
     let closed = Arc::new(AtomicU64::new(0));
     let control = Files {
@@ -204,7 +203,7 @@ impl<T> FilesThread<T> {
         CURRENT.with(|current| {
             let _ = current.set(self.steps.clone());
         });
-        while let Ok(job) = self.jobs.recv() {
+        while let Some(job) = self.jobs.receive() {
             match job {
                 Job::Work(token, work) => {
                     let result = work(&self.steps);
@@ -235,7 +234,7 @@ impl<T: Send + 'static> Files<T> {
             return Err(refused);
         }
         let token = self.next_token;
-        match self.jobs.try_send(Job::Work(token, work)) {
+        match self.jobs.send(Job::Work(token, work)) {
             Ok(()) => {
                 self.next_token = token.wrapping_add(1);
                 self.pending.push_back(Pending {
@@ -245,7 +244,7 @@ impl<T: Send + 'static> Files<T> {
                 });
                 Ok(token)
             }
-            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+            Err(job) => {
                 if let Job::Work(_, work) = job {
                     self.unclosed.push(Box::new(work));
                 }
@@ -278,9 +277,9 @@ impl<T: Send + 'static> Files<T> {
                 self.unclosed.push(value);
                 return;
             }
-            match self.jobs.try_send(Job::Close(value)) {
+            match self.jobs.send(Job::Close(value)) {
                 Ok(()) => self.closes = self.closes.saturating_add(1),
-                Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                Err(job) => {
                     // Kept until there is room: the number of open files bounds what can wait here.
                     if let Job::Close(value) = job {
                         self.unclosed.push(value);
@@ -370,7 +369,7 @@ mod tests {
     use crate::sys::fd::{self, Interest};
     use std::os::fd::AsRawFd;
     use std::sync::atomic::AtomicUsize;
-    use std::sync::mpsc::channel;
+    use std::sync::mpsc::{Receiver, channel};
     use std::thread;
 
     const LIMIT: Option<Duration> = Some(Duration::from_secs(5));

@@ -3,8 +3,14 @@
 //! An [`Inbox`] belongs to the one thread that empties it; a [`Sender`] may be cloned to any
 //! number of threads. Sending never blocks and, after construction, never allocates: a full
 //! inbox gives the message back. That a queue can be full is how a thread that has stopped
-//! listening (a device hanging in `fsync`) is kept from holding up, or growing, anybody else.
+//! listening (a device hanging in `fsync`) is kept from holding up, or growing, any other.
+//!
+//! A thread that waits for nothing but messages has a queue without an eventfd: [`tasks`].
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
+mod tasks;
+
+pub use tasks::{TaskReceiver, TaskSender, tasks};
 
 use std::fmt;
 use std::io;

@@ -7,11 +7,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
 use super::action::{ActionError, Context};
+use crate::inbox::{TaskSender, tasks};
 use crate::seccomp::{self, Category};
 use crate::sys::{self, process};
 use crate::{exit, log};
@@ -27,7 +28,7 @@ type Work = Box<dyn FnOnce() + Send>;
 /// A thread without work.
 #[derive(Debug)]
 pub struct ParkedThread {
-    work: SyncSender<Work>,
+    work: TaskSender<Work>,
     thread: JoinHandle<()>,
 }
 
@@ -68,9 +69,9 @@ impl ReadyLatch {
 /// # Errors
 /// When the host's limits do not allow another thread.
 pub fn parked(name: String) -> Result<ParkedThread, ActionError> {
-    let (work, orders): (SyncSender<Work>, Receiver<Work>) = sync_channel(1);
+    let (work, orders) = tasks::<Work>(2);
     let body = move || {
-        while let Ok(work) = orders.recv() {
+        while let Some(work) = orders.receive() {
             work();
         }
     };
@@ -92,9 +93,9 @@ impl ParkedThread {
         question: impl FnOnce() -> T + Send + 'static,
     ) -> Receiver<T> {
         let (answer, receiver) = sync_channel(1);
-        // The thread waits in `recv` and the channel has room for one; if it did not, the receiver
-        // would find the channel closed.
-        let _ = self.work.try_send(Box::new(move || {
+        // There is room for one question and the work; if there was not, the receiver would find the
+        // channel closed.
+        let _ = self.work.send(Box::new(move || {
             let _ = answer.try_send(question());
         }));
         receiver
@@ -128,7 +129,7 @@ impl ParkedThread {
                 thread::park();
             }
         };
-        // The thread waits in `recv`, or is about to; it lasts as long as this sender.
+        // There is room, and the thread lasts as long as this sender.
         let _ = self.work.send(Box::new(filtered));
         self.thread
     }
