@@ -100,7 +100,13 @@ fn run(args: Args, timeline: Timeline) -> ! {
     }
     // Read before there is nothing to be opened by name.
     let config = args.config_file.map(|path| {
-        vmm.read_config(&path)
+        // Behind Landlock threads have to be made later.
+        let meanwhile = |vmm: &mut Vmm| {
+            if !args.landlock {
+                vmm.prepare_start();
+            }
+        };
+        vmm.read_config(&path, meanwhile)
             .unwrap_or_else(|e| fail_for(firecracker_log::BAD_CONFIGURATION, &e.0, exit::ERROR))
     });
     let listener = match (args.api_fd, &args.api_sock) {

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::rand::GetRandomFlags;
 
 /// Standard input.
@@ -51,10 +52,8 @@ pub fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
 /// # Errors
 /// When the host has no descriptor left.
 pub fn pipe() -> io::Result<(File, File)> {
-    let (reader, writer) = io::pipe()?;
-    set_nonblocking(&reader)?;
-    set_nonblocking(&writer)?;
-    Ok((OwnedFd::from(reader).into(), OwnedFd::from(writer).into()))
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    Ok((reader.into(), writer.into()))
 }
 
 /// A copy of a descriptor that the process was started with (standard input, say), above 2.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use std::{io, mem};
 
 use kvm_bindings::CpuId;
-use kvm_ioctls::{IoEventAddress, Kvm};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::action::{ActionError, Context};
@@ -57,8 +57,6 @@ pub struct Host<'a> {
     pub events: &'a Sender<Event>,
     /// When what happened.
     pub timeline: &'a Timeline,
-    /// /dev/kvm, if it was passed.
-    pub kvm: Option<&'a Arc<Kvm>>,
     /// A line for the log once the guest is about to run.
     pub line: Option<&'static str>,
 }
@@ -67,6 +65,44 @@ impl Host<'_> {
     fn category(&self, category: Category) -> Option<Category> {
         self.settings.seccomp.then_some(category)
     }
+}
+
+/// What of a start needs no configuration: it can be made while that is read.
+pub struct Prepared {
+    kvm: Arc<Kvm>,
+    vm: VmFd,
+    serial: ParkedThread,
+    /// What the guest's CPU may be, which the serial thread asks meanwhile: it takes longest.
+    supported: Receiver<Result<CpuId, kvm_ioctls::Error>>,
+}
+
+impl fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Prepared")
+    }
+}
+
+/// Opens /dev/kvm, unless it was `passed`, and makes an empty virtual machine.
+///
+/// # Errors
+/// What failed; nothing of the attempt is left then.
+pub fn prepare(passed: Option<&Arc<Kvm>>) -> Result<Prepared, ActionError> {
+    let kvm = match passed {
+        Some(passed) => Arc::clone(passed),
+        None => Arc::new(Kvm::new().context(
+            "Opening /dev/kvm failed (is the module loaded, and may this user open it?)",
+        )?),
+    };
+    let serial = parked("serial".into())?;
+    let for_asking = Arc::clone(&kvm);
+    let supported = serial.ask(move || cpuid::supported(&for_asking));
+    let vm = arch::vm::create(&kvm).context(NO_VM)?;
+    Ok(Prepared {
+        kvm,
+        vm,
+        serial,
+        supported,
+    })
 }
 
 /// A machine whose guest is not loaded yet.
@@ -107,20 +143,18 @@ impl fmt::Debug for Begun {
 pub fn begin(
     host: &Host<'_>,
     configuration: &Configuration,
+    prepare: impl FnOnce() -> Result<Prepared, ActionError>,
     submit: impl FnOnce(Load) -> Result<u64, ActionError>,
 ) -> Result<(Begun, u64), ActionError> {
     let kernel = configuration.check_start()?;
     let machine = &configuration.machine;
-    let kvm = match host.kvm {
-        Some(passed) => Arc::clone(passed),
-        None => Arc::new(Kvm::new().context(
-            "Opening /dev/kvm failed (is the module loaded, and may this user open it?)",
-        )?),
-    };
-    let threads = Threads::make(configuration)?;
-    // Half a millisecond that needs no virtual machine: the serial thread asks meanwhile.
-    let for_asking = Arc::clone(&kvm);
-    let supported = threads.serial.ask(move || cpuid::supported(&for_asking));
+    let Prepared {
+        kvm,
+        vm,
+        serial,
+        supported,
+    } = prepare()?;
+    let threads = Threads::make(configuration, serial)?;
 
     // The machine: memory first, then KVM's part of it.
     let pages = match machine.huge_pages {
@@ -130,8 +164,8 @@ pub fn begin(
     };
     let memory = Memory::new(machine.mem_size_mib, pages);
     let mut memory = memory.context("Making guest memory failed")?;
-    let vm = Vm::new(&kvm, &memory, machine.track_dirty_pages);
-    let vm = Arc::new(vm.context("Making the virtual machine failed")?);
+    let vm = Vm::around(vm, &kvm, &memory, machine.track_dirty_pages);
+    let vm = Arc::new(vm.context(NO_VM)?);
     host.timeline.mark_again(Moment::MemoryMade);
 
     // What the guest starts with: kernel, initrd, command line, tables, and the devices' files. The
@@ -236,7 +270,13 @@ pub fn complete(
 
     let latch = ReadyLatch::of(threads.count() + 1);
     seal(host.category(Category::Files), &latch)?;
-    // From here on nothing fails: every thread, this one included, gets its work and its filter.
+    // From here on nothing fails: every thread, this one included, gets its work and its filter. What is
+    // said of it is written beside that, and before the guest can write anything: both may go to one
+    // place.
+    info!("The microVM is running.");
+    if let Some(line) = host.line {
+        info!("{line}");
+    }
     let mut vcpu_handles = Vec::with_capacity(vcpus.len());
     for ((vcpu, link), thread) in vcpus.into_iter().zip(threads.vcpus) {
         let thread = thread.start(host.category(Category::Vcpu), &latch, move || vcpu.run());
@@ -261,11 +301,6 @@ pub fn complete(
         warn!("The terminal stays as it is: {error}");
     }
     threads::filter_or_end(host.category(Category::Control));
-    // Written before the guest can write anything: both may go to one place.
-    info!("The microVM is running.");
-    if let Some(line) = host.line {
-        info!("{line}");
-    }
     latch.wait();
     log::flush(LOG_PATIENCE);
 
@@ -280,6 +315,7 @@ pub fn complete(
     Ok((machine, replaced))
 }
 
+const NO_VM: &str = "Making the virtual machine failed";
 const BAD_CPU: &str = "Cannot apply the CPU configuration";
 const NOT_PLACED: &str = "Placing a device failed";
 
@@ -292,7 +328,7 @@ struct Threads {
 }
 
 impl Threads {
-    fn make(configuration: &Configuration) -> Result<Self, ActionError> {
+    fn make(configuration: &Configuration, serial: ParkedThread) -> Result<Self, ActionError> {
         let vcpus = 0..configuration.machine.vcpu_count;
         // Tools pin vCPUs by these names.
         let vcpus = vcpus.map(|index| parked(format!("fc_vcpu {index}")));
@@ -303,7 +339,7 @@ impl Threads {
                 .threads()
                 .map(parked)
                 .collect::<Result<_, _>>()?,
-            serial: parked("serial".into())?,
+            serial,
         })
     }
 
@@ -526,7 +562,7 @@ fn begin_vcpus(
             let masks = Arc::clone(&masks);
             thread.ask(move || {
                 let vcpu = vm.create_vcpu(index);
-                let vcpu = vcpu.context("Making the virtual machine failed")?;
+                let vcpu = vcpu.context(NO_VM)?;
                 let table = cpuid::table(&supported, index, count, smt);
                 arch::vcpu::prepare(&vcpu, &table).context(BAD_VCPU)?;
                 arch::vcpu::mask_msrs(&vcpu, &masks).context(BAD_VCPU)?;

@@ -15,7 +15,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,12 @@ pub(super) enum Awaited {
     Metrics(Option<Reply>),
     /// Nothing is done with it.
     Nothing,
+}
+
+/// Work that control will wait for.
+pub(super) struct UnderWay<T> {
+    token: u64,
+    result: Receiver<Result<T, ActionError>>,
 }
 
 impl Vmm {
@@ -302,12 +308,28 @@ impl Vmm {
         limit: Option<Duration>,
         work: impl FnOnce() -> Result<T, ActionError> + Send + 'static,
     ) -> Result<T, ActionError> {
+        let begun = self.begin_file(limit, work)?;
+        self.await_file(begun)
+    }
+
+    /// The first half of that: something else can be done before [`Vmm::await_file`].
+    pub(super) fn begin_file<T: Send + 'static>(
+        &mut self,
+        limit: Option<Duration>,
+        work: impl FnOnce() -> Result<T, ActionError> + Send + 'static,
+    ) -> Result<UnderWay<T>, ActionError> {
         let (send, result) = sync_channel(1);
         let work = Box::new(move |_: &Steps| {
             let _ = send.send(work());
             FileResult::Done
         });
         let token = self.files.submit(limit, work).bare()?;
+        Ok(UnderWay { token, result })
+    }
+
+    /// The second half.
+    pub(super) fn await_file<T>(&mut self, begun: UnderWay<T>) -> Result<T, ActionError> {
+        let UnderWay { token, result } = begun;
         loop {
             let left = self.files.deadline();
             let left = left.map(|at| millis(at.saturating_duration_since(Instant::now())));

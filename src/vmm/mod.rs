@@ -43,6 +43,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 
 use self::action::{ActionError, Command, Context, Outcome, PendingReplies, Reply};
+use self::boot::Prepared;
 use self::configuration::Configuration;
 use self::file_work::{Awaited, FileResult};
 use self::lifecycle::{Input, Lifecycle};
@@ -165,6 +166,8 @@ pub struct Vmm {
     end: Option<File>,
     /// /dev/kvm as it was passed, until a machine is made.
     kvm: Option<Arc<Kvm>>,
+    /// What the first start will need, if it was made ahead of it.
+    prepared: Option<Prepared>,
     counters: report::Counters,
     /// What other threads than a machine's count.
     readers: Vec<Arc<dyn Reader>>,
@@ -212,6 +215,7 @@ impl Vmm {
             pending: PendingReplies::default(),
             end: None,
             kvm: None,
+            prepared: None,
             counters: report::Counters::default(),
             readers: Vec::new(),
             metrics: None,

@@ -365,7 +365,9 @@ fn read(
         // The program that passed a descriptor may have written the file and be at its end.
         file.rewind().map_err(not_read)?;
     }
-    let mut bytes = Vec::new();
+    let size = metadata.len().min(CONFIG_FILE_MAX);
+    // With room for one byte more, the end is found by the second call.
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0).saturating_add(1));
     let mut limited = file.take(CONFIG_FILE_MAX.saturating_add(1));
     limited.read_to_end(&mut bytes).map_err(not_read)?;
     if bytes.len() as u64 > CONFIG_FILE_MAX {

@@ -220,18 +220,30 @@ impl Vmm {
     }
 
     /// Reads the configuration in the file at `path`, to its end, however long that takes; SIGTERM and
-    /// its like end the process meanwhile.
+    /// its like end the process meanwhile. `meanwhile` is done beside that.
     ///
     /// # Errors
     /// The message for the person who named the file.
-    pub fn read_config(&mut self, path: &Path) -> Result<VmConfig, ActionError> {
+    pub fn read_config(
+        &mut self,
+        path: &Path,
+        meanwhile: impl FnOnce(&mut Self),
+    ) -> Result<VmConfig, ActionError> {
         let path = path.to_str().ok_or_else(|| {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
         let name = path.to_owned();
-        let bytes = self.wait_for_file(None, move || open::read_configuration(&name))?;
+        let work = self.begin_file(None, move || open::read_configuration(&name))?;
+        meanwhile(self);
+        let bytes = self.await_file(work)?;
         let parsed = config::parse_file(&bytes);
         parsed.context(format_args!("Cannot read the configuration `{path}`"))
+    }
+
+    /// Makes what the start will need and no configuration says. If it fails the start tries again,
+    /// and tells why.
+    pub fn prepare_start(&mut self) {
+        self.prepared = boot::prepare(self.kvm.as_ref()).ok();
     }
 
     /// Takes up `config` and starts it; `fail` ends the process if that fails. The descriptors it
@@ -316,15 +328,16 @@ impl Vmm {
             settings: &self.settings,
             events: &self.events,
             timeline: &self.timeline,
-            kvm: self.kvm.as_ref(),
             line,
         };
+        let (prepared, kvm) = (self.prepared.take(), self.kvm.as_ref());
+        let prepare = || prepared.map_or_else(|| boot::prepare(kvm), Ok);
         let files = &mut self.files;
         let submit = |load: boot::Load| {
             let work = Box::new(move |_: &Steps| FileResult::Loaded(Box::new(load())));
             files.submit(Some(FILE_PATIENCE), work).bare()
         };
-        match boot::begin(&host, &self.configuration, submit) {
+        match boot::begin(&host, &self.configuration, prepare, submit) {
             Ok((begun, token)) => {
                 self.awaited
                     .push((token, Awaited::Start(asker, Box::new(begun))));
@@ -343,7 +356,6 @@ impl Vmm {
             settings: &self.settings,
             events: &self.events,
             timeline: &self.timeline,
-            kvm: self.kvm.as_ref(),
             line: self.start_line,
         };
         let files = &mut self.files;

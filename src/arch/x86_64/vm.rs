@@ -91,8 +91,16 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`] naming the step that KVM refused.
+    #[cfg(test)]
     pub fn new(kvm: &Kvm, memory: &Memory, track_dirty: bool) -> Result<Vm, VmError> {
-        let fd = create(kvm)?;
+        Vm::around(create(kvm)?, kvm, memory, track_dirty)
+    }
+
+    /// The same of a virtual machine that [`create`] has made.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn around(fd: VmFd, kvm: &Kvm, memory: &Memory, track_dirty: bool) -> Result<Vm, VmError> {
         memory.register(&fd, track_dirty).map_err(VmError::Memory)?;
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(VmError::Tss)?;
@@ -125,8 +133,12 @@ impl Vm {
     }
 }
 
-/// KVM_CREATE_VM gives up when a signal arrives while it waits for the host's locks.
-fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
+/// Makes an empty virtual machine. KVM_CREATE_VM gives up when a signal arrives while it waits for
+/// the host's locks.
+///
+/// # Errors
+/// [`VmError::Create`] when KVM refuses.
+pub fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
     const ATTEMPTS: usize = 5;
     let mut result = kvm.create_vm();
     for _ in 1..ATTEMPTS {
