@@ -213,7 +213,9 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
         ..VmConfig::default()
     };
     let boot = config.boot_source.as_ref();
-    let has_initrd = boot.is_some_and(|boot| boot.initrd_path.is_some());
+    // The initrd is the root file system, or the command line names another than the first drive.
+    let named = |boot: &BootSource| boot.boot_args.as_ref().is_some_and(|line| names_root(line));
+    let has_root = boot.is_some_and(|boot| boot.initrd_path.is_some() || named(boot));
     for (index, (path, read_only)) in words.all("--drive", drive)?.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             drive_id: match index {
@@ -221,7 +223,7 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
                 _ => format!("disk{index}"),
             },
             partuuid: None,
-            is_root_device: index == 0 && !has_initrd,
+            is_root_device: index == 0 && !has_root,
             cache_type: CacheType::default(),
             is_read_only: Some(read_only),
             path_on_host: path,
@@ -248,6 +250,12 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
         config.devices.network_interfaces.push(interface);
     }
     Ok(Machine::Plain(Box::new(config), own_tap))
+}
+
+/// Whether a kernel command line says where the root file system is, before what is for init.
+fn names_root(line: &str) -> bool {
+    let words = line.split_whitespace().take_while(|word| *word != "--");
+    words.into_iter().any(|word| word.starts_with("root="))
 }
 
 /// The monitor's default command line with a console, which this command shows: the word that keeps
@@ -388,6 +396,18 @@ mod tests {
 
     fn options(text: &str) -> Options {
         line(text).unwrap().unwrap()
+    }
+
+    #[test]
+    fn the_first_drive_is_the_root_unless_the_command_line_names_one() {
+        let is_root = |text: &str| match options(text).machine {
+            Machine::Plain(config, _) => config.devices.drives[0].is_root_device,
+            other => panic!("{other:?}"),
+        };
+        assert!(is_root("--kernel k --drive a"));
+        assert!(is_root("--kernel k --cmdline quiet --drive a"));
+        assert!(!is_root("--kernel k --cmdline root=/dev/vda2 --drive a"));
+        assert!(!names_root("quiet -- root=x noroot=x") && names_root("quiet root=LABEL=x -- y"));
     }
 
     #[test]
