@@ -1,0 +1,345 @@
+//! tar archives (POSIX ustar, with the extensions of GNU and pax): names, kinds, owners and content,
+//! one entry after the other. Archives are hostile: extension records are bounded, numbers checked,
+//! and nothing is written here.
+
+use std::io::{self, Read};
+
+use crate::bytes::has;
+use crate::sparse::fill;
+
+const BLOCK: usize = 512;
+/// A long name, or a record of pax attributes.
+const EXTENSION_MAX: u64 = 1 << 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryKind {
+    File,
+    HardLink,
+    Symlink,
+    CharDevice,
+    BlockDevice,
+    Folder,
+    Fifo,
+}
+
+#[derive(Debug, Clone)]
+#[expect(dead_code, reason = "a disk needs name and size only")]
+pub struct Entry {
+    pub name: Vec<u8>,
+    pub link: Vec<u8>,
+    pub kind: EntryKind,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime: i64,
+    pub device: (u32, u32),
+    pub size: u64,
+    /// Extended attributes.
+    pub attributes: Vec<(String, Vec<u8>)>,
+}
+
+/// What pax and GNU records before an entry say of it.
+#[derive(Debug, Clone, Default)]
+struct Extended {
+    name: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+    mtime: Option<i64>,
+    attributes: Vec<(String, Vec<u8>)>,
+}
+
+#[derive(Debug)]
+pub struct Archive<R> {
+    from: R,
+    /// Bytes of the current entry, and of its padding, that are still to come.
+    left: u64,
+    padding: u64,
+    global: Extended,
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
+}
+
+impl<R: Read> Archive<R> {
+    pub fn new(from: R) -> Self {
+        Archive {
+            from,
+            left: 0,
+            padding: 0,
+            global: Extended::default(),
+        }
+    }
+
+    /// The next entry; its content is read from this archive.
+    pub fn next(&mut self) -> io::Result<Option<Entry>> {
+        let mut extended = self.global.clone();
+        loop {
+            self.skip()?;
+            let mut header = [0; BLOCK];
+            match fill(&mut self.from, &mut header)? {
+                BLOCK => {}
+                // Some archives lack the blocks of zeros at their end.
+                0 => return Ok(None),
+                _ => return Err(invalid("the archive is truncated")),
+            }
+            if header.iter().all(|&byte| byte == 0) {
+                return Ok(None);
+            }
+            if checksum(&header) != number(&header[148..156]) {
+                return Err(invalid("a header of the archive is damaged"));
+            }
+            let size = number(&header[124..136]).ok_or_else(|| invalid("an entry has no size"))?;
+            let kind = header[156];
+            if !matches!(kind, b'L' | b'K' | b'x' | b'g') {
+                return self.entry(&header, size, extended).map(Some);
+            }
+            if size > EXTENSION_MAX {
+                return Err(invalid("an extension record is longer than 1 MiB"));
+            }
+            self.begin(size);
+            let mut record = vec![0; size as usize];
+            self.read_exact(&mut record)?;
+            let text = || {
+                record
+                    .split(|&byte| byte == 0)
+                    .next()
+                    .unwrap_or(&[])
+                    .to_vec()
+            };
+            match kind {
+                b'L' => extended.name = Some(text()),
+                b'K' => extended.link = Some(text()),
+                b'x' => pax(&record, &mut extended)?,
+                _ => {
+                    pax(&record, &mut self.global)?;
+                    pax(&record, &mut extended)?;
+                }
+            }
+        }
+    }
+
+    fn entry(&mut self, header: &[u8; BLOCK], size: u64, extended: Extended) -> io::Result<Entry> {
+        let field = |from: usize, to: usize| {
+            let field = &header[from..to];
+            field
+                .split(|&byte| byte == 0)
+                .next()
+                .unwrap_or(&[])
+                .to_vec()
+        };
+        let kind = match header[156] {
+            0 | b'0' | b'7' => EntryKind::File,
+            b'1' => EntryKind::HardLink,
+            b'2' => EntryKind::Symlink,
+            b'3' => EntryKind::CharDevice,
+            b'4' => EntryKind::BlockDevice,
+            b'5' => EntryKind::Folder,
+            b'6' => EntryKind::Fifo,
+            b'S' => return Err(invalid("it was made with --sparse, which is not read here")),
+            _ => return Err(invalid("an entry is of an unknown type")),
+        };
+        let mut name = field(0, 100);
+        // Only POSIX archives have the second half of a long name there.
+        if has(header, 257, b"ustar\0") && header[345] != 0 {
+            name = [field(345, 500), name].join(&b'/');
+        }
+        let name = extended.name.unwrap_or(name);
+        // In the oldest archives only a slash tells a folder.
+        let kind = match kind {
+            EntryKind::File if name.ends_with(b"/") => EntryKind::Folder,
+            other => other,
+        };
+        let size = match kind {
+            EntryKind::File => extended.size.unwrap_or(size),
+            _ => 0,
+        };
+        self.begin(size);
+        let short =
+            |from: usize, to: usize| number(&header[from..to]).and_then(|n| u32::try_from(n).ok());
+        Ok(Entry {
+            name,
+            link: extended.link.unwrap_or_else(|| field(157, 257)),
+            kind,
+            mode: short(100, 108).unwrap_or(0) & 0o7777,
+            uid: extended.uid.or(short(108, 116)).unwrap_or(0),
+            gid: extended.gid.or(short(116, 124)).unwrap_or(0),
+            mtime: extended
+                .mtime
+                .unwrap_or(number(&header[136..148]).unwrap_or(0) as i64),
+            device: (short(329, 337).unwrap_or(0), short(337, 345).unwrap_or(0)),
+            size,
+            attributes: extended.attributes,
+        })
+    }
+
+    fn begin(&mut self, size: u64) {
+        self.left = size;
+        self.padding = (BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64;
+    }
+
+    /// Skips what is left of the current entry.
+    fn skip(&mut self) -> io::Result<()> {
+        let rest = self.left.saturating_add(self.padding);
+        let skipped = io::copy(&mut (&mut self.from).take(rest), &mut io::sink())?;
+        // The padding of the last entry may be missing.
+        if skipped < self.left {
+            return Err(invalid("the archive is truncated"));
+        }
+        (self.left, self.padding) = (0, 0);
+        Ok(())
+    }
+}
+
+/// The content of the current entry.
+impl<R: Read> Read for Archive<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let max = buffer
+            .len()
+            .min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if max == 0 {
+            return Ok(0);
+        }
+        let len = self.from.read(&mut buffer[..max])?;
+        if len == 0 {
+            return Err(invalid("the archive is truncated"));
+        }
+        self.left -= len as u64;
+        Ok(len)
+    }
+}
+
+/// Octal digits, or the base-256 number of GNU.
+fn number(field: &[u8]) -> Option<u64> {
+    match field.first()? {
+        0x80 => field[1..].iter().try_fold(0u64, |value, &byte| {
+            value.checked_mul(256)?.checked_add(u64::from(byte))
+        }),
+        0x81.. => None,
+        _ => {
+            let text = std::str::from_utf8(field).ok()?;
+            let text = text.trim_matches(['\0', ' ']);
+            if text.is_empty() {
+                Some(0)
+            } else {
+                u64::from_str_radix(text, 8).ok()
+            }
+        }
+    }
+}
+
+/// The sum of a header's bytes, its own field taken as spaces.
+fn checksum(header: &[u8; BLOCK]) -> Option<u64> {
+    let sum: u64 = header.iter().map(|&byte| u64::from(byte)).sum();
+    let own: u64 = header[148..156].iter().map(|&byte| u64::from(byte)).sum();
+    Some(sum - own + 8 * u64::from(b' '))
+}
+
+/// `LENGTH KEY=VALUE\n`, again and again.
+fn pax(record: &[u8], into: &mut Extended) -> io::Result<()> {
+    let bad = || invalid("a pax record is damaged");
+    let mut rest = record;
+    while !rest.is_empty() && rest[0] != 0 {
+        let space = rest.iter().position(|&byte| byte == b' ').ok_or_else(bad)?;
+        let len = std::str::from_utf8(&rest[..space])
+            .ok()
+            .and_then(|text| text.parse::<usize>().ok());
+        let len = len
+            .filter(|&len| len > space + 1 && len <= rest.len())
+            .ok_or_else(bad)?;
+        let line = rest[space + 1..len].strip_suffix(b"\n").ok_or_else(bad)?;
+        rest = &rest[len..];
+        let equals = line.iter().position(|&byte| byte == b'=').ok_or_else(bad)?;
+        let (key, value) = (
+            String::from_utf8_lossy(&line[..equals]),
+            &line[equals + 1..],
+        );
+        let text = || std::str::from_utf8(value).map_err(|_| bad());
+        match &*key {
+            "path" => into.name = Some(value.to_vec()),
+            "linkpath" => into.link = Some(value.to_vec()),
+            "size" => into.size = Some(text()?.parse().map_err(|_| bad())?),
+            "uid" => into.uid = Some(text()?.parse().map_err(|_| bad())?),
+            "gid" => into.gid = Some(text()?.parse().map_err(|_| bad())?),
+            "mtime" => {
+                let whole = text()?.split('.').next().unwrap_or("");
+                into.mtime = Some(whole.parse().map_err(|_| bad())?);
+            }
+            _ if key.starts_with("GNU.sparse") => {
+                return Err(invalid("it was made with --sparse, which is not read here"));
+            }
+            _ => {
+                if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
+                    into.attributes.push((name.to_owned(), value.to_vec()));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(name: &str, kind: u8, size: u64) -> [u8; BLOCK] {
+        let mut header = [0; BLOCK];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[100..107].copy_from_slice(b"0004755");
+        header[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
+        header[156] = kind;
+        header[257..263].copy_from_slice(b"ustar\0");
+        let sum = checksum(&header).unwrap();
+        header[148..154].copy_from_slice(format!("{sum:06o}").as_bytes());
+        header
+    }
+
+    fn padded(content: &[u8]) -> Vec<u8> {
+        let mut content = content.to_vec();
+        content.resize(content.len().next_multiple_of(BLOCK), 0);
+        content
+    }
+
+    #[test]
+    fn entries_have_the_names_and_owners_of_pax_records() {
+        let record = b"13 path=a/b\n".to_vec();
+        assert!(pax(&record, &mut Extended::default()).is_err());
+        let record = b"12 path=a/b\n14 uid=100000\n32 SCHILY.xattr.security.c=\x01\x00\n\x02\n";
+        let mut archive = header("x", b'x', record.len() as u64).to_vec();
+        archive.extend(padded(record));
+        archive.extend(header("short", b'0', 5));
+        archive.extend(padded(b"hello"));
+        archive.extend(header("dir/", b'5', 0));
+        let mut archive = Archive::new(&archive[..]);
+        let entry = archive.next().unwrap().unwrap();
+        assert_eq!(
+            (entry.name.as_slice(), entry.uid, entry.mode),
+            (&b"a/b"[..], 100_000, 0o4755)
+        );
+        assert_eq!(entry.attributes.len(), 1);
+        let mut content = String::new();
+        archive.read_to_string(&mut content).unwrap();
+        assert_eq!(content, "hello");
+        assert_eq!(archive.next().unwrap().unwrap().kind, EntryKind::Folder);
+        assert!(archive.next().unwrap().is_none());
+    }
+
+    #[test]
+    fn archives_that_are_truncated_or_claim_much_are_refused() {
+        let file = header("a", b'0', 7 << 30);
+        let mut archive = Archive::new(&file[..]);
+        archive.next().unwrap();
+        assert!(archive.read(&mut [0; 16]).is_err());
+        let mut archive = Archive::new(&file[..]);
+        archive.next().unwrap();
+        assert!(archive.next().is_err());
+        let long = header("a", b'L', 7 << 30);
+        assert!(Archive::new(&long[..]).next().is_err());
+        let mut wrong = header("a", b'0', 0);
+        wrong[0] = b'b';
+        assert!(Archive::new(&wrong[..]).next().is_err());
+        assert!(Archive::new(&header("a", b'0', 0)[..300]).next().is_err());
+    }
+}

@@ -1,0 +1,286 @@
+//! What boots a disk: the kernel and initrd in it, where they can be read without mounting (ext2 to
+//! ext4, by debugfs), and the command line that starts it.
+
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::contents::{Contents, Partition};
+use crate::failure::{Context, Failure, Result, printable};
+use crate::tool::Tool;
+
+/// A kernel or an initrd is at most this long.
+const BOOT_FILE_MAX: u64 = 1 << 30;
+
+/// A file in the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inside {
+    pub partition: u32,
+    start: u64,
+    pub path: String,
+}
+
+#[derive(Debug, Default)]
+pub struct Boot {
+    pub kernel: Option<Inside>,
+    pub initrd: Option<Inside>,
+    /// The root file system: the number of its partition, 0 the whole disk.
+    pub root: Option<u32>,
+    pub root_is_read_only: bool,
+    pub notes: Vec<String>,
+}
+
+/// Looks into the disk `name` in the folder `folder`.
+pub fn find(contents: &Contents, folder: &Path, name: &str) -> Boot {
+    let mut boot = Boot::default();
+    let whole = contents.whole.as_ref().map(|whole| Partition {
+        number: 0,
+        start: 0,
+        len: 0,
+        name: String::new(),
+        content: Some(whole.clone()),
+    });
+    let places: Vec<Partition> = whole
+        .into_iter()
+        .chain(contents.partitions.iter().cloned())
+        .collect();
+    let debugfs = Tool::find("debugfs", "e2fsprogs");
+    if let Err(why) = &debugfs {
+        boot.notes
+            .push(format!("not looked for a kernel inside: {why}"));
+    }
+    let mut unread = Vec::new();
+    for place in &places {
+        let Some(content) = &place.content else {
+            continue;
+        };
+        if content.is_ext() {
+            if let Ok(tool) = &debugfs {
+                look_into(tool, place, folder, name, &mut boot);
+            }
+        } else if content.may_be_root() {
+            unread.push(format!("{} ({})", device(place.number), content.kind));
+        }
+    }
+    if boot.root.is_none() {
+        // The largest that could be it.
+        let candidates = places.iter().filter(|place| {
+            place
+                .content
+                .as_ref()
+                .is_some_and(|content| content.may_be_root())
+        });
+        boot.root = candidates
+            .max_by_key(|place| place.len)
+            .map(|place| place.number);
+    }
+    let root = places.iter().find(|place| Some(place.number) == boot.root);
+    boot.root_is_read_only = root
+        .and_then(|root| root.content.as_ref())
+        .is_some_and(|content| content.is_read_only());
+    if boot.kernel.is_none() && !unread.is_empty() {
+        let list = unread.join(", ");
+        boot.notes.push(format!(
+            "a kernel inside {list} cannot be seen without mounting it"
+        ));
+    }
+    boot
+}
+
+/// Linux's name of a partition of the first disk.
+pub fn device(number: u32) -> String {
+    match number {
+        0 => "/dev/vda".into(),
+        number => format!("/dev/vda{number}"),
+    }
+}
+
+/// A kernel, an initrd and the signs of a root file system on an ext file system.
+fn look_into(tool: &Tool, place: &Partition, folder: &Path, name: &str, boot: &mut Boot) {
+    let top = list(tool, folder, name, place.start, "/");
+    let has = |what: &str| top.iter().any(|(name, _)| name == what);
+    let is_root = has("etc") && (has("sbin") || has("usr") || has("bin"));
+    if is_root && boot.root.is_none() {
+        boot.root = Some(place.number);
+    }
+    let mut files = top;
+    if is_root {
+        let below = list(tool, folder, name, place.start, "/boot");
+        files = below
+            .into_iter()
+            .map(|(name, file)| (format!("boot/{name}"), file))
+            .collect();
+    }
+    let files: Vec<String> = files
+        .into_iter()
+        .filter(|(_, file)| *file)
+        .map(|(name, _)| name)
+        .collect();
+    let of = |path: &str| Inside {
+        partition: place.number,
+        start: place.start,
+        path: format!("/{path}"),
+    };
+    if boot.kernel.is_some() {
+        return;
+    }
+    let Some(kernel) = newest(
+        &files,
+        &["vmlinuz", "vmlinux", "bzImage", "kernel", "Image"],
+    ) else {
+        return;
+    };
+    boot.kernel = Some(of(kernel));
+    let version = kernel.split_once('-').map_or("", |(_, version)| version);
+    let fitting: Vec<String> = files
+        .iter()
+        .filter(|name| name.contains(version))
+        .cloned()
+        .collect();
+    boot.initrd = newest(&fitting, &["initrd", "initramfs"]).map(of);
+}
+
+/// The file with the highest version among those whose name begins so.
+fn newest<'a>(files: &'a [String], begins: &[&str]) -> Option<&'a str> {
+    let is_it = |path: &&String| {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        begins.iter().any(|begin| name.starts_with(begin)) && !name.contains("rescue")
+    };
+    files
+        .iter()
+        .filter(is_it)
+        .max_by_key(|path| version(path))
+        .map(String::as_str)
+}
+
+/// Numbers compared as numbers.
+fn version(name: &str) -> Vec<(u64, String)> {
+    let mut parts = Vec::new();
+    for part in name.split(|c: char| !c.is_ascii_alphanumeric()) {
+        let digits = part.bytes().take_while(u8::is_ascii_digit).count();
+        parts.push((
+            part[..digits].parse().unwrap_or(0),
+            part[digits..].to_owned(),
+        ));
+    }
+    parts
+}
+
+/// Names that are safe to give to debugfs, which splits its commands at spaces, and in a message.
+fn is_plain(name: &str) -> bool {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"._+-~@".contains(&b);
+    !name.is_empty() && name.bytes().all(is_plain) && name != "." && name != ".."
+}
+
+/// Names in a folder of the file system, and whether each is a regular file.
+fn list(tool: &Tool, folder: &Path, disk: &str, start: u64, path: &str) -> Vec<(String, bool)> {
+    let mut command = tool.command();
+    command.current_dir(folder);
+    command.args(["-c", "-R", &format!("ls -p {path}")]);
+    command.arg(format!("{disk}?offset={start}"));
+    let ended = tool.finish(command, |out| {
+        let mut output = Vec::new();
+        out.take(16 << 20).read_to_end(&mut output)?;
+        Ok(output)
+    });
+    let Ok(ended) = ended else { return Vec::new() };
+    let text = String::from_utf8_lossy(&ended.output);
+    // /inode/mode/uid/gid/name/size/
+    let entry = |line: &str| {
+        let fields: Vec<&str> = line.split('/').collect();
+        let [_, _, mode, _, _, name, ..] = fields[..] else {
+            return None;
+        };
+        is_plain(name).then(|| (name.to_owned(), mode.starts_with("10")))
+    };
+    text.lines().filter_map(entry).collect()
+}
+
+/// Copies a file out of the disk into `to`, in the same folder.
+pub fn extract(inside: &Inside, folder: &Path, disk: &str, to: &str) -> Result<()> {
+    let tool = Tool::find("debugfs", "e2fsprogs")?;
+    let mut command = tool.command();
+    command.current_dir(folder);
+    command.args(["-c", "-R", &format!("dump {} {to}", inside.path)]);
+    command.arg(format!("{disk}?offset={}", inside.start));
+    let ended = tool.finish(command, |_| Ok(Vec::new()))?;
+    let file = folder.join(to);
+    let len = std::fs::metadata(&file).map_or(0, |it| it.len());
+    if ended.code != Some(0) || len == 0 || len > BOOT_FILE_MAX {
+        return Err(Failure::plain(format!(
+            "{} inside of the disk cannot be read: its file system is damaged; check it with e2fsck",
+            inside.path
+        )));
+    }
+    std::fs::File::open(&file)
+        .and_then(|file| file.sync_all())
+        .cannot("write", &file)
+}
+
+/// A word as a shell takes it.
+fn quoted(path: &Path) -> String {
+    let is_plain = |&b: &u8| b.is_ascii_alphanumeric() || b"._+-/=:@%".contains(&b);
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.iter().all(is_plain) {
+        return printable(path);
+    }
+    format!("'{}'", printable(path).replace('\'', r"'\''"))
+}
+
+/// The command that starts the disk; `kernel` and `initrd` are files of this host.
+pub fn command(boot: &Boot, disk: &Path, kernel: Option<&Path>, initrd: Option<&Path>) -> String {
+    let mut line = "mayfly-jailer run".to_owned();
+    if rustix::process::geteuid().is_root() {
+        line += " --uid 1000 --gid 1000";
+    }
+    let kernel = kernel.map_or(PathBuf::from("target/guest/vmlinux"), Path::to_path_buf);
+    line += &format!(" --kernel {}", quoted(&kernel));
+    if let Some(initrd) = initrd {
+        line += &format!(" --initrd {}", quoted(initrd));
+    }
+    let mut words = "console=ttyS0 reboot=k panic=1".to_owned();
+    if let Some(root) = boot.root {
+        let mode = if boot.root_is_read_only { "ro" } else { "rw" };
+        words += &format!(" root={} {mode}", device(root));
+    }
+    let read_only = if boot.root_is_read_only && boot.root == Some(0) {
+        ":ro"
+    } else {
+        ""
+    };
+    line += &format!(
+        " --cmdline '{words}' --memory 512 --drive {}{read_only}",
+        quoted(disk)
+    );
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newest_kernel_is_that_of_the_highest_version() {
+        let names = [
+            "boot/vmlinuz-6.1.0-9-amd64",
+            "boot/vmlinuz-6.1.0-18-amd64",
+            "boot/config-7",
+        ];
+        let names = names.map(str::to_owned);
+        assert_eq!(
+            newest(&names, &["vmlinuz"]),
+            Some("boot/vmlinuz-6.1.0-18-amd64")
+        );
+        assert_eq!(newest(&names, &["initrd"]), None);
+    }
+
+    #[test]
+    fn names_with_what_debugfs_or_a_shell_would_read_are_not_used() {
+        assert!(is_plain("vmlinuz-6.1.0-18-amd64"));
+        for name in ["a b", "a\"b", "a\nb", "", "..", "a/b", "vmlinuz;x"] {
+            assert!(!is_plain(name), "{name}");
+        }
+        assert_eq!(quoted(Path::new("/a b")), "'/a b'");
+        assert_eq!(quoted(Path::new("it's")), r"'it'\''s'");
+    }
+}

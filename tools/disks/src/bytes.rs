@@ -1,0 +1,114 @@
+//! Numbers in files of others: every read is checked, none panics.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// As many bytes as the file has at `at`, at most `len`.
+pub fn read(file: &File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+    let (mut bytes, mut have) = (vec![0; len], 0);
+    while have < len {
+        match file.read_at(&mut bytes[have..], at.saturating_add(have as u64)) {
+            Ok(0) => break,
+            Ok(more) => have += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(have);
+    Ok(bytes)
+}
+
+fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+pub fn le16(bytes: &[u8], at: usize) -> Option<u16> {
+    array(bytes, at).map(u16::from_le_bytes)
+}
+
+pub fn le32(bytes: &[u8], at: usize) -> Option<u32> {
+    array(bytes, at).map(u32::from_le_bytes)
+}
+
+pub fn le64(bytes: &[u8], at: usize) -> Option<u64> {
+    array(bytes, at).map(u64::from_le_bytes)
+}
+
+pub fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    array(bytes, at).map(u16::from_be_bytes)
+}
+
+pub fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    array(bytes, at).map(u32::from_be_bytes)
+}
+
+pub fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    array(bytes, at).map(u64::from_be_bytes)
+}
+
+/// Whether `what` is at `at`.
+pub fn has(bytes: &[u8], at: usize, what: &[u8]) -> bool {
+    bytes.get(at..).is_some_and(|rest| rest.starts_with(what))
+}
+
+/// Text up to its first zero byte, without control characters.
+pub fn text(bytes: &[u8], at: usize, len: usize) -> String {
+    let end = at.saturating_add(len).min(bytes.len());
+    let field = bytes.get(at..end).unwrap_or_default();
+    let field = field.split(|&byte| byte == 0).next().unwrap_or_default();
+    crate::failure::clean(String::from_utf8_lossy(field).trim())
+}
+
+/// A size as people say it, exact where it is not a whole number.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    for (shift, unit) in UNITS {
+        let (whole, rest) = (bytes >> shift, bytes & ((1 << shift) - 1));
+        if whole == 0 {
+            continue;
+        }
+        if rest == 0 {
+            return format!("{whole} {unit}");
+        }
+        let tenths = (u128::from(bytes) * 10) >> shift;
+        return format!("{}.{} {unit} ({bytes} bytes)", tenths / 10, tenths % 10);
+    }
+    format!("{bytes} bytes")
+}
+
+/// CRC-32 as of IEEE 802.3, as GPT has it.
+pub fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |mut crc, &byte| {
+        crc ^= u32::from(byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
+        }
+        crc
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crc32_is_that_of_the_standard() {
+        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn sizes_are_exact() {
+        assert_eq!(size(100 << 20), "100 MiB");
+        assert_eq!(size((100 << 20) + 512), "100.0 MiB (104858112 bytes)");
+        assert_eq!(size(12), "12 bytes");
+    }
+
+    #[test]
+    fn numbers_past_the_end_are_none() {
+        assert_eq!(le32(&[1, 2, 3], 0), None);
+        assert_eq!(be64(&[0; 8], usize::MAX), None);
+        assert_eq!(be16(&[1, 2], 0), Some(0x102));
+        assert_eq!(text(b"ab\0c", 1, 100), "b");
+    }
+}

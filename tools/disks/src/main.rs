@@ -1,0 +1,55 @@
+//! Disks for guests: from other hypervisors and back (`import`, `export`), and root disks from
+//! folders, archives and container images (`rootfs`). `tools/guest` passes these subcommands here.
+//!
+//! One thread and other programs do the work: qemu-img reads and writes foreign formats, mke2fs and
+//! mkfs.erofs make file systems, gzip, xz and zstd unpack. This program decides what they may open:
+//! it reads every header itself first, so that nothing is guessed and no file outside of the image's
+//! folder is touched. Images are hostile input; results appear whole or not at all.
+
+mod archive;
+mod boot;
+mod bytes;
+mod contents;
+mod export;
+mod failure;
+mod formats;
+mod import;
+mod output;
+mod progress;
+mod qemu;
+mod sparse;
+mod tool;
+mod unpack;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "tools/guest", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a raw disk of another hypervisor's
+    Import(import::Import),
+    /// Make another hypervisor's disk of a raw one
+    Export(export::Export),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Import(args) => import::run(&args),
+        Command::Export(args) => export::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mayfly-disks: {error}.");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Copies that keep holes and make holes of zeros.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use crate::failure::{Context, Result};
+use crate::progress::Progress;
+
+const CHUNK: usize = 1 << 20;
+/// Zeros are left out in pieces of the usual block size.
+const BLOCK: usize = 4096;
+
+/// Writes `bytes` at `at` without their blocks of zeros.
+fn write_data(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    let mut start = None;
+    for (index, block) in bytes.chunks(BLOCK).enumerate() {
+        let here = index * BLOCK;
+        let is_zero = block.iter().all(|&byte| byte == 0);
+        match (start, is_zero) {
+            (None, false) => start = Some(here),
+            (Some(from), true) => {
+                to.write_all_at(&bytes[from..here], at + from as u64)?;
+                start = None;
+            }
+            _ => {}
+        }
+    }
+    match start {
+        Some(from) => to.write_all_at(&bytes[from..], at + from as u64),
+        None => Ok(()),
+    }
+}
+
+/// Fills `buffer` as far as `from` has bytes.
+pub fn fill(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while len < buffer.len() {
+        match from.read(&mut buffer[len..]) {
+            Ok(0) => break,
+            Ok(more) => len += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(len)
+}
+
+/// Writes all that `from` has, at most `max` bytes, into the empty file `to`; its length.
+pub fn from_stream(
+    from: &mut dyn Read,
+    to: &File,
+    max: u64,
+    progress: &mut Progress,
+) -> io::Result<u64> {
+    let (mut buffer, mut at) = (vec![0; CHUNK], 0u64);
+    loop {
+        let len = fill(from, &mut buffer)?;
+        if len == 0 {
+            to.set_len(at)?;
+            return Ok(at);
+        }
+        if at + len as u64 > max {
+            return Err(io::Error::other(format!("more than {} MiB", max >> 20)));
+        }
+        write_data(to, &buffer[..len], at)?;
+        at += len as u64;
+        progress.set(at);
+    }
+}
+
+/// Copies `len` bytes of a file from `offset` on to a new file.
+pub fn copy(from: &File, offset: u64, len: u64, to: &Path, what: &'static str) -> Result<()> {
+    let target = File::create_new(to).cannot("create", to)?;
+    target.set_len(len).cannot("write", to)?;
+    let mut progress = Progress::new(what, len);
+    let (mut at, mut buffer) = (0, vec![0; CHUNK]);
+    while at < len {
+        let data = match rustix::fs::seek(from, SeekFrom::Data(offset + at)) {
+            Ok(data) => data.saturating_sub(offset),
+            // Nothing but a hole from here on.
+            Err(Errno::NXIO) => break,
+            // A file system without holes.
+            Err(_) => at,
+        };
+        if data >= len {
+            break;
+        }
+        let hole = rustix::fs::seek(from, SeekFrom::Hole(offset + data));
+        let end = hole.map_or(len, |hole| hole.saturating_sub(offset).min(len));
+        at = data;
+        while at < end {
+            let part = CHUNK.min((end - at) as usize);
+            from.read_exact_at(&mut buffer[..part], offset + at)
+                .cannot("read the source of", to)?;
+            write_data(&target, &buffer[..part], at).cannot("write", to)?;
+            at += part as u64;
+            progress.set(at);
+        }
+    }
+    Ok(())
+}
