@@ -248,13 +248,19 @@ fn kernel_when_truncated_must_be_refused_at_the_start() {
 fn kernel_when_unrecognised_must_be_refused_at_the_start() {
     needs!(kvm);
     let folder = Folder::new();
-    let mut bzimage = vec![0; 4096];
-    bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+    let mut old = vec![0; 4096];
+    old[0x202..0x208].copy_from_slice(b"HdrS\x0b\x02");
     let mut other = elf::first_byte(elf::End::Reset, 0);
     other[18..20].copy_from_slice(&183u16.to_le_bytes());
     for (content, why) in [
-        (b"#!/bin/sh\n".to_vec(), "not an ELF file"),
-        (bzimage, "bzImage"),
+        (
+            b"#!/bin/sh\n".to_vec(),
+            "neither an ELF file (vmlinux) nor a bzImage",
+        ),
+        (
+            old,
+            "version 2.11 of the Linux boot protocol; 2.12 or newer",
+        ),
         (other, "not for 64-bit x86"),
     ] {
         let path = folder.file("vmlinux", content);
@@ -269,7 +275,7 @@ fn kernel_when_larger_than_memory_must_be_refused_at_the_start() {
     let folder = Folder::new();
     let path = folder.file("vmlinux", elf::first_byte(elf::End::Reset, 40 << 20));
     let ram = (32 << 20).to_string();
-    let says = ["kernel", text(&path), "too large", &ram];
+    let says = ["kernel", text(&path), "too large", &ram, "at least 42 MiB"];
     Bad::new(with_kernel(&path), At::Start, &says).must_be_refused();
     // With 1 MiB there is no room for any.
     let probe = common::probe();

@@ -8,6 +8,8 @@
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 #[cfg(test)]
+mod bzimage_tests;
+#[cfg(test)]
 mod tests;
 
 use std::error::Error;
@@ -23,9 +25,9 @@ use vm_memory::ByteValued;
 
 pub use super::command_line::{Root, command_line};
 use super::gdt::Segments;
-use super::kernel::Kernel;
+use super::kernel::{Kernel, bzimage};
 use super::{layout, mptable};
-use crate::memory::{Memory, MemoryError, Source};
+use crate::memory::{LOW_RAM_END_MAX, Memory, MemoryError, Source};
 
 /// `hvm_start_info.magic`.
 const PVH_MAGIC: u32 = 0x336e_c578;
@@ -89,10 +91,19 @@ pub enum BootError {
     KernelTooLarge {
         /// The kernel.
         name: String,
-        /// First address after it.
+        /// First address after what it needs.
         end: u64,
         /// Where RAM ends.
         ram_end: u64,
+    },
+    /// The kernel does not read as much.
+    CommandLineTooLong {
+        /// The kernel.
+        name: String,
+        /// Length of the command line in bytes.
+        len: u64,
+        /// What the kernel's header gives as the most.
+        max: u64,
     },
     /// The initrd has no bytes.
     InitrdEmpty {
@@ -107,6 +118,8 @@ pub enum BootError {
         len: u64,
         /// Bytes there are for it.
         room: u64,
+        /// How much memory would do, in bytes, if more memory helps.
+        needed: Option<u64>,
     },
     /// The initrd could not be opened again.
     Initrd {
@@ -134,16 +147,45 @@ impl fmt::Display for BootError {
                 f,
                 "kernel {name} has its entry at {address:#x}, outside of its segments"
             ),
-            BootError::KernelTooLarge { name, end, ram_end } => write!(
+            BootError::KernelTooLarge { name, end, ram_end } => {
+                write!(
+                    f,
+                    "kernel {name} is too large: it ends at {end} bytes, and guest memory for \
+                     kernels, below the hole at 3 GiB, at {ram_end}"
+                )?;
+                match *end <= LOW_RAM_END_MAX {
+                    true => write!(
+                        f,
+                        "; it needs at least {} MiB of guest memory",
+                        end.div_ceil(1 << 20)
+                    ),
+                    false => Ok(()),
+                }
+            }
+            BootError::CommandLineTooLong { name, len, max } => write!(
                 f,
-                "kernel {name} is too large: it ends at {end} bytes, and guest memory for kernels, \
-                 below the hole at 3 GiB, at {ram_end}"
+                "kernel {name} reads command lines of at most {max} bytes, and this one has {len}"
             ),
             BootError::InitrdEmpty { name } => write!(f, "initrd {name} is empty"),
-            BootError::InitrdTooLarge { name, len, room } => write!(
-                f,
-                "initrd {name} does not fit: it has {len} bytes and there is room for {room}"
-            ),
+            BootError::InitrdTooLarge {
+                name,
+                len,
+                room,
+                needed,
+            } => {
+                write!(
+                    f,
+                    "initrd {name} does not fit: it has {len} bytes and there is room for {room}"
+                )?;
+                match needed {
+                    Some(needed) => write!(
+                        f,
+                        "; with this kernel it needs at least {} MiB of guest memory",
+                        needed.div_ceil(1 << 20)
+                    ),
+                    None => Ok(()),
+                }
+            }
             BootError::Initrd { name, .. } => write!(f, "initrd {name} cannot be opened"),
             BootError::Changed { name } => {
                 write!(f, "{name} was changed while the guest was being made")
@@ -188,9 +230,15 @@ pub fn load(
     seed: &[u8; 32],
 ) -> Result<Entry, BootError> {
     let entry = choose_entry(kernel, protocol)?;
+    let max = kernel.bzimage.as_ref().map(|image| image.command_line_max);
+    let len = command_line.len() as u64;
+    if let Some(max) = max.filter(|max| len > *max) {
+        let name = kernel.source.name().to_owned();
+        return Err(BootError::CommandLineTooLong { name, len, max });
+    }
     place_kernel(memory, kernel)?;
     let initrd = match initrd {
-        Some((file, name)) => Some(place_initrd(memory, kernel.end(), file, name)?),
+        Some((file, name)) => Some(place_initrd(memory, kernel, file, name)?),
         None => None,
     };
     let mp_table = mptable::table(vcpus).ok_or(BootError::Vcpus(vcpus))?;
@@ -203,7 +251,7 @@ pub fn load(
     match entry.protocol {
         Protocol::Pvh => write_start_info(memory, initrd)?,
         Protocol::Linux64 => {
-            write_boot_params(memory, initrd, line.len(), seed)?;
+            write_boot_params(memory, kernel, initrd, line.len(), seed)?;
             write_page_tables(memory, kernel.end())?;
         }
     }
@@ -257,11 +305,11 @@ fn place_kernel(memory: &mut Memory, kernel: &Kernel) -> Result<(), BootError> {
     Ok(())
 }
 
-/// Puts the initrd as high as it goes in low RAM, out of the way of a kernel that grows. Gives
-/// its address and length.
+/// Puts the initrd as high as it goes in low RAM, out of the way of a kernel that grows; below a
+/// kernel where there is no room above. Gives its address and length.
 fn place_initrd(
     memory: &mut Memory,
-    kernel_end: u64,
+    kernel: &Kernel,
     file: &File,
     name: &str,
 ) -> Result<(u64, u64), BootError> {
@@ -275,22 +323,43 @@ fn place_initrd(
             name: name.to_owned(),
         });
     }
-    let too_large = |room| BootError::InitrdTooLarge {
-        name: name.to_owned(),
-        len,
-        room,
-    };
-    let room = kernel_end
-        .checked_next_multiple_of(layout::PAGE)
-        .and_then(|first| memory.low_end().checked_sub(first))
-        .unwrap_or(0);
     let pages = len.checked_next_multiple_of(layout::PAGE);
-    let Some(pages) = pages.filter(|pages| *pages <= room) else {
-        return Err(too_large(room));
+    let image = kernel.bzimage.as_ref();
+    let limit = image.map_or(LOW_RAM_END_MAX, |image| {
+        image.initrd_limit & !(layout::PAGE - 1)
+    });
+    let place = initrd_places(kernel, memory.low_end().min(limit));
+    let fitting = |(first, end): &(u64, u64)| {
+        let at = end.checked_sub(pages?)?;
+        (at >= *first).then_some(at)
     };
-    let address = memory.low_end().saturating_sub(pages);
+    let Some(address) = place.iter().find_map(fitting) else {
+        let room = place.iter().map(|(first, end)| end.saturating_sub(*first));
+        // After the kernel, if the memory goes on there.
+        let (above, _) = place[0];
+        return Err(BootError::InitrdTooLarge {
+            name: name.to_owned(),
+            len,
+            room: room.max().unwrap_or(0),
+            needed: pages
+                .and_then(|pages| above.checked_add(pages))
+                .filter(|end| *end <= limit.min(LOW_RAM_END_MAX)),
+        });
+    };
     memory.map_file(&source, 0, address, len)?;
     Ok((address, len))
+}
+
+/// The ranges for an initrd that ends at `end` at most, the better one first: whole pages that the
+/// kernel does not need. A range may be empty, or end before it begins.
+fn initrd_places(kernel: &Kernel, end: u64) -> [(u64, u64); 2] {
+    let mask = !(layout::PAGE - 1);
+    let after = kernel.end().checked_next_multiple_of(layout::PAGE);
+    let before = kernel.segments.iter().map(|segment| segment.address).min();
+    [
+        (after.unwrap_or(u64::MAX), end),
+        (layout::HIGH_MEMORY, before.unwrap_or(0).min(end) & mask),
+    ]
 }
 
 /// The memory map of both protocols: address, length, kind.
@@ -354,6 +423,7 @@ fn write_start_info(memory: &Memory, initrd: Option<(u64, u64)>) -> Result<(), B
 /// Linux, `Documentation/arch/x86/zero-page.rst`.
 fn write_boot_params(
     memory: &Memory,
+    kernel: &Kernel,
     initrd: Option<(u64, u64)>,
     line_len: usize,
     seed: &[u8; 32],
@@ -361,13 +431,27 @@ fn write_boot_params(
     // Everything lies below 4 GiB, by layout and by where an initrd is placed.
     let low = |address: u64| u32::try_from(address).unwrap_or(0);
     let mut params = boot_params::default();
-    params.hdr.boot_flag = BOOT_FLAG;
-    params.hdr.header = HEADER_MAGIC;
-    params.hdr.version = PROTOCOL_VERSION;
+    match &kernel.bzimage {
+        // Its own header, of which the loader fills in some fields.
+        Some(image) => {
+            let place = params.as_mut_slice().get_mut(bzimage::HEADER_AT..);
+            for (to, from) in place.unwrap_or_default().iter_mut().zip(&image.header) {
+                *to = *from;
+            }
+            params.hdr.code32_start = low(kernel.segments.first().map_or(0, |s| s.address));
+        }
+        None => {
+            params.hdr.boot_flag = BOOT_FLAG;
+            params.hdr.header = HEADER_MAGIC;
+            params.hdr.version = PROTOCOL_VERSION;
+            params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
+            params.hdr.cmdline_size = u32::try_from(line_len).unwrap_or(0);
+        }
+    }
     params.hdr.type_of_loader = LOADER_UNKNOWN;
-    params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
     params.hdr.cmd_line_ptr = low(layout::COMMAND_LINE);
-    params.hdr.cmdline_size = u32::try_from(line_len).unwrap_or(0);
+    params.hdr.ramdisk_image = 0;
+    params.hdr.ramdisk_size = 0;
     if let Some((address, len)) = initrd {
         params.hdr.ramdisk_image = low(address);
         params.hdr.ramdisk_size = low(len);

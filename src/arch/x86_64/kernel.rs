@@ -1,15 +1,19 @@
-//! Reading a kernel's headers: an ELF64 `vmlinux`, its segments and its PVH entry.
+//! Reading a kernel's headers: an ELF64 `vmlinux`, its segments and its PVH entry; or a bzImage
+//! (`bzimage`). The content of the file decides which it is.
 //!
 //! A client names the file: it may hold anything. Every field is checked before it is used, counts are
 //! bounded, and only headers and notes are read: the segments themselves stay in the file until
 //! `boot` maps them.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+pub(super) mod bzimage;
+
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io;
 
+use self::bzimage::BzImage;
 use super::layout;
 use crate::memory::Source;
 
@@ -23,10 +27,6 @@ const PROGRAM_HEADER: usize = 56;
 /// `p_type` of what is loaded, and of notes.
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
-
-/// A bzImage says `HdrS` here (Linux boot protocol, "The real-mode kernel header").
-const BZIMAGE_MAGIC_AT: usize = 0x202;
-const BZIMAGE_MAGIC: [u8; 4] = *b"HdrS";
 
 /// As much is read at first: both kinds of header of every kernel seen so far.
 const FIRST_READ: u64 = 1024;
@@ -50,6 +50,8 @@ pub struct Kernel {
     pub(super) entry: u64,
     /// Guest address of the PVH entry, if the kernel has one.
     pub(super) pvh_entry: Option<u64>,
+    /// Present when it is a bzImage.
+    pub(super) bzimage: Option<BzImage>,
 }
 
 /// One loadable segment.
@@ -61,7 +63,7 @@ pub(super) struct Segment {
     pub address: u64,
     /// Bytes in the file.
     pub file_len: u64,
-    /// First guest address after it, zeroed part included.
+    /// First guest address after it, with the zeroed part, or the room to unpack in.
     pub end: u64,
 }
 
@@ -77,7 +79,7 @@ enum Reason {
     NotAFile,
     Empty,
     Unrecognised,
-    BzImage,
+    OldProtocol(u16),
     OtherMachine,
     Truncated { needed: u64, len: u64 },
     Malformed(&'static str),
@@ -91,8 +93,13 @@ impl fmt::Display for KernelError {
         match &self.reason {
             Reason::NotAFile => write!(f, "is not a regular file"),
             Reason::Empty => write!(f, "is empty"),
-            Reason::Unrecognised => write!(f, "is not an ELF file (vmlinux)"),
-            Reason::BzImage => write!(f, "is a bzImage: only an ELF file (vmlinux) can be booted"),
+            Reason::Unrecognised => write!(f, "is neither an ELF file (vmlinux) nor a bzImage"),
+            Reason::OldProtocol(version) => write!(
+                f,
+                "has version {}.{} of the Linux boot protocol; 2.12 or newer is needed (Linux 3.8)",
+                version >> 8,
+                version & 0xff
+            ),
             Reason::OtherMachine => write!(f, "is not for 64-bit x86 processors"),
             Reason::Truncated { needed, len } => {
                 write!(f, "is truncated: it needs {needed} bytes and has {len}")
@@ -122,8 +129,8 @@ impl Kernel {
     /// is kept; the file's position is not moved.
     ///
     /// # Errors
-    /// [`KernelError`] when the file is empty, cut short, no ELF64 file for x86, or has fields
-    /// that are invalid.
+    /// [`KernelError`] when the file is empty, cut short, neither an ELF64 file for x86 nor a
+    /// bzImage with a 64-bit entry, or has fields that are invalid.
     pub fn read(file: &File, name: &str) -> Result<Kernel, KernelError> {
         Kernel::parse(file, name).map_err(|reason| KernelError {
             name: name.to_owned(),
@@ -159,12 +166,10 @@ impl Kernel {
         }
         let start = read(&source, 0, source.len().min(FIRST_READ))?;
         if !start.starts_with(&ELF_MAGIC) {
-            let magic = start.get(BZIMAGE_MAGIC_AT..).unwrap_or(&[]);
-            return Err(if magic.starts_with(&BZIMAGE_MAGIC) {
-                Reason::BzImage
-            } else {
-                Reason::Unrecognised
-            });
+            return match bzimage::is_bzimage(&start) {
+                true => bzimage::parse(source, &start),
+                false => Err(Reason::Unrecognised),
+            };
         }
         let Some(header) = start.first_chunk::<ELF_HEADER>() else {
             return Err(Reason::Truncated {
@@ -210,6 +215,7 @@ impl Kernel {
             segments,
             entry,
             pvh_entry,
+            bzimage: None,
         })
     }
 }
@@ -431,7 +437,7 @@ pub(super) mod tests {
         assert_eq!(error(b""), "kernel vmlinux is empty");
         assert_eq!(
             error(b"#!/bin/sh"),
-            "kernel vmlinux is not an ELF file (vmlinux)"
+            "kernel vmlinux is neither an ELF file (vmlinux) nor a bzImage"
         );
         assert_eq!(
             error(&good[..40]),
@@ -447,7 +453,7 @@ pub(super) mod tests {
         );
         let mut bzimage = vec![0; 4096];
         bzimage[0x202..0x206].copy_from_slice(b"HdrS");
-        assert!(error(&bzimage).contains("is a bzImage"));
+        assert!(error(&bzimage).contains("version 0.0 of the Linux boot protocol"));
         let other = "kernel vmlinux is not for 64-bit x86 processors";
         assert_eq!(with(4, &[1]), other);
         assert_eq!(with(5, &[2]), other);

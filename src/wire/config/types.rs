@@ -13,7 +13,7 @@ use crate::wire::Level;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
-    /// The kernel: an ELF `vmlinux`.
+    /// The kernel: an ELF `vmlinux`, or a bzImage.
     pub kernel_image_path: Source,
     /// An initial RAM disk.
     #[serde(default)]

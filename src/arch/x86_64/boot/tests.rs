@@ -4,13 +4,13 @@ use std::io::Write;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
-const SEED: [u8; 32] = [7; 32];
+pub(super) const SEED: [u8; 32] = [7; 32];
 
-fn read<T: ByteValued>(memory: &Memory, address: u64) -> T {
+pub(super) fn read<T: ByteValued>(memory: &Memory, address: u64) -> T {
     memory.ram().read_obj(GuestAddress(address)).unwrap()
 }
 
-fn text(memory: &Memory, address: u64) -> String {
+pub(super) fn text(memory: &Memory, address: u64) -> String {
     let bytes = (address..)
         .map(|a| read::<u8>(memory, a))
         .take_while(|b| *b != 0)
@@ -18,7 +18,7 @@ fn text(memory: &Memory, address: u64) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-fn file(bytes: &[u8]) -> TempFile {
+pub(super) fn file(bytes: &[u8]) -> TempFile {
     let file = TempFile::new().unwrap();
     file.as_file().write_all(bytes).unwrap();
     file
@@ -148,7 +148,7 @@ fn load_when_something_does_not_fit_says_the_sizes() {
     assert_eq!(
         error.to_string(),
         "kernel vmlinux is too large: it ends at 1053576 bytes, and guest memory for kernels, \
-         below the hole at 3 GiB, at 1048576"
+         below the hole at 3 GiB, at 1048576; it needs at least 2 MiB of guest memory"
     );
 
     let mut memory = Memory::anonymous(2).unwrap();
@@ -161,7 +161,8 @@ fn load_when_something_does_not_fit_says_the_sizes() {
     let room = (1 << 20) - 8192;
     assert_eq!(
         load_initrd(&vec![1; room + 1]).unwrap_err().to_string(),
-        "initrd initrd does not fit: it has 1040385 bytes and there is room for 1040384"
+        "initrd initrd does not fit: it has 1040385 bytes and there is room for 1040384; with this \
+         kernel it needs at least 3 MiB of guest memory"
     );
     load_initrd(&vec![1; room]).unwrap();
     assert_eq!(
