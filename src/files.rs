@@ -382,7 +382,7 @@ mod tests {
     }
 
     fn next(events: &Inbox<Finished<u32>>) -> Finished<u32> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(event) = events.next() {
                 return event;
@@ -511,7 +511,7 @@ mod tests {
         }
         assert_eq!(CLOSED.load(Ordering::SeqCst), 0);
         release.send(0).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while CLOSED.load(Ordering::SeqCst) < QUEUE * 2 {
             assert!(Instant::now() < deadline);
             if let Some(event) = events.next() {

@@ -531,8 +531,8 @@ fn last_pause_or_resume_wins_when_a_vcpu_is_slow() {
             let length = body.len();
             let request = format!("PATCH /vm HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
             let client = api.send_with(request.as_bytes(), &[]);
-            // Each is for control to see before the next.
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            // Once this is answered, control has seen the one before it.
+            api.get("/");
             client
         })
         .collect();

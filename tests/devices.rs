@@ -355,7 +355,8 @@ fn disk_when_it_hangs_through_many_pauses_works_again_afterwards() {
                 let request =
                     format!("PATCH {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
                 let stream = api.send_with(request.as_bytes(), &[]);
-                std::thread::sleep(Duration::from_millis(50));
+                // Once this is answered, control has seen the one before it.
+                api.get("/");
                 stream
             })
             .collect();

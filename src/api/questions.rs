@@ -226,7 +226,7 @@ mod tests {
         for at in [1, 20, body.len() - 1] {
             let (first, rest) = body.split_at(at);
             client.send(first);
-            thread::sleep(Duration::from_millis(20));
+            client.wait_until_read();
             send_with(&client.0, rest, &[&witness.writer; 3]);
             assert_eq!(client.response().0, 400);
         }

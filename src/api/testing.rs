@@ -15,6 +15,7 @@ use vmm_sys_util::tempdir::TempDir;
 use super::{Server, bind};
 use crate::inbox::{self, Sender};
 use crate::sys::passed::Passed;
+use crate::sys::testing::unread_by_peer;
 use crate::vmm::action::{Action, ActionError, Command, Outcome, Reply};
 
 /// Longer than any test takes.
@@ -128,6 +129,15 @@ impl Witness {
 pub struct Client(pub UnixStream);
 
 impl Client {
+    /// Waits until the server has read all that was sent.
+    pub fn wait_until_read(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while unread_by_peer(&self.0) > 0 {
+            assert!(Instant::now() < deadline, "the server does not read");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub fn send(&mut self, bytes: &[u8]) -> &mut Self {
         self.0.write_all(bytes).unwrap();
         self

@@ -425,7 +425,7 @@ mod tests {
             while !deliver(line.as_bytes()) {
                 thread::yield_now();
             }
-            assert!(flush(Duration::from_secs(20)));
+            assert!(flush(Duration::from_secs(120)));
             assert!(text(&mut place).contains(&line), "{n}");
         }
         assert_eq!(stuck(), None);

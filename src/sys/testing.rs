@@ -1,7 +1,10 @@
-//! Counts what each thread allocates, so that tests can hold threads to allocating nothing.
+//! What tests ask of the system: what each thread allocates, so that tests can hold threads to
+//! allocating nothing, and what a socket's other end has not read yet.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 
 thread_local! {
     static CALLS: Cell<u64> = const { Cell::new(0) };
@@ -15,6 +18,15 @@ static ALLOCATOR: Counting = Counting;
 /// How often the calling thread has allocated or freed.
 pub fn allocator_calls() -> u64 {
     CALLS.get()
+}
+
+/// Bytes of memory that hold what was sent on `stream` and is not read yet: 0 once all is read.
+pub fn unread_by_peer(stream: &UnixStream) -> i32 {
+    let mut unread = 0;
+    // SAFETY: the descriptor is open, borrowed from `stream`; TIOCOUTQ writes one int, which `unread` is.
+    let done = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    unread
 }
 
 fn count() {

@@ -127,7 +127,7 @@ impl<'a> Rings<'a> {
 
     /// The next used entry, once there is one.
     pub fn wait(&mut self) -> (u32, u32) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(entry) = self.take() {
                 return entry;
@@ -190,7 +190,7 @@ pub fn start(registers: &Registers, features: u64, layouts: &[QueueLayout]) {
 /// Writes 0 to Status and waits as a vCPU does.
 pub fn reset(registers: &Registers) {
     if let Written::After(ticket) = registers.write(0x70, &[0; 4]) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(120);
         while !ticket.is_done() {
             assert!(Instant::now() < until, "the reset does not end");
             std::thread::park_timeout(Duration::from_millis(10));
@@ -207,7 +207,7 @@ pub fn mailbox<T: Send + 'static>() -> (Outbox<T>, Inbox<T>) {
 
 /// The next message, once there is one.
 pub fn next<T>(inbox: &Inbox<T>) -> T {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(120);
     loop {
         if let Some(message) = inbox.next() {
             return message;
@@ -219,7 +219,7 @@ pub fn next<T>(inbox: &Inbox<T>) -> T {
 
 /// Waits until `condition` holds; `what` is for the failure.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(120);
     while !condition() {
         assert!(Instant::now() < until, "waited in vain: {what}");
         std::thread::sleep(Duration::from_micros(50));
