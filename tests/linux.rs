@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,6 +33,13 @@ fn sha256(folder: &Folder, name: &str) -> String {
     assert!(output.status.success(), "{output:?}");
     let text = String::from_utf8(output.stdout).unwrap();
     text.split(' ').next().unwrap().to_owned()
+}
+
+/// Whether the guest's first process ended by a fault seen on busy software-KVM hosts alone, once in
+/// many boots with two vCPUs: a pointer that init reads through FS is 0. The monitor is not concerned:
+/// it neither reads nor sets a vCPU's registers once the guest runs.
+fn host_broke_init(output: &str) -> bool {
+    Path::new("/sys/module/kvm_pvm").exists() && output.contains("init[1]: segfault at 0 ")
 }
 
 /// Answers one HTTP request with `content`.
@@ -206,10 +214,18 @@ fn linux_when_booted_from_an_initramfs_with_2_vcpus_uses_both_and_reboots() {
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
         "drives": [],
     });
-    let mut monitor = Monitor::boot(&folder, &config);
-    // Typed before the guest's driver exists: nothing of it is lost.
-    monitor.type_in("well then\n");
-    let output = monitor.expect_within("mayfly-guest: echo ready", LINUX_PATIENCE);
+    let (mut monitor, output) = (0..3)
+        .find_map(|_| {
+            let mut monitor = Monitor::boot(&folder, &config);
+            // Typed before the guest's driver exists: nothing of it is lost.
+            monitor.type_in("well then\n");
+            match monitor.wait_for("mayfly-guest: echo ready", LINUX_PATIENCE) {
+                Ok(output) => Some((monitor, output)),
+                Err(output) if host_broke_init(&output) => None,
+                Err(output) => panic!("no echo. Output:\n{output}\nErrors:\n{}", monitor.stderr()),
+            }
+        })
+        .expect("the host broke the guest's init three times");
     assert!(output.contains("mayfly-guest: cpus 2"), "{output}");
     for cpu in 0..2 {
         let line = format!("mayfly-guest: cpu {cpu}: package 0 core {cpu} apic {cpu}");

@@ -269,20 +269,32 @@ impl Monitor {
     }
 
     pub fn expect_within(&self, text: &str, patience: Duration) -> String {
+        self.wait_for(text, patience).unwrap_or_else(|output| {
+            panic!(
+                "`{text}` did not appear. Output:\n{output}\nErrors:\n{}",
+                self.stderr()
+            )
+        })
+    }
+
+    /// Waits until `text` was written; what was written is the error once `patience` is over, or
+    /// once the monitor has ended and nothing more comes.
+    pub fn wait_for(&self, text: &str, patience: Duration) -> Result<String, String> {
         let deadline = Instant::now() + patience;
-        let mut bytes = self.stdout.bytes.lock().unwrap();
         loop {
-            let seen = String::from_utf8_lossy(&bytes);
+            // The reader's own reference is gone when it has read all there is.
+            let is_all = Arc::strong_count(&self.stdout) == 1;
+            let bytes = self.stdout.bytes.lock().unwrap();
+            let seen = String::from_utf8_lossy(&bytes).into_owned();
             if seen.contains(text) {
-                return seen.into_owned();
+                return Ok(seen);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(
-                !left.is_zero(),
-                "`{text}` did not appear. Output:\n{seen}\nErrors:\n{}",
-                self.stderr()
-            );
-            bytes = self.stdout.more.wait_timeout(bytes, left).unwrap().0;
+            if is_all || left.is_zero() {
+                return Err(seen);
+            }
+            let step = left.min(Duration::from_secs(1));
+            drop(self.stdout.more.wait_timeout(bytes, step).unwrap());
         }
     }
 
