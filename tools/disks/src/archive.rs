@@ -23,7 +23,6 @@ pub enum EntryKind {
 }
 
 #[derive(Debug, Clone)]
-#[expect(dead_code, reason = "a disk needs name and size only")]
 pub struct Entry {
     pub name: Vec<u8>,
     pub link: Vec<u8>,

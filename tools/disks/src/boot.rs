@@ -227,12 +227,28 @@ fn quoted(path: &Path) -> String {
     format!("'{}'", printable(path).replace('\'', r"'\''"))
 }
 
+/// The begin of the command: root gives the monitor another user.
+fn run() -> String {
+    let user = match rustix::process::geteuid().is_root() {
+        true => " --uid 1000 --gid 1000",
+        false => "",
+    };
+    format!("mayfly-jailer run{user}")
+}
+
+/// The command that starts a root disk without partitions. `end` may be `:ro`.
+pub fn root_command(disk: &Path, words: &str, end: &str) -> String {
+    let disk = quoted(disk);
+    format!(
+        "{} --kernel target/guest/vmlinux --cmdline '{}' --drive {disk}{end}",
+        run(),
+        words.replace('\'', r"'\''")
+    )
+}
+
 /// The command that starts the disk; `kernel` and `initrd` are files of this host.
 pub fn command(boot: &Boot, disk: &Path, kernel: Option<&Path>, initrd: Option<&Path>) -> String {
-    let mut line = "mayfly-jailer run".to_owned();
-    if rustix::process::geteuid().is_root() {
-        line += " --uid 1000 --gid 1000";
-    }
+    let mut line = run();
     let kernel = kernel.map_or(PathBuf::from("target/guest/vmlinux"), Path::to_path_buf);
     line += &format!(" --kernel {}", quoted(&kernel));
     if let Some(initrd) = initrd {

@@ -17,6 +17,7 @@ mod import;
 mod output;
 mod progress;
 mod qemu;
+mod rootfs;
 mod sparse;
 mod tool;
 mod unpack;
@@ -38,12 +39,15 @@ enum Command {
     Import(import::Import),
     /// Make another hypervisor's disk of a raw one
     Export(export::Export),
+    /// Make a root disk of a folder, an archive, a container image or Debian's packages
+    Rootfs(rootfs::Rootfs),
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Import(args) => import::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Rootfs(args) => rootfs::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

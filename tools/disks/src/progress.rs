@@ -23,6 +23,14 @@ impl Progress {
         }
     }
 
+    /// For a step that is part of a longer one.
+    pub fn quiet() -> Progress {
+        Progress {
+            is_shown: false,
+            ..Progress::new("", 0)
+        }
+    }
+
     pub fn set(&mut self, done: u64) {
         if !self.is_shown {
             return;

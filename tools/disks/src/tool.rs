@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
@@ -68,10 +68,15 @@ impl Tool {
 
     /// A command that does not outlive this process, even one that is killed.
     pub fn command(&self) -> Command {
+        self.command_ended_by("KILL")
+    }
+
+    /// The same with another signal.
+    pub fn command_ended_by(&self, signal: &str) -> Command {
         let mut command = match in_path("setpriv") {
             Some(setpriv) => {
                 let mut command = Command::new(setpriv);
-                command.args(["--pdeathsig", "KILL"]).arg(&self.program);
+                command.args(["--pdeathsig", signal]).arg(&self.program);
                 command
             }
             None => Command::new(&self.program),
@@ -123,4 +128,22 @@ impl Tool {
             messages: String::from_utf8_lossy(&messages).into_owned(),
         })
     }
+}
+
+/// The SHA-256 of a file, in hexadecimal digits, by coreutils.
+pub fn sha256(file: &Path) -> Result<String> {
+    let tool = Tool::find("sha256sum", "coreutils")?;
+    let ended = tool.run(&[OsStr::new("--"), file.as_os_str()])?;
+    let text = String::from_utf8_lossy(&ended.output);
+    // A name with a backslash or a newline has its line begin with a backslash.
+    let sum = text
+        .trim_start_matches('\\')
+        .split(' ')
+        .next()
+        .unwrap_or("");
+    if ended.code != Some(0) || sum.len() != 64 {
+        let why = format!("cannot compute its SHA-256: {}", ended.why());
+        return Err(Failure::new(file, why, "check the file"));
+    }
+    Ok(sum.to_owned())
 }

@@ -1,0 +1,310 @@
+//! `rootfs`: a root disk from a folder, a tar archive, a container image, or Debian's packages.
+
+mod image;
+mod oci;
+mod setup;
+mod source;
+mod tree;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::bytes;
+use crate::failure::{Context, Failure, Result, printable};
+use crate::formats::Kind;
+use crate::output::Output;
+use crate::tool::Tool;
+use crate::unpack;
+use image::FileSystem;
+use oci::{Config, Layout};
+use source::{Blobs, LeftOut};
+use tree::Tree;
+
+const MIRROR: &str = "http://deb.debian.org/debian";
+
+#[derive(Debug, Args)]
+pub struct Rootfs {
+    /// A folder, a tar archive (also compressed), or an OCI image layout or `docker save` archive;
+    /// with --debian the file to make
+    source: PathBuf,
+    /// The disk to make
+    #[arg(required_unless_present = "debian")]
+    out: Option<PathBuf>,
+    /// Install this release of Debian (bookworm, trixie, ...) with mmdebstrap or debootstrap
+    #[arg(long, value_name = "SUITE", conflicts_with = "out")]
+    debian: Option<String>,
+    /// More packages for --debian, with commas between them
+    #[arg(long, value_name = "PACKAGES", requires = "debian")]
+    include: Option<String>,
+    /// Where --debian takes packages from
+    #[arg(long, value_name = "URL", default_value = MIRROR, requires = "debian")]
+    mirror: String,
+    /// The file system; EROFS is read-only
+    #[arg(long = "type", value_enum, default_value = "ext4")]
+    kind: FileSystem,
+    /// Compress an EROFS (lz4hc)
+    #[arg(long)]
+    compress: bool,
+    /// The size of an ext4 disk in MiB, or with M or G [default: what the files need, and a tenth]
+    #[arg(long, value_parser = size)]
+    size: Option<u64>,
+    /// Which image of a layout with several
+    #[arg(long)]
+    name: Option<String>,
+    /// Add no init, console or names
+    #[arg(long)]
+    as_is: bool,
+    /// How much content a source may unpack to
+    #[arg(long, value_parser = size, default_value = "32G")]
+    max_size: u64,
+    /// Replace the output if it exists
+    #[arg(long)]
+    force: bool,
+}
+
+fn size(text: &str) -> std::result::Result<u64, String> {
+    let (number, shift) = match text.as_bytes().last() {
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        _ => (text, 20),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "give MiB, or a number with M or G".to_owned())?;
+    match number {
+        1..=0xff_ffff => Ok(number << shift),
+        _ => Err("too small or too large".into()),
+    }
+}
+
+pub fn run(args: &Rootfs) -> Result<()> {
+    let (out, inputs) = match (&args.debian, &args.out) {
+        (Some(_), _) => (&args.source, Vec::new()),
+        (None, Some(out)) => (out, vec![args.source.as_path()]),
+        (None, None) => return Err(Failure::plain("the file to make is missing; name it")),
+    };
+    let output = Output::new(out, args.force, &inputs)?;
+    make(args, &output).map_err(|error| error.within(output.work(), &args.source))
+}
+
+fn make(args: &Rootfs, output: &Output) -> Result<()> {
+    let mut tree = Tree::new();
+    let mut blobs = Blobs::new(output.scratch("blobs"), args.max_size)?;
+    let mut left_out = LeftOut::default();
+    let config = read(args, output, &mut tree, &mut blobs, &mut left_out)?;
+    if tree
+        .children(tree::ROOT)
+        .is_none_or(|children| children.is_empty())
+    {
+        return Err(Failure::new(
+            &args.source,
+            "holds no files",
+            "name another source",
+        ));
+    }
+    // What is made here belongs to the newest layer.
+    tree.layer = u32::MAX;
+    let done = match args.as_is {
+        true => setup::Done::default(),
+        false => setup::set_up(&mut tree, &mut blobs, &config)?,
+    };
+    let staged = image::stage(&tree, output.scratch("root"), output.scratch("state"))?;
+    let disk = output.scratch("disk");
+    staged.make(args.kind, args.size, args.compress, &disk)?;
+    output.commit("disk", output.path())?;
+    report(args, output, &done, &left_out, staged.capabilities_lost)
+}
+
+/// Fills the tree from whatever the source is.
+fn read(
+    args: &Rootfs,
+    output: &Output,
+    tree: &mut Tree,
+    blobs: &mut Blobs,
+    left_out: &mut LeftOut,
+) -> Result<Config> {
+    if let Some(suite) = &args.debian {
+        debian(args, suite, output, tree, blobs, left_out)?;
+        return Ok(Config::default());
+    }
+    let path = args.source.canonicalize().cannot("open", &args.source)?;
+    if path.is_dir() {
+        if let Some(layout) = Layout::of_folder(&path) {
+            return layout.read(args.name.as_deref(), tree, blobs, left_out);
+        }
+        source::folder(&path, tree, blobs, left_out)?;
+        return Ok(Config::default());
+    }
+    if !path.is_file() {
+        return Err(Failure::new(
+            &path,
+            "is neither a file nor a folder",
+            "name one",
+        ));
+    }
+    let file = File::open(&path).cannot("open", &path)?;
+    let kind = Kind::of(&file, &path)?;
+    if unpack::is_compressed(kind) {
+        // An archive of files is read as it comes; one of an image needs its parts in any order.
+        let unpacked = output.scratch("unpacked");
+        unpack::unpack(&path, kind, &unpacked, args.max_size)?;
+        let inner = Kind::of(&File::open(&unpacked).cannot("open", &path)?, &path)?;
+        return archive(args, &unpacked, inner, output, tree, blobs, left_out);
+    }
+    archive(args, &path, kind, output, tree, blobs, left_out)
+}
+
+fn archive(
+    args: &Rootfs,
+    path: &Path,
+    kind: Kind,
+    output: &Output,
+    tree: &mut Tree,
+    blobs: &mut Blobs,
+    left_out: &mut LeftOut,
+) -> Result<Config> {
+    if kind != Kind::Tar {
+        return Err(Failure::new(
+            path,
+            format!("is {} and no tar archive", kind.name()),
+            "for a disk: tools/guest import",
+        ));
+    }
+    if let Some(layout) = Layout::of_archive(path, &output.scratch("layout"), args.max_size)? {
+        return layout.read(args.name.as_deref(), tree, blobs, left_out);
+    }
+    let file = File::open(path).cannot("open", path)?;
+    source::archive(&mut BufReader::new(file), tree, blobs, false, left_out)
+        .map_err(|error| source::bad_archive(path, &error))?;
+    Ok(Config::default())
+}
+
+/// Installs Debian: with mmdebstrap as any user, with debootstrap as root.
+fn debian(
+    args: &Rootfs,
+    suite: &str,
+    output: &Output,
+    tree: &mut Tree,
+    blobs: &mut Blobs,
+    left_out: &mut LeftOut,
+) -> Result<()> {
+    let is_word = |text: &str| {
+        let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"._+-".contains(&b);
+        !text.is_empty() && !text.starts_with('-') && text.bytes().all(is_plain)
+    };
+    let extra = args.include.as_deref().unwrap_or("");
+    if !is_word(suite)
+        || !extra
+            .split(',')
+            .all(|name| name.is_empty() || is_word(name))
+    {
+        return Err(Failure::plain(
+            "the suite or a package has an impossible name; write them as apt does",
+        ));
+    }
+    if args.mirror.starts_with('-') || !args.mirror.contains("://") {
+        return Err(Failure::plain(format!(
+            "{:?} is no URL; give --mirror one",
+            args.mirror
+        )));
+    }
+    let packages = format!("--include=init,{extra}");
+    let packages = packages.trim_end_matches(',');
+    println!(
+        "installing Debian {suite} from {}: this takes minutes",
+        args.mirror
+    );
+    let target = output.scratch("debian");
+    if let Ok(tool) = Tool::find("mmdebstrap", "mmdebstrap") {
+        let options = [
+            "--variant=minbase",
+            "--format=tar",
+            "--quiet",
+            packages,
+            suite,
+        ];
+        let mut command: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
+        command.extend([target.as_os_str(), OsStr::new(&args.mirror)]);
+        installed(&tool, &command)?;
+        let file = File::open(&target).cannot("open", &target)?;
+        return source::archive(&mut BufReader::new(file), tree, blobs, false, left_out)
+            .map_err(|error| source::bad_archive(&target, &error));
+    }
+    if !rustix::process::geteuid().is_root() {
+        Tool::find("mmdebstrap", "mmdebstrap")?;
+    }
+    let tool = Tool::find("debootstrap", "mmdebstrap")?;
+    let options = ["--variant=minbase", packages, suite];
+    let mut command: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
+    command.extend([target.as_os_str(), OsStr::new(&args.mirror)]);
+    installed(&tool, &command)?;
+    source::folder(&target, tree, blobs, left_out)
+}
+
+fn installed(tool: &Tool, args: &[&OsStr]) -> Result<()> {
+    let ended = tool.run(args)?;
+    if ended.code == Some(0) {
+        return Ok(());
+    }
+    let last = ended
+        .messages()
+        .lines()
+        .rev()
+        .find(|line| line.contains("E:"));
+    let why = last.map_or_else(|| ended.why(), |line| crate::failure::clean(line.trim()));
+    Err(Failure::plain(format!(
+        "Debian cannot be installed ({why}); check the suite, the mirror and the network"
+    )))
+}
+
+fn report(
+    args: &Rootfs,
+    output: &Output,
+    done: &setup::Done,
+    left_out: &LeftOut,
+    capabilities_lost: u64,
+) -> Result<()> {
+    let path = output.path();
+    let len = std::fs::metadata(path).cannot("open", path)?.len();
+    let name = match args.kind {
+        FileSystem::Ext4 => "ext4",
+        FileSystem::Erofs => "erofs (read-only)",
+    };
+    println!("{}: {name}, {}", printable(path), bytes::size(len));
+    for line in &done.lines {
+        println!("  {line}");
+    }
+    for (count, what) in [
+        (left_out.sockets, "sockets were left out"),
+        (
+            left_out.mounts,
+            "folders are mounts of other file systems: their content was left out",
+        ),
+        (
+            left_out.attributes,
+            "extended attributes other than security.capability were left out",
+        ),
+        (
+            capabilities_lost,
+            "files lost their capabilities, which only root can give; run this as root to keep them",
+        ),
+    ] {
+        if count > 0 {
+            println!("  note: {count} {what}");
+        }
+    }
+    let (mut words, mut end) = ("console=ttyS0 reboot=k panic=1".to_owned(), "");
+    if let Some(init) = &done.init {
+        words += &format!(" init={init}");
+    }
+    if args.kind == FileSystem::Erofs {
+        end = ":ro";
+    }
+    println!("to start it:");
+    println!("  {}", crate::boot::root_command(path, &words, end));
+    Ok(())
+}
