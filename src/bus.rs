@@ -101,6 +101,8 @@ struct Range {
     first: u64,
     /// Inclusive, so that a block may end at the top of the address space.
     last: u64,
+    /// Of `first` in its block, a part of which this may be.
+    offset: u64,
     registers: Arc<dyn Registers>,
 }
 
@@ -149,6 +151,21 @@ impl Bus {
         len: u64,
         registers: Arc<dyn Registers>,
     ) -> Result<(), Overlap> {
+        self.insert_part(first, len, 0, registers)
+    }
+
+    /// Puts the part of `registers` that begins at `offset` at `first..first + len`: something else
+    /// may be between the parts of a block.
+    ///
+    /// # Errors
+    /// As for [`Bus::insert`].
+    pub fn insert_part(
+        &mut self,
+        first: u64,
+        len: u64,
+        offset: u64,
+        registers: Arc<dyn Registers>,
+    ) -> Result<(), Overlap> {
         let refused = Overlap { first, len };
         let last = match len.checked_sub(1).and_then(|l| first.checked_add(l)) {
             Some(last) => last,
@@ -163,6 +180,7 @@ impl Bus {
             Range {
                 first,
                 last,
+                offset,
                 registers,
             },
         );
@@ -192,7 +210,8 @@ impl Bus {
         if range.first > address || last > range.last {
             return None;
         }
-        Some((range, address.checked_sub(range.first)?))
+        let within = address.checked_sub(range.first)?;
+        Some((range, range.offset.checked_add(within)?))
     }
 }
 
@@ -268,6 +287,24 @@ mod tests {
         assert!(matches!(bus.write(0x100c, &[1, 2, 3, 4]), Written::Done));
         assert!(matches!(bus.write(0x100c, &[]), Written::Done));
         assert_eq!(*echo.0.lock().unwrap(), [(0xc, vec![1, 2, 3, 4])]);
+    }
+
+    #[test]
+    fn part_when_something_is_between_two_has_its_own_offset() {
+        let (echo, other) = (Arc::new(Echo::default()), Arc::new(Echo::default()));
+        let mut bus = Bus::new();
+        bus.insert_part(0x60, 1, 0, echo.clone()).unwrap();
+        bus.insert(0x61, 1, other.clone()).unwrap();
+        bus.insert_part(0x64, 1, 4, echo.clone()).unwrap();
+        for address in 0x60..=0x65 {
+            assert!(matches!(
+                bus.write(address, &[address as u8]),
+                Written::Done
+            ));
+        }
+        assert_eq!(*echo.0.lock().unwrap(), [(0, vec![0x60]), (4, vec![0x64])]);
+        assert_eq!(*other.0.lock().unwrap(), [(0, vec![0x61])]);
+        assert!(bus.insert_part(0x64, 1, 0, echo).is_err());
     }
 
     #[test]

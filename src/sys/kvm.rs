@@ -64,6 +64,8 @@ pub enum Exit {
     },
     /// A signal, or the guest takes interrupts again.
     Interrupted,
+    /// The guest has served an interrupt of a line that is a level (split interrupt chip).
+    EndOfInterrupt,
     /// The processor shut down: a triple fault.
     Shutdown,
     /// The processor refused the guest's state; the hardware's reason.
@@ -226,6 +228,7 @@ impl Vcpu {
                 }
             }
             kvm::KVM_EXIT_INTR | kvm::KVM_EXIT_IRQ_WINDOW_OPEN => Exit::Interrupted,
+            kvm::KVM_EXIT_IOAPIC_EOI => Exit::EndOfInterrupt,
             kvm::KVM_EXIT_SHUTDOWN => Exit::Shutdown,
             kvm::KVM_EXIT_FAIL_ENTRY => {
                 Exit::FailedEntry(u64::from_le_bytes(self.get(offset_of!(

@@ -139,6 +139,8 @@ fn answer(vcpu: &Vcpu, buses: &Buses, exit: Exit) -> Outcome {
             written(buses.memory.write(address, data))
         }
         Exit::Interrupted => Outcome::Interrupted,
+        // Lines are pulses: none is still asserted.
+        Exit::EndOfInterrupt => Outcome::Continue,
         Exit::Shutdown => Outcome::End(End::TripleFault),
         Exit::InternalError => Outcome::End(End::InternalError {
             suberror: vcpu.internal_error().suberror,

@@ -25,9 +25,10 @@ use super::threads::{self, ParkedThread, ReadyLatch, parked};
 use super::{Event, Settings};
 use crate::arch::boot::{self, Root};
 use crate::arch::boot_timer::{self, BootTimer};
+use crate::arch::chips::{self, Chips};
 use crate::arch::i8042::I8042;
 use crate::arch::mask::MsrMask;
-use crate::arch::{self, Kernel, Vm, cpuid, layout};
+use crate::arch::{self, Kernel, Vm, cpuid, layout, split};
 use crate::bus::{Overlap, Registers};
 use crate::files;
 use crate::inbox::{Sender, inbox};
@@ -39,7 +40,7 @@ use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuLink};
 use crate::virtio::{self, registers};
 use crate::wire::DEFAULT_BOOT_ARGS;
-use crate::wire::config::{DeviceConfig, HugePages};
+use crate::wire::config::{DeviceConfig, HugePages, InterruptController};
 use crate::{error, info, log, warn};
 
 /// How long the guest waits for the lines about its start to be written.
@@ -164,7 +165,8 @@ pub fn begin(
     };
     let memory = Memory::new(machine.mem_size_mib, pages);
     let mut memory = memory.context("Making guest memory failed")?;
-    let vm = Vm::around(vm, &kvm, &memory, machine.track_dirty_pages);
+    let chips = choose_chips(&kvm, configuration, kernel)?;
+    let vm = Vm::around(vm, &kvm, &memory, machine.track_dirty_pages, chips);
     let vm = Arc::new(vm.context(NO_VM)?);
     host.timeline.mark_again(Moment::MemoryMade);
 
@@ -205,12 +207,19 @@ pub fn begin(
         ram,
         ..Buses::default()
     };
+    if chips == Chips::Split {
+        let Buses { memory, ports, .. } = &mut buses;
+        split::place(&vm, memory, ports).context(NOT_PLACED)?;
+    }
     let console = make_console(host, &vm, &configuration.console, &mut buses)?;
     let keyboard = Arc::new(I8042::new(line(&vm, layout::I8042_GSI)?));
-    buses
-        .ports
-        .insert(layout::I8042_PORT, layout::I8042_PORTS, keyboard.clone())
-        .context(NOT_PLACED)?;
+    let [first, ..] = layout::I8042_PORTS;
+    for port in layout::I8042_PORTS {
+        let ports = &mut buses.ports;
+        ports
+            .insert_part(port, 1, port.wrapping_sub(first), keyboard.clone())
+            .context(NOT_PLACED)?;
+    }
     if host.settings.boot_timer {
         place_boot_timer(host, &mut buses).context(NOT_PLACED)?;
     }
@@ -316,6 +325,30 @@ pub fn complete(
 }
 
 const NO_VM: &str = "Making the virtual machine failed";
+/// Where the guest's interrupt chips are to be.
+fn choose_chips(
+    kvm: &Kvm,
+    configuration: &Configuration,
+    kernel: &Boot,
+) -> Result<Chips, ActionError> {
+    match configuration.machine.interrupt_controller {
+        InterruptController::Kernel => Ok(Chips::Kernel),
+        InterruptController::Split if chips::host_can_split(kvm) => Ok(Chips::Split),
+        InterruptController::Split => Err(ActionError(
+            "The interrupt controller cannot be split on this host: KVM lacks KVM_CAP_SPLIT_IRQCHIP \
+             or KVM_CAP_TSC_DEADLINE_TIMER. Leave `interrupt_controller` out of the machine \
+             configuration."
+                .into(),
+        )),
+        InterruptController::Auto => {
+            let masks = configuration.cpu.as_ref().map(cpu::cpuid_masks);
+            let boot_args = kernel.source.boot_args.as_deref();
+            let boot_args = boot_args.unwrap_or(DEFAULT_BOOT_ARGS);
+            Ok(chips::choose(kvm, boot_args, &masks.unwrap_or_default()))
+        }
+    }
+}
+
 const BAD_CPU: &str = "Cannot apply the CPU configuration";
 const NOT_PLACED: &str = "Placing a device failed";
 

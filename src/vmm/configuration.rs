@@ -190,6 +190,9 @@ impl Configuration {
             cpu_template: None,
             track_dirty_pages: update.track_dirty_pages.unwrap_or(old.track_dirty_pages),
             huge_pages: update.huge_pages.unwrap_or(old.huge_pages),
+            interrupt_controller: update
+                .interrupt_controller
+                .unwrap_or(old.interrupt_controller),
         }
     }
 

@@ -86,7 +86,7 @@ pub const GSI_COUNT: u32 = 24;
 pub const VIRTIO_DEVICES_MAX: usize = (GSI_COUNT - VIRTIO_GSI) as usize;
 const _: () = assert!(VIRTIO_DEVICES_MAX == limits::DEVICES_MAX);
 
-/// The I/O APIC of KVM's in-kernel interrupt controller.
+/// The I/O APIC, KVM's or ours: where every PC has its first one.
 pub const IO_APIC: u32 = 0xfec0_0000;
 
 /// The local APIC after reset (Intel SDM volume 3, section 11.4.1).
@@ -102,11 +102,8 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 /// Interrupt line of the UART.
 pub const SERIAL_GSI: u32 = 4;
 
-/// Keyboard controller: data at 0x60, status and command at 0x64; 5 ports with those between.
-pub const I8042_PORT: u64 = 0x60;
-
-/// Ports from [`I8042_PORT`] to the last one of the keyboard controller.
-pub const I8042_PORTS: u64 = 5;
+/// Keyboard controller: data at 0x60, status and command at 0x64. What is between is not its own.
+pub const I8042_PORTS: [u64; 2] = [0x60, 0x64];
 
 /// Interrupt line of the keyboard.
 pub const I8042_GSI: u32 = 1;

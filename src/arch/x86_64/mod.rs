@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod boot_timer;
+pub mod chips;
 mod command_line;
 pub mod cpuid;
 mod gdt;
@@ -13,6 +14,7 @@ pub mod layout;
 pub mod mask;
 mod mptable;
 mod msr;
+pub mod split;
 pub mod vcpu;
 pub mod vm;
 

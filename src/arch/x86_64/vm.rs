@@ -6,16 +6,23 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::ops::Deref;
+use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VmFd};
 
+use super::chips::Chips;
 use super::layout;
+use super::split::ioapic::{Message, Router, Routes};
 use crate::memory::{Memory, MemoryError, Ram};
 use crate::sys::kvm;
 
-/// A virtual machine with memory, interrupt controllers (8259, I/O APIC) and timer (8254).
+/// A virtual machine with memory and interrupt controllers.
 ///
 /// Dereferences to its descriptor, for irqfds and ioeventfds.
 #[derive(Debug)]
@@ -86,31 +93,34 @@ impl Error for VmError {
 }
 
 impl Vm {
-    /// Makes the virtual machine around `memory`, with its platform devices. With `track_dirty`
+    /// Makes the virtual machine around `memory`, with KVM's part of `chips`. With `track_dirty`
     /// KVM logs which pages the guest writes.
     ///
     /// # Errors
     /// [`VmError`] naming the step that KVM refused.
     #[cfg(test)]
-    pub fn new(kvm: &Kvm, memory: &Memory, track_dirty: bool) -> Result<Vm, VmError> {
-        Vm::around(create(kvm)?, kvm, memory, track_dirty)
+    pub fn new(kvm: &Kvm, memory: &Memory, track_dirty: bool, chips: Chips) -> Result<Vm, VmError> {
+        Vm::around(create(kvm)?, kvm, memory, track_dirty, chips)
     }
 
     /// The same of a virtual machine that [`create`] has made.
     ///
     /// # Errors
     /// As above.
-    pub fn around(fd: VmFd, kvm: &Kvm, memory: &Memory, track_dirty: bool) -> Result<Vm, VmError> {
+    pub fn around(
+        fd: VmFd,
+        kvm: &Kvm,
+        memory: &Memory,
+        track_dirty: bool,
+        chips: Chips,
+    ) -> Result<Vm, VmError> {
         memory.register(&fd, track_dirty).map_err(VmError::Memory)?;
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(VmError::Tss)?;
-        fd.create_irq_chip().map_err(VmError::InterruptController)?;
-        // Port 0x61, the speaker, is answered by KVM instead of costing an exit.
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..kvm_pit_config::default()
-        };
-        fd.create_pit2(pit).map_err(VmError::Timer)?;
+        match chips {
+            Chips::Kernel => create_chips(&fd)?,
+            Chips::Split => split_chips(&fd)?,
+        }
         Ok(Vm {
             fd,
             ram: memory.ram().clone(),
@@ -130,6 +140,49 @@ impl Vm {
             vcpu,
             _ram: self.ram.clone(),
         })
+    }
+}
+
+/// KVM's 8259, I/O APIC and 8254; local APICs come with the vCPUs.
+fn create_chips(vm: &VmFd) -> Result<(), VmError> {
+    vm.create_irq_chip().map_err(VmError::InterruptController)?;
+    // Port 0x61, the speaker, is answered by KVM instead of costing an exit.
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..kvm_pit_config::default()
+    };
+    vm.create_pit2(pit).map_err(VmError::Timer)
+}
+
+/// Only local APICs in KVM. The number is that of the I/O APIC's lines, for which KVM tells of
+/// the end of an interrupt if the line is a level.
+fn split_chips(vm: &VmFd) -> Result<(), VmError> {
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..kvm_enable_cap::default()
+    };
+    let [lines, ..] = &mut cap.args;
+    *lines = layout::GSI_COUNT.into();
+    vm.enable_cap(&cap).map_err(VmError::InterruptController)
+}
+
+impl Router for Arc<Vm> {
+    fn set(&self, routes: &Routes) -> io::Result<()> {
+        let route = |(gsi, message): (u32, &Option<Message>)| {
+            let message = (*message)?;
+            let mut entry = kvm_irq_routing_entry {
+                gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                ..kvm_irq_routing_entry::default()
+            };
+            entry.u.msi.address_lo = message.address;
+            entry.u.msi.data = message.data;
+            Some(entry)
+        };
+        let entries: Vec<_> = (0..).zip(routes).filter_map(route).collect();
+        let table = KvmIrqRouting::from_entries(&entries);
+        let table = table.map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+        self.fd.set_gsi_routing(&table).map_err(io::Error::from)
     }
 }
 

@@ -43,6 +43,10 @@ pub struct MachineConfig {
     /// What pages guest memory is made of.
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// Where the interrupt controllers are. Not reported unless it was asked for: other programs
+    /// compare the answer with what they know.
+    #[serde(default, skip_serializing_if = "InterruptController::is_auto")]
+    pub interrupt_controller: InterruptController,
 }
 
 impl Default for MachineConfig {
@@ -54,6 +58,7 @@ impl Default for MachineConfig {
             cpu_template: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            interrupt_controller: InterruptController::Auto,
         }
     }
 }
@@ -90,6 +95,26 @@ pub enum HugePages {
     TwoMib,
 }
 
+/// Where the guest's interrupt controllers and its old timer are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InterruptController {
+    /// Where they suit the guest: `Split`, unless host or kernel command line speak against it.
+    #[default]
+    Auto,
+    /// All in the host's kernel, the 8259 and the 8254 among them.
+    Kernel,
+    /// In the host's kernel only what is part of a processor.
+    Split,
+}
+
+impl InterruptController {
+    /// Whether nothing was asked for.
+    pub fn is_auto(&self) -> bool {
+        *self == InterruptController::Auto
+    }
+}
+
 /// `PATCH /machine-config`: what is absent stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -112,6 +137,9 @@ pub struct MachineConfigUpdate {
     /// See [`MachineConfig`].
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
+    /// See [`MachineConfig`].
+    #[serde(default)]
+    pub interrupt_controller: Option<InterruptController>,
 }
 
 /// `PUT /logger`: what is absent or null stays as it is.

@@ -19,6 +19,7 @@ figures
   console    1 MiB of guest output: time and processor time; system calls for each byte of it, and over a boot of Linux
   memory     private dirty memory of the monitor; PSS per VM of 8 VMs with one 20 MiB kernel
   density    host memory and PSS per VM of many idle VMs; starts per second
+  life       exec to the end of the process, processor time of a life, lives per second
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
@@ -29,7 +30,7 @@ options
   --no-mayfly        leave mayfly out
   --probe PATH       api-load and limits: the probe guest, in place of the one just built
   --linux DIR        console: the folder that tools/guest made (target/guest)
-  --runs N           rounds that count (start, api and jail: 30; api-load and limits: 5; others: 3)
+  --runs N           rounds that count (start, api, life and jail: 30; api-load and limits: 5; others: 3)
   --vms N            VMs at once, for density (50)
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
@@ -54,6 +55,8 @@ pub enum Which {
     Memory,
     /// See `density`.
     Density,
+    /// See `life`.
+    Life,
     /// See `jail`.
     Jail,
 }
@@ -108,6 +111,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "console" => which = Some(Which::Console),
             "memory" => which = Some(Which::Memory),
             "density" => which = Some(Which::Density),
+            "life" => which = Some(Which::Life),
             "jail" => which = Some(Which::Jail),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
@@ -132,7 +136,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density or jail",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life or jail",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -163,7 +167,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     jail::check(&monitors, &jailers)?;
     let usual = match which {
-        Which::Start | Which::Api | Which::Jail => 30,
+        Which::Start | Which::Api | Which::Life | Which::Jail => 30,
         Which::ApiLoad | Which::Limits => 5,
         Which::Console | Which::Memory | Which::Density => 3,
     };

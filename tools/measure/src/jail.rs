@@ -230,7 +230,7 @@ impl Place<'_> {
     /// Starts per second; the ends are waited for afterwards.
     fn starts(&self, row: &Monitor, start: &Start) -> Result<f64> {
         let begun = Instant::now();
-        let groups = in_parallel(|| {
+        let groups = rounds::in_parallel(COUNT, PARALLEL, || {
             let mut started = self.start(row, start)?;
             let byte = started.running.first_byte(None);
             if byte.is_err() {
@@ -254,38 +254,11 @@ impl Place<'_> {
     /// Lives per second.
     fn lives(&self, row: &Monitor, start: &Start) -> Result<f64> {
         let begun = Instant::now();
-        let lives = in_parallel(|| self.life(row, start));
+        let lives = rounds::in_parallel(COUNT, PARALLEL, || self.life(row, start));
         let seconds = begun.elapsed().as_secs_f64();
         let lives = lives.into_iter().collect::<Result<Vec<Life>>>()?;
         Ok(lives.len() as f64 / seconds)
     }
-}
-
-/// Does `work` `COUNT` times, `PARALLEL` at a time; a failure keeps its thread from going on.
-fn in_parallel<T: Send>(work: impl Fn() -> Result<T> + Sync) -> Vec<Result<T>> {
-    let taken = AtomicUsize::new(0);
-    let turn = || {
-        let mut done = Vec::new();
-        while taken.fetch_add(1, Ordering::Relaxed) < COUNT {
-            let one = match crate::sys::interrupted() {
-                true => Err(Failure::interrupted()),
-                false => work(),
-            };
-            let failed = one.is_err();
-            done.push(one);
-            if failed {
-                break;
-            }
-        }
-        done
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..PARALLEL).map(|_| scope.spawn(turn)).collect();
-        threads
-            .into_iter()
-            .flat_map(|thread| thread.join().expect("a thread of starts does not panic"))
-            .collect()
-    })
 }
 
 impl Drop for Place<'_> {

@@ -11,7 +11,9 @@ use mayfly_measure::host::Host;
 use mayfly_measure::monitor::{CommandLine, Monitor};
 use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::workspace::Workspace;
-use mayfly_measure::{api, api_load, console, density, jail, limits, memory, report, start, sys};
+use mayfly_measure::{
+    api, api_load, console, density, jail, life, limits, memory, report, start, sys,
+};
 use serde_json::json;
 
 fn main() -> ExitCode {
@@ -95,7 +97,7 @@ fn run() -> Result<()> {
 
 fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
-        Which::Start | Which::Api | Which::Jail => 2,
+        Which::Start | Which::Api | Which::Life | Which::Jail => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
         Which::Console => 0,
     };
@@ -114,7 +116,7 @@ fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
         .collect()
 }
 
-/// The rows of the tables: the monitors, but for `jail`, which has some in several ways.
+/// The rows of the tables: the monitors, but for `life` and `jail`, which have some in several ways.
 fn rows_and_figures(
     args: &Args,
     workspace: &Workspace,
@@ -123,6 +125,11 @@ fn rows_and_figures(
         let (rows, figures) =
             jail::measure(workspace, &args.monitors, OURS, &args.jailers, plan(args))?;
         return Ok((rows, figures, jail::NOTES));
+    }
+    if args.which == Which::Life {
+        let rows = life::rows(&args.monitors);
+        let figures = life::measure(workspace, &rows, plan(args))?;
+        return Ok((rows, figures, life::NOTES));
     }
     let (figures, notes) = figures(args, workspace)?;
     Ok((args.monitors.clone(), figures, notes))
@@ -156,7 +163,7 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
-        Which::Jail => unreachable!("its rows are its own"),
+        Which::Life | Which::Jail => unreachable!("their rows are their own"),
     })
 }
 

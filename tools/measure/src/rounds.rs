@@ -1,6 +1,8 @@
 //! Who runs when: every monitor once in each round, in an order that rotates, so that what disturbs the machine
 //! disturbs all of them alike.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::failure::{Failure, Result};
 use crate::monitor::Monitor;
 use crate::sys;
@@ -96,6 +98,37 @@ fn gather(figures: &mut Vec<Figure>, monitors: usize, monitor: usize, sample: Sa
         }
     };
     figure.samples[monitor].push(sample.value);
+}
+
+/// Does `work` `count` times, `at_once` at a time; a failure keeps its thread from going on.
+pub fn in_parallel<T: Send>(
+    count: usize,
+    at_once: usize,
+    work: impl Fn() -> Result<T> + Sync,
+) -> Vec<Result<T>> {
+    let taken = AtomicUsize::new(0);
+    let turn = || {
+        let mut done = Vec::new();
+        while taken.fetch_add(1, Ordering::Relaxed) < count {
+            let one = match sys::interrupted() {
+                true => Err(Failure::interrupted()),
+                false => work(),
+            };
+            let failed = one.is_err();
+            done.push(one);
+            if failed {
+                break;
+            }
+        }
+        done
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..at_once).map(|_| scope.spawn(turn)).collect();
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("a thread of starts does not panic"))
+            .collect()
+    })
 }
 
 #[cfg(test)]

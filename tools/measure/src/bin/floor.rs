@@ -1,6 +1,7 @@
 //! The floor: how fast a guest can run its first instruction when nothing but the unavoidable KVM calls is made.
 //!
-//! `floor KERNEL` makes a VM of 128 MiB with an in-kernel interrupt controller and timer and one vCPU, puts the
+//! `floor KERNEL` makes a VM of 128 MiB with an in-kernel interrupt controller and timer (with `--split` before the
+//! kernel: local APICs only) and one vCPU, puts the
 //! loadable segments of `KERNEL` where they belong (page-aligned ones are mapped, others copied), and enters its ELF
 //! entry in 32-bit protected mode. Bytes written to port 0x3f8 go to stdout; a reset through port 0x64 ends the program.
 //! There are no devices, no boot parameters, no filters, no API, no checks: what a monitor needs beyond this is its own
@@ -12,7 +13,8 @@ use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_regs, kvm_segment,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap,
+    kvm_pit_config, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use mayfly_measure::failure::{Context, Failure, Result};
@@ -26,6 +28,8 @@ const KEYBOARD_CONTROLLER: u16 = 0x64;
 const RESET: u8 = 0xfe;
 /// Three pages that Intel's virtualisation wants below 4 GiB, outside guest memory.
 const TSS_AT: usize = 0xfffb_d000;
+/// Lines that an I/O APIC in user space would have.
+const IO_APIC_LINES: u64 = 24;
 /// CR0: protection enabled.
 const CR0_PE: u64 = 1;
 
@@ -40,9 +44,11 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let kernel = std::env::args_os()
-        .nth(1)
-        .ok_or_else(|| Failure::new("usage: floor KERNEL"))?;
+    let mut words = std::env::args_os().skip(1).peekable();
+    let split = words.next_if(|word| word == "--split").is_some();
+    let kernel = words
+        .next()
+        .ok_or_else(|| Failure::new("usage: floor [--split] KERNEL"))?;
 
     // Memory first: a slot made after the interrupt controller waits for milliseconds.
     let kvm = Kvm::new().cannot(|| "open /dev/kvm".into())?;
@@ -54,13 +60,23 @@ fn run() -> Result<()> {
         .cannot(|| "register guest memory".into())?;
     vm.set_tss_address(TSS_AT)
         .cannot(|| "set the TSS address".into())?;
-    vm.create_irq_chip()
-        .cannot(|| "create the interrupt controller".into())?;
-    let pit = kvm_pit_config {
-        flags: KVM_PIT_SPEAKER_DUMMY,
-        ..Default::default()
-    };
-    vm.create_pit2(pit).cannot(|| "create the timer".into())?;
+    if split {
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        };
+        cap.args[0] = IO_APIC_LINES;
+        vm.enable_cap(&cap)
+            .cannot(|| "split the interrupt controller".into())?;
+    } else {
+        vm.create_irq_chip()
+            .cannot(|| "create the interrupt controller".into())?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(pit).cannot(|| "create the timer".into())?;
+    }
 
     let mut vcpu = vm.create_vcpu(0).cannot(|| "create a vCPU".into())?;
     let cpuid = kvm

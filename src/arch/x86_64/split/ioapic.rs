@@ -1,0 +1,533 @@
+//! An I/O APIC (Intel 82093AA, 290566) in the monitor: a table with one entry for each interrupt
+//! line, which says what message a pulse on that line becomes.
+//!
+//! Owns the table, behind one lock. Runs on the vCPU thread whose guest code reads or writes a
+//! register. It never delivers an interrupt: each entry that is not masked becomes an MSI route
+//! of KVM's, by which a device's irqfd reaches the local APICs without a way through user space;
+//! a masked one has no route, so that its pulses are lost, as the chip's specification has it for
+//! edges. Lines are pulses and never stay asserted. So the bits that only the chip sets are
+//! always 0: delivery status, and remote IRR, which tells of an asserted line whose interrupt is
+//! still being served. An entry for a level makes KVM tell of the end of each interrupt
+//! (KVM_EXIT_IOAPIC_EOI), and there is nothing to do then.
+//!
+//! Work is bounded: KVM is called only when a route changes. A change makes the host's kernel
+//! wait for a grace period, work that no guest pays for, so a guest that goes on changing routes
+//! is slowed down: it has [`BURST`] changes, and one more each [`PERIOD`].
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Missed;
+use crate::arch::layout::GSI_COUNT;
+use crate::bus::{Registers, Written};
+use crate::error;
+
+/// Bytes of registers.
+pub const LENGTH: u64 = 0x100;
+
+/// Lines, and entries of the table.
+pub const PINS: usize = GSI_COUNT as usize;
+
+/// Offsets: which register is meant, and its value.
+const SELECT: u64 = 0x00;
+const WINDOW: u64 = 0x10;
+
+/// Registers, as they are selected; from [`TABLE`] on two of them are an entry.
+const ID: u8 = 0x00;
+const VERSION: u8 = 0x01;
+const ARBITRATION: u8 = 0x02;
+const TABLE: u8 = 0x10;
+
+/// Version 0x11: the one without an EOI register. The number of the last entry is in bits 16 to 23.
+const VERSION_11: u32 = 0x11 | ((GSI_COUNT - 1) << 16);
+
+/// Bits 24 to 27 of the ID and arbitration registers.
+const ID_SHIFT: u32 = 24;
+const ID_MASK: u32 = 0x0f;
+
+/// An entry of the table.
+mod entry {
+    /// What the guest may write: vector, delivery mode, destination mode, polarity, trigger, mask
+    /// and destination.
+    pub const WRITABLE: u64 = 0xff00_0000_0001_afff;
+    pub const VECTOR: u64 = 0xff;
+    pub const DELIVERY_SHIFT: u32 = 8;
+    pub const DELIVERY: u64 = 0x7;
+    pub const LOGICAL: u64 = 1 << 11;
+    pub const LEVEL: u64 = 1 << 15;
+    pub const MASKED: u64 = 1 << 16;
+    pub const DESTINATION_SHIFT: u32 = 56;
+}
+
+/// Message address and data (Intel SDM volume 3, section 11.11).
+mod message {
+    pub const ADDRESS: u32 = 0xfee0_0000;
+    pub const DESTINATION_SHIFT: u32 = 12;
+    pub const LOGICAL: u32 = 1 << 2;
+    pub const DELIVERY_SHIFT: u32 = 8;
+    pub const ASSERT: u32 = 1 << 14;
+    pub const LEVEL: u32 = 1 << 15;
+}
+
+/// Changes of routes that a guest may make in a row.
+const BURST: u32 = 512;
+/// How often it may make one more.
+const PERIOD: Duration = Duration::from_millis(1);
+
+/// Lines that only the 8254 pulses: 0, and 2 on machines that swap the two.
+const TIMER_PINS: [usize; 2] = [0, 2];
+
+/// What a pulse on a line becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// To whom: bits 0 to 31; the others are 0.
+    pub address: u32,
+    /// What.
+    pub data: u32,
+}
+
+/// The messages of all lines; `None` for a line that is masked.
+pub type Routes = [Option<Message>; PINS];
+
+/// Where routes go: KVM.
+pub trait Router: Send + Sync {
+    /// From now on, these are the routes.
+    ///
+    /// # Errors
+    /// The host's.
+    fn set(&self, routes: &Routes) -> io::Result<()>;
+}
+
+/// All there is to know of the chip.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IoApicState {
+    /// The ID register, 0 to 15.
+    pub id: u8,
+    /// Which register is selected.
+    pub select: u8,
+    /// The table.
+    pub entries: [u64; PINS],
+}
+
+impl Default for IoApicState {
+    /// As after a reset: all lines are masked.
+    fn default() -> Self {
+        IoApicState {
+            id: 0,
+            select: 0,
+            entries: [entry::MASKED; PINS],
+        }
+    }
+}
+
+/// The chip's registers.
+#[derive(Debug)]
+pub struct IoApic<R> {
+    inner: Mutex<Inner>,
+    router: R,
+    missed: Arc<Missed>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: IoApicState,
+    /// What KVM has, unless it refused it.
+    routes: Option<Routes>,
+    pace: Pace,
+    told_of_failure: bool,
+}
+
+impl<R: Router> IoApic<R> {
+    /// A chip in `state`, whose routes `router` has none of yet.
+    pub fn new(state: IoApicState, router: R, missed: Arc<Missed>) -> Self {
+        let io_apic = IoApic {
+            inner: Mutex::new(Inner {
+                state,
+                routes: Some([None; PINS]),
+                pace: Pace::new(Instant::now()),
+                told_of_failure: false,
+            }),
+            router,
+            missed,
+        };
+        io_apic.route(&mut io_apic.lock());
+        io_apic
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells KVM what has changed, if anything has. How long the caller is to wait for that.
+    fn route(&self, inner: &mut Inner) -> Option<Duration> {
+        let routes = inner.state.routes();
+        if inner.routes == Some(routes) {
+            return None;
+        }
+        match self.router.set(&routes) {
+            Ok(()) => inner.routes = Some(routes),
+            Err(cause) => {
+                // Tried again when the guest writes next.
+                inner.routes = None;
+                if !inner.told_of_failure {
+                    inner.told_of_failure = true;
+                    error!(
+                        "KVM_SET_GSI_ROUTING failed: {cause}. Interrupts may not reach the guest."
+                    );
+                }
+            }
+        }
+        inner.pace.count(Instant::now())
+    }
+}
+
+impl IoApicState {
+    fn read(&self) -> u32 {
+        let id = (u32::from(self.id) & ID_MASK) << ID_SHIFT;
+        match self.select {
+            ID | ARBITRATION => id,
+            VERSION => VERSION_11,
+            _ => match self.place() {
+                Some((pin, shift)) => self
+                    .entries
+                    .get(pin)
+                    .map_or(0, |entry| (entry >> shift) as u32),
+                None => 0,
+            },
+        }
+    }
+
+    fn write(&mut self, value: u32) {
+        if self.select == ID {
+            self.id = ((value >> ID_SHIFT) & ID_MASK) as u8;
+            return;
+        }
+        let Some((pin, shift)) = self.place() else {
+            return;
+        };
+        if let Some(entry) = self.entries.get_mut(pin) {
+            let half = u64::from(u32::MAX) << shift;
+            *entry = ((*entry & !half) | (u64::from(value) << shift)) & entry::WRITABLE;
+        }
+    }
+
+    /// The entry that is selected, and which half of it.
+    fn place(&self) -> Option<(usize, u32)> {
+        let index = usize::from(self.select.checked_sub(TABLE)?);
+        let shift = if index.is_multiple_of(2) { 0 } else { 32 };
+        Some((index >> 1, shift)).filter(|(pin, _)| *pin < PINS)
+    }
+
+    fn routes(&self) -> Routes {
+        self.entries.map(message_of)
+    }
+}
+
+/// The message that `entry` stands for, unless it is masked.
+fn message_of(entry: u64) -> Option<Message> {
+    if entry & entry::MASKED != 0 {
+        return None;
+    }
+    let flag = |of: u64, bit: u32| if entry & of != 0 { bit } else { 0 };
+    let destination = (entry >> entry::DESTINATION_SHIFT) as u32;
+    let delivery = ((entry >> entry::DELIVERY_SHIFT) & entry::DELIVERY) as u32;
+    Some(Message {
+        address: message::ADDRESS
+            | (destination << message::DESTINATION_SHIFT)
+            | flag(entry::LOGICAL, message::LOGICAL),
+        data: (entry & entry::VECTOR) as u32
+            | (delivery << message::DELIVERY_SHIFT)
+            | flag(entry::LEVEL, message::LEVEL | message::ASSERT),
+    })
+}
+
+impl<R: Router> Registers for IoApic<R> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let value = match offset {
+            SELECT => self.lock().state.select.into(),
+            WINDOW => self.lock().state.read(),
+            _ => 0,
+        };
+        let value = u64::from(value).to_le_bytes();
+        data.fill(0);
+        data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Written {
+        let mut value = [0; 4];
+        value
+            .iter_mut()
+            .zip(data)
+            .for_each(|(to, from)| *to = *from);
+        let value = u32::from_le_bytes(value);
+        let mut inner = self.lock();
+        let mut wait = None;
+        match offset {
+            SELECT => inner.state.select = (value & 0xff) as u8,
+            WINDOW => {
+                inner.state.write(value);
+                wait = self.route(&mut inner);
+            }
+            _ => {}
+        }
+        let timer = TIMER_PINS.iter().any(|pin| {
+            let entry = inner.state.entries.get(*pin);
+            entry.is_some_and(|entry| entry & entry::MASKED == 0)
+        });
+        drop(inner);
+        if timer {
+            self.missed.tell("the 8254 timer");
+        }
+        if let Some(wait) = wait {
+            // A message for the vCPU ends it.
+            thread::park_timeout(wait);
+        }
+        Written::Done
+    }
+}
+
+/// A bucket of [`BURST`] changes that gains one each [`PERIOD`].
+#[derive(Debug)]
+struct Pace {
+    left: u32,
+    /// Up to when gains are counted.
+    since: Instant,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Pace {
+            left: BURST,
+            since: now,
+        }
+    }
+
+    /// Counts a change made at `now`; when there were too many, how long to wait.
+    fn count(&mut self, now: Instant) -> Option<Duration> {
+        let past = now.saturating_duration_since(self.since);
+        let periods = past.as_millis().checked_div(PERIOD.as_millis());
+        let gained = u32::try_from(periods.unwrap_or(0)).unwrap_or(u32::MAX);
+        if gained > 0 {
+            self.left = self.left.saturating_add(gained).min(BURST);
+            self.since = now;
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                None
+            }
+            None => Some(PERIOD),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keeps what it is told.
+    #[derive(Debug, Default)]
+    struct Told {
+        calls: Mutex<Vec<Routes>>,
+        refuse: Mutex<bool>,
+    }
+
+    impl Router for Arc<Told> {
+        fn set(&self, routes: &Routes) -> io::Result<()> {
+            if *self.refuse.lock().unwrap() {
+                return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+            }
+            self.calls.lock().unwrap().push(*routes);
+            Ok(())
+        }
+    }
+
+    impl Told {
+        fn last(&self) -> Routes {
+            self.calls
+                .lock()
+                .unwrap()
+                .last()
+                .copied()
+                .unwrap_or([None; PINS])
+        }
+        fn count(&self) -> usize {
+            self.calls.lock().unwrap().len()
+        }
+    }
+
+    fn chip() -> (IoApic<Arc<Told>>, Arc<Told>, Arc<Missed>) {
+        let (told, missed) = (Arc::new(Told::default()), Arc::new(Missed::default()));
+        let chip = IoApic::new(
+            IoApicState::default(),
+            Arc::clone(&told),
+            Arc::clone(&missed),
+        );
+        (chip, told, missed)
+    }
+
+    fn put(chip: &impl Registers, register: u8, value: u32) {
+        let _ = chip.write(SELECT, &u32::from(register).to_le_bytes());
+        let _ = chip.write(WINDOW, &value.to_le_bytes());
+    }
+
+    fn get(chip: &impl Registers, register: u8) -> u32 {
+        let _ = chip.write(SELECT, &u32::from(register).to_le_bytes());
+        let mut data = [0xff; 4];
+        chip.read(WINDOW, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn registers_when_reset_are_as_the_specification_says() {
+        let (chip, told, _) = chip();
+        assert_eq!(get(&chip, 0), 0);
+        assert_eq!(get(&chip, 1), 0x0017_0011);
+        assert_eq!(get(&chip, 2), 0);
+        for pin in 0..24 {
+            assert_eq!(get(&chip, 0x10 + 2 * pin), 0x0001_0000, "pin {pin}");
+            assert_eq!(get(&chip, 0x11 + 2 * pin), 0, "pin {pin}");
+        }
+        assert_eq!(told.count(), 0);
+    }
+
+    #[test]
+    fn id_when_written_keeps_four_bits_and_shows_in_the_arbitration_register() {
+        let (chip, ..) = chip();
+        put(&chip, 0, 0xf5ff_ffff);
+        assert_eq!(get(&chip, 0), 0x0500_0000);
+        assert_eq!(get(&chip, 2), 0x0500_0000);
+        put(&chip, 1, 0xffff_ffff);
+        assert_eq!(get(&chip, 1), 0x0017_0011);
+        put(&chip, 2, 0);
+        assert_eq!(get(&chip, 0), 0x0500_0000);
+    }
+
+    #[test]
+    fn entry_when_all_ones_are_written_keeps_what_the_chip_sets_at_zero() {
+        let (chip, told, _) = chip();
+        put(&chip, 0x16, u32::MAX);
+        put(&chip, 0x17, u32::MAX);
+        // Delivery status (12), remote IRR (14) and reserved bits stay 0.
+        assert_eq!(get(&chip, 0x16), 0x0001_afff);
+        assert_eq!(get(&chip, 0x17), 0xff00_0000);
+        assert_eq!(told.count(), 0, "it is masked");
+    }
+
+    #[test]
+    fn entry_when_it_is_not_masked_becomes_a_message() {
+        // Low half, high half, address, data.
+        for (low, high, address, data) in [
+            (0x31, 0, 0xfee0_0000, 0x31),
+            (0x31, 0x0300_0000, 0xfee0_3000, 0x31),
+            // Logical destination, lowest priority: what older kernels use.
+            (0x0931, 0x0100_0000, 0xfee0_1004, 0x131),
+            // Polarity means nothing for a message; a level asserts.
+            (0xa031, 0, 0xfee0_0000, 0xc031),
+            (0x0400, 0xff00_0000, 0xfeef_f000, 0x400),
+        ] {
+            let (chip, told, _) = chip();
+            put(&chip, 0x1b, high);
+            put(&chip, 0x1a, low);
+            let mut expected = [None; PINS];
+            expected[5] = Some(Message { address, data });
+            assert_eq!(told.last(), expected, "{low:#x} {high:#x}");
+            put(&chip, 0x1a, low | 1 << 16);
+            assert_eq!(told.last(), [None; PINS]);
+        }
+    }
+
+    #[test]
+    fn entry_when_nothing_changes_for_kvm_makes_no_call() {
+        let (chip, told, _) = chip();
+        put(&chip, 0x1a, 0x31);
+        assert_eq!(told.count(), 1);
+        for _ in 0..10_000 {
+            put(&chip, 0x1a, 0x31);
+            // Polarity, and what is masked.
+            put(&chip, 0x1a, 0x2031);
+            put(&chip, 0x1c, 0x1_0032);
+            put(&chip, 0x1c, 0x1_0033);
+            put(&chip, 0, 0x0100_0000);
+            get(&chip, 0x1a);
+        }
+        assert_eq!(told.count(), 1);
+    }
+
+    #[test]
+    fn entry_when_kvm_refuses_is_tried_again_at_the_next_write() {
+        let (chip, told, _) = chip();
+        *told.refuse.lock().unwrap() = true;
+        put(&chip, 0x1a, 0x31);
+        *told.refuse.lock().unwrap() = false;
+        put(&chip, 0, 0);
+        assert_eq!(told.last()[5].unwrap().data, 0x31);
+    }
+
+    #[test]
+    fn access_when_it_is_anywhere_of_any_length_changes_nothing_else() {
+        let (chip, told, _) = chip();
+        put(&chip, 0x1a, 0x31);
+        for offset in 0..LENGTH {
+            for len in 0..17 {
+                let mut data = vec![0xff; len];
+                chip.read(offset, &mut data);
+                if ![SELECT, WINDOW].contains(&offset) {
+                    assert!(data.iter().all(|byte| *byte == 0), "{offset} {len}");
+                    let _ = chip.write(offset, &vec![0xff; len]);
+                }
+            }
+        }
+        for register in 0x40..=0xff {
+            put(&chip, register, u32::MAX);
+            assert_eq!(get(&chip, register), 0, "{register:#x}");
+        }
+        assert_eq!(told.count(), 1);
+        assert_eq!(get(&chip, 0x1a), 0x31);
+    }
+
+    #[test]
+    fn state_when_a_chip_is_made_of_it_gives_the_same_routes() {
+        let (chip, told, _) = chip();
+        put(&chip, 0x1b, 0x0200_0000);
+        put(&chip, 0x1a, 0x8031);
+        put(&chip, 0x3e, 0x44);
+        let state = chip.lock().state.clone();
+        let other = Arc::new(Told::default());
+        let copy = IoApic::new(state.clone(), Arc::clone(&other), Arc::default());
+        assert_eq!(other.last(), told.last());
+        assert_eq!(copy.lock().state, state);
+        assert_eq!(get(&copy, 0x3e), 0x44);
+    }
+
+    #[test]
+    fn timer_line_when_it_is_unmasked_is_told() {
+        for (register, expected) in [(0x10, true), (0x14, true), (0x12, false), (0x18, false)] {
+            let (chip, _, missed) = chip();
+            put(&chip, register, 0x1_0030);
+            assert!(!missed.was_told());
+            put(&chip, register, 0x30);
+            assert_eq!(missed.was_told(), expected, "{register:#x}");
+        }
+    }
+
+    #[test]
+    fn pace_when_changes_do_not_end_lets_one_pass_each_period() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+        for n in 0..BURST {
+            assert_eq!(pace.count(start), None, "{n}");
+        }
+        assert_eq!(pace.count(start), Some(PERIOD));
+        assert_eq!(pace.count(start + PERIOD / 2), Some(PERIOD));
+        assert_eq!(pace.count(start + PERIOD), None);
+        assert_eq!(pace.count(start + PERIOD), Some(PERIOD));
+        let later = start + PERIOD * (BURST * 3);
+        for _ in 0..BURST {
+            assert_eq!(pace.count(later), None);
+        }
+        assert_eq!(pace.count(later), Some(PERIOD));
+    }
+}
