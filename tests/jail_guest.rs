@@ -251,12 +251,7 @@ fn configuration_of_any_length_a_file_may_have_is_taken() {
             std::os::unix::net::UnixStream::connect(&socket).is_ok()
         });
         let mut caller = std::os::unix::net::UnixStream::connect(&socket).unwrap();
-        while !text.contains("here") {
-            let mut bytes = [0; 256];
-            let count = std::io::Read::read(&mut caller, &mut bytes).unwrap();
-            assert!(count > 0, "{text}");
-            text.push_str(&String::from_utf8_lossy(&bytes[..count]));
-        }
+        read_until(&mut caller, &mut text, "here");
         let _ = Command::new("kill").arg(child.id().to_string()).status();
         assert_eq!(child.wait().unwrap().code(), Some(143));
         place.nothing_is_left();
@@ -267,6 +262,16 @@ fn configuration_of_any_length_a_file_may_have_is_taken() {
         place.refuses(place.jailer(who, &words), "MSR");
         fs::write(&config, format!("{start}{spaces} ")).unwrap();
         place.refuses(place.jailer(who, &words), "longer than 1 MiB");
+    }
+}
+
+/// Reads until `words` are among what came.
+fn read_until(client: &mut std::os::unix::net::UnixStream, text: &mut String, words: &str) {
+    while !text.contains(words) {
+        let mut bytes = [0; 256];
+        let count = std::io::Read::read(client, &mut bytes).unwrap();
+        assert!(count > 0, "{words} in {text}");
+        text.push_str(&String::from_utf8_lossy(&bytes[..count]));
     }
 }
 
@@ -295,18 +300,10 @@ fn console_socket_is_the_monitors_and_is_removed() {
         assert_eq!(mode & 0o777, 0o600);
         let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
         let mut text = String::new();
-        let mut read_until = |client: &mut std::os::unix::net::UnixStream, words: &str| {
-            while !text.contains(words) {
-                let mut bytes = [0; 256];
-                let count = std::io::Read::read(client, &mut bytes).unwrap();
-                assert!(count > 0, "{words} in {text}");
-                text.push_str(&String::from_utf8_lossy(&bytes[..count]));
-            }
-        };
         // What was written before anything was connected is there too.
-        read_until(&mut client, "echo ready");
+        read_until(&mut client, &mut text, "echo ready");
         std::io::Write::write_all(&mut client, b"typed\n").unwrap();
-        read_until(&mut client, "got typed");
+        read_until(&mut client, &mut text, "got typed");
         assert!(text.contains("here"), "{text}");
         assert_eq!(child.wait().unwrap().code(), Some(0));
         place.nothing_is_left();
@@ -318,8 +315,47 @@ fn console_socket_is_the_monitors_and_is_removed() {
     fs::write(place.path("vm.json"), config).unwrap();
     let words = ["run", "--config", &place.path("vm.json"), "--console", &at];
     place.refuses(place.jailer(Who::Root, &words), "console_socket already");
-    let words = ["run", "--api-sock", &place.shared("api"), "--console", &at];
-    place.refuses(place.jailer(Who::Root, &words), "PUT /serial");
+}
+
+#[test]
+fn console_socket_serves_a_microvm_that_a_client_configures() {
+    let place = place!("gclient");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (api, socket) = (place.shared("api"), place.shared("console"));
+    let at = format!("unix:{socket}");
+    for who in BOTH {
+        let words = ["run", "--api-sock", &api, "--console", &at];
+        let mut child = place.jailer(who, &words).spawn().unwrap();
+        host::wait_until("the API's socket", || {
+            std::os::unix::net::UnixStream::connect(&api).is_ok()
+        });
+        let kernel = fs::File::open(place.path("probe")).unwrap();
+        let mut client = mayfly::wire::Client::connect(&api).unwrap();
+        let boot =
+            r#"{ "kernel_image_path": { "fd": 0 }, "boot_args": "probe=print:here,echo:1" }"#;
+        let start = r#"{ "action_type": "InstanceStart" }"#;
+        for (path, body, files) in [
+            (
+                "/boot-source",
+                boot,
+                &[std::os::fd::AsFd::as_fd(&kernel)][..],
+            ),
+            ("/actions", start, &[]),
+        ] {
+            let patience = std::time::Duration::from_secs(300);
+            let answer = client.request("PUT", path, body, files, patience);
+            let answer = answer.unwrap();
+            assert!(answer.is_success(), "{}", answer.fault());
+        }
+        let mut console = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        let mut text = String::new();
+        read_until(&mut console, &mut text, "echo ready");
+        std::io::Write::write_all(&mut console, b"typed\n").unwrap();
+        read_until(&mut console, &mut text, "got typed");
+        assert!(text.contains("here"), "{text}");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        place.nothing_is_left();
+    }
 }
 
 #[test]

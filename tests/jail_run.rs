@@ -71,6 +71,30 @@ fn empty_jail_holds_seven_descriptors_and_nothing_else() {
     }
 }
 
+#[test]
+fn passed_descriptor_may_be_named_by_its_path() {
+    let place = place!("rdevfd");
+    let open = format!("exec 9<{};", place.path("disk"));
+    for who in BOTH {
+        for path in ["/dev/fd/9:ro", "/proc/self/fd/9:ro"] {
+            let command = place.run(who, "report exit=0", &["--drive", path]);
+            let report = place.ends(inheriting(&command, &open), 0);
+            let report = Report::parse(report.out.lines());
+            assert_eq!(report.all("received"), ["RegularFile 0", "RegularFile 0"]);
+            place.refuses(inheriting(&command, ""), "No such file");
+        }
+        // A number that was not passed is not taken from what is opened meanwhile.
+        let disk = format!("{}:ro", place.path("disk"));
+        let words = [
+            &["--drive", disk.as_str()].repeat(12)[..],
+            &["--net", "fd:9"],
+        ]
+        .concat();
+        let command = place.run(who, "exit=0", &words);
+        place.refuses(inheriting(&command, ""), "descriptor 9");
+    }
+}
+
 /// `command`, started by a shell that does `before` first.
 fn inheriting(command: &Command, before: &str) -> Command {
     let mut shell = Command::new("bash");
@@ -235,10 +259,9 @@ fn killed_and_asked_to_end_are_told_apart() {
         for (signal, code) in signals {
             let running = Running::start(&place, who, "report stay", &[]);
             // The witness does not handle SIGTERM, and as process 1 it does not even die of it.
-            kill(running.child.id(), signal);
+            kill_and_see_taken(running.child.id(), signal);
             if code > 143 || code == 138 {
                 // Once is enough, for those above.
-                std::thread::sleep(Duration::from_millis(100));
                 kill(running.child.id(), signal);
             }
             let (status, err) = running.end();
@@ -514,6 +537,7 @@ fn terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_leaves() {
         // Ctrl-C is the guest's, and so is a second Ctrl-A.
         assert!(text.contains("<a><\\x03><\\x01>"), "{who:?}: {text:?}");
         assert_eq!(status.code(), Some(130), "{text}");
+        assert!(text.contains("Ctrl-A X was typed"), "{text}");
         let settings: Vec<&str> = text
             .lines()
             .filter(|line| line.matches(':').count() > 10)
@@ -600,18 +624,27 @@ fn terminal_is_given_back_whatever_ends_the_jailer() {
             .chain(command.get_args())
             .map(|word| format!("'{}'", word.to_str().unwrap()))
             .collect();
-        // The foreground is the jailer's; its killer is told its number. A second signal does not
-        // wait for the witness to end by itself.
-        let script = format!(
-            "stty -g >&2; sh -c 'sleep 0.5; kill -{signal} $0; sleep 0.2; kill -{signal} $0' $$ & exec {}",
-            words.join(" ")
-        );
+        let script = format!("stty -g >&2; echo job $$; exec {}", words.join(" "));
         let script = format!("bash -c {}; stty -g >&2", quoted(&script));
         let mut terminal = Command::new("script");
         terminal.args(["-qec", &script, "/dev/null"]);
         terminal.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let output = terminal.spawn().unwrap().wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let mut child = terminal.spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let mut text = String::new();
+        while !text.contains("end\r\n") {
+            let mut bytes = [0; 4096];
+            let count = stdout.read(&mut bytes).unwrap_or(0);
+            assert!(count > 0, "{signal}: {text:?}");
+            text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        let (_, rest) = text.split_once("job ").unwrap();
+        let job = rest.split_whitespace().next().unwrap().parse().unwrap();
+        // A second signal does not wait for the witness to end by itself.
+        kill_and_see_taken(job, signal);
+        kill(job, signal);
+        let _ = stdout.read_to_string(&mut text);
+        child.wait().unwrap();
         let settings: Vec<&str> = text
             .lines()
             .filter(|line| line.matches(':').count() > 10)
@@ -645,8 +678,7 @@ fn signals_that_the_caller_ignores_end_nothing() {
     let _out = read_report(child.stdout.take().unwrap());
     // The second of a kind would not wait for the witness.
     for signal in ["HUP", "USR1", "HUP", "USR1"] {
-        kill(child.id(), signal);
-        std::thread::sleep(Duration::from_millis(50));
+        kill_and_see_taken(child.id(), signal);
     }
     assert_eq!(child.wait().unwrap().code(), Some(124));
     place.nothing_is_left();
@@ -706,6 +738,16 @@ fn caller_paths_may_lead_through_symbolic_links() {
         fs::remove_file(&report.1).unwrap();
         place.nothing_is_left();
     }
+}
+
+/// Sends a signal, and waits until the process has taken it: a second one that comes earlier is none.
+fn kill_and_see_taken(pid: u32, signal: &str) {
+    kill(pid, signal);
+    wait_until("the signal taken", || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
+        pending.is_none_or(|mask| mask.trim().bytes().all(|digit| digit == b'0'))
+    });
 }
 
 /// Sends a signal again and again: the witness does not end at the first.

@@ -64,6 +64,7 @@ const JAILER: &[(&str, u8)] = &[
     ("cgroup", 5),
     ("netns", 5),
     ("root", 4),
+    ("monitor", 3),
     ("undo", 3),
     ("error", 1),
     ("filter", 1),
@@ -143,7 +144,7 @@ const UNSAFE: &[(&str, usize, &str)] = &[
     ),
     (
         "jailer/src/sys.rs",
-        29,
+        28,
         "fork, clone3, exec and what happens between them; mounts, ioctls and prctl that rustix does not offer",
     ),
 ];

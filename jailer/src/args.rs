@@ -7,8 +7,7 @@
 //! after a bare `--` belongs to the monitor.
 
 use std::borrow::Cow;
-use std::ffi::OsString;
-use std::fmt;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
@@ -16,99 +15,43 @@ use mayfly::wire;
 use rustix::fs::{Gid, Uid};
 
 use crate::cgroup::{Value, Version};
-use crate::error::Remedy;
+use crate::monitor::ResourceLimits;
 use crate::root::Owner;
 
 /// What `--help` prints.
-pub const HELP: &str = "\
-usage: mayfly-jailer run --kernel FILE [options]    run a microVM in an empty jail: run --help
-       mayfly-jailer check                          whether this host can: check --help
-       mayfly-jailer --id ID --exec-file FILE --uid UID --gid GID [options] [-- monitor arguments]
-
-The last builds a jail with a root folder on the host, drops privileges, and executes the monitor in
-it, as Firecracker's jailer does.
-
-required:
-  --id ID                      name of the jail: letters, digits and -, at most 64
-  --exec-file FILE             the monitor, a static executable; it is copied into the jail
-  --uid UID                    user the monitor runs as
-  --gid GID                    group the monitor runs as
-
-options:
-  --chroot-base-dir DIR        folder below which jails are made [default: /srv/jailer];
-                               a jail's root is DIR/<name of FILE>/ID/root
-  --netns FILE                 network namespace to join, e.g. /run/netns/NAME
-  --cgroup FILE=VALUE          value of a cgroup file, e.g. memory.limit_in_bytes=134217728;
-                               may be repeated
-  --cgroup-version 1|2         cgroup interface to use [default: 1]
-  --parent-cgroup PATH         cgroup below which the microVM's is made [default: name of FILE]
-  --resource-limit NAME=VALUE  fsize (bytes of the largest file) or no-file (descriptors)
-                               [default: no-file=2048]; may be repeated
-  --daemonize                  a new session, with /dev/null for standard input and outputs
-  --new-pid-ns                 run the monitor as process 1 of a new pid namespace
-  --version                    print the version
-  --help, -h                   print this
-
-Arguments after -- are passed to the monitor as they are.
-";
+pub const HELP: &str = include_str!("help.txt");
 
 /// A command line cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ArgsError {
-    #[error("cannot use the argument \"{0}\": it is not known")]
+    #[error("cannot use the argument \"{0}\": it is not known; {1}")]
     Unknown(String, &'static str),
     #[error("cannot use {0}: it is given twice")]
     Twice(&'static str),
     #[error("cannot use {0}: its value is missing")]
     NoValue(&'static str),
-    #[error("cannot build a jail: {0} is missing")]
+    #[error("cannot build a jail: {0} is missing; --help shows what is needed")]
     Missing(&'static str),
-    #[error("cannot use {option} \"{value}\": {why}")]
-    Value {
-        option: &'static str,
-        value: String,
-        why: Cow<'static, str>,
-        remedy: &'static str,
-    },
+    #[error("cannot use {0} \"{1}\": {2}")]
+    Value(&'static str, String, Why),
 }
 
-impl Remedy for ArgsError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        let remedy = match self {
-            ArgsError::Unknown(_, remedy) | ArgsError::Value { remedy, .. } => remedy,
-            ArgsError::Missing(_) => "--help shows what is needed",
-            _ => "",
-        };
-        (!remedy.is_empty()).then_some(remedy.into())
-    }
-}
+/// Why a value cannot be used, and what to do about it.
+pub type Why = Cow<'static, str>;
 
-/// The error of an option's value.
-pub fn bad(
-    option: &'static str,
-    value: impl fmt::Display,
-    why: impl Into<Cow<'static, str>>,
-    remedy: &'static str,
-) -> ArgsError {
-    ArgsError::Value {
-        option,
-        value: value.to_string(),
-        why: why.into(),
-        remedy,
-    }
-}
-
-/// What an option is followed by, and how often it may be given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Takes {
-    /// Nothing; once.
-    Nothing,
-    /// A value; once.
-    Value,
-    /// A value that may begin with two dashes; once.
-    Text,
-    /// A value; any number of times.
-    Values,
+/// The options that a command line may have, by what they are followed by.
+#[derive(Debug)]
+pub struct Known {
+    /// By nothing.
+    pub flags: &'static str,
+    /// By a value.
+    pub once: &'static str,
+    /// By a value, any number of times.
+    pub repeatable: &'static str,
+    /// By a value that may begin with two dashes.
+    pub text: &'static str,
+    /// Where they are shown.
+    pub help: &'static str,
 }
 
 /// The options of one command line, not yet understood.
@@ -116,39 +59,41 @@ pub enum Takes {
 pub struct Words(Vec<(&'static str, OsString)>);
 
 impl Words {
-    /// Sorts `words` by the table of `known` options. `help` says where that is shown.
-    pub fn sort(
-        words: Vec<OsString>,
-        known: &[(&'static str, Takes)],
-        help: &'static str,
-    ) -> Result<Words, ArgsError> {
+    /// Finds the options that are known in `words`.
+    pub fn sort(words: Vec<OsString>, known: &Known) -> Result<Words, ArgsError> {
+        let find =
+            |among: &'static str, word: &OsStr| among.split_whitespace().find(|name| word == *name);
+        let with_value = |word: &OsStr| {
+            let once = find(known.once, word).or_else(|| find(known.text, word));
+            once.or_else(|| find(known.repeatable, word))
+        };
         let mut sorted = Words::default();
         let mut words = words.into_iter();
         while let Some(word) = words.next() {
-            let Some(&(name, takes)) = known.iter().find(|(name, _)| word == *name) else {
-                let name = word.to_str().and_then(|word| word.split_once('='));
-                let is_joined = |(name, _): (&str, &str)| {
-                    known
-                        .iter()
-                        .any(|&(known, takes)| known == name && takes != Takes::Nothing)
+            let (name, value) = if let Some(name) = find(known.flags, &word) {
+                (name, Some(OsString::new()))
+            } else if let Some(name) = with_value(&word) {
+                let may_be = |value: &OsString| {
+                    find(known.text, &word).is_some() || !value.as_bytes().starts_with(b"--")
                 };
-                let remedy = if name.is_some_and(is_joined) {
-                    "put a blank in place of the first ="
-                } else {
-                    help
+                (name, words.next().filter(may_be))
+            } else {
+                let joined = word.to_str().and_then(|word| word.split_once('='));
+                let is_joined = joined
+                    .and_then(|(name, _)| with_value(name.as_ref()))
+                    .is_some();
+                let remedy = match is_joined {
+                    true => "put a blank in place of the first =",
+                    false => known.help,
                 };
                 return Err(ArgsError::Unknown(word.display().to_string(), remedy));
             };
-            if takes != Takes::Values && sorted.has(name) {
+            if find(known.repeatable, &word).is_none() && sorted.has(name) {
                 return Err(ArgsError::Twice(name));
             }
-            let value = match takes {
-                Takes::Nothing => Some(OsString::new()),
-                Takes::Text => words.next(),
-                Takes::Value | Takes::Values => Some(value_of(name, words.next())?),
-            };
-            let value = value.ok_or(ArgsError::NoValue(name))?;
-            sorted.0.push((name, value));
+            sorted
+                .0
+                .push((name, value.ok_or(ArgsError::NoValue(name))?));
         }
         Ok(sorted)
     }
@@ -164,38 +109,49 @@ impl Words {
         Some(self.0.remove(at).1)
     }
 
-    /// The next value of `name`, understood.
+    /// The next value of `name`, a path.
+    pub fn path(&mut self, name: &str) -> Option<PathBuf> {
+        self.one(name).map(PathBuf::from)
+    }
+
+    /// The next value of `name`, a text, understood.
     pub fn parsed<T>(
         &mut self,
-        name: &str,
-        understand: impl Fn(OsString) -> Result<T, ArgsError>,
+        name: &'static str,
+        understand: impl Fn(&str) -> Result<T, Why>,
     ) -> Result<Option<T>, ArgsError> {
-        self.one(name).map(understand).transpose()
+        let understood = |value: OsString| {
+            let text = value.to_str().ok_or("it is not UTF-8".into());
+            let value = || value.display().to_string();
+            text.and_then(&understand)
+                .map_err(|why| ArgsError::Value(name, value(), why))
+        };
+        self.one(name).map(understood).transpose()
     }
 
     /// All values of `name`, understood.
     pub fn all<T>(
         &mut self,
-        name: &str,
-        understand: impl Fn(OsString) -> Result<T, ArgsError>,
+        name: &'static str,
+        understand: impl Fn(&str) -> Result<T, Why>,
     ) -> Result<Vec<T>, ArgsError> {
-        let mut found = Vec::new();
-        while let Some(value) = self.parsed(name, &understand)? {
-            found.push(value);
-        }
-        Ok(found)
+        std::iter::from_fn(|| self.parsed(name, &understand).transpose()).collect()
     }
 
-    fn need(&mut self, name: &'static str) -> Result<OsString, ArgsError> {
-        self.one(name).ok_or(ArgsError::Missing(name))
+    /// The next value of `name`, which must be there.
+    fn need<T>(
+        &mut self,
+        name: &'static str,
+        understand: impl Fn(&str) -> Result<T, Why>,
+    ) -> Result<T, ArgsError> {
+        self.parsed(name, understand)?
+            .ok_or(ArgsError::Missing(name))
     }
 }
 
-/// The value of `name`, which the next word has to be.
-pub fn value_of(name: &'static str, value: Option<OsString>) -> Result<OsString, ArgsError> {
-    value
-        .filter(|value| !value.as_bytes().starts_with(b"--"))
-        .ok_or(ArgsError::NoValue(name))
+/// Whether help is asked for, which wins over anything else.
+pub fn asks_for_help(words: &[OsString]) -> bool {
+    words.iter().any(|word| word == "--help" || word == "-h")
 }
 
 /// What the jailer is asked to do.
@@ -228,10 +184,8 @@ pub struct Compatible {
     pub cgroups: Vec<Value>,
     /// Names of the groups above the microVM's; none: the name of the executable.
     pub parent_cgroup: Option<Vec<OsString>>,
-    /// Largest file in bytes.
-    pub file_size: Option<u64>,
-    /// Most descriptors open at once.
-    pub open_files: u64,
+    /// Limits of the monitor's process.
+    pub limits: ResourceLimits,
     /// Detach from terminal and session.
     pub daemonize: bool,
     /// A pid namespace of its own.
@@ -240,23 +194,13 @@ pub struct Compatible {
     pub monitor_args: Vec<OsString>,
 }
 
-/// Limit of open descriptors when none is given.
-const OPEN_FILES: u64 = 2048;
-
-const OPTIONS: [(&str, Takes); 12] = [
-    ("--id", Takes::Value),
-    ("--exec-file", Takes::Value),
-    ("--uid", Takes::Value),
-    ("--gid", Takes::Value),
-    ("--chroot-base-dir", Takes::Value),
-    ("--netns", Takes::Value),
-    ("--cgroup-version", Takes::Value),
-    ("--parent-cgroup", Takes::Value),
-    ("--cgroup", Takes::Values),
-    ("--resource-limit", Takes::Values),
-    ("--daemonize", Takes::Nothing),
-    ("--new-pid-ns", Takes::Nothing),
-];
+const KNOWN: Known = Known {
+    flags: "--daemonize --new-pid-ns",
+    once: "--id --exec-file --uid --gid --chroot-base-dir --netns --cgroup-version --parent-cgroup",
+    repeatable: "--cgroup --resource-limit",
+    text: "",
+    help: "--help lists what is; arguments of the monitor come after --",
+};
 
 /// Understands a command line (without the program's name).
 pub fn parse(mut words: Vec<OsString>) -> Result<Command, ArgsError> {
@@ -265,41 +209,33 @@ pub fn parse(mut words: Vec<OsString>) -> Result<Command, ArgsError> {
         monitor_args = words.split_off(at + 1);
         words.pop();
     }
-    // These two win over anything else on the line.
-    if words.iter().any(|word| word == "--help" || word == "-h") {
+    if asks_for_help(&words) {
         return Ok(Command::Help);
     }
     if words.iter().any(|word| word == "--version") {
         return Ok(Command::Version);
     }
-    let help = "--help lists what is; arguments of the monitor come after --";
-    let mut words = Words::sort(words, &OPTIONS, help)?;
-    let (mut file_size, mut open_files) = (None, OPEN_FILES);
-    for limit in words.all("--resource-limit", resource_limit)? {
-        // As in Firecracker, the last one of a name counts.
-        match limit {
-            ResourceLimit::FileSize(bytes) => file_size = Some(bytes),
-            ResourceLimit::OpenFiles(count) => open_files = count,
-        }
-    }
+    let mut words = Words::sort(words, &KNOWN)?;
+    let limits = resource_limits(&mut words)?;
     Ok(Command::Compatible(Box::new(Compatible {
-        id: check_id(words.need("--id")?)?,
-        exec_file: words.need("--exec-file")?.into(),
+        id: words.need("--id", id)?,
+        exec_file: words
+            .path("--exec-file")
+            .ok_or(ArgsError::Missing("--exec-file"))?,
         owner: Owner {
-            uid: Uid::from_raw(account("--uid", words.need("--uid")?)?),
-            gid: Gid::from_raw(account("--gid", words.need("--gid")?)?),
+            uid: Uid::from_raw(words.need("--uid", account)?),
+            gid: Gid::from_raw(words.need("--gid", account)?),
         },
         base: words
-            .one("--chroot-base-dir")
-            .map_or_else(|| "/srv/jailer".into(), PathBuf::from),
-        netns: words.one("--netns").map(PathBuf::from),
+            .path("--chroot-base-dir")
+            .unwrap_or_else(|| "/srv/jailer".into()),
+        netns: words.path("--netns"),
         cgroup_version: words
             .parsed("--cgroup-version", cgroup_version)?
             .unwrap_or(Version::V1),
         cgroups: words.all("--cgroup", cgroup_value)?,
-        parent_cgroup: words.parsed("--parent-cgroup", parent_cgroup)?,
-        file_size,
-        open_files,
+        parent_cgroup: parent_cgroup(&mut words)?,
+        limits,
         daemonize: words.has("--daemonize"),
         new_pid_ns: words.has("--new-pid-ns"),
         monitor_args,
@@ -307,97 +243,92 @@ pub fn parse(mut words: Vec<OsString>) -> Result<Command, ArgsError> {
 }
 
 /// An id is a folder's name on the host and a cgroup's.
-pub fn check_id(id: OsString) -> Result<String, ArgsError> {
-    let text = id
-        .to_str()
-        .ok_or_else(|| bad("--id", id.display(), "it is not UTF-8", ""))?;
+pub fn id(text: &str) -> Result<String, Why> {
     wire::id::instance(text)
         .map(str::to_owned)
-        .map_err(|why| bad("--id", text, why.to_string(), ""))
+        .map_err(|why| why.to_string().into())
 }
 
 /// The number of a user or a group.
-pub fn account(name: &'static str, text: OsString) -> Result<u32, ArgsError> {
-    let number = text.to_str().and_then(|text| text.parse().ok());
+pub fn account(text: &str) -> Result<u32, Why> {
     // The highest number means "leave as it is" to the kernel, which here would be root.
-    number.filter(|&number| number != u32::MAX).ok_or_else(|| {
-        let why = format!("it is not a number from 0 to {}", u32::MAX - 1);
-        bad(name, text.display(), why, "")
-    })
+    let number = text.parse().ok().filter(|&number| number != u32::MAX);
+    number.ok_or_else(|| format!("it is not a number from 0 to {}", u32::MAX - 1).into())
 }
 
 /// A version of cgroups.
-pub fn cgroup_version(text: OsString) -> Result<Version, ArgsError> {
-    match text.as_bytes() {
-        b"1" => Ok(Version::V1),
-        b"2" => Ok(Version::V2),
-        _ => {
-            let why = "it is neither 1 nor 2";
-            Err(bad("--cgroup-version", text.display(), why, ""))
-        }
+pub fn cgroup_version(text: &str) -> Result<Version, Why> {
+    match text {
+        "1" => Ok(Version::V1),
+        "2" => Ok(Version::V2),
+        _ => Err("it is neither 1 nor 2".into()),
     }
 }
 
 /// A value for a file of a cgroup.
-pub fn cgroup_value(text: OsString) -> Result<Value, ArgsError> {
+pub fn cgroup_value(text: &str) -> Result<Value, Why> {
     let give = "give FILE=VALUE, the file as CONTROLLER.NAME, e.g. cpu.shares=512";
-    let refuse = |why: &'static str| bad("--cgroup", text.display(), why, give);
-    let text = text.to_str().ok_or_else(|| refuse("it is not UTF-8"))?;
-    let (file, value) = text.split_once('=').ok_or_else(|| refuse("it has no ="))?;
+    let refuse = |why: &str| Err(format!("{why}; {give}").into());
+    let Some((file, value)) = text.split_once('=') else {
+        return refuse("it has no =");
+    };
     if value.is_empty() || value.contains('\n') {
-        return Err(refuse("its value is empty or has more than one line"));
+        return refuse("its value is empty or has more than one line");
     }
     if file.contains('/') {
-        return Err(refuse(
-            "a file of the cgroup itself is wanted, without a path",
-        ));
+        return refuse("a file of the cgroup itself is wanted, without a path");
     }
     match file.split_once('.') {
         Some((controller, name)) if !controller.is_empty() && !name.is_empty() => Ok(Value {
             file: file.to_owned(),
             text: value.to_owned(),
         }),
-        _ => Err(refuse("its file names no controller")),
+        _ => refuse("its file names no controller"),
     }
 }
 
 /// The names of a path that leads down only. It is relative to the cgroup mount; a slash before it
 /// is how /proc/self/cgroup writes such paths.
-pub fn parent_cgroup(text: OsString) -> Result<Vec<OsString>, ArgsError> {
-    let steps: Vec<&[u8]> = text.as_bytes().split(|&byte| byte == b'/').collect();
+pub fn parent_cgroup(words: &mut Words) -> Result<Option<Vec<OsString>>, ArgsError> {
+    const NAME: &str = "--parent-cgroup";
+    let Some(path) = words.one(NAME) else {
+        return Ok(None);
+    };
+    let steps: Vec<&[u8]> = path.as_bytes().split(|&byte| byte == b'/').collect();
     if steps.iter().any(|&step| step == b"." || step == b"..") {
-        let remedy = "give a path relative to the cgroup mount";
-        let why = "it has . or .. in it";
-        return Err(bad("--parent-cgroup", text.display(), why, remedy));
+        let why = "it has . or .. in it; give a path relative to the cgroup mount";
+        return Err(ArgsError::Value(
+            NAME,
+            path.display().to_string(),
+            why.into(),
+        ));
     }
     let names = steps.into_iter().filter(|step| !step.is_empty());
-    Ok(names
-        .map(|step| OsString::from_vec(step.to_vec()))
-        .collect())
+    let names = names.map(|step| OsString::from_vec(step.to_vec()));
+    Ok(Some(names.collect()))
 }
 
-/// A resource limit of the monitor's process.
-pub enum ResourceLimit {
-    /// Largest file in bytes.
-    FileSize(u64),
-    /// Most descriptors.
-    OpenFiles(u64),
-}
-
-/// Understands one.
-pub fn resource_limit(text: OsString) -> Result<ResourceLimit, ArgsError> {
-    let give = "give fsize=BYTES or no-file=COUNT";
-    let refuse = |why: &'static str| bad("--resource-limit", text.display(), why, give);
-    let parts = text.to_str().and_then(|text| text.split_once('='));
-    let (name, value) = parts.ok_or_else(|| refuse("it has no ="))?;
-    let value = value
-        .parse()
-        .map_err(|_| refuse("its value is not a number"))?;
-    match name {
-        "fsize" => Ok(ResourceLimit::FileSize(value)),
-        "no-file" => Ok(ResourceLimit::OpenFiles(value)),
-        _ => Err(refuse("that resource is not known")),
+/// Limits of the monitor's process. As in Firecracker, the last one of a name counts.
+pub fn resource_limits(words: &mut Words) -> Result<ResourceLimits, ArgsError> {
+    let mut limits = ResourceLimits::default();
+    let given = words.all("--resource-limit", |text| {
+        let refuse = |why| Why::from(format!("{why}; give fsize=BYTES or no-file=COUNT"));
+        let (name, value) = text.split_once('=').ok_or_else(|| refuse("it has no ="))?;
+        let value = value.parse::<u64>();
+        let value = value.map_err(|_| refuse("its value is not a number"))?;
+        match name {
+            "fsize" | "no-file" => Ok((name == "fsize", value)),
+            _ => Err(refuse("that resource is not known")),
+        }
+    })?;
+    for (is_size, value) in given {
+        let limit = match is_size {
+            true => &mut limits.file_size,
+            false => &mut limits.open_files,
+        };
+        *limit = Some(value);
     }
+    Ok(limits)
 }
 
 #[cfg(test)]
@@ -439,8 +370,7 @@ mod tests {
                 cgroup_version: Version::V1,
                 cgroups: vec![],
                 parent_cgroup: None,
-                file_size: None,
-                open_files: 2048,
+                limits: ResourceLimits::default(),
                 daemonize: false,
                 new_pid_ns: false,
                 monitor_args: vec![],
@@ -460,7 +390,8 @@ mod tests {
         assert_eq!(args.netns, Some("n".into()));
         assert_eq!(args.cgroup_version, Version::V2);
         assert_eq!(args.parent_cgroup, Some(vec!["x".into(), "y".into()]));
-        assert_eq!((args.file_size, args.open_files), (Some(5), 7));
+        let limits = (args.limits.file_size, args.limits.open_files);
+        assert_eq!(limits, (Some(5), Some(7)));
         assert!(args.daemonize && args.new_pid_ns);
         assert_eq!(args.cgroups[0].controller(), "cpu");
         assert_eq!(args.cgroups[1].text, "8:0=x");

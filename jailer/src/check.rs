@@ -4,32 +4,27 @@
 //! It changes nothing and works for any user; what it finds holds for that user.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::os::fd::AsRawFd;
+use std::path::Path;
 
+use mayfly::wire::tap;
 use rustix::fs::MemfdFlags;
-use rustix::io::Errno;
 use rustix::process::Resource;
+use serde_json::Value;
 
-use crate::args::{ArgsError, Takes, Words, account};
-use crate::cgroup::Hierarchies;
-use crate::error::{AnyError, Remedy, message};
+use crate::args::{ArgsError, Known, Words, account, asks_for_help};
+use crate::cgroup::hierarchy::Hierarchies;
+use crate::error::{AnyError, Step as _, message};
 use crate::guest;
 use crate::run::jail::obstacle;
-use crate::run::spec::resources::open_tun;
-use crate::run::spec::vm::Vm;
-use crate::run::spec::{self, Spec};
+use crate::run::spec::inherited::Passed;
+use crate::run::spec::vm::Described;
+use crate::run::spec::{self, Spec, options};
 use crate::run::supervise::start::start;
-use crate::run::supervise::{Watch, Watched};
-use crate::sys;
-
-/// The built-in guest cannot be made.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot make the built-in guest")]
-struct GuestError(#[source] Errno);
-
-impl Remedy for GuestError {}
+use crate::run::supervise::{Progress, Watch};
+use crate::sys::{self, Inherited};
 
 /// What `check --help` prints.
 pub const HELP: &str = "\
@@ -39,53 +34,55 @@ Says whether this host can run microVMs, one line for each requirement, then boo
 guest in an empty jail and prints the milliseconds of each step. Ends with 0 if that worked.
 ";
 
+/// How the guest is run; the time limit is in seconds.
+const RUN: &str = "--memory 16 --console none --quiet --timeout 20";
 /// The user and group of the guest when root checks: what the kernel calls nobody.
-const NOBODY: u32 = 65_534;
-/// How long the guest may take.
-const TIMEOUT: Duration = Duration::from_secs(20);
-const GUEST_MIB: u64 = 16;
+const NOBODY: &str = "65534";
 
-/// What was found.
-enum Finding {
-    /// As it should be.
-    Good(String),
-    /// MicroVMs run, with less.
-    Less(String, &'static str),
-    /// No microVM runs.
-    Bad(String, String),
+/// What was found: a mark, the text and what to do about it.
+struct Finding(&'static str, String);
+
+/// As it should be.
+const GOOD: &str = "ok  ";
+/// No microVM runs.
+const BAD: &str = "NO  ";
+
+fn good(text: impl Into<String>) -> Finding {
+    Finding(GOOD, text.into())
 }
 
-/// The words after `check`.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    mayfly: Option<PathBuf>,
-    uid: Option<u32>,
-    gid: Option<u32>,
+/// MicroVMs run, with less.
+fn less(text: impl Display, remedy: &str) -> Finding {
+    Finding("less", format!("{text}; {remedy}"))
 }
 
-const OPTIONS: [(&str, Takes); 3] = [
-    ("--mayfly", Takes::Value),
-    ("--uid", Takes::Value),
-    ("--gid", Takes::Value),
-];
+fn bad(text: impl Display, remedy: impl Display) -> Finding {
+    Finding(BAD, format!("{text}; {remedy}"))
+}
 
-/// Understands them; none when help is asked for.
-pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
-    if words.iter().any(|word| word == "--help" || word == "-h") {
+const KNOWN: Known = Known {
+    flags: "",
+    once: "--mayfly --uid --gid",
+    repeatable: "",
+    text: "",
+    help: "see check --help",
+};
+
+/// Makes sure that the words are options of `run` that this takes; none when help is asked for.
+pub fn parse(words: Vec<OsString>) -> Result<Option<Vec<OsString>>, ArgsError> {
+    if asks_for_help(&words) {
         return Ok(None);
     }
-    let mut words = Words::sort(words, &OPTIONS, "see check --help")?;
-    Ok(Some(Options {
-        mayfly: words.one("--mayfly").map(PathBuf::from),
-        uid: words.parsed("--uid", |text| account("--uid", text))?,
-        gid: words.parsed("--gid", |text| account("--gid", text))?,
-    }))
+    let mut sorted = Words::sort(words.clone(), &KNOWN)?;
+    sorted.parsed("--uid", account)?;
+    sorted.parsed("--gid", account)?;
+    Ok(Some(words))
 }
 
 /// Checks, and returns the exit code.
-pub fn check(options: &Options, began_us: u64) -> i32 {
+pub fn check(words: Vec<OsString>, inherited: Inherited, began_us: u64) -> i32 {
     sys::survive_writes();
-    let mut can_run = true;
+    let passed = Passed::keep(inherited, Vec::new());
     let findings = [
         ("KVM", kvm()),
         ("namespaces", namespaces()),
@@ -96,23 +93,17 @@ pub fn check(options: &Options, began_us: u64) -> i32 {
         ("descriptors", descriptors()),
         ("huge pages", huge_pages()),
     ];
-    for (name, finding) in findings {
-        let (mark, text) = match finding {
-            Finding::Good(text) => ("ok  ", text),
-            Finding::Less(text, remedy) => ("less", format!("{text}; {remedy}")),
-            Finding::Bad(text, remedy) => {
-                can_run = false;
-                ("NO  ", format!("{text}; {remedy}"))
-            }
-        };
+    let mut can_run = true;
+    for (name, Finding(mark, text)) in findings {
+        can_run &= mark != BAD;
         say(&format!("{mark}  {name}: {text}\n"));
     }
     if !can_run {
         say("This host cannot run microVMs for this user: see the lines marked NO.\n");
         return 1;
     }
-    match boot(options, began_us).map(Watch::run) {
-        Ok(watched) => conclude(&watched),
+    match passed.and_then(|passed| boot(words, passed, began_us)) {
+        Ok(watch) => conclude(&watch.run().0),
         Err(error) => {
             say(&format!("NO    guest: {}\n", message(&*error)));
             1
@@ -124,29 +115,39 @@ fn say(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// Boots the built-in guest.
-fn boot(options: &Options, began_us: u64) -> Result<Watch, AnyError> {
-    let or_nobody = |id: Option<u32>| id.or(sys::is_superuser().then_some(NOBODY));
-    let owner = spec::owner(or_nobody(options.uid), or_nobody(options.gid))?;
+/// Boots the built-in guest, as `run` would.
+fn boot(mut words: Vec<OsString>, passed: Passed, began_us: u64) -> Result<Watch, AnyError> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let kernel = rustix::fs::memfd_create("guest", flags).map_err(GuestError)?;
-    rustix::io::write(&kernel, &guest::image()).map_err(GuestError)?;
-    let spec = Spec {
-        timeout: Some(TIMEOUT),
-        first_reply: Some(b"?"),
-        ..Spec::of(
-            format!("check-{}", std::process::id()),
-            sys::monotonic_us().max(began_us),
-            owner,
-            options.mayfly.as_deref(),
-            Some(Vm::of_kernel(kernel, GUEST_MIB)),
-        )?
-    };
+    let kernel = rustix::fs::memfd_create("guest", flags)
+        .and_then(|file| {
+            rustix::io::write(&file, &guest::image())?;
+            Ok(file)
+        })
+        .step("make the built-in guest")?;
+    for name in ["--uid", "--gid"] {
+        if sys::is_superuser() && !words.iter().any(|word| word == name) {
+            words.extend([name.into(), NOBODY.into()]);
+        }
+    }
+    let kernel_path = format!("/proc/self/fd/{}", kernel.as_raw_fd());
+    words.extend([
+        "--kernel".into(),
+        kernel_path.into(),
+        "--cmdline".into(),
+        "".into(),
+    ]);
+    words.extend(RUN.split(' ').map(OsString::from));
+    let mut options = options::parse(words)?.ok_or("help is no way to run a guest")?;
+    let described = Described::of(&mut options)?;
+    let id = format!("check-{}", std::process::id());
+    let began_us = sys::monotonic_us().max(began_us);
+    let mut spec = Spec::open(options, &id, began_us, (described, passed))?;
+    spec.around.first_reply = Some(b"?");
     start(spec, None)
 }
 
 /// Says how the guest did.
-fn conclude(watched: &Watched) -> i32 {
+fn conclude(watched: &Progress) -> i32 {
     let verdict = watched.verdict();
     let worked = verdict.word == "reset" && watched.times.first_byte_us.is_some();
     if worked {
@@ -161,108 +162,96 @@ fn conclude(watched: &Watched) -> i32 {
         };
         say(&format!("NO    guest: {why}\n"));
     }
-    for (name, time) in watched.times.steps() {
-        let name = match name {
-            "asked_us" => "everything opened",
-            "jailed_us" => "jail stands, API socket made",
-            "executed_us" => "monitor runs",
-            "started_us" => "monitor says the guest runs",
-            "first_byte_us" => "guest's first byte",
-            "ended_us" => "guest and jail gone",
-            _ => continue,
-        };
-        if let Some(time) = time {
-            say(&format!("      {:>9.3}  {name}\n", time as f64 / 1000.0));
+    let milliseconds = |time: u64| format!("{:>9.3}", time as f64 / 1000.0);
+    let times = serde_json::json!(watched.times);
+    for (name, step) in [
+        ("asked_us", "everything opened"),
+        ("jailed_us", "jail stands, API socket made"),
+        ("executed_us", "monitor runs"),
+        ("started_us", "monitor says the guest runs"),
+        ("first_byte_us", "guest's first byte"),
+        ("ended_us", "guest and jail gone"),
+    ] {
+        if let Some(time) = times[name].as_u64() {
+            say(&format!("      {}  {step}\n", milliseconds(time)));
         }
     }
     let timeline = watched.timeline.as_deref().unwrap_or_default();
-    if let Ok(serde_json::Value::Object(steps)) = serde_json::from_slice(timeline) {
+    if let Ok(Value::Object(steps)) = serde_json::from_slice(timeline) {
         say("      of that in the monitor, since it began:\n");
-        let mut steps: Vec<(String, u64)> = steps
-            .into_iter()
-            .filter_map(|(name, time)| Some((name, time.as_u64()?)))
+        let steps = steps.into_iter();
+        let mut steps: Vec<_> = steps
+            .filter_map(|(name, time)| Some((time.as_u64()?, name)))
             .collect();
-        steps.sort_by_key(|(_, time)| *time);
-        for (name, time) in steps {
+        steps.sort();
+        for (time, name) in steps {
             let name = name.trim_end_matches("_us").replace('_', " ");
-            say(&format!("      {:>9.3}  {name}\n", time as f64 / 1000.0));
+            say(&format!("      {}  {name}\n", milliseconds(time)));
         }
     }
     i32::from(!worked)
 }
 
 fn kvm() -> Finding {
-    match spec::open_kvm() {
-        Err(error) => Finding::Bad("/dev/kvm cannot be used".into(), message(&error)),
-        Ok(_) => {
-            let has = |module: &str| Path::new("/sys/module").join(module).exists();
-            let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            let nested = flags.split_whitespace().any(|flag| flag == "hypervisor");
-            let nested = if nested {
-                ", itself in a virtual machine"
-            } else {
-                ""
-            };
-            if has("kvm_pvm") {
-                return Finding::Less(
-                    "software KVM (kvm_pvm): guest kernels are emulated".into(),
-                    "use a guest kernel made for it (tools/guest), or a host with VT-x or SVM",
-                );
-            }
-            let kind = match (has("kvm_intel"), has("kvm_amd")) {
-                (true, _) => "Intel",
-                (_, true) => "AMD",
-                _ => "of a kind that is not known",
-            };
-            Finding::Good(format!("hardware, {kind}{nested}"))
-        }
+    if let Err(error) = spec::open_kvm() {
+        return bad("/dev/kvm cannot be used", message(&*error));
     }
+    let has = |module: &str| Path::new("/sys/module").join(module).exists();
+    if has("kvm_pvm") {
+        return less(
+            "software KVM (kvm_pvm): guest kernels are emulated",
+            "use a guest kernel made for it (tools/guest), or a host with VT-x or SVM",
+        );
+    }
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let nested = match flags.split_whitespace().any(|flag| flag == "hypervisor") {
+        true => ", itself in a virtual machine",
+        false => "",
+    };
+    let kind = match (has("kvm_intel"), has("kvm_amd")) {
+        (true, _) => "Intel",
+        (_, true) => "AMD",
+        _ => "of a kind that is not known",
+    };
+    good(format!("hardware, {kind}{nested}"))
 }
 
 fn namespaces() -> Finding {
     if let Some(found) = obstacle::here() {
-        return Finding::Bad(found.reason().into(), found.remedy().into());
+        return bad(found.reason, found.remedy);
     }
-    let who = if sys::is_superuser() {
-        "root"
-    } else {
-        "this user"
+    let who = match sys::is_superuser() {
+        true => "root",
+        false => "this user",
     };
-    Finding::Good(format!(
+    good(format!(
         "nothing keeps {who} from making them (the guest below proves it)"
     ))
 }
 
 fn seccomp() -> Finding {
-    let actions = std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail");
-    match actions {
-        Ok(actions) if actions.contains("trap") => Finding::Good("filters".into()),
-        Ok(_) => Finding::Bad(
-            "filters cannot trap".into(),
-            "use Linux 4.14 or newer".into(),
-        ),
-        Err(_) => Finding::Bad(
-            "no filters".into(),
-            "use a kernel with CONFIG_SECCOMP_FILTER".into(),
-        ),
+    match std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
+        Ok(actions) if actions.contains("trap") => good("filters"),
+        Ok(_) => bad("filters cannot trap", "use Linux 4.14 or newer"),
+        Err(_) => bad("no filters", "use a kernel with CONFIG_SECCOMP_FILTER"),
     }
 }
 
 fn landlock() -> Finding {
     match sys::landlock_version() {
-        Ok(version) => Finding::Good(format!("version {version}")),
-        Err(_) => Finding::Less(
-            "this kernel has none: the jail is one wall thinner".into(),
+        Ok(version) => good(format!("version {version}")),
+        Err(_) => less(
+            "this kernel has none: the jail is one wall thinner",
             "boot it with landlock in lsm=, or use Linux 5.13 or newer",
         ),
     }
 }
 
 fn taps() -> Finding {
-    match open_tun() {
-        Ok(_) => Finding::Good("/dev/net/tun can be opened".into()),
-        Err(_) => Finding::Less(
-            "/dev/net/tun cannot be opened: only a passed tap (--net fd:N) connects a guest".into(),
+    match tap::open_tun() {
+        Ok(_) => good("/dev/net/tun can be opened"),
+        Err(_) => less(
+            "/dev/net/tun cannot be opened: only a passed tap (--net fd:N) connects a guest",
             "as root: modprobe tun, then chmod 666 /dev/net/tun (it is safe: taps take capabilities)",
         ),
     }
@@ -272,62 +261,49 @@ fn cgroups() -> Finding {
     let remedy = "limits (--limit) need a group this user may write in: run microVMs under \
                   `systemd-run --user --scope -p Delegate=yes`, or as root";
     let Ok(hierarchies) = Hierarchies::of_host() else {
-        return Finding::Less("none mounted".into(), remedy);
+        return less("none mounted", remedy);
     };
-    let wanted = ["cpu", "memory", "pids", "io"];
     let offered = hierarchies.offered().unwrap_or_default();
-    let found: Vec<String> = wanted
-        .iter()
-        .filter_map(|&name| {
-            let v1 = if name == "io" { "blkio" } else { name };
-            if offered.iter().any(|other| other == name) {
-                Some(format!("{name} (2)"))
-            } else {
-                hierarchies.has_v1(v1).then(|| format!("{v1} (1)"))
-            }
-        })
-        .collect();
-    if found.len() < wanted.len() {
-        let text = format!(
-            "only {}",
-            if found.is_empty() {
-                "none".into()
-            } else {
-                found.join(", ")
-            }
-        );
-        return Finding::Less(text, remedy);
+    let find = |(v2, v1): (&str, &str)| match offered.iter().any(|name| name == v2) {
+        true => Some(format!("{v2} (2)")),
+        false => hierarchies.v1(v1).map(|_| format!("{v1} (1)")),
+    };
+    let wanted = [
+        ("cpu", "cpu"),
+        ("memory", "memory"),
+        ("pids", "pids"),
+        ("io", "blkio"),
+    ];
+    let found: Vec<String> = wanted.into_iter().filter_map(find).collect();
+    let text = found.join(", ");
+    match found.len() {
+        0 => less("only none", remedy),
+        count if count < wanted.len() => less(format!("only {text}"), remedy),
+        _ if sys::is_superuser() => good(text),
+        _ => less(format!("{text} for those they are delegated to"), remedy),
     }
-    if !sys::is_superuser() {
-        return Finding::Less(
-            format!("{} for those they are delegated to", found.join(", ")),
-            remedy,
-        );
-    }
-    Finding::Good(found.join(", "))
 }
 
 fn descriptors() -> Finding {
     let most = rustix::process::getrlimit(Resource::Nofile).maximum;
     match most {
-        Some(most) if most < 256 => Finding::Less(
+        Some(most) if most < 256 => less(
             format!("at most {most}: too few for many API clients"),
             "raise ulimit -Hn to 2048",
         ),
-        Some(most) => Finding::Good(format!("at most {most}")),
-        None => Finding::Good("without limit".into()),
+        Some(most) => good(format!("at most {most}")),
+        None => good("without limit"),
     }
 }
 
 fn huge_pages() -> Finding {
     let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-    let count = std::fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok());
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let count = text.trim().parse::<u64>();
     match count {
-        Some(count) if count > 0 => Finding::Good(format!("{count} of 2 MiB")),
-        _ => Finding::Less(
-            "none reserved: \"huge_pages\": \"2M\" will be refused".into(),
+        Ok(count) if count > 0 => good(format!("{count} of 2 MiB")),
+        _ => less(
+            "none reserved: \"huge_pages\": \"2M\" will be refused",
             "as root: sysctl -w vm.nr_hugepages=COUNT",
         ),
     }
@@ -340,10 +316,11 @@ mod tests {
     #[test]
     fn parse_knows_its_words() {
         let line = |text: &str| parse(text.split_whitespace().map(OsString::from).collect());
-        assert_eq!(line("").unwrap(), Some(Options::default()));
+        assert_eq!(line("").unwrap(), Some(vec![]));
         assert_eq!(line("-h").unwrap(), None);
-        let options = line("--mayfly m --uid 3").unwrap().unwrap();
-        assert_eq!((options.mayfly, options.uid), (Some("m".into()), Some(3)));
+        let words = line("--uid 3 --mayfly m").unwrap().unwrap();
+        assert_eq!(words, ["--uid", "3", "--mayfly", "m"]);
         assert!(line("--nonsense").is_err());
+        assert!(line("--uid x").is_err());
     }
 }

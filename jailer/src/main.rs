@@ -13,6 +13,7 @@ mod compat;
 mod error;
 mod filter;
 mod guest;
+mod monitor;
 mod netns;
 mod root;
 mod run;
@@ -26,14 +27,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use args::Command;
-use error::{AnyError, Remedy, message};
-
-/// Standard output does not take the text.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot print")]
-struct Print(#[source] std::io::Error);
-
-impl Remedy for Print {}
+use error::{AnyError, Step as _, message};
 
 fn main() -> ExitCode {
     let inherited = sys::Inherited::at_start();
@@ -51,16 +45,16 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
-    let started = compat::Started::now();
+    let started = (sys::monotonic_us(), sys::process_cpu_us());
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let subcommand = words.first().and_then(|word| word.to_str());
     match subcommand {
         Some("run") => match run::spec::options::parse(words.split_off(1))? {
-            Some(options) => sys::exit_now(run::run(options, inherited, started.monotonic_us())),
+            Some(options) => sys::exit_now(run::run(options, inherited, started.0)),
             None => print(run::spec::options::HELP),
         },
         Some("check") => match check::parse(words.split_off(1))? {
-            Some(options) => sys::exit_now(check::check(&options, started.monotonic_us())),
+            Some(words) => sys::exit_now(check::check(words, inherited, started.0)),
             None => print(check::HELP),
         },
         _ => match args::parse(words)? {
@@ -79,8 +73,6 @@ fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
 }
 
 fn print(text: &str) -> Result<ExitCode, AnyError> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(Print)?;
+    std::io::stdout().write_all(text.as_bytes()).step("print")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,6 @@
 //! Such files are reached through links by custom (`/var/run` is one, `/proc/PID/ns/net` is
 //! another). What is joined is the opened file, after a look at what it is.
 
-use std::borrow::Cow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -12,37 +11,19 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::error::Remedy;
+use crate::error::{Advice as _, AnyError, Failure, Step as _};
 use crate::sys;
 
 /// `NSFS_MAGIC` of linux/magic.h.
 const NAMESPACE_FILE_SYSTEM: u64 = 0x6e73_6673;
 
-/// A network namespace cannot be used.
+/// It is something else.
 #[derive(Debug, thiserror::Error)]
-pub enum NetNsError {
-    #[error("cannot open the network namespace {0} (--netns)")]
-    Open(PathBuf, #[source] Errno),
-    #[error("cannot use {0} (--netns): not a network namespace")]
-    OfAnotherKind(PathBuf),
-    #[error("cannot join the network namespace {0}")]
-    Join(PathBuf, #[source] Errno),
-}
-
-impl Remedy for NetNsError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        Some(Cow::Borrowed(match self {
-            NetNsError::Open(_, Errno::NOENT) => {
-                "make one with `ip netns add NAME`; its file is /run/netns/NAME"
-            }
-            NetNsError::OfAnotherKind(_) => {
-                "name a file such as /run/netns/NAME or /proc/PID/ns/net \
-                 (a file left in /run/netns whose namespace is gone is an empty one)"
-            }
-            _ => return None,
-        }))
-    }
-}
+#[error(
+    "cannot use {0} (--netns): not a network namespace; name a file such as /run/netns/NAME or \
+     /proc/PID/ns/net (a file left in /run/netns whose namespace is gone is an empty one)"
+)]
+pub struct OfAnotherKind(PathBuf);
 
 /// An opened network namespace.
 #[derive(Debug)]
@@ -53,31 +34,34 @@ pub struct NetNs {
 
 impl NetNs {
     /// Opens `path` and makes sure that it is a network namespace. Changes nothing.
-    pub fn open(path: &Path) -> Result<NetNs, NetNsError> {
+    pub fn open(path: &Path) -> Result<NetNs, AnyError> {
         // NONBLOCK and NOCTTY: whatever else the path names must neither hold us up nor become
         // our terminal.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let path = path.to_owned();
-        let looked = rustix::fs::open(&path, flags, Mode::empty())
-            .and_then(|file| Ok((rustix::fs::fstatfs(&file)?.f_type, file)));
-        let (system, file) = match looked {
-            Ok(looked) => looked,
-            Err(error) => return Err(NetNsError::Open(path, error)),
-        };
+        let (system, file) = rustix::fs::open(&path, flags, Mode::empty())
+            .and_then(|file| Ok((rustix::fs::fstatfs(&file)?.f_type, file)))
+            .step(format!(
+                "open the network namespace {} (--netns)",
+                path.display()
+            ))
+            .hint(
+                Errno::NOENT,
+                "make one with `ip netns add NAME`; its file is /run/netns/NAME",
+            )?;
         let is_network = u64::try_from(system) == Ok(NAMESPACE_FILE_SYSTEM)
             && sys::namespace_kind(file.as_fd()) == Ok(UnshareFlags::NEWNET);
-        if is_network {
-            Ok(NetNs { file, path })
-        } else {
-            Err(NetNsError::OfAnotherKind(path))
+        match is_network {
+            true => Ok(NetNs { file, path }),
+            false => Err(OfAnotherKind(path).into()),
         }
     }
 
     /// Moves this process into the namespace.
-    pub fn join(&self) -> Result<(), NetNsError> {
+    pub fn join(&self) -> Result<(), Failure> {
         let network = Some(LinkNameSpaceType::Network);
         rustix::thread::move_into_link_name_space(self.file.as_fd(), network)
-            .map_err(|error| NetNsError::Join(self.path.clone(), error))
+            .step_on("join the network namespace", &self.path)
     }
 }
 
@@ -88,7 +72,7 @@ mod tests {
 
     #[test]
     fn open_when_the_file_is_missing_names_it() {
-        let text = message(&NetNs::open(Path::new("/nonexistent/ns")).unwrap_err());
+        let text = message(&*NetNs::open(Path::new("/nonexistent/ns")).unwrap_err());
         assert!(text.contains("/nonexistent/ns"), "{text}");
         assert!(text.contains("ip netns add"), "{text}");
     }
@@ -97,7 +81,7 @@ mod tests {
     fn open_when_it_is_something_else_refuses() {
         for path in ["/dev/null", "/", "/proc/self/ns/uts"] {
             let error = NetNs::open(Path::new(path)).unwrap_err();
-            assert!(matches!(error, NetNsError::OfAnotherKind(_)), "{error}");
+            assert!(error.is::<OfAnotherKind>(), "{error}");
         }
     }
 

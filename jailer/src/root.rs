@@ -6,21 +6,22 @@
 //! and changed through its descriptor. What belongs to the jail's user is given to it last, when
 //! nothing is left to be done inside.
 
-use std::borrow::Cow;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, StatVfsMountFlags, Uid};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid,
+};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 
-use crate::error::{Remedy, at, errno};
+use crate::error::{Advice as _, AnyError, Failure, Step as _};
+use crate::monitor::{Executable, NOT_A_FILE};
 use crate::sys;
 use crate::undo::{Kind, Undo};
 
@@ -36,67 +37,32 @@ const READABLE: Mode = Mode::from_raw_mode(0o644);
 /// Major number of the "miscellaneous" devices, kvm, tun and userfaultfd among them.
 const MISC: u32 = 10;
 
-/// The jail's folder cannot be made or entered.
+/// What is there is not as it has to be.
 #[derive(Debug, thiserror::Error)]
 pub enum RootError {
-    #[error("cannot open the executable {0} (--exec-file)")]
-    OpenExecutable(PathBuf, #[source] Errno),
-    #[error("cannot use the executable {0} (--exec-file): {1}")]
-    UseExecutable(PathBuf, &'static str),
-    #[error("cannot open the folder for jails {0} (--chroot-base-dir)")]
-    OpenBase(PathBuf, #[source] Errno),
-    #[error("cannot make the jail {0}: its file system is mounted {1}")]
+    #[error(
+        "cannot make the jail {0}: its file system is mounted {1}; choose another --chroot-base-dir"
+    )]
     Mounted(PathBuf, &'static str),
-    #[error("cannot make the folder {0}")]
-    MakeFolder(PathBuf, #[source] Errno),
-    #[error("cannot make the folder {0}: a symbolic link is in its place")]
+    #[error(
+        "cannot make the folder {0}: a symbolic link is in its place; put a real folder there or remove the link"
+    )]
     LinkInPlace(PathBuf),
-    #[error("cannot make {0}")]
-    MakeFile(PathBuf, #[source] Errno),
-    #[error("cannot make the device node {0}")]
-    MakeNode(PathBuf, #[source] Errno),
-    #[error("cannot make {0}: it exists")]
+    #[error(
+        "cannot make {0}: it exists; choose another --id, or remove that jail if its monitor has ended"
+    )]
     IdInUse(PathBuf),
-    #[error("cannot replace {0}: {1}")]
+    #[error("cannot replace {0}: {1}; remove it")]
     Replace(PathBuf, &'static str),
-    #[error("cannot copy the monitor to {0}")]
-    Copy(PathBuf, #[source] Errno),
-    #[error("cannot change the owner of {0}")]
-    GiveAway(PathBuf, #[source] Errno),
-    #[error("cannot write the pid file {0}")]
-    WritePid(PathBuf, #[source] Errno),
-    #[error("cannot enter the jail {0}")]
-    Enter(PathBuf, #[source] Errno),
 }
 
-impl Remedy for RootError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        Some(Cow::Borrowed(match self {
-            RootError::OpenExecutable(..) => "give the path of a static monitor binary",
-            RootError::UseExecutable(_, NOT_EXECUTABLE) => "run chmod +x on it",
-            RootError::OpenBase(_, Errno::NOENT) => "make it with `mkdir -p`",
-            RootError::Mounted(..) => "choose another --chroot-base-dir",
-            RootError::LinkInPlace(_) => "put a real folder there or remove the link",
-            RootError::IdInUse(_) => {
-                "choose another --id, or remove that jail if its monitor has ended"
-            }
-            RootError::Replace(..) => "remove it",
-            RootError::MakeNode(_, Errno::PERM) => {
-                "nodes take root outside of any user namespace; without that, use \
-                 `mayfly-jailer run`"
-            }
-            RootError::Copy(_, Errno::NOSPC) => "free some space there",
-            RootError::Enter(_, Errno::INVAL) => NO_PIVOT,
-            _ => return None,
-        }))
-    }
-}
-
-const NOT_EXECUTABLE: &str = "no user may execute it";
-const NOT_A_FILE: &str = "not a regular file";
 /// Why pivot_root is refused with EINVAL.
 pub const NO_PIVOT: &str =
     "the host's root must be a mounted file system, not a bare chroot or initial ramfs";
+const COPY: &str = "copy the monitor to";
+const GIVE: &str = "change the owner of";
+const MAKE: &str = "make";
+const MAKE_FOLDER: &str = "make the folder";
 
 /// The user and group a jail belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,70 +100,16 @@ fn misc_minor(misc: &str, name: &str) -> Option<u32> {
         .and_then(|(minor, _)| minor.parse().ok())
 }
 
-/// The executable that is going to be the monitor, opened and checked.
-#[derive(Debug)]
-pub struct Executable {
-    file: File,
-    /// Its last component, which names the jail's folder, the copy and the pid file.
-    name: OsString,
-    mode: Mode,
-}
-
-impl Executable {
-    /// Opens `path`. Links in it are followed once, to give the jail the name of the real file.
-    pub fn open(path: &Path) -> Result<Executable, RootError> {
-        let failed = |error| RootError::OpenExecutable(path.to_owned(), errno(error));
-        let unfit = |why| Err(RootError::UseExecutable(path.to_owned(), why));
-        let real = path.canonicalize().map_err(failed)?;
-        // NONBLOCK: a pipe must not hold us up.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = rustix::fs::openat2(CWD, &real, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
-            .map_err(at(RootError::OpenExecutable, path))?;
-        let file = File::from(file);
-        let metadata = file.metadata().map_err(failed)?;
-        let mode = metadata.permissions().mode();
-        if !metadata.is_file() {
-            return unfit(NOT_A_FILE);
-        }
-        if mode & 0o111 == 0 {
-            return unfit(NOT_EXECUTABLE);
-        }
-        let Some(name) = real.file_name() else {
-            return unfit("it has no name");
-        };
-        Ok(Executable {
-            file,
-            name: name.to_owned(),
-            // The copy has no special bits, can be changed by no second user, and is executable for
-            // the one that owns it.
-            mode: Mode::from_raw_mode(mode & 0o755 | 0o500),
-        })
-    }
-
-    /// The file's name.
-    pub fn name(&self) -> &OsStr {
-        &self.name
-    }
-
-    /// Where the copy is, as seen from inside the jail.
-    pub fn inner_path(&self) -> PathBuf {
-        Path::new("/").join(&self.name)
-    }
-
-    fn pid_file_name(&self) -> OsString {
-        let mut name = self.name.clone();
-        name.push(".pid");
-        name
-    }
-}
-
 /// Opens the folder below which jails are made. It is the caller's, who is trusted: links in it are
 /// followed, once; everything below it is reached by this descriptor.
-pub fn open_base(path: &Path) -> Result<Rc<OwnedFd>, RootError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty())
+pub fn open_base(path: &Path) -> Result<Rc<OwnedFd>, Failure> {
+    sys::open_folder(path)
         .map(Rc::new)
-        .map_err(at(RootError::OpenBase, path))
+        .step(format!(
+            "open the folder for jails {} (--chroot-base-dir)",
+            path.display()
+        ))
+        .hint(Errno::NOENT, "make it with `mkdir -p`")
 }
 
 /// Folders in a jail's root, opened, by their paths below it.
@@ -219,7 +131,7 @@ impl Root {
         name: &OsStr,
         id: &str,
         undo: &mut Undo,
-    ) -> Result<Root, RootError> {
+    ) -> Result<Root, AnyError> {
         let steps = [
             (name, Kind::SharedFolder),
             (OsStr::new(id), Kind::Folder),
@@ -227,14 +139,14 @@ impl Root {
         ];
         let (dir, path) = make_way(base, base_path, &steps, undo)?;
         let mounted = rustix::fs::fstatvfs(&*dir)
-            .map_err(at(RootError::MakeFolder, &path))?
+            .step_on(MAKE_FOLDER, &path)?
             .f_flag;
         for (flag, word) in [
             (StatVfsMountFlags::NODEV, "nodev"),
             (StatVfsMountFlags::NOEXEC, "noexec"),
         ] {
             if mounted.contains(flag) {
-                return Err(RootError::Mounted(path, word));
+                return Err(RootError::Mounted(path, word).into());
             }
         }
         Ok(Root { dir, path })
@@ -247,45 +159,52 @@ impl Root {
         monitor: &Executable,
         owner: Owner,
         undo: &mut Undo,
-    ) -> Result<(), RootError> {
-        let path = self.path.join(&monitor.name);
-        self.remove_file(&monitor.name, &path)?;
-        let target = make_file(&self.dir, &monitor.name, &path)?;
-        undo.entry(&self.dir, &monitor.name, Kind::File, &path);
-        let (mut from, mut to) = (&monitor.file, File::from(target));
+    ) -> Result<(), AnyError> {
+        let path = self.path.join(monitor.name());
+        self.remove_file(monitor.name(), &path)?;
+        let target = make_file(&self.dir, monitor.name(), &path)?;
+        undo.entry(&self.dir, monitor.name(), Kind::File, &path);
+        let (mut from, mut to) = (monitor.file(), File::from(target));
         std::io::copy(&mut from, &mut to)
-            .map_err(|error| RootError::Copy(path.clone(), errno(error)))?;
+            .step_on(COPY, &path)
+            .hint(Errno::NOSPC, "free some space there")?;
         // Mode before owner: afterwards the file is no longer ours.
-        rustix::fs::fchmod(&to, monitor.mode)
-            .and_then(|()| rustix::fs::fchown(&to, Some(owner.uid), Some(owner.gid)))
-            .map_err(at(RootError::GiveAway, &path))
+        let given = rustix::fs::fchmod(&to, monitor.mode())
+            .and_then(|()| rustix::fs::fchown(&to, Some(owner.uid), Some(owner.gid)));
+        Ok(given.step_on(GIVE, &path)?)
+    }
+
+    /// What is there by that name; none if nothing is.
+    fn look(&self, name: &OsStr) -> Result<Option<Stat>, Failure> {
+        match rustix::fs::statat(&*self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(None),
+            found => found.map(Some).step_on(MAKE, self.path.join(name)),
+        }
     }
 
     /// Removes a regular file that has this one name, if it is there. A link may lead to a file that
     /// the jail's user cannot change; removing it would not follow it, but the caller should know.
-    fn remove_file(&self, name: &OsStr, path: &Path) -> Result<(), RootError> {
-        let refuse = |why| Err(RootError::Replace(path.to_owned(), why));
-        match rustix::fs::statat(&*self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => return Ok(()),
-            Err(error) => return Err(RootError::MakeFile(path.to_owned(), error)),
-            Ok(found) if !FileType::from_raw_mode(found.st_mode).is_file() => {
-                return refuse(NOT_A_FILE);
-            }
-            Ok(found) if found.st_nlink > 1 => return refuse("it has other names (hard links)"),
-            Ok(_) => {}
+    fn remove_file(&self, name: &OsStr, path: &Path) -> Result<(), AnyError> {
+        let Some(found) = self.look(name)? else {
+            return Ok(());
+        };
+        let refuse = |why| Err(RootError::Replace(path.to_owned(), why).into());
+        if !FileType::from_raw_mode(found.st_mode).is_file() {
+            return refuse(NOT_A_FILE);
         }
-        rustix::fs::unlinkat(&*self.dir, name, AtFlags::empty())
-            .map_err(at(RootError::MakeFile, path))
+        if found.st_nlink > 1 {
+            return refuse("it has other names (hard links)");
+        }
+        let removed = rustix::fs::unlinkat(&*self.dir, name, AtFlags::empty());
+        Ok(removed.step_on(MAKE, path)?)
     }
 
     /// Refuses a jail in which a pid file is left, before anything more is done to it.
-    pub fn require_no_pid_file(&self, monitor: &Executable) -> Result<(), RootError> {
+    pub fn require_no_pid_file(&self, monitor: &Executable) -> Result<(), AnyError> {
         let name = monitor.pid_file_name();
-        let path = self.path.join(&name);
-        match rustix::fs::statat(&*self.dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(RootError::MakeFile(path, error)),
-            Ok(_) => Err(RootError::IdInUse(path)),
+        match self.look(&name)? {
+            None => Ok(()),
+            Some(_) => Err(RootError::IdInUse(self.path.join(name)).into()),
         }
     }
 
@@ -296,7 +215,7 @@ impl Root {
         owner: Owner,
         devices: &[Device],
         undo: &mut Undo,
-    ) -> Result<Folders, RootError> {
+    ) -> Result<Folders, AnyError> {
         let mut folders = Folders::new();
         for (parent, name, whole) in [
             ("", "dev", "dev"),
@@ -305,8 +224,8 @@ impl Root {
         ] {
             let parent = folder(&folders, parent).unwrap_or(&self.dir);
             let path = self.path.join(whole);
-            let (dir, _) = make_folder(parent, OsStr::new(name), Kind::Folder, &path, undo)
-                .map_err(no_folder(&path))?;
+            let made = make_folder(parent, OsStr::new(name), Kind::Folder, &path, undo);
+            let (dir, _) = no_folder(made, &path)?;
             folders.push((whole, dir));
         }
         for device in devices {
@@ -319,12 +238,7 @@ impl Root {
 
     /// Gives those folders and the root folder itself to `owner`. The root folder goes last: from
     /// then on others may write in it.
-    pub fn give_to(
-        &self,
-        owner: Owner,
-        folders: &Folders,
-        undo: &mut Undo,
-    ) -> Result<(), RootError> {
+    pub fn give_to(&self, owner: Owner, folders: &Folders, undo: &mut Undo) -> Result<(), Failure> {
         for (name, dir) in folders.iter().rev() {
             give_folder(dir, owner, &self.path.join(name), undo)?;
         }
@@ -332,7 +246,7 @@ impl Root {
     }
 
     /// Writes the monitor's process id into a file of the jail; `undo` knows of it already.
-    pub fn write_pid_file(&self, monitor: &Executable, pid: Pid) -> Result<(), RootError> {
+    pub fn write_pid_file(&self, monitor: &Executable, pid: Pid) -> Result<(), Failure> {
         let name = monitor.pid_file_name();
         let path = self.path.join(&name);
         let file = make_file(&self.dir, &name, &path)?;
@@ -340,7 +254,7 @@ impl Root {
         rustix::fs::fchmod(&file, READABLE)
             .and_then(|()| rustix::io::write(&file, pid.as_raw_pid().to_string().as_bytes()))
             .map(drop)
-            .map_err(at(RootError::WritePid, &path))
+            .step_on("write the pid file", path)
     }
 
     /// Notes the pid file before a process that is to write it is started.
@@ -353,8 +267,10 @@ impl Root {
     /// Makes this folder the root of this process, in a mount namespace of its own, with nothing
     /// of the host left mounted. Mounts that are in the folder come along, and mounts the host
     /// makes there later arrive too.
-    pub fn enter(&self) -> Result<(), RootError> {
-        self.pivot().map_err(at(RootError::Enter, &self.path))
+    pub fn enter(&self) -> Result<(), Failure> {
+        self.pivot()
+            .step_on("enter the jail", &self.path)
+            .hint(Errno::INVAL, NO_PIVOT)
     }
 
     fn pivot(&self) -> Result<(), Errno> {
@@ -401,7 +317,7 @@ pub fn make_way(
     base_path: &Path,
     steps: &[(&OsStr, Kind)],
     undo: &mut Undo,
-) -> Result<(Rc<OwnedFd>, PathBuf), RootError> {
+) -> Result<(Rc<OwnedFd>, PathBuf), AnyError> {
     let mut tries = 4;
     'again: loop {
         let (mut dir, mut path) = (Rc::clone(base), base_path.to_owned());
@@ -412,9 +328,9 @@ pub fn make_way(
                 tries -= 1;
                 continue 'again;
             }
-            let (next, is_new) = made.map_err(no_folder(&path))?;
+            let (next, is_new) = no_folder(made, &path)?;
             if is_new {
-                rustix::fs::fchmod(&*next, WAY).map_err(at(RootError::MakeFolder, &path))?;
+                rustix::fs::fchmod(&*next, WAY).step_on(MAKE_FOLDER, &path)?;
             }
             dir = next;
         }
@@ -442,17 +358,17 @@ fn make_folder(
     Ok((Rc::new(dir), is_new))
 }
 
-fn no_folder(path: &Path) -> impl FnOnce(Errno) -> RootError {
-    move |error| match error {
-        Errno::LOOP => RootError::LinkInPlace(path.to_owned()),
-        error => RootError::MakeFolder(path.to_owned(), error),
+fn no_folder<T>(made: Result<T, Errno>, path: &Path) -> Result<T, AnyError> {
+    match made {
+        Err(Errno::LOOP) => Err(RootError::LinkInPlace(path.to_owned()).into()),
+        other => Ok(other.step_on(MAKE_FOLDER, path)?),
     }
 }
 
 /// Makes a file that was not there before, open for writing and not yet readable by other users.
-fn make_file(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<OwnedFd, RootError> {
+fn make_file(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<OwnedFd, Failure> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat2(dir, name, flags, PRIVATE, beneath()).map_err(at(RootError::MakeFile, path))
+    rustix::fs::openat2(dir, name, flags, PRIVATE, beneath()).step_on(MAKE, path)
 }
 
 fn make_node(
@@ -461,13 +377,16 @@ fn make_node(
     owner: Owner,
     path: &Path,
     undo: &mut Undo,
-) -> Result<(), RootError> {
+) -> Result<(), AnyError> {
     let number = rustix::fs::makedev(major, minor);
     let kind = FileType::CharacterDevice;
-    rustix::fs::mknodat(&**dir, name, kind, PRIVATE, number).map_err(|error| match error {
-        Errno::EXIST => RootError::IdInUse(path.to_owned()),
-        error => RootError::MakeNode(path.to_owned(), error),
-    })?;
+    match rustix::fs::mknodat(&**dir, name, kind, PRIVATE, number) {
+        Err(Errno::EXIST) => return Err(RootError::IdInUse(path.to_owned()).into()),
+        made => made.step_on("make the device node", path).hint(
+            Errno::PERM,
+            "nodes take root outside of any user namespace; without that, use `mayfly-jailer run`",
+        )?,
+    }
     undo.entry(dir, name, Kind::File, path);
     let given = || {
         // A descriptor that names the node without opening the device.
@@ -480,7 +399,7 @@ fn make_node(
         let (uid, gid) = (Some(owner.uid), Some(owner.gid));
         rustix::fs::chownat(node.as_fd(), "", uid, gid, AtFlags::EMPTY_PATH)
     };
-    given().map_err(at(RootError::GiveAway, path))
+    Ok(given().step_on(GIVE, path)?)
 }
 
 /// Gives a folder to the jail's user, for that user alone.
@@ -489,13 +408,23 @@ fn give_folder(
     owner: Owner,
     path: &Path,
     undo: &mut Undo,
-) -> Result<(), RootError> {
-    let before = rustix::fs::fstat(&**dir).map_err(at(RootError::GiveAway, path))?;
+) -> Result<(), Failure> {
+    let before = rustix::fs::fstat(&**dir).step_on(GIVE, path)?;
     undo.attributes(dir, before, path);
     // Mode before owner: afterwards the folder is no longer ours.
     rustix::fs::fchmod(&**dir, FOLDER)
         .and_then(|()| rustix::fs::fchown(&**dir, Some(owner.uid), Some(owner.gid)))
-        .map_err(at(RootError::GiveAway, path))
+        .step_on(GIVE, path)
+}
+
+/// Opens the folder of a path that the caller gave, following links, and finds the name in it.
+pub fn open_folder_of(path: &Path) -> Result<(OwnedFd, &OsStr), Errno> {
+    let name = path.file_name().ok_or(Errno::ISDIR)?;
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let folder = sys::open_folder(folder.unwrap_or(Path::new(".")))?;
+    Ok((folder, name))
 }
 
 /// Opens an entry of `dir` that is no link and leads nowhere else.
@@ -513,6 +442,7 @@ mod tests {
     use super::*;
     use crate::error::message;
     use crate::testing::Folder;
+    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn misc_minor_finds_the_name_and_only_the_whole_name() {
@@ -568,35 +498,9 @@ mod tests {
         let base = open_base(folder.path()).unwrap();
         let steps = [(OsStr::new("name"), Kind::SharedFolder)];
         let error = make_way(&base, folder.path(), &steps, &mut Undo::default()).unwrap_err();
-        assert!(matches!(error, RootError::LinkInPlace(_)), "{error}");
-    }
-
-    #[test]
-    fn executable_open_names_the_real_file() {
-        let folder = Folder::new("root-executable");
-        let real = folder.path().join("mayfly-1.0");
-        std::fs::write(&real, "x").unwrap();
-        std::fs::set_permissions(&real, PermissionsExt::from_mode(0o4777)).unwrap();
-        std::os::unix::fs::symlink("mayfly-1.0", folder.path().join("mayfly")).unwrap();
-        let executable = Executable::open(&folder.path().join("mayfly")).unwrap();
-        assert_eq!(executable.name(), "mayfly-1.0");
-        assert_eq!(executable.mode, Mode::from_raw_mode(0o755));
-        assert_eq!(executable.inner_path(), Path::new("/mayfly-1.0"));
-    }
-
-    #[test]
-    fn executable_open_when_it_cannot_run_refuses() {
-        let folder = Folder::new("root-not-executable");
-        let file = folder.path().join("file");
-        std::fs::write(&file, "x").unwrap();
-        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).unwrap();
-        for (path, reason) in [
-            (file.as_path(), "chmod +x"),
-            (folder.path(), "not a regular file"),
-            (&folder.path().join("none"), "No such file"),
-        ] {
-            let text = message(&Executable::open(path).unwrap_err());
-            assert!(text.contains(reason), "{text}");
-        }
+        assert!(
+            matches!(error.downcast_ref(), Some(RootError::LinkInPlace(_))),
+            "{error}"
+        );
     }
 }

@@ -15,18 +15,13 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use libc::{SIGCHLD, SIGCONT, SIGKILL, SIGPIPE, SIGSTOP, SIGTSTP};
+use libc::{SIGTTIN, SIGTTOU, SIGURG, SIGWINCH, SIGXFSZ};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, UnshareFlags};
 use rustix::time::{ClockId, clock_gettime};
-
-/// Which side of a fork this is.
-pub enum Fork {
-    /// The new process.
-    Child,
-    /// The old one, with the new one's pid in this process's pid namespace.
-    Parent(Pid),
-}
 
 /// Microseconds since the host started.
 pub fn monotonic_us() -> u64 {
@@ -61,33 +56,11 @@ impl Inherited {
         Inherited(())
     }
 
-    /// Closes all but those of these numbers.
-    pub fn keep(self, numbers: Vec<RawFd>) -> Result<PassedNumbers, Errno> {
+    /// Closes all but those of these numbers, which can be taken over one by one then
+    /// (`mayfly::wire::take_over`).
+    pub fn keep(self, numbers: &[RawFd]) -> Result<(), Errno> {
         // SAFETY: `self` says that no value of this process owns one.
-        unsafe { close_all_but(&numbers) }?;
-        Ok(PassedNumbers(numbers))
-    }
-}
-
-/// The numbers of inherited descriptors that were kept open and that no value owns yet.
-#[derive(Debug, Default)]
-pub struct PassedNumbers(Vec<RawFd>);
-
-impl PassedNumbers {
-    /// Takes over descriptor `number`; `None` if it was not kept, or taken before.
-    pub fn take(&mut self, number: RawFd) -> Option<Result<OwnedFd, Errno>> {
-        let before = self.0.len();
-        self.0.retain(|&kept| kept != number);
-        if self.0.len() == before {
-            return None;
-        }
-        // SAFETY: F_SETFD touches no memory, and says if `number` is not open.
-        let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
-        if let Err(error) = checked(i64::from(result)) {
-            return Some(Err(error));
-        }
-        // SAFETY: it is open. No value owned it while it was in the list, and it is in none any more.
-        Some(Ok(unsafe { OwnedFd::from_raw_fd(number) }))
+        unsafe { close_all_but(numbers) }
     }
 }
 
@@ -125,6 +98,23 @@ unsafe fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Opens what is there, for this program alone.
+pub fn open(path: impl rustix::path::Arg, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Opens a folder to reach what is in it.
+pub fn open_folder(path: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
+    open(path, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+/// Puts `file` in the place of the standard input and outputs.
+pub fn replace_standard_streams(file: &OwnedFd) -> Result<(), Errno> {
+    rustix::stdio::dup2_stdin(file)?;
+    rustix::stdio::dup2_stdout(file)?;
+    rustix::stdio::dup2_stderr(file)
+}
+
 /// Leaves the namespaces in `flags` for new ones (for the pid namespace: its next child does).
 pub fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
     // SAFETY: unshare_unsafe is unsafe for FILES alone (descriptors of other threads); this
@@ -132,15 +122,11 @@ pub fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 
-/// Copies this process.
-pub fn fork() -> Result<Fork, Errno> {
+/// Copies this process: none in the copy, and here the copy's pid.
+pub fn fork() -> Result<Option<Pid>, Errno> {
     // SAFETY: this process has one thread, so the child's memory, allocator included, is whole.
     let pid = unsafe { libc::fork() };
-    let pid = checked(i64::from(pid))?;
-    Ok(match Pid::from_raw(pid as i32) {
-        None => Fork::Child,
-        Some(pid) => Fork::Parent(pid),
-    })
+    Ok(Pid::from_raw(checked(i64::from(pid))? as i32))
 }
 
 /// Ends this process at once: no destructors, no flushing of what the parent will flush.
@@ -181,37 +167,19 @@ pub fn namespace_kind(namespace: BorrowedFd<'_>) -> Result<UnshareFlags, Errno> 
 /// Has the ends of children kept for [`wait`], whatever the caller does with its own: a signal that
 /// is ignored stays so across exec, and the kernel keeps no end for a process that ignores SIGCHLD.
 pub fn expect_children() {
-    ignore(libc::SIGCHLD, false);
+    ignore(SIGCHLD, false);
 }
 
-/// The signals that end a program which does nothing about them, but for SIGKILL, which none can,
-/// and those that a write brings.
+/// The signals that end a program which does nothing about them: all but those that stop or continue
+/// it, or do nothing; and but for SIGKILL, which none can do anything about, and those that a write
+/// brings. A fault of this program's own ends it all the same.
 fn ending() -> impl Iterator<Item = c_int> {
-    [
-        libc::SIGHUP,
-        libc::SIGINT,
-        libc::SIGQUIT,
-        libc::SIGTERM,
-        libc::SIGUSR1,
-        libc::SIGUSR2,
-        libc::SIGALRM,
-        libc::SIGVTALRM,
-        libc::SIGPROF,
-        libc::SIGXCPU,
-        libc::SIGIO,
-        libc::SIGPWR,
-        libc::SIGSTKFLT,
-        // As another process sends them; a fault of this program's own ends it all the same.
-        libc::SIGABRT,
-        libc::SIGTRAP,
-        libc::SIGSYS,
-        libc::SIGILL,
-        libc::SIGFPE,
-        libc::SIGBUS,
-        libc::SIGSEGV,
-    ]
-    .into_iter()
-    .chain(libc::SIGRTMIN()..=libc::SIGRTMAX())
+    let others = [SIGCHLD, SIGCONT, SIGKILL, SIGPIPE, SIGSTOP, SIGTSTP]
+        .into_iter()
+        .chain([SIGTTIN, SIGTTOU, SIGURG, SIGWINCH, SIGXFSZ]);
+    // Between these are the C library's own.
+    let all = (1..=libc::SIGSYS).chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
+    all.filter(move |signal| !others.clone().any(|other| other == *signal))
 }
 
 /// Held back even if ignored: a shell ignores them for a job in the background, but one that is sent
@@ -240,7 +208,7 @@ pub fn survive_writes() {
 }
 
 /// The signals that a write may bring.
-const WRITING: [c_int; 2] = [libc::SIGPIPE, libc::SIGXFSZ];
+const WRITING: [c_int; 2] = [SIGPIPE, SIGXFSZ];
 
 /// Gives the program to come what a program expects: no signal blocked, and none ignored of those
 /// that are here (an ignored signal stays so across exec).
@@ -328,35 +296,21 @@ pub fn regain_capabilities() {
     }
 }
 
-/// Which side of a `clone` this is.
-pub enum Clone {
-    /// The new process.
-    Child,
-    /// The old one, with the new one's pid in this process's pid namespace and a descriptor of it.
-    Parent(Pid, OwnedFd),
-}
-
 /// Of linux/sched.h; the C library's constant is too narrow.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Copies this process; the copy is alone in new namespaces, and in a control group of version 2 if
-/// one is given.
-pub fn clone(namespaces: UnshareFlags, group: Option<BorrowedFd<'_>>) -> Result<Clone, Errno> {
+/// one is given. None in the copy; here the copy's pid and a descriptor of it.
+pub fn clone(
+    namespaces: UnshareFlags,
+    group: Option<BorrowedFd<'_>>,
+) -> Result<Option<(Pid, OwnedFd)>, Errno> {
     let mut pidfd: c_int = -1;
-    // Zeros mean "nothing of this".
-    let mut args = libc::clone_args {
-        flags: u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64,
-        pidfd: (&raw mut pidfd) as u64,
-        child_tid: 0,
-        parent_tid: 0,
-        exit_signal: libc::SIGCHLD as u64,
-        stack: 0,
-        stack_size: 0,
-        tls: 0,
-        set_tid: 0,
-        set_tid_size: 0,
-        cgroup: 0,
-    };
+    // SAFETY: clone_args is plain numbers, for which zeros are valid: nothing of this.
+    let mut args: libc::clone_args = unsafe { mem::zeroed() };
+    args.flags = u64::from(namespaces.bits()) | libc::CLONE_PIDFD as u64;
+    args.pidfd = (&raw mut pidfd) as u64;
+    args.exit_signal = SIGCHLD as u64;
     if let Some(group) = group {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = group.as_raw_fd() as u64;
@@ -364,12 +318,9 @@ pub fn clone(namespaces: UnshareFlags, group: Option<BorrowedFd<'_>>) -> Result<
     // SAFETY: without CLONE_VM this is a fork: the child gets a copy of this process, which has one
     // thread, so that the copy is whole. The kernel reads `args` and writes `pidfd`, both ours.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, mem::size_of_val(&args)) };
-    let pid = checked(pid)?;
-    Ok(match Pid::from_raw(pid as i32) {
-        None => Clone::Child,
-        // SAFETY: the call succeeded, so the kernel opened a descriptor for us alone.
-        Some(pid) => Clone::Parent(pid, unsafe { OwnedFd::from_raw_fd(pidfd) }),
-    })
+    let pid = Pid::from_raw(checked(pid)? as i32);
+    // SAFETY: the call succeeded, so the kernel opened a descriptor for us alone.
+    Ok(pid.map(|pid| (pid, unsafe { OwnedFd::from_raw_fd(pidfd) })))
 }
 
 /// How a child ended.
@@ -395,22 +346,12 @@ pub fn wait(child: Pid) -> Result<(Ended, Used), Errno> {
     let mut status: c_int = 0;
     // SAFETY: rusage is plain numbers, for which zeros are valid.
     let mut usage: libc::rusage = unsafe { mem::zeroed() };
-    loop {
+    rustix::io::retry_on_intr(|| {
+        let pid = child.as_raw_nonzero().get();
         // SAFETY: `status` and `usage` are ours and what the kernel fills.
-        let result = unsafe {
-            libc::wait4(
-                child.as_raw_nonzero().get(),
-                &raw mut status,
-                0,
-                &raw mut usage,
-            )
-        };
-        match checked(i64::from(result)) {
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-            Ok(_) => break,
-        }
-    }
+        let result = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) };
+        checked(i64::from(result))
+    })?;
     let micros =
         |time: libc::timeval| time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_usec.unsigned_abs();
     let ended = if libc::WIFSIGNALED(status) {
@@ -430,22 +371,20 @@ pub fn wait(child: Pid) -> Result<(Ended, Used), Errno> {
 ///
 /// It is a plain function, and what it is told can be cloned, as the owner of a descriptor cannot: so
 /// it reaches none that was open before.
-pub fn fork_apart<T: std::clone::Clone + 'static>(
+pub fn fork_apart<T: Clone + 'static>(
     channel: OwnedFd,
     other: BorrowedFd<'_>,
     with: &T,
     body: fn(Result<(), Errno>, OwnedFd, BorrowedFd<'_>, &T),
 ) -> Result<Pid, Errno> {
-    match fork()? {
-        Fork::Parent(pid) => Ok(pid),
-        Fork::Child => {
-            // SAFETY: what is closed belongs to values of the callers, to whom this process, a copy,
-            // never returns; and `body`, by its type, reaches none of them.
-            let closed = unsafe { close_all_but(&[channel.as_raw_fd(), other.as_raw_fd()]) };
-            body(closed, channel, other, with);
-            exit_now(0)
-        }
+    if let Some(pid) = fork()? {
+        return Ok(pid);
     }
+    // SAFETY: what is closed belongs to values of the callers, to whom this process, a copy, never
+    // returns; and `body`, by its type, reaches none of them.
+    let closed = unsafe { close_all_but(&[channel.as_raw_fd(), other.as_raw_fd()]) };
+    body(closed, channel, other, with);
+    exit_now(0)
 }
 
 /// What the last function of a process may still use: copies of three descriptors.
@@ -493,7 +432,7 @@ pub fn place(
 /// gives a descriptor to read them from.
 pub fn watch_signals() -> Result<OwnedFd, Errno> {
     let mut signals = held();
-    signals.push(libc::SIGCONT);
+    signals.push(SIGCONT);
     let set = signal_set(&signals);
     change_mask(libc::SIG_BLOCK, &set)?;
     // SAFETY: `set` is initialised.
@@ -514,7 +453,7 @@ pub fn next_signal(signals: BorrowedFd<'_>) -> Option<c_int> {
 
 /// Makes using a terminal in the background an error instead of a stop.
 pub fn ignore_terminal_signals() {
-    for signal in [libc::SIGTTIN, libc::SIGTTOU] {
+    for signal in [SIGTTIN, SIGTTOU] {
         ignore(signal, true);
     }
 }
@@ -532,28 +471,20 @@ pub fn kvm_version(kvm: BorrowedFd<'_>) -> Result<i32, Errno> {
 pub fn landlock_version() -> Result<i64, Errno> {
     /// `LANDLOCK_CREATE_RULESET_VERSION` of linux/landlock.h.
     const VERSION: c_uint = 1;
+    let none = ptr::null::<u8>();
     // SAFETY: asked for the version alone, the kernel reads no memory.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            ptr::null::<u8>(),
-            0_usize,
-            VERSION,
-        )
-    };
-    checked(result)
+    checked(unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0_usize, VERSION) })
 }
 
 /// Leaves the session's keys behind, for an empty set of them.
 pub fn leave_session_keys() -> Result<(), Errno> {
-    /// `KEYCTL_JOIN_SESSION_KEYRING` of linux/keyctl.h.
-    const JOIN_SESSION_KEYRING: c_int = 1;
+    let without_name = ptr::null::<c_char>();
     // SAFETY: without a name the kernel reads no memory.
     let result = unsafe {
         libc::syscall(
             libc::SYS_keyctl,
-            JOIN_SESSION_KEYRING,
-            ptr::null::<c_char>(),
+            libc::KEYCTL_JOIN_SESSION_KEYRING,
+            without_name,
         )
     };
     checked(result).map(drop)

@@ -23,7 +23,8 @@ pub use end::{Crash, End, EndReport, SOFTWARE_KVM};
 pub use level::Level;
 pub use operations::{Call, Method, OPERATIONS, Operation};
 
-pub use crate::sys::socket::send_with_descriptors;
+pub use crate::sys::fd::take_over;
+pub use crate::sys::socket::{listener, send_with_descriptors};
 pub use crate::sys::tap;
 
 /// The version of Firecracker's API that this program answers for.

@@ -15,13 +15,14 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Dir, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FlockOperation, OFlags};
 
+use super::hierarchy::{Hierarchies, Hierarchy};
 use super::limit::Limit;
-use super::{CgroupError, Group, Hierarchies, Hierarchy, Request, Value, Version};
-use super::{join, own_group, read_below, write_below};
-use crate::error::at;
+use super::{CgroupError, Group, OPEN, Request, Value, Version, join, own_group};
+use crate::error::{AnyError, Failure, Step as _};
 use crate::root::open_beneath;
+use crate::sys;
 use crate::undo::Undo;
 
 /// First part of the names of our groups.
@@ -46,25 +47,21 @@ pub struct Usage {
 }
 
 /// What a caller asks for.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
-    /// Name of the microVM.
-    pub id: &'a str,
-    /// Limits by name.
-    pub limits: &'a [Limit],
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Wanted {
+    /// Limits by name, for whichever version has them.
+    pub limits: Vec<Limit>,
     /// Values for files of groups.
-    pub values: &'a [Value],
+    pub values: Vec<Value>,
     /// Version of those files; none: the one that has the controller.
     pub version: Option<Version>,
     /// The groups above the microVM's, from the mount point down; none: see above.
-    pub parent: Option<&'a [OsString]>,
-    /// Whether this is root.
-    pub as_root: bool,
+    pub parent: Option<Vec<OsString>>,
 }
 
 impl Plan {
-    /// Finds out which groups are asked for; none where no limit is.
-    pub fn new(wanted: &Wanted<'_>) -> Result<Option<Plan>, CgroupError> {
+    /// Finds out which groups are asked for, for the microVM `id`; none where no limit is.
+    pub fn new(id: &str, wanted: &Wanted, as_root: bool) -> Result<Option<Plan>, AnyError> {
         if wanted.values.is_empty() && wanted.limits.is_empty() {
             return Ok(None);
         }
@@ -72,30 +69,30 @@ impl Plan {
         let offered = hierarchies.offered()?;
         let version_of = |v2: &str, v1: &str| {
             let is_offered = offered.iter().any(|name| name == v2);
-            if !is_offered && (hierarchies.has_v1(v1) || hierarchies.v2().is_none()) {
+            if !is_offered && (hierarchies.v1(v1).is_some() || hierarchies.v2().is_none()) {
                 Version::V1
             } else {
                 Version::V2
             }
         };
         let mut request = Request::default();
-        for value in wanted.values {
+        for value in &wanted.values {
             let controller = value.controller();
             let found = || version_of(controller, controller);
             request.add(value, wanted.version.unwrap_or_else(found), &hierarchies)?;
         }
-        for limit in wanted.limits {
+        for limit in &wanted.limits {
             let (v2, v1) = limit.controllers();
             let version = version_of(v2, v1);
             for value in limit.values(version)? {
                 request.add(&value, version, &hierarchies)?;
             }
         }
-        let name = format!("{MARK}{}", wanted.id);
+        let name = format!("{MARK}{id}");
         for group in &mut request.0 {
-            let parent = match wanted.parent {
-                Some(parent) => parent.to_vec(),
-                None => default_parent(&group.hierarchy, wanted.as_root)?,
+            let parent = match &wanted.parent {
+                Some(parent) => parent.clone(),
+                None => default_parent(&group.hierarchy, as_root)?,
             };
             group.steps = own_group(&parent, &name);
         }
@@ -103,10 +100,10 @@ impl Plan {
     }
 
     /// Makes the groups and locks them.
-    pub fn make(&self) -> Result<Groups, CgroupError> {
-        let mut attempt = 0;
+    pub fn make(&self) -> Result<Groups, AnyError> {
         // A clean-up elsewhere may take a shared group away under us, and a keeper that was killed a
         // moment ago may still hold its lock while it ends.
+        let mut attempt = 1;
         loop {
             self.remove_unlocked();
             let mut undo = Undo::default();
@@ -114,23 +111,23 @@ impl Plan {
                 Ok(groups) => return Ok(Groups { groups, undo }),
                 Err(error) => {
                     undo.run();
-                    attempt += 1;
                     if attempt == 8 {
                         return Err(error);
                     }
                     std::thread::sleep(Duration::from_millis(5 * attempt));
+                    attempt += 1;
                 }
             }
         }
     }
 
-    fn make_once(&self, undo: &mut Undo) -> Result<Vec<Group>, CgroupError> {
+    fn make_once(&self, undo: &mut Undo) -> Result<Vec<Group>, AnyError> {
         let groups = self.request.make(undo)?;
         for group in &groups {
             rustix::fs::flock(&*group.dir, FlockOperation::NonBlockingLockExclusive)
                 .map_err(|_| CgroupError::IdInUse(group.path.clone()))?;
             // Fails if a clean-up has removed the group before it was locked.
-            read_below(&group.dir, "cgroup.procs").map_err(at(CgroupError::Open, &group.path))?;
+            group.read("cgroup.procs").step_on(OPEN, &group.path)?;
         }
         Ok(groups)
     }
@@ -172,7 +169,7 @@ impl Plan {
     }
 }
 
-fn default_parent(hierarchy: &Hierarchy, as_root: bool) -> Result<Vec<OsString>, CgroupError> {
+fn default_parent(hierarchy: &Hierarchy, as_root: bool) -> Result<Vec<OsString>, AnyError> {
     match hierarchy.nearest_parent() {
         Ok(parent) if !as_root || !parent.is_empty() => Ok(parent),
         Err(error) if !as_root => Err(error),
@@ -181,8 +178,7 @@ fn default_parent(hierarchy: &Hierarchy, as_root: bool) -> Result<Vec<OsString>,
 }
 
 fn remove_unlocked(folder: &Path) {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let Ok(parent) = rustix::fs::open(folder, flags, Mode::empty()) else {
+    let Ok(parent) = sys::open(folder, OFlags::DIRECTORY | OFlags::NOFOLLOW) else {
         return;
     };
     let Ok(entries) = Dir::read_from(&parent) else {
@@ -222,19 +218,15 @@ pub struct Entrances {
 
 impl Groups {
     /// Opens the ways in.
-    pub fn entrances(&self) -> Result<Entrances, CgroupError> {
+    pub fn entrances(&self) -> Result<Entrances, Failure> {
         let mut entrances = Entrances::default();
         for group in &self.groups {
-            let failed = at(CgroupError::Open, &group.path);
-            match group.hierarchy.version {
-                Version::V1 => {
-                    let tasks = open_beneath(&group.dir, OsStr::new("tasks"), OFlags::WRONLY);
-                    entrances.v1.push(tasks.map_err(failed)?);
-                }
-                Version::V2 => {
-                    entrances.v2 = Some(rustix::io::dup(&*group.dir).map_err(failed)?);
-                }
-            }
+            let opened = match group.hierarchy.version {
+                Version::V1 => open_beneath(&group.dir, OsStr::new("tasks"), OFlags::WRONLY)
+                    .map(|tasks| entrances.v1.push(tasks)),
+                Version::V2 => rustix::io::dup(&*group.dir).map(|dir| entrances.v2 = Some(dir)),
+            };
+            opened.step_on(OPEN, &group.path)?;
         }
         Ok(entrances)
     }
@@ -248,7 +240,7 @@ impl Groups {
             };
             for (file, value) in files {
                 // Not every group and not every kernel has them.
-                let _ = write_below(&group.dir, file, value);
+                let _ = group.write(file, value);
             }
         }
     }
@@ -257,7 +249,7 @@ impl Groups {
     pub fn end(mut self) -> (Usage, Vec<String>) {
         let mut usage = Usage::default();
         for group in &self.groups {
-            let read = |name| read_below(&group.dir, name).unwrap_or_default();
+            let read = |name| group.read(name).unwrap_or_default();
             let (events, peak) = memory_files(group.hierarchy.version);
             usage.out_of_memory += kills_in(&read(events));
             if let Ok(bytes) = read(peak).trim().parse() {

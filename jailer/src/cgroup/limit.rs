@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::{CgroupError, Value, Version};
-use crate::error::at;
+use super::{Value, Version};
+use crate::error::{Advice as _, Failure, Step as _};
 
 /// Period of processor time limits, in microseconds.
 const PERIOD_US: u64 = 100_000;
@@ -36,53 +36,55 @@ impl Limit {
     }
 
     /// What to write.
-    pub(super) fn values(&self, version: Version) -> Result<Vec<Value>, CgroupError> {
-        let value = |file: &str, text: String| Value {
-            file: file.into(),
-            text,
-        };
-        Ok(match (self, version) {
+    pub(super) fn values(&self, version: Version) -> Result<Vec<Value>, Failure> {
+        let values = match (self, version) {
             (Limit::Cpus(milli), _) => {
-                let quota = milli * PERIOD_US / 1000;
+                let (period, quota) = (PERIOD_US.to_string(), milli * PERIOD_US / 1000);
                 match version {
                     Version::V1 => vec![
-                        value("cpu.cfs_period_us", PERIOD_US.to_string()),
-                        value("cpu.cfs_quota_us", quota.to_string()),
+                        ("cpu.cfs_period_us", period),
+                        ("cpu.cfs_quota_us", quota.to_string()),
                     ],
-                    Version::V2 => vec![value("cpu.max", format!("{quota} {PERIOD_US}"))],
+                    Version::V2 => vec![("cpu.max", format!("{quota} {period}"))],
                 }
             }
             (Limit::Memory(bytes), Version::V1) => {
-                vec![value("memory.limit_in_bytes", bytes.to_string())]
+                vec![("memory.limit_in_bytes", bytes.to_string())]
             }
-            (Limit::Memory(bytes), Version::V2) => vec![value("memory.max", bytes.to_string())],
-            (Limit::Pids(count), _) => vec![value("pids.max", count.to_string())],
-            (Limit::Io(device, bytes), Version::V1) => {
-                let text = format!("{} {bytes}", number_of(device)?);
-                vec![
-                    value("blkio.throttle.read_bps_device", text.clone()),
-                    value("blkio.throttle.write_bps_device", text),
-                ]
-            }
-            (Limit::Io(device, bytes), Version::V2) => {
+            (Limit::Memory(bytes), Version::V2) => vec![("memory.max", bytes.to_string())],
+            (Limit::Pids(count), _) => vec![("pids.max", count.to_string())],
+            (Limit::Io(device, bytes), _) => {
                 let device = number_of(device)?;
-                vec![value(
-                    "io.max",
-                    format!("{device} rbps={bytes} wbps={bytes}"),
-                )]
+                let of_v1 = format!("{device} {bytes}");
+                match version {
+                    Version::V1 => vec![
+                        ("blkio.throttle.read_bps_device", of_v1.clone()),
+                        ("blkio.throttle.write_bps_device", of_v1),
+                    ],
+                    Version::V2 => vec![("io.max", format!("{device} rbps={bytes} wbps={bytes}"))],
+                }
             }
-        })
+        };
+        let value = |(file, text): (&str, String)| Value {
+            file: file.into(),
+            text,
+        };
+        Ok(values.into_iter().map(value).collect())
     }
 }
 
 /// The number of a block device, as the kernel writes it.
-fn number_of(device: &Path) -> Result<String, CgroupError> {
+fn number_of(device: &Path) -> Result<String, Failure> {
     let stat = rustix::fs::stat(device)
         .and_then(|stat| {
             let is_block = FileType::from_raw_mode(stat.st_mode).is_block_device();
             is_block.then_some(stat).ok_or(Errno::NOTBLK)
         })
-        .map_err(at(CgroupError::Device, device))?;
+        .step_on("limit I/O of", device)
+        .hint(
+            Errno::NOTBLK,
+            "name the device that the files lie on, e.g. /dev/vda",
+        )?;
     let (major, minor) = (
         rustix::fs::major(stat.st_rdev),
         rustix::fs::minor(stat.st_rdev),
@@ -120,9 +122,6 @@ mod tests {
         let error = Limit::Io("/dev/null".into(), 1)
             .values(Version::V2)
             .unwrap_err();
-        assert!(
-            matches!(error, CgroupError::Device(_, Errno::NOTBLK)),
-            "{error}"
-        );
+        assert_eq!(error.errno(), Some(Errno::NOTBLK), "{error}");
     }
 }

@@ -11,12 +11,13 @@ use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 pub use self::terminal::LOOK_EVERY;
 use self::terminal::Terminal;
 use crate::error::errno;
+use crate::sys;
 
 /// Most bytes held for a slow reader.
 const HELD: usize = 64 * 1024;
@@ -25,17 +26,13 @@ const PIECE: usize = 16 * 1024;
 /// Ctrl-A, the key before a command.
 const COMMAND: u8 = 1;
 
-/// What can be waited for here.
+/// What can be waited for of a relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// The guest writes.
-    Guest,
+    /// There is something to read.
+    Source,
     /// The sink takes more.
     Sink,
-    /// There is input.
-    Typed,
-    /// The guest reads.
-    ToGuest,
 }
 
 /// Where bytes go.
@@ -64,8 +61,8 @@ impl Sink {
         let kind = rustix::fs::fstat(&own).map(|stat| FileType::from_raw_mode(stat.st_mode));
         if matches!(kind, Ok(FileType::Fifo | FileType::CharacterDevice)) {
             let path = format!("/proc/self/fd/{}", own.as_raw_fd());
-            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-            if let Ok(to) = rustix::fs::open(path, flags, Mode::empty()) {
+            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+            if let Ok(to) = sys::open(path, flags) {
                 return Sink::Output { to, patient: false };
             }
         }
@@ -110,7 +107,7 @@ fn has_room(to: BorrowedFd<'_>) -> bool {
     poll(&mut fds, Some(&now)) == Ok(1)
 }
 
-/// Bytes on their way from a pipe to a sink.
+/// Bytes on their way from a pipe or an input to a sink.
 #[derive(Debug)]
 pub struct Relay {
     source: Option<OwnedFd>,
@@ -121,10 +118,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// From the reading end of a pipe, which does not wait.
-    pub fn new(source: OwnedFd, sink: Sink) -> Relay {
+    /// From a source that is read when there is something.
+    pub fn new(source: Option<OwnedFd>, sink: Sink) -> Relay {
         Relay {
-            source: Some(source),
+            source,
             held: Vec::new(),
             sink,
             has_begun: false,
@@ -132,9 +129,9 @@ impl Relay {
     }
 
     /// What to wait for.
-    pub fn interests<'a>(&'a self, add: &mut dyn FnMut(Part, BorrowedFd<'a>, PollFlags)) {
+    pub fn interests<'a>(&'a self, mut add: impl FnMut(Part, BorrowedFd<'a>, PollFlags)) {
         if let Some(source) = self.source.as_ref().filter(|_| self.held.len() < HELD) {
-            add(Part::Guest, source.as_fd(), PollFlags::IN);
+            add(Part::Source, source.as_fd(), PollFlags::IN);
         }
         if let Sink::Output { to, .. } = &self.sink
             && !self.held.is_empty()
@@ -145,23 +142,33 @@ impl Relay {
 
     /// Takes what has come and passes it on; whether anything has.
     pub fn take(&mut self) -> bool {
-        let Some(source) = &self.source else {
-            return false;
-        };
         let mut buffer = [0; PIECE];
-        match rustix::io::read(source, &mut buffer) {
-            Err(Errno::AGAIN | Errno::INTR) => false,
+        let count = self.read(&mut buffer, None);
+        self.pass_on(&buffer[..count]);
+        count > 0
+    }
+
+    /// Reads what has come, up to the end of the source or an error that is not `passing`.
+    fn read(&mut self, buffer: &mut [u8], passing: Option<Errno>) -> usize {
+        let Some(source) = &self.source else {
+            return 0;
+        };
+        match rustix::io::read(source, buffer) {
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(error) if Some(error) == passing => 0,
             Ok(0) | Err(_) => {
                 self.source = None;
-                false
+                0
             }
-            Ok(count) => {
-                self.has_begun = true;
-                self.held.extend_from_slice(&buffer[..count]);
-                self.flush();
-                true
-            }
+            Ok(count) => count,
         }
+    }
+
+    /// Passes on these bytes, behind what is held.
+    pub fn pass_on(&mut self, bytes: &[u8]) {
+        self.has_begun |= !bytes.is_empty();
+        self.held.extend_from_slice(bytes);
+        self.flush();
     }
 
     /// Passes on what is held; whether some of it went.
@@ -190,14 +197,13 @@ impl Relay {
     }
 }
 
-/// The console: a relay out, typed bytes in, and a terminal in raw mode.
+/// The console: a relay out, one for typed bytes in, and a terminal in raw mode.
 #[derive(Debug)]
 pub struct Console {
     /// What the guest writes.
     pub out: Relay,
-    to_guest: OwnedFd,
-    typed: Option<OwnedFd>,
-    unread: Vec<u8>,
+    /// What it reads.
+    pub input: Relay,
     terminal: Option<Terminal>,
     /// The key before a command was pressed.
     is_command: bool,
@@ -205,37 +211,19 @@ pub struct Console {
 
 impl Console {
     /// `to_guest` is the writing end of a pipe, which does not wait.
-    pub fn new(out: Relay, to_guest: OwnedFd, typed: Option<OwnedFd>) -> Console {
-        let terminal = typed
-            .as_ref()
-            .filter(|_| matches!(out.sink, Sink::Output { .. }));
-        let terminal = terminal
-            .and_then(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3).ok())
-            .and_then(Terminal::new);
+    pub fn new(out: Relay, typed: Option<OwnedFd>, to_guest: OwnedFd) -> Console {
+        let is_shown = matches!(out.sink, Sink::Output { .. });
+        let terminal = typed.as_ref().filter(|_| is_shown);
+        let terminal = terminal.and_then(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3).ok());
+        let to_guest = Sink::Output {
+            to: to_guest,
+            patient: false,
+        };
         Console {
             out,
-            to_guest,
-            typed,
-            unread: Vec::new(),
-            terminal,
+            input: Relay::new(typed, to_guest),
+            terminal: terminal.and_then(Terminal::new),
             is_command: false,
-        }
-    }
-
-    /// Writes to the guest as if typed.
-    pub fn type_in(&mut self, bytes: &[u8]) {
-        self.unread.extend_from_slice(bytes);
-    }
-
-    /// What to wait for.
-    pub fn interests<'a>(&'a self, add: &mut dyn FnMut(Part, BorrowedFd<'a>, PollFlags)) {
-        self.out.interests(add);
-        if self.unread.is_empty() {
-            if let Some(typed) = self.typed.as_ref().filter(|_| !self.is_in_background()) {
-                add(Part::Typed, typed.as_fd(), PollFlags::IN);
-            }
-        } else {
-            add(Part::ToGuest, self.to_guest.as_fd(), PollFlags::OUT);
         }
     }
 
@@ -258,68 +246,31 @@ impl Console {
         }
     }
 
-    /// Does what there is to do; whether the user asked to leave.
-    pub fn handle(&mut self, part: Part) -> bool {
-        match part {
-            Part::Guest => {
-                self.out.take();
-            }
-            Part::Sink => {
-                self.out.flush();
-            }
-            Part::Typed => return self.take_typed(),
-            Part::ToGuest => {}
-        }
-        if !self.unread.is_empty() {
-            match rustix::io::write(&self.to_guest, &self.unread) {
-                Ok(count) => drop(self.unread.drain(..count)),
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(_) => self.unread.clear(),
-            }
-        }
-        false
-    }
-
-    fn take_typed(&mut self) -> bool {
-        if let Some(terminal) = &mut self.terminal
-            && !terminal.look()
-        {
+    /// Takes what was typed and passes it on; whether the user asked to leave.
+    pub fn take_typed(&mut self) -> bool {
+        self.look_at_terminal();
+        if self.is_in_background() {
             return false;
         }
-        let Some(source) = &self.typed else {
-            return false;
-        };
         let mut buffer = [0; 1024];
-        let count = match rustix::io::read(source, &mut buffer) {
-            Err(Errno::AGAIN | Errno::INTR) => return false,
-            // Sent to the background a moment ago.
-            Err(Errno::IO) if self.terminal.is_some() => return false,
-            Ok(0) | Err(_) => {
-                // The end of the input; the guest goes on.
-                self.typed = None;
-                return false;
-            }
-            Ok(count) => count,
-        };
-        if self.terminal.is_none() {
-            self.unread.extend_from_slice(&buffer[..count]);
-        } else {
-            for &byte in &buffer[..count] {
-                match (self.is_command, byte) {
-                    (true, b'x' | b'X') => return true,
-                    (true, COMMAND) | (false, _) if byte != COMMAND || self.is_command => {
-                        self.unread.push(byte);
-                        self.is_command = false;
-                    }
-                    (false, _) => self.is_command = true,
-                    (true, _) => {
-                        self.unread.extend([COMMAND, byte]);
-                        self.is_command = false;
-                    }
-                }
+        // The error of a job that was sent to the background a moment ago.
+        let passing = self.terminal.as_ref().map(|_| Errno::IO);
+        let count = self.input.read(&mut buffer, passing);
+        let mut for_guest = Vec::with_capacity(count + 1);
+        let mut leaves = false;
+        for &byte in &buffer[..count] {
+            let was_command = std::mem::take(&mut self.is_command);
+            match byte {
+                _ if self.terminal.is_none() => for_guest.push(byte),
+                b'x' | b'X' if was_command => leaves = true,
+                COMMAND if !was_command => self.is_command = true,
+                COMMAND => for_guest.push(COMMAND),
+                _ if was_command => for_guest.extend([COMMAND, byte]),
+                _ => for_guest.push(byte),
             }
         }
-        self.handle(Part::ToGuest)
+        self.input.pass_on(&for_guest);
+        leaves
     }
 
     /// Gives the terminal back, and everything else.
@@ -356,7 +307,7 @@ mod tests {
                 patient: false,
             }
         };
-        (writer, Relay::new(reader, sink))
+        (writer, Relay::new(Some(reader), sink))
     }
 
     #[test]
@@ -375,7 +326,7 @@ mod tests {
         let (reader, to) = pipe(false, false).unwrap();
         let (source, _writer) = pipe(false, false).unwrap();
         drop(reader);
-        let mut relay = Relay::new(source, Sink::Output { to, patient: false });
+        let mut relay = Relay::new(Some(source), Sink::Output { to, patient: false });
         relay.held.extend(b"lost");
         relay.flush();
         assert!(!relay.is_holding());

@@ -7,29 +7,29 @@
 
 pub mod obstacle;
 
-use std::borrow::Cow;
 use std::convert::Infallible;
-use std::ffi::{CString, NulError};
+use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Gid, MemfdFlags, Mode, SealFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::{Resource, Rlimit, Signal};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
 use self::obstacle::Obstacle;
 use super::channel::Channel;
-use super::network::{self, Network, NetworkError};
-use super::spec::FOR_MONITOR;
+use super::network::{self, Network};
+use super::spec::{FOR_MONITOR, Inside};
 use crate::cgroup::cannot_enter;
-use crate::error::{Remedy, errno, message};
+use crate::error::{Advice as _, Failure, Step as _, message};
 use crate::filter;
-use crate::root::{Owner, pivot_into};
+use crate::monitor::{OPEN_FILES, cannot_execute};
+use crate::root::{NO_PIVOT, Owner, pivot_into};
 use crate::sys::{self, Aside};
 
 /// What the jail has of its own.
@@ -51,8 +51,6 @@ const LOG: u32 = 5;
 const END: u32 = 6;
 
 const _: () = assert!(END as u64 + 1 == FOR_MONITOR);
-/// Limit of open descriptors when none is given.
-const OPEN_FILES: u64 = 2048;
 
 /// From the supervisor: the user namespace has its users.
 pub const MAPPED: u8 = b'm';
@@ -63,108 +61,35 @@ pub const READY: u8 = b'r';
 /// From the jail: the message of an error.
 pub const FAILED: u8 = b'f';
 
-/// The jail cannot be made or entered.
-#[derive(Debug, thiserror::Error)]
-pub enum JailError {
-    #[error("cannot {0}")]
-    Step(&'static str, #[source] Errno),
-    #[error("cannot give the jail its user and group ({0})")]
-    Map(PathBuf, #[source] Errno),
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    #[error("cannot enter the empty root")]
-    EnterRoot(#[source] Errno),
-    #[error("cannot enter a control group")]
-    EnterGroup(#[source] Errno),
-    #[error("cannot set --resource-limit {0}={1}")]
-    Limit(&'static str, u64, #[source] Errno),
-    #[error("cannot install the jail's filters")]
-    Filter(#[source] seccompiler::Error),
-    #[error("cannot pass an argument to the monitor")]
-    Argument(#[source] NulError),
-    #[error("cannot execute {0} in the jail")]
-    Execute(PathBuf, #[source] Errno),
-}
-
-/// For `map_err`: the step that failed.
-pub fn step(what: &'static str) -> impl FnOnce(Errno) -> JailError {
-    move |error| JailError::Step(what, error)
-}
-
-impl Remedy for JailError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        Some(Cow::Borrowed(match self {
-            JailError::EnterGroup(error) => cannot_enter(*error)?,
-            JailError::Network(error) => return error.remedy(),
-            JailError::EnterRoot(Errno::INVAL) => {
-                "the host's root must be a mounted file system, not a bare chroot or initial ramfs"
-            }
-            JailError::Limit(_, _, Errno::PERM) => "it is above what this host or user allows",
-            JailError::Filter(_) => "use a kernel with CONFIG_SECCOMP_FILTER",
-            JailError::Execute(_, Errno::NOENT) => {
-                "it needs an interpreter or shared libraries, which a jail does not have: give a \
-                 static executable (--mayfly)"
-            }
-            JailError::Execute(_, Errno::NOEXEC) => {
-                "give an executable for this machine (--mayfly)"
-            }
-            _ => return None,
-        }))
-    }
-}
-
-impl JailError {
-    /// The message, with what may be behind a denial in new namespaces: AppArmor lets them be made
-    /// and then denies everything in them. It was found outside: inside there is nothing to look at.
-    pub fn explained(&self, obstacle: Option<Obstacle>) -> String {
-        let error = match self {
-            JailError::Step(_, error) | JailError::Map(_, error) | JailError::EnterRoot(error) => {
-                Some(*error)
-            }
-            JailError::Network(error) => error.errno(),
-            _ => None,
-        };
-        let text = message(self);
-        match obstacle {
-            Some(found) if matches!(error, Some(Errno::PERM | Errno::ACCESS)) => {
-                format!("{text}; {}: {}", found.reason(), found.remedy())
-            }
-            _ => text,
+/// The message of a failure, with what may be behind a denial in new namespaces: AppArmor lets them be
+/// made and then denies everything in them. It was found outside: inside there is nothing to look at.
+pub fn explained(failure: &Failure, obstacle: Option<Obstacle>) -> String {
+    let text = message(failure);
+    match obstacle.filter(|_| !failure.has_remedy()) {
+        Some(found) if matches!(failure.errno(), Some(Errno::PERM | Errno::ACCESS)) => {
+            format!("{text}; {}: {}", found.reason, found.remedy)
         }
+        _ => text,
     }
 }
 
 /// Everything the sequence needs, opened and checked beforehand.
 #[derive(Debug)]
 pub struct Plan {
-    /// Name of the microVM; inside, also of the host.
-    pub id: String,
-    /// User and group of the monitor.
-    pub owner: Owner,
-    /// Whether this is root, which becomes another user, or an ordinary user.
-    pub as_root: bool,
-    /// The monitor's executable.
-    pub monitor: File,
-    /// Its path, for messages.
-    pub monitor_path: PathBuf,
+    /// What was asked for.
+    pub spec: Inside,
     /// Guest console: what it reads and what it writes to.
     pub console: (OwnedFd, OwnedFd),
     /// Where the log goes.
     pub log: OwnedFd,
     /// Where the monitor reports how the guest ended.
     pub end: OwnedFd,
-    /// /dev/kvm.
-    pub kvm: OwnedFd,
     /// A listening API socket, if it has a name outside; else one without a name is made.
     pub api: Option<OwnedFd>,
     /// Files of version 1 control groups, to go into them by.
     pub entrances: Vec<OwnedFd>,
     /// The network to be made inside.
     pub network: Option<Network>,
-    /// Largest file in bytes.
-    pub file_size: Option<u64>,
-    /// Most descriptors.
-    pub open_files: Option<u64>,
     /// More of the monitor's arguments.
     pub more: Vec<String>,
     /// A descriptor of the supervisor's process.
@@ -174,29 +99,25 @@ pub struct Plan {
 }
 
 /// Becomes the monitor. Returns only why that did not happen.
-pub fn enter(plan: &Plan, supervisor: &Channel) -> JailError {
-    match try_enter(plan, supervisor) {
-        Ok(never) => match never {},
-        Err(error) => error,
-    }
-}
-
-fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, JailError> {
+pub fn enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
+    let spec = &plan.spec;
     wait_for(supervisor, MAPPED)?;
     // What is used from here on counts.
     for entrance in &plan.entrances {
-        rustix::io::write(entrance, b"0").map_err(JailError::EnterGroup)?;
+        rustix::io::write(entrance, b"0")
+            .step("enter a control group")
+            .hints(cannot_enter)?;
     }
     // Before what may be refused for reasons of its own.
-    rustix::system::sethostname(plan.id.as_bytes()).map_err(step("name the jail's host"))?;
+    rustix::system::sethostname(spec.id.as_bytes()).step("name the jail's host")?;
     // While the host's devices are in reach, and this user may still be root.
     let tap = plan.network.map(|_| network::make_tap()).transpose()?;
     // Groups while we may; then no process in here is anything but the jail's user. The capabilities
     // in the new user namespace stay: its root has no number in it.
-    if plan.as_root {
-        rustix::thread::set_thread_groups(&[]).map_err(step("leave supplementary groups"))?;
+    if spec.as_root {
+        rustix::thread::set_thread_groups(&[]).step("leave supplementary groups")?;
     }
-    become_owner(plan.owner)?;
+    become_owner(spec.owner)?;
     // Best effort: a user may have no room for another set of keys, and the monitor's filters
     // do not let it ask for any.
     let _ = sys::leave_session_keys();
@@ -212,43 +133,43 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, JailError>
     }
     let unnamed = match plan.api {
         Some(_) => None,
-        None => Some(unnamed_socket().map_err(step("make the API socket"))?),
+        None => Some(unnamed_socket().step("make the API socket")?),
     };
     let client = unnamed.as_ref().map(|(_, client)| client.as_fd());
     let files: Vec<BorrowedFd<'_>> = client
         .into_iter()
         .chain(tap.as_ref().map(AsFd::as_fd))
         .collect();
-    supervisor.send(READY, "", &files).map_err(step("report"))?;
+    supervisor.send(READY, "", &files).step("report")?;
     let listener = unnamed
         .as_ref()
         .map(|(listener, _)| listener)
         .or(plan.api.as_ref());
-    let listener = listener.ok_or(JailError::Step("find the API socket", Errno::BADF))?;
+    let listener = listener.ok_or(Errno::BADF).step("find the API socket")?;
 
     // The network's files were the last that were needed of the host's.
     empty_root()?;
-    limit_resources(plan)?;
-    drop_capabilities().map_err(step("drop capabilities"))?;
-    rustix::thread::set_no_new_privs(true).map_err(step("set no_new_privs"))?;
+    limit_resources(spec)?;
+    drop_capabilities().step("drop capabilities")?;
+    rustix::thread::set_no_new_privs(true).step("set no_new_privs")?;
     rustix::process::umask(Mode::from_raw_mode(0o077));
     // A session of its own: signals from a terminal are for the supervisor, which passes them on.
-    rustix::process::setsid().map_err(step("open a session"))?;
+    rustix::process::setsid().step("open a session")?;
 
     let argv = argv(plan)?;
-    let name = plan.monitor_path.to_string_lossy();
+    let name = spec.monitor.path().to_string_lossy();
     sys::place(
         &[
             plan.console.0.as_fd(),
             plan.console.1.as_fd(),
             plan.log.as_fd(),
             listener.as_fd(),
-            plan.kvm.as_fd(),
+            spec.kvm.as_fd(),
             plan.log.as_fd(),
             plan.end.as_fd(),
         ],
         [
-            plan.monitor.as_fd(),
+            spec.monitor.file().as_fd(),
             plan.parent.as_fd(),
             supervisor.as_fd(),
         ],
@@ -256,8 +177,10 @@ fn try_enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, JailError>
         &name,
         become_monitor,
     )
-    .map_err(step("pass descriptors"))
+    .step(PASS)
 }
+
+const PASS: &str = "pass descriptors";
 
 /// The last steps, with the monitor's executable, a descriptor of the supervisor, and the channel to
 /// it. Returns only when the monitor does not run, which has then been reported.
@@ -267,33 +190,33 @@ fn become_monitor(
     argv: &[CString],
     name: &str,
 ) {
-    let result = placed
-        .map_err(step("pass descriptors"))
+    let answer = placed
+        .step(PASS)
         .and_then(|()| die_with(parent.as_fd()))
         // After what they deny.
-        .and_then(|()| filter::install().map_err(JailError::Filter))
-        .and_then(|()| sys::reset_signals().map_err(step("reset signals")));
-    let error = match result {
-        Err(error) => error,
-        Ok(()) => JailError::Execute(name.into(), execute(&File::from(monitor), argv)),
+        .and_then(|()| {
+            let installed = filter::install().step("install the jail's filters");
+            installed.advise("use a kernel with CONFIG_SECCOMP_FILTER")
+        })
+        .and_then(|()| sys::reset_signals().step("reset signals"));
+    let failure = match answer {
+        Err(failure) => failure,
+        Ok(()) => cannot_execute(name, "--mayfly", execute(&File::from(monitor), argv)),
     };
-    let _ = Channel::from(report).send(FAILED, &message(&error), &[]);
+    let _ = Channel::from(report).send(FAILED, &message(&failure), &[]);
 }
 
-fn wait_for(supervisor: &Channel, kind: u8) -> Result<(), JailError> {
-    match supervisor
-        .receive()
-        .map_err(step("hear from the supervisor"))?
-    {
+fn wait_for(supervisor: &Channel, kind: u8) -> Result<(), Failure> {
+    match supervisor.receive().step("hear from the supervisor")? {
         Some(message) if message.kind == kind => Ok(()),
         // It has failed, or is gone: there is no process left to tell.
         _ => sys::exit_now(1),
     }
 }
 
-fn become_owner(Owner { uid, gid }: Owner) -> Result<(), JailError> {
-    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(step("become the group of --gid"))?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(step("become the user of --uid"))
+fn become_owner(Owner { uid, gid }: Owner) -> Result<(), Failure> {
+    rustix::thread::set_thread_res_gid(gid, gid, gid).step("become the group of --gid")?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).step("become the user of --uid")
 }
 
 /// A listening socket that has a name only in this network namespace, where nothing else is, and a
@@ -316,45 +239,36 @@ fn unnamed_socket() -> Result<(OwnedFd, OwnedFd), Errno> {
 }
 
 /// Makes an empty file system the root of everything, and lets go of the host's.
-fn empty_root() -> Result<(), JailError> {
-    let what = "make the empty root";
-    let context =
-        rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step(what))?;
-    rustix::mount::fsconfig_set_string(&context, "mode", "0555")
-        .and_then(|()| rustix::mount::fsconfig_set_string(&context, "nr_inodes", "1"))
-        .and_then(|()| rustix::mount::fsconfig_set_flag(&context, "ro"))
-        .and_then(|()| rustix::mount::fsconfig_create(&context))
-        .map_err(step(what))?;
+fn empty_root() -> Result<(), Failure> {
     let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let root = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-        .map_err(step(what))?;
+    let make = || {
+        let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        rustix::mount::fsconfig_set_string(&context, "mode", "0555")?;
+        rustix::mount::fsconfig_set_string(&context, "nr_inodes", "1")?;
+        rustix::mount::fsconfig_set_flag(&context, "ro")?;
+        rustix::mount::fsconfig_create(&context)?;
+        rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    };
+    let root = make().step("make the empty root")?;
     rustix::process::chdir("/")
         .and_then(|()| pivot_into(&root))
-        .map_err(JailError::EnterRoot)
+        .step("enter the empty root")
+        .hint(Errno::INVAL, NO_PIVOT)
 }
 
+const LIMITS: &str = "fix resource limits";
+
 /// No limit can be raised in here: what is left of soft and hard limits is one number each.
-fn limit_resources(plan: &Plan) -> Result<(), JailError> {
-    let set = |resource, value, name| {
-        sys::set_limit(resource, value).map_err(|error| JailError::Limit(name, value, error))
-    };
-    if let Some(bytes) = plan.file_size {
-        set(Resource::Fsize, bytes, "fsize")?;
-    }
-    let files = match plan.open_files {
-        Some(files) => files,
-        // As many as this user may have, if that is less.
-        None => {
-            let most = rustix::process::getrlimit(Resource::Nofile).maximum;
-            most.map_or(OPEN_FILES, |most| most.min(OPEN_FILES))
-        }
-    };
-    set(Resource::Nofile, files, "no-file")?;
+fn limit_resources(spec: &Inside) -> Result<(), Failure> {
+    // As many as this user may have, if that is less.
+    let most = rustix::process::getrlimit(Resource::Nofile).maximum;
+    spec.limits
+        .set(most.map_or(OPEN_FILES, |most| most.min(OPEN_FILES)))?;
     // Guest memory does not belong into a file.
-    set(Resource::Core, 0, "core")?;
+    sys::set_limit(Resource::Core, 0).step(LIMITS)?;
     for resource in [
         Resource::As,
         Resource::Cpu,
@@ -376,7 +290,7 @@ fn limit_resources(plan: &Plan) -> Result<(), JailError> {
             current: now,
             maximum: now,
         };
-        rustix::process::setrlimit(resource, fixed).map_err(step("fix resource limits"))?;
+        rustix::process::setrlimit(resource, fixed).step(LIMITS)?;
     }
     Ok(())
 }
@@ -408,9 +322,9 @@ fn drop_capabilities() -> Result<(), Errno> {
 
 /// Ends this process when the supervisor ends. It comes after the change of credentials, which
 /// takes it back; and the supervisor may have ended before it.
-fn die_with(parent: BorrowedFd<'_>) -> Result<(), JailError> {
+fn die_with(parent: BorrowedFd<'_>) -> Result<(), Failure> {
     let what = "tie the monitor to the supervisor";
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(step(what))?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step(what)?;
     let now = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -419,14 +333,14 @@ fn die_with(parent: BorrowedFd<'_>) -> Result<(), JailError> {
         &mut [PollFd::from_borrowed_fd(parent, PollFlags::IN)],
         Some(&now),
     );
-    match ended.map_err(step(what))? {
+    match ended.step(what)? {
         0 => Ok(()),
         _ => sys::exit_now(1),
     }
 }
 
-fn argv(plan: &Plan) -> Result<Vec<CString>, JailError> {
-    let mut words = vec!["mayfly".to_owned(), "--id".into(), plan.id.clone()];
+fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
+    let mut words = vec!["mayfly".to_owned(), "--id".into(), plan.spec.id.clone()];
     for (name, number) in [
         ("--api-fd", API),
         ("--kvm-fd", KVM),
@@ -438,7 +352,9 @@ fn argv(plan: &Plan) -> Result<Vec<CString>, JailError> {
     words.push("--landlock".to_owned());
     words.extend(plan.more.iter().cloned());
     let words = words.into_iter().map(CString::new);
-    words.collect::<Result<_, _>>().map_err(JailError::Argument)
+    words
+        .collect::<Result<_, _>>()
+        .step("pass an argument to the monitor")
 }
 
 fn execute(monitor: &File, argv: &[CString]) -> Errno {
@@ -465,14 +381,14 @@ fn copy_to_memory(mut monitor: &File) -> Result<File, std::io::Error> {
 }
 
 /// Gives the jail's user namespace its one user and one group, with the same numbers as outside.
-pub fn map_owner(pid: rustix::process::Pid, owner: Owner, as_root: bool) -> Result<(), JailError> {
+pub fn map_owner(pid: Pid, owner: Owner, as_root: bool) -> Result<(), Failure> {
     let folder = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
     let write = |name: &str, text: &str| {
         let path = folder.join(name);
-        let file = File::options().write(true).open(&path).map_err(errno);
-        file.and_then(|file| rustix::io::write(&file, text.as_bytes()))
-            .map(drop)
-            .map_err(|error| JailError::Map(path, error))
+        std::fs::write(&path, text).step(format!(
+            "give the jail its user and group ({})",
+            path.display()
+        ))
     };
     let one = |id: u32| format!("{id} {id} 1\n");
     // An ordinary user has to promise first that groups stay as they are.
@@ -489,15 +405,16 @@ mod tests {
 
     #[test]
     fn denial_is_explained_by_what_was_found_and_nothing_else_is() {
-        let denied = JailError::Step("name the jail's host", Errno::PERM);
-        assert_eq!(denied.explained(None), message(&denied));
-        let text = denied.explained(Some(Obstacle::AppArmor));
+        let denied = Failure::new("name the jail's host", Errno::PERM);
+        assert_eq!(explained(&denied, None), message(&denied));
+        let text = explained(&denied, Some(obstacle::APPARMOR));
         assert!(text.contains("AppArmor"), "{text}");
+        let limit = Failure::new("set --resource-limit no-file=9", Errno::PERM);
         for other in [
-            JailError::Step("name the jail's host", Errno::INVAL),
-            JailError::Limit("no-file", 9, Errno::PERM),
+            Failure::new("name the jail's host", Errno::INVAL),
+            limit.hints(|_| Some("it is above what this host or user allows")),
         ] {
-            assert_eq!(other.explained(Some(Obstacle::AppArmor)), message(&other));
+            assert_eq!(explained(&other, Some(obstacle::APPARMOR)), message(&other));
         }
     }
 }

@@ -11,21 +11,21 @@
 
 mod socket;
 
-use std::borrow::Cow;
-use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, Signal};
+use serde_json::json;
 
 use self::socket::NamedSocket;
 use super::channel::{Channel, Message};
-use super::outcome::{self, Report, Seen, Times, Verdict};
+use super::outcome::report::{Place, Report};
+use super::outcome::{self, Seen, Times, Verdict};
 use crate::cgroup::exclusive::{self, Entrances, Groups, Usage};
-use crate::error::{AnyError, Remedy, Reported, message};
+use crate::error::{AnyError, Failure, Step as _, message};
 use crate::sys;
 
 /// To the keeper: the process in the jail, by a descriptor.
@@ -51,27 +51,8 @@ const PATIENCE: Timespec = Timespec {
     tv_nsec: 0,
 };
 
-/// The keeper cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum KeeperError {
-    #[error("cannot get a descriptor of this process")]
-    OwnDescriptor(#[source] Errno),
-    #[error("cannot start the keeper")]
-    Start(#[source] Errno),
-    #[error("cannot speak to the keeper")]
-    Channel(#[source] Errno),
-    #[error("cannot hear from the keeper: it was killed")]
-    Killed,
-}
-
-impl Remedy for KeeperError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        match self {
-            KeeperError::OwnDescriptor(_) => Some("use Linux 5.10 or newer".into()),
-            _ => None,
-        }
-    }
-}
+const START: &str = "start the keeper";
+const SPEAK: &str = "speak to the keeper";
 
 /// What there is to keep.
 #[derive(Clone, Debug, Default)]
@@ -81,16 +62,11 @@ pub struct Assignment {
     /// Listening sockets at these paths.
     pub sockets: Vec<PathBuf>,
     /// The exit report.
-    report: Option<ReportPlace>,
-}
-
-/// What the keeper has to know to write an exit report.
-#[derive(Clone, Debug)]
-struct ReportPlace {
-    id: String,
-    began_us: u64,
-    path: PathBuf,
-    name: Option<OsString>,
+    pub report: Option<Place>,
+    /// Name of the microVM.
+    pub id: String,
+    /// When the jailer began, microseconds of the monotonic clock.
+    pub began_us: u64,
 }
 
 /// The supervisor's hold on the keeper.
@@ -102,38 +78,29 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts one. With the report go the microVM's name and when the jailer began.
+    /// Starts one, if there is something to keep.
     pub fn start(
-        groups: Option<exclusive::Plan>,
-        sockets: Vec<PathBuf>,
-        report: Option<(&Report, &str, u64)>,
+        mut assignment: Assignment,
+        report: Option<&Report>,
         supervisor: &OwnedFd,
-    ) -> Result<Keeper, KeeperError> {
-        let (channel, theirs) = Channel::pair().map_err(KeeperError::Start)?;
-        let mut assignment = Assignment {
-            groups,
-            sockets,
-            report: None,
-        };
-        if let Some((report, id, began_us)) = report {
-            let (files, path, name) = report.parts();
-            channel
-                .send(REPORT, "", &files)
-                .map_err(KeeperError::Channel)?;
-            assignment.report = Some(ReportPlace {
-                id: id.to_owned(),
-                began_us,
-                path,
-                name,
-            });
+    ) -> Result<Option<Keeper>, Failure> {
+        assignment.report = report.map(Report::place);
+        let Assignment {
+            groups, sockets, ..
+        } = &assignment;
+        if groups.is_none() && sockets.is_empty() && report.is_none() {
+            return Ok(None);
         }
-        let pid = sys::fork_apart(theirs.into(), supervisor.as_fd(), &assignment, keep)
-            .map_err(KeeperError::Start)?;
-        Ok(Keeper {
+        let (channel, theirs) = Channel::pair().step(START)?;
+        if let Some(report) = report {
+            channel.send(REPORT, "", &report.files()).step(SPEAK)?;
+        }
+        let pid = sys::fork_apart(theirs.into(), supervisor.as_fd(), &assignment, keep);
+        Ok(Some(Keeper {
             channel,
-            pid,
+            pid: pid.step(START)?,
             assignment,
-        })
+        }))
     }
 
     /// Waits until everything is made: the sockets, in the order in which they were asked for, and
@@ -150,9 +117,8 @@ impl Keeper {
     }
 
     /// Tells it which process is in the jail.
-    pub fn watch(&self, pidfd: BorrowedFd<'_>) -> Result<(), KeeperError> {
-        let sent = self.channel.send(WATCH, "", &[pidfd]);
-        sent.map_err(KeeperError::Channel)
+    pub fn watch(&self, pidfd: BorrowedFd<'_>) -> Result<(), Failure> {
+        self.channel.send(WATCH, "", &[pidfd]).step(SPEAK)
     }
 
     /// Tells it that the monitor has been killed: nothing in its groups is to hold its end up.
@@ -162,29 +128,27 @@ impl Keeper {
 
     /// The answer to the last request.
     fn answer(&self) -> Result<Message, AnyError> {
-        match self.channel.receive().map_err(KeeperError::Channel)? {
+        match self.channel.receive().step(SPEAK)? {
             Some(message) if message.kind == DONE => Ok(message),
-            Some(message) => Err(Reported(message.text).into()),
-            None => Err(KeeperError::Killed.into()),
+            Some(message) => Err(message.text.into()),
+            None => Err("cannot hear from the keeper: it was killed".into()),
         }
     }
 
     /// Has everything removed, once the monitor is gone.
     pub fn remove(&self) -> Usage {
         let _ = self.channel.send(END, "", &[]);
-        match self.answer() {
-            Ok(message) => decode(&message.text),
-            Err(_) => {
-                // It was killed.
-                if let Some(groups) = &self.assignment.groups {
-                    groups.remove_abandoned();
-                }
-                for path in &self.assignment.sockets {
-                    NamedSocket::remove_dead(path);
-                }
-                Usage::default()
-            }
+        if let Ok(message) = self.answer() {
+            return decode(&message.text);
         }
+        // It was killed.
+        if let Some(groups) = &self.assignment.groups {
+            groups.remove_abandoned();
+        }
+        for path in &self.assignment.sockets {
+            NamedSocket::remove_dead(path);
+        }
+        Usage::default()
     }
 
     /// Lets it end, once the exit report is written.
@@ -194,18 +158,15 @@ impl Keeper {
     }
 }
 
-fn encode(account: Usage) -> String {
-    let peak = account
-        .peak_memory
-        .map_or(String::new(), |bytes| bytes.to_string());
-    format!("{} {peak}", account.out_of_memory)
+fn encode(usage: Usage) -> String {
+    json!([usage.out_of_memory, usage.peak_memory]).to_string()
 }
 
 fn decode(text: &str) -> Usage {
-    let (kills, peak) = text.split_once(' ').unwrap_or_default();
+    let (out_of_memory, peak_memory) = serde_json::from_str(text).unwrap_or_default();
     Usage {
-        out_of_memory: kills.parse().unwrap_or(0),
-        peak_memory: peak.parse().ok(),
+        out_of_memory,
+        peak_memory,
     }
 }
 
@@ -221,116 +182,85 @@ fn keep(
     // Signals that end a program stay held back; a terminal's do not come here.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"mayfly-keeper");
-    let silent = closed.and_then(|()| be_silent());
-    if let Err(error) = silent.map_err(KeeperError::Start) {
-        let _ = channel.send(FAILED, &message(&error), &[]);
-        return;
-    }
-    let mut holdings = Holdings::default();
     let report = assignment.report.as_ref().and_then(|place| {
         let files = channel.receive().ok()??.files;
-        Report::of(files, place.path.clone(), place.name.clone())
+        Report::of(files, place.clone())
     });
-    match holdings.make(assignment) {
-        Ok(made) => {
-            let (sockets, entrances) = &made;
-            let text = if entrances.v2.is_some() { WITH_V2 } else { "" };
-            let files: Vec<BorrowedFd<'_>> = sockets
-                .iter()
-                .chain(&entrances.v1)
-                .chain(&entrances.v2)
-                .map(AsFd::as_fd)
-                .collect();
-            if channel.send(DONE, text, &files).is_err() {
-                holdings.remove(assignment);
-                return;
-            }
-        }
-        Err(error) => {
-            holdings.remove(assignment);
-            let _ = channel.send(FAILED, &message(&*error), &[]);
-            return;
-        }
+    let mut holdings = Holdings::default();
+    let silent = closed.and_then(|()| be_silent()).step(START);
+    let made = silent.map_err(AnyError::from);
+    let made = made.and_then(|()| holdings.make(assignment));
+    let told = made.and_then(|(sockets, entrances)| {
+        let text = if entrances.v2.is_some() { WITH_V2 } else { "" };
+        let groups = entrances.v1.iter().chain(&entrances.v2);
+        let files: Vec<_> = sockets.iter().chain(groups).map(AsFd::as_fd).collect();
+        Ok(channel.send(DONE, text, &files).step(SPEAK)?)
+    });
+    if let Err(error) = told {
+        holdings.remove(assignment);
+        let _ = channel.send(FAILED, &message(&*error), &[]);
+        return;
     }
-    let mut monitor = None;
-    let mut account = Usage::default();
+    let mut monitor: Option<OwnedFd> = None;
+    let mut usage = Usage::default();
     loop {
         match next(channel, supervisor) {
             Some(message) if message.kind == WATCH => monitor = message.files.into_iter().next(),
             Some(message) if message.kind == KILLED => holdings.let_end(),
             Some(message) if message.kind == END => {
-                account = holdings.remove(assignment).unwrap_or(account);
-                let _ = channel.send(DONE, &encode(account), &[]);
+                usage = holdings.remove(assignment).unwrap_or(usage);
+                let _ = channel.send(DONE, &encode(usage), &[]);
             }
             Some(_) => return,
-            None => {
-                if let Some(monitor) = &monitor {
-                    let _ = rustix::process::pidfd_send_signal(monitor, Signal::KILL);
-                }
-                holdings.let_end();
-                if let Some(monitor) = monitor {
-                    let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
-                    let _ = poll(&mut [ended], Some(&PATIENCE));
-                }
-                account = holdings.remove(assignment).unwrap_or(account);
-                if let (Some(report), Some(place)) = (&report, &assignment.report) {
-                    write_report(report, place, account);
-                }
-                return;
-            }
+            None => break,
         }
     }
-}
-
-/// For a supervisor that was killed before it has written one.
-fn write_report(report: &Report, place: &ReportPlace, account: Usage) {
-    if report.is_written() {
-        return;
+    // The supervisor was killed.
+    if let Some(monitor) = &monitor {
+        let _ = rustix::process::pidfd_send_signal(monitor, Signal::KILL);
     }
-    let seen = Seen {
-        account,
-        ..Seen::default()
-    };
-    let times = Times {
-        ended_us: Some(sys::monotonic_us().saturating_sub(place.began_us)),
-        ..Times::default()
-    };
-    let facts = outcome::facts(&place.id, &Verdict::jailer_killed(), None, &seen, &times);
-    // There is no process left to tell if it fails.
-    let _ = report.write(&facts);
+    holdings.let_end();
+    if let Some(monitor) = monitor {
+        let ended = PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN);
+        let _ = poll(&mut [ended], Some(&PATIENCE));
+    }
+    let usage = holdings.remove(assignment).unwrap_or(usage);
+    if let Some(report) = report.filter(|report| !report.is_written()) {
+        let seen = Seen {
+            usage,
+            ..Seen::default()
+        };
+        let times = Times::ended_now(assignment.began_us);
+        let verdict = Verdict::jailer_killed();
+        // There is no process left to tell if it fails.
+        let _ = report.write(&outcome::facts(
+            &assignment.id,
+            &verdict,
+            None,
+            &seen,
+            &times,
+        ));
+    }
 }
 
 /// The next message; none once the supervisor is gone.
 fn next(channel: &Channel, supervisor: BorrowedFd<'_>) -> Option<Message> {
-    loop {
-        let mut events = [
-            PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(supervisor, PollFlags::IN),
-        ];
-        match poll(&mut events, None) {
-            Err(Errno::INTR) => continue,
-            Err(_) => return None,
-            Ok(_) => {}
-        }
-        // What it said before it ended still counts.
-        if !events[0].revents().is_empty() {
-            return channel.receive().ok().flatten();
-        }
-        if !events[1].revents().is_empty() {
-            return None;
-        }
+    let mut events =
+        [channel.as_fd(), supervisor].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    rustix::io::retry_on_intr(|| poll(&mut events, None)).ok()?;
+    // What it said before it ended still counts.
+    if events[0].revents().is_empty() {
+        return None;
     }
+    channel.receive().ok().flatten()
 }
 
 /// Lets go of the standard streams, where there is something to put in their place.
 fn be_silent() -> Result<(), Errno> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    let Ok(null) = rustix::fs::open("/dev/null", flags, Mode::empty()) else {
-        return Ok(());
-    };
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::stdio::dup2_stdout(&null)?;
-    rustix::stdio::dup2_stderr(&null)
+    match sys::open("/dev/null", OFlags::RDWR) {
+        Ok(null) => sys::replace_standard_streams(&null),
+        Err(_) => Ok(()),
+    }
 }
 
 /// What was made.
@@ -342,13 +272,9 @@ struct Holdings {
 
 impl Holdings {
     fn make(&mut self, assignment: &Assignment) -> Result<(Vec<OwnedFd>, Entrances), AnyError> {
-        let bound = assignment
-            .sockets
-            .iter()
-            .map(|path| NamedSocket::bind(path));
         let mut listening = Vec::new();
-        for bound in bound {
-            let (named, socket) = bound?;
+        for path in &assignment.sockets {
+            let (named, socket) = NamedSocket::bind(path)?;
             self.sockets.push(named);
             listening.push(socket);
         }
@@ -367,27 +293,18 @@ impl Holdings {
 
     /// What the groups counted, unless they were removed before or never made.
     fn remove(&mut self, assignment: &Assignment) -> Option<Usage> {
-        for socket in self.sockets.drain(..) {
-            socket.remove();
-        }
+        self.sockets.drain(..).for_each(NamedSocket::remove);
         // What stays (a group that another process was put in) the next start will remove.
-        let (account, left) = self.groups.take()?.end();
-        if let Some(assignment) = &assignment.groups {
+        let (usage, left) = self.groups.take()?.end();
+        if let Some(plan) = &assignment.groups {
             // A process in the jail that this one was not told of may take its time to end.
-            if left.is_empty() {
-                assignment.remove_parents();
-            } else {
-                assignment.remove_abandoned();
+            match left.is_empty() {
+                true => plan.remove_parents(),
+                false => plan.remove_abandoned(),
             }
         }
-        Some(account)
+        Some(usage)
     }
-}
-
-/// A descriptor of this process, by which others can tell that it has ended.
-pub fn own_descriptor() -> Result<OwnedFd, KeeperError> {
-    let own = rustix::process::getpid();
-    rustix::process::pidfd_open(own, PidfdFlags::empty()).map_err(KeeperError::OwnDescriptor)
 }
 
 #[cfg(test)]
@@ -396,14 +313,14 @@ mod tests {
 
     #[test]
     fn usage_survives_the_channel() {
-        for account in [
+        for usage in [
             Usage::default(),
             Usage {
                 out_of_memory: 2,
                 peak_memory: Some(77),
             },
         ] {
-            assert_eq!(decode(&encode(account)), account);
+            assert_eq!(decode(&encode(usage)), usage);
         }
         assert_eq!(decode(""), Usage::default());
     }

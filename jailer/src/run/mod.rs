@@ -34,11 +34,12 @@ mod network;
 
 use std::io::Write as _;
 
-use self::outcome::{Report, Seen, Times, Verdict};
+use self::outcome::report::Report;
+use self::outcome::{Seen, Times, Verdict};
 use self::spec::Spec;
 use self::spec::options::Options;
 use self::supervise::start::start;
-use self::supervise::{Watch, Watched};
+use self::supervise::{Progress, Watch};
 use crate::error::{AnyError, message};
 use crate::sys::{self, Inherited};
 
@@ -53,14 +54,16 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
     let report = options.exit_report.take();
     let report = match report.as_deref().map(Report::open).transpose() {
         Ok(report) => report,
-        Err(error) => return complain(&message(&error), outcome::NOT_STARTED),
+        Err(error) => return complain(&message(&*error), outcome::NOT_STARTED),
     };
-    let mut watched = prepared
-        .map_err(AnyError::from)
+    let watched = prepared
         .and_then(|prepared| Spec::open(options, &id, began_us, prepared))
         .and_then(|spec| start(spec, report.as_ref()))
         .map(Watch::run);
-    let keeper = watched.as_mut().ok().and_then(|it| it.keeper.take());
+    let (watched, keeper) = match watched {
+        Ok((watched, keeper)) => (Ok(watched), keeper),
+        Err(error) => (Err(error), None),
+    };
     let (verdict, facts) = conclude(&id, watched, began_us);
     if let Some(Err(error)) = report.map(|report| report.write(&facts)) {
         complain(&message(&error), 0);
@@ -76,22 +79,19 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
 
 fn conclude(
     id: &str,
-    watched: Result<Watched, AnyError>,
+    watched: Result<Progress, AnyError>,
     began_us: u64,
 ) -> (Verdict, serde_json::Value) {
     match watched {
         Ok(watched) => {
             let verdict = watched.verdict();
-            let ended = watched.ended.as_ref().ok().copied();
+            let ended = watched.ended.and_then(Result::ok);
             let facts = outcome::facts(id, &verdict, ended, &watched.seen, &watched.times);
             (verdict, facts)
         }
         Err(error) => {
             let verdict = Verdict::not_started(message(&*error));
-            let times = Times {
-                ended_us: Some(sys::monotonic_us().saturating_sub(began_us)),
-                ..Times::default()
-            };
+            let times = Times::ended_now(began_us);
             let facts = outcome::facts(id, &verdict, None, &Seen::default(), &times);
             (verdict, facts)
         }

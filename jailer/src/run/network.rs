@@ -14,20 +14,19 @@
 
 mod netlink;
 
-use std::borrow::Cow;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use mayfly::wire::config::Mac;
-use mayfly::wire::tap::{Tap, TapError};
+use mayfly::wire::tap::{self, Tap};
 use rustix::io::Errno;
 use rustix::process::Pid;
 
 use self::netlink::Netlink;
 use super::spec::OwnTap;
-use super::spec::resources::{open_tun, tun_remedy};
-use crate::error::{Remedy, errno};
+use super::spec::resources::tun_remedy;
+use crate::error::{Advice as _, Failure, Step as _};
 
 /// The tap's name in the jail.
 const TAP: &str = "guest";
@@ -46,59 +45,6 @@ const PREFIX: u8 = 30;
 /// What slirp4netns gives its network; pasta does not mind.
 const USER_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const USER_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-
-/// The jail's network cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum NetworkError {
-    #[error("cannot open /dev/net/tun")]
-    Tun(#[source] Errno),
-    #[error("cannot make a tap in the jail")]
-    Tap(#[source] TapError),
-    #[error("cannot keep the tap of the jail")]
-    Keep(#[source] Errno),
-    #[error("cannot make the cable {0} between the jail and the host")]
-    Cable(String, #[source] Errno),
-    #[error("cannot give the cable {0} its address and route")]
-    Host(String, #[source] Errno),
-    #[error("cannot set up the network in the jail")]
-    Jail(#[source] Errno),
-    #[error("cannot set {0} in the jail")]
-    Setting(String, #[source] Errno),
-}
-
-impl NetworkError {
-    /// The kernel's answer behind it, where it was one.
-    pub fn errno(&self) -> Option<Errno> {
-        match self {
-            NetworkError::Tap(_) => None,
-            NetworkError::Tun(error)
-            | NetworkError::Keep(error)
-            | NetworkError::Cable(_, error)
-            | NetworkError::Host(_, error)
-            | NetworkError::Jail(error)
-            | NetworkError::Setting(_, error) => Some(*error),
-        }
-    }
-}
-
-impl Remedy for NetworkError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        Some(Cow::Borrowed(match self {
-            NetworkError::Tun(error) => tun_remedy(*error)?,
-            NetworkError::Cable(_, Errno::OPNOTSUPP) => {
-                "this kernel has no veth: load it with `modprobe veth`"
-            }
-            NetworkError::Cable(_, Errno::EXIST) => {
-                "another microVM took that name just now: start again"
-            }
-            NetworkError::Host(_, Errno::EXIST) => {
-                "a route of this host is in the way in 198.18.0.0/15"
-            }
-            NetworkError::Setting(..) => "mount /proc writable",
-            _ => return None,
-        }))
-    }
-}
 
 /// A network of the jail's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +66,7 @@ impl Network {
 
     fn guest(self) -> Ipv4Addr {
         match self {
-            Network::Auto(block) => block.guest(),
+            Network::Auto(block) => block.address(Of::Guest),
             Network::User => USER_GUEST,
         }
     }
@@ -128,7 +74,10 @@ impl Network {
     /// The guest's address on a Linux command line.
     pub fn words(self) -> String {
         let (gateway, mask) = match self {
-            Network::Auto(block) => (block.gateway(), Ipv4Addr::new(255, 255, 255, 252)),
+            Network::Auto(block) => (
+                block.address(Of::Gateway),
+                Ipv4Addr::new(255, 255, 255, 252),
+            ),
             Network::User => (USER_GATEWAY, Ipv4Addr::new(255, 255, 255, 0)),
         };
         format!("ip={}::{gateway}:{mask}::eth0:off", self.guest())
@@ -146,7 +95,7 @@ impl Network {
         match self {
             Network::Auto(block) => format!(
                 "mayfly-jailer: the guest's address is {guest} (the host's, to the guest: {})\n",
-                block.host()
+                block.address(Of::Host)
             ),
             Network::User => format!(
                 "mayfly-jailer: the guest's address is {guest}; connect its network with one of\n  \
@@ -162,35 +111,24 @@ impl Network {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block(u32);
 
+/// Whose address it is, by its place in the block.
+#[derive(Clone, Copy, Debug)]
+enum Of {
+    Host = 1,
+    Jail = 2,
+    GuestsNetwork = 4,
+    Gateway = 5,
+    Guest = 6,
+}
+
 impl Block {
     /// One of them all; which one, `seed` says.
     fn of(seed: u32) -> Block {
         Block(seed % BLOCKS)
     }
 
-    fn address(self, offset: u32) -> Ipv4Addr {
-        Ipv4Addr::from_bits(POOL + self.0 * PER_GUEST + offset)
-    }
-
-    /// The host's end of the cable.
-    fn host(self) -> Ipv4Addr {
-        self.address(1)
-    }
-
-    fn jail(self) -> Ipv4Addr {
-        self.address(2)
-    }
-
-    fn guests_network(self) -> Ipv4Addr {
-        self.address(4)
-    }
-
-    fn gateway(self) -> Ipv4Addr {
-        self.address(5)
-    }
-
-    fn guest(self) -> Ipv4Addr {
-        self.address(6)
+    fn address(self, of: Of) -> Ipv4Addr {
+        Ipv4Addr::from_bits(POOL + self.0 * PER_GUEST + of as u32)
     }
 
     /// Name of the host's end of the cable; that it exists once is what makes the block ours.
@@ -208,56 +146,75 @@ fn choose_block(seed: u32) -> Block {
 }
 
 /// On the host: makes the cable into the jail and routes the guest's network into it.
-pub fn connect_outside(block: Block, pid: Pid) -> Result<(), NetworkError> {
+pub fn connect_outside(block: Block, pid: Pid) -> Result<(), Failure> {
     let name = block.interface();
-    let cable = |error| NetworkError::Cable(name.clone(), error);
-    let netlink = Netlink::open().map_err(cable)?;
-    netlink
-        .make_cable(&name, CABLE, pid.as_raw_nonzero().get())
-        .map_err(cable)?;
-    let guests = block.guests_network();
+    let remedy = |answer| match answer {
+        Errno::OPNOTSUPP => Some("this kernel has no veth: load it with `modprobe veth`"),
+        Errno::EXIST => Some("another microVM took that name just now: start again"),
+        _ => None,
+    };
+    let netlink = Netlink::open()
+        .and_then(|netlink| {
+            netlink.make_cable(&name, CABLE, pid.as_raw_nonzero().get())?;
+            Ok(netlink)
+        })
+        .step(format!(
+            "make the cable {name} between the jail and the host"
+        ))
+        .hints(remedy)?;
+    let guests = block.address(Of::GuestsNetwork);
     netlink
         .index(&name)
         .and_then(|index| {
-            netlink.add_address(index, block.host(), PREFIX)?;
+            netlink.add_address(index, block.address(Of::Host), PREFIX)?;
             netlink.set_up(index)?;
-            netlink.add_route(guests, PREFIX, Some(block.jail()), index)
+            netlink.add_route(guests, PREFIX, Some(block.address(Of::Jail)), index)
         })
-        .map_err(|error| NetworkError::Host(name.clone(), error))
+        .step(format!("give the cable {name} its address and route"))
+        .hint(
+            Errno::EXIST,
+            "a route of this host is in the way in 198.18.0.0/15",
+        )
 }
 
 /// In the jail: makes the tap.
-pub fn make_tap() -> Result<OwnedFd, NetworkError> {
-    let tun = open_tun().map_err(NetworkError::Tun)?;
-    let tap = Tap::attach(tun, TAP).map_err(NetworkError::Tap)?;
-    let kept = tap.make_persistent();
-    kept.map_err(|error| NetworkError::Keep(errno(error)))?;
+pub fn make_tap() -> Result<OwnedFd, Failure> {
+    let tun = tap::open_tun()
+        .step("open /dev/net/tun")
+        .hints(tun_remedy)?;
+    let tap = Tap::attach(tun, TAP).step("make a tap in the jail")?;
+    tap.make_persistent().step("keep the tap of the jail")?;
     Ok(tap.into())
 }
 
 /// In the jail: lets its kernel pass on what is not for itself.
-pub fn prepare_inside() -> Result<(), NetworkError> {
+pub fn prepare_inside() -> Result<(), Failure> {
     set("ip_forward", "1")
 }
 
 /// In the jail: configures both ends of what the guest needs to reach the host.
-pub fn connect_inside(block: &Block) -> Result<(), NetworkError> {
+pub fn connect_inside(block: &Block) -> Result<(), Failure> {
     let connect = || {
         let netlink = Netlink::open()?;
         let cable = netlink.index(CABLE)?;
         netlink.set_up(cable)?;
-        netlink.add_address(cable, block.jail(), PREFIX)?;
-        netlink.add_route(Ipv4Addr::UNSPECIFIED, 0, Some(block.host()), cable)?;
+        netlink.add_address(cable, block.address(Of::Jail), PREFIX)?;
+        netlink.add_route(
+            Ipv4Addr::UNSPECIFIED,
+            0,
+            Some(block.address(Of::Host)),
+            cable,
+        )?;
         let tap = netlink.index(TAP)?;
         netlink.set_up(tap)?;
-        netlink.add_address(tap, block.gateway(), PREFIX)
+        netlink.add_address(tap, block.address(Of::Gateway), PREFIX)
     };
-    connect().map_err(NetworkError::Jail)
+    connect().step(SET_UP)
 }
 
 /// In the jail: lets the guest have whatever network appears here later. The kernel answers for the
 /// guest towards that network, and for all of that network towards the guest.
-pub fn open_inside() -> Result<(), NetworkError> {
+pub fn open_inside() -> Result<(), Failure> {
     prepare_inside()?;
     for (name, value) in [
         ("conf/all/proxy_arp", "1"),
@@ -274,12 +231,16 @@ pub fn open_inside() -> Result<(), NetworkError> {
         netlink.set_up(tap)?;
         netlink.add_route(USER_GUEST, 32, None, tap)
     };
-    open().map_err(NetworkError::Jail)
+    open().step(SET_UP)
 }
 
-fn set(name: &str, value: &str) -> Result<(), NetworkError> {
+const SET_UP: &str = "set up the network in the jail";
+
+fn set(name: &str, value: &str) -> Result<(), Failure> {
     let path = format!("/proc/sys/net/ipv4/{name}");
-    std::fs::write(&path, value).map_err(|error| NetworkError::Setting(path, errno(error)))
+    std::fs::write(&path, value)
+        .step(format!("set {path} in the jail"))
+        .advise("mount /proc writable")
 }
 
 #[cfg(test)]
@@ -289,9 +250,9 @@ mod tests {
     #[test]
     fn blocks_have_their_own_addresses() {
         let (first, last) = (Block::of(0), Block::of(BLOCKS - 1));
-        assert_eq!(first.host(), Ipv4Addr::new(198, 18, 0, 1));
-        assert_eq!(first.guest(), Ipv4Addr::new(198, 18, 0, 6));
-        assert_eq!(last.guest(), Ipv4Addr::new(198, 19, 255, 254));
+        assert_eq!(first.address(Of::Host), Ipv4Addr::new(198, 18, 0, 1));
+        assert_eq!(first.address(Of::Guest), Ipv4Addr::new(198, 18, 0, 6));
+        assert_eq!(last.address(Of::Guest), Ipv4Addr::new(198, 19, 255, 254));
         assert_eq!(Block::of(BLOCKS), first);
         let network = Network::Auto(first);
         assert_eq!(

@@ -1,16 +1,16 @@
 //! How a microVM ended: one word, one exit code and one message for each way, and what the report says.
 
-mod report;
+pub mod report;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use mayfly::wire::{EndReport, SOFTWARE_KVM, exit};
+use serde::Serialize;
 use serde_json::{Value, json};
 
-pub use self::report::Report;
 use super::spec::Ender;
 use crate::cgroup::exclusive::Usage;
-use crate::sys::{Ended, Used};
+use crate::sys::{self, Ended, Used};
 
 /// The microVM could not be started.
 pub const NOT_STARTED: i32 = 1;
@@ -24,8 +24,10 @@ const MEMORY_LIMIT: i32 = 164;
 /// What asked for the end of the microVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
-    /// This signal, or the user who left the console (SIGINT then).
+    /// This signal.
     Signal(i32),
+    /// The user, who left the console by its keys.
+    User,
     /// The parent, or a descriptor.
     Ender(Ender),
 }
@@ -40,13 +42,13 @@ pub struct Seen {
     /// What asked for the end.
     pub asked: Option<Asked>,
     /// What the control groups counted.
-    pub account: Usage,
+    pub usage: Usage,
 }
 
 impl Seen {
     /// Whether the kernel ended a monitor that ended like this for want of memory in its group.
     pub fn was_memory_limit(&self, ended: Ended) -> bool {
-        ended == Ended::Killed(libc::SIGKILL) && self.account.out_of_memory > 0
+        ended == Ended::Killed(libc::SIGKILL) && self.usage.out_of_memory > 0
     }
 }
 
@@ -77,21 +79,23 @@ impl Verdict {
             return Verdict::new("time-limit", TIME_LIMIT, text);
         }
         if let Some(asked) = seen.asked {
-            // The two that are no signal are as SIGHUP, which a terminal sends in that case.
+            // What is no signal counts as the one that a terminal sends in that case.
             let (signal, text) = match asked {
-                Asked::Signal(signal) => (
-                    signal,
-                    format!("signal {signal} asked for the end of the microVM"),
-                ),
+                Asked::Signal(signal) => (signal, ""),
+                Asked::User => (libc::SIGINT, "Ctrl-A X was typed, which ends the microVM"),
                 Asked::Ender(Ender::Parent) => (
                     libc::SIGHUP,
-                    "the process that started mayfly-jailer ended (--with-parent)".into(),
+                    "the process that started mayfly-jailer ended (--with-parent)",
                 ),
                 Asked::Ender(Ender::HangUp) => (
                     libc::SIGHUP,
-                    "the other end of the descriptor was closed (--end-with-fd)".into(),
+                    "the other end of the descriptor was closed (--end-with-fd)",
                 ),
             };
+            if text.is_empty() {
+                let text = format!("signal {signal} asked for the end of the microVM");
+                return Verdict::new("stopped", 128 + signal, text);
+            }
             return Verdict::new("stopped", 128 + signal, text);
         }
         if seen.was_memory_limit(ended) {
@@ -202,7 +206,7 @@ fn stop_text(seen: &Seen) -> String {
 }
 
 /// When what happened, in microseconds since the jailer began.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Times {
     /// Everything was opened, the jail is asked for.
     pub asked_us: Option<u64>,
@@ -221,17 +225,12 @@ pub struct Times {
 }
 
 impl Times {
-    /// With their names, in order.
-    pub fn steps(&self) -> [(&'static str, Option<u64>); 7] {
-        [
-            ("asked_us", self.asked_us),
-            ("jailed_us", self.jailed_us),
-            ("limited_us", self.limited_us),
-            ("executed_us", self.executed_us),
-            ("started_us", self.started_us),
-            ("first_byte_us", self.first_byte_us),
-            ("ended_us", self.ended_us),
-        ]
+    /// Of what ends now and began then.
+    pub fn ended_now(began_us: u64) -> Times {
+        Times {
+            ended_us: Some(sys::monotonic_us().saturating_sub(began_us)),
+            ..Times::default()
+        }
     }
 }
 
@@ -253,11 +252,6 @@ pub fn facts(
         None => (None, None),
     };
     let used = ended.map(|(_, used)| used).unwrap_or_default();
-    let steps: serde_json::Map<String, Value> = times
-        .steps()
-        .into_iter()
-        .map(|(name, time)| (name.to_owned(), time.into()))
-        .collect();
     let crash = seen.end.as_ref().and_then(|report| report.crash.as_ref());
     json!({
         "id": id,
@@ -268,11 +262,11 @@ pub fn facts(
         "ended_at_unix_ms": began.as_millis() as u64,
         "wall_us": wall_us,
         "cpu_us": used.cpu_us,
-        "peak_memory_bytes": seen.account.peak_memory.unwrap_or(used.peak_memory),
-        "peak_memory_by": if seen.account.peak_memory.is_some() { "cgroup" } else { "process" },
-        "out_of_memory_kills": seen.account.out_of_memory,
+        "peak_memory_bytes": seen.usage.peak_memory.unwrap_or(used.peak_memory),
+        "peak_memory_by": if seen.usage.peak_memory.is_some() { "cgroup" } else { "process" },
+        "out_of_memory_kills": seen.usage.out_of_memory,
         "crash": crash,
-        "times": steps,
+        "times": times,
     })
 }
 
@@ -289,7 +283,7 @@ mod tests {
     fn every_end_has_its_word_and_code() {
         let seen = Seen::default;
         let out_of_memory = || Seen {
-            account: Usage {
+            usage: Usage {
                 out_of_memory: 1,
                 peak_memory: None,
             },
@@ -334,6 +328,13 @@ mod tests {
                 ("stopped", 143),
             ),
         ];
+        let left = Seen {
+            asked: Some(Asked::User),
+            ..seen()
+        };
+        let verdict = Verdict::of(Ended::Exited(143), &left);
+        assert_eq!((verdict.word, verdict.code), ("stopped", 130));
+        assert!(verdict.message.contains("Ctrl-A X"), "{verdict:?}");
         for asked in [Ender::Parent, Ender::HangUp].map(Asked::Ender) {
             let seen = Seen {
                 asked: Some(asked),

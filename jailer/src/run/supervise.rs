@@ -6,7 +6,6 @@
 
 pub mod start;
 
-use std::borrow::Cow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -14,7 +13,6 @@ use std::time::Duration;
 use mayfly::wire::limits::END_REPORT_MAX;
 use mayfly::wire::{Client, ClientError, EndReport, Response};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
 use super::channel::Channel;
@@ -22,10 +20,10 @@ use super::console::{Console, LOOK_EVERY, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
 use super::outcome::{Asked, Seen, Times, Verdict};
-use super::spec::Ender;
 use super::spec::vm::Vm;
+use super::spec::{Around, Ender};
 use crate::cgroup::exclusive;
-use crate::error::{AnyError, Remedy, Reported, message};
+use crate::error::{AnyError, Failure, Step as _, message};
 use crate::sys::{self, Ended, Used};
 
 /// How long a start may take, in microseconds: a big guest on huge pages takes seconds.
@@ -35,38 +33,24 @@ const GRACE_US: u64 = 3_000_000;
 /// How long the last of console and log may take to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// The microVM cannot be started or watched.
+const SPEAK: &str = "speak to the monitor";
+
+/// The microVM did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
     #[error("cannot start the microVM: {0}")]
     Refused(String),
     #[error("cannot start the microVM: the monitor did not answer for {0} seconds")]
     NoAnswer(u64),
-    #[error("cannot speak to the monitor")]
-    Client(#[from] ClientError),
-    #[error("cannot hear from the jail")]
-    Jail(#[source] Errno),
-    #[error("cannot wait for the microVM")]
-    Poll(#[source] Errno),
-    #[error("cannot learn how the monitor ended")]
-    Wait(#[source] Errno),
-    #[error("cannot run the monitor: {0} before the guest started")]
+    #[error("cannot run the monitor: {0} before the guest started; its log may say why")]
     EndedEarly(String),
-}
-
-impl Remedy for WatchError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        matches!(self, WatchError::EndedEarly(_)).then_some("its log may say why".into())
-    }
 }
 
 /// Everything there is to watch.
 #[derive(Debug)]
 pub struct Watch {
-    /// When the jailer began, microseconds of the monotonic clock.
-    pub began_us: u64,
-    /// When the jail was asked for, microseconds after that.
-    pub asked_us: u64,
+    /// What was asked for.
+    pub around: Around,
     /// The process in the jail.
     pub pid: Pid,
     /// A descriptor of it.
@@ -75,10 +59,6 @@ pub struct Watch {
     pub jail: Channel,
     /// The process that keeps what has a name.
     pub keeper: Option<Keeper>,
-    /// When the control groups were made, microseconds after the jailer began.
-    pub limited_us: Option<u64>,
-    /// What to start; none if a client of the API does that.
-    pub vm: Option<Vm>,
     /// The console.
     pub console: Console,
     /// The log.
@@ -89,48 +69,52 @@ pub struct Watch {
     pub signals: OwnedFd,
     /// Connection to the API, if there is one already.
     pub client: Option<Client>,
-    /// What ends the microVM besides: descriptors that are ready then.
-    pub enders: Vec<(OwnedFd, Ender)>,
     /// How many processes had been killed at a memory limit of the caller's own group.
     pub kills_before: Option<u64>,
-    /// When to end the microVM, microseconds after the jailer began.
-    pub time_limit_us: Option<u64>,
-    /// For `check`: what to type at the guest's first byte, after asking for the timeline.
-    pub first_reply: Option<&'static [u8]>,
     /// What to tell the user once the monitor runs.
     pub announcement: String,
-    /// Why it is to be given up at once.
-    pub doomed: Option<AnyError>,
+    /// What has been seen so far.
+    pub progress: Progress,
 }
 
 /// What became of it.
-#[derive(Debug)]
-pub struct Watched {
+#[derive(Debug, Default)]
+pub struct Progress {
     /// How the monitor ended and what it used, or why that is not known.
-    pub ended: Result<(Ended, Used), WatchError>,
+    pub ended: Option<Result<(Ended, Used), Failure>>,
     /// Why it was given up before it ran, if it was.
-    pub failure: Option<AnyError>,
+    failure: Option<AnyError>,
     /// What was seen.
     pub seen: Seen,
     /// When.
     pub times: Times,
     /// The monitor's timeline, where it was asked for.
     pub timeline: Option<Vec<u8>>,
-    /// The keeper, which waits for the exit report.
-    pub keeper: Option<Keeper>,
+    /// The question whose answer is awaited.
+    question: Option<Question>,
+    /// The monitor has been asked to start the guest, and has; or a client is to ask.
+    has_started: bool,
+    /// The process in the jail has said its last: it is the monitor, or gone.
+    is_monitor: bool,
+    kill_at_us: Option<u64>,
+    /// The connection to the API broke; by when the process at its other end has to have said why, or
+    /// ended.
+    hung_up: Option<(u64, ClientError)>,
 }
 
-impl Watched {
+impl Progress {
     /// How it ended, in a word, a code and a message.
     pub fn verdict(&self) -> Verdict {
-        match (&self.failure, &self.ended) {
+        let ended = self.ended.as_ref().map(Result::as_ref);
+        match (&self.failure, ended) {
             // Whatever else failed did so for that.
-            (_, Ok((ended, _))) if self.seen.was_memory_limit(*ended) => {
+            (_, Some(Ok((ended, _)))) if self.seen.was_memory_limit(*ended) => {
                 Verdict::of(*ended, &self.seen)
             }
             (Some(error), _) => Verdict::not_started(message(&**error)),
-            (None, Ok((ended, _))) => Verdict::of(*ended, &self.seen),
-            (None, Err(error)) => Verdict::unknown(message(error)),
+            (None, Some(Ok((ended, _)))) => Verdict::of(*ended, &self.seen),
+            (None, Some(Err(error))) => Verdict::unknown(message(error)),
+            (None, None) => Verdict::unknown("the microVM was not watched to its end".into()),
         }
     }
 }
@@ -144,6 +128,7 @@ enum Ready {
     Jail,
     Api,
     Console(Part),
+    Typed(Part),
     Log(Part),
 }
 
@@ -152,69 +137,44 @@ enum Ready {
 enum Question {
     /// To start the guest.
     Start,
+    /// To have a socket for clients of the console.
+    Console,
     /// When it did what.
     Timeline,
 }
 
-/// The state of the watch besides what there is to watch.
-#[derive(Debug, Default)]
-struct Progress {
-    /// The question whose answer is awaited.
-    question: Option<Question>,
-    /// The monitor has been asked to start the guest, and has; or a client is to ask.
-    has_started: bool,
-    /// The process in the jail has said its last: it is the monitor, or gone.
-    is_monitor: bool,
-    failure: Option<AnyError>,
-    kill_at_us: Option<u64>,
-    /// The connection to the API broke; by when the process at its other end has to have said why, or
-    /// ended.
-    hung_up: Option<(u64, ClientError)>,
-    seen: Seen,
-    times: Times,
-    timeline: Option<Vec<u8>>,
-}
-
 impl Watch {
-    /// Watches to the end.
-    pub fn run(mut self) -> Watched {
-        let mut progress = Progress::default();
-        progress.times.asked_us = Some(self.asked_us);
-        progress.times.limited_us = self.limited_us;
-        if let Some(failure) = self.doomed.take() {
-            self.give_up(&mut progress, failure);
-        }
+    /// Watches to the end. The keeper, if there is one, waits for the exit report then.
+    pub fn run(mut self) -> (Progress, Option<Keeper>) {
         loop {
-            self.advance(&mut progress);
-            if let Err(error) = self.answer_first_byte(&mut progress) {
-                self.give_up(&mut progress, error.into());
+            self.advance();
+            if let Err(error) = self.answer_first_byte() {
+                self.give_up(error.into());
             }
-            self.look_at_clock(&mut progress);
-            match self.wait(&progress) {
-                Ok(ready) => {
-                    // Last, so that what was said before is heard.
-                    let mut has_ended = false;
-                    for what in ready {
-                        has_ended |= what == Ready::Ended;
-                        if let Err(failure) = self.handle(what, &mut progress) {
-                            self.give_up(&mut progress, failure);
-                        }
-                    }
-                    if has_ended {
-                        break;
-                    }
-                }
+            self.look_at_clock();
+            let ready = match self.wait() {
+                Ok(ready) => ready,
                 Err(error) => {
-                    self.give_up(&mut progress, error.into());
+                    self.give_up(error.into());
                     break;
                 }
+            };
+            for &what in &ready {
+                if let Err(failure) = self.handle(what) {
+                    self.give_up(failure);
+                }
+            }
+            // Last, so that what was said before is heard.
+            if ready.contains(&Ready::Ended) {
+                break;
             }
         }
-        self.finish(progress)
+        self.finish();
+        (self.progress, self.keeper)
     }
 
     fn now_us(&self) -> u64 {
-        sys::monotonic_us().saturating_sub(self.began_us)
+        sys::monotonic_us().saturating_sub(self.around.began_us)
     }
 
     fn kill(&self) {
@@ -225,174 +185,200 @@ impl Watch {
         }
     }
 
-    fn give_up(&self, progress: &mut Progress, failure: AnyError) {
+    /// Ends it, because of `failure`.
+    pub fn give_up(&mut self, failure: AnyError) {
         // The first reason is the reason.
-        progress.failure.get_or_insert(failure);
+        self.progress.failure.get_or_insert(failure);
         self.kill();
     }
 
-    /// Has the guest started, once the jail stands.
-    fn advance(&mut self, progress: &mut Progress) {
-        if progress.times.jailed_us.is_none() || progress.failure.is_some() {
+    /// Has the guest started, or a client find its console as it is to be, once the jail stands.
+    fn advance(&mut self) {
+        if self.progress.times.jailed_us.is_none() || self.progress.failure.is_some() {
             return;
         }
-        // The monitor has its own then: a tap or disk is not held open here.
-        let (Some(vm), Some(client)) = (self.vm.take(), &mut self.client) else {
-            // A client of its own configures and starts it, unless the above is under way.
-            progress.has_started |= progress.question.is_none() && progress.hung_up.is_none();
+        let Some(client) = &mut self.client else {
             return;
         };
-        match client.send("PUT", "/vm", &vm.request(), &vm.files()) {
-            Ok(()) => progress.question = Some(Question::Start),
+        let around = &mut self.around;
+        // The monitor has its own then: a tap or disk is not held open here.
+        let (path, (body, files)) = match (around.vm.take(), around.console_socket.take()) {
+            (Some(vm), _) => ("/vm", vm.into_request()),
+            (None, Some(socket)) => ("/serial", Vm::console_request(socket)),
+            (None, None) => {
+                // A client of its own configures and starts it, unless the above is under way.
+                let is_idle = self.progress.question.is_none() && self.progress.hung_up.is_none();
+                self.progress.has_started |= is_idle;
+                return;
+            }
+        };
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        match client.send("PUT", path, &body, &files) {
+            Ok(()) if path == "/vm" => self.progress.question = Some(Question::Start),
+            Ok(()) => self.progress.question = Some(Question::Console),
             // The process in the jail failed before it was the monitor, or the monitor at its start:
             // its own message, or how it ends, tells more than a broken connection.
-            Err(error) => progress.hung_up = Some((self.now_us() + GRACE_US, error)),
+            Err(error) => self.progress.hung_up = Some((self.now_us() + GRACE_US, error)),
         }
     }
 
-    fn look_at_clock(&mut self, progress: &mut Progress) {
+    /// When the guest has to have started, until it has.
+    fn start_by_us(&self) -> Option<u64> {
+        let is_starting = !self.progress.has_started && self.progress.failure.is_none();
+        is_starting.then_some(START_US)
+    }
+
+    /// When to end the microVM for its time limit, until that has come.
+    fn time_limit_us(&self) -> Option<u64> {
+        let limit = self.around.options.timeout.map(|it| it.as_micros() as u64);
+        limit.filter(|_| !self.progress.seen.timed_out)
+    }
+
+    fn look_at_clock(&mut self) {
         if self.console.is_in_background() {
             self.console.look_at_terminal();
         }
         let now = self.now_us();
-        if progress.kill_at_us.is_some_and(|at| now >= at) {
-            progress.kill_at_us = None;
+        if self.progress.kill_at_us.take_if(|at| now >= *at).is_some() {
             self.kill();
         }
-        if let Some((_, error)) = progress.hung_up.take_if(|(at, _)| now >= *at) {
-            self.give_up(progress, WatchError::from(error).into());
+        if let Some((_, error)) = self.progress.hung_up.take_if(|(at, _)| now >= *at) {
+            self.give_up(Failure::new(SPEAK, error).into());
         }
-        if !progress.seen.timed_out && self.time_limit_us.is_some_and(|at| now >= at) {
-            progress.seen.timed_out = true;
+        if self.time_limit_us().is_some_and(|at| now >= at) {
+            self.progress.seen.timed_out = true;
             self.kill();
         }
-        if !progress.has_started && progress.failure.is_none() && now >= START_US {
-            self.give_up(progress, WatchError::NoAnswer(START_US / 1_000_000).into());
+        if self.start_by_us().is_some_and(|at| now >= at) {
+            self.give_up(WatchError::NoAnswer(START_US / 1_000_000).into());
         }
     }
 
     /// Waits until something is ready or due.
-    fn wait(&self, progress: &Progress) -> Result<Vec<Ready>, WatchError> {
+    fn wait(&self) -> Result<Vec<Ready>, Failure> {
+        let progress = &self.progress;
         let mut polled = Vec::with_capacity(12);
         let mut kinds = Vec::with_capacity(12);
-        {
-            let mut add = |ready: Ready, fd, flags| {
-                kinds.push(ready);
-                polled.push(PollFd::from_borrowed_fd(fd, flags));
-            };
-            add(Ready::Signal, self.signals.as_fd(), PollFlags::IN);
-            for (fd, ender) in self.enders.iter().filter(|_| progress.seen.asked.is_none()) {
-                let flags = match ender {
-                    Ender::HangUp => PollFlags::RDHUP,
-                    Ender::Parent => PollFlags::IN,
-                };
-                add(Ready::Ender(*ender), fd.as_fd(), flags);
-            }
-            if !progress.is_monitor {
-                add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
-            }
-            if let Some(client) = self.client.as_ref().filter(|_| progress.question.is_some()) {
-                let more = if client.is_sending() {
-                    PollFlags::OUT
-                } else {
-                    PollFlags::empty()
-                };
-                add(Ready::Api, client.as_fd(), PollFlags::IN | more);
-            }
-            self.log
-                .interests(&mut |part, fd, flags| add(Ready::Log(part), fd, flags));
-            self.console
-                .interests(&mut |part, fd, flags| add(Ready::Console(part), fd, flags));
-            add(Ready::Ended, self.pidfd.as_fd(), PollFlags::IN);
-        }
-        match poll(&mut polled, self.patience(progress).as_ref()) {
-            Err(Errno::INTR) => return Ok(Vec::new()),
-            other => other.map_err(WatchError::Poll)?,
+        let mut add = |ready: Ready, fd, flags| {
+            kinds.push(ready);
+            polled.push(PollFd::from_borrowed_fd(fd, flags));
         };
-        Ok(kinds
-            .into_iter()
-            .zip(&polled)
-            .filter(|(_, fd)| !fd.revents().is_empty())
-            .map(|(ready, _)| ready)
-            .collect())
+        add(Ready::Signal, self.signals.as_fd(), PollFlags::IN);
+        for (fd, ender) in &self.around.enders {
+            let flags = match ender {
+                _ if progress.seen.asked.is_some() => continue,
+                Ender::HangUp => PollFlags::RDHUP,
+                Ender::Parent => PollFlags::IN,
+            };
+            add(Ready::Ender(*ender), fd.as_fd(), flags);
+        }
+        if !progress.is_monitor {
+            add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
+        }
+        if let Some(client) = self.client.as_ref().filter(|_| progress.question.is_some()) {
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, client.is_sending());
+            add(Ready::Api, client.as_fd(), flags);
+        }
+        self.log
+            .interests(|part, fd, flags| add(Ready::Log(part), fd, flags));
+        self.console
+            .out
+            .interests(|part, fd, flags| add(Ready::Console(part), fd, flags));
+        self.console.input.interests(|part, fd, flags| {
+            if part == Part::Sink || !self.console.is_in_background() {
+                add(Ready::Typed(part), fd, flags);
+            }
+        });
+        add(Ready::Ended, self.pidfd.as_fd(), PollFlags::IN);
+        match poll(&mut polled, self.patience().as_ref()) {
+            Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
+            other => other.step("wait for the microVM")?,
+        };
+        let all = kinds.into_iter().zip(&polled);
+        let ready = all.filter(|(_, fd)| !fd.revents().is_empty());
+        Ok(ready.map(|(ready, _)| ready).collect())
     }
 
-    fn patience(&self, progress: &Progress) -> Option<Timespec> {
-        let start = (!progress.has_started && progress.failure.is_none()).then_some(START_US);
-        let limit = self.time_limit_us.filter(|_| !progress.seen.timed_out);
-        let hung_up = progress.hung_up.as_ref().map(|(at, _)| *at);
-        let look = self
-            .console
-            .is_in_background()
-            .then(|| self.now_us() + LOOK_EVERY.as_micros() as u64);
-        let due = [start, limit, progress.kill_at_us, hung_up, look]
+    fn patience(&self) -> Option<Timespec> {
+        let progress = &self.progress;
+        let is_in_background = self.console.is_in_background();
+        let look = is_in_background.then(|| self.now_us() + LOOK_EVERY.as_micros() as u64);
+        let due = [
+            self.start_by_us(),
+            self.time_limit_us(),
+            progress.kill_at_us,
+            progress.hung_up.as_ref().map(|(at, _)| *at),
+            look,
+        ];
+        let rest = due
             .into_iter()
             .flatten()
-            .min()?;
-        let rest = due.saturating_sub(self.now_us());
-        Some(Timespec {
-            tv_sec: (rest / 1_000_000) as i64,
-            tv_nsec: (rest % 1_000_000 * 1000) as i64,
-        })
+            .min()?
+            .saturating_sub(self.now_us());
+        Timespec::try_from(Duration::from_micros(rest)).ok()
     }
 
-    fn handle(&mut self, ready: Ready, progress: &mut Progress) -> Result<(), AnyError> {
+    fn handle(&mut self, ready: Ready) -> Result<(), AnyError> {
         match ready {
             Ready::Ended => {}
             Ready::Signal => match sys::next_signal(self.signals.as_fd()) {
                 Some(libc::SIGCONT) => self.console.resume(),
-                Some(signal) => self.ask_to_end(Asked::Signal(signal), progress),
+                Some(signal) => self.ask_to_end(Asked::Signal(signal)),
                 None => {}
             },
-            Ready::Ender(ender) => self.ask_to_end(Asked::Ender(ender), progress),
-            Ready::Jail => self.hear_jail(progress)?,
-            Ready::Api => self.hear_monitor(progress)?,
-            Ready::Console(part) => {
-                if self.console.handle(part) {
-                    self.ask_to_end(Asked::Signal(libc::SIGINT), progress);
-                }
-                if self.console.out.has_begun && progress.times.first_byte_us.is_none() {
-                    progress.times.first_byte_us = Some(self.now_us());
+            Ready::Ender(ender) => self.ask_to_end(Asked::Ender(ender)),
+            Ready::Jail => self.hear_jail()?,
+            Ready::Api => self.hear_monitor()?,
+            Ready::Console(Part::Source) => {
+                self.console.out.take();
+                if self.console.out.has_begun {
+                    let now = self.now_us();
+                    self.progress.times.first_byte_us.get_or_insert(now);
                 }
             }
-            Ready::Log(Part::Guest) => drop(self.log.take()),
-            Ready::Log(_) => drop(self.log.flush()),
+            Ready::Console(Part::Sink) => drop(self.console.out.flush()),
+            Ready::Typed(Part::Source) if self.console.take_typed() => self.ask_to_end(Asked::User),
+            Ready::Typed(Part::Source) => {}
+            Ready::Typed(Part::Sink) => drop(self.console.input.flush()),
+            Ready::Log(Part::Source) => drop(self.log.take()),
+            Ready::Log(Part::Sink) => drop(self.log.flush()),
         }
         Ok(())
     }
 
-    fn ask_to_end(&self, asked: Asked, progress: &mut Progress) {
-        if progress.seen.asked.is_some() || !progress.has_started {
-            progress.seen.asked.get_or_insert(asked);
+    fn ask_to_end(&mut self, asked: Asked) {
+        if self.progress.seen.asked.is_some() || !self.progress.has_started {
+            self.progress.seen.asked.get_or_insert(asked);
             return self.kill();
         }
-        progress.seen.asked = Some(asked);
+        self.progress.seen.asked = Some(asked);
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::TERM);
-        progress.kill_at_us = Some(self.now_us() + GRACE_US);
+        self.progress.kill_at_us = Some(self.now_us() + GRACE_US);
     }
 
-    fn hear_jail(&mut self, progress: &mut Progress) -> Result<(), AnyError> {
-        match self.jail.receive().map_err(WatchError::Jail)? {
+    fn hear_jail(&mut self) -> Result<(), AnyError> {
+        match self.jail.receive().step("hear from the jail")? {
             Some(message) if message.kind == jail::READY => {
-                progress.times.jailed_us = Some(self.now_us());
+                self.progress.times.jailed_us = Some(self.now_us());
                 let mut files = message.files.into_iter();
                 if self.client.is_none() {
                     let client = files.next().map(|fd| Client::new(UnixStream::from(fd)));
-                    self.client = client.transpose().map_err(WatchError::Client)?;
+                    self.client = client.transpose().step(SPEAK)?;
                 }
-                if let (Some(vm), Some(tap)) = (&mut self.vm, files.next()) {
+                if let (Some(vm), Some(tap)) = (&mut self.around.vm, files.next()) {
                     vm.set_tap(tap);
                 }
                 Ok(())
             }
             Some(message) => {
-                progress.is_monitor = true;
-                Err(Reported(message.text).into())
+                self.progress.is_monitor = true;
+                Err(message.text.into())
             }
             // Closed by the exec, or by the end of the process, which will be heard of.
             None => {
-                progress.is_monitor = true;
-                progress.times.executed_us = Some(self.now_us());
+                self.progress.is_monitor = true;
+                self.progress.times.executed_us = Some(self.now_us());
                 let text = std::mem::take(&mut self.announcement);
                 // A reader that does not read it does not hold up the guest.
                 let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
@@ -401,114 +387,106 @@ impl Watch {
         }
     }
 
-    fn hear_monitor(&mut self, progress: &mut Progress) -> Result<(), WatchError> {
+    fn hear_monitor(&mut self) -> Result<(), AnyError> {
         let Some(client) = &mut self.client else {
             return Ok(());
         };
-        let answer = match client.receive() {
-            Ok(Some(answer)) => answer,
-            Ok(None) => return Ok(()),
+        let progress = &mut self.progress;
+        match client.receive() {
+            Ok(Some(answer)) => self.take_answer(answer),
+            Ok(None) => Ok(()),
             Err(error) => {
                 let question = progress.question.take();
                 self.client = None;
                 // A guest may be over before the answer to its start is out; how it ended counts.
                 // And what is not the monitor yet is about to say why it never will be.
                 let is_start = question == Some(Question::Start);
-                if is_start || !progress.is_monitor {
-                    progress.has_started |= is_start;
-                    progress.hung_up = Some((self.now_us() + GRACE_US, error));
-                    return Ok(());
+                if !is_start && progress.is_monitor {
+                    return Err(Failure::new(SPEAK, error).into());
                 }
-                return Err(error.into());
+                progress.has_started |= is_start;
+                self.progress.hung_up = Some((self.now_us() + GRACE_US, error));
+                Ok(())
             }
-        };
-        self.take_answer(answer, progress)
+        }
     }
 
-    fn take_answer(&mut self, answer: Response, progress: &mut Progress) -> Result<(), WatchError> {
-        match progress.question.take() {
+    fn take_answer(&mut self, answer: Response) -> Result<(), AnyError> {
+        match self.progress.question.take() {
             Some(Question::Timeline) => {
-                progress.timeline = Some(answer.body);
-                if let Some(reply) = self.first_reply.take() {
-                    self.console.type_in(reply);
+                self.progress.timeline = Some(answer.body);
+                if let Some(reply) = self.around.first_reply.take() {
+                    self.console.input.pass_on(reply);
                 }
             }
-            _ if !answer.is_success() => return Err(WatchError::Refused(answer.fault())),
+            _ if !answer.is_success() => return Err(WatchError::Refused(answer.fault()).into()),
             Some(Question::Start) => {
-                progress.has_started = true;
-                progress.times.started_us = Some(self.now_us());
+                self.progress.has_started = true;
+                self.progress.times.started_us = Some(self.now_us());
             }
-            _ => {}
+            Some(Question::Console) | None => {}
         }
         Ok(())
     }
 
     /// For `check`: the guest has written and waits for a reply.
-    fn answer_first_byte(&mut self, progress: &mut Progress) -> Result<(), WatchError> {
-        let is_time = progress.times.first_byte_us.is_some()
-            && progress.question.is_none()
+    fn answer_first_byte(&mut self) -> Result<(), Failure> {
+        let progress = &mut self.progress;
+        let is_time = self.around.first_reply.is_some()
+            && progress.times.first_byte_us.is_some()
             && progress.times.started_us.is_some()
+            && progress.question.is_none()
             && progress.timeline.is_none();
-        if let Some(client) = self.client.as_mut().filter(|_| is_time)
-            && self.first_reply.is_some()
-        {
-            client.send("GET", "/vm/timeline", "", &[])?;
+        if let Some(client) = self.client.as_mut().filter(|_| is_time) {
+            client.send("GET", "/vm/timeline", "", &[]).step(SPEAK)?;
             progress.question = Some(Question::Timeline);
         }
         Ok(())
     }
 
     /// The process in the jail is gone: hears its last words and has everything removed.
-    fn finish(mut self, mut progress: Progress) -> Watched {
-        progress.times.ended_us = Some(self.now_us());
-        let ended = sys::wait(self.pid).map_err(WatchError::Wait);
+    fn finish(&mut self) {
+        self.progress.times.ended_us = Some(self.now_us());
+        let ended = sys::wait(self.pid).step("learn how the monitor ended");
         // A failure may have been told just before the end.
-        while !progress.is_monitor {
-            if let Err(error) = self.hear_jail(&mut progress) {
-                progress.failure.get_or_insert(error);
+        while !self.progress.is_monitor {
+            if let Err(error) = self.hear_jail() {
+                self.progress.failure.get_or_insert(error);
             }
         }
-        if progress.question.is_some()
-            && let Err(error) = self.hear_monitor(&mut progress)
+        if self.progress.question.is_some()
+            && let Err(error) = self.hear_monitor()
         {
-            progress.failure.get_or_insert(error.into());
+            self.progress.failure.get_or_insert(error);
         }
         while self.log.take() {}
         while self.console.out.take() {}
         // A monitor that was taken over may have written anything, but this much is read.
         let mut report = [0; END_REPORT_MAX];
         let count = rustix::io::read(&self.end, &mut report).unwrap_or(0);
-        progress.seen.end = report.get(..count).and_then(EndReport::parse);
+        self.progress.seen.end = report.get(..count).and_then(EndReport::parse);
         self.write_the_rest();
         self.console.close();
+        // A socket that is still held here would not count as dead.
+        (self.around.vm, self.around.console_socket) = (None, None);
+        let progress = &mut self.progress;
         if let Some(keeper) = &self.keeper {
-            progress.seen.account = keeper.remove();
+            progress.seen.usage = keeper.remove();
         }
         let kills = exclusive::kills_around().zip(self.kills_before);
         let kills = kills.map_or(0, |(now, before)| now.saturating_sub(before));
-        let counted = &mut progress.seen.account.out_of_memory;
+        let counted = &mut progress.seen.usage.out_of_memory;
         *counted = kills.max(*counted);
-        if let Ok((ended, _)) = ended
-            && !progress.has_started
-            && progress.failure.is_none()
-            && progress.seen.asked.is_none()
-        {
-            let why = match ended {
-                Ended::Exited(code) => format!("it ended with code {code}"),
-                Ended::Killed(signal) => format!("signal {signal} ended it"),
+        let is_expected = progress.seen.asked.is_some() || progress.seen.timed_out;
+        if !progress.has_started && !is_expected && progress.failure.is_none() {
+            let why = match &ended {
+                Ok((Ended::Exited(code), _)) => Some(format!("it ended with code {code}")),
+                Ok((Ended::Killed(signal), _)) => Some(format!("signal {signal} ended it")),
+                Err(_) => None,
             };
-            if !progress.seen.timed_out {
-                progress.failure = Some(WatchError::EndedEarly(why).into());
-            }
+            progress.failure = why.map(|why| WatchError::EndedEarly(why).into());
         }
-        Watched {
-            ended,
-            failure: progress.failure,
-            seen: progress.seen,
-            times: progress.times,
-            timeline: progress.timeline,
-            keeper: self.keeper,
-        }
+        progress.ended = Some(ended);
     }
 
     /// Gives slow readers of console and log a moment for what is still held for them.

@@ -4,8 +4,7 @@
 //! The path is the caller's, who is trusted: symbolic links in it are followed, once, to the folder
 //! that is held open from then on.
 
-use std::borrow::Cow;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,28 +13,21 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::error::{Remedy, at};
+use crate::error::{Advice as _, AnyError, Step as _};
+use crate::root::open_folder_of;
 
 /// A socket cannot be made at a path.
 #[derive(Debug, thiserror::Error)]
-pub enum SocketError {
-    #[error("cannot make the socket {0}")]
-    Make(PathBuf, #[source] Errno),
-    #[error("cannot make the socket {0}: something is there already")]
+enum SocketError {
+    #[error(
+        "cannot make the socket {0}: something is there already; choose another path, or remove it"
+    )]
     Taken(PathBuf),
     #[error("cannot make the socket {0}: its name may have 107 bytes")]
     LongName(PathBuf),
 }
 
-impl Remedy for SocketError {
-    fn remedy(&self) -> Option<Cow<'static, str>> {
-        match self {
-            SocketError::Make(_, Errno::NOENT) => Some("make its folder first".into()),
-            SocketError::Taken(_) => Some("choose another path, or remove it".into()),
-            _ => None,
-        }
-    }
-}
+const MAKE: &str = "make the socket";
 
 /// The name of a socket in its folder.
 #[derive(Debug)]
@@ -50,18 +42,20 @@ impl NamedSocket {
     /// Makes a socket at `path`, which only this user may connect to, and listens on it. A socket
     /// without a listener was left by a process that was killed, and is replaced. Changes the working
     /// directory: the address of a socket holds 107 bytes.
-    pub fn bind(path: &Path) -> Result<(NamedSocket, OwnedFd), SocketError> {
-        let (folder, name) = open_folder(path).map_err(at(SocketError::Make, path))?;
+    pub fn bind(path: &Path) -> Result<(NamedSocket, OwnedFd), AnyError> {
+        let (folder, name) = open_folder_of(path)
+            .step_on(MAKE, path)
+            .hint(Errno::NOENT, "make its folder first")?;
         let _lock = lock(&folder);
-        let address =
-            SocketAddrUnix::new(&*name).map_err(|_| SocketError::LongName(path.to_owned()))?;
-        if let Ok(there) = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            rustix::process::fchdir(&folder).map_err(at(SocketError::Make, path))?;
+        let address = SocketAddrUnix::new(name);
+        let address = address.map_err(|_| SocketError::LongName(path.to_owned()))?;
+        if let Ok(there) = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+            rustix::process::fchdir(&folder).step_on(MAKE, path)?;
             if !is_dead(&there, &address) {
-                return Err(SocketError::Taken(path.to_owned()));
+                return Err(SocketError::Taken(path.to_owned()).into());
             }
         }
-        NamedSocket::make(folder, name, &address).map_err(at(SocketError::Make, path))
+        Ok(NamedSocket::make(folder, name.to_owned(), &address).step_on(MAKE, path)?)
     }
 
     fn make(
@@ -103,16 +97,16 @@ impl NamedSocket {
 
     /// Removes a socket without a listener. Changes the working directory.
     pub fn remove_dead(path: &Path) {
-        let Ok((folder, name)) = open_folder(path) else {
+        let Ok((folder, name)) = open_folder_of(path) else {
             return;
         };
         let _lock = lock(&folder);
-        let there = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW);
-        if let (Ok(there), Ok(address)) = (there, SocketAddrUnix::new(&*name))
+        let there = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW);
+        if let (Ok(there), Ok(address)) = (there, SocketAddrUnix::new(name))
             && rustix::process::fchdir(&folder).is_ok()
             && is_dead(&there, &address)
         {
-            let _ = rustix::fs::unlinkat(&folder, &name, AtFlags::empty());
+            let _ = rustix::fs::unlinkat(&folder, name, AtFlags::empty());
         }
     }
 }
@@ -127,17 +121,6 @@ fn is_dead(there: &Stat, address: &SocketAddrUnix) -> bool {
     FileType::from_raw_mode(there.st_mode).is_socket()
         && stream()
             .is_ok_and(|socket| rustix::net::connect(&socket, address) == Err(Errno::CONNREFUSED))
-}
-
-/// Opens the folder of `path`.
-fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), Errno> {
-    let name = path.file_name().ok_or(Errno::ISDIR)?;
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = rustix::fs::open(folder.unwrap_or(Path::new(".")), flags, Mode::empty())?;
-    Ok((folder, OsStr::to_owned(name)))
 }
 
 /// Locks the folder against other jailers that make or remove sockets there. Goes on without the lock

@@ -3,17 +3,17 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mayfly::wire::config::{BootSource, CacheType, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
 use super::{LEAST_OPEN_FILES, OWN_TAP, OwnTap};
-use crate::args::{ArgsError, ResourceLimit, Takes, Words, account, bad, cgroup_value};
-use crate::args::{cgroup_version, check_id, parent_cgroup, resource_limit};
+use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, resource_limits};
+use crate::cgroup::exclusive::Wanted;
 use crate::cgroup::limit::Limit;
-use crate::cgroup::{Value, Version};
+use crate::monitor::ResourceLimits;
 
 /// What `run --help` prints.
 pub const HELP: &str = include_str!("help.txt");
@@ -29,22 +29,16 @@ pub struct Options {
     pub uid: Option<u32>,
     /// Group to run the monitor as.
     pub gid: Option<u32>,
-    /// Limits by name, for whichever cgroup version has them.
-    pub limits: Vec<Limit>,
-    /// Values for cgroup files.
-    pub cgroups: Vec<Value>,
-    /// Version of those files.
-    pub cgroup_version: Option<Version>,
-    /// Names of the groups above the microVM's.
-    pub parent_cgroup: Option<Vec<OsString>>,
-    /// Largest file in bytes.
-    pub file_size: Option<u64>,
-    /// Most descriptors.
-    pub open_files: Option<u64>,
+    /// Control groups.
+    pub cgroups: Wanted,
+    /// Limits of the monitor's process.
+    pub limits: ResourceLimits,
     /// The monitor.
     pub mayfly: Option<PathBuf>,
     /// Where the console goes.
     pub console: Console,
+    /// Where to make a socket for clients of the console.
+    pub console_socket: Option<PathBuf>,
     /// The monitor's log.
     pub log: Option<PathBuf>,
     /// Where to make the API socket.
@@ -83,127 +77,100 @@ pub enum Console {
     None,
     /// To the end of a file.
     File(PathBuf),
-    /// To the clients of a socket.
-    Socket(PathBuf),
 }
 
-const OPTIONS: [(&str, Takes); 25] = [
-    ("--config", Takes::Value),
-    ("--kernel", Takes::Value),
-    ("--initrd", Takes::Value),
-    ("--cmdline", Takes::Text),
-    ("--vcpus", Takes::Value),
-    ("--memory", Takes::Value),
-    ("--drive", Takes::Values),
-    ("--net", Takes::Values),
-    ("--id", Takes::Value),
-    ("--uid", Takes::Value),
-    ("--gid", Takes::Value),
-    ("--limit", Takes::Values),
-    ("--cgroup", Takes::Values),
-    ("--cgroup-version", Takes::Value),
-    ("--parent-cgroup", Takes::Value),
-    ("--resource-limit", Takes::Values),
-    ("--mayfly", Takes::Value),
-    ("--console", Takes::Value),
-    ("--log", Takes::Value),
-    ("--api-sock", Takes::Value),
-    ("--timeout", Takes::Value),
-    ("--with-parent", Takes::Nothing),
-    ("--end-with-fd", Takes::Value),
-    ("--exit-report", Takes::Value),
-    ("--quiet", Takes::Nothing),
-];
+impl Console {
+    /// The file.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Console::File(path) => Some(path),
+            _ => None,
+        }
+    }
+}
+
+const KNOWN: Known = Known {
+    flags: "--with-parent --quiet",
+    once: "--config --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
+           --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report",
+    repeatable: "--drive --net --limit --cgroup --resource-limit",
+    text: "--cmdline",
+    help: "see run --help",
+};
+
 /// Those that describe the machine, which a config file does as well.
-const OF_MACHINE: [&str; 7] = [
-    "--kernel",
-    "--initrd",
-    "--cmdline",
-    "--vcpus",
-    "--memory",
-    "--drive",
-    "--net",
-];
+const OF_MACHINE: &str = "--kernel --initrd --cmdline --vcpus --memory --drive --net";
 
 /// Understands the words after `run`; none when help is asked for.
 pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
-    if words.iter().any(|word| word == "--help" || word == "-h") {
+    if asks_for_help(&words) {
         return Ok(None);
     }
-    let mut words = Words::sort(words, &OPTIONS, "see run --help")?;
+    let mut words = Words::sort(words, &KNOWN)?;
     let machine = machine(&mut words)?;
-    let (mut file_size, mut open_files) = (None, None);
-    for limit in words.all("--resource-limit", resource_limit)? {
-        match limit {
-            ResourceLimit::FileSize(bytes) => file_size = Some(bytes),
-            ResourceLimit::OpenFiles(count) if count < LEAST_OPEN_FILES => {
-                let value = format!("no-file={count}");
-                let why = format!("a jail takes {LEAST_OPEN_FILES} to make");
-                let remedy = "give no-file=42 or more";
-                return Err(bad("--resource-limit", value, why, remedy));
-            }
-            ResourceLimit::OpenFiles(count) => open_files = Some(count),
-        }
+    let limits = resource_limits(&mut words)?;
+    let (console, console_socket) = console(words.one("--console"));
+    if let Some(count) = limits.open_files.filter(|&count| count < LEAST_OPEN_FILES) {
+        let why = format!("a jail takes {LEAST_OPEN_FILES} to make; give no-file=42 or more");
+        let value = format!("no-file={count}");
+        return Err(ArgsError::Value("--resource-limit", value, why.into()));
     }
-    let mut path = |name| words.one(name).map(PathBuf::from);
-    let (mayfly, log, api_sock) = (path("--mayfly"), path("--log"), path("--api-sock"));
-    let exit_report = path("--exit-report");
     Ok(Some(Options {
         machine,
-        id: words.parsed("--id", check_id)?,
-        uid: words.parsed("--uid", |text| account("--uid", text))?,
-        gid: words.parsed("--gid", |text| account("--gid", text))?,
-        limits: words.all("--limit", limit)?,
-        cgroups: words.all("--cgroup", cgroup_value)?,
-        cgroup_version: words.parsed("--cgroup-version", cgroup_version)?,
-        parent_cgroup: words.parsed("--parent-cgroup", parent_cgroup)?,
-        file_size,
-        open_files,
-        mayfly,
-        console: words.one("--console").map_or(Console::Terminal, console),
-        log,
-        api_sock,
+        id: words.parsed("--id", args::id)?,
+        uid: words.parsed("--uid", account)?,
+        gid: words.parsed("--gid", account)?,
+        cgroups: Wanted {
+            limits: words.all("--limit", limit)?,
+            values: words.all("--cgroup", args::cgroup_value)?,
+            version: words.parsed("--cgroup-version", args::cgroup_version)?,
+            parent: args::parent_cgroup(&mut words)?,
+        },
+        limits,
+        mayfly: words.path("--mayfly"),
+        console,
+        console_socket,
+        log: words.path("--log"),
+        api_sock: words.path("--api-sock"),
         timeout: words.parsed("--timeout", seconds)?,
         with_parent: words.has("--with-parent"),
-        end_with_fd: words.parsed("--end-with-fd", |text| {
-            let text = utf8("--end-with-fd", text)?;
-            descriptor("--end-with-fd", &text, &text)
-        })?,
-        exit_report,
+        end_with_fd: words.parsed("--end-with-fd", descriptor)?,
+        exit_report: words.path("--exit-report"),
         quiet: words.has("--quiet"),
     }))
 }
 
 fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
-    let plain = OF_MACHINE.into_iter().find(|name| words.has(name));
-    if let Some(file) = words.one("--config") {
-        let why = "--config describes the machine already";
-        return match plain {
-            None => Ok(Machine::Config(file.into())),
-            Some(name) => {
-                let value = words.one(name).unwrap_or_default();
-                Err(bad(name, value.display(), why, "write it into that file"))
-            }
-        };
-    }
-    let Some(kernel) = words.one("--kernel") else {
-        let remedy = "run --help shows what a machine takes";
-        return match plain {
-            None => Ok(Machine::Client),
-            Some(name) => {
-                let value = words.one(name).unwrap_or_default();
-                Err(bad(name, value.display(), "--kernel is missing", remedy))
-            }
-        };
+    let plain = OF_MACHINE.split(' ').find(|name| words.has(name));
+    let refuse = |name, words: &mut Words, why: &'static str| {
+        let value = words.one(name).unwrap_or_default();
+        Err(ArgsError::Value(
+            name,
+            value.display().to_string(),
+            why.into(),
+        ))
     };
+    let config = words.path("--config");
+    if let (Some(_), Some(name)) = (&config, plain) {
+        let why = "--config describes the machine already; write it into that file";
+        return refuse(name, words, why);
+    }
+    if let Some(file) = config {
+        return Ok(Machine::Config(file));
+    }
+    let Some(kernel) = words.parsed("--kernel", source)? else {
+        let why = "--kernel is missing; run --help shows what a machine takes";
+        return plain.map_or(Ok(Machine::Client), |name| refuse(name, words, why));
+    };
+    let initrd_path = words.parsed("--initrd", source)?;
+    let cmdline = words.parsed("--cmdline", |text| Ok(text.to_owned()))?;
+    // The initrd is the root file system, or the command line names another than the first drive.
+    let has_root = initrd_path.is_some() || cmdline.as_deref().is_some_and(names_root);
     let mut config = VmConfig {
         boot_source: Some(BootSource {
-            kernel_image_path: source("--kernel", kernel)?,
-            initrd_path: words.parsed("--initrd", |text| source("--initrd", text))?,
-            boot_args: Some(match words.one("--cmdline") {
-                Some(text) => utf8("--cmdline", text)?,
-                None => default_boot_args(),
-            }),
+            kernel_image_path: kernel,
+            initrd_path,
+            boot_args: Some(cmdline.unwrap_or_else(default_boot_args)),
         }),
         machine_config: Some(MachineConfig {
             vcpu_count: words.parsed("--vcpus", vcpus)?.unwrap_or(1),
@@ -212,10 +179,6 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
         }),
         ..VmConfig::default()
     };
-    let boot = config.boot_source.as_ref();
-    // The initrd is the root file system, or the command line names another than the first drive.
-    let named = |boot: &BootSource| boot.boot_args.as_ref().is_some_and(|line| names_root(line));
-    let has_root = boot.is_some_and(|boot| boot.initrd_path.is_some() || named(boot));
     for (index, (path, read_only)) in words.all("--drive", drive)?.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             drive_id: match index {
@@ -235,19 +198,19 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
     let mut own_tap = None;
     for (index, (tap, own)) in words.all("--net", net)?.into_iter().enumerate() {
         if own.is_some() && own_tap.is_some() {
-            let remedy = "one such interface is what a jail has; give taps for others";
-            return Err(bad("--net", "auto or user", "it is given twice", remedy));
+            let why =
+                "it is given twice; one such interface is what a jail has; give taps for others";
+            return Err(ArgsError::Value("--net", "auto or user".into(), why.into()));
         }
         own_tap = own.or(own_tap);
-        let interface = NetworkInterface {
+        config.devices.network_interfaces.push(NetworkInterface {
             iface_id: format!("eth{index}"),
             host_dev_name: tap,
             guest_mac: None,
             mtu: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
-        };
-        config.devices.network_interfaces.push(interface);
+        });
     }
     Ok(Machine::Plain(Box::new(config), own_tap))
 }
@@ -268,99 +231,84 @@ pub fn default_boot_args() -> String {
     })
 }
 
-fn utf8(name: &'static str, text: OsString) -> Result<String, ArgsError> {
-    text.into_string()
-        .map_err(|text| bad(name, text.display(), "it is not UTF-8", ""))
+fn source(text: &str) -> Result<Source, Why> {
+    Ok(Source::Named(text.to_owned()))
 }
 
-fn source(name: &'static str, text: OsString) -> Result<Source, ArgsError> {
-    utf8(name, text).map(Source::Named)
+fn vcpus(text: &str) -> Result<u8, Why> {
+    let count = text.parse().ok();
+    count.ok_or("it is not a number from 0 to 255".into())
 }
 
-fn vcpus(text: OsString) -> Result<u8, ArgsError> {
-    let number = text.to_str().and_then(|text| text.parse().ok());
-    let why = "it is not a number from 0 to 255";
-    number.ok_or_else(|| bad("--vcpus", text.display(), why, ""))
-}
-
-fn drive(text: OsString) -> Result<(Source, bool), ArgsError> {
-    let (path, read_only) = match text.as_bytes().strip_suffix(b":ro") {
-        Some(path) => (OsStr::from_bytes(path).to_owned(), true),
-        None => (text, false),
-    };
-    Ok((source("--drive", path)?, read_only))
+fn drive(text: &str) -> Result<(Source, bool), Why> {
+    let path = text.strip_suffix(":ro");
+    Ok((source(path.unwrap_or(text))?, path.is_some()))
 }
 
 /// What a network interface is connected to, and whether that is made in the jail.
-fn net(text: OsString) -> Result<(Source, Option<OwnTap>), ArgsError> {
-    let text = utf8("--net", text)?;
-    Ok(match text.as_str() {
+fn net(text: &str) -> Result<(Source, Option<OwnTap>), Why> {
+    Ok(match text {
         "auto" => (OWN_TAP.into(), Some(OwnTap::Auto)),
         "user" => (OWN_TAP.into(), Some(OwnTap::User)),
         _ => match text.strip_prefix("fd:") {
-            Some(number) => {
-                let number = descriptor("--net", &text, number)?;
-                (Source::fd(number.unsigned_abs()), None)
-            }
-            None => (Source::Named(text), None),
+            Some(number) => (Source::fd(descriptor(number)?.unsigned_abs()), None),
+            None => (source(text)?, None),
         },
     })
 }
 
-fn descriptor(name: &'static str, given: &str, number: &str) -> Result<RawFd, ArgsError> {
+fn descriptor(text: &str) -> Result<RawFd, Why> {
     // 0 to 2 are the console's.
-    let number = number.parse().ok().filter(|&number: &RawFd| number > 2);
-    let why = "it is not the number of a descriptor above 2";
-    number.ok_or_else(|| bad(name, given, why, ""))
+    let number = text.parse().ok().filter(|&number: &RawFd| number > 2);
+    number.ok_or("it is not the number of a descriptor above 2".into())
 }
 
 /// Bytes, or with K, M or G after it.
 fn size(text: &str) -> Option<u64> {
-    let (digits, factor) = match text.as_bytes().last()? {
-        b'K' | b'k' => (&text[..text.len() - 1], 1 << 10),
-        b'M' | b'm' => (&text[..text.len() - 1], 1 << 20),
-        b'G' | b'g' => (&text[..text.len() - 1], 1 << 30),
-        _ => (text, 1),
+    let (last, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
+        b'K' => (1, 10),
+        b'M' => (1, 20),
+        b'G' => (1, 30),
+        _ => (0, 0),
     };
-    digits.parse::<u64>().ok()?.checked_mul(factor)
+    let number = text[..text.len() - last].parse::<u64>().ok()?;
+    number.checked_mul(1 << shift)
 }
 
 /// MiB; a bare number is MiB already.
-fn memory(text: OsString) -> Result<u64, ArgsError> {
-    let give = "give MiB, or a number with M or G, e.g. 512M";
-    let why = "it is not a whole number of MiB";
-    let mib = text.to_str().and_then(|text| {
-        let bytes = || size(text).filter(|bytes| bytes.is_multiple_of(1 << 20));
-        text.parse()
-            .ok()
-            .or_else(|| bytes().map(|bytes| bytes >> 20))
-    });
-    mib.ok_or_else(|| bad("--memory", text.display(), why, give))
+fn memory(text: &str) -> Result<u64, Why> {
+    let bytes = || size(text).filter(|bytes| bytes.is_multiple_of(1 << 20));
+    let mib = text
+        .parse()
+        .ok()
+        .or_else(|| bytes().map(|bytes| bytes >> 20));
+    let why = "it is not a whole number of MiB; give MiB, or a number with M or G, e.g. 512M";
+    mib.ok_or(why.into())
 }
 
-fn console(text: OsString) -> Console {
-    if text == "none" {
-        return Console::None;
-    }
+/// Where the console goes, and where a socket for it is to be.
+fn console(text: Option<OsString>) -> (Console, Option<PathBuf>) {
+    let Some(text) = text else {
+        return (Console::Terminal, None);
+    };
     match text.as_bytes().strip_prefix(b"unix:") {
-        Some(path) => Console::Socket(PathBuf::from(OsStr::from_bytes(path))),
-        None => Console::File(text.into()),
+        Some(path) => (Console::None, Some(OsStr::from_bytes(path).into())),
+        None if text == "none" => (Console::None, None),
+        None => (Console::File(text.into()), None),
     }
 }
 
-fn seconds(text: OsString) -> Result<Duration, ArgsError> {
-    let seconds = text.to_str().and_then(|text| text.parse::<f64>().ok());
-    let why = "it is not a number of seconds above 0";
-    seconds
-        .filter(|&seconds| seconds > 0.0)
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| bad("--timeout", text.display(), why, ""))
+fn seconds(text: &str) -> Result<Duration, Why> {
+    let seconds = text.parse::<f64>().ok().filter(|&seconds| seconds > 0.0);
+    let seconds = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.ok_or("it is not a number of seconds above 0".into())
 }
 
-fn limit(text: OsString) -> Result<Limit, ArgsError> {
-    let give = "give cpus=1.5, memory=300M, pids=64 or io=DEVICE:BYTES, e.g. io=/dev/vda:20M";
-    let refuse = |why: &'static str| bad("--limit", text.display(), why, give);
-    let text = text.to_str().ok_or_else(|| refuse("it is not UTF-8"))?;
+fn limit(text: &str) -> Result<Limit, Why> {
+    let refuse = |why| {
+        let give = "give cpus=1.5, memory=300M, pids=64 or io=DEVICE:BYTES, e.g. io=/dev/vda:20M";
+        Why::from(format!("{why}; {give}"))
+    };
     let (name, value) = text.split_once('=').ok_or_else(|| refuse("it has no ="))?;
     let above_zero = |number: Option<u64>| {
         let number = number.filter(|&number| number > 0);
@@ -375,9 +323,8 @@ fn limit(text: OsString) -> Result<Limit, ArgsError> {
         "memory" => above_zero(size(value)).map(Limit::Memory),
         "pids" => above_zero(value.parse().ok()).map(Limit::Pids),
         "io" => {
-            let (device, bytes) = value
-                .rsplit_once(':')
-                .ok_or_else(|| refuse("it names no device and bytes"))?;
+            let parts = value.rsplit_once(':');
+            let (device, bytes) = parts.ok_or_else(|| refuse("it names no device and bytes"))?;
             above_zero(size(bytes)).map(|bytes| Limit::Io(device.into(), bytes))
         }
         _ => Err(refuse("that limit is not known")),
@@ -442,9 +389,10 @@ mod tests {
         let machine = config.machine_config.unwrap();
         assert_eq!((machine.vcpu_count, machine.mem_size_mib), (2, 1024));
         assert_eq!(options.timeout, Some(Duration::from_millis(1500)));
-        assert_eq!(options.console, Console::Socket("/s".into()));
+        assert_eq!(options.console, Console::None);
+        assert_eq!(options.console_socket, Some("/s".into()));
         assert_eq!(
-            options.limits,
+            options.cgroups.limits,
             [
                 Limit::Cpus(1500),
                 Limit::Memory(1 << 20),

@@ -2,15 +2,15 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mayfly::wire::config::Backing;
-use mayfly::wire::tap::{self, Tap, TapError};
+use mayfly::wire::tap::{Tap, TapError};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::SpecError;
-use crate::error::errno;
+use crate::error::{Advice as _, AnyError, Failure, Step as _};
 
 /// What a socket for clients of the console is called.
 pub const CONSOLE_SOCKET: &str = "console socket";
@@ -30,7 +30,7 @@ fn word(backing: Backing) -> &'static str {
 }
 
 /// Opens what `name` names.
-pub fn open(backing: Backing, name: &str) -> Result<OwnedFd, SpecError> {
+pub fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
     if backing == Backing::Tap {
         return open_tap(name);
     }
@@ -43,86 +43,77 @@ pub fn open(backing: Backing, name: &str) -> Result<OwnedFd, SpecError> {
         }
         _ => OFlags::RDONLY,
     };
-    let file = rustix::fs::open(name, flags | common, Mode::from_raw_mode(0o600));
-    let file = file.map_err(|source| SpecError::Open {
-        what: word(backing),
-        path: name.into(),
-        to_write: flags == OFlags::RDWR,
-        source,
-    })?;
+    let file = rustix::fs::open(name, flags | common, Mode::from_raw_mode(0o600))
+        .step(format!("open the {} {name}", word(backing)))
+        .hints(|answer| {
+            let only_to_read = matches!(answer, Errno::ACCESS | Errno::ROFS | Errno::PERM);
+            (only_to_read && flags == OFlags::RDWR).then_some(
+                "add :ro (\"is_read_only\" in a configuration) if the guest only reads it",
+            )
+        })?;
     examine(backing, file.as_fd(), name)?;
     Ok(file)
 }
 
 /// Refuses what cannot be what it is to be.
 pub fn examine(backing: Backing, fd: BorrowedFd<'_>, name: &str) -> Result<(), SpecError> {
-    let unfit = |why: String| SpecError::Unfit {
-        name: name.to_owned(),
-        what: word(backing),
-        why,
-    };
+    let unfit = |why| SpecError::Unfit(name.to_owned(), word(backing), why);
     if backing == Backing::Tap {
-        let copy = fd
-            .try_clone_to_owned()
-            .map_err(|error| unfit(error.to_string()))?;
-        return match Tap::from_fd(copy) {
-            Ok(_) => Ok(()),
-            Err(TapError::NotAttached(_)) => Err(unfit("it is not an attached tap".into())),
-            Err(error) => Err(unfit(error.to_string())),
-        };
+        let copy = fd.try_clone_to_owned().map_err(TapError::NotAttached);
+        return copy.and_then(Tap::from_fd).map(drop).map_err(|error| {
+            unfit(match error {
+                TapError::NotAttached(_) => "it is not an attached tap".into(),
+                error => error.to_string(),
+            })
+        });
     }
     let looked = rustix::fs::fstat(fd).and_then(|stat| Ok((stat, rustix::fs::fcntl_getfl(fd)?)));
     let (stat, flags) = looked.map_err(|error| unfit(error.to_string()))?;
     let kind = FileType::from_raw_mode(stat.st_mode);
-    let fits = match backing {
-        Backing::Disk { .. } => kind.is_file() || kind.is_block_device(),
-        Backing::ConsoleSocket => kind.is_socket(),
-        Backing::Log | Backing::Metrics | Backing::ConsoleOutput => {
-            kind.is_file() || kind.is_fifo()
-        }
-        _ => kind.is_file(),
-    };
-    if !fits {
-        return Err(unfit(format!("it is {}", describe(kind))));
-    }
     let access = flags & OFlags::RWMODE;
-    let enough = match backing {
-        Backing::Disk { read_only: false } => access == OFlags::RDWR,
-        Backing::Log | Backing::Metrics | Backing::ConsoleOutput => access != OFlags::RDONLY,
-        _ => access != OFlags::WRONLY,
+    let (fits, is_enough) = match backing {
+        Backing::Disk { read_only } => (
+            kind.is_file() || kind.is_block_device(),
+            access == OFlags::RDWR || (read_only && access == OFlags::RDONLY),
+        ),
+        Backing::ConsoleSocket => (kind.is_socket(), true),
+        Backing::Log | Backing::Metrics | Backing::ConsoleOutput => {
+            (kind.is_file() || kind.is_fifo(), access != OFlags::RDONLY)
+        }
+        _ => (kind.is_file(), access != OFlags::WRONLY),
     };
-    match enough {
-        true => Ok(()),
-        false => Err(unfit("it is not open for what it is needed for".into())),
-    }
-}
-
-fn describe(kind: FileType) -> &'static str {
-    match kind {
+    let kind = match kind {
+        _ if fits && is_enough => return Ok(()),
+        _ if fits => return Err(unfit("it is not open for what it is needed for".into())),
         FileType::Directory => "a folder",
         FileType::CharacterDevice => "a character device",
         FileType::BlockDevice => "a block device",
         FileType::Fifo => "a pipe",
         FileType::Socket => "a socket",
         _ => "of another kind",
-    }
+    };
+    Err(unfit(format!("it is {kind}")))
 }
 
 /// Attaches to a tap of the host. One that does not exist would be made, and lead nowhere.
-fn open_tap(name: &str) -> Result<OwnedFd, SpecError> {
+fn open_tap(name: &str) -> Result<OwnedFd, AnyError> {
     let is_name = !name.contains('/') && !name.is_empty();
     if !is_name || !Path::new("/sys/class/net").join(name).exists() {
-        return Err(SpecError::NoInterface(name.to_owned()));
+        return Err(SpecError::NoInterface(name.to_owned()).into());
     }
-    Tap::open(name)
-        .map(OwnedFd::from)
-        .map_err(|error| SpecError::Tap(name.to_owned(), error))
+    let opened = Tap::open(name).map_err(|error| {
+        let remedy = match &error {
+            TapError::NotPermitted(_) => Some(NOT_PERMITTED),
+            TapError::Open(answer) => Errno::from_io_error(answer).and_then(tun_remedy),
+            _ => None,
+        };
+        Failure::new(format!("attach to the tap {name:?}"), error).remedy(remedy)
+    });
+    Ok(opened?.into())
 }
 
-/// Opens the host's tun device.
-pub fn open_tun() -> Result<OwnedFd, Errno> {
-    tap::open_tun().map_err(errno)
-}
+/// What to do about a tap of another user.
+const NOT_PERMITTED: &str = "make it this user's with `ip tuntap add ... user USER`";
 
 /// What to do about a tun device that cannot be opened.
 pub fn tun_remedy(error: Errno) -> Option<&'static str> {
@@ -136,10 +127,10 @@ pub fn tun_remedy(error: Errno) -> Option<&'static str> {
 }
 
 /// Opens `path` to append to, made if it does not exist.
-pub fn open_to_append(path: &Path, option: &'static str) -> Result<File, SpecError> {
+pub fn open_to_append(path: &Path, option: &str) -> Result<File, Failure> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK;
     let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
     rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))
         .map(File::from)
-        .map_err(|error| SpecError::Append(PathBuf::from(path), option, error))
+        .step(format!("open {} ({option})", path.display()))
 }

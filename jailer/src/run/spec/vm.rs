@@ -6,18 +6,18 @@
 //! in one request that carries all descriptors.
 
 use std::io::Read as _;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use mayfly::wire::config::{self, Backing, BootSource, Mac, MachineConfig, PassedFd};
+use mayfly::wire::config::{self, Backing, Mac, PassedFd, Serial};
 use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
 use mayfly::wire::{Source, VmConfig};
 
-use super::inherited::Passed;
-use super::options::{Machine, default_boot_args};
+use super::inherited::{Passed, number_in};
+use super::options::{Console, Machine, Options, default_boot_args};
 use super::resources::{self, CONSOLE_SOCKET};
 use super::{OWN_TAP, OwnTap, SpecError};
-use crate::error::errno;
+use crate::error::{AnyError, Step as _};
 
 /// A configuration, in which descriptors still have the numbers that they were passed with.
 #[derive(Debug)]
@@ -25,53 +25,47 @@ pub struct Described {
     config: VmConfig,
     /// The tap to be made in the jail.
     pub own_tap: Option<OwnTap>,
-    /// Where it wants the monitor's log.
-    pub log: Option<PathBuf>,
-    /// Where it wants the console.
-    pub console: Option<PathBuf>,
-    /// Where it wants a socket for clients of the console.
-    pub console_socket: Option<PathBuf>,
 }
 
 impl Described {
-    /// Reads the configuration that the options name, if they do.
-    pub fn of(machine: Machine) -> Result<Option<Described>, SpecError> {
-        let (mut config, own_tap) = match machine {
+    /// Reads the configuration that the options name, if they do. What it has for this program, and
+    /// not the monitor, to make becomes an option, if it is none already.
+    pub fn of(options: &mut Options) -> Result<Option<Described>, AnyError> {
+        let (mut config, own_tap) = match std::mem::take(&mut options.machine) {
             Machine::Client => return Ok(None),
             Machine::Config(path) => (read(&path)?, None),
             Machine::Plain(config, own_tap) => (*config, own_tap),
         };
         let logger = config.logger.as_mut();
         let log = take_path(logger.and_then(|it| it.log_path.take()), "log_path")?;
-        let mut serial = config.serial.as_mut();
-        let output = serial.as_mut().and_then(|it| it.serial_out_path.take());
-        let console = take_path(output, "serial_out_path")?;
-        let socket = serial.and_then(|it| it.console_socket.take_if(|it| it.name().is_some()));
-        let described = Described {
-            config,
-            own_tap,
-            log,
-            console,
-            console_socket: take_path(socket, "console_socket")?,
-        };
-        Ok(Some(described))
+        options.log = options.log.take().or(log);
+        if let Some(serial) = &mut config.serial {
+            let output = take_path(serial.serial_out_path.take(), "serial_out_path")?;
+            if let (Console::Terminal, Some(path)) = (&options.console, output) {
+                options.console = Console::File(path);
+            }
+            let socket = serial.console_socket.take_if(|it| it.name().is_some());
+            if let Some(path) = take_path(socket, "console_socket")?
+                && options.console_socket.replace(path).is_some()
+            {
+                return Err(SpecError::TwoConsoleSockets.into());
+            }
+        }
+        Ok(Some(Described { config, own_tap }))
     }
 
-    /// The numbers of the passed descriptors that it names.
+    /// The numbers of the passed descriptors that it names, also by their paths.
     pub fn inherited(&mut self) -> Vec<RawFd> {
         let number = |(_, source): (_, &mut Source)| match source {
             Source::Fd(PassedFd { fd, .. }) => RawFd::try_from(*fd).ok(),
-            Source::Named(_) => None,
+            Source::Named(path) => number_in(path),
         };
-        self.config
-            .sources()
-            .into_iter()
-            .filter_map(number)
-            .collect()
+        let sources = self.config.sources().into_iter();
+        sources.filter_map(number).collect()
     }
 
     /// Opens everything but what is still to be made: a tap in the jail, a socket.
-    pub fn open(mut self, passed: &mut Passed) -> Result<Vm, SpecError> {
+    pub fn open(mut self, passed: &mut Passed) -> Result<Vm, AnyError> {
         let mut files = Vec::new();
         for (backing, source) in self.config.sources() {
             let (file, name) = match source {
@@ -89,7 +83,7 @@ impl Described {
         }
         // A tap and a socket may be added.
         if files.len() + 2 > DESCRIPTORS_MAX {
-            return Err(SpecError::TooManyFiles(files.len()));
+            return Err(SpecError::TooManyFiles(files.len()).into());
         }
         Ok(Vm {
             config: self.config,
@@ -98,15 +92,16 @@ impl Described {
     }
 }
 
-fn read(path: &Path) -> Result<VmConfig, SpecError> {
+fn read(path: &Path) -> Result<VmConfig, AnyError> {
+    let name = format!("the configuration {} (--config)", path.display());
     let mut bytes = Vec::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut bytes))
-        .map_err(|error| SpecError::ReadConfig(path.to_owned(), errno(error)))?;
+        .step(format!("read {name}"))?;
     if bytes.len() as u64 > CONFIG_FILE_MAX {
-        return Err(SpecError::LongConfig(path.to_owned()));
+        return Err(SpecError::LongConfig(path.to_owned()).into());
     }
-    config::parse_file(&bytes).map_err(|error| SpecError::Config(path.to_owned(), error))
+    Ok(config::parse_file(&bytes).step(format!("use {name}"))?)
 }
 
 /// The path at which this program, and not the monitor, makes something.
@@ -127,26 +122,6 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A machine of one kernel, for `check`.
-    pub fn of_kernel(kernel: OwnedFd, mem_size_mib: u64) -> Vm {
-        let config = VmConfig {
-            boot_source: Some(BootSource {
-                kernel_image_path: Source::passed(0, "of this check"),
-                initrd_path: None,
-                boot_args: Some(String::new()),
-            }),
-            machine_config: Some(MachineConfig {
-                mem_size_mib,
-                ..MachineConfig::default()
-            }),
-            ..VmConfig::default()
-        };
-        Vm {
-            config,
-            files: vec![kernel],
-        }
-    }
-
     fn add(&mut self, file: OwnedFd, name: impl Into<String>) -> Source {
         self.files.push(file);
         Source::passed(self.files.len() as u32 - 1, name)
@@ -188,14 +163,23 @@ impl Vm {
         }
     }
 
+    /// The request that has a console of its own socket, for a machine that another client configures.
+    pub fn console_request(listener: OwnedFd) -> (String, Vec<OwnedFd>) {
+        let serial = Serial {
+            console_socket: Some(Source::passed(0, CONSOLE_SOCKET)),
+            ..Serial::default()
+        };
+        (serde_json::json!(serial).to_string(), vec![listener])
+    }
+
     /// The body of the request that configures and starts the machine.
     pub fn request(&self) -> String {
         self.config.to_request(true)
     }
 
-    /// The descriptors that go with it.
-    pub fn files(&self) -> Vec<BorrowedFd<'_>> {
-        self.files.iter().map(AsFd::as_fd).collect()
+    /// The same, with the descriptors that go along.
+    pub fn into_request(self) -> (String, Vec<OwnedFd>) {
+        (self.request(), self.files)
     }
 }
 
@@ -209,11 +193,16 @@ mod tests {
     }
 
     /// Reads a configuration from a file of this text.
-    fn described(name: &str, text: &str) -> Result<Described, SpecError> {
+    fn described(name: &str, text: &str) -> Result<(Described, Options), AnyError> {
         let folder = crate::testing::Folder::new(name);
         let path = folder.path().join("vm.json");
         std::fs::write(&path, text).unwrap();
-        Described::of(Machine::Config(path)).map(Option::unwrap)
+        let mut options = Options {
+            machine: Machine::Config(path),
+            ..Options::default()
+        };
+        let described = Described::of(&mut options)?.unwrap();
+        Ok((described, options))
     }
 
     const BOOT: &str =
@@ -226,15 +215,18 @@ mod tests {
                  "logger": {{ "log_path": "/l", "level": "Info" }},
                  "serial": {{ "serial_out_path": "/s", "console_socket": "/c" }} }}"#
         );
-        let mut described = described("vm-paths", &text).unwrap();
+        let (mut described, options) = described("vm-paths", &text).unwrap();
         assert_eq!(described.inherited(), [8, 7]);
-        assert_eq!(described.log, Some("/l".into()));
-        assert_eq!(described.console, Some("/s".into()));
-        assert_eq!(described.console_socket, Some("/c".into()));
+        assert_eq!(options.log, Some("/l".into()));
+        assert_eq!(options.console, Console::File("/s".into()));
+        assert_eq!(options.console_socket, Some("/c".into()));
         for member in ["\"logger\": { \"fd\": 5 }", "\"serial\": { \"fd\": 5 }"] {
             let text = format!(r#"{{ {BOOT}, "drives": [], {member} }}"#);
             let error = self::described("vm-fd", &text).unwrap_err();
-            assert!(matches!(error, SpecError::NotAPath(_)), "{error}");
+            assert!(
+                matches!(error.downcast_ref(), Some(SpecError::NotAPath(_))),
+                "{error}"
+            );
         }
     }
 
@@ -242,7 +234,7 @@ mod tests {
     fn request_has_descriptors_with_names_in_place_of_paths() {
         let words = "--kernel /dev/null --net user --net fd:9 --cmdline quiet";
         let options = parse(words.split(' ').map(Into::into).collect());
-        let described = Described::of(options.unwrap().unwrap().machine).unwrap();
+        let described = Described::of(&mut options.unwrap().unwrap()).unwrap();
         let described = described.unwrap();
         assert_eq!(described.own_tap, Some(OwnTap::User));
         let mut vm = Vm {
@@ -253,7 +245,7 @@ mod tests {
         vm.set_guest_address("ip=2", "06:00:00:00:00:02".parse().unwrap());
         vm.set_tap(null());
         vm.set_console_socket(null());
-        assert_eq!(vm.files().len(), 3);
+        assert_eq!(vm.files.len(), 3);
         let (read, start) = config::parse_vm(vm.request().as_bytes()).unwrap();
         assert!(start);
         assert_eq!(read.boot_source.unwrap().boot_args.unwrap(), "quiet ip=1");
@@ -270,7 +262,11 @@ mod tests {
             ("quiet -- single", "quiet ip=1 -- single"),
             ("ip=9", "ip=9"),
         ] {
-            let mut vm = Vm::of_kernel(null(), 16);
+            let config = r#"{ "boot-source": { "kernel_image_path": "/k" }, "drives": [] }"#;
+            let mut vm = Vm {
+                config: described("vm-address", config).unwrap().0.config,
+                files: Vec::new(),
+            };
             vm.config.boot_source.as_mut().unwrap().boot_args = Some(line.into());
             vm.set_guest_address("ip=1", "06:00:00:00:00:01".parse().unwrap());
             assert_eq!(vm.config.boot_source.unwrap().boot_args.unwrap(), expected);
