@@ -36,6 +36,8 @@ pub enum Written {
     After(Ticket),
     /// The guest asked for a machine reset: it does not go on at all.
     MachineReset,
+    /// The guest switched the machine off: it does not go on at all.
+    PowerOff,
 }
 
 /// Where the tickets of one register block come from. Their order is the order in which they are

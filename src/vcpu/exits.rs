@@ -186,5 +186,6 @@ fn written(written: Written) -> Outcome {
         Written::Done => Outcome::Continue,
         Written::After(ticket) => Outcome::Wait(ticket),
         Written::MachineReset => Outcome::End(End::Reset),
+        Written::PowerOff => Outcome::End(End::PowerOff),
     }
 }

@@ -23,11 +23,12 @@ use super::devices::{self, Backing, Devices, Entry, Listed, Visit};
 use super::machine::Machine;
 use super::threads::{self, ParkedThread, ReadyLatch, parked};
 use super::{Event, Settings};
-use crate::arch::boot::{self, Root};
+use crate::arch::boot::{self, GENERATION_ID_LEN, Root, Told};
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::chips::{self, Chips};
 use crate::arch::i8042::I8042;
 use crate::arch::mask::MsrMask;
+use crate::arch::power::Power;
 use crate::arch::{self, Kernel, Vm, cpuid, layout, split};
 use crate::bus::{Overlap, Registers};
 use crate::files;
@@ -114,6 +115,7 @@ pub struct Begun {
     buses: Buses,
     console: MadeConsole,
     keyboard: Arc<I8042>,
+    power: Arc<Power>,
 }
 
 /// For the files thread: puts the guest into memory. It may wait for files.
@@ -220,6 +222,11 @@ pub fn begin(
             .insert_part(port, 1, port.wrapping_sub(first), keyboard.clone())
             .context(NOT_PLACED)?;
     }
+    let power = Arc::new(Power::default());
+    buses
+        .ports
+        .insert(layout::POWER_PORT, layout::POWER_PORTS, power.clone())
+        .context(NOT_PLACED)?;
     if host.settings.boot_timer {
         place_boot_timer(host, &mut buses).context(NOT_PLACED)?;
     }
@@ -230,6 +237,7 @@ pub fn begin(
         buses,
         console,
         keyboard,
+        power,
     };
     Ok((begun, token))
 }
@@ -253,6 +261,7 @@ pub fn complete(
         mut buses,
         console: (console, console_sender),
         keyboard,
+        power,
     } = begun;
     let Loaded {
         memory,
@@ -318,6 +327,7 @@ pub fn complete(
         console: console_sender,
         console_counters,
         keyboard,
+        power,
         _vm: vm,
         memory,
     };
@@ -483,21 +493,15 @@ fn load(
     let root = first
         .map(|entry| &entry.config)
         .filter(|drive| drive.is_root_device)
-        .map(|drive| Root {
-            partuuid: drive.partuuid.as_deref(),
-            read_only: drive.read_only(),
-        });
+        .map(|drive| (drive.partuuid.clone(), drive.read_only()));
     let slots = 0..configuration.devices.count();
     let devices: Vec<(u64, u32)> = slots.filter_map(layout::virtio_device).collect();
-    let boot_args = kernel
-        .source
-        .boot_args
-        .as_deref()
-        .unwrap_or(DEFAULT_BOOT_ARGS);
-    let command_line = boot::command_line(boot_args, root, &devices)
-        .context("The kernel command line does not fit")?;
-    let mut seed = [0; 32];
-    fd::random(&mut seed).context("Making the guest's random seed failed")?;
+    let boot_args = kernel.source.boot_args.as_deref();
+    let boot_args = boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_owned();
+    let (mut seed, mut generation_id) = ([0; 32], [0; GENERATION_ID_LEN]);
+    for random in [seed.as_mut_slice(), &mut generation_id] {
+        fd::random(random).context("Making the guest's random numbers failed")?;
+    }
     let (vcpus, protocol) = (configuration.machine.vcpu_count, host.settings.protocol);
     Ok(move |memory: &mut Memory| {
         const NO_FILE: &str = "A file cannot be used";
@@ -511,16 +515,22 @@ fn load(
         let parsed = parsed.context("The kernel cannot be booted")?;
         let initrd = initrd.as_ref();
         let initrd = initrd.map(|initrd| (&initrd.file, initrd.name.as_str()));
-        boot::load(
-            memory,
-            &parsed,
-            initrd,
-            &command_line,
+        let root = root.as_ref().map(|(partuuid, read_only)| Root {
+            partuuid: partuuid.as_deref(),
+            read_only: *read_only,
+        });
+        let finds_them = !boot::acpi_is_off(&boot_args) && parsed.reads_acpi();
+        let announced = if finds_them { &[] } else { devices.as_slice() };
+        let command_line = boot::command_line(&boot_args, root, announced)
+            .context("The kernel command line does not fit")?;
+        let told = Told {
+            command_line: &command_line,
             vcpus,
-            protocol,
-            &seed,
-        )
-        .context("Loading the guest failed")
+            devices: &devices,
+            seed: &seed,
+            generation_id,
+        };
+        boot::load(memory, &parsed, initrd, protocol, &told).context("Loading the guest failed")
     })
 }
 

@@ -94,15 +94,22 @@ impl Vmm {
             .as_ref()
             .and_then(|machine| machine.crash(index))
             .copied();
+        let panicked = self
+            .machine
+            .as_ref()
+            .is_some_and(|machine| machine.power.has_panicked());
         if let Some(told) = self.end.take() {
             let report = EndReport {
-                end: word(end),
+                end: word(end, panicked),
                 crash: crash.map(|crash| detail(index, end, &crash)),
             };
             // The exit code says the most important part if nothing reads this.
             self.write_once("how the guest ended", told, report.to_string());
         }
         match end {
+            End::Reset | End::PowerOff if panicked => {
+                error!("The guest's kernel panicked, and then ended its machine.");
+            }
             End::Reset => info!("The guest reset its machine."),
             End::PowerOff => info!("The guest powered its machine off."),
             _ => {
@@ -117,7 +124,7 @@ impl Vmm {
                 }
             }
         }
-        exit_code(end)
+        exit_code(end, panicked)
     }
 
     /// The mapped file that was changed, as far as the files thread finds out in time.
@@ -215,9 +222,10 @@ fn detail(vcpu: u8, end: End, crash: &Crash) -> wire::Crash {
     }
 }
 
-/// The process's exit code for an end of the guest.
-const fn exit_code(end: End) -> i32 {
+/// The process's exit code for an end of the guest, whose kernel may have told of a panic before.
+const fn exit_code(end: End, panicked: bool) -> i32 {
     match end {
+        End::Reset | End::PowerOff | End::TripleFault if panicked => exit::GUEST_PANICKED,
         End::Reset | End::PowerOff => exit::GUEST_ENDED,
         End::TripleFault => exit::GUEST_CRASHED,
         End::MemoryGone => exit::SIGBUS,
@@ -228,9 +236,11 @@ const fn exit_code(end: End) -> i32 {
     }
 }
 
-/// What programs are told of `end`.
-const fn word(end: End) -> wire::End {
+/// What programs are told of `end`, after a panic of the guest's kernel if it told of one.
+const fn word(end: End, panicked: bool) -> wire::End {
     match end {
+        // A kernel that resets after a panic may do it by a triple fault.
+        End::Reset | End::PowerOff | End::TripleFault if panicked => wire::End::Panic,
         End::Reset => wire::End::Reset,
         End::PowerOff => wire::End::Shutdown,
         End::TripleFault => wire::End::Crash,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::arch::Vm;
 use crate::arch::i8042::I8042;
+use crate::arch::power::Power;
 use crate::inbox::Sender;
 use crate::memory::Memory;
 use crate::serial::{self, SerialMessage};
@@ -21,6 +22,8 @@ pub struct Machine {
     pub console_counters: Arc<serial::Counters>,
     /// Where Ctrl-Alt-Del is pressed.
     pub keyboard: Arc<I8042>,
+    /// Where the guest ends its machine, and tells of a panic.
+    pub power: Arc<Power>,
     /// Kept open: the last one to hold it ends the virtual machine.
     pub _vm: Arc<Vm>,
     /// Kept mapped.

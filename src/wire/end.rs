@@ -19,6 +19,8 @@ pub enum End {
     Reset,
     /// It powered its machine off.
     Shutdown,
+    /// Its kernel panicked, said so, and then ended the machine in whatever way.
+    Panic,
     /// It crashed: a triple fault.
     Crash,
     /// Its memory is gone: a file that is mapped into it was cut short, or the host has no more.
@@ -29,9 +31,10 @@ pub enum End {
 
 impl End {
     /// All of them.
-    pub const ALL: [End; 5] = [
+    pub const ALL: [End; 6] = [
         End::Reset,
         End::Shutdown,
+        End::Panic,
         End::Crash,
         End::MemoryGone,
         End::NotRunnable,
@@ -42,6 +45,7 @@ impl End {
         match self {
             End::Reset => "reset",
             End::Shutdown => "shutdown",
+            End::Panic => "panic",
             End::Crash => "crash",
             End::MemoryGone => "memory-gone",
             End::NotRunnable => "not-runnable",

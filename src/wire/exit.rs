@@ -31,6 +31,8 @@ pub const GUEST_NOT_RUNNABLE: i32 = 161;
 pub const WORKER_FAILED: i32 = 162;
 /// Internal error: a panic.
 pub const PANIC: i32 = 163;
+/// The guest's kernel panicked, said so, and then reset its machine. (164 is the jailer's.)
+pub const GUEST_PANICKED: i32 = 165;
 
 /// The code when `signal` ends the process: its own where it has one, else 128 and its number, as
 /// shells have it (a process that is the first of its namespace cannot die by the signal itself).

@@ -135,6 +135,7 @@ impl Verdict {
                 "a file mapped into the guest was cut short",
             ),
             exit::GUEST_CRASHED => return Verdict::new("crash", code, crash_text(seen)),
+            exit::GUEST_PANICKED => ("panic", "the guest's kernel panicked"),
             exit::GUEST_NOT_RUNNABLE => return Verdict::new("not-runnable", code, stop_text(seen)),
             exit::WORKER_FAILED => ("worker-failed", "a thread of the monitor failed"),
             exit::BAD_LOG_LEVEL | exit::BAD_ARGUMENTS => (
@@ -301,6 +302,7 @@ mod tests {
             (Ended::Exited(1), seen(), ("error", 1)),
             (Ended::Exited(148), seen(), ("seccomp", 148)),
             (Ended::Exited(160), seen(), ("crash", 160)),
+            (Ended::Exited(165), seen(), ("panic", 165)),
             (Ended::Exited(161), seen(), ("not-runnable", 161)),
             (Ended::Exited(162), seen(), ("worker-failed", 162)),
             (Ended::Exited(163), seen(), ("fault", 163)),

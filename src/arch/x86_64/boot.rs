@@ -23,10 +23,11 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::ByteValued;
 
-pub use super::command_line::{Root, command_line};
+pub use super::acpi::GENERATION_ID_LEN;
+pub use super::command_line::{Root, acpi_is_off, command_line};
 use super::gdt::Segments;
 use super::kernel::{Kernel, bzimage};
-use super::{layout, mptable};
+use super::{acpi, layout, mptable};
 use crate::memory::{LOW_RAM_END_MAX, Memory, MemoryError, Source};
 
 /// `hvm_start_info.magic`.
@@ -70,6 +71,21 @@ pub struct Entry {
     pub protocol: Protocol,
     /// Guest address of the first instruction.
     pub rip: u64,
+}
+
+/// What the kernel is told of its machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Told<'a> {
+    /// The whole command line.
+    pub command_line: &'a str,
+    /// How many vCPUs there are.
+    pub vcpus: u8,
+    /// Address and interrupt line of each virtio device, in the order of slots.
+    pub devices: &'a [(u64, u32)],
+    /// For the kernel's random numbers, where the protocol has a place for it (64-bit Linux).
+    pub seed: &'a [u8; 32],
+    /// Which of all machines this is; clones get another.
+    pub generation_id: [u8; GENERATION_ID_LEN],
 }
 
 /// Why a guest could not be put together.
@@ -215,8 +231,8 @@ impl From<MemoryError> for BootError {
 /// Puts kernel, initrd (a file and what errors call it) and tables into `memory`, which must not
 /// have been used yet.
 ///
-/// Without `protocol` the kernel decides: PVH if it has the note. `seed` goes to the kernel's
-/// random numbers where the protocol has a place for it (64-bit Linux).
+/// Without `protocol` the kernel decides: PVH if it has the note. Which of the tables it reads, those
+/// of ACPI or the MP table, it decides too.
 ///
 /// # Errors
 /// [`BootError`] when something does not fit or cannot be read.
@@ -224,14 +240,12 @@ pub fn load(
     memory: &mut Memory,
     kernel: &Kernel,
     initrd: Option<(&File, &str)>,
-    command_line: &str,
-    vcpus: u8,
     protocol: Option<Protocol>,
-    seed: &[u8; 32],
+    told: &Told<'_>,
 ) -> Result<Entry, BootError> {
     let entry = choose_entry(kernel, protocol)?;
     let max = kernel.bzimage.as_ref().map(|image| image.command_line_max);
-    let len = command_line.len() as u64;
+    let len = told.command_line.len() as u64;
     if let Some(max) = max.filter(|max| len > *max) {
         let name = kernel.source.name().to_owned();
         return Err(BootError::CommandLineTooLong { name, len, max });
@@ -241,9 +255,11 @@ pub fn load(
         Some((file, name)) => Some(place_initrd(memory, kernel, file, name)?),
         None => None,
     };
-    let mp_table = mptable::table(vcpus).ok_or(BootError::Vcpus(vcpus))?;
+    let mp_table = mptable::table(told.vcpus).ok_or(BootError::Vcpus(told.vcpus))?;
     memory.write(layout::MP_TABLE, &mp_table)?;
-    let mut line = command_line.as_bytes().to_vec();
+    let tables = acpi::tables(told.vcpus, told.devices, told.generation_id);
+    memory.write(layout::ACPI, &tables)?;
+    let mut line = told.command_line.as_bytes().to_vec();
     line.push(0);
     memory.write(layout::COMMAND_LINE, &line)?;
     let segments = Segments::flat(entry.protocol == Protocol::Linux64);
@@ -251,7 +267,7 @@ pub fn load(
     match entry.protocol {
         Protocol::Pvh => write_start_info(memory, initrd)?,
         Protocol::Linux64 => {
-            write_boot_params(memory, kernel, initrd, line.len(), seed)?;
+            write_boot_params(memory, kernel, initrd, line.len(), told.seed)?;
             write_page_tables(memory, kernel.end())?;
         }
     }
@@ -400,6 +416,7 @@ fn write_start_info(memory: &Memory, initrd: Option<(u64, u64)>) -> Result<(), B
         magic: PVH_MAGIC,
         version: PVH_VERSION,
         cmdline_paddr: layout::COMMAND_LINE,
+        rsdp_paddr: layout::ACPI,
         memmap_paddr: layout::PVH_MEMORY_MAP,
         memmap_entries: u32::try_from(map.len()).unwrap_or(0),
         ..hvm_start_info::default()
@@ -430,7 +447,10 @@ fn write_boot_params(
 ) -> Result<(), BootError> {
     // Everything lies below 4 GiB, by layout and by where an initrd is placed.
     let low = |address: u64| u32::try_from(address).unwrap_or(0);
-    let mut params = boot_params::default();
+    let mut params = boot_params {
+        acpi_rsdp_addr: layout::ACPI,
+        ..boot_params::default()
+    };
     match &kernel.bzimage {
         // Its own header, of which the loader fills in some fields.
         Some(image) => {

@@ -49,7 +49,9 @@ impl fmt::Display for CommandLineError {
 impl Error for CommandLineError {}
 
 /// The command line: `boot_args` as given, then what mayfly adds, before any ` -- ` that begins
-/// the arguments of init. `devices` are address and interrupt line of each virtio device.
+/// the arguments of init. `devices` are address and interrupt line of each virtio device that is to be
+/// announced there: all of them for a kernel without ACPI, none for one that finds them in its tables,
+/// which would try to attach each a second time.
 ///
 /// # Errors
 /// [`CommandLineError`] when that is longer than [`layout::COMMAND_LINE_MAX`] with its closing
@@ -106,6 +108,17 @@ pub fn command_line(
     }
     line.push_str(&init_args);
     Ok(line)
+}
+
+/// Whether `boot_args` have Linux do without ACPI: the last `acpi=` that switches it counts.
+pub fn acpi_is_off(boot_args: &str) -> bool {
+    let (line, _) = split_init_args(boot_args);
+    let mut switches = line.split_ascii_whitespace().filter_map(|word| match word {
+        "acpi=off" => Some(true),
+        "acpi=on" | "acpi=force" => Some(false),
+        _ => None,
+    });
+    switches.next_back().unwrap_or(false)
 }
 
 /// What is before and after the first ` -- ` that is not inside double quotes.
@@ -166,6 +179,21 @@ mod tests {
             ("a --", None, &[], "a -- pci=off"),
         ] {
             assert_eq!(command_line(args, root, devices).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn acpi_is_off_when_the_last_switch_says_so() {
+        for (args, off) in [
+            ("", false),
+            ("acpi=off", true),
+            ("quiet acpi=off panic=1", true),
+            ("acpi=off acpi=force", false),
+            ("acpi=on acpi=off acpi=rsdt", true),
+            ("quiet -- acpi=off", false),
+            ("pci=noacpi xacpi=off acpi=offline", false),
+        ] {
+            assert_eq!(acpi_is_off(args), off, "{args}");
         }
     }
 

@@ -89,8 +89,14 @@ fn machine_with(
     let kernel = Kernel::read(file, "kernel").unwrap();
     let mut memory = Memory::anonymous(mib).unwrap();
     let line = command_line(boot_args, None, &[]).unwrap();
-    let seed = [1; 32];
-    let entry = boot::load(&mut memory, &kernel, None, &line, count, protocol, &seed).unwrap();
+    let told = boot::Told {
+        command_line: &line,
+        vcpus: count,
+        devices: &[],
+        seed: &[1; 32],
+        generation_id: [1; 16],
+    };
+    let entry = boot::load(&mut memory, &kernel, None, protocol, &told).unwrap();
     let vm = Arc::new(Vm::new(kvm, &memory, false, chips).unwrap());
     let vcpus: Vec<_> = (0..count).map(|n| vm.create_vcpu(n).unwrap()).collect();
     let supported = cpuid::supported(kvm).unwrap();

@@ -5,6 +5,7 @@
 //!   0x0000_7000  zero page (boot_params), 64-bit protocol only
 //!   0x0000_9000  page tables, 64-bit protocol only
 //!   0x0009_fc00  MP table, up to 1 MiB reserved
+//!   0x000e_0000  ACPI tables and the generation ID
 //!   0x0010_0000  kernel and, below the end of low RAM, initrd
 //!   0xc000_0000  hole of 1 GiB: devices, I/O APIC, local APIC, KVM's own pages
 //! 0x1_0000_0000  RAM continues
@@ -60,6 +61,20 @@ pub const MP_TABLE: u64 = 0x9_fc00;
 #[cfg(test)]
 pub const MP_TABLE_MAX: usize = 0x400;
 
+/// ACPI's root pointer, where it is looked for on BIOS machines: from here to 1 MiB, at multiples
+/// of 16 (ACPI Specification 6.5, section 5.2.5.1).
+pub const ACPI: u64 = 0xe_0000;
+
+/// The generation ID: 16 bytes, in memory that no kernel takes for its own.
+pub const GENERATION_ID: u64 = ACPI + 0x30;
+
+/// The other ACPI tables.
+pub const ACPI_TABLES: u64 = ACPI + 0x40;
+
+/// Room for all of them. 32 vCPUs and 19 devices take some 2,300 bytes.
+#[cfg(test)]
+pub const ACPI_MAX: usize = 0x1000;
+
 /// From here on RAM is the kernel's: what is between [`MP_TABLE`] and here was video memory and
 /// BIOS, and is reserved in the memory map.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
@@ -107,6 +122,12 @@ pub const I8042_PORTS: [u64; 2] = [0x60, 0x64];
 
 /// Interrupt line of the keyboard.
 pub const I8042_GSI: u32 = 1;
+
+/// The ports of [`power`](super::power): clear of the ISA bus and of what KVM answers itself.
+pub const POWER_PORT: u64 = 0x600;
+
+/// How many they are.
+pub const POWER_PORTS: u64 = 4;
 
 /// Address and interrupt line of the virtio device number `index`, counted from 0;
 /// `None` from number [`VIRTIO_DEVICES_MAX`] on.

@@ -1,5 +1,6 @@
 //! x86_64 under KVM.
 
+mod acpi;
 pub mod boot;
 pub mod boot_timer;
 pub mod chips;
@@ -14,6 +15,7 @@ pub mod layout;
 pub mod mask;
 mod mptable;
 mod msr;
+pub mod power;
 pub mod split;
 pub mod vcpu;
 pub mod vm;

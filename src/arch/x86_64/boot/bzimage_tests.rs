@@ -2,7 +2,7 @@
 
 use super::super::kernel::bzimage::tests::Header;
 use super::super::kernel::tests::read_bytes;
-use super::tests::{SEED, file, read, text};
+use super::tests::{file, read, text, told};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -16,7 +16,7 @@ fn load_file(
     let kernel = read_bytes(kernel).map_err(|error| error.to_string())?;
     let initrd = initrd.map(file);
     let parts = initrd.as_ref().map(|file| (file.as_file(), "initrd"));
-    load(memory, &kernel, parts, line, 1, None, &SEED).map_err(|error| error.to_string())
+    load(memory, &kernel, parts, None, &told(line, 1)).map_err(|error| error.to_string())
 }
 
 fn code(len: usize) -> Vec<u8> {
@@ -135,7 +135,7 @@ fn load_when_pvh_is_asked_for_refuses_a_bzimage() {
     let kernel = read_bytes(&Header::default().file(&code(5000))).unwrap();
     let mut memory = Memory::anonymous(18).unwrap();
     let pvh = Some(Protocol::Pvh);
-    let error = load(&mut memory, &kernel, None, "", 1, pvh, &SEED).unwrap_err();
+    let error = load(&mut memory, &kernel, None, pvh, &told("", 1)).unwrap_err();
     assert_eq!(error.to_string(), "kernel vmlinux has no PVH entry");
 }
 

@@ -4,7 +4,7 @@ use std::io::Write;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
-pub(super) const SEED: [u8; 32] = [7; 32];
+const SEED: [u8; 32] = [7; 32];
 
 pub(super) fn read<T: ByteValued>(memory: &Memory, address: u64) -> T {
     memory.ram().read_obj(GuestAddress(address)).unwrap()
@@ -29,7 +29,17 @@ fn load_one(
     kernel: &Kernel,
     protocol: Option<Protocol>,
 ) -> Result<Entry, BootError> {
-    load(memory, kernel, None, "console=ttyS0", 1, protocol, &SEED)
+    load(memory, kernel, None, protocol, &told("console=ttyS0", 1))
+}
+
+pub(super) fn told(command_line: &str, vcpus: u8) -> Told<'_> {
+    Told {
+        command_line,
+        vcpus,
+        devices: &[(0xc000_1000, 5)],
+        seed: &SEED,
+        generation_id: [9; 16],
+    }
 }
 
 fn kernel(len: usize, pvh: bool) -> Kernel {
@@ -44,7 +54,7 @@ fn load_when_kernel_has_the_note_writes_start_info() {
     let initrd = file(&[0x5a; 100_000]);
     let kernel = kernel(200_000, true);
     let parts = Some((initrd.as_file(), "initrd"));
-    let entry = load(&mut memory, &kernel, parts, "quiet", 4, None, &SEED).unwrap();
+    let entry = load(&mut memory, &kernel, parts, None, &told("quiet", 4)).unwrap();
     assert_eq!(
         entry,
         Entry {
@@ -58,6 +68,8 @@ fn load_when_kernel_has_the_note_writes_start_info() {
         (0x336e_c578, 1, 1)
     );
     assert_eq!(text(&memory, info.cmdline_paddr), "quiet");
+    assert_eq!(read::<[u8; 8]>(&memory, info.rsdp_paddr), *b"RSD PTR ");
+    assert_eq!(read::<[u8; 16]>(&memory, layout::GENERATION_ID), [9; 16]);
     let module: hvm_modlist_entry = read(&memory, info.modlist_paddr);
     assert_eq!((module.paddr, module.size), ((16 << 20) - 102_400, 100_000));
     let bytes: [u8; 32] = read(&memory, module.paddr + 99_968);
@@ -97,6 +109,10 @@ fn load_when_there_is_no_note_writes_boot_params_and_page_tables() {
     let hdr = params.hdr;
     assert_eq!({ hdr.header }, 0x5372_6448);
     assert_eq!({ hdr.ramdisk_size }, 0);
+    assert_eq!(
+        read::<[u8; 8]>(&memory, params.acpi_rsdp_addr),
+        *b"RSD PTR "
+    );
     assert_eq!(text(&memory, u64::from(hdr.cmd_line_ptr)), "console=ttyS0");
     assert_eq!(read::<u64>(&memory, hdr.setup_data), 0);
     assert_eq!(read::<[u32; 2]>(&memory, hdr.setup_data + 8), [9, 32]);
@@ -156,7 +172,7 @@ fn load_when_something_does_not_fit_says_the_sizes() {
     let mut load_initrd = |bytes: &[u8]| {
         let file = file(bytes);
         let parts = Some((file.as_file(), "initrd"));
-        load(&mut memory, &kernel, parts, "", 1, None, &SEED).map(|_| ())
+        load(&mut memory, &kernel, parts, None, &told("", 1)).map(|_| ())
     };
     let room = (1 << 20) - 8192;
     assert_eq!(
