@@ -170,15 +170,34 @@ fn enabled_processors(madt: u64) -> u32 {
     count as u32
 }
 
-/// Address space and address of the FADT's sleep control register.
-pub fn sleep_control() -> Result<(u64, u64), Text> {
+/// The FADT, if it is long enough to have the register at `offset`.
+fn fadt(offset: u64) -> Result<u64, Text> {
     let mut found = None;
     tables(|table, name| {
-        if &name == b"FACP" && x86::load(table + 4, 4) >= 256 {
-            found = Some((x86::load(table + 244, 1), x86::load(table + 248, 8)));
+        if &name == b"FACP" && x86::load(table + 4, 4) >= offset + 12 {
+            found = Some(table);
         }
     })?;
-    found
-        .filter(|(_, address)| *address != 0)
-        .ok_or_else(|| "no sleep control register".into())
+    found.ok_or_else(|| text!("no FADT with a register at {offset}"))
+}
+
+/// Address space and address of the FADT's register at `offset`.
+fn register(offset: u64) -> Result<(u64, u64), Text> {
+    let fadt = fadt(offset)?;
+    let address = x86::load(fadt + offset + 4, 8);
+    match address {
+        0 => Err(text!("the FADT's register at {offset} has no address")),
+        _ => Ok((x86::load(fadt + offset, 1), address)),
+    }
+}
+
+/// Address space and address of the FADT's sleep control register.
+pub fn sleep_control() -> Result<(u64, u64), Text> {
+    register(244)
+}
+
+/// The same of its reset register, and what is to be written there.
+pub fn reset_register() -> Result<(u64, u64, u8), Text> {
+    let (space, address) = register(116)?;
+    Ok((space, address, x86::load(fadt(116)? + 128, 1) as u8))
 }

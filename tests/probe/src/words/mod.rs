@@ -17,7 +17,8 @@
 //! | `echo[:LINES]` `shell` | prints serial input lines; executes them as words until `end` |
 //! | `kbd[:CODES[:MS]]` | prints scancodes from the keyboard controller |
 //! | `smp[:CPUS]` | starts the other processors and lets them count |
-//! | `reset` `triple` `poweroff` `fault` `panic` | ways for the machine to end |
+//! | `reset` `acpireset` `triple` `poweroff` `fault` `panic` | ways for the machine to end |
+//! | `tellpanic` | says that a kernel panicked |
 //! | `blkinfo:N` | features, capacity, id, read-only |
 //! | `blkread:N:SECTOR:COUNT` | sum and first bytes |
 //! | `blkwrite:N:SECTOR:COUNT:SEED` `blkverify:...` | the pattern of `crate::pattern` |
@@ -78,6 +79,8 @@ const WORDS: &[(&str, Word)] = &[
     ("reset", power::reset_word),
     ("triple", power::triple),
     ("poweroff", power::poweroff),
+    ("acpireset", power::acpi_reset),
+    ("tellpanic", power::tell_panic),
     ("fault", power::fault),
     ("panic", power::panic),
     ("blkinfo", block::info),

@@ -3,9 +3,17 @@
 use super::{Arguments, Outcome, attack};
 use crate::{pattern, serial, text, virtio, x86};
 
-/// Ports whose writes end the machine or garble the console: the keyboard controller's
-/// command port, the fast reset of port 92h, PCI's reset control, the serial port.
-const LEFT_OUT: [(u16, u16); 4] = [(0x64, 0x64), (0x92, 0x92), (0xcf9, 0xcf9), (0x3f8, 0x3ff)];
+/// Ports whose writes end the machine, say that it panicked, or garble the console: the keyboard
+/// controller's command port, the fast reset of port 92h, mayfly's sleep control, reset and panic
+/// registers, PCI's reset control, the serial port.
+const LEFT_OUT: [(u16, u16); 6] = [
+    (0x64, 0x64),
+    (0x92, 0x92),
+    (0x600, 0x600),
+    (0x602, 0x603),
+    (0xcf9, 0xcf9),
+    (0x3f8, 0x3ff),
+];
 
 /// Below this every port is tried, whatever the step: that is where devices are.
 const LEGACY: u16 = 0x700;

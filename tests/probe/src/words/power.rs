@@ -1,7 +1,7 @@
 //! Words that end the machine.
 
 use super::{Arguments, Outcome};
-use crate::{clock, fault, serial, x86};
+use crate::{clock, fault, serial, text, x86};
 
 const KEYBOARD_COMMAND: u16 = 0x64;
 /// Pulse the reset line.
@@ -36,12 +36,37 @@ fn triple_fault() -> ! {
 pub fn poweroff(_: &mut Arguments) -> Outcome {
     const SLEEP_ENABLE_TYPE_5: u8 = 1 << 5 | 5 << 2;
     let (space, address) = super::firmware::sleep_control()?;
-    match space {
-        0 => x86::store(address, 1, u64::from(SLEEP_ENABLE_TYPE_5)),
-        _ => x86::outb(address as u16, SLEEP_ENABLE_TYPE_5),
-    }
+    write(space, address, SLEEP_ENABLE_TYPE_5);
     clock::wait_ms(PATIENCE_MS);
     Err("power-off not heard".into())
+}
+
+/// By the FADT's reset register (ACPI 6.x, section 4.8.3.6).
+pub fn acpi_reset(_: &mut Arguments) -> Outcome {
+    let (space, address, value) = super::firmware::reset_register()?;
+    write(space, address, value);
+    clock::wait_ms(PATIENCE_MS);
+    Err("reset not heard".into())
+}
+
+/// One byte to a register in memory, or at a port.
+fn write(space: u64, address: u64, value: u8) {
+    match space {
+        0 => x86::store(address, 1, u64::from(value)),
+        _ => x86::outb(address as u16, value),
+    }
+}
+
+/// Says that a kernel panicked, as Linux's driver pvpanic does, and goes on.
+pub fn tell_panic(_: &mut Arguments) -> Outcome {
+    const PORT: u16 = 0x603;
+    const PANICKED: u8 = 1;
+    let understood = x86::inb(PORT);
+    if understood & PANICKED == 0 {
+        return Err(text!("the panic register reads {understood:#x}"));
+    }
+    x86::outb(PORT, PANICKED);
+    Ok(text!("understood={understood:#x}"))
 }
 
 /// A page fault that is reported: tests of src/fault.rs.
