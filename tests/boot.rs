@@ -182,6 +182,56 @@ fn memory_when_of_any_size_is_all_there() {
 }
 
 #[test]
+fn interrupt_controller_when_in_either_place_boots_and_its_timer_counts() {
+    needs!(kvm);
+    for place in [None, Some("auto"), Some("split"), Some("kernel")] {
+        let folder = Folder::new();
+        let mut config = probe_vm("pit,pic,smp:2,echo");
+        config["machine-config"]["vcpu_count"] = json!(2);
+        if let Some(place) = place {
+            config["machine-config"]["interrupt_controller"] = json!(place);
+        }
+        let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
+        let output = monitor.expect("probe: echo ready");
+        // Firecracker's clients compare what is reported.
+        let shown = &api.get("/machine-config")["interrupt_controller"];
+        let expected = place.filter(|place| *place != "auto");
+        assert_eq!(shown.as_str(), expected, "{place:?}");
+        let number = |name| value(&output, name).parse::<f64>().unwrap();
+        let ratio = number("khz") / number("cpuid");
+        // A busy host makes it seem greater.
+        assert!((0.9..1.8).contains(&ratio), "{place:?}: {ratio}: {output}");
+        assert!(output.contains("probe: smp:2 ok"), "{output}");
+        monitor.type_in("x\n");
+        monitor.exits_with(0);
+    }
+}
+
+#[test]
+fn command_line_when_it_asks_for_the_old_controller_gets_the_kernels() {
+    needs!(kvm);
+    const TOLD: &str = "The guest waits for interrupts from the 8259 interrupt controller";
+    for (words, place, told) in [
+        ("", "auto", true),
+        (" noapic", "auto", false),
+        (" no-kvmclock", "auto", false),
+        (" noapic", "split", true),
+        ("", "kernel", false),
+    ] {
+        let mut config = probe_vm("pic");
+        let args = config["boot-source"]["boot_args"].as_str().unwrap();
+        config["boot-source"]["boot_args"] = json!(format!("{args}{words}"));
+        config["machine-config"]["interrupt_controller"] = json!(place);
+        let folder = Folder::new();
+        let mut monitor = Monitor::boot(&folder, &config);
+        monitor.expect("probe: pic ok");
+        monitor.exits_with(0);
+        let log = fs::read_to_string(folder.join("log")).unwrap();
+        assert_eq!(log.contains(TOLD), told, "{words:?} {place}: {log}");
+    }
+}
+
+#[test]
 fn memory_when_just_enough_for_the_kernel_runs_it() {
     needs!(kvm);
     let folder = Folder::new();

@@ -606,7 +606,10 @@ fn begin_vcpus(
             thread.ask(move || {
                 let vcpu = vm.create_vcpu(index);
                 let vcpu = vcpu.context(NO_VM)?;
-                let table = cpuid::table(&supported, index, count, smt);
+                let mut table = cpuid::table(&supported, index, count, smt);
+                if let Ok(khz) = vcpu.get_tsc_khz() {
+                    table = cpuid::with_rates(&table, khz);
+                }
                 arch::vcpu::prepare(&vcpu, &table).context(BAD_VCPU)?;
                 arch::vcpu::mask_msrs(&vcpu, &masks).context(BAD_VCPU)?;
                 Ok(vcpu)

@@ -30,6 +30,13 @@ const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_CACHES: u32 = 0x8000_001d;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
+/// The first of the hypervisor's leaves, whose EAX is the last of them; and the one that tells the
+/// rates of the processor's counter and of the local APIC's timer, in kHz.
+const HYPERVISOR_LEAVES: u32 = 0x4000_0000;
+const RATES: u32 = 0x4000_0010;
+/// KVM's local APICs count nanoseconds.
+const APIC_KHZ: u32 = 1_000_000;
+
 /// Leaf 1, ECX.
 const PDCM: u32 = 1 << 15;
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -147,6 +154,35 @@ pub fn table(supported: &CpuId, index: u8, count: u8, smt: bool) -> CpuId {
     for entry in &mut entries {
         topology.adapt(entry, amd);
     }
+    CpuId::from_entries(&entries).expect("KVM's table and a few leaves more are below the limit")
+}
+
+/// The same table with the rate of the processor's counter in it, which a guest without KVM's clock
+/// would have to measure.
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::expect_used,
+        reason = "the list is of the host and ours, and short"
+    )
+)]
+pub fn with_rates(table: &CpuId, tsc_khz: u32) -> CpuId {
+    let mut entries = table.as_slice().to_vec();
+    let first = entries
+        .iter_mut()
+        .find(|entry| entry.function == HYPERVISOR_LEAVES);
+    // KVM's own leaves are there on every host; a table without them is not given others.
+    let Some(first) = first else {
+        return table.clone();
+    };
+    first.eax = first.eax.max(RATES);
+    entries.retain(|entry| entry.function != RATES);
+    entries.push(kvm_cpuid_entry2 {
+        function: RATES,
+        eax: tsc_khz,
+        ebx: APIC_KHZ,
+        ..kvm_cpuid_entry2::default()
+    });
     CpuId::from_entries(&entries).expect("KVM's table and a few leaves more are below the limit")
 }
 

@@ -211,6 +211,41 @@ fn cpuid_when_set_is_read_back() {
 }
 
 #[test]
+fn cpuid_when_set_announces_what_kvm_does_for_guests() {
+    needs!(kvm);
+    let kvm = Kvm::new().unwrap();
+    let supported = cpuid::supported(&kvm).unwrap();
+    for chips in [Chips::Kernel, Chips::Split] {
+        let memory = Memory::anonymous(2).unwrap();
+        let vm = Vm::new(&kvm, &memory, false, chips).unwrap();
+        for index in [0, 3] {
+            let vcpu = vm.create_vcpu(index).unwrap();
+            let khz = vcpu.get_tsc_khz().unwrap();
+            let table = cpuid::table(&supported, index, 4, false);
+            vcpu::prepare(&vcpu, &cpuid::with_rates(&table, khz)).unwrap();
+            let set = vcpu.get_cpuid2(256).unwrap();
+            let leaf = |function| {
+                let found = set.as_slice().iter().find(|e| e.function == function);
+                *found.unwrap_or_else(|| panic!("{function:#x}"))
+            };
+            assert_eq!(leaf(0x4000_0000).ebx.to_le_bytes(), *b"KVMK");
+            assert_eq!(leaf(0x4000_0000).eax, 0x4000_0010);
+            // KVM's clock by its old and its new registers, steal time, PV EOI, and that the clock
+            // is the same on all vCPUs.
+            for bit in [0, 3, 5, 6, 24] {
+                assert_ne!(leaf(0x4000_0001).eax & 1 << bit, 0, "bit {bit}");
+            }
+            // x2APIC, TSC deadline timer, a hypervisor.
+            for bit in [21, 24, 31] {
+                assert_ne!(leaf(1).ecx & 1 << bit, 0, "bit {bit}");
+            }
+            assert_eq!(leaf(0x4000_0010).eax, khz);
+            assert_eq!(leaf(0x4000_0010).ebx, 1_000_000);
+        }
+    }
+}
+
+#[test]
 fn cpu_config_when_applied_is_read_back_as_in_the_golden_tables() {
     needs!(kvm);
     let kvm = Kvm::new().unwrap();

@@ -118,6 +118,23 @@ pub fn tsc(_: &mut Arguments) -> Outcome {
     Ok(text!("{khz} kHz by {source}, now {}", x86::rdtsc()))
 }
 
+pub fn pit(_: &mut Arguments) -> Outcome {
+    let khz = clock::pit_rate().ok_or("no PIT, or one that does not count")?;
+    // Ring 3 may see the host's leaves.
+    let (told, ..) = ring0::cpuid(0x4000_0010, 0);
+    Ok(text!("khz={khz} cpuid={told}"))
+}
+
+/// Lets the timer's line through the first 8259.
+pub fn pic(_: &mut Arguments) -> Outcome {
+    const MASK: u16 = 0x21;
+    x86::outb(MASK, 0xfe);
+    match x86::inb(MASK) {
+        0xfe => Ok("".into()),
+        mask => Err(text!("the mask is {mask:#x}")),
+    }
+}
+
 pub fn timer(_: &mut Arguments) -> Outcome {
     x86::store(BOOT_TIMER, 1, BOOT_TIMER_VALUE);
     Ok("".into())

@@ -8,6 +8,7 @@
 //! | `cpus` `acpi` | what the MP table and the ACPI tables hold |
 //! | `cpuid[:LEAF:SUBLEAF]` | CPUID as ring 3 and ring 0 see it |
 //! | `rdmsr:INDEX` `tsc` | a model-specific register; the counter's rate |
+//! | `pit` `pic` | the counter's rate by the 8254; unmasks a line of the 8259 |
 //! | `mem` | writes and checks both ends of every RAM region |
 //! | `fill:MIB:SEED` `check:MIB:SEED` | writes a pattern to free memory; compares it (across a snapshot) |
 //! | `timer` | writes 123 to the boot timer at 0xc0000000 |
@@ -64,6 +65,8 @@ const WORDS: &[(&str, Word)] = &[
     ("cpuid", machine::cpuid),
     ("rdmsr", machine::rdmsr),
     ("tsc", machine::tsc),
+    ("pit", machine::pit),
+    ("pic", machine::pic),
     ("timer", machine::timer),
     ("count", machine::count),
     ("wait", machine::wait),
