@@ -2,7 +2,9 @@
 
 mod common;
 
+use std::fs;
 use std::path::Path;
+use std::process::{Command, Output};
 
 use common::{Folder, Monitor, needs};
 use serde_json::{Value, json};
@@ -135,5 +137,98 @@ fn bzimage_when_it_cannot_be_booted_is_refused_with_the_reason() {
         assert!(said.contains(why), "{why}: {said}");
         assert!(said.contains(kernel.to_str().unwrap()), "{said}");
         assert!(!said.contains("panic"), "{said}");
+    }
+}
+
+/// A bzImage that holds `elf`, compressed by `tool` as the kernel's build does it.
+fn packed(folder: &Folder, tool: &[&str], elf: &[u8]) -> Vec<u8> {
+    let plain = folder.file("plain", elf);
+    let output = Command::new(tool[0]).args(&tool[1..]).arg(&plain).output();
+    let mut payload = output.unwrap().stdout;
+    assert!(!payload.is_empty(), "{tool:?}");
+    if tool[0] != "gzip" {
+        payload.extend_from_slice(&(elf.len() as u32).to_le_bytes());
+    }
+    let mut file = bzimage();
+    let offset = (file.len() - 4 * 512) as u32;
+    file[0x248..][..4].copy_from_slice(&offset.to_le_bytes());
+    file[0x24c..][..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+    file.extend_from_slice(&payload);
+    // Something follows: it is not the kernel's.
+    file.extend_from_slice(b"a signature");
+    file
+}
+
+fn extract(file: &Path, out: &Path) -> Output {
+    let mut command = Command::new(common::root().join("tools/guest"));
+    command.arg("extract").arg(file).arg(out).output().unwrap()
+}
+
+fn elf_of_some_size() -> Vec<u8> {
+    let lines = (0..60_000).flat_map(|n| format!("line {n}\n").into_bytes());
+    b"\x7fELF".iter().copied().chain(lines).collect()
+}
+
+const PACKERS: &[&[&str]] = &[
+    &["gzip", "-9c"],
+    &["xz", "-c", "--check=crc32", "--x86", "--lzma2"],
+    &["lz4", "-lc"],
+    &["zstd", "-qc"],
+    &["bzip2", "-c"],
+    &["lzma", "-c"],
+];
+
+#[test]
+fn extract_when_bzimage_is_compressed_in_any_way_gives_its_vmlinux() {
+    needs!("gzip", "xz", "lz4", "zstd", "bzip2", "lzma");
+    let elf = elf_of_some_size();
+    for tool in PACKERS {
+        let folder = Folder::new();
+        let file = folder.file("vmlinuz", packed(&folder, tool, &elf));
+        let out = folder.join("vmlinux");
+        let output = extract(&file, &out);
+        assert!(output.status.success(), "{tool:?}: {output:?}");
+        assert_eq!(fs::read(&out).unwrap(), elf, "{tool:?}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
+    }
+}
+
+#[test]
+fn extract_when_file_is_bad_says_why_and_leaves_nothing() {
+    needs!("gzip", "xz", "zstd");
+    let elf = elf_of_some_size();
+    let folder = Folder::new();
+    let whole = packed(&folder, &["zstd", "-qc"], &elf);
+    let mut damaged = packed(&folder, &["xz", "-c"], &elf);
+    damaged[4 * 512 + 0x400 + 100] ^= 0xff;
+    let mut lying = packed(&folder, &["gzip", "-c"], &elf);
+    lying[0x24c] ^= 0x10;
+    let other = packed(&folder, &["gzip", "-c"], b"no ELF file, but long enough");
+    for (content, why) in [
+        (b"#!/bin/sh".to_vec(), "is not a bzImage"),
+        (elf, "is an ELF file: a vmlinux already"),
+        (whole[..whole.len() - 2000].to_vec(), "is truncated"),
+        (whole[..700].to_vec(), "is not a bzImage"),
+        (damaged, "is damaged: xz cannot unpack"),
+        (lying, "is damaged"),
+        (other, "holds something else than an ELF kernel"),
+        (bzimage(), "says that its kernel has 0 bytes"),
+    ] {
+        let folder = Folder::new();
+        let file = folder.file("vmlinuz", content);
+        let output = extract(&file, &folder.join("out"));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && said.contains(why),
+            "{why}: {said}"
+        );
+        assert!(said.contains(file.to_str().unwrap()), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{why}");
+    }
+    let folder = Folder::new();
+    for file in [folder.path(), &folder.join("missing")] {
+        let output = extract(file, &folder.join("out"));
+        assert!(!output.status.success(), "{output:?}");
     }
 }
