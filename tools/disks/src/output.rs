@@ -116,7 +116,7 @@ impl Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        let _ = remove(&self.work);
+        let _ = fs::remove_dir_all(&self.work);
     }
 }
 
@@ -140,11 +140,6 @@ fn exists(path: &Path) -> Failure {
         "exists",
         "give another output, or --force to replace it",
     )
-}
-
-/// Removes a folder whose content may lack permissions of its own.
-fn remove(folder: &Path) -> io::Result<()> {
-    fs::remove_dir_all(folder)
 }
 
 /// Makes the folder and locks it; one that an earlier run left is removed.
@@ -176,7 +171,7 @@ fn take(work: &Path, output: &Path) -> Result<File> {
                     return Err(busy());
                 }
                 eprintln!("removing what an interrupted run left: {}", printable(work));
-                remove(work).cannot("remove", work)?;
+                fs::remove_dir_all(work).cannot("remove", work)?;
             }
             Err(error) => return Err(error).cannot("create", work),
         }

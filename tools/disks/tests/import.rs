@@ -884,3 +884,74 @@ fn a_gpt_whose_backup_is_not_at_the_end_is_reported_and_mended() {
         &["partition 1 reaches"],
     );
 }
+
+#[test]
+fn file_systems_and_partitions_are_named() {
+    needs!("mke2fs", "mkfs.vfat", "mkswap", "mkfs.erofs", "sfdisk");
+    let folder = Folder::new();
+    let blank = |name: &str| {
+        let file = fs::File::create(folder.join(name)).unwrap();
+        file.set_len(40 << 20).unwrap();
+    };
+    fs::create_dir(folder.join("content")).unwrap();
+    fs::write(folder.join("content/file"), "x").unwrap();
+    let made: &[(&str, &str)] = &[
+        (
+            "mke2fs -q -t ext2 -L two fs",
+            "the whole disk: ext2 \"two\"",
+        ),
+        ("mke2fs -q -t ext3 fs", "the whole disk: ext3"),
+        ("mke2fs -q -t ext4 fs", "the whole disk: ext4"),
+        (
+            "mkfs.vfat -F 32 -n THIRTYTWO fs",
+            "the whole disk: vfat \"THIRTYTWO\"",
+        ),
+        (
+            "mkfs.vfat -F 16 -n SIXTEEN fs",
+            "the whole disk: vfat \"SIXTEEN\"",
+        ),
+        ("mkswap -q -L paging fs", "the whole disk: swap \"paging\""),
+        ("mkfs.erofs --quiet fs content", "the whole disk: erofs"),
+    ];
+    for (command, expected) in made {
+        blank("fs");
+        folder.run("sh", &["-c", command]);
+        let said = folder.succeeds(&["import", "fs", "out", "--force"]);
+        assert!(said.contains(&format!("{expected}\n")), "{command}: {said}");
+    }
+    // By their magic numbers alone: not every host has the programs.
+    let magic: &[(u64, &[u8], &str)] = &[
+        (0, b"XFSB", "xfs"),
+        (0x10040, b"_BHRfS_M", "btrfs"),
+        (3, b"NTFS    ", "ntfs"),
+        (0, b"hsqs", "squashfs"),
+        (536, b"LVM2 001", "LVM physical volume"),
+        (0x8001, b"CD001", "iso9660"),
+    ];
+    for (at, bytes, expected) in magic {
+        blank("fs");
+        folder.write_at("fs", *at, bytes);
+        let said = folder.succeeds(&["import", "fs", "out", "--force"]);
+        assert!(
+            said.contains(&format!("the whole disk: {expected}\n")),
+            "{said}"
+        );
+    }
+    // Logical partitions, one of which is encrypted, and a file system that was cut.
+    blank("fs");
+    let script = "printf 'label: dos\\nstart=2048,size=8192,type=83\\nstart=10240,size=61440,type=5\\n\
+                  start=12288,size=8192,type=83\\nstart=24576,size=8192,type=82\\n' | sfdisk -q fs";
+    folder.run("sh", &["-c", script]);
+    folder.write_at("fs", 24576 * 512, b"LUKS\xba\xbe");
+    folder.run("sh", &["-c", "mke2fs -q -t ext4 part 20M && dd if=part of=fs bs=1M seek=6 count=1 conv=notrunc status=none"]);
+    let said = folder.succeeds(&["import", "fs", "out", "--force"]);
+    for words in [
+        "MBR, 3 partitions",
+        "partition 1: 4 MiB at 1 MiB: no known file system",
+        "partition 5: 4 MiB at 6 MiB: ext4 (of 20 MiB, which is more than there is: truncated)",
+        "partition 6: 4 MiB at 12 MiB: LUKS (encrypted)",
+        "root=/dev/vda5",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+}

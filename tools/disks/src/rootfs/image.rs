@@ -54,7 +54,12 @@ pub fn stage(tree: &Tree, folder: PathBuf, state: PathBuf) -> Result<Staged> {
     };
     let mut places: Vec<Option<PathBuf>> = Vec::new();
     let mut all = vec![(staged.folder.clone(), ROOT)];
-    for (path, id) in tree.paths() {
+    let too_deep = |why| {
+        Failure::plain(format!(
+            "the root file system cannot be laid out: {why}; shorten its names"
+        ))
+    };
+    for (path, id) in tree.paths().map_err(too_deep)? {
         let place = staged.folder.join(OsStr::from_bytes(&path));
         if places.len() <= id {
             places.resize(id + 1, None);
@@ -72,7 +77,8 @@ pub fn stage(tree: &Tree, folder: PathBuf, state: PathBuf) -> Result<Staged> {
     for (place, id) in all.iter().rev() {
         let meta = tree.meta(*id);
         let time = Timespec {
-            tv_sec: meta.mtime,
+            // What ext4 can have.
+            tv_sec: meta.mtime.clamp(0, 1 << 33),
             tv_nsec: 0,
         };
         let times = Timestamps {

@@ -149,7 +149,7 @@ fn read(
     let file = File::open(&path).cannot("open", &path)?;
     let kind = Kind::of(&file, &path)?;
     if unpack::is_compressed(kind) {
-        // An archive of files is read as it comes; one of an image needs its parts in any order.
+        // An image needs the parts of its archive in any order.
         let unpacked = output.scratch("unpacked");
         unpack::unpack(&path, kind, &unpacked, args.max_size)?;
         let inner = Kind::of(&File::open(&unpacked).cannot("open", &path)?, &path)?;

@@ -4,7 +4,7 @@
 
 use super::oci::Config;
 use super::source::Blobs;
-use super::tree::{Id, Meta, Node, Tree};
+use super::tree::{Meta, Node, Tree};
 use crate::failure::{Failure, Result};
 
 const SCRIPT: &str = include_str!("init.sh");
@@ -32,32 +32,19 @@ fn is_executable(tree: &Tree, path: &str) -> bool {
     })
 }
 
-/// Where the name finally leads, as a path.
-fn leads_to(tree: &Tree, path: &str, id: Id) -> String {
-    let all = tree.paths();
-    let found = all.iter().filter(|(_, other)| *other == id);
-    let names: Vec<String> = found
-        .map(|(path, _)| String::from_utf8_lossy(path).into_owned())
-        .collect();
-    let _ = tree;
-    if names.is_empty() {
-        path.to_owned()
-    } else {
-        names.join(" ")
-    }
-}
-
+/// By what `/sbin/init` is another name of.
 fn init_of(tree: &Tree) -> Init {
-    let Some(id) = tree
-        .find("/sbin/init")
-        .filter(|_| is_executable(tree, "/sbin/init"))
-    else {
-        return Init::None;
+    let is_one_of = |paths: [&str; 2]| {
+        let init = tree.find("/sbin/init");
+        paths
+            .iter()
+            .any(|path| init.is_some() && tree.find(path) == init)
     };
-    let target = leads_to(tree, "/sbin/init", id);
-    if target.contains("systemd") {
+    if !is_executable(tree, "/sbin/init") {
+        Init::None
+    } else if is_one_of(["/usr/lib/systemd/systemd", "/lib/systemd/systemd"]) {
         Init::Systemd
-    } else if target.contains("busybox") {
+    } else if is_one_of(["/bin/busybox", "/usr/bin/busybox"]) {
         Init::Busybox
     } else {
         Init::Other

@@ -14,6 +14,8 @@ const NAME_MAX: usize = 255;
 const TARGET_MAX: usize = 4095;
 /// A whole path stays below the system's limit with the working folder before it.
 const PATH_MAX: usize = 3072;
+/// The bytes of all paths together.
+const PATHS_MAX: usize = 256 << 20;
 
 pub type Id = usize;
 pub const ROOT: Id = 0;
@@ -295,22 +297,28 @@ impl Tree {
         }
     }
 
-    /// Every name in the tree but the root's, folders before what is in them.
-    pub fn paths(&self) -> Vec<(Vec<u8>, Id)> {
+    /// Every name in the tree but the root's, folders before what is in them. Through links, names
+    /// can be longer than any that was added: all of them together are bounded.
+    pub fn paths(&self) -> Result<Vec<(Vec<u8>, Id)>> {
         let (mut found, mut todo) = (Vec::new(), vec![(Vec::new(), ROOT)]);
+        let mut left = PATHS_MAX;
         while let Some((path, id)) = todo.pop() {
             for (name, id) in self.children(id).into_iter().flatten() {
                 let below = match path.is_empty() {
                     true => name.clone(),
                     false => [&path[..], name].join(&b'/'),
                 };
+                let rest = left.checked_sub(below.len());
+                left = rest
+                    .filter(|_| below.len() <= PATH_MAX)
+                    .ok_or_else(|| format!("the folders around {:?} are too deep", shown(name)))?;
                 found.push((below.clone(), *id));
                 if self.children(*id).is_some() {
                     todo.push((below, *id));
                 }
             }
         }
-        found
+        Ok(found)
     }
 }
 
@@ -329,6 +337,7 @@ mod tests {
     fn listed(tree: &Tree) -> Vec<String> {
         let mut paths: Vec<String> = tree
             .paths()
+            .unwrap()
             .into_iter()
             .map(|(path, _)| String::from_utf8(path).unwrap())
             .collect();
@@ -379,6 +388,18 @@ mod tests {
             Node::File(..)
         ));
         assert!(tree.find("usr/lib/b").is_some());
+    }
+
+    #[test]
+    fn folders_that_grow_through_links_are_refused_before_their_paths_fill_the_memory() {
+        let mut tree = Tree::new();
+        let long = "n".repeat(200);
+        let deep = [long.as_str(); 10].join("/");
+        add(&mut tree, &deep, folder()).unwrap();
+        add(&mut tree, "l0", Node::Symlink(deep.clone().into_bytes())).unwrap();
+        assert!(tree.paths().is_ok());
+        add(&mut tree, &format!("l0/{deep}"), folder()).unwrap();
+        assert!(tree.paths().unwrap_err().contains("too deep"));
     }
 
     #[test]
