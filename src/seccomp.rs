@@ -11,28 +11,9 @@ use std::fmt;
 
 use seccompiler::sock_filter;
 
+// The programs, and `Category`, which has a variant for each file of rules.
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
-
-/// What a thread is, and so what it may ask of the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Category {
-    /// Reads requests and writes responses.
-    Api,
-    /// Owns the virtual machine.
-    Control,
-    /// Does what may wait for a file; the only one that may open files.
-    Files,
-    /// Runs guest code.
-    Vcpu,
-    /// Serves a disk.
-    Block,
-    /// Serves a network interface.
-    Net,
-    /// Moves console bytes.
-    Serial,
-    /// Carries log lines to their place.
-    Log,
-}
+include!(concat!(env!("OUT_DIR"), "/categories.rs"));
 
 /// A filter could not be installed.
 #[derive(Debug)]
@@ -63,17 +44,7 @@ impl Error for InstallError {
 /// # Errors
 /// When the kernel has no seccomp filters.
 pub fn install(category: Category) -> Result<(), InstallError> {
-    let program: &[sock_filter] = match category {
-        Category::Api => &API,
-        Category::Control => &CONTROL,
-        Category::Files => &FILES,
-        Category::Vcpu => &VCPU,
-        Category::Block => &BLOCK,
-        Category::Net => &NET,
-        Category::Serial => &SERIAL,
-        Category::Log => &LOG,
-    };
-    seccompiler::apply_filter(program).map_err(|cause| InstallError { category, cause })
+    seccompiler::apply_filter(category.program()).map_err(|cause| InstallError { category, cause })
 }
 
 #[cfg(test)]
@@ -120,33 +91,19 @@ mod tests {
         }
     }
 
-    fn program(category: &str) -> &'static [sock_filter] {
-        match category {
-            "api" => &API,
-            "block" => &BLOCK,
-            "control" => &CONTROL,
-            "files" => &FILES,
-            "log" => &LOG,
-            "net" => &NET,
-            "serial" => &SERIAL,
-            "vcpu" => &VCPU,
-            other => panic!("{other}"),
-        }
-    }
-
     #[test]
     fn filters_when_run_allow_what_their_rules_say_and_nothing_else() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/resources/seccomp/x86_64");
-        for file in std::fs::read_dir(folder).unwrap() {
-            let path = file.unwrap().path();
-            let category = path.file_stem().unwrap().to_str().unwrap();
-            let text: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for category in Category::ALL {
+            let program = category.program();
+            let category = &*format!("{category:?}").to_lowercase();
+            let text = std::fs::read(format!("{folder}/{category}.json")).unwrap();
+            let text: Value = serde_json::from_slice(&text).unwrap();
             let mut rules: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
             for rule in text[category]["filter"].as_array().unwrap() {
                 let name = rule["syscall"].as_str().unwrap();
                 rules.entry(name).or_default().push(rule);
             }
-            let program = program(category);
             let number = |name: &&str| (0..1000).find(|n| syscalls::name(*n) == *name).is_some();
             assert!(
                 rules.keys().all(number),

@@ -30,7 +30,7 @@ use self::exits::{Access, Outcome, Ran, run_once};
 use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
-use crate::metrics::{Counter, Report, Spread, micros_since};
+use crate::metrics::{Counter, Report, TimeSummary, micros_since};
 use crate::sys::{kvm, signal};
 use crate::timeline::{Moment, Timeline};
 
@@ -105,7 +105,7 @@ struct ExitCounters {
 #[derive(Debug, Default)]
 struct TimedCounter {
     count: Counter,
-    times: Spread,
+    times: TimeSummary,
 }
 
 impl ExitCounters {

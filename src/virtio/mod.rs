@@ -78,18 +78,10 @@ pub mod feature {
     pub const COMMON: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
 }
 
-/// Device IDs (virtio 1.2, 5).
-pub mod device_id {
-    /// Network device (5.1)
-    pub const NET: u32 = 1;
-    /// Block device (5.2)
-    pub const BLOCK: u32 = 2;
-}
-
 /// What a device is to its worker. All of it runs on the worker's thread once that is running;
 /// the first four are asked before, by [`attach`].
 pub trait Device: Send + 'static {
-    /// See [`device_id`].
+    /// The kind of device (virtio 1.2, 5).
     const ID: u32;
     /// The largest size of each queue; powers of two, at most [`QueueSet::LIMIT`] of them.
     const QUEUES: &'static [u16];

@@ -1,6 +1,6 @@
 //! What a block device counts, and how it is told.
 
-use crate::metrics::{Counter, Report, Spread};
+use crate::metrics::{Counter, Report, TimeSummary};
 use crate::virtio::WorkerCounters;
 
 /// What a block device counts.
@@ -21,45 +21,21 @@ pub struct BlockCounters {
     /// Requests that the host failed.
     pub failed: Counter,
     /// How long those that read took.
-    pub read_times: Spread,
+    pub read_times: TimeSummary,
     /// How long those that wrote took.
-    pub write_times: Spread,
+    pub write_times: TimeSummary,
     /// Times a request had to wait for the rate limiter.
     pub throttled: Counter,
     /// Times the disk or the limits were changed.
     pub updates: Counter,
 }
 
-/// The keys of Firecracker's metrics for a drive.
-pub const LINE_KEYS: [&str; 20] = [
-    "activate_fails",
-    "cfg_fails",
-    "no_avail_buffer",
-    "event_fails",
-    "execute_fails",
-    "invalid_reqs_count",
-    "flush_count",
-    "queue_event_count",
-    "rate_limiter_event_count",
-    "update_count",
-    "update_fails",
-    "read_bytes",
-    "write_bytes",
-    "read_count",
-    "write_count",
-    "read_agg",
-    "write_agg",
-    "rate_limiter_throttled_events",
-    "io_engine_throttled_events",
-    "remaining_reqs_count",
-];
-
 impl BlockCounters {
     /// Writes them, and what of `worker` belongs to them, into `report`, for the device `name`.
     pub(super) fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
         self.read_for_prometheus(name, report);
         for group in [&*format!("block_{name}"), "block"] {
-            report.expect(group, &LINE_KEYS);
+            report.expect(group, "block");
             for (key, value) in self.line(worker) {
                 report.add(group, key, value);
             }

@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use self::counters::{BlockCounters, LINE_KEYS};
+pub use self::counters::BlockCounters;
 pub use self::disk::Disk;
 
 #[cfg(test)]
@@ -26,7 +26,7 @@ use super::segment::{copy_out, window};
 use super::throttle::Throttle;
 use super::{
     BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, Updated, WorkerCounters,
-    device_id, feature,
+    feature,
 };
 use crate::metrics::{Report, micros_since};
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
@@ -154,7 +154,8 @@ impl Block {
 }
 
 impl Device for Block {
-    const ID: u32 = device_id::BLOCK;
+    // Block device (virtio 1.2, 5.2).
+    const ID: u32 = 2;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE];
     const UNITS_MAY_WAIT: bool = true;
     type Update = Update;

@@ -15,13 +15,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use self::buffers::Buffers;
-pub use self::counters::{LINE_KEYS, NetCounters};
+pub use self::counters::NetCounters;
 use self::receive::UnfinishedFrame;
 use super::queue::Chain;
 use super::throttle::Throttle;
 use super::{
     BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, Updated, WorkerCounters,
-    device_id, feature,
+    feature,
 };
 use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
@@ -177,7 +177,8 @@ impl Net {
 }
 
 impl Device for Net {
-    const ID: u32 = device_id::NET;
+    // Network device (virtio 1.2, 5.1).
+    const ID: u32 = 1;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE, QUEUE_SIZE];
     const UNITS_MAY_WAIT: bool = false;
     type Update = Update;
