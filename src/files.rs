@@ -24,6 +24,8 @@
 //! connection is aborted (`/sys/fs/fuse/connections/N/abort`).
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+pub mod open;
+
 use std::any::Any;
 use std::cell::OnceCell;
 use std::collections::VecDeque;

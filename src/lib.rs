@@ -33,8 +33,8 @@
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
-//!   2  serial   memory   files
-//!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   of each other they see nothing
+//!   2  serial   memory   files   threads
+//!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   error   of each other they see nothing
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
 //!      sys              system calls
 //! ```
@@ -54,6 +54,7 @@ mod api;
 mod arch;
 mod args;
 mod bus;
+mod error;
 mod files;
 mod inbox;
 mod log;
@@ -67,6 +68,7 @@ mod rate_limiter;
 mod seccomp;
 mod serial;
 mod sys;
+mod threads;
 mod timeline;
 mod vcpu;
 mod virtio;

@@ -11,6 +11,7 @@
 //! quarter of that, so that one kind cannot silence the others. Lines never hold bytes that a
 //! guest or a client chose: numbers and our own words only.
 
+pub mod firecracker;
 mod line;
 mod writer;
 

@@ -9,15 +9,15 @@ use std::time::Duration;
 
 use crate::api::{self, Server};
 use crate::args::{self, Args, Asked};
+use crate::error::ActionError;
 use crate::files;
-use crate::log::{self, Writer};
+use crate::log::{self, Writer, firecracker};
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::sys::{kvm, landlock, process, socket};
+use crate::threads::{self, ReadyLatch};
 use crate::timeline::Timeline;
-use crate::vmm::action::ActionError;
-use crate::vmm::threads::{self, ReadyLatch};
-use crate::vmm::{Settings, Vmm, firecracker_log};
+use crate::vmm::{Settings, Vmm};
 use crate::wire::Source;
 use crate::wire::config::{Logger, Metrics};
 use crate::{error, exit, info};
@@ -87,7 +87,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
     {
         fail(&error.0, exit::ERROR);
     }
-    info!("{}", firecracker_log::running());
+    info!("{}", firecracker::running());
     if let Some(number) = args.kvm_fd {
         vmm.set_kvm(adopt("kvm-fd", number, |fd| {
             kvm::adopt(fd).ok_or("not /dev/kvm")
@@ -107,7 +107,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
             }
         };
         vmm.read_config(&path, meanwhile)
-            .unwrap_or_else(|e| fail_for(firecracker_log::BAD_CONFIGURATION, &e.0, exit::ERROR))
+            .unwrap_or_else(|e| fail_for(firecracker::BAD_CONFIGURATION, &e.0, exit::ERROR))
     });
     let listener = match (args.api_fd, &args.api_sock) {
         (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
@@ -137,7 +137,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
                 if let Some(socket) = socket {
                     remove(socket);
                 }
-                fail_for(firecracker_log::BAD_CONFIGURATION, &error.0, exit::ERROR)
+                fail_for(firecracker::BAD_CONFIGURATION, &error.0, exit::ERROR)
             }),
         );
     }
@@ -214,7 +214,7 @@ fn serve(vmm: &mut Vmm, listener: UnixListener, payload_max: usize, seccomp: boo
         }
     });
     vmm.api_is_ready(counters, pending);
-    info!("{}", firecracker_log::API_STARTED);
+    info!("{}", firecracker::API_STARTED);
 }
 
 /// Answers on standard output. Who does not take it gets an exit code instead.
@@ -235,7 +235,7 @@ fn fail_for(what: &str, message: &str, code: i32) -> ! {
     let message = message.replace(char::is_control, "?");
     if log::is_redirected() {
         error!("{what}{message}");
-        info!("{}", firecracker_log::exiting(code));
+        info!("{}", firecracker::exiting(code));
     }
     carry_log();
     log::flush(LOG_PATIENCE);

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 /// Bytes kept of a file's name: its end, where paths differ.
-pub const NAME_MAX: usize = 192;
+pub(super) const NAME_MAX: usize = 192;
 
 /// Ranges that can be on record at a time. A kernel has some five, an initrd one; what does not
 /// fit is mapped all the same, and only goes unnamed.
@@ -69,7 +69,7 @@ pub(super) fn record(range: Range<usize>, name: &str) -> Option<Record> {
 
 /// The name of the file that is mapped at `address`, as bytes in `name`; the result says how
 /// many. Safe to call from a signal handler.
-pub fn file_at(address: usize, name: &mut [u8; NAME_MAX]) -> Option<usize> {
+pub(super) fn file_at(address: usize, name: &mut [u8; NAME_MAX]) -> Option<usize> {
     for slot in &TABLE {
         let first = slot.first.load(Ordering::Acquire);
         if first == FREE || first == TAKEN {
@@ -84,6 +84,21 @@ pub fn file_at(address: usize, name: &mut [u8; NAME_MAX]) -> Option<usize> {
         return Some(slot.len.load(Ordering::Relaxed).min(NAME_MAX));
     }
     None
+}
+
+/// Says which file is mapped at `address`. Runs in a signal handler.
+pub fn name_changed_file(address: usize, say: &mut dyn FnMut(&str)) {
+    let mut name = [0; NAME_MAX];
+    let len = file_at(address, &mut name).unwrap_or(0);
+    if let Some(Ok(name)) = name
+        .get(..len)
+        .filter(|n| !n.is_empty())
+        .map(std::str::from_utf8)
+    {
+        say(": `");
+        say(name);
+        say("` was cut short; replace such a file by rename");
+    }
 }
 
 #[cfg(test)]

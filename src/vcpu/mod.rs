@@ -14,6 +14,7 @@
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 mod crash;
+mod end;
 mod exits;
 mod instruction;
 

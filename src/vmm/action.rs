@@ -4,11 +4,10 @@
 //! nothing else of `vmm`. Guest and device events arrive in the same inbox, as [`Event`](super::Event)s, so one
 //! place decides the order of everything that happens to a VM.
 
-use std::error::Error;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use crate::error::ActionError;
 use crate::inbox::Outbox;
 use crate::sys::passed::Passed;
 use crate::wire::config::cpu::CpuConfig;
@@ -100,44 +99,6 @@ pub struct InstanceInfo {
     pub vmm_version: &'static str,
     /// Name of the program.
     pub app_name: &'static str,
-}
-
-/// Why an [`Action`] was refused: one message for the client that sent it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ActionError(pub String);
-
-impl ActionError {
-    /// Puts an error and all its causes into one message.
-    pub fn of(error: &dyn Error) -> Self {
-        ActionError(crate::log::chain(error))
-    }
-}
-
-impl fmt::Display for ActionError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for ActionError {}
-
-/// Errors of the parts, as messages for the client.
-pub(super) trait Context<T> {
-    /// Puts what failed before the cause.
-    fn context(self, what: impl fmt::Display) -> Result<T, ActionError>;
-
-    /// The cause says enough.
-    fn bare(self) -> Result<T, ActionError>;
-}
-
-impl<T, E: Error> Context<T> for Result<T, E> {
-    fn context(self, what: impl fmt::Display) -> Result<T, ActionError> {
-        self.map_err(|cause| ActionError(format!("{what}: {}", crate::log::chain(&cause))))
-    }
-
-    fn bare(self) -> Result<T, ActionError> {
-        self.map_err(|cause| ActionError::of(&cause))
-    }
 }
 
 /// What a requester is told.

@@ -14,9 +14,9 @@ use std::any::Any;
 use std::fmt;
 use std::fs::File;
 
-use super::action::ActionError;
 use super::configuration::Configuration;
 use super::devices::Devices;
+use crate::error::ActionError;
 use crate::metrics::Sink;
 use crate::sys::passed::Passed;
 use crate::wire::config::Logger;

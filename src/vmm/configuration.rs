@@ -7,10 +7,11 @@ use std::fs::File;
 use std::mem;
 use std::sync::Arc;
 
-use super::action::{Action, ActionError};
+use super::action::Action;
 use super::change::{Change, Ready, Replaced, Step};
 use super::devices::Devices;
-use super::open::{self, ConsoleSocket, INITRD, Image, KERNEL};
+use crate::error::ActionError;
+use crate::files::open::{self, ConsoleSocket, INITRD, Image, KERNEL};
 use crate::sys::passed::Passed;
 use crate::wire::config::cpu::CpuConfig;
 use crate::wire::config::{

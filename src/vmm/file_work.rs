@@ -19,11 +19,12 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::action::{Action, ActionError, Answer, Command, Context, Outcome, Reply};
+use super::action::{Action, Answer, Command, Outcome, Reply};
 use super::boot::{Begun, Loaded};
 use super::change::{Change, Ready};
 use super::rules::State;
 use super::{Event, Vmm};
+use crate::error::{ActionError, Context};
 use crate::files::{Finished, Steps};
 use crate::sys::fd::{self, Interest};
 use crate::sys::passed::Passed;

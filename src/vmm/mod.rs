@@ -24,15 +24,12 @@ mod cpu;
 mod devices;
 mod ending;
 mod file_work;
-pub mod firecracker_log;
 mod lifecycle;
 mod machine;
-mod open;
 mod pausing;
 mod report;
 mod requests;
 pub mod rules;
-pub mod threads;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -42,17 +39,20 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 
-use self::action::{ActionError, Command, Context, Outcome, PendingReplies, Reply};
+use self::action::{Command, Outcome, PendingReplies, Reply};
 use self::boot::Prepared;
 use self::configuration::Configuration;
 use self::file_work::{Awaited, FileResult};
 use self::lifecycle::{Input, Lifecycle};
 use self::machine::Machine;
 use self::rules::State;
+use crate::error::{ActionError, Context};
 
 use crate::arch::boot_timer::Booted;
 use crate::files::{self, Files, Finished};
 use crate::inbox::{Inbox, Sender, inbox};
+use crate::log::firecracker;
+use crate::memory::mapped;
 use crate::metrics::{Reader, Sink};
 use crate::serial::SerialEvent;
 use crate::sys::clock;
@@ -60,9 +60,9 @@ use crate::sys::fd::{self, Interest};
 use crate::sys::signal::{self, Signal, Signals};
 use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
-use crate::vcpu::{End, VcpuEvent};
+use crate::vcpu::VcpuEvent;
 use crate::virtio::{Done, WorkerEvent, WorkerReply};
-use crate::{error, exit, info, warn};
+use crate::{error, exit, info, threads, warn};
 
 /// Events that may wait for control: the 128 requests that the API thread may have under way and
 /// as many answers of devices to them, two events of each of 32 vCPUs, three of each of 19
@@ -193,7 +193,7 @@ impl Vmm {
     /// When the host has no descriptor left, or allows no other thread.
     pub fn new(settings: Settings, timeline: Timeline) -> Result<Self, ActionError> {
         let signals = Signals::install(exit::by_signal).context("Setting up signals failed")?;
-        signal::describe_addresses_by(ending::name_mapped_file);
+        signal::describe_addresses_by(mapped::name_changed_file);
         let (events, inbox) = inbox(INBOX).context("Making control's inbox failed")?;
         let (files, files_thread) = files::files(events.outbox());
         threads::parked("files".into())?.start_unfiltered(move || files_thread.run());
@@ -259,7 +259,7 @@ impl Vmm {
     /// The end, when there is no guest yet.
     fn end_by_signal(&mut self, signal: Signal) -> ! {
         self.log_signal(signal.number, signal.code);
-        info!("{}", firecracker_log::STOPPING);
+        info!("{}", firecracker::STOPPING);
         self.finish();
         signal::end_by(signal.number)
     }
@@ -311,9 +311,9 @@ impl Vmm {
                 break next;
             }
         };
-        info!("{}", firecracker_log::STOPPING);
+        info!("{}", firecracker::STOPPING);
         if let Next::Exit(code) = code {
-            info!("{}", firecracker_log::exiting(code));
+            info!("{}", firecracker::exiting(code));
         }
         self.finish();
         terminal::restore();
@@ -330,7 +330,7 @@ impl Vmm {
             Event::Files(finished) => self.file_work_finished(finished),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.advance(Input::VcpuPaused(index)),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
-                if !matches!(end, End::Reset | End::PowerOff) {
+                if !end.is_orderly() {
                     self.counters.vcpu_failures = self.counters.vcpu_failures.saturating_add(1);
                 }
                 self.finish_console();

@@ -6,9 +6,10 @@
 use std::time::Instant;
 
 use super::Vmm;
-use super::action::{Context, Outcome, Reply};
+use super::action::{Outcome, Reply};
 use super::lifecycle::{Input, Lifecycle, Task};
 use super::machine::Machine;
+use crate::error::Context;
 use crate::metrics::{micros, micros_since};
 use crate::{info, warn};
 

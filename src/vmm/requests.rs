@@ -6,18 +6,19 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::action::{Action, ActionError, Answer, Command, Context, InstanceInfo, Outcome};
+use super::action::{Action, Answer, Command, InstanceInfo, Outcome};
 use super::change::{Change, Ready, Step};
 use super::file_work::{Asker, Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::Lifecycle;
-use super::threads::{self, ReadyLatch};
-use super::{UPDATE_PATIENCE, Vmm, boot, firecracker_log, open, report, rules};
-use crate::files::{Files, Steps};
-use crate::log;
+use super::{UPDATE_PATIENCE, Vmm, boot, report, rules};
+use crate::error::{ActionError, Context};
+use crate::files::{Files, Steps, open};
+use crate::log::{self, firecracker};
 use crate::metrics::{Report, Sink};
 use crate::seccomp::Category;
 use crate::sys::fd;
 use crate::sys::passed::Passed;
+use crate::threads::{self, ReadyLatch};
 use crate::timeline::Moment;
 use crate::wire::API_VERSION;
 use crate::wire::config::{self, Logger, Metrics, Source, VmConfig};
@@ -250,7 +251,7 @@ impl Vmm {
     /// names are those that the process was started with.
     pub fn start_from(&mut self, config: VmConfig, fail: Box<dyn FnOnce(ActionError)>) {
         let asker = Asker::CommandLine(fail);
-        let line = Some(firecracker_log::STARTED_FROM_FILE);
+        let line = Some(firecracker::STARTED_FROM_FILE);
         match self.put_vm(config, true, line) {
             Ok(change) => self.open(change, Passed::Inherited, asker),
             Err(error) => asker.answer(Err(error)),

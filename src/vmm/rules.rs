@@ -1,7 +1,8 @@
 //! The rules of state, in one table: what may be asked for before the start, while the guest
 //! runs, and while it is paused. Pure, so that it is tested without a VM.
 
-use super::action::{Action, ActionError};
+use super::action::Action;
+use crate::error::ActionError;
 
 /// How far a VM has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

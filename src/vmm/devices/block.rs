@@ -5,11 +5,11 @@ use std::io;
 
 use super::Kind;
 use super::limits::{limiter, limiter_update};
+use crate::error::{ActionError, Context};
+use crate::files::open::open_disk;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::virtio::block::{self, Disk};
-use crate::vmm::action::{ActionError, Context};
-use crate::vmm::open::open_disk;
 use crate::wire::config::{CacheType, Drive, DriveUpdate, IoEngine, RateLimiterConfig};
 
 /// Disks.

@@ -4,12 +4,12 @@ use std::io;
 
 use super::Kind;
 use super::limits::{limiter, limiter_update};
+use crate::error::{ActionError, Context};
+use crate::files::open::{TAP, tap_from};
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::sys::tap::Tap;
 use crate::virtio::net;
-use crate::vmm::action::{ActionError, Context};
-use crate::vmm::open::{TAP, tap_from};
 use crate::wire::config::{NetworkInterface, NetworkUpdate, RateLimiterConfig, Source};
 use crate::wire::limits::{MTU_MIN, TAP_NAME_MAX};
 

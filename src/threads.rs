@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
-use super::action::{ActionError, Context};
+use crate::error::{ActionError, Context};
 use crate::inbox::{TaskSender, tasks};
 use crate::seccomp::{self, Category};
 use crate::sys::{self, process};

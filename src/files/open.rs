@@ -8,8 +8,8 @@ use std::io::{self, Read, Seek};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 
-use super::action::{ActionError, Context};
-use crate::files;
+use super::may_wait;
+use crate::error::{ActionError, Context};
 use crate::sys::fd;
 use crate::sys::passed::Passed;
 use crate::sys::socket;
@@ -147,7 +147,7 @@ impl Purpose {
     /// What follows may wait for the file.
     fn may_wait(&self, operation: &str, source: &Source) {
         let Purpose { what, .. } = self;
-        files::may_wait(format_args!("{operation} the {what} {}", Quoted(source)));
+        may_wait(format_args!("{operation} the {what} {}", Quoted(source)));
     }
 
     fn wrong_kind(&self, source: &Source, metadata: &Metadata) -> ActionError {
