@@ -265,6 +265,7 @@ impl Reader for Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::Question;
 
     fn at(method: Method, path: &str) -> Option<usize> {
         OPERATIONS
@@ -279,7 +280,7 @@ mod tests {
         counters.refused(put);
         counters.refused(None);
         counters.answered(
-            Counted::new(put, &Action::GetVersion),
+            Counted::new(put, &Action::Ask(Question::Version)),
             true,
             Duration::from_micros(100),
         );

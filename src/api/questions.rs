@@ -124,7 +124,7 @@ mod tests {
     use super::*;
     use crate::inbox;
     use crate::sys::socket::send_with;
-    use crate::vmm::action::{Action, Outcome, PendingReplies};
+    use crate::vmm::action::{Action, Outcome, PendingReplies, Question};
     use std::io::Write;
     use std::sync::atomic::Ordering;
     use std::thread;
@@ -179,7 +179,7 @@ mod tests {
         while fixture
             .commands
             .send(Command {
-                action: Box::new(Action::GetVersion),
+                action: Box::new(Action::Ask(Question::Version)),
                 passed: Passed::default(),
                 reply: Reply::new(
                     0,

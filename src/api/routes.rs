@@ -8,9 +8,10 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::http::{Method, Request, Response};
-use crate::vmm::action::{Action, Answer, Outcome};
+use crate::vmm::action::{Action, Answer, Outcome, Part};
 use crate::wire::config::{
-    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, json as reader, parse_vm,
+    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, Reported, json as reader,
+    parse_vm,
 };
 use crate::wire::{Call, OPERATIONS, Operation, id};
 
@@ -50,26 +51,21 @@ fn find(request: &Request) -> Result<Action, String> {
 /// What `call` asks of control, with `id` from the path where it has one.
 fn to_action(call: Call, id: &str, bytes: &[u8]) -> Result<Action, String> {
     Ok(match call {
-        Call::DescribeInstance => Action::DescribeInstance,
-        Call::GetVersion => Action::GetVersion,
-        Call::GetVmConfig => Action::GetVmConfig,
-        Call::GetTimeline => Action::GetTimeline,
-        Call::GetMachineConfig => Action::GetMachineConfig,
-        Call::GetMetrics => Action::GetMetrics,
+        Call::Ask(question) => Action::Ask(question),
         Call::PutAction => put_action(bytes)?,
-        Call::PutBootSource => Action::PutBootSource(body(bytes)?),
-        Call::PutCpuConfig => Action::PutCpuConfig(body(bytes)?),
-        Call::PutLogger => Action::PutLogger(body(bytes)?),
-        Call::PutMachineConfig => Action::PutMachineConfig(body(bytes)?),
+        Call::PutBootSource => Action::Configure(Part::BootSource(body(bytes)?)),
+        Call::PutCpuConfig => Action::Configure(Part::Cpu(body(bytes)?)),
+        Call::PutLogger => Action::Configure(Part::Logger(body(bytes)?)),
+        Call::PutMachineConfig => Action::Configure(Part::Machine(body(bytes)?)),
         Call::PatchMachineConfig => {
             let update: MachineConfigUpdate = body(bytes)?;
             if update == MachineConfigUpdate::default() {
                 return Err("Empty PATCH request.".into());
             }
-            Action::PatchMachineConfig(update)
+            Action::Configure(Part::MachineUpdate(update))
         }
-        Call::PutMetrics => Action::PutMetrics(body(bytes)?),
-        Call::PutSerial => Action::PutSerial(body(bytes)?),
+        Call::PutMetrics => Action::Configure(Part::Metrics(body(bytes)?)),
+        Call::PutSerial => Action::Configure(Part::Serial(body(bytes)?)),
         Call::PutVm => put_vm(bytes)?,
         Call::PatchVm => patch_vm(bytes)?,
         Call::PutDevice(kind) => put_device(kind, id, bytes)?,
@@ -81,7 +77,7 @@ fn put_device(kind: DeviceKind, id: &str, bytes: &[u8]) -> Result<Action, String
     checked_id(id)?;
     let device = AnyDevice::parse(kind, bytes).map_err(bad_body)?;
     same_id(id, device.id())?;
-    Ok(Action::PutDevice(device))
+    Ok(Action::Configure(Part::Device(device)))
 }
 
 fn patch_device(kind: DeviceKind, id: &str, bytes: &[u8]) -> Result<Action, String> {
@@ -98,7 +94,7 @@ fn put_vm(bytes: &[u8]) -> Result<Action, String> {
         checked_id(id)?;
     }
     let config = Box::new(config);
-    Ok(Action::PutVm { config, start })
+    Ok(Action::Configure(Part::All { config, start }))
 }
 
 /// The place in [`OPERATIONS`] of what `request` asks for.
@@ -219,10 +215,10 @@ fn patch_vm(bytes: &[u8]) -> Result<Action, String> {
 /// What the log says of a request with a member that clients should stop using, if it has one.
 pub fn deprecated(action: &Action) -> Option<&'static str> {
     match action {
-        Action::PutMachineConfig(machine) => machine.cpu_template.and(Some(
+        Action::Configure(Part::Machine(machine)) => machine.cpu_template.and(Some(
             "PUT /machine-config: cpu_template field is deprecated.",
         )),
-        Action::PatchMachineConfig(update) => update.cpu_template.and(Some(
+        Action::Configure(Part::MachineUpdate(update)) => update.cpu_template.and(Some(
             "PATCH /machine-config: cpu_template field is deprecated.",
         )),
         _ => None,
@@ -233,7 +229,7 @@ pub fn deprecated(action: &Action) -> Option<&'static str> {
 pub fn patience(action: &Action) -> Duration {
     match action {
         // Memory is made, files are read.
-        Action::Start | Action::PutVm { .. } => Duration::from_secs(120),
+        Action::Start | Action::Configure(Part::All { .. }) => Duration::from_secs(120),
         _ => Duration::from_secs(30),
     }
 }
@@ -245,7 +241,7 @@ pub fn response(answer: &Answer) -> Response {
         Ok(Outcome::Instance(instance)) => ok(instance),
         Ok(Outcome::Version(version)) => ok(&json!({ "firecracker_version": version })),
         Ok(Outcome::MachineConfig(machine)) => ok(machine),
-        Ok(Outcome::VmConfig(config)) => ok(config),
+        Ok(Outcome::VmConfig(config)) => ok(&Reported(config)),
         Ok(Outcome::Timeline(steps)) => ok(&InOrder(steps)),
         Ok(Outcome::Metrics(text)) => Response {
             content_type: "text/plain; version=0.0.4",
@@ -321,32 +317,37 @@ mod tests {
     fn action_when_good_is_found() {
         use Method::*;
         let cases = [
-            (Get, "/", "", "DescribeInstance"),
-            (Get, "", "", "DescribeInstance"),
-            (Get, "///", "", "DescribeInstance"),
-            (Get, "/version", "", "GetVersion"),
-            (Get, "//version/x/y", "", "GetVersion"),
-            (Get, "/vm/config", "", "GetVmConfig"),
-            (Get, "/vm/config/", "", "GetVmConfig"),
-            (Get, "/vm/timeline", "", "GetTimeline"),
-            (Get, "/machine-config", "", "GetMachineConfig"),
-            (Get, "/metrics", "", "GetMetrics"),
-            (Put, "/machine-config", MACHINE, "PutMachineConfig"),
-            (Patch, "/machine-config", r#"{"smt":true}"#, "PatchMachine"),
+            (Get, "/", "", "Ask(Instance)"),
+            (Get, "", "", "Ask(Instance)"),
+            (Get, "///", "", "Ask(Instance)"),
+            (Get, "/version", "", "Ask(Version)"),
+            (Get, "//version/x/y", "", "Ask(Version)"),
+            (Get, "/vm/config", "", "Ask(VmConfig)"),
+            (Get, "/vm/config/", "", "Ask(VmConfig)"),
+            (Get, "/vm/timeline", "", "Ask(Timeline)"),
+            (Get, "/machine-config", "", "Ask(MachineConfig)"),
+            (Get, "/metrics", "", "Ask(Metrics)"),
+            (Put, "/machine-config", MACHINE, "Configure(Machine("),
+            (
+                Patch,
+                "/machine-config",
+                r#"{"smt":true}"#,
+                "Configure(MachineUpdate(",
+            ),
             (
                 Patch,
                 "/machine-config",
                 r#"{"cpu_template":"None"}"#,
-                "PatchMachine",
+                "Configure(MachineUpdate(",
             ),
             (
                 Put,
                 "/boot-source",
                 r#"{"kernel_image_path":"k","initrd_path":null,"boot_args":null}"#,
-                "PutBootSource",
+                "Configure(BootSource(",
             ),
-            (Put, "/drives/a", DRIVE, "PutDevice(Drive"),
-            (Put, "/drives/a/b", DRIVE, "PutDevice(Drive"),
+            (Put, "/drives/a", DRIVE, "Configure(Device(Drive"),
+            (Put, "/drives/a/b", DRIVE, "Configure(Device(Drive"),
             (
                 Patch,
                 "/drives/a",
@@ -357,7 +358,7 @@ mod tests {
                 Put,
                 "/network-interfaces/a",
                 NET,
-                "PutDevice(NetworkInterface",
+                "Configure(Device(NetworkInterface",
             ),
             (
                 Patch,
@@ -385,20 +386,25 @@ mod tests {
             ),
             (Patch, "/vm", r#"{"state":"Paused"}"#, "Pause"),
             (Patch, "/vm/x", r#"{"state":"Resumed"}"#, "Resume"),
-            (Put, "/logger", r#"{"level":"wArNing"}"#, "PutLogger"),
+            (
+                Put,
+                "/logger",
+                r#"{"level":"wArNing"}"#,
+                "Configure(Logger(",
+            ),
             (
                 Put,
                 "/metrics",
                 r#"{"metrics_path":"m","other":1}"#,
-                "PutMetrics",
+                "Configure(Metrics(",
             ),
-            (Put, "/serial", "{}", "PutSerial"),
-            (Put, "/cpu-config", "{}", "PutCpuConfig"),
+            (Put, "/serial", "{}", "Configure(Serial("),
+            (Put, "/cpu-config", "{}", "Configure(Cpu("),
             (
                 Put,
                 "/vm",
                 r#"{"boot-source":{"kernel_image_path":"k"},"drives":[],"start":true}"#,
-                "PutVm",
+                "Configure(All",
             ),
         ];
         for (method, path, body, name) in cases {

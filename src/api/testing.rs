@@ -16,7 +16,7 @@ use super::{Server, bind};
 use crate::inbox::{self, Sender};
 use crate::sys::passed::Passed;
 use crate::sys::testing::unread_by_peer;
-use crate::vmm::action::{Action, ActionError, Command, Outcome, Reply};
+use crate::vmm::action::{Action, ActionError, Command, Outcome, Question, Reply};
 
 /// Longer than any test takes.
 const LONG: Duration = Duration::from_secs(600);
@@ -71,7 +71,9 @@ impl Fixture {
                         count.lock().unwrap().push(fds.len());
                     }
                     match *action {
-                        Action::GetVersion => reply.send(Ok(Outcome::Version("1.17.0"))),
+                        Action::Ask(Question::Version) => {
+                            reply.send(Ok(Outcome::Version("1.17.0")))
+                        }
                         Action::Resume => reply.send(Ok(Outcome::Done)),
                         Action::Pause => hold.lock().unwrap().push(reply),
                         _ => reply.send(Err(ActionError("No.".into()))),

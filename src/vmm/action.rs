@@ -15,26 +15,15 @@ use crate::wire::config::{
     AnyDevice, AnyUpdate, BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial,
     VmConfig,
 };
+pub use crate::wire::operations::Question;
 
 /// One request to control.
 #[derive(Debug)]
 pub enum Action {
-    /// `GET /`
-    DescribeInstance,
-    /// `GET /version`
-    GetVersion,
-    /// `GET /vm/config`
-    GetVmConfig,
-    /// `GET /machine-config`
-    GetMachineConfig,
-    /// `PUT /machine-config`
-    PutMachineConfig(MachineConfig),
-    /// `PATCH /machine-config`
-    PatchMachineConfig(MachineConfigUpdate),
-    /// `PUT /boot-source`
-    PutBootSource(BootSource),
-    /// `PUT` of a device: `/drives/{id}`, `/network-interfaces/{id}`
-    PutDevice(AnyDevice),
+    /// A question: answered at once, in every state.
+    Ask(Question),
+    /// A part of the configuration, or all of it.
+    Configure(Part),
     /// `PATCH` of a device
     PatchDevice(AnyUpdate),
     /// `PUT /actions` InstanceStart
@@ -47,25 +36,34 @@ pub enum Action {
     Pause,
     /// `PATCH /vm` Resumed
     Resume,
-    /// `PUT /logger`
-    PutLogger(Logger),
-    /// `PUT /metrics`
-    PutMetrics(Metrics),
+}
+
+/// A part of the configuration.
+#[derive(Debug)]
+pub enum Part {
+    /// `PUT /machine-config`
+    Machine(MachineConfig),
+    /// `PATCH /machine-config`
+    MachineUpdate(MachineConfigUpdate),
+    /// `PUT /boot-source`
+    BootSource(BootSource),
+    /// `PUT` of a device: `/drives/{id}`, `/network-interfaces/{id}`
+    Device(AnyDevice),
     /// `PUT /serial`
-    PutSerial(Serial),
+    Serial(Serial),
     /// `PUT /cpu-config`
-    PutCpuConfig(CpuConfig),
+    Cpu(CpuConfig),
+    /// `PUT /logger`
+    Logger(Logger),
+    /// `PUT /metrics`
+    Metrics(Metrics),
     /// `PUT /vm`: the whole configuration at once, and whether to start it.
-    PutVm {
+    All {
         /// What a config file would hold.
         config: Box<VmConfig>,
         /// Start when all of it was taken.
         start: bool,
     },
-    /// `GET /metrics`
-    GetMetrics,
-    /// `GET /vm/timeline`
-    GetTimeline,
 }
 
 /// What an [`Action`] came to when it succeeded.
@@ -73,17 +71,17 @@ pub enum Action {
 pub enum Outcome {
     /// Done; nothing to tell.
     Done,
-    /// The answer to [`Action::DescribeInstance`].
+    /// The answer to [`Question::Instance`].
     Instance(InstanceInfo),
     /// The version of Firecracker's API that this program answers for.
     Version(&'static str),
-    /// The answer to [`Action::GetMachineConfig`].
+    /// The answer to [`Question::MachineConfig`].
     MachineConfig(MachineConfig),
-    /// The answer to [`Action::GetVmConfig`].
+    /// The answer to [`Question::VmConfig`].
     VmConfig(Box<VmConfig>),
-    /// The answer to [`Action::GetMetrics`]: Prometheus' text format.
+    /// The answer to [`Question::Metrics`]: Prometheus' text format.
     Metrics(String),
-    /// The answer to [`Action::GetTimeline`]: microseconds since the process began, by name, in
+    /// The answer to [`Question::Timeline`]: microseconds since the process began, by name, in
     /// order; what has not happened yet has none.
     Timeline(Vec<(&'static str, Option<u64>)>),
 }

@@ -12,47 +12,38 @@
 
 use std::any::Any;
 use std::fmt;
-use std::fs::File;
 
-use super::configuration::Configuration;
-use super::devices::Devices;
 use crate::error::ActionError;
-use crate::metrics::Sink;
 use crate::sys::passed::Passed;
-use crate::wire::config::Logger;
 
-/// What the first step gives.
-pub type Step = Result<Change, ActionError>;
+type Open<T> = dyn FnOnce(&mut Passed) -> Result<T, ActionError> + Send;
 
-type Open = dyn FnOnce(&mut Passed) -> Result<Ready, ActionError> + Send;
-type ForConfiguration = dyn FnOnce(&mut Configuration) -> Replaced + Send;
-
-/// What was replaced: it is closed by the files thread.
-pub type Replaced = Box<dyn Any + Send>;
-type ForDevice = dyn FnOnce(&mut Devices, u64) -> Result<(), ActionError> + Send;
-
-/// A request that was checked.
-pub struct Change {
-    open: Box<Open>,
+/// A request that was checked; `T` is what its second step gives the third.
+pub struct Change<T> {
+    open: Box<Open<T>>,
     waits: bool,
 }
 
-impl Change {
-    /// One whose second step is `open`.
-    pub fn new(
-        open: impl FnOnce(&mut Passed) -> Result<Ready, ActionError> + Send + 'static,
-    ) -> Self {
+/// The third step, where that replaces a part of `T`.
+pub type Edit<T> = Box<dyn FnOnce(&mut T) -> Replaced + Send>;
+
+/// What was replaced: the files thread closes it.
+pub type Replaced = Box<dyn Any + Send>;
+
+/// An [`Edit`] by `edit`, which returns what it replaces.
+pub fn edit<T, R: Send + 'static>(
+    edit: impl FnOnce(&mut T) -> R + Send + 'static,
+) -> Result<Edit<T>, ActionError> {
+    Ok(Box::new(|whole| Box::new(edit(whole))))
+}
+
+impl<T: 'static> Change<T> {
+    /// One whose second step is `open`. It is taken to wait for files.
+    pub fn new(open: impl FnOnce(&mut Passed) -> Result<T, ActionError> + Send + 'static) -> Self {
         Change {
             open: Box::new(open),
             waits: true,
         }
-    }
-
-    /// One that opens nothing.
-    pub fn at_once<T: Send + 'static>(
-        change: impl FnOnce(&mut Configuration) -> T + Send + 'static,
-    ) -> Self {
-        Change::new(|_| Ok(Ready::of(change))).waiting(false)
     }
 
     /// The same; whether its second step may wait for a file.
@@ -65,62 +56,23 @@ impl Change {
         self.waits
     }
 
+    /// The same, which gives what `made` makes of what it gives.
+    pub fn map<U: 'static>(self, made: impl FnOnce(T) -> U + Send + 'static) -> Change<U> {
+        let Change { open, waits } = self;
+        Change::new(|passed| open(passed).map(made)).waiting(waits)
+    }
+
     /// Opens what it names, or takes it from what was passed with it. May wait.
     ///
     /// # Errors
     /// Why it cannot be used.
-    pub fn open(self, passed: &mut Passed) -> Result<Ready, ActionError> {
+    pub fn open(self, passed: &mut Passed) -> Result<T, ActionError> {
         (self.open)(passed)
     }
 }
 
-impl fmt::Debug for Change {
+impl<T> fmt::Debug for Change<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Change")
-    }
-}
-
-/// A request whose files are open: all that is to be taken up.
-#[derive(Default)]
-pub struct Ready {
-    /// A part of the configuration, or all of it.
-    pub configuration: Option<Box<ForConfiguration>>,
-    /// The log, and where it goes if that changes.
-    pub logger: Option<(Logger, Option<File>)>,
-    /// Where metrics go.
-    pub metrics: Option<Sink>,
-    /// A message to a running device, which answers with the given token.
-    pub device: Option<Box<ForDevice>>,
-    /// Start the guest.
-    pub start: bool,
-    /// A line for the log once it runs.
-    pub line: Option<&'static str>,
-}
-
-impl Ready {
-    /// A change of the configuration, which returns what it replaces.
-    pub fn of<T: Send + 'static>(
-        change: impl FnOnce(&mut Configuration) -> T + Send + 'static,
-    ) -> Self {
-        Ready {
-            configuration: Some(Box::new(|configuration| Box::new(change(configuration)))),
-            ..Ready::default()
-        }
-    }
-
-    /// A message to a running device.
-    pub fn for_device(
-        send: impl FnOnce(&mut Devices, u64) -> Result<(), ActionError> + Send + 'static,
-    ) -> Self {
-        Ready {
-            device: Some(Box::new(send)),
-            ..Ready::default()
-        }
-    }
-}
-
-impl fmt::Debug for Ready {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Ready")
     }
 }

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::mem;
 use std::sync::Arc;
 
-use super::action::Action;
-use super::change::{Change, Ready, Replaced, Step};
+use super::action::Part;
+use super::change::{Change, Edit, Replaced, edit};
 use super::devices::Devices;
 use crate::error::ActionError;
 use crate::files::open::{self, ConsoleSocket, INITRD, Image, KERNEL};
@@ -18,6 +18,9 @@ use crate::wire::config::{
     BootSource, HugePages, MachineConfig, MachineConfigUpdate, Serial, TokenBucketConfig, VmConfig,
 };
 use crate::wire::limits::{COMMAND_LINE_MAX, VCPUS_MAX};
+
+/// A part that was checked.
+type Step = Result<Change<Edit<Configuration>>, ActionError>;
 
 /// What a virtual machine is made of.
 #[derive(Debug, Default)]
@@ -110,38 +113,43 @@ impl Console {
 }
 
 impl Configuration {
-    /// The first step of a PUT or PATCH of a part.
+    /// The first step of a PUT or PATCH of a part. The log, the metrics and the whole are the caller's.
     ///
     /// # Errors
     /// The message for the client.
-    pub fn check(&self, action: Action) -> Step {
-        match action {
-            Action::PutMachineConfig(machine) => put_machine(machine),
-            Action::PatchMachineConfig(update) => put_machine(self.patched(update)),
-            Action::PutBootSource(source) => {
+    pub fn check(&self, part: Part) -> Step {
+        match part {
+            Part::Machine(machine) => put_machine(machine),
+            Part::MachineUpdate(update) => put_machine(self.patched(update)),
+            Part::BootSource(source) => {
                 Boot::check(&source)?;
                 Ok(Change::new(|passed| {
                     let boot = Boot::open(source, passed)?;
-                    Ok(Ready::of(|configuration| configuration.boot.replace(boot)))
+                    edit(|configuration: &mut Self| configuration.boot.replace(boot))
                 }))
             }
-            Action::PutDevice(device) => self.devices.put(device),
-            Action::PatchDevice(update) => self.devices.patch(update),
-            Action::PutSerial(serial) => {
+            Part::Device(device) => {
+                let change = self.devices.put(device)?;
+                Ok(change.map(|edit| -> Edit<Self> { Box::new(|whole| edit(&mut whole.devices)) }))
+            }
+            Part::Serial(serial) => {
                 let before = self.console.socket.clone();
                 Ok(Change::new(|passed| {
                     let console = Console::open(serial, before, passed)?;
-                    Ok(Ready::of(|configuration| {
+                    edit(|configuration: &mut Self| {
                         mem::replace(&mut configuration.console, console)
-                    }))
+                    })
                 }))
             }
-            Action::PutCpuConfig(cpu) => Ok(Change::at_once(|configuration| {
-                configuration.cpu = Some(cpu);
-            })),
-            other => Err(ActionError(format!(
-                "This cannot be asked for before the start: {other:?}."
-            ))),
+            Part::Cpu(cpu) => {
+                Ok(
+                    Change::new(|_| edit(|configuration: &mut Self| configuration.cpu = Some(cpu)))
+                        .waiting(false),
+                )
+            }
+            Part::Logger(_) | Part::Metrics(_) | Part::All { .. } => {
+                Err(ActionError("This is not a part of the machine.".into()))
+            }
         }
     }
 
@@ -169,16 +177,14 @@ impl Configuration {
                 .map(|source| Boot::open(source, passed))
                 .transpose()?;
             let devices = devices(passed)?;
-            Ok(Ready::of(move |configuration| {
-                let new = Configuration {
-                    machine,
-                    boot,
-                    devices,
-                    cpu,
-                    console,
-                };
-                mem::replace(configuration, new)
-            }))
+            let new = Configuration {
+                machine,
+                boot,
+                devices,
+                cpu,
+                console,
+            };
+            edit(move |configuration| mem::replace(configuration, new))
         }))
     }
 
@@ -239,9 +245,8 @@ impl Configuration {
 
 fn put_machine(machine: MachineConfig) -> Step {
     check_machine(&machine)?;
-    Ok(Change::at_once(|configuration| {
-        configuration.machine = machine
-    }))
+    let open = |_: &mut Passed| edit(|whole: &mut Configuration| whole.machine = machine);
+    Ok(Change::new(open).waiting(false))
 }
 
 fn check_machine(machine: &MachineConfig) -> Result<(), ActionError> {
@@ -272,24 +277,24 @@ fn check_machine(machine: &MachineConfig) -> Result<(), ActionError> {
 mod tests {
     use super::*;
     use crate::wire::DEFAULT_BOOT_ARGS;
-    use crate::wire::config::{AnyDevice, AnyUpdate, DeviceKind, RateLimiterConfig, json};
+    use crate::wire::config::{self, AnyDevice, AnyUpdate, DeviceKind, RateLimiterConfig, json};
     use crate::wire::limits::DEVICES_MAX;
     use std::os::unix::fs::MetadataExt;
     use vmm_sys_util::tempfile::TempFile;
 
     /// All three steps of a request.
-    fn put(configuration: &mut Configuration, action: Action) -> Result<(), ActionError> {
-        let change = configuration.check(action)?;
-        let ready = change.open(&mut Passed::default())?;
-        drop(ready.configuration.unwrap()(configuration));
+    fn put(configuration: &mut Configuration, part: Part) -> Result<(), ActionError> {
+        let change = configuration.check(part)?;
+        let edit = change.open(&mut Passed::default())?;
+        drop(edit(configuration));
         Ok(())
     }
 
-    fn drive(id: &str, root: bool) -> Action {
+    fn drive(id: &str, root: bool) -> Part {
         let text = format!(
             r#"{{"drive_id":"{id}","path_on_host":"/proc/self/exe","is_root_device":{root},"is_read_only":true}}"#
         );
-        Action::PutDevice(AnyDevice::parse(DeviceKind::Drive, text.as_bytes()).unwrap())
+        Part::Device(AnyDevice::parse(DeviceKind::Drive, text.as_bytes()).unwrap())
     }
 
     fn ids(configuration: &Configuration) -> Vec<String> {
@@ -301,8 +306,8 @@ mod tests {
             .collect()
     }
 
-    fn kernel() -> Action {
-        Action::PutBootSource(json::parse(br#"{"kernel_image_path":"/proc/self/exe"}"#).unwrap())
+    fn kernel() -> Part {
+        Part::BootSource(json::parse(br#"{"kernel_image_path":"/proc/self/exe"}"#).unwrap())
     }
 
     #[test]
@@ -332,10 +337,7 @@ mod tests {
                 ..MachineConfig::default()
             };
             let mut configuration = Configuration::default();
-            let result = put(
-                &mut configuration,
-                Action::PutMachineConfig(machine.clone()),
-            );
+            let result = put(&mut configuration, Part::Machine(machine.clone()));
             assert_eq!(result.is_ok(), taken, "{machine:?}: {result:?}");
             assert_eq!(
                 configuration.machine == machine,
@@ -347,7 +349,7 @@ mod tests {
     #[test]
     fn machine_when_patched_keeps_the_rest() {
         let mut configuration = Configuration::default();
-        let patch = |text: &str| Action::PatchMachineConfig(json::parse(text.as_bytes()).unwrap());
+        let patch = |text: &str| Part::MachineUpdate(json::parse(text.as_bytes()).unwrap());
         put(&mut configuration, patch(r#"{"smt":true,"vcpu_count":2}"#)).unwrap();
         put(&mut configuration, patch(r#"{"track_dirty_pages":true}"#)).unwrap();
         assert!(put(&mut configuration, patch(r#"{"vcpu_count":3}"#)).is_err());
@@ -360,7 +362,7 @@ mod tests {
                 ..MachineConfig::default()
             }
         );
-        let default = Action::PutMachineConfig(MachineConfig::default());
+        let default = Part::Machine(MachineConfig::default());
         put(&mut configuration, default).unwrap();
         assert!(!configuration.machine.smt);
     }
@@ -397,7 +399,7 @@ mod tests {
             let mut all = crate::wire::config::Devices::default();
             for (id, root) in *puts {
                 let action = drive(id, *root);
-                if let Action::PutDevice(AnyDevice::Drive(drive)) = &action {
+                if let Part::Device(AnyDevice::Drive(drive)) = &action {
                     all.drives.push(drive.clone());
                 }
                 put(&mut configuration, action).unwrap();
@@ -417,11 +419,11 @@ mod tests {
         let error = put(&mut configuration, drive("s", true)).unwrap_err();
         let expected = "root block device already exists: `r`";
         assert!(error.0.contains(expected), "{error}");
-        let Action::PutDevice(AnyDevice::Drive(mut socket)) = drive("v", false) else {
+        let Part::Device(AnyDevice::Drive(mut socket)) = drive("v", false) else {
             unreachable!()
         };
         socket.socket = Some("/s".into());
-        let socket = Action::PutDevice(AnyDevice::Drive(socket));
+        let socket = Part::Device(AnyDevice::Drive(socket));
         assert!(put(&mut configuration, socket).is_err());
         assert_eq!(ids(&configuration), ["r"]);
     }
@@ -429,7 +431,7 @@ mod tests {
     #[test]
     fn drive_when_put_is_reported_with_its_defaults() {
         let mut configuration = Configuration::default();
-        let Action::PutDevice(AnyDevice::Drive(mut limited)) = drive("a", false) else {
+        let Part::Device(AnyDevice::Drive(mut limited)) = drive("a", false) else {
             unreachable!()
         };
         let bucket = |size, refill_time| {
@@ -445,14 +447,15 @@ mod tests {
         });
         limited.is_read_only = None;
         limited.path_on_host = "/dev/null".into();
-        let action = Action::PutDevice(AnyDevice::Drive(limited.clone()));
+        let action = Part::Device(AnyDevice::Drive(limited.clone()));
         assert!(put(&mut configuration, action).is_err());
         let file = TempFile::new().unwrap();
         limited.path_on_host = file.as_path().to_str().unwrap().into();
         let path = limited.path_on_host.to_string();
-        let action = Action::PutDevice(AnyDevice::Drive(limited));
+        let action = Part::Device(AnyDevice::Drive(limited));
         put(&mut configuration, action).unwrap();
-        let reported = serde_json::to_value(configuration.report()).unwrap();
+        let reported = configuration.report();
+        let reported = serde_json::to_value(config::Reported(&reported)).unwrap();
         assert_eq!(
             reported["drives"][0],
             serde_json::json!({"drive_id":"a","partuuid":null,"is_root_device":false,
@@ -489,7 +492,7 @@ mod tests {
             r#"{"kernel_image_path":"/proc/self/exe","initrd_path":"/no/such"}"#,
             r#"{"kernel_image_path":{"fd":0}}"#,
         ] {
-            let action = Action::PutBootSource(json::parse(body.as_bytes()).unwrap());
+            let action = Part::BootSource(json::parse(body.as_bytes()).unwrap());
             put(&mut configuration, action).unwrap_err();
         }
         assert_eq!(inode(&configuration), before);
@@ -497,7 +500,7 @@ mod tests {
             "drives":[{"drive_id":"b","path_on_host":"/no/such","is_root_device":false}]}"#;
         let config = crate::wire::config::parse_file(config).unwrap();
         let change = configuration.replace(config).unwrap();
-        change.open(&mut Passed::default()).unwrap_err();
+        assert!(change.open(&mut Passed::default()).is_err());
         assert_eq!(ids(&configuration), ["a"]);
     }
 
@@ -507,7 +510,7 @@ mod tests {
         put(&mut configuration, drive("a", false)).unwrap();
         let check = |kind, text: &str| {
             let update = AnyUpdate::parse(kind, text.as_bytes()).unwrap();
-            configuration.check(Action::PatchDevice(update)).map(drop)
+            configuration.devices.patch(update).map(drop)
         };
         let drives = |text: &str| check(DeviceKind::Drive, text);
         assert!(drives(r#"{"drive_id":"b","path_on_host":"x"}"#).is_err());

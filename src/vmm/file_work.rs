@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 
 use super::action::{Action, Answer, Command, Outcome, Reply};
 use super::boot::{Begun, Loaded};
-use super::change::{Change, Ready};
+use super::change::Change;
+use super::requests::Ready;
 use super::rules::State;
 use super::{Event, Vmm};
 use crate::error::{ActionError, Context};
@@ -107,12 +108,7 @@ impl Vmm {
     /// Whether `action` must not overtake a change, nor be overtaken.
     fn keeps_its_turn(&self, action: &Action) -> bool {
         match action {
-            Action::DescribeInstance
-            | Action::GetVersion
-            | Action::GetTimeline
-            | Action::GetVmConfig
-            | Action::GetMachineConfig
-            | Action::GetMetrics => false,
+            Action::Ask(_) => false,
             // A start may be under way, or wait.
             Action::Pause | Action::Resume | Action::SendCtrlAltDel | Action::FlushMetrics => {
                 matches!(self.state(), State::NotStarted)
@@ -138,7 +134,7 @@ impl Vmm {
     }
 
     /// Has the files of `change` opened; the rest follows when they are.
-    pub(super) fn open(&mut self, change: Change, mut passed: Passed, asker: Asker) {
+    pub(super) fn open(&mut self, change: Change<Ready>, mut passed: Passed, asker: Asker) {
         if !change.waits() {
             let ready = change.open(&mut passed);
             self.close_passed(passed);

@@ -6,8 +6,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::action::{Action, Answer, Command, InstanceInfo, Outcome};
-use super::change::{Change, Ready, Step};
+use super::action::{Action, Answer, Command, InstanceInfo, Outcome, Part, Question, Reply};
+use super::change::{Change, Edit};
+use super::configuration::Configuration;
+use super::devices::ForDevice;
 use super::file_work::{Asker, Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::Lifecycle;
 use super::{UPDATE_PATIENCE, Vmm, boot, report, rules};
@@ -36,6 +38,56 @@ pub(super) enum Committed {
     Awaits(u64),
 }
 
+/// A request that was checked.
+type Step = Result<Change<Ready>, ActionError>;
+
+/// A request whose files are open: all that is to be taken up.
+#[derive(Default)]
+pub struct Ready {
+    /// A part of the configuration, or all of it.
+    configuration: Option<Edit<Configuration>>,
+    /// The log, and where it goes if that changes.
+    logger: Option<(Logger, Option<File>)>,
+    /// Where metrics go.
+    metrics: Option<Sink>,
+    /// A message to a running device, which answers with the given token.
+    device: Option<ForDevice>,
+    /// Start the guest.
+    start: bool,
+    /// A line for the log once it runs.
+    line: Option<&'static str>,
+}
+
+impl Ready {
+    fn configuration(edit: Edit<Configuration>) -> Self {
+        Ready {
+            configuration: Some(edit),
+            ..Ready::default()
+        }
+    }
+
+    fn logger(logger: (Logger, Option<File>)) -> Self {
+        Ready {
+            logger: Some(logger),
+            ..Ready::default()
+        }
+    }
+
+    fn metrics(sink: Sink) -> Self {
+        Ready {
+            metrics: Some(sink),
+            ..Ready::default()
+        }
+    }
+
+    fn for_device(send: ForDevice) -> Self {
+        Ready {
+            device: Some(send),
+            ..Ready::default()
+        }
+    }
+}
+
 impl Vmm {
     /// One request: done now, or in its turn.
     pub(super) fn command(&mut self, command: Command) {
@@ -62,42 +114,45 @@ impl Vmm {
             Action::Resume => self.resume(reply),
             Action::FlushMetrics => self.write_metrics(Some(reply)),
             Action::Start => self.begin_start(Asker::Client(reply), None),
-            action @ (Action::PutLogger(_)
-            | Action::PutMetrics(_)
-            | Action::PutVm { .. }
-            | Action::PutMachineConfig(_)
-            | Action::PatchMachineConfig(_)
-            | Action::PutBootSource(_)
-            | Action::PutDevice(_)
-            | Action::PatchDevice(_)
-            | Action::PutSerial(_)
-            | Action::PutCpuConfig(_)) => match self.check(action) {
-                Ok(change) => return self.open(change, passed, Asker::Client(reply)),
-                Err(error) => reply.send(Err(error)),
-            },
-            action => reply.send(self.act(action)),
+            Action::Ask(question) => reply.send(Ok(self.answer(question))),
+            Action::SendCtrlAltDel => reply.send(self.press_ctrl_alt_del()),
+            Action::Configure(part) => return self.change_for(self.check(part), passed, reply),
+            Action::PatchDevice(update) => {
+                let change = self.configuration.devices.patch(update);
+                let change = change.map(|change| change.map(Ready::for_device));
+                return self.change_for(change, passed, reply);
+            }
         }
         self.close_passed(passed);
     }
 
-    /// Requests that are done at once.
-    fn act(&mut self, action: Action) -> Answer {
-        let outcome = match action {
-            Action::DescribeInstance => Outcome::Instance(self.instance()),
-            Action::GetVersion => Outcome::Version(API_VERSION),
-            Action::GetTimeline => Outcome::Timeline(self.timeline.steps().collect()),
-            Action::GetVmConfig => Outcome::VmConfig(Box::new(self.configuration.report())),
-            Action::GetMachineConfig => Outcome::MachineConfig(self.configuration.machine.clone()),
-            Action::GetMetrics => Outcome::Metrics(self.report().prometheus()),
-            Action::SendCtrlAltDel => {
-                if let Some(machine) = &self.machine {
-                    machine.keyboard.ctrl_alt_del().bare()?;
-                }
-                Outcome::Done
+    /// Goes on with a request that has been checked, unless it was refused.
+    fn change_for(&mut self, checked: Step, passed: Passed, client: Reply) {
+        match checked {
+            Ok(change) => self.open(change, passed, Asker::Client(client)),
+            Err(error) => {
+                client.send(Err(error));
+                self.close_passed(passed);
             }
-            other => return Err(ActionError(format!("This is not done at once: {other:?}."))),
-        };
-        Ok(outcome)
+        }
+    }
+
+    fn answer(&self, question: Question) -> Outcome {
+        match question {
+            Question::Instance => Outcome::Instance(self.instance()),
+            Question::Version => Outcome::Version(API_VERSION),
+            Question::Timeline => Outcome::Timeline(self.timeline.steps().collect()),
+            Question::VmConfig => Outcome::VmConfig(Box::new(self.configuration.report())),
+            Question::MachineConfig => Outcome::MachineConfig(self.configuration.machine.clone()),
+            Question::Metrics => Outcome::Metrics(self.report().prometheus()),
+        }
+    }
+
+    fn press_ctrl_alt_del(&self) -> Answer {
+        if let Some(machine) = &self.machine {
+            machine.keyboard.ctrl_alt_del().bare()?;
+        }
+        Ok(Outcome::Done)
     }
 
     /// Takes up what was opened, and answers, now or when it is done.
@@ -114,13 +169,13 @@ impl Vmm {
         }
     }
 
-    /// The first step of a request that changes something.
-    fn check(&self, action: Action) -> Step {
-        match action {
-            Action::PutLogger(logger) => Ok(put_logger(logger)),
-            Action::PutMetrics(metrics) => self.put_metrics(metrics),
-            Action::PutVm { config, start } => self.put_vm(*config, start, None),
-            action => self.configuration.check(action),
+    /// The first step of a request that changes the configuration.
+    fn check(&self, part: Part) -> Step {
+        match part {
+            Part::Logger(logger) => Ok(put_logger(logger).map(Ready::logger)),
+            Part::Metrics(metrics) => Ok(self.put_metrics(metrics)?.map(Ready::metrics)),
+            Part::All { config, start } => self.put_vm(*config, start, None),
+            part => Ok(self.configuration.check(part)?.map(Ready::configuration)),
         }
     }
 
@@ -154,7 +209,7 @@ impl Vmm {
 
     /// All three steps, before there are clients. Descriptors are those that the process was started
     /// with.
-    fn change(&mut self, change: Change) -> Result<(), ActionError> {
+    fn change(&mut self, change: Change<Ready>) -> Result<(), ActionError> {
         let waits = change.waits();
         let open = move || change.open(&mut Passed::Inherited);
         let ready = match waits {
@@ -173,19 +228,18 @@ impl Vmm {
             .transpose()?;
         let configuration = self.configuration.replace(config)?;
         Ok(Change::new(move |passed| {
-            let mut ready = configuration.open(passed)?;
-            if let Some(metrics) = metrics {
-                ready.metrics = metrics.open(passed)?.metrics;
-            }
-            if let Some(logger) = logger {
-                ready.logger = logger.open(passed)?.logger;
-            }
-            (ready.start, ready.line) = (start, line);
-            Ok(ready)
+            Ok(Ready {
+                configuration: Some(configuration.open(passed)?),
+                metrics: metrics.map(|metrics| metrics.open(passed)).transpose()?,
+                logger: logger.map(|logger| logger.open(passed)).transpose()?,
+                start,
+                line,
+                device: None,
+            })
         }))
     }
 
-    fn put_metrics(&self, metrics: Metrics) -> Step {
+    fn put_metrics(&self, metrics: Metrics) -> Result<Change<Sink>, ActionError> {
         if self.metrics.is_some() {
             return Err(ActionError(format!(
                 "{NO_METRICS}: Reinitialization of metrics not allowed."
@@ -197,10 +251,7 @@ impl Vmm {
             let file = file.context(NO_METRICS)?;
             // Another program may have opened it for waiting; control waits for no reader.
             fd::set_nonblocking(&file).context(NO_METRICS)?;
-            Ok(Ready {
-                metrics: Some(Sink::new(file, id, metrics.properties)),
-                ..Ready::default()
-            })
+            Ok(Sink::new(file, id, metrics.properties))
         }))
     }
 
@@ -264,7 +315,7 @@ impl Vmm {
     /// The message: its file cannot be opened.
     pub fn set_metrics(&mut self, metrics: Metrics) -> Result<(), ActionError> {
         let change = self.put_metrics(metrics)?;
-        self.change(change)
+        self.change(change.map(Ready::metrics))
     }
 
     /// Takes up what the command line says of the log.
@@ -272,7 +323,7 @@ impl Vmm {
     /// # Errors
     /// The message: its file cannot be opened.
     pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
-        self.change(put_logger(logger))
+        self.change(put_logger(logger).map(Ready::logger))
     }
 
     fn use_logger(&mut self, logger: &Logger, sink: Option<File>) {
@@ -388,19 +439,15 @@ impl Vmm {
     }
 }
 
-fn put_logger(logger: Logger) -> Change {
+fn put_logger(logger: Logger) -> Change<(Logger, Option<File>)> {
     let waits = logger.log_path.is_some();
-    Change::new(|passed| {
-        let sink = match &logger.log_path {
-            Some(sink) => Some(open::sink(&open::LOG, sink, passed)?),
-            None => None,
-        };
-        Ok(Ready {
-            logger: Some((logger, sink)),
-            ..Ready::default()
-        })
-    })
-    .waiting(waits)
+    let open = |passed: &mut Passed| {
+        let sink = logger.log_path.as_ref();
+        let sink = sink.map(|sink| open::sink(&open::LOG, sink, passed));
+        let sink = sink.transpose()?;
+        Ok((logger, sink))
+    };
+    Change::new(open).waiting(waits)
 }
 
 /// Has the files thread install its filter, the last time that anything waits for it. It has

@@ -37,24 +37,8 @@ enum When {
 /// The table.
 const fn when(action: &Action) -> When {
     match action {
-        Action::DescribeInstance
-        | Action::GetVersion
-        | Action::GetVmConfig
-        | Action::GetMachineConfig
-        | Action::GetMetrics
-        | Action::GetTimeline => When::Always,
-
-        Action::PutMachineConfig(_)
-        | Action::PatchMachineConfig(_)
-        | Action::PutBootSource(_)
-        | Action::PutDevice(_)
-        | Action::PutLogger(_)
-        | Action::PutMetrics(_)
-        | Action::PutSerial(_)
-        | Action::PutCpuConfig(_)
-        | Action::PutVm { .. }
-        | Action::Start => When::BeforeStart,
-
+        Action::Ask(_) => When::Always,
+        Action::Configure(_) | Action::Start => When::BeforeStart,
         // Pause and resume are idempotent, so both are for either state after the start.
         Action::PatchDevice(_)
         | Action::SendCtrlAltDel
@@ -85,6 +69,7 @@ pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::action::{Part, Question};
     use crate::wire::config::{self, AnyDevice, AnyUpdate, json};
 
     fn from<T: serde::de::DeserializeOwned>(text: &str) -> T {
@@ -93,56 +78,35 @@ mod tests {
 
     #[test]
     fn allow_when_asked_in_each_state_follows_the_table() {
-        let put_vm = Action::PutVm {
-            config: Box::default(),
-            start: true,
-        };
+        let drive = r#"{"drive_id":"a","path_on_host":"p","is_root_device":true}"#;
+        let network = r#"{"iface_id":"a","host_dev_name":"t"}"#;
+        let questions = [
+            Question::Instance,
+            Question::Version,
+            Question::VmConfig,
+            Question::MachineConfig,
+            Question::Metrics,
+            Question::Timeline,
+        ];
+        let parts = [
+            Part::Machine(config::MachineConfig::default()),
+            Part::MachineUpdate(config::MachineConfigUpdate::default()),
+            Part::BootSource(from(r#"{"kernel_image_path":"k"}"#)),
+            Part::Device(AnyDevice::Drive(from(drive))),
+            Part::Device(AnyDevice::NetworkInterface(from(network))),
+            Part::Logger(from("{}")),
+            Part::Metrics(from(r#"{"metrics_path":"m"}"#)),
+            Part::Serial(from("{}")),
+            Part::Cpu(from("{}")),
+            Part::All {
+                config: Box::default(),
+                start: true,
+            },
+        ];
         // action, allowed before the start, allowed after it
-        let cases = [
-            (Action::DescribeInstance, true, true),
-            (Action::GetVersion, true, true),
-            (Action::GetVmConfig, true, true),
-            (Action::GetMachineConfig, true, true),
-            (Action::GetMetrics, true, true),
-            (Action::GetTimeline, true, true),
-            (
-                Action::PutMachineConfig(config::MachineConfig::default()),
-                true,
-                false,
-            ),
-            (
-                Action::PatchMachineConfig(config::MachineConfigUpdate::default()),
-                true,
-                false,
-            ),
-            (
-                Action::PutBootSource(from(r#"{"kernel_image_path":"k"}"#)),
-                true,
-                false,
-            ),
-            (
-                Action::PutDevice(AnyDevice::Drive(from(
-                    r#"{"drive_id":"a","path_on_host":"p","is_root_device":true}"#,
-                ))),
-                true,
-                false,
-            ),
-            (
-                Action::PutDevice(AnyDevice::NetworkInterface(from(
-                    r#"{"iface_id":"a","host_dev_name":"t"}"#,
-                ))),
-                true,
-                false,
-            ),
-            (Action::PutLogger(from("{}")), true, false),
-            (
-                Action::PutMetrics(from(r#"{"metrics_path":"m"}"#)),
-                true,
-                false,
-            ),
-            (Action::PutSerial(from("{}")), true, false),
-            (Action::PutCpuConfig(from("{}")), true, false),
-            (put_vm, true, false),
+        let questions = questions.map(|question| (Action::Ask(question), true, true));
+        let parts = parts.map(|part| (Action::Configure(part), true, false));
+        let others = [
             (Action::Start, true, false),
             (
                 Action::PatchDevice(AnyUpdate::Drive(from(r#"{"drive_id":"a"}"#))),
@@ -159,7 +123,7 @@ mod tests {
             (Action::Pause, false, true),
             (Action::Resume, false, true),
         ];
-        for (action, before, after) in cases {
+        for (action, before, after) in questions.into_iter().chain(parts).chain(others) {
             for (state, expected) in [
                 (State::NotStarted, before),
                 (State::Running, after),

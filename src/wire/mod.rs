@@ -21,7 +21,7 @@ pub use client::{Client, ClientError, Response};
 pub use config::{Source, VmConfig};
 pub use end::{Crash, End, EndReport, SOFTWARE_KVM};
 pub use level::Level;
-pub use operations::{Call, Method, OPERATIONS, Operation};
+pub use operations::{Call, Method, OPERATIONS, Operation, Question};
 
 pub use crate::sys::fd::take_over;
 pub use crate::sys::socket::{listener, send_with_descriptors};

@@ -38,21 +38,28 @@ impl Method {
     }
 }
 
+/// What can be asked without changing anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// `GET /`
+    Instance,
+    /// `GET /version`
+    Version,
+    /// `GET /vm/config`
+    VmConfig,
+    /// `GET /vm/timeline`
+    Timeline,
+    /// `GET /machine-config`
+    MachineConfig,
+    /// `GET /metrics`
+    Metrics,
+}
+
 /// What an operation asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
-    /// `GET /`
-    DescribeInstance,
-    /// `GET /version`
-    GetVersion,
-    /// `GET /vm/config`
-    GetVmConfig,
-    /// `GET /vm/timeline`
-    GetTimeline,
-    /// `GET /machine-config`
-    GetMachineConfig,
-    /// `GET /metrics`
-    GetMetrics,
+    /// `GET` of something.
+    Ask(Question),
     /// `PUT /actions`
     PutAction,
     /// `PUT /boot-source`
@@ -101,12 +108,12 @@ macro_rules! declare {
     ($($list:ident = $section:literal: $config:ident, $kind:ident [$($serde:tt)*];)+) => {
         /// All operations.
         pub const OPERATIONS: &[Operation] = &[
-            operation(Get, "/", Call::DescribeInstance),
-            operation(Get, "/version", Call::GetVersion),
-            operation(Get, "/vm/config", Call::GetVmConfig),
-            operation(Get, "/vm/timeline", Call::GetTimeline),
-            operation(Get, "/machine-config", Call::GetMachineConfig),
-            operation(Get, "/metrics", Call::GetMetrics),
+            operation(Get, "/", Call::Ask(Question::Instance)),
+            operation(Get, "/version", Call::Ask(Question::Version)),
+            operation(Get, "/vm/config", Call::Ask(Question::VmConfig)),
+            operation(Get, "/vm/timeline", Call::Ask(Question::Timeline)),
+            operation(Get, "/machine-config", Call::Ask(Question::MachineConfig)),
+            operation(Get, "/metrics", Call::Ask(Question::Metrics)),
             operation(Put, "/actions", Call::PutAction),
             operation(Put, "/boot-source", Call::PutBootSource),
             operation(Put, "/cpu-config", Call::PutCpuConfig),

@@ -14,7 +14,7 @@ use std::{io, mem};
 use self::block::Block;
 pub use self::limits::bucket;
 use self::net::Net;
-use super::change::{Change, Ready, Step};
+use super::change::{Change, Edit, edit};
 use crate::error::ActionError;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
@@ -126,6 +126,13 @@ pub enum Backing<K: Kind> {
     Running(DeviceHandle<K::Device>),
 }
 
+/// A device that was checked, and a change of a running one.
+type Put = Result<Change<Edit<Devices>>, ActionError>;
+type Patch = Result<Change<ForDevice>, ActionError>;
+
+/// Sends a running device a change; it answers with the token.
+pub type ForDevice = Box<dyn FnOnce(&mut Devices, u64) -> Result<(), ActionError> + Send>;
+
 /// The devices of one kind, in the order of their slots.
 #[derive(Debug)]
 pub struct List<K: Kind>(pub Vec<Entry<K>>);
@@ -196,16 +203,16 @@ impl<K: Listed> List<K> {
     }
 
     /// The three steps of a PUT of one device.
-    fn put(&self, mut config: K::Config) -> Step {
+    fn put(&self, mut config: K::Config) -> Put {
         K::check(&mut config, self.0.iter().map(|entry| &entry.config))?;
         let mut before = self.reopened()?;
         Ok(Change::new(move |passed| {
             let opened = K::open(&mut config, &mut before, passed)?;
             let backing = Backing::Opened(opened);
-            Ok(Ready::of(move |configuration| {
-                let List(list) = K::list(&mut configuration.devices);
+            edit(move |devices| {
+                let List(list) = K::list(devices);
                 place::<K, _>(list, Entry { config, backing }, |entry| &entry.config)
-            }))
+            })
         }))
     }
 
@@ -232,7 +239,7 @@ impl<K: Listed> List<K> {
     }
 
     /// The three steps of a PATCH of a running device.
-    fn patch(&self, update: <K::Config as DeviceConfig>::Update) -> Step {
+    fn patch(&self, update: <K::Config as DeviceConfig>::Update) -> Patch {
         let id = K::Config::updated(&update).to_owned();
         let entry = self.0.iter().find(|entry| entry.config.id() == id);
         let config = entry.map(|entry| &entry.config);
@@ -243,7 +250,7 @@ impl<K: Listed> List<K> {
         let opens = K::update_opens(&update);
         Ok(Change::new(move |passed| {
             let message = K::open_update(&config, &update, passed)?;
-            Ok(Ready::for_device(move |devices, token| {
+            let send: ForDevice = Box::new(move |devices, token| {
                 let List(list) = K::list(devices);
                 for entry in list.iter_mut().filter(|entry| entry.config.id() == id) {
                     if let Backing::Running(handle) = &entry.backing {
@@ -255,7 +262,8 @@ impl<K: Listed> List<K> {
                     }
                 }
                 Ok(())
-            }))
+            });
+            Ok(send)
         })
         .waiting(opens))
     }
@@ -292,14 +300,14 @@ macro_rules! declare {
             }
 
             /// The three steps of a PUT of one device.
-            pub fn put(&self, device: AnyDevice) -> Step {
+            pub fn put(&self, device: AnyDevice) -> Put {
                 match device {
                     $(AnyDevice::$config(config) => self.$list.put(config),)+
                 }
             }
 
             /// The three steps of a PATCH of a running device.
-            pub fn patch(&self, update: AnyUpdate) -> Step {
+            pub fn patch(&self, update: AnyUpdate) -> Patch {
                 match update {
                     $(AnyUpdate::$config(update) => self.$list.patch(update),)+
                 }

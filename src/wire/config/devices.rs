@@ -159,11 +159,6 @@ macro_rules! declare {
         }
 
         impl Devices {
-            /// All of them, in the order of their slots.
-            pub fn into_each(self) -> impl Iterator<Item = AnyDevice> {
-                std::iter::empty()$(.chain(self.$list.into_iter().map(AnyDevice::$config)))+
-            }
-
             /// Their ids, in the order of their slots.
             pub fn ids(&self) -> impl Iterator<Item = &str> {
                 std::iter::empty()$(.chain(self.$list.iter().map(DeviceConfig::id)))+

@@ -7,29 +7,42 @@ use serde::de::IgnoredAny;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::json::{self, JsonError, object, optional_object};
+use super::json::{self, JsonError, optional_object, some_object};
 use super::{
     Backing, BootSource, CpuConfigSource, DeviceKind, Devices, Logger, MachineConfig, Metrics,
     Serial, Source,
 };
 
-/// A whole configuration.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// A whole configuration, as it is written in a file or in the body of `PUT /vm`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct VmConfig {
-    /// The machine.
-    pub machine_config: Option<MachineConfig>,
-    /// The kernel.
+    /// The kernel. A file must name one.
+    #[serde(deserialize_with = "some_object")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_source: Option<BootSource>,
-    /// Disks, network interfaces.
-    pub devices: Devices,
-    /// CPUID and MSR masks; not reported.
+    /// The machine.
+    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine_config: Option<MachineConfig>,
+    /// CPUID and MSR masks.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_config: Option<CpuConfigSource>,
-    /// The log; not reported.
+    /// The log.
+    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub logger: Option<Logger>,
-    /// The sink of the metrics; not reported.
+    /// The sink of the metrics.
+    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics: Option<Metrics>,
-    /// The console; not reported.
+    /// The console.
+    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// Disks, network interfaces: a section for each kind. Read by [`parse_file`].
+    #[serde(flatten, skip_deserializing)]
+    pub devices: Devices,
 }
 
 /// Sections of Firecracker's configuration that are for what there is not here.
@@ -52,23 +65,6 @@ const SECTIONS: [&str; 6] = [
     "serial",
 ];
 
-/// The sections that are not about devices, as they are written.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Sections {
-    #[serde(deserialize_with = "object")]
-    boot_source: BootSource,
-    #[serde(default, deserialize_with = "optional_object")]
-    machine_config: Option<MachineConfig>,
-    cpu_config: Option<CpuConfigSource>,
-    #[serde(default, deserialize_with = "optional_object")]
-    logger: Option<Logger>,
-    #[serde(default, deserialize_with = "optional_object")]
-    metrics: Option<Metrics>,
-    #[serde(default, deserialize_with = "optional_object")]
-    serial: Option<Serial>,
-}
-
 /// Reads a config file. Sections that are not known are ignored, as Firecracker does.
 ///
 /// # Errors
@@ -77,8 +73,8 @@ pub fn parse_file(bytes: &[u8]) -> Result<VmConfig, JsonError> {
     if std::str::from_utf8(bytes).is_err() {
         return Err(JsonError::new("it holds bytes that are not UTF-8"));
     }
-    let sections: Sections = json::parse(bytes)?;
-    let devices: Devices = json::parse(bytes)?;
+    let mut config: VmConfig = json::parse(bytes)?;
+    config.devices = json::parse(bytes)?;
     let all: BTreeMap<String, Given> = json::parse(bytes)?;
     for name in OUT_OF_SCOPE {
         if all.get(name).is_some_and(|given| !given.is_nothing()) {
@@ -87,15 +83,7 @@ pub fn parse_file(bytes: &[u8]) -> Result<VmConfig, JsonError> {
             )));
         }
     }
-    Ok(VmConfig {
-        machine_config: sections.machine_config,
-        boot_source: Some(sections.boot_source),
-        devices,
-        cpu_config: sections.cpu_config,
-        logger: sections.logger,
-        metrics: sections.metrics,
-        serial: sections.serial,
-    })
+    Ok(config)
 }
 
 /// What a section holds, as far as it matters for one that is out of scope.
@@ -177,39 +165,16 @@ impl VmConfig {
 
     /// As a body of `PUT /vm`, or a config file: the sections that there are.
     pub fn to_request(&self, start: bool) -> String {
-        let request = Request {
-            devices: &self.devices,
-            machine_config: self.machine_config.as_ref(),
-            boot_source: self.boot_source.as_ref(),
-            cpu_config: self.cpu_config.as_ref(),
-            logger: self.logger.as_ref(),
-            metrics: self.metrics.as_ref(),
-            serial: self.serial.as_ref(),
-            start,
-        };
+        #[derive(Serialize)]
+        struct Request<'a> {
+            #[serde(flatten)]
+            config: &'a VmConfig,
+            start: bool,
+        }
+        let config = self;
         // Nothing in it is what JSON does not have.
-        serde_json::to_string(&request).unwrap_or_default()
+        serde_json::to_string(&Request { config, start }).unwrap_or_default()
     }
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "kebab-case")]
-struct Request<'a> {
-    #[serde(flatten)]
-    devices: &'a Devices,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    machine_config: Option<&'a MachineConfig>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    boot_source: Option<&'a BootSource>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cpu_config: Option<&'a CpuConfigSource>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    logger: Option<&'a Logger>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    metrics: Option<&'a Metrics>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    serial: Option<&'a Serial>,
-    start: bool,
 }
 
 /// The sections of the answer to `GET /vm/config`, in the order in which Firecracker has them.
@@ -229,9 +194,14 @@ const REPORTED: [&str; 13] = [
     "memory-hotplug",
 ];
 
-impl Serialize for VmConfig {
+/// The answer to `GET /vm/config`.
+#[derive(Debug)]
+pub struct Reported<'a>(pub &'a VmConfig);
+
+impl Serialize for Reported<'_> {
     /// All sections that Firecracker's clients may look for, those out of scope as null.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Reported(config) = self;
         let no_kernel = BootSource {
             kernel_image_path: "".into(),
             initrd_path: None,
@@ -241,12 +211,12 @@ impl Serialize for VmConfig {
         for name in REPORTED {
             let kind = DeviceKind::ALL.iter().find(|kind| kind.section() == name);
             match (kind, name) {
-                (Some(kind), _) => self.devices.write(*kind, &mut map)?,
+                (Some(kind), _) => config.devices.write(*kind, &mut map)?,
                 (None, "boot-source") => {
-                    let boot = self.boot_source.as_ref().unwrap_or(&no_kernel);
+                    let boot = config.boot_source.as_ref().unwrap_or(&no_kernel);
                     map.serialize_entry(name, boot)?;
                 }
-                (None, "machine-config") => map.serialize_entry(name, &self.machine_config)?,
+                (None, "machine-config") => map.serialize_entry(name, &config.machine_config)?,
                 (None, "pmem") => map.serialize_entry(name, &[(); 0])?,
                 _ => map.serialize_entry(name, &None::<()>)?,
             }
@@ -283,7 +253,7 @@ mod tests {
     #[test]
     fn file_when_it_is_a_reported_configuration_is_taken_again() {
         let config = parse_file(format!("{{{SMALL}}}").as_bytes()).unwrap();
-        let reported = serde_json::to_vec(&config).unwrap();
+        let reported = serde_json::to_vec(&Reported(&config)).unwrap();
         assert_eq!(parse_file(&reported), Ok(config));
     }
 

@@ -63,6 +63,18 @@ where
     Object::deserialize(deserializer).map(|Object(value)| value)
 }
 
+/// [`object`], where there may be none otherwise.
+///
+/// # Errors
+/// As [`object`].
+pub fn some_object<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    object(deserializer).map(Some)
+}
+
 /// [`object`], or null.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ mod types;
 pub(crate) use devices::each_device_kind;
 pub use devices::{AnyDevice, AnyUpdate, Backing, DeviceConfig, DeviceKind, Devices};
 pub use drive::{CacheType, Drive, DriveUpdate, IoEngine};
-pub use file::{OUT_OF_SCOPE, VmConfig, parse_file, parse_vm};
+pub use file::{OUT_OF_SCOPE, Reported, VmConfig, parse_file, parse_vm};
 pub use json::JsonError;
 pub use limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use mac::{BadMac, Mac};
