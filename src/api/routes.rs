@@ -135,11 +135,13 @@ fn segments(path: &str) -> impl Iterator<Item = &str> {
 fn unknown(request: &Request) -> String {
     let mut parts = segments(&request.path);
     let first = parts.next().unwrap_or_default();
-    if let Some((name, what)) = OUT_OF_SCOPE.iter().find(|(name, _)| *name == first) {
+    let kind = DeviceKind::of_section(first);
+    let absent = OUT_OF_SCOPE.iter().find(|(name, _)| *name == first);
+    if let Some((name, what)) = absent.filter(|_| kind.is_none()) {
         return format!("/{name} is out of scope: this monitor does not offer {what}.");
     }
     match (request.method, first, parts.next()) {
-        (Method::Delete, "drives" | "network-interfaces", _) => {
+        (Method::Delete, _, _) if kind.is_some() => {
             "Unplugging devices is out of scope: this monitor does not offer hotplug.".into()
         }
         (Method::Put, "snapshot", Some("create" | "load")) => {

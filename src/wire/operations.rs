@@ -105,7 +105,7 @@ const fn operation(method: Method, path: &'static str, call: Call) -> Operation 
 use Method::{Get, Patch, Put};
 
 macro_rules! declare {
-    ($($list:ident = $section:literal: $config:ident, $kind:ident [$($serde:tt)*];)+) => {
+    ($($list:ident = $section:literal: $wire:ident::$config:ident, $control:ident::$kind:ident [$($serde:tt)*];)+) => {
         /// All operations.
         pub const OPERATIONS: &[Operation] = &[
             operation(Get, "/", Call::Ask(Question::Instance)),

@@ -11,9 +11,7 @@ mod net;
 
 use std::{io, mem};
 
-use self::block::Block;
 pub use self::limits::bucket;
-use self::net::Net;
 use super::change::{Change, Edit, edit};
 use crate::error::ActionError;
 use crate::seccomp::Category;
@@ -270,17 +268,17 @@ impl<K: Listed> List<K> {
 }
 
 macro_rules! declare {
-    ($($list:ident = $section:literal: $config:ident, $kind:ident [$($serde:tt)*];)+) => {
+    ($($list:ident = $section:literal: $wire:ident::$config:ident, $control:ident::$kind:ident [$($serde:tt)*];)+) => {
         /// All devices, in the order of their slots.
         #[derive(Debug, Default)]
         pub struct Devices {
             $(
                 #[doc = concat!("Those of the section `", $section, "`.")]
-                pub $list: List<$kind>,
+                pub $list: List<$control::$kind>,
             )+
         }
 
-        $(impl Listed for $kind {
+        $(impl Listed for $control::$kind {
             fn list(devices: &mut Devices) -> &mut List<Self> {
                 &mut devices.$list
             }

@@ -10,8 +10,8 @@ use serde::de::DeserializeOwned;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize};
 
+use super::Source;
 use super::json::{self, JsonError, objects};
-use super::{Drive, NetworkInterface, Source};
 
 /// One kind of device, as clients write it.
 pub trait DeviceConfig: Clone + Debug + PartialEq + Serialize + DeserializeOwned {
@@ -55,20 +55,25 @@ pub enum Backing {
 }
 
 /// Calls the macro `$then` with a row for each kind of device, in the order of their slots: its list,
-/// its section in a configuration (the first segment of its path in the API too), its type as clients
-/// write it, its kind as control knows it (`vmm::devices`), and how serde reads the section.
+/// its section in a configuration (the first segment of its path in the API too), its file beside this
+/// one and its type there, as clients write it, its file in `vmm::devices` and its type there, as
+/// control knows it, and how serde reads the section.
+///
+/// Beside the row, a kind has a `mod` line for each of its files: here, there, and in `virtio`.
 macro_rules! each_device_kind {
     ($then:ident) => {
         $then! {
-            drives = "drives": Drive, Block [deserialize_with = "objects"];
-            network_interfaces = "network-interfaces": NetworkInterface, Net [default, deserialize_with = "objects"];
+            drives = "drives": drive::Drive, block::Block [deserialize_with = "objects"];
+            network_interfaces = "network-interfaces": network::NetworkInterface, net::Net [default, deserialize_with = "objects"];
         }
     };
 }
 pub(crate) use each_device_kind;
 
 macro_rules! declare {
-    ($($list:ident = $section:literal: $config:ident, $kind:ident [$($serde:tt)*];)+) => {
+    ($($list:ident = $section:literal: $wire:ident::$config:ident, $control:ident::$kind:ident [$($serde:tt)*];)+) => {
+        $(pub use super::$wire::*;)+
+
         /// The kinds of devices, in the order of their slots.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum DeviceKind {
@@ -84,6 +89,11 @@ macro_rules! declare {
                 match self {
                     $(DeviceKind::$config => $section,)+
                 }
+            }
+
+            /// The kind whose section is called `name`.
+            pub fn of_section(name: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|kind| kind.section() == name)
             }
 
             /// Its path in the API.

@@ -45,8 +45,9 @@ pub struct VmConfig {
     pub devices: Devices,
 }
 
-/// Sections of Firecracker's configuration that are for what there is not here.
-pub const OUT_OF_SCOPE: [&str; 6] = [
+/// Sections of Firecracker's configuration for devices that it has beside disks and network
+/// interfaces; those that there is no kind for are out of scope.
+const OTHER_DEVICES: [&str; 6] = [
     "balloon",
     "vsock",
     "entropy",
@@ -54,6 +55,12 @@ pub const OUT_OF_SCOPE: [&str; 6] = [
     "memory-hotplug",
     "pmem",
 ];
+
+fn out_of_scope() -> impl Iterator<Item = &'static str> {
+    OTHER_DEVICES
+        .into_iter()
+        .filter(|name| DeviceKind::of_section(name).is_none())
+}
 
 /// The sections that are not about devices.
 const SECTIONS: [&str; 6] = [
@@ -76,7 +83,7 @@ pub fn parse_file(bytes: &[u8]) -> Result<VmConfig, JsonError> {
     let mut config: VmConfig = json::parse(bytes)?;
     config.devices = json::parse(bytes)?;
     let all: BTreeMap<String, Given> = json::parse(bytes)?;
-    for name in OUT_OF_SCOPE {
+    for name in out_of_scope() {
         if all.get(name).is_some_and(|given| !given.is_nothing()) {
             return Err(JsonError::new(format!(
                 "the section `{name}` is out of scope: there is no such device"
@@ -117,7 +124,7 @@ pub fn parse_vm(bytes: &[u8]) -> Result<(VmConfig, bool), JsonError> {
     let devices = DeviceKind::ALL.iter().map(|kind| kind.section());
     let known: Vec<&str> = devices
         .chain(SECTIONS)
-        .chain(OUT_OF_SCOPE)
+        .chain(out_of_scope())
         .chain(["start"])
         .collect();
     if let Some(name) = names.keys().find(|name| !known.contains(&name.as_str())) {
@@ -209,9 +216,8 @@ impl Serialize for Reported<'_> {
         };
         let mut map = serializer.serialize_map(None)?;
         for name in REPORTED {
-            let kind = DeviceKind::ALL.iter().find(|kind| kind.section() == name);
-            match (kind, name) {
-                (Some(kind), _) => config.devices.write(*kind, &mut map)?,
+            match (DeviceKind::of_section(name), name) {
+                (Some(kind), _) => config.devices.write(kind, &mut map)?,
                 (None, "boot-source") => {
                     let boot = config.boot_source.as_ref().unwrap_or(&no_kernel);
                     map.serialize_entry(name, boot)?;

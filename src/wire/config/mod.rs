@@ -14,12 +14,10 @@ mod source;
 mod types;
 
 pub(crate) use devices::each_device_kind;
-pub use devices::{AnyDevice, AnyUpdate, Backing, DeviceConfig, DeviceKind, Devices};
-pub use drive::{CacheType, Drive, DriveUpdate, IoEngine};
-pub use file::{OUT_OF_SCOPE, Reported, VmConfig, parse_file, parse_vm};
+pub use devices::*;
+pub use file::{Reported, VmConfig, parse_file, parse_vm};
 pub use json::JsonError;
 pub use limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use mac::{BadMac, Mac};
-pub use network::{NetworkInterface, NetworkUpdate};
 pub use source::{PassedFd, Source};
 pub use types::*;
