@@ -4,15 +4,22 @@
 //! most once, `--help` and `--version` wherever they stand. Those that have no meaning here are
 //! refused with a message.
 
-use std::ffi::{OsStr, OsString};
-use std::fmt;
+mod error;
+mod given;
+mod options;
+
+pub use error::ArgsError;
+pub use options::{help, version};
+
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use self::given::Given;
+use self::options::EXCLUDE;
 use crate::arch::Protocol;
-use crate::exit;
 use crate::log::{Format, Level};
 use crate::wire::limits::BODY_MAX;
-use crate::wire::{API_VERSION, Source, id};
+use crate::wire::{Source, id};
 
 /// Where the API socket is made unless `--api-sock` says otherwise.
 const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
@@ -109,240 +116,6 @@ impl Default for Args {
     }
 }
 
-/// Why a command line is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ArgsError {
-    /// Not an option of ours.
-    Unexpected(String),
-    /// An option without the value it takes.
-    NoValue(&'static str),
-    /// An option given twice.
-    Twice(&'static str),
-    /// An option that needs another.
-    Needs(&'static str, &'static str),
-    /// An option given beside another that says the same.
-    Beside(&'static str, &'static str),
-    /// A value that the option does not take.
-    Value {
-        /// The option.
-        option: &'static str,
-        /// Its value.
-        value: String,
-        /// What it takes.
-        takes: &'static str,
-    },
-    /// A log level that is none.
-    Level(String),
-    /// An option of Firecracker's that has no meaning here.
-    NotOffered(&'static str, &'static str),
-}
-
-impl ArgsError {
-    /// The exit code that tells of it.
-    pub fn exit_code(&self) -> i32 {
-        match self {
-            ArgsError::Level(_) => exit::BAD_LOG_LEVEL,
-            _ => exit::BAD_ARGUMENTS,
-        }
-    }
-}
-
-impl fmt::Display for ArgsError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ArgsError::Unexpected(found) => write!(
-                f,
-                "Arguments parsing error: `{}` is not an option of this program",
-                found.escape_debug()
-            )?,
-            ArgsError::NoValue(option) => {
-                write!(f, "Arguments parsing error: --{option} needs a value")?;
-            }
-            ArgsError::Twice(option) => {
-                write!(f, "Arguments parsing error: --{option} is given twice")?;
-            }
-            ArgsError::Needs(one, other) => {
-                write!(f, "Arguments parsing error: --{one} needs --{other}")?;
-            }
-            ArgsError::Beside(one, other) => write!(
-                f,
-                "Arguments parsing error: --{one} and --{other} exclude each other"
-            )?,
-            ArgsError::Value {
-                option,
-                value,
-                takes,
-            } => write!(
-                f,
-                "Arguments parsing error: --{option} takes {takes}, not `{}`",
-                value.escape_debug()
-            )?,
-            ArgsError::Level(level) => write!(
-                f,
-                "Invalid value for logger level: `{}` is none of Off, Error, Warning, Info, \
-                 Debug, Trace",
-                level.escape_debug()
-            )?,
-            ArgsError::NotOffered(option, why) => {
-                write!(
-                    f,
-                    "Arguments parsing error: --{option} is not offered: {why}"
-                )?;
-            }
-        }
-        f.write_str(". For more information try --help.")
-    }
-}
-
-impl std::error::Error for ArgsError {}
-
-/// One option.
-struct Opt {
-    name: &'static str,
-    /// What its value is called in the help; empty for one that takes none.
-    value: &'static str,
-    help: &'static str,
-}
-
-const fn option(name: &'static str, value: &'static str, help: &'static str) -> Opt {
-    Opt { name, value, help }
-}
-
-const OPTIONS: &[Opt] = &[
-    option(
-        "api-fd",
-        "fd",
-        "Serve the API on this inherited socket, which listens.",
-    ),
-    option(
-        "api-sock",
-        "path",
-        "Where to make the API socket. [default: /run/firecracker.socket]",
-    ),
-    option(
-        "boot-protocol",
-        "pvh|linux64",
-        "Enter the kernel this way, whatever it offers.",
-    ),
-    option(
-        "boot-timer",
-        "",
-        "Log the time from start until the guest says it has booted.",
-    ),
-    option(
-        "config-file",
-        "path",
-        "Boot this configuration, in JSON, at once.",
-    ),
-    option(
-        "describe-snapshot",
-        "path",
-        "Print the format version of this snapshot.",
-    ),
-    option(
-        "end-fd",
-        "fd",
-        "Write how the guest ended, in a word, to this inherited pipe or file.",
-    ),
-    option("help", "", "Print this."),
-    option(
-        "http-api-max-payload-size",
-        "bytes",
-        "Largest body of an API request. [default: 51200]",
-    ),
-    option(
-        "id",
-        "id",
-        "Name of this microVM. [default: anonymous-instance]",
-    ),
-    option("kvm-fd", "fd", "Use this inherited /dev/kvm."),
-    option(
-        "landlock",
-        "",
-        "Give up all access to files by name, with Landlock.",
-    ),
-    option("level", "level", "Least important lines of the log."),
-    option(
-        "log-fd",
-        "fd",
-        "Write the log to this inherited file or pipe.",
-    ),
-    option(
-        "log-format",
-        "text|json",
-        "Shape of the log's lines. [default: text]",
-    ),
-    option(
-        "log-path",
-        "path",
-        "File or FIFO for the log, instead of stdout.",
-    ),
-    option("metrics-path", "path", "File or FIFO for metrics."),
-    option("module", "path", "Log only what this module says."),
-    option("no-api", "", "Make no API socket; needs --config-file."),
-    option(
-        "no-seccomp",
-        "",
-        "Install no system call filters. For debugging only.",
-    ),
-    option("parent-cpu-time-us", "us", "CPU time that the jailer used."),
-    option("show-level", "", "Write levels into the log."),
-    option(
-        "show-log-origin",
-        "",
-        "Write file names and lines into the log.",
-    ),
-    option(
-        "snapshot-version",
-        "",
-        "Print the version of the snapshot format.",
-    ),
-    option(
-        "start-time-cpu-us",
-        "us",
-        "CPU time of the jailer at its start.",
-    ),
-    option("start-time-us", "us", "Time of the jailer's start."),
-    option("version", "", "Print the version."),
-];
-
-/// Options of Firecracker's without a meaning here, and why.
-const NOT_OFFERED: &[(&str, &str)] = &[
-    ("enable-pci", "devices are on virtio-mmio, there is no PCI"),
-    ("metadata", "there is no metadata service"),
-    ("mmds-size-limit", "there is no metadata service"),
-    ("seccomp-filter", "the filters are part of the program"),
-];
-
-/// Options that say the same in different ways.
-const EXCLUDE: &[(&str, &str)] = &[
-    ("api-fd", "api-sock"),
-    ("api-fd", "no-api"),
-    ("log-fd", "log-path"),
-];
-
-/// What `--help` prints.
-pub fn help() -> String {
-    let mut text = format!("{}\n\nOptions:\n", version());
-    for opt in OPTIONS {
-        let left = if opt.value.is_empty() {
-            format!("--{}", opt.name)
-        } else {
-            format!("--{} <{}>", opt.name, opt.value)
-        };
-        text.push_str(&format!("  {left:<38} {}\n", opt.help));
-    }
-    text
-}
-
-/// What `--version` prints.
-pub fn version() -> String {
-    format!(
-        "mayfly v{} (API of Firecracker v{API_VERSION})",
-        env!("CARGO_PKG_VERSION")
-    )
-}
-
 /// Understands a command line, without the program's name.
 ///
 /// # Errors
@@ -424,95 +197,6 @@ where
             &[("pvh", Protocol::Pvh), ("linux64", Protocol::Linux64)],
         )?,
     })))
-}
-
-/// The options that were given, each once, with their values.
-struct Given(Vec<(&'static str, OsString)>);
-
-impl Given {
-    fn read(words: Vec<OsString>) -> Result<Self, ArgsError> {
-        let mut given = Given(Vec::new());
-        let mut words = words.into_iter();
-        while let Some(word) = words.next() {
-            let lossy = word.to_string_lossy();
-            let name = lossy.strip_prefix("--").unwrap_or_default();
-            if let Some((option, why)) = NOT_OFFERED.iter().find(|(option, _)| *option == name) {
-                return Err(ArgsError::NotOffered(option, why));
-            }
-            let option = OPTIONS
-                .iter()
-                .find(|option| option.name == name)
-                .ok_or_else(|| ArgsError::Unexpected(lossy.clone().into_owned()))?;
-            if given.has(option.name) {
-                return Err(ArgsError::Twice(option.name));
-            }
-            let value = if option.value.is_empty() {
-                OsString::new()
-            } else {
-                words
-                    .next()
-                    .filter(|value| !value.as_encoded_bytes().starts_with(b"--"))
-                    .ok_or(ArgsError::NoValue(option.name))?
-            };
-            given.0.push((option.name, value));
-        }
-        Ok(given)
-    }
-
-    fn value(&self, name: &str) -> Option<&OsStr> {
-        let (_, value) = self.0.iter().find(|(option, _)| *option == name)?;
-        Some(value)
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.value(name).is_some()
-    }
-
-    fn path(&self, name: &str) -> Option<PathBuf> {
-        self.value(name).map(PathBuf::from)
-    }
-
-    fn text(&self, name: &'static str) -> Result<Option<String>, ArgsError> {
-        self.parsed(name, "text in UTF-8", |text| Some(text.to_string()))
-    }
-
-    fn number<N: std::str::FromStr>(&self, name: &'static str) -> Result<Option<N>, ArgsError> {
-        self.parsed(name, "a whole number", |text| text.parse().ok())
-    }
-
-    fn one_of<T: Copy>(
-        &self,
-        name: &'static str,
-        choices: &[(&str, T)],
-    ) -> Result<Option<T>, ArgsError> {
-        let takes = OPTIONS
-            .iter()
-            .find(|option| option.name == name)
-            .map_or("", |option| option.value);
-        self.parsed(name, takes, |text| {
-            let (_, choice) = choices.iter().find(|(word, _)| *word == text)?;
-            Some(*choice)
-        })
-    }
-
-    fn parsed<T>(
-        &self,
-        option: &'static str,
-        takes: &'static str,
-        parse: impl Fn(&str) -> Option<T>,
-    ) -> Result<Option<T>, ArgsError> {
-        let Some(value) = self.value(option) else {
-            return Ok(None);
-        };
-        match value.to_str().and_then(parse) {
-            Some(parsed) => Ok(Some(parsed)),
-            None => Err(ArgsError::Value {
-                option,
-                value: value.to_string_lossy().into_owned(),
-                takes,
-            }),
-        }
-    }
 }
 
 fn checked_id(id: String) -> Result<String, ArgsError> {

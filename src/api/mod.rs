@@ -29,8 +29,10 @@ mod counters;
 pub mod http;
 #[cfg(test)]
 mod openapi;
+mod paths;
 mod places;
 mod questions;
+mod responses;
 pub mod routes;
 #[cfg(test)]
 mod testing;
@@ -299,7 +301,7 @@ impl Server {
                     "There was no answer within {seconds} seconds; what was asked for may still \
                      be done."
                 );
-                self.answer(token, late.close, &routes::no_answer(&message));
+                self.answer(token, late.close, &responses::no_answer(&message));
             } else if connection.waiting.is_some() {
                 self.advance(token);
             } else if connection.is_draining() {

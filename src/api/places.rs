@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::connection::{Connection, Dispensable};
-use super::{LISTENER, Server, routes};
+use super::{LISTENER, Server, responses};
 use crate::sys::socket;
 
 impl Server {
@@ -99,7 +99,7 @@ impl Server {
             if why == Dispensable::HalfSent {
                 let message = "The request was half sent for too long while other clients waited: \
                                 send it again.";
-                connection.respond(&routes::no_answer(message), true);
+                connection.respond(&responses::no_answer(message), true);
                 // As far as it can be written now: the place is needed.
                 let _ = connection.flush(&self.epoll, now);
             }

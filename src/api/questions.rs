@@ -6,7 +6,9 @@ use std::time::Instant;
 use super::connection::{Asked, Connection};
 use super::counters::Counted;
 use super::http::{Request, Response};
-use super::{Answered, BUSY, OUTSTANDING_MAX, PLACE_BITS, Server, place_of, routes};
+use super::{
+    Answered, BUSY, OUTSTANDING_MAX, PLACE_BITS, Server, paths, place_of, responses, routes,
+};
 use crate::sys::passed::Passed;
 use crate::vmm::action::{Answer, Command, Reply};
 use crate::warn;
@@ -32,7 +34,7 @@ impl Server {
                 self.counters.answered(asked.counted, answer.is_ok(), time);
                 let response = Response {
                     deprecated: asked.deprecated,
-                    ..routes::response(answer)
+                    ..responses::response(answer)
                 };
                 self.answer(connection, asked.close, &response);
             }
@@ -57,10 +59,10 @@ impl Server {
         since: Instant,
     ) -> bool {
         if let Passed::Refused(why) = passed {
-            connection.respond(&routes::refused(&why), request.close);
+            connection.respond(&responses::refused(&why), request.close);
             return true;
         }
-        let operation = routes::operation(&request);
+        let operation = paths::operation(&request);
         let action = match routes::action(&request) {
             Ok(action) => action,
             Err(refused) => {
@@ -102,7 +104,7 @@ impl Server {
         if once || self.now.saturating_duration_since(since) >= BUSY {
             self.counters.late(counted);
             connection.respond(
-                &routes::no_answer("The monitor is busy: try again later."),
+                &responses::no_answer("The monitor is busy: try again later."),
                 request.close,
             );
             return true;

@@ -1,29 +1,18 @@
-//! Requests to actions, answers to responses, by the table of all operations
-//! ([`OPERATIONS`]). Pure.
+//! Requests to actions: the path says which operation, the body what of it. Pure.
 
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
 
 use super::http::{Method, Request, Response};
-use crate::vmm::action::{Action, Answer, Outcome, Part};
+use super::paths::{place, unknown};
+use super::responses::fault;
+use crate::vmm::action::{Action, Part};
 use crate::wire::config::{
-    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, Reported, json as reader,
-    parse_vm,
+    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, json as reader, parse_vm,
 };
-use crate::wire::{Call, OPERATIONS, Operation, id};
-
-/// First segments of Firecracker's paths that stay refused, and what they are about.
-const OUT_OF_SCOPE: &[(&str, &str)] = &[
-    ("vsock", "a vsock device"),
-    ("balloon", "a memory balloon"),
-    ("mmds", "a metadata service"),
-    ("entropy", "an entropy device"),
-    ("pmem", "persistent memory devices"),
-    ("hotplug", "hotplug of memory or devices"),
-];
+use crate::wire::{Call, id};
 
 /// The action that `request` asks for.
 ///
@@ -95,64 +84,6 @@ fn put_vm(bytes: &[u8]) -> Result<Action, String> {
     }
     let config = Box::new(config);
     Ok(Action::Configure(Part::All { config, start }))
-}
-
-/// The place in [`OPERATIONS`] of what `request` asks for.
-pub fn operation(request: &Request) -> Option<usize> {
-    place(request).map(|(at, ..)| at)
-}
-
-/// What `request` asks for, where that is in the table, and the id in its path.
-fn place(request: &Request) -> Option<(usize, &'static Operation, &str)> {
-    OPERATIONS
-        .iter()
-        .enumerate()
-        .filter(|(_, operation)| operation.method == request.method)
-        .find_map(|(at, operation)| Some((at, operation, matches(operation.path, &request.path)?)))
-}
-
-/// Whether `path` is the one of `pattern`; and the segment in the place of `{id}`, if any.
-fn matches<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
-    let mut id = "";
-    let mut segments = segments(path);
-    for (place, expected) in pattern.trim_start_matches('/').split('/').enumerate() {
-        let segment = segments.next().unwrap_or_default();
-        if expected == "{id}" {
-            id = segment;
-        } else if segment != expected || (place > 0 && segment.is_empty()) {
-            return None;
-        }
-    }
-    Some(id)
-}
-
-/// The segments of a path, as Firecracker counts them: slashes before the first are nothing.
-fn segments(path: &str) -> impl Iterator<Item = &str> {
-    path.trim_start_matches('/').split_terminator('/')
-}
-
-/// Why nothing is at the path of `request`.
-fn unknown(request: &Request) -> String {
-    let mut parts = segments(&request.path);
-    let first = parts.next().unwrap_or_default();
-    let kind = DeviceKind::of_section(first);
-    let absent = OUT_OF_SCOPE.iter().find(|(name, _)| *name == first);
-    if let Some((name, what)) = absent.filter(|_| kind.is_none()) {
-        return format!("/{name} is out of scope: this monitor does not offer {what}.");
-    }
-    match (request.method, first, parts.next()) {
-        (Method::Delete, _, _) if kind.is_some() => {
-            "Unplugging devices is out of scope: this monitor does not offer hotplug.".into()
-        }
-        (Method::Put, "snapshot", Some("create" | "load")) => {
-            "Snapshots are not in this version.".into()
-        }
-        (method, _, _) => format!(
-            "Invalid request method and/or path: {} {}.",
-            method.name(),
-            request.path
-        ),
-    }
 }
 
 fn checked_id(id: &str) -> Result<&str, String> {
@@ -236,58 +167,9 @@ pub fn patience(action: &Action) -> Duration {
     }
 }
 
-/// The response that tells `answer`.
-pub fn response(answer: &Answer) -> Response {
-    match answer {
-        Ok(Outcome::Done) => Response::empty(204),
-        Ok(Outcome::Instance(instance)) => ok(instance),
-        Ok(Outcome::Version(version)) => ok(&json!({ "firecracker_version": version })),
-        Ok(Outcome::MachineConfig(machine)) => ok(machine),
-        Ok(Outcome::VmConfig(config)) => ok(&Reported(config)),
-        Ok(Outcome::Timeline(steps)) => ok(&InOrder(steps)),
-        Ok(Outcome::Metrics(text)) => Response {
-            content_type: "text/plain; version=0.0.4",
-            ..Response::json(200, text.clone())
-        },
-        Err(error) => fault(400, &error.0),
-    }
-}
-
-/// The response to a request whose descriptors cannot be used.
-pub fn refused(why: &impl std::fmt::Display) -> Response {
-    fault(400, &format!("{why}."))
-}
-
-/// The response to a request that control could not be asked, or did not answer.
-pub fn no_answer(why: &str) -> Response {
-    fault(503, why)
-}
-
-fn fault(status: u16, reason: &str) -> Response {
-    Response::json(status, json!({ "fault_message": reason }).to_string())
-}
-
-fn ok(value: &impl serde::Serialize) -> Response {
-    match serde_json::to_string(value) {
-        Ok(body) => Response::json(200, body),
-        Err(error) => fault(500, &error.to_string()),
-    }
-}
-
-/// A JSON object whose members keep their order.
-struct InOrder<'a>(&'a [(&'static str, Option<u64>)]);
-
-impl serde::Serialize for InOrder<'_> {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().copied())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::action::{ActionError, InstanceInfo};
-    use crate::wire::config::{MachineConfig, VmConfig};
 
     fn request(method: Method, path: &str, body: &str) -> Request {
         Request {
@@ -552,52 +434,5 @@ mod tests {
             let asked = asked(Method::Put, path, &body);
             assert_eq!(asked.is_ok(), taken, "{body}: {asked:?}");
         }
-    }
-
-    #[test]
-    fn response_when_answered_is_the_originals_json() {
-        let text = |outcome| {
-            let response = response(&Ok(outcome));
-            (response.status, response.body.unwrap_or_default())
-        };
-        assert_eq!(text(Outcome::Done), (204, String::new()));
-        assert_eq!(
-            text(Outcome::Version("1.17.0")),
-            (200, r#"{"firecracker_version":"1.17.0"}"#.into())
-        );
-        assert_eq!(
-            text(Outcome::Instance(InstanceInfo {
-                id: "i".into(),
-                state: "Not started",
-                vmm_version: "1",
-                app_name: "m",
-            }))
-            .1,
-            r#"{"id":"i","state":"Not started","vmm_version":"1","app_name":"m"}"#
-        );
-        assert_eq!(
-            text(Outcome::MachineConfig(MachineConfig::default())).1,
-            r#"{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"}"#
-        );
-        let config = VmConfig {
-            machine_config: Some(MachineConfig::default()),
-            ..VmConfig::default()
-        };
-        assert!(
-            text(Outcome::VmConfig(Box::new(config)))
-                .1
-                .starts_with(r#"{"balloon":null,"drives":[],"boot-source":{"#)
-        );
-        assert_eq!(
-            text(Outcome::Timeline(vec![("b", Some(2)), ("a", None)])).1,
-            r#"{"b":2,"a":null}"#
-        );
-        let metrics = response(&Ok(Outcome::Metrics("a 1\n".into())));
-        assert!(metrics.content_type.starts_with("text/plain"));
-        let refused = response(&Err(ActionError("No.".into())));
-        assert_eq!(
-            (refused.status, refused.body.unwrap()),
-            (400, r#"{"fault_message":"No."}"#.into())
-        );
     }
 }
