@@ -17,8 +17,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::sys::clock;
+use crate::sys::fd::{self, Interest};
 
 /// The receiving end: owned by one thread.
 #[derive(Debug)]
@@ -66,6 +70,21 @@ impl<T> Inbox<T> {
     /// `next`, so that a message sent in between rings again.
     pub fn next(&self) -> Option<T> {
         self.queue.try_recv().ok()
+    }
+
+    /// The next message, if one comes until `deadline`.
+    pub fn next_until(&self, deadline: Instant) -> Option<T> {
+        loop {
+            if let Some(message) = self.next() {
+                return Some(message);
+            }
+            let millis = clock::millis_until(deadline);
+            let mut interests = [Interest::read(self.as_raw_fd())];
+            if millis == 0 || fd::wait(&mut interests, Some(millis)).is_err() {
+                return None;
+            }
+            self.silence();
+        }
     }
 
     /// Acknowledges the wake-up. Call it before fetching, never after.

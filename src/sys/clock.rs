@@ -1,5 +1,7 @@
 //! Time as plain numbers.
 
+use std::time::Instant;
+
 /// Nanoseconds of CLOCK_MONOTONIC.
 pub fn monotonic_nanos() -> u64 {
     nanos(libc::CLOCK_MONOTONIC)
@@ -21,4 +23,15 @@ fn nanos(clock: libc::clockid_t) -> u64 {
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     let rest = u64::try_from(time.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(rest)
+}
+
+/// Milliseconds until `at`, rounded up; 0 once it has passed.
+pub fn millis_until(at: Instant) -> u32 {
+    let left = at.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return 0;
+    }
+    u32::try_from(left.as_millis())
+        .unwrap_or(u32::MAX)
+        .saturating_add(1)
 }

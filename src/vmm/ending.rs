@@ -1,7 +1,6 @@
 //! The end of a guest: what is said of it, what is written out before the process goes, and how
 //! long that may take.
 
-use std::os::fd::AsRawFd;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,7 @@ use super::machine::Machine;
 use super::{Event, Vmm, file_work};
 use crate::files::Steps;
 use crate::serial::SerialEvent;
-use crate::sys::fd::{self, Interest};
+use crate::sys::fd;
 use crate::vcpu::End;
 use crate::{error, info, log};
 
@@ -58,26 +57,12 @@ impl Vmm {
 
     fn await_finished(&mut self) {
         let deadline = Instant::now() + FINISH_PATIENCE;
-        loop {
-            while let Some(event) = self.inbox.next() {
-                match event {
-                    Event::Serial(SerialEvent::Finished) => return,
-                    Event::Files(finished) => self.file_work_finished(finished),
-                    other => file_work::drop_unclosed(other),
-                }
+        while let Some(event) = self.inbox.next_until(deadline) {
+            match event {
+                Event::Serial(SerialEvent::Finished) => return,
+                Event::Files(finished) => self.file_work_finished(finished),
+                other => file_work::drop_unclosed(other),
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            let millis = u32::try_from(left.as_millis())
-                .unwrap_or(0)
-                .saturating_add(1);
-            let mut interests = [Interest::read(self.inbox.as_raw_fd())];
-            if fd::wait(&mut interests, Some(millis)).is_err() {
-                return;
-            }
-            self.inbox.silence();
         }
     }
 

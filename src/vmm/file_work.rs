@@ -27,6 +27,7 @@ use super::rules::State;
 use super::{Event, Vmm};
 use crate::error::{ActionError, Context};
 use crate::files::{Finished, Steps};
+use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 use crate::sys::passed::Passed;
 use crate::sys::signal;
@@ -277,20 +278,12 @@ impl Vmm {
     /// ask for meanwhile is refused: the process is ending.
     pub(super) fn await_files(&mut self, deadline: Instant) {
         while self.files.is_busy() {
-            match self.inbox.next() {
+            match self.inbox.next_until(deadline) {
                 Some(Event::Files(Finished { token, .. })) => {
                     self.files.is_in_time(token);
                 }
                 Some(other) => drop_unclosed(other),
-                None => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return;
-                    }
-                    let mut interests = [Interest::read(self.inbox.as_raw_fd())];
-                    let _ = fd::wait(&mut interests, Some(millis(left)));
-                    self.inbox.silence();
-                }
+                None => return,
             }
         }
     }
@@ -328,8 +321,7 @@ impl Vmm {
     pub(super) fn await_file<T>(&mut self, begun: UnderWay<T>) -> Result<T, ActionError> {
         let UnderWay { token, result } = begun;
         loop {
-            let left = self.files.deadline();
-            let left = left.map(|at| millis(at.saturating_duration_since(Instant::now())));
+            let left = self.files.deadline().map(clock::millis_until);
             let mut interests = [
                 Interest::read(self.inbox.as_raw_fd()),
                 Interest::read(self.signals.as_raw_fd()),
@@ -361,13 +353,6 @@ impl Vmm {
 }
 
 const NOT_WRITTEN: &str = "The metrics could not be written, and will be with the next line";
-
-/// Milliseconds until `left` has passed.
-fn millis(left: Duration) -> u32 {
-    u32::try_from(left.as_millis())
-        .unwrap_or(u32::MAX)
-        .saturating_add(1)
-}
 
 /// Drops `event` without closing what came with it, which may wait: the process is ending.
 pub(super) fn drop_unclosed(event: Event) {

@@ -405,13 +405,7 @@ impl Vmm {
         let updates = self.updates.iter().map(|(.., at)| *at);
         let files = self.files.deadline();
         let next = updates.chain(pause).chain(self.metrics_due).chain(files);
-        let next = next.min()?;
-        let left = next.saturating_duration_since(Instant::now());
-        Some(
-            u32::try_from(left.as_millis())
-                .unwrap_or(u32::MAX)
-                .saturating_add(1),
-        )
+        next.min().map(clock::millis_until)
     }
 
     fn look_at_deadlines(&mut self) {

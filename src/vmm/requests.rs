@@ -41,51 +41,20 @@ pub(super) enum Committed {
 /// A request that was checked.
 type Step = Result<Change<Ready>, ActionError>;
 
-/// A request whose files are open: all that is to be taken up.
-#[derive(Default)]
-pub struct Ready {
+/// A request whose files are open: what is to be taken up.
+pub enum Ready {
     /// A part of the configuration, or all of it.
-    configuration: Option<Edit<Configuration>>,
+    Configuration(Edit<Configuration>),
     /// The log, and where it goes if that changes.
-    logger: Option<(Logger, Option<File>)>,
+    Logger((Logger, Option<File>)),
     /// Where metrics go.
-    metrics: Option<Sink>,
+    Metrics(Sink),
     /// A message to a running device, which answers with the given token.
-    device: Option<ForDevice>,
-    /// Start the guest.
-    start: bool,
-    /// A line for the log once it runs.
-    line: Option<&'static str>,
-}
-
-impl Ready {
-    fn configuration(edit: Edit<Configuration>) -> Self {
-        Ready {
-            configuration: Some(edit),
-            ..Ready::default()
-        }
-    }
-
-    fn logger(logger: (Logger, Option<File>)) -> Self {
-        Ready {
-            logger: Some(logger),
-            ..Ready::default()
-        }
-    }
-
-    fn metrics(sink: Sink) -> Self {
-        Ready {
-            metrics: Some(sink),
-            ..Ready::default()
-        }
-    }
-
-    fn for_device(send: ForDevice) -> Self {
-        Ready {
-            device: Some(send),
-            ..Ready::default()
-        }
-    }
+    Device(ForDevice),
+    /// Start the guest, with a line for the log once it runs.
+    Start(Option<&'static str>),
+    /// These, in order.
+    All(Vec<Ready>),
 }
 
 impl Vmm {
@@ -119,7 +88,7 @@ impl Vmm {
             Action::Configure(part) => return self.change_for(self.check(part), passed, reply),
             Action::PatchDevice(update) => {
                 let change = self.configuration.devices.patch(update);
-                let change = change.map(|change| change.map(Ready::for_device));
+                let change = change.map(|change| change.map(Ready::Device));
                 return self.change_for(change, passed, reply);
             }
         }
@@ -172,10 +141,10 @@ impl Vmm {
     /// The first step of a request that changes the configuration.
     fn check(&self, part: Part) -> Step {
         match part {
-            Part::Logger(logger) => Ok(put_logger(logger).map(Ready::logger)),
-            Part::Metrics(metrics) => Ok(self.put_metrics(metrics)?.map(Ready::metrics)),
+            Part::Logger(logger) => Ok(put_logger(logger).map(Ready::Logger)),
+            Part::Metrics(metrics) => Ok(self.put_metrics(metrics)?.map(Ready::Metrics)),
             Part::All { config, start } => self.put_vm(*config, start, None),
-            part => Ok(self.configuration.check(part)?.map(Ready::configuration)),
+            part => Ok(self.configuration.check(part)?.map(Ready::Configuration)),
         }
     }
 
@@ -184,27 +153,28 @@ impl Vmm {
     /// # Errors
     /// The guest cannot be started, or a device takes no messages.
     pub(super) fn commit(&mut self, ready: Ready) -> Result<Committed, ActionError> {
-        if let Some(change) = ready.configuration {
-            let replaced = change(&mut self.configuration);
-            self.files.close(replaced);
-        }
-        if let Some((logger, sink)) = ready.logger {
-            self.use_logger(&logger, sink);
-        }
-        if let Some(sink) = ready.metrics {
-            self.metrics = Some(Arc::new(Mutex::new(sink)));
-        }
-        if ready.start {
-            return Ok(Committed::Starts(ready.line));
-        }
-        match ready.device {
-            Some(send) => {
+        match ready {
+            Ready::Configuration(edit) => {
+                let replaced = edit(&mut self.configuration);
+                self.files.close(replaced);
+            }
+            Ready::Logger((logger, sink)) => self.use_logger(&logger, sink),
+            Ready::Metrics(sink) => self.metrics = Some(Arc::new(Mutex::new(sink))),
+            Ready::Device(send) => {
                 let token = self.new_token();
                 send(&mut self.configuration.devices, token)?;
-                Ok(Committed::Awaits(token))
+                return Ok(Committed::Awaits(token));
             }
-            None => Ok(Committed::Done),
+            Ready::Start(line) => return Ok(Committed::Starts(line)),
+            Ready::All(parts) => {
+                let mut last = Committed::Done;
+                for part in parts {
+                    last = self.commit(part)?;
+                }
+                return Ok(last);
+            }
         }
+        Ok(Committed::Done)
     }
 
     /// All three steps, before there are clients. Descriptors are those that the process was started
@@ -228,14 +198,15 @@ impl Vmm {
             .transpose()?;
         let configuration = self.configuration.replace(config)?;
         Ok(Change::new(move |passed| {
-            Ok(Ready {
-                configuration: Some(configuration.open(passed)?),
-                metrics: metrics.map(|metrics| metrics.open(passed)).transpose()?,
-                logger: logger.map(|logger| logger.open(passed)).transpose()?,
-                start,
-                line,
-                device: None,
-            })
+            let mut parts = vec![Ready::Configuration(configuration.open(passed)?)];
+            if let Some(metrics) = metrics {
+                parts.push(Ready::Metrics(metrics.open(passed)?));
+            }
+            if let Some(logger) = logger {
+                parts.push(Ready::Logger(logger.open(passed)?));
+            }
+            parts.extend(start.then_some(Ready::Start(line)));
+            Ok(Ready::All(parts))
         }))
     }
 
@@ -315,7 +286,7 @@ impl Vmm {
     /// The message: its file cannot be opened.
     pub fn set_metrics(&mut self, metrics: Metrics) -> Result<(), ActionError> {
         let change = self.put_metrics(metrics)?;
-        self.change(change.map(Ready::metrics))
+        self.change(change.map(Ready::Metrics))
     }
 
     /// Takes up what the command line says of the log.
@@ -323,7 +294,7 @@ impl Vmm {
     /// # Errors
     /// The message: its file cannot be opened.
     pub fn set_logger(&mut self, logger: Logger) -> Result<(), ActionError> {
-        self.change(put_logger(logger).map(Ready::logger))
+        self.change(put_logger(logger).map(Ready::Logger))
     }
 
     fn use_logger(&mut self, logger: &Logger, sink: Option<File>) {
