@@ -5,32 +5,36 @@
 //! before the vCPUs. Threads are made first, to wake up beside the rest of the work; they get their work
 //! last. Whatever fails, nothing is left but what was configured: the start can be tried again.
 
+mod devices;
+mod guest;
+mod vcpus;
+
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
-use std::{io, mem};
 
 use kvm_bindings::CpuId;
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::devices::{Attach, Attaching, Building};
+use self::vcpus::{Making, begin_vcpus, finish_vcpus};
 use super::change::Replaced;
 use super::configuration::{Boot, Configuration, Console};
 use super::cpu;
-use super::devices::{self, Backing, Devices, Entry, Listed, Visit};
+use super::devices::bucket;
 use super::machine::Machine;
 use super::{Event, Settings};
-use crate::arch::boot::{self, GENERATION_ID_LEN, Root, Told};
+use crate::arch::boot;
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::chips::{self, Chips};
 use crate::arch::i8042::I8042;
-use crate::arch::mask::MsrMask;
 use crate::arch::power::Power;
-use crate::arch::{self, Kernel, Vm, cpuid, layout, split};
-use crate::bus::{Overlap, Registers};
+use crate::arch::{self, Vm, cpuid, layout, split};
+use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
-use crate::files;
 use crate::inbox::{Sender, inbox};
 use crate::memory::{Memory, Pages};
 use crate::seccomp::Category;
@@ -38,10 +42,10 @@ use crate::serial::{self, Streams};
 use crate::sys::{fd, terminal};
 use crate::threads::{self, ParkedThread, ReadyLatch, parked};
 use crate::timeline::{Moment, Timeline};
-use crate::vcpu::{Buses, Vcpu, VcpuHandle, VcpuLink};
-use crate::virtio::{self, registers};
+use crate::vcpu::{Buses, VcpuHandle};
+use crate::virtio::registers;
 use crate::wire::DEFAULT_BOOT_ARGS;
-use crate::wire::config::{DeviceConfig, HugePages, InterruptController};
+use crate::wire::config::{HugePages, InterruptController};
 use crate::{error, info, log, warn};
 
 /// How long the guest waits for the lines about its start to be written.
@@ -174,7 +178,7 @@ pub fn begin(
 
     // What the guest starts with: kernel, initrd, command line, tables, and the devices' files. The
     // files thread sees to it, beside all that follows.
-    let load = load(host, configuration, kernel)?;
+    let load = guest::load(host, configuration, kernel)?;
     let mut building = Building(Vec::new());
     configuration.devices.visit(&mut building)?;
     let timeline = host.timeline.clone();
@@ -335,6 +339,7 @@ pub fn complete(
 }
 
 const NO_VM: &str = "Making the virtual machine failed";
+
 /// Where the guest's interrupt chips are to be.
 fn choose_chips(
     kvm: &Kvm,
@@ -391,149 +396,6 @@ impl Threads {
     }
 }
 
-/// A device that was built and waits for its thread.
-struct Attached {
-    category: Category,
-    /// For its thread: the worker's loop.
-    work: Box<dyn FnOnce() + Send>,
-    /// For control: its handle takes its place in the list.
-    note: Box<dyn FnOnce(&mut Devices) -> Replaced>,
-}
-
-/// Gives each device a slot, in order: address, interrupt line, registers on the bus.
-struct Attaching<'a> {
-    host: &'a Host<'a>,
-    vm: &'a Vm,
-    memory: &'a Memory,
-    buses: &'a mut Buses,
-    attached: Vec<Attached>,
-}
-
-/// Makes a device. For the files thread: what it is made of may have to be asked for its size.
-type Build = Box<dyn FnOnce() -> Attach + Send>;
-/// Attaches it, unless it could not be made.
-type Attach = Box<dyn FnOnce(&mut Attaching<'_>) -> Result<Attached, ActionError> + Send>;
-
-/// How each device is made, in the order of slots.
-struct Building(Vec<Build>);
-
-impl Visit for Building {
-    fn device<K: Listed>(&mut self, entry: &Entry<K>) -> Result<(), ActionError> {
-        let config = entry.config.clone();
-        let what = format!("Making the device `{}` failed", config.id());
-        let opened = match &entry.backing {
-            Backing::Opened(opened) => K::copy(opened),
-            Backing::Running(_) => Err(io::Error::other("it runs already")),
-        };
-        let opened = opened.context(&what)?;
-        self.0.push(Box::new(move || {
-            files::may_wait(format_args!("making the device `{}`", config.id()));
-            let device = K::build(&config, opened);
-            Box::new(move |attaching: &mut Attaching<'_>| {
-                let attached = device.and_then(|device| attaching.attach::<K>(config.id(), device));
-                attached.context(what)
-            })
-        }));
-        Ok(())
-    }
-}
-
-impl Attaching<'_> {
-    fn attach<K: Listed>(&mut self, id: &str, device: K::Device) -> io::Result<Attached> {
-        let id = id.to_owned();
-        let irqfd = event()?;
-        let for_kvm = irqfd.try_clone()?;
-        let events = self.host.events;
-        let (ram, answers) = (self.memory.ram().clone(), events.outbox());
-        let (registers, worker, handle) =
-            virtio::attach(device, &id, ram, irqfd, answers, events.outbox())?;
-        self.place(registers, &for_kvm)?;
-        Ok(Attached {
-            category: K::CATEGORY,
-            // No filter has the calls for taking the worker apart.
-            work: Box::new(move || mem::forget(worker.run())),
-            note: Box::new(move |devices| {
-                let list = &mut K::list(devices).0;
-                let entry = list.iter_mut().find(|entry| entry.config.id() == id);
-                Box::new(
-                    entry.map(|entry| mem::replace(&mut entry.backing, Backing::Running(handle))),
-                )
-            }),
-        })
-    }
-
-    /// Puts `registers` into the next slot: on the bus, with its kicks and its line wired to KVM.
-    fn place(&mut self, registers: Arc<virtio::Registers>, irqfd: &EventFd) -> io::Result<()> {
-        // `check_start` counted the devices.
-        let (address, gsi) = layout::virtio_device(self.attached.len())
-            .ok_or_else(|| io::Error::other("no slot left"))?;
-        self.vm.register_irqfd(irqfd, gsi)?;
-        for (queue, kick) in (0u32..).zip(registers.kicks()) {
-            let at = IoEventAddress::Mmio(address + registers::QUEUE_NOTIFY);
-            self.vm.register_ioevent(kick, &at, queue)?;
-        }
-        let registers: Arc<dyn Registers> = registers;
-        let bus = &mut self.buses.memory;
-        bus.insert(address, layout::VIRTIO_MMIO_SIZE, registers)
-            .map_err(io::Error::other)
-    }
-}
-
-/// Work for the files thread: it puts kernel, initrd, command line and tables into guest memory.
-fn load(
-    host: &Host<'_>,
-    configuration: &Configuration,
-    kernel: &Boot,
-) -> Result<impl FnOnce(&mut Memory) -> Result<boot::Entry, ActionError> + Send + use<>, ActionError>
-{
-    let Some(images) = kernel.images.clone() else {
-        return Err(ActionError("The kernel is not open any more.".into()));
-    };
-    let first = configuration.devices.drives.0.first();
-    let root = first
-        .map(|entry| &entry.config)
-        .filter(|drive| drive.is_root_device)
-        .map(|drive| (drive.partuuid.clone(), drive.read_only()));
-    let slots = 0..configuration.devices.count();
-    let devices: Vec<(u64, u32)> = slots.filter_map(layout::virtio_device).collect();
-    let boot_args = kernel.source.boot_args.as_deref();
-    let boot_args = boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_owned();
-    let (mut seed, mut generation_id) = ([0; 32], [0; GENERATION_ID_LEN]);
-    for random in [seed.as_mut_slice(), &mut generation_id] {
-        fd::random(random).context("Making the guest's random numbers failed")?;
-    }
-    let (vcpus, protocol) = (configuration.machine.vcpu_count, host.settings.protocol);
-    Ok(move |memory: &mut Memory| {
-        const NO_FILE: &str = "A file cannot be used";
-        let (image, initrd) = &*images;
-        image.check_unchanged().context(NO_FILE)?;
-        if let Some(initrd) = initrd {
-            initrd.check_unchanged().context(NO_FILE)?;
-        }
-        image.may_wait();
-        let parsed = Kernel::read(&image.file, &image.name);
-        let parsed = parsed.context("The kernel cannot be booted")?;
-        let initrd = initrd.as_ref();
-        let initrd = initrd.map(|initrd| (&initrd.file, initrd.name.as_str()));
-        let root = root.as_ref().map(|(partuuid, read_only)| Root {
-            partuuid: partuuid.as_deref(),
-            read_only: *read_only,
-        });
-        let finds_them = !boot::acpi_is_off(&boot_args) && parsed.reads_acpi();
-        let announced = if finds_them { &[] } else { devices.as_slice() };
-        let command_line = boot::command_line(&boot_args, root, announced)
-            .context("The kernel command line does not fit")?;
-        let told = Told {
-            command_line: &command_line,
-            vcpus,
-            devices: &devices,
-            seed: &seed,
-            generation_id,
-        };
-        boot::load(memory, &parsed, initrd, protocol, &told).context("Loading the guest failed")
-    })
-}
-
 /// The UART on its ports, the console behind it, and the pipe that log lines will take.
 fn make_console(
     host: &Host<'_>,
@@ -557,7 +419,7 @@ fn make_console(
     let streams = Streams {
         input,
         output,
-        limit: asked.serial.rate_limiter.and_then(devices::bucket),
+        limit: asked.serial.rate_limiter.and_then(bucket),
         socket,
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).context(FAILED)?;
@@ -579,69 +441,6 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), Overlap> {
         .insert(layout::BOOT_TIMER, boot_timer::LEN, timer.clone())?;
     buses.ports.insert(layout::BOOT_TIMER_PORT, 1, timer)?;
     Ok(())
-}
-
-const BAD_VCPU: &str = "Setting up a vCPU failed";
-
-type NewVcpus = Vec<(Vcpu, VcpuLink)>;
-
-/// A vCPU that its thread is making.
-type Making = Receiver<Result<arch::Vcpu, ActionError>>;
-
-/// Lets the thread of each vCPU make it.
-fn begin_vcpus(
-    threads: &[ParkedThread],
-    vm: &Arc<Vm>,
-    config: &Configuration,
-    supported: Arc<CpuId>,
-) -> Vec<Making> {
-    let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
-    let masks = config.cpu.as_ref().map(cpu::msr_masks);
-    let masks: Arc<[MsrMask]> = Arc::from(masks.unwrap_or_default());
-    (0u8..)
-        .zip(threads)
-        .map(|(index, thread)| {
-            let (vm, supported) = (Arc::clone(vm), Arc::clone(&supported));
-            let masks = Arc::clone(&masks);
-            thread.ask(move || {
-                let vcpu = vm.create_vcpu(index);
-                let vcpu = vcpu.context(NO_VM)?;
-                let mut table = cpuid::table(&supported, index, count, smt);
-                if let Ok(khz) = vcpu.get_tsc_khz() {
-                    table = cpuid::with_rates(&table, khz);
-                }
-                arch::vcpu::prepare(&vcpu, &table).context(BAD_VCPU)?;
-                arch::vcpu::mask_msrs(&vcpu, &masks).context(BAD_VCPU)?;
-                Ok(vcpu)
-            })
-        })
-        .collect()
-}
-
-/// Collects the vCPUs, in order, and puts the first before the guest's first instruction.
-fn finish_vcpus(
-    host: &Host<'_>,
-    making: Vec<Making>,
-    entry: &boot::Entry,
-    buses: &Arc<Buses>,
-) -> Result<NewVcpus, ActionError> {
-    (0u8..)
-        .zip(making)
-        .map(|(index, making)| {
-            let made = making.recv();
-            let fd = made.context("Making a vCPU failed: its thread is gone")??;
-            if index == 0 {
-                arch::vcpu::enter(&fd, entry).context(BAD_VCPU)?;
-            }
-            Ok(Vcpu::new(
-                index,
-                fd,
-                Arc::clone(buses),
-                host.events.outbox(),
-                host.timeline.clone(),
-            ))
-        })
-        .collect()
 }
 
 /// An interrupt line: an eventfd that raises `gsi`.

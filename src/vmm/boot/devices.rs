@@ -1,0 +1,110 @@
+//! Devices in their slots: each made on the files thread, then given its address, its line and its
+//! registers on the bus.
+
+use std::sync::Arc;
+use std::{io, mem};
+
+use kvm_ioctls::IoEventAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Host, event};
+use crate::arch::{Vm, layout};
+use crate::bus::Registers;
+use crate::error::{ActionError, Context};
+use crate::files;
+use crate::memory::Memory;
+use crate::seccomp::Category;
+use crate::vcpu::Buses;
+use crate::virtio::{self, registers};
+use crate::vmm::change::Replaced;
+use crate::vmm::devices::{Backing, Devices, Entry, Listed, Visit};
+use crate::wire::config::DeviceConfig;
+
+/// A device that was built and waits for its thread.
+pub(super) struct Attached {
+    pub category: Category,
+    /// For its thread: the worker's loop.
+    pub work: Box<dyn FnOnce() + Send>,
+    /// For control: its handle takes its place in the list.
+    pub note: Box<dyn FnOnce(&mut Devices) -> Replaced>,
+}
+
+/// Gives each device a slot, in order: address, interrupt line, registers on the bus.
+pub(super) struct Attaching<'a> {
+    pub host: &'a Host<'a>,
+    pub vm: &'a Vm,
+    pub memory: &'a Memory,
+    pub buses: &'a mut Buses,
+    pub attached: Vec<Attached>,
+}
+
+/// Makes a device. For the files thread: what it is made of may have to be asked for its size.
+pub(super) type Build = Box<dyn FnOnce() -> Attach + Send>;
+/// Attaches it, unless it could not be made.
+pub(super) type Attach =
+    Box<dyn FnOnce(&mut Attaching<'_>) -> Result<Attached, ActionError> + Send>;
+
+/// How each device is made, in the order of slots.
+pub(super) struct Building(pub Vec<Build>);
+
+impl Visit for Building {
+    fn device<K: Listed>(&mut self, entry: &Entry<K>) -> Result<(), ActionError> {
+        let config = entry.config.clone();
+        let what = format!("Making the device `{}` failed", config.id());
+        let opened = match &entry.backing {
+            Backing::Opened(opened) => K::copy(opened),
+            Backing::Running(_) => Err(io::Error::other("it runs already")),
+        };
+        let opened = opened.context(&what)?;
+        self.0.push(Box::new(move || {
+            files::may_wait(format_args!("making the device `{}`", config.id()));
+            let device = K::build(&config, opened);
+            Box::new(move |attaching: &mut Attaching<'_>| {
+                let attached = device.and_then(|device| attaching.attach::<K>(config.id(), device));
+                attached.context(what)
+            })
+        }));
+        Ok(())
+    }
+}
+
+impl Attaching<'_> {
+    fn attach<K: Listed>(&mut self, id: &str, device: K::Device) -> io::Result<Attached> {
+        let id = id.to_owned();
+        let irqfd = event()?;
+        let for_kvm = irqfd.try_clone()?;
+        let events = self.host.events;
+        let (ram, answers) = (self.memory.ram().clone(), events.outbox());
+        let (registers, worker, handle) =
+            virtio::attach(device, &id, ram, irqfd, answers, events.outbox())?;
+        self.place(registers, &for_kvm)?;
+        Ok(Attached {
+            category: K::CATEGORY,
+            // No filter has the calls for taking the worker apart.
+            work: Box::new(move || mem::forget(worker.run())),
+            note: Box::new(move |devices| {
+                let list = &mut K::list(devices).0;
+                let entry = list.iter_mut().find(|entry| entry.config.id() == id);
+                Box::new(
+                    entry.map(|entry| mem::replace(&mut entry.backing, Backing::Running(handle))),
+                )
+            }),
+        })
+    }
+
+    /// Puts `registers` into the next slot: on the bus, with its kicks and its line wired to KVM.
+    fn place(&mut self, registers: Arc<virtio::Registers>, irqfd: &EventFd) -> io::Result<()> {
+        // `check_start` counted the devices.
+        let (address, gsi) = layout::virtio_device(self.attached.len())
+            .ok_or_else(|| io::Error::other("no slot left"))?;
+        self.vm.register_irqfd(irqfd, gsi)?;
+        for (queue, kick) in (0u32..).zip(registers.kicks()) {
+            let at = IoEventAddress::Mmio(address + registers::QUEUE_NOTIFY);
+            self.vm.register_ioevent(kick, &at, queue)?;
+        }
+        let registers: Arc<dyn Registers> = registers;
+        let bus = &mut self.buses.memory;
+        bus.insert(address, layout::VIRTIO_MMIO_SIZE, registers)
+            .map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,79 @@
+//! The vCPUs, each made by the thread that will run it.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use kvm_bindings::CpuId;
+
+use super::{Host, NO_VM};
+use crate::arch::boot;
+use crate::arch::mask::MsrMask;
+use crate::arch::{self, Vm, cpuid};
+use crate::error::{ActionError, Context};
+use crate::threads::ParkedThread;
+use crate::vcpu::{Buses, Vcpu, VcpuLink};
+use crate::vmm::configuration::Configuration;
+use crate::vmm::cpu;
+
+const BAD_VCPU: &str = "Setting up a vCPU failed";
+
+type NewVcpus = Vec<(Vcpu, VcpuLink)>;
+
+/// A vCPU that its thread is making.
+pub(super) type Making = Receiver<Result<arch::Vcpu, ActionError>>;
+
+/// Lets the thread of each vCPU make it.
+pub(super) fn begin_vcpus(
+    threads: &[ParkedThread],
+    vm: &Arc<Vm>,
+    config: &Configuration,
+    supported: Arc<CpuId>,
+) -> Vec<Making> {
+    let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
+    let masks = config.cpu.as_ref().map(cpu::msr_masks);
+    let masks: Arc<[MsrMask]> = Arc::from(masks.unwrap_or_default());
+    (0u8..)
+        .zip(threads)
+        .map(|(index, thread)| {
+            let (vm, supported) = (Arc::clone(vm), Arc::clone(&supported));
+            let masks = Arc::clone(&masks);
+            thread.ask(move || {
+                let vcpu = vm.create_vcpu(index);
+                let vcpu = vcpu.context(NO_VM)?;
+                let mut table = cpuid::table(&supported, index, count, smt);
+                if let Ok(khz) = vcpu.get_tsc_khz() {
+                    table = cpuid::with_rates(&table, khz);
+                }
+                arch::vcpu::prepare(&vcpu, &table).context(BAD_VCPU)?;
+                arch::vcpu::mask_msrs(&vcpu, &masks).context(BAD_VCPU)?;
+                Ok(vcpu)
+            })
+        })
+        .collect()
+}
+
+/// Collects the vCPUs, in order, and puts the first before the guest's first instruction.
+pub(super) fn finish_vcpus(
+    host: &Host<'_>,
+    making: Vec<Making>,
+    entry: &boot::Entry,
+    buses: &Arc<Buses>,
+) -> Result<NewVcpus, ActionError> {
+    (0u8..)
+        .zip(making)
+        .map(|(index, making)| {
+            let made = making.recv();
+            let fd = made.context("Making a vCPU failed: its thread is gone")??;
+            if index == 0 {
+                arch::vcpu::enter(&fd, entry).context(BAD_VCPU)?;
+            }
+            Ok(Vcpu::new(
+                index,
+                fd,
+                Arc::clone(buses),
+                host.events.outbox(),
+                host.timeline.clone(),
+            ))
+        })
+        .collect()
+}
