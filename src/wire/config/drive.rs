@@ -74,6 +74,21 @@ impl DeviceConfig for Drive {
 }
 
 impl Drive {
+    /// One with the image at `path_on_host`, and what clients get who say no more.
+    pub fn new(drive_id: impl Into<String>, path_on_host: Source) -> Self {
+        Drive {
+            drive_id: drive_id.into(),
+            partuuid: None,
+            is_root_device: false,
+            cache_type: CacheType::default(),
+            is_read_only: None,
+            path_on_host,
+            rate_limiter: None,
+            io_engine: None,
+            socket: None,
+        }
+    }
+
     /// Whether the guest may only read.
     pub fn read_only(&self) -> bool {
         self.is_read_only.unwrap_or(false)

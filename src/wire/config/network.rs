@@ -28,6 +28,20 @@ pub struct NetworkInterface {
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
+impl NetworkInterface {
+    /// One on the tap `host_dev_name`, and what clients get who say no more.
+    pub fn new(iface_id: impl Into<String>, host_dev_name: Source) -> Self {
+        NetworkInterface {
+            iface_id: iface_id.into(),
+            host_dev_name,
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        }
+    }
+}
+
 impl DeviceConfig for NetworkInterface {
     type Update = NetworkUpdate;
 

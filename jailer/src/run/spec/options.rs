@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mayfly::wire::config::{BootSource, CacheType, Drive, MachineConfig, NetworkInterface};
+use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
 use super::{LEAST_OPEN_FILES, OWN_TAP, OwnTap};
@@ -180,19 +180,14 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
         ..VmConfig::default()
     };
     for (index, (path, read_only)) in words.all("--drive", drive)?.into_iter().enumerate() {
+        let id = match index {
+            0 => "root".to_owned(),
+            _ => format!("disk{index}"),
+        };
         config.devices.drives.push(Drive {
-            drive_id: match index {
-                0 => "root".into(),
-                _ => format!("disk{index}"),
-            },
-            partuuid: None,
             is_root_device: index == 0 && !has_root,
-            cache_type: CacheType::default(),
             is_read_only: Some(read_only),
-            path_on_host: path,
-            rate_limiter: None,
-            io_engine: None,
-            socket: None,
+            ..Drive::new(id, path)
         });
     }
     let mut own_tap = None;
@@ -203,14 +198,8 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
             return Err(ArgsError::Value("--net", "auto or user".into(), why.into()));
         }
         own_tap = own.or(own_tap);
-        config.devices.network_interfaces.push(NetworkInterface {
-            iface_id: format!("eth{index}"),
-            host_dev_name: tap,
-            guest_mac: None,
-            mtu: None,
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
-        });
+        let interface = NetworkInterface::new(format!("eth{index}"), tap);
+        config.devices.network_interfaces.push(interface);
     }
     Ok(Machine::Plain(Box::new(config), own_tap))
 }
