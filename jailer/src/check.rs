@@ -142,7 +142,7 @@ fn boot(mut words: Vec<OsString>, passed: Passed, began_us: u64) -> Result<Watch
     let id = format!("check-{}", std::process::id());
     let began_us = sys::monotonic_us().max(began_us);
     let mut spec = Spec::open(options, &id, began_us, (described, passed))?;
-    spec.around.first_reply = Some(b"?");
+    spec.watch.first_reply = Some(b"?");
     start(spec, None)
 }
 

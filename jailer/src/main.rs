@@ -4,7 +4,7 @@
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
 //! everyday command with the empty jail, `check` tries whether this host can run microVMs. What they
 //! are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`,
-//! `error`, and `sys`, the only unsafe code.
+//! `monitor` (its executable and limits), `error`, and `sys`, the only unsafe code.
 
 mod args;
 mod cgroup;

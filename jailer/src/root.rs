@@ -168,10 +168,7 @@ impl Root {
         std::io::copy(&mut from, &mut to)
             .step_on(COPY, &path)
             .hint(Errno::NOSPC, "free some space there")?;
-        // Mode before owner: afterwards the file is no longer ours.
-        let given = rustix::fs::fchmod(&to, monitor.mode())
-            .and_then(|()| rustix::fs::fchown(&to, Some(owner.uid), Some(owner.gid)));
-        Ok(given.step_on(GIVE, &path)?)
+        Ok(give(to, monitor.mode(), owner, &path)?)
     }
 
     /// What is there by that name; none if nothing is.
@@ -411,9 +408,14 @@ fn give_folder(
 ) -> Result<(), Failure> {
     let before = rustix::fs::fstat(&**dir).step_on(GIVE, path)?;
     undo.attributes(dir, before, path);
-    // Mode before owner: afterwards the folder is no longer ours.
-    rustix::fs::fchmod(&**dir, FOLDER)
-        .and_then(|()| rustix::fs::fchown(&**dir, Some(owner.uid), Some(owner.gid)))
+    give(dir, FOLDER, owner, path)
+}
+
+/// Gives a file or folder to the jail's user.
+fn give(file: impl AsFd, mode: Mode, owner: Owner, path: &Path) -> Result<(), Failure> {
+    // Mode before owner: afterwards it is no longer ours.
+    rustix::fs::fchmod(&file, mode)
+        .and_then(|()| rustix::fs::fchown(&file, Some(owner.uid), Some(owner.gid)))
         .step_on(GIVE, path)
 }
 

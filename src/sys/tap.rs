@@ -78,7 +78,9 @@ impl fmt::Display for TapError {
             TapError::Busy(name) => write!(f, "the tap {name:?} is in use by another process"),
             TapError::NotPermitted(name) => write!(
                 f,
-                "attaching to the tap {name:?}, or making it, is not permitted to this user"
+                "attaching to the tap {name:?}, or making it, is not permitted to this user; make it \
+                 as root with `ip tuntap add dev {} mode tap user USER`",
+                name.escape_debug()
             ),
             TapError::NotATap(name) => write!(
                 f,

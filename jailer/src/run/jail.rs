@@ -24,7 +24,7 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Unsh
 use self::obstacle::Obstacle;
 use super::channel::Channel;
 use super::network::{self, Network};
-use super::spec::{FOR_MONITOR, Inside};
+use super::spec::{FOR_MONITOR, JailSpec};
 use crate::cgroup::cannot_enter;
 use crate::error::{Advice as _, Failure, Step as _, message};
 use crate::filter;
@@ -77,7 +77,7 @@ pub fn explained(failure: &Failure, obstacle: Option<Obstacle>) -> String {
 #[derive(Debug)]
 pub struct Plan {
     /// What was asked for.
-    pub spec: Inside,
+    pub spec: JailSpec,
     /// Guest console: what it reads and what it writes to.
     pub console: (OwnedFd, OwnedFd),
     /// Where the log goes.
@@ -262,7 +262,7 @@ fn empty_root() -> Result<(), Failure> {
 const LIMITS: &str = "fix resource limits";
 
 /// No limit can be raised in here: what is left of soft and hard limits is one number each.
-fn limit_resources(spec: &Inside) -> Result<(), Failure> {
+fn limit_resources(spec: &JailSpec) -> Result<(), Failure> {
     // As many as this user may have, if that is less.
     let most = rustix::process::getrlimit(Resource::Nofile).maximum;
     spec.limits

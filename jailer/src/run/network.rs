@@ -66,7 +66,7 @@ impl Network {
 
     fn guest(self) -> Ipv4Addr {
         match self {
-            Network::Auto(block) => block.address(Of::Guest),
+            Network::Auto(block) => block.address(Role::Guest),
             Network::User => USER_GUEST,
         }
     }
@@ -75,7 +75,7 @@ impl Network {
     pub fn words(self) -> String {
         let (gateway, mask) = match self {
             Network::Auto(block) => (
-                block.address(Of::Gateway),
+                block.address(Role::Gateway),
                 Ipv4Addr::new(255, 255, 255, 252),
             ),
             Network::User => (USER_GATEWAY, Ipv4Addr::new(255, 255, 255, 0)),
@@ -95,7 +95,7 @@ impl Network {
         match self {
             Network::Auto(block) => format!(
                 "mayfly-jailer: the guest's address is {guest} (the host's, to the guest: {})\n",
-                block.address(Of::Host)
+                block.address(Role::Host)
             ),
             Network::User => format!(
                 "mayfly-jailer: the guest's address is {guest}; connect its network with one of\n  \
@@ -113,7 +113,7 @@ pub struct Block(u32);
 
 /// Whose address it is, by its place in the block.
 #[derive(Clone, Copy, Debug)]
-enum Of {
+enum Role {
     Host = 1,
     Jail = 2,
     GuestsNetwork = 4,
@@ -127,8 +127,8 @@ impl Block {
         Block(seed % BLOCKS)
     }
 
-    fn address(self, of: Of) -> Ipv4Addr {
-        Ipv4Addr::from_bits(POOL + self.0 * PER_GUEST + of as u32)
+    fn address(self, role: Role) -> Ipv4Addr {
+        Ipv4Addr::from_bits(POOL + self.0 * PER_GUEST + role as u32)
     }
 
     /// Name of the host's end of the cable; that it exists once is what makes the block ours.
@@ -162,13 +162,13 @@ pub fn connect_outside(block: Block, pid: Pid) -> Result<(), Failure> {
             "make the cable {name} between the jail and the host"
         ))
         .hints(remedy)?;
-    let guests = block.address(Of::GuestsNetwork);
+    let guests = block.address(Role::GuestsNetwork);
     netlink
         .index(&name)
         .and_then(|index| {
-            netlink.add_address(index, block.address(Of::Host), PREFIX)?;
+            netlink.add_address(index, block.address(Role::Host), PREFIX)?;
             netlink.set_up(index)?;
-            netlink.add_route(guests, PREFIX, Some(block.address(Of::Jail)), index)
+            netlink.add_route(guests, PREFIX, Some(block.address(Role::Jail)), index)
         })
         .step(format!("give the cable {name} its address and route"))
         .hint(
@@ -198,16 +198,16 @@ pub fn connect_inside(block: &Block) -> Result<(), Failure> {
         let netlink = Netlink::open()?;
         let cable = netlink.index(CABLE)?;
         netlink.set_up(cable)?;
-        netlink.add_address(cable, block.address(Of::Jail), PREFIX)?;
+        netlink.add_address(cable, block.address(Role::Jail), PREFIX)?;
         netlink.add_route(
             Ipv4Addr::UNSPECIFIED,
             0,
-            Some(block.address(Of::Host)),
+            Some(block.address(Role::Host)),
             cable,
         )?;
         let tap = netlink.index(TAP)?;
         netlink.set_up(tap)?;
-        netlink.add_address(tap, block.address(Of::Gateway), PREFIX)
+        netlink.add_address(tap, block.address(Role::Gateway), PREFIX)
     };
     connect().step(SET_UP)
 }
@@ -250,9 +250,9 @@ mod tests {
     #[test]
     fn blocks_have_their_own_addresses() {
         let (first, last) = (Block::of(0), Block::of(BLOCKS - 1));
-        assert_eq!(first.address(Of::Host), Ipv4Addr::new(198, 18, 0, 1));
-        assert_eq!(first.address(Of::Guest), Ipv4Addr::new(198, 18, 0, 6));
-        assert_eq!(last.address(Of::Guest), Ipv4Addr::new(198, 19, 255, 254));
+        assert_eq!(first.address(Role::Host), Ipv4Addr::new(198, 18, 0, 1));
+        assert_eq!(first.address(Role::Guest), Ipv4Addr::new(198, 18, 0, 6));
+        assert_eq!(last.address(Role::Guest), Ipv4Addr::new(198, 19, 255, 254));
         assert_eq!(Block::of(BLOCKS), first);
         let network = Network::Auto(first);
         assert_eq!(

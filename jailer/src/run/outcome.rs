@@ -74,47 +74,47 @@ impl Verdict {
 
     /// From all that is known.
     pub fn of(ended: Ended, seen: &Seen) -> Verdict {
-        let text = "the time limit (--timeout) ended the microVM";
         if seen.timed_out {
+            let text = "the time limit (--timeout) ended the microVM";
             return Verdict::new("time-limit", TIME_LIMIT, text);
         }
         if let Some(asked) = seen.asked {
             // What is no signal counts as the one that a terminal sends in that case.
             let (signal, text) = match asked {
-                Asked::Signal(signal) => (signal, ""),
-                Asked::User => (libc::SIGINT, "Ctrl-A X was typed, which ends the microVM"),
+                Asked::Signal(signal) => (
+                    signal,
+                    format!("signal {signal} asked for the end of the microVM"),
+                ),
+                Asked::User => (
+                    libc::SIGINT,
+                    "Ctrl-A X was typed, which ends the microVM".into(),
+                ),
                 Asked::Ender(Ender::Parent) => (
                     libc::SIGHUP,
-                    "the process that started mayfly-jailer ended (--with-parent)",
+                    "the process that started mayfly-jailer ended (--with-parent)".into(),
                 ),
                 Asked::Ender(Ender::HangUp) => (
                     libc::SIGHUP,
-                    "the other end of the descriptor was closed (--end-with-fd)",
+                    "the other end of the descriptor was closed (--end-with-fd)".into(),
                 ),
             };
-            if text.is_empty() {
-                let text = format!("signal {signal} asked for the end of the microVM");
-                return Verdict::new("stopped", 128 + signal, text);
-            }
             return Verdict::new("stopped", 128 + signal, text);
         }
         if seen.was_memory_limit(ended) {
             let text = "the memory limit of its control group ended the microVM";
             return Verdict::new("memory-limit", MEMORY_LIMIT, text);
         }
-        match ended {
-            Ended::Exited(code) => Verdict::of_code(code, seen),
-            Ended::Killed(libc::SIGSYS) => Verdict::of_code(exit::BAD_SYSCALL, seen),
-            Ended::Killed(
-                signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGABRT),
-            ) => {
-                let text = format!("signal {signal} ended the monitor: this is a bug in it");
-                Verdict::new("fault", 128 + signal, text)
+        let signal = match ended {
+            Ended::Exited(code) => return Verdict::of_code(code, seen),
+            Ended::Killed(libc::SIGSYS) => return Verdict::of_code(exit::BAD_SYSCALL, seen),
+            Ended::Killed(signal) => signal,
+        };
+        let text = format!("signal {signal} ended the monitor");
+        match signal {
+            libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGABRT => {
+                Verdict::new("fault", 128 + signal, text + ": this is a bug in it")
             }
-            Ended::Killed(signal) => {
-                let text = format!("signal {signal} ended the monitor");
-                Verdict::new("killed", 128 + signal, text)
-            }
+            _ => Verdict::new("killed", 128 + signal, text),
         }
     }
 
@@ -123,37 +123,37 @@ impl Verdict {
             exit::GUEST_ENDED => {
                 let end = seen.end.as_ref().map(|report| report.end);
                 let orderly = end.filter(|end| end.is_orderly());
-                (orderly.map_or("ended", |end| end.word()), "")
+                (orderly.map_or("ended", |end| end.word()), String::new())
             }
-            exit::ERROR => ("error", "the monitor failed; its log says why"),
+            exit::ERROR => ("error", "the monitor failed; its log says why".into()),
             exit::BAD_SYSCALL => (
                 "seccomp",
-                "the monitor made a system call that its filter denies",
+                "the monitor made a system call that its filter denies".into(),
             ),
             exit::SIGBUS => (
                 "file-cut-short",
-                "a file mapped into the guest was cut short",
+                "a file mapped into the guest was cut short".into(),
             ),
-            exit::GUEST_CRASHED => return Verdict::new("crash", code, crash_text(seen)),
-            exit::GUEST_PANICKED => ("panic", "the guest's kernel panicked"),
-            exit::GUEST_NOT_RUNNABLE => return Verdict::new("not-runnable", code, stop_text(seen)),
-            exit::WORKER_FAILED => ("worker-failed", "a thread of the monitor failed"),
+            exit::GUEST_CRASHED => ("crash", crash_text(seen)),
+            exit::GUEST_PANICKED => ("panic", "the guest's kernel panicked".into()),
+            exit::GUEST_NOT_RUNNABLE => ("not-runnable", stop_text(seen)),
+            exit::WORKER_FAILED => ("worker-failed", "a thread of the monitor failed".into()),
             exit::BAD_LOG_LEVEL | exit::BAD_ARGUMENTS => (
                 "refused",
-                "the monitor did not understand its arguments: do the versions match?",
+                "the monitor did not understand its arguments: do the versions match?".into(),
             ),
             exit::SIGSEGV | exit::SIGILL | exit::PANIC => (
                 "fault",
-                "internal error of the monitor (panic): this is a bug in it",
+                "internal error of the monitor (panic): this is a bug in it".into(),
             ),
-            129..=192 => {
-                let text = format!("the monitor ended with code {code}, as for a signal or limit");
-                return Verdict::new("killed", code, text);
-            }
-            _ => {
-                let text = format!("the monitor ended with code {code}, which it does not have");
-                return Verdict::new("fault", code, text);
-            }
+            129..=192 => (
+                "killed",
+                format!("the monitor ended with code {code}, as for a signal or limit"),
+            ),
+            _ => (
+                "fault",
+                format!("the monitor ended with code {code}, which it does not have"),
+            ),
         };
         Verdict::new(word, code, text)
     }

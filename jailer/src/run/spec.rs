@@ -117,9 +117,9 @@ pub enum Ender {
 #[derive(Debug)]
 pub struct Spec {
     /// For the jail.
-    pub inside: Inside,
+    pub jail: JailSpec,
     /// For the supervisor.
-    pub around: Around,
+    pub watch: WatchSpec,
     /// The tap to be made in the jail.
     pub own_tap: Option<OwnTap>,
     /// An API socket that was passed, and a connection to it.
@@ -134,7 +134,7 @@ pub struct Spec {
 
 /// What becomes of the process in the jail.
 #[derive(Debug)]
-pub struct Inside {
+pub struct JailSpec {
     /// Name of the microVM; inside, also of the host.
     pub id: String,
     /// User and group of the monitor.
@@ -151,7 +151,7 @@ pub struct Inside {
 
 /// What the supervisor does with it.
 #[derive(Debug)]
-pub struct Around {
+pub struct WatchSpec {
     /// When the jailer began, microseconds of the monotonic clock.
     pub began_us: u64,
     /// The options, but for what became the rest.
@@ -215,7 +215,7 @@ impl Spec {
             cgroups: exclusive::Plan::new(id, &options.cgroups, as_root)?,
             console: append(options.console.file(), "--console")?,
             log: append(options.log.as_deref(), "--log")?,
-            inside: Inside {
+            jail: JailSpec {
                 id: id.to_owned(),
                 owner,
                 as_root,
@@ -223,7 +223,7 @@ impl Spec {
                 kvm: open_kvm()?,
                 limits: options.limits,
             },
-            around: Around {
+            watch: WatchSpec {
                 began_us,
                 enders: enders(&options, &mut passed)?,
                 vm: described.map(|it| it.open(&mut passed)).transpose()?,

@@ -21,7 +21,7 @@ use super::jail;
 use super::keeper::Keeper;
 use super::outcome::{Asked, Seen, Times, Verdict};
 use super::spec::vm::Vm;
-use super::spec::{Around, Ender};
+use super::spec::{Ender, WatchSpec};
 use crate::cgroup::exclusive;
 use crate::error::{AnyError, Failure, Step as _, message};
 use crate::sys::{self, Ended, Used};
@@ -50,7 +50,7 @@ pub enum WatchError {
 #[derive(Debug)]
 pub struct Watch {
     /// What was asked for.
-    pub around: Around,
+    pub spec: WatchSpec,
     /// The process in the jail.
     pub pid: Pid,
     /// A descriptor of it.
@@ -174,7 +174,7 @@ impl Watch {
     }
 
     fn now_us(&self) -> u64 {
-        sys::monotonic_us().saturating_sub(self.around.began_us)
+        sys::monotonic_us().saturating_sub(self.spec.began_us)
     }
 
     fn kill(&self) {
@@ -200,9 +200,9 @@ impl Watch {
         let Some(client) = &mut self.client else {
             return;
         };
-        let around = &mut self.around;
+        let spec = &mut self.spec;
         // The monitor has its own then: a tap or disk is not held open here.
-        let (path, (body, files)) = match (around.vm.take(), around.console_socket.take()) {
+        let (path, (body, files)) = match (spec.vm.take(), spec.console_socket.take()) {
             (Some(vm), _) => ("/vm", vm.into_request()),
             (None, Some(socket)) => ("/serial", Vm::console_request(socket)),
             (None, None) => {
@@ -230,7 +230,7 @@ impl Watch {
 
     /// When to end the microVM for its time limit, until that has come.
     fn time_limit_us(&self) -> Option<u64> {
-        let limit = self.around.options.timeout.map(|it| it.as_micros() as u64);
+        let limit = self.spec.options.timeout.map(|it| it.as_micros() as u64);
         limit.filter(|_| !self.progress.seen.timed_out)
     }
 
@@ -264,7 +264,7 @@ impl Watch {
             polled.push(PollFd::from_borrowed_fd(fd, flags));
         };
         add(Ready::Signal, self.signals.as_fd(), PollFlags::IN);
-        for (fd, ender) in &self.around.enders {
+        for (fd, ender) in &self.spec.enders {
             let flags = match ender {
                 _ if progress.seen.asked.is_some() => continue,
                 Ender::HangUp => PollFlags::RDHUP,
@@ -366,7 +366,7 @@ impl Watch {
                     let client = files.next().map(|fd| Client::new(UnixStream::from(fd)));
                     self.client = client.transpose().step(SPEAK)?;
                 }
-                if let (Some(vm), Some(tap)) = (&mut self.around.vm, files.next()) {
+                if let (Some(vm), Some(tap)) = (&mut self.spec.vm, files.next()) {
                     vm.set_tap(tap);
                 }
                 Ok(())
@@ -415,7 +415,7 @@ impl Watch {
         match self.progress.question.take() {
             Some(Question::Timeline) => {
                 self.progress.timeline = Some(answer.body);
-                if let Some(reply) = self.around.first_reply.take() {
+                if let Some(reply) = self.spec.first_reply.take() {
                     self.console.input.pass_on(reply);
                 }
             }
@@ -432,7 +432,7 @@ impl Watch {
     /// For `check`: the guest has written and waits for a reply.
     fn answer_first_byte(&mut self) -> Result<(), Failure> {
         let progress = &mut self.progress;
-        let is_time = self.around.first_reply.is_some()
+        let is_time = self.spec.first_reply.is_some()
             && progress.times.first_byte_us.is_some()
             && progress.times.started_us.is_some()
             && progress.question.is_none()
@@ -468,7 +468,7 @@ impl Watch {
         self.write_the_rest();
         self.console.close();
         // A socket that is still held here would not count as dead.
-        (self.around.vm, self.around.console_socket) = (None, None);
+        (self.spec.vm, self.spec.console_socket) = (None, None);
         let progress = &mut self.progress;
         if let Some(keeper) = &self.keeper {
             progress.seen.usage = keeper.remove();

@@ -103,7 +103,6 @@ fn open_tap(name: &str) -> Result<OwnedFd, AnyError> {
     }
     let opened = Tap::open(name).map_err(|error| {
         let remedy = match &error {
-            TapError::NotPermitted(_) => Some(NOT_PERMITTED),
             TapError::Open(answer) => Errno::from_io_error(answer).and_then(tun_remedy),
             _ => None,
         };
@@ -111,9 +110,6 @@ fn open_tap(name: &str) -> Result<OwnedFd, AnyError> {
     });
     Ok(opened?.into())
 }
-
-/// What to do about a tap of another user.
-const NOT_PERMITTED: &str = "make it this user's with `ip tuntap add ... user USER`";
 
 /// What to do about a tun device that cannot be opened.
 pub fn tun_remedy(error: Errno) -> Option<&'static str> {

@@ -32,19 +32,19 @@ pub fn start(mut spec: Spec, report: Option<&Report>) -> Result<Watch, AnyError>
     let own = rustix::process::pidfd_open(own, PidfdFlags::empty())
         .step("get a descriptor of this process")
         .advise("use Linux 5.10 or newer")?;
-    let options = &spec.around.options;
+    let options = &spec.watch.options;
     let sockets = [&options.api_sock, &options.console_socket];
     let assignment = Assignment {
         groups: spec.cgroups.take(),
         sockets: sockets.into_iter().flatten().cloned().collect(),
         report: None,
-        id: spec.inside.id.clone(),
-        began_us: spec.around.began_us,
+        id: spec.jail.id.clone(),
+        began_us: spec.watch.began_us,
     };
     let has_groups = assignment.groups.is_some();
     let keeper = Keeper::start(assignment, report, &own)?;
     let made = keeper.as_ref().map_or(Ok(Default::default()), Keeper::made);
-    let limited_us = has_groups.then(|| sys::monotonic_us().saturating_sub(spec.around.began_us));
+    let limited_us = has_groups.then(|| sys::monotonic_us().saturating_sub(spec.watch.began_us));
     match made.and_then(|(sockets, entrances)| make_jail(spec, sockets, entrances, signals, own)) {
         Ok(mut watch) => {
             watch.progress.times.limited_us = limited_us;
@@ -72,7 +72,7 @@ fn connect(
     spec: &mut Spec,
     made: &mut impl Iterator<Item = OwnedFd>,
 ) -> Result<(Option<OwnedFd>, Option<Client>), Failure> {
-    if let Some(path) = &spec.around.options.api_sock {
+    if let Some(path) = &spec.watch.options.api_sock {
         let client = Client::connect(path).step_on("connect to the API socket", path)?;
         return Ok((made.next(), Some(client)));
     }
@@ -94,14 +94,14 @@ fn make_jail(
 ) -> Result<Watch, AnyError> {
     let mut sockets = sockets.into_iter();
     let (api, client) = connect(&mut spec, &mut sockets)?;
-    let mut around = spec.around;
+    let mut watched = spec.watch;
     // Many that are started at once find each a place of its own.
     let seed = (sys::monotonic_us() as u32).wrapping_mul(0x9e37_79b1) ^ std::process::id();
     let network = spec.own_tap.map(|tap| Network::choose(tap, seed));
     // Without a file for it, the log is for a person: what needs attention.
     let level = spec.log.as_ref().map_or("Warning", |_| "Info");
     let mut more = vec!["--level".to_owned(), level.into(), "--show-level".into()];
-    if let Some(vm) = &mut around.vm {
+    if let Some(vm) = &mut watched.vm {
         if let Some(socket) = sockets.next() {
             vm.set_console_socket(socket);
         }
@@ -114,17 +114,17 @@ fn make_jail(
             more.extend(["--http-api-max-payload-size".into(), length.to_string()]);
         }
     }
-    around.console_socket = sockets.next();
-    let is_terminal = around.options.console == To::Terminal;
+    watched.console_socket = sockets.next();
+    let is_terminal = watched.options.console == To::Terminal;
     let typed = is_terminal.then(|| rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).ok());
     let pipe = |reader_waits| {
         console::pipe(reader_waits, !reader_waits).step("make pipes to and from the monitor")
     };
     let (to_guest, from_guest, log, end) = (pipe(true)?, pipe(false)?, pipe(false)?, pipe(false)?);
     let mut progress = Progress::default();
-    progress.times.asked_us = Some(sys::monotonic_us().saturating_sub(around.began_us));
+    progress.times.asked_us = Some(sys::monotonic_us().saturating_sub(watched.began_us));
     let plan = jail::Plan {
-        spec: spec.inside,
+        spec: spec.jail,
         console: (to_guest.0, from_guest.1),
         log: log.1,
         end: end.1,
@@ -157,10 +157,10 @@ fn make_jail(
     };
     let to_log = spec.log.map(Sink::File);
     let to_log = to_log.unwrap_or_else(|| Sink::output(std::io::stderr().as_fd()));
-    let announced = network.filter(|_| !around.options.quiet);
+    let announced = network.filter(|_| !watched.options.quiet);
     let console = Relay::new(Some(from_guest.0), console);
     let mut watch = Watch {
-        around,
+        spec: watched,
         pid,
         pidfd,
         jail,
