@@ -248,7 +248,7 @@ fn from_initramfs(linux: &Linux, boot_args: String) -> Value {
 }
 
 #[test]
-fn linux_when_it_has_only_acpi_finds_every_device_both_processors_and_the_way_out() {
+fn linux_when_it_has_acpi_finds_every_device_once_both_processors_and_the_way_out() {
     needs!(kvm, root, tun);
     let linux = linux();
     let (netns, folder) = (Netns::new(), Folder::new());
@@ -283,7 +283,9 @@ fn linux_when_it_has_only_acpi_finds_every_device_both_processors_and_the_way_ou
             "{line}: {output}"
         );
     }
-    assert!(!output.contains("LNRO0005:02") && !output.contains("virtio-mmio."));
+    // This kernel also takes devices from the command line, and would list those of them.
+    let twice = output.contains("LNRO0005:02") || output.contains("device virtio-mmio");
+    assert!(!twice, "{output}");
     common::wait_until_within(LINUX_PATIENCE, "the guest answers a ping", || {
         let mut ping = netns.command("ping");
         ping.args(["-c", "1", "-W", "2", "172.16.9.2"]);

@@ -50,7 +50,9 @@ pub(super) fn load(
             partuuid: partuuid.as_deref(),
             read_only: *read_only,
         });
-        let finds_them = !boot::acpi_is_off(&boot_args) && parsed.reads_acpi();
+        // The file is searched only where it matters.
+        let finds_them =
+            !devices.is_empty() && !boot::acpi_is_off(&boot_args) && parsed.reads_acpi();
         let announced = if finds_them { &[] } else { devices.as_slice() };
         let command_line = boot::command_line(&boot_args, root, announced)
             .context("The kernel command line does not fit")?;
