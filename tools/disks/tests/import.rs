@@ -4,7 +4,7 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use support::needs::{self, needs};
 use support::{Folder, SIZE};
@@ -105,6 +105,16 @@ fn an_output_is_not_replaced_and_may_not_be_the_input() {
     assert!(folder.same("disk.raw", "out"));
 }
 
+/// A program that is killed when this goes, also by a test that fails.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[test]
 fn a_run_that_is_killed_leaves_no_output_and_the_next_one_cleans_up() {
     needs!("mke2fs", "gzip");
@@ -124,20 +134,20 @@ fn a_run_that_is_killed_leaves_no_output_and_the_next_one_cleans_up() {
         folder.join("bin").display(),
         std::env::var("PATH").unwrap()
     );
-    let mut child = Command::new(env!("CARGO_BIN_EXE_mayfly-disks"))
+    let child = Command::new(env!("CARGO_BIN_EXE_mayfly-disks"))
         .args(["import", "disk.raw.gz", "out"])
         .current_dir(&folder.0)
         .env("PATH", path)
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
+    let mut child = Running(child);
     while !folder.has("started") {
-        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        assert!(child.0.try_wait().unwrap().is_none(), "it ended");
         std::thread::yield_now();
     }
     folder.refuses(&["import", "disk.raw.gz", "out"], &["another run"]);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(child);
     assert_eq!(
         folder.names(),
         [
