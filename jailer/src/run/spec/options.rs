@@ -214,8 +214,9 @@ fn names_root(line: &str) -> bool {
 /// Linux from looking for serial ports goes.
 pub fn default_boot_args() -> String {
     let words = DEFAULT_BOOT_ARGS.split_whitespace();
-    let words = words.filter(|word| !word.starts_with("8250."));
-    words.fold("console=ttyS0".into(), |line, word| {
+    // Kernels of distributions have virtio as modules.
+    let words = words.filter(|word| !word.starts_with("8250.") && *word != "nomodule");
+    words.fold("console=ttyS0 quiet".into(), |line, word| {
         format!("{line} {word}")
     })
 }
@@ -344,6 +345,15 @@ mod tests {
         assert!(is_root("--kernel k --cmdline quiet --drive a"));
         assert!(!is_root("--kernel k --cmdline root=/dev/vda2 --drive a"));
         assert!(!names_root("quiet -- root=x noroot=x") && names_root("quiet root=LABEL=x -- y"));
+    }
+
+    #[test]
+    fn default_boot_args_have_a_console_and_let_modules_be_loaded() {
+        assert_eq!(
+            default_boot_args(),
+            "console=ttyS0 quiet reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd \
+             swiotlb=noforce"
+        );
     }
 
     #[test]
