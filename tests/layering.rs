@@ -106,7 +106,7 @@ const UNSAFE: &[(&str, usize, &str)] = &[
     ),
     (
         "src/sys/kvm.rs",
-        8,
+        9,
         "the page that KVM shares with a vCPU thread, and ioctls that kvm-ioctls does not offer",
     ),
     (
