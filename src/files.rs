@@ -39,10 +39,6 @@ use crate::inbox::{Outbox, TaskReceiver, TaskSender, tasks};
 /// How much work may wait for the thread.
 pub const QUEUE: usize = 32;
 
-/// How much of that may be things to close: after a file has hung there are many, and a client's
-/// request is not to be refused for them.
-const CLOSES: u64 = 16;
-
 /// Something for the files thread to do. It says what it is about to wait for, step by step.
 pub type Work<T> = Box<dyn FnOnce(&Steps) -> T + Send>;
 
@@ -57,8 +53,8 @@ pub struct Finished<T> {
 
 enum Job<T> {
     Work(u64, Work<T>),
-    /// To be dropped, which closes what it owns.
-    Close(Box<dyn Any + Send>),
+    /// There is something to close.
+    Close,
 }
 
 /// What the files thread waits for at the moment; shared with control, which tells clients.
@@ -149,6 +145,24 @@ struct Pending {
     overdue: bool,
 }
 
+/// What the thread is to drop, which closes what it owns; it looks here after each job. The number of
+/// open files bounds it.
+#[derive(Clone, Default)]
+struct ToClose(Arc<Mutex<Vec<Box<dyn Any + Send>>>>);
+
+impl ToClose {
+    fn lock(&self) -> MutexGuard<'_, Vec<Box<dyn Any + Send>>> {
+        // A panic ends the process, so a poisoned lock is never seen.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for ToClose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ToClose")
+    }
+}
+
 /// Control's side of the files thread.
 #[derive(Debug)]
 pub struct Files<T> {
@@ -159,8 +173,7 @@ pub struct Files<T> {
     closed: Arc<AtomicU64>,
     /// In the order in which they finish.
     pending: VecDeque<Pending>,
-    /// What was to be closed when the queue was full.
-    unclosed: Vec<Box<dyn Any + Send>>,
+    to_close: ToClose,
     next_token: u64,
     /// Results that came after their deadline.
     late: u64,
@@ -172,6 +185,7 @@ pub struct FilesThread<T> {
     jobs: TaskReceiver<Job<T>>,
     steps: Steps,
     closed: Arc<AtomicU64>,
+    to_close: ToClose,
     finished: Outbox<Finished<T>>,
 }
 
@@ -180,13 +194,14 @@ pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, Fil
     let (sender, receiver) = tasks(QUEUE);
     let steps = Steps::default();
     let closed = Arc::new(AtomicU64::new(0));
+    let to_close = ToClose::default();
     let control = Files {
         jobs: sender,
         steps: steps.clone(),
         closes: 0,
         closed: Arc::clone(&closed),
         pending: VecDeque::new(),
-        unclosed: Vec::new(),
+        to_close: to_close.clone(),
         next_token: 0,
         late: 0,
     };
@@ -194,6 +209,7 @@ pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, Fil
         jobs: receiver,
         steps,
         closed,
+        to_close,
         finished,
     };
     (control, thread)
@@ -206,20 +222,26 @@ impl<T> FilesThread<T> {
             let _ = current.set(self.steps.clone());
         });
         while let Some(job) = self.jobs.receive() {
-            match job {
-                Job::Work(token, work) => {
-                    let result = work(&self.steps);
-                    self.steps.end();
-                    // Control's inbox has room for all that can be pending.
-                    let _ = self.finished.post(Finished { token, result });
-                }
-                Job::Close(value) => {
-                    self.steps.begin("closing a file");
-                    drop(value);
-                    self.steps.end();
-                    self.closed.fetch_add(1, Ordering::AcqRel);
-                }
+            if let Job::Work(token, work) = job {
+                let result = work(&self.steps);
+                self.steps.end();
+                // Control's inbox has room for all that can be pending.
+                let _ = self.finished.post(Finished { token, result });
             }
+            self.close_all();
+        }
+    }
+
+    fn close_all(&self) {
+        loop {
+            // Not held while it waits for a file.
+            let Some(value) = self.to_close.lock().pop() else {
+                return;
+            };
+            self.steps.begin("closing a file");
+            drop(value);
+            self.steps.end();
+            self.closed.fetch_add(1, Ordering::AcqRel);
         }
     }
 }
@@ -248,7 +270,7 @@ impl<T: Send + 'static> Files<T> {
             }
             Err(job) => {
                 if let Job::Work(_, work) = job {
-                    self.unclosed.push(Box::new(work));
+                    self.close(Box::new(work));
                 }
                 Err(Refused::Full)
             }
@@ -265,36 +287,21 @@ impl<T: Send + 'static> Files<T> {
         Some(Refused::Hangs(text, time))
     }
 
-    /// Drops `value` on the thread: what it owns may wait when it is closed. Only for what holds an
-    /// open file: each value takes a place in the queue until the thread gets to it.
+    /// Drops `value` on the thread: what it owns may wait when it is closed.
     pub fn close(&mut self, value: Box<dyn Any + Send>) {
-        self.unclosed.push(value);
-        self.close_rest();
-    }
-
-    fn close_rest(&mut self) {
-        while let Some(value) = self.unclosed.pop() {
-            let closed = self.closed.load(Ordering::Acquire);
-            if self.closes.saturating_sub(closed) >= CLOSES {
-                self.unclosed.push(value);
-                return;
-            }
-            match self.jobs.send(Job::Close(value)) {
-                Ok(()) => self.closes = self.closes.saturating_add(1),
-                Err(job) => {
-                    // Kept until there is room: the number of open files bounds what can wait here.
-                    if let Job::Close(value) = job {
-                        self.unclosed.push(value);
-                    }
-                    return;
-                }
-            }
+        self.closes = self.closes.saturating_add(1);
+        let mut to_close = self.to_close.lock();
+        to_close.push(value);
+        let is_first = to_close.len() == 1;
+        drop(to_close);
+        if is_first {
+            // Where the queue is full the thread has work, and looks after that.
+            let _ = self.jobs.send(Job::Close);
         }
     }
 
     /// Work `token` has finished. Whether it did in time: otherwise its result must not be used.
     pub fn is_in_time(&mut self, token: u64) -> bool {
-        self.close_rest();
         let Some(at) = self.pending.iter().position(|known| known.token == token) else {
             return false;
         };
@@ -346,7 +353,7 @@ impl<T: Send + 'static> Files<T> {
     /// soon if that does not wait.
     pub fn is_idle(&self) -> bool {
         let closed = self.closed.load(Ordering::Acquire);
-        self.pending.is_empty() && self.unclosed.is_empty() && self.closes == closed
+        self.pending.is_empty() && self.closes == closed
     }
 
     /// Results that came too late so far.
@@ -359,7 +366,7 @@ impl<T> fmt::Debug for Job<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Job::Work(token, _) => write!(f, "Work({token})"),
-            Job::Close(_) => f.write_str("Close"),
+            Job::Close => f.write_str("Close"),
         }
     }
 }
@@ -495,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn close_when_the_queue_is_full_happens_later_and_on_the_thread() {
+    fn close_when_there_is_much_to_close_is_done_by_the_thread_alone() {
         static CLOSED: AtomicUsize = AtomicUsize::new(0);
         struct Value(thread::ThreadId);
         impl Drop for Value {
@@ -504,7 +511,7 @@ mod tests {
                 CLOSED.fetch_add(1, Ordering::SeqCst);
             }
         }
-        let (mut files, events) = rig();
+        let (mut files, _events) = rig();
         let (work, release, begun) = hanging("reading");
         files.submit(None, work).unwrap();
         begun.recv().unwrap();
@@ -514,12 +521,9 @@ mod tests {
         assert_eq!(CLOSED.load(Ordering::SeqCst), 0);
         release.send(0).unwrap();
         let deadline = Instant::now() + Duration::from_secs(120);
+        // Control does nothing more for it.
         while CLOSED.load(Ordering::SeqCst) < QUEUE * 2 {
             assert!(Instant::now() < deadline);
-            if let Some(event) = events.next() {
-                files.is_in_time(event.token);
-            }
-            files.close_rest();
             thread::yield_now();
         }
     }
