@@ -32,7 +32,8 @@ use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::chips::{self, Chips};
 use crate::arch::i8042::I8042;
 use crate::arch::power::Power;
-use crate::arch::{self, Vm, cpuid, layout, split};
+use crate::arch::split::Lines;
+use crate::arch::{self, Vm, cpuid, layout};
 use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
 use crate::inbox::{Sender, inbox};
@@ -115,6 +116,7 @@ pub fn prepare(passed: Option<&Arc<Kvm>>) -> Result<Prepared, ActionError> {
 pub struct Begun {
     threads: Threads,
     vm: Arc<Vm>,
+    lines: Lines,
     vcpus: Vec<Making>,
     buses: Buses,
     console: MadeConsole,
@@ -213,12 +215,10 @@ pub fn begin(
         ram,
         ..Buses::default()
     };
-    if chips == Chips::Split {
-        let Buses { memory, ports, .. } = &mut buses;
-        split::place(&vm, memory, ports).context(NOT_PLACED)?;
-    }
-    let console = make_console(host, &vm, &configuration.console, &mut buses)?;
-    let keyboard = Arc::new(I8042::new(line(&vm, layout::I8042_GSI)?));
+    let lines = Lines::place(chips, &vm, &mut buses.memory, &mut buses.ports);
+    let lines = lines.context(NOT_PLACED)?;
+    let console = make_console(host, &lines, &configuration.console, &mut buses)?;
+    let keyboard = Arc::new(I8042::new(line(&lines, layout::I8042_GSI)?));
     let [first, ..] = layout::I8042_PORTS;
     for port in layout::I8042_PORTS {
         let ports = &mut buses.ports;
@@ -237,6 +237,7 @@ pub fn begin(
     let begun = Begun {
         threads,
         vm,
+        lines,
         vcpus,
         buses,
         console,
@@ -261,6 +262,7 @@ pub fn complete(
     let Begun {
         threads,
         vm,
+        lines,
         vcpus,
         mut buses,
         console: (console, console_sender),
@@ -277,6 +279,7 @@ pub fn complete(
     let mut attaching = Attaching {
         host,
         vm: &vm,
+        lines: &lines,
         memory: &memory,
         buses: &mut buses,
         attached: Vec::new(),
@@ -399,7 +402,7 @@ impl Threads {
 /// The UART on its ports, the console behind it, and the pipe that log lines will take.
 fn make_console(
     host: &Host<'_>,
-    vm: &Vm,
+    lines: &Lines,
     asked: &Console,
     buses: &mut Buses,
 ) -> Result<MadeConsole, ActionError> {
@@ -423,7 +426,7 @@ fn make_console(
         socket,
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).context(FAILED)?;
-    let line = line(vm, layout::SERIAL_GSI)?;
+    let line = line(lines, layout::SERIAL_GSI)?;
     let (uart, console) =
         serial::console(line, streams, inbox, host.events.outbox()).context(FAILED)?;
     buses
@@ -444,10 +447,10 @@ fn place_boot_timer(host: &Host<'_>, buses: &mut Buses) -> Result<(), Overlap> {
 }
 
 /// An interrupt line: an eventfd that raises `gsi`.
-fn line(vm: &Vm, gsi: u32) -> Result<EventFd, ActionError> {
+fn line(lines: &Lines, gsi: u32) -> Result<EventFd, ActionError> {
     const FAILED: &str = "Making an interrupt line failed";
     let line = event().context(FAILED)?;
-    vm.register_irqfd(&line, gsi).context(FAILED)?;
+    lines.connect(&line, gsi).context(FAILED)?;
     Ok(line)
 }
 

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use crate::arch::boot::{Entry, command_line};
 use crate::arch::chips::Chips;
 use crate::arch::mask::{BitMask, CpuidMask, CpuidRegister, MsrMask};
-use crate::arch::{Kernel, Protocol, Vcpu, Vm, boot, cpuid, layout, split, vcpu};
+use crate::arch::split::Lines;
+use crate::arch::{Kernel, Protocol, Vcpu, Vm, boot, cpuid, layout, vcpu};
 use crate::bus::{Bus, Written};
 use crate::memory::Memory;
 use crate::needs;
@@ -449,11 +450,9 @@ fn interrupt_when_a_line_is_pulsed_reaches_the_guest_with_the_chips_in_either_pl
         let protocol = Some(Protocol::Linux64);
         let machine = machine_with(chips, &kvm, file.as_file(), 16, 1, protocol, "");
         let (mut memory, mut ports) = (Bus::new(), Bus::new());
-        if chips == Chips::Split {
-            split::place(&machine.vm, &mut memory, &mut ports).unwrap();
-        }
+        let lines = Lines::place(chips, &machine.vm, &mut memory, &mut ports).unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        machine.vm.register_irqfd(&line, 5).unwrap();
+        lines.connect(&line, 5).unwrap();
         let vcpu = &machine.vcpus[0];
         let ram = machine.memory.ram();
         let handler = LOAD_ADDRESS + HANDLER as u64;

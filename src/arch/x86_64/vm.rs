@@ -15,6 +15,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_irq_routing_entry, kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::chips::Chips;
 use super::layout;
@@ -183,6 +184,10 @@ impl Router for Arc<Vm> {
         let table = KvmIrqRouting::from_entries(&entries);
         let table = table.map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
         self.fd.set_gsi_routing(&table).map_err(io::Error::from)
+    }
+
+    fn listen(&self, line: &EventFd, gsi: u32) -> io::Result<()> {
+        self.fd.register_irqfd(line, gsi).map_err(io::Error::from)
     }
 }
 

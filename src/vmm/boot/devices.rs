@@ -8,6 +8,7 @@ use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Host, event};
+use crate::arch::split::Lines;
 use crate::arch::{Vm, layout};
 use crate::bus::Registers;
 use crate::error::{ActionError, Context};
@@ -33,6 +34,7 @@ pub(super) struct Attached {
 pub(super) struct Attaching<'a> {
     pub host: &'a Host<'a>,
     pub vm: &'a Vm,
+    pub lines: &'a Lines,
     pub memory: &'a Memory,
     pub buses: &'a mut Buses,
     pub attached: Vec<Attached>,
@@ -97,7 +99,7 @@ impl Attaching<'_> {
         // `check_start` counted the devices.
         let (address, gsi) = layout::virtio_device(self.attached.len())
             .ok_or_else(|| io::Error::other("no slot left"))?;
-        self.vm.register_irqfd(irqfd, gsi)?;
+        self.lines.connect(irqfd, gsi)?;
         for (queue, kick) in (0u32..).zip(registers.kicks()) {
             let at = IoEventAddress::Mmio(address + registers::QUEUE_NOTIFY);
             self.vm.register_ioevent(kick, &at, queue)?;

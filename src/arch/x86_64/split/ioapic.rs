@@ -19,6 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::Missed;
 use crate::arch::layout::GSI_COUNT;
 use crate::bus::{Registers, Written};
@@ -98,6 +100,13 @@ pub trait Router: Send + Sync {
     /// # Errors
     /// The host's.
     fn set(&self, routes: &Routes) -> io::Result<()>;
+
+    /// From now on, what is written to `line` is a pulse on line `gsi`, and what was written before
+    /// is one pulse.
+    ///
+    /// # Errors
+    /// The host's.
+    fn listen(&self, line: &EventFd, gsi: u32) -> io::Result<()>;
 }
 
 /// All there is to know of the chip.
@@ -135,6 +144,8 @@ struct Inner {
     state: IoApicState,
     /// What KVM has, unless it refused it.
     routes: Option<Routes>,
+    /// Eventfds of lines to which KVM does not listen yet.
+    unheard: [Option<EventFd>; PINS],
     pace: Pace,
     told_of_failure: bool,
 }
@@ -146,6 +157,7 @@ impl<R: Router> IoApic<R> {
             inner: Mutex::new(Inner {
                 state,
                 routes: Some([None; PINS]),
+                unheard: [const { None }; PINS],
                 pace: Pace::new(Instant::now()),
                 told_of_failure: false,
             }),
@@ -154,6 +166,23 @@ impl<R: Router> IoApic<R> {
         };
         io_apic.route(&mut io_apic.lock());
         io_apic
+    }
+
+    /// Makes `line` the eventfd of line `gsi`; KVM listens to it from when the line is not masked.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn connect(&self, line: EventFd, gsi: u32) -> io::Result<()> {
+        let mut inner = self.lock();
+        let pin = usize::try_from(gsi).unwrap_or(usize::MAX);
+        if inner.state.routes().get(pin).is_some_and(Option::is_some) {
+            return self.router.listen(&line, gsi);
+        }
+        match inner.unheard.get_mut(pin) {
+            Some(place) => *place = Some(line),
+            None => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -167,19 +196,41 @@ impl<R: Router> IoApic<R> {
             return None;
         }
         match self.router.set(&routes) {
-            Ok(()) => inner.routes = Some(routes),
+            Ok(()) => {
+                inner.routes = Some(routes);
+                self.listen(inner, &routes);
+            }
             Err(cause) => {
                 // Tried again when the guest writes next.
                 inner.routes = None;
-                if !inner.told_of_failure {
-                    inner.told_of_failure = true;
-                    error!(
-                        "KVM_SET_GSI_ROUTING failed: {cause}. Interrupts may not reach the guest."
-                    );
-                }
+                inner.tell_of_failure("KVM_SET_GSI_ROUTING", &cause);
             }
         }
         inner.pace.count(Instant::now())
+    }
+
+    /// Lets KVM listen to the lines that have a route now.
+    fn listen(&self, inner: &mut Inner, routes: &Routes) {
+        for (gsi, route) in (0..).zip(routes) {
+            let place = inner.unheard.get_mut(gsi as usize);
+            let Some(line) = place.filter(|_| route.is_some()).and_then(Option::take) else {
+                continue;
+            };
+            if let Err(cause) = self.router.listen(&line, gsi) {
+                inner.tell_of_failure("KVM_IRQFD", &cause);
+            }
+            // The thread's filter has no call to close it with.
+            std::mem::forget(line);
+        }
+    }
+}
+
+impl Inner {
+    fn tell_of_failure(&mut self, what: &str, cause: &io::Error) {
+        if !self.told_of_failure {
+            self.told_of_failure = true;
+            error!("{what} failed: {cause}. Interrupts may not reach the guest.");
+        }
     }
 }
 
@@ -326,12 +377,14 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     /// Keeps what it is told.
     #[derive(Debug, Default)]
     struct Told {
         calls: Mutex<Vec<Routes>>,
         refuse: Mutex<bool>,
+        heard: Mutex<Vec<u32>>,
     }
 
     impl Router for Arc<Told> {
@@ -340,6 +393,11 @@ mod tests {
                 return Err(io::Error::from_raw_os_error(libc::ENOMEM));
             }
             self.calls.lock().unwrap().push(*routes);
+            Ok(())
+        }
+
+        fn listen(&self, _: &EventFd, gsi: u32) -> io::Result<()> {
+            self.heard.lock().unwrap().push(gsi);
             Ok(())
         }
     }
@@ -464,6 +522,26 @@ mod tests {
         *told.refuse.lock().unwrap() = false;
         put(&chip, 0, 0);
         assert_eq!(told.last()[5].unwrap().data, 0x31);
+    }
+
+    #[test]
+    fn line_when_it_is_first_unmasked_is_listened_to() {
+        let (chip, told, _) = chip();
+        let line = || EventFd::new(EFD_NONBLOCK).unwrap();
+        chip.connect(line(), 5).unwrap();
+        chip.connect(line(), 6).unwrap();
+        assert!(chip.connect(line(), 24).is_err());
+        put(&chip, 0x1a, 0x1_0031);
+        assert_eq!(*told.heard.lock().unwrap(), [0; 0]);
+        for low in [0x31, 0x1_0031, 0x32] {
+            put(&chip, 0x1a, low);
+            assert_eq!(*told.heard.lock().unwrap(), [5]);
+        }
+        put(&chip, 0x1e, 0x33);
+        assert_eq!(*told.heard.lock().unwrap(), [5], "line 7 has no eventfd");
+        chip.connect(line(), 7).unwrap();
+        put(&chip, 0x1c, 0x34);
+        assert_eq!(*told.heard.lock().unwrap(), [5, 7, 6]);
     }
 
     #[test]
