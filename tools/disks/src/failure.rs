@@ -44,9 +44,11 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Other programs' words are among it, and names out of images.
+        let text = clean(&self.text);
         match &self.file {
-            Some(file) => write!(f, "{}: {}", printable(file), self.text),
-            None => f.write_str(&self.text),
+            Some(file) => write!(f, "{}: {text}", printable(file)),
+            None => f.write_str(&text),
         }
     }
 }
@@ -81,9 +83,11 @@ pub fn printable(path: &Path) -> String {
     clean(&path.to_string_lossy())
 }
 
-/// Text from a file, without control characters.
+/// Text from a file, without control characters and those that turn the direction of writing.
 pub fn clean(text: &str) -> String {
+    let is_bad =
+        |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
+        .map(|c| if is_bad(c) { '?' } else { c })
         .collect()
 }

@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "tools/guest", version)]
+#[command(name = "tools/guest", bin_name = "tools/guest", version)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

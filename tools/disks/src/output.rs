@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::{Errno, FdFlags};
 
 use crate::failure::{Context, Failure, Result, printable};
@@ -163,8 +163,13 @@ fn take(work: &Path, output: &Path) -> Result<File> {
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                let old = match File::open(work) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                // Whatever else is in its place is not followed, nor waited for (a FIFO).
+                let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let old = match rustix::fs::open(work, flags, Mode::empty()) {
+                    Err(Errno::NOENT) => continue,
+                    Err(Errno::NOTDIR | Errno::LOOP) => {
+                        return Err(Failure::new(work, "is in the way", "remove it"));
+                    }
                     other => other.cannot("open", work)?,
                 };
                 if rustix::fs::flock(&old, FlockOperation::NonBlockingLockExclusive).is_err() {
@@ -234,6 +239,20 @@ mod tests {
         fs::write(folder.join(".out.unfinished/disk"), "half").unwrap();
         drop(Output::new(&path, false, &[]).unwrap());
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn what_is_in_the_place_of_the_folder_and_is_none_is_named_and_kept() {
+        let folder = folder("way");
+        let work = folder.join(".out.unfinished");
+        rustix::fs::mknodat(CWD, &work, rustix::fs::FileType::Fifo, Mode::from(0o600), 0).unwrap();
+        let error = Output::new(&folder.join("out"), false, &[]).unwrap_err();
+        assert!(error.to_string().contains("is in the way"), "{error}");
+        fs::remove_file(&work).unwrap();
+        std::os::unix::fs::symlink(&folder, &work).unwrap();
+        assert!(Output::new(&folder.join("out"), false, &[]).is_err());
+        assert!(fs::symlink_metadata(&work).is_ok());
         fs::remove_dir_all(folder).unwrap();
     }
 
