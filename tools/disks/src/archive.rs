@@ -10,6 +10,10 @@ use crate::sparse::fill;
 const BLOCK: usize = 512;
 /// A long name, or a record of pax attributes.
 const EXTENSION_MAX: u64 = 1 << 20;
+/// The extended attributes of an entry, also where many records give them.
+const ATTRIBUTES_MAX: usize = 4096;
+/// What is kept of the name and of the value of one: capabilities have 24 bytes.
+const ATTRIBUTE_MAX: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EntryKind {
@@ -271,7 +275,13 @@ fn pax(record: &[u8], into: &mut Extended) -> io::Result<()> {
             }
             _ => {
                 if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
-                    into.attributes.push((name.to_owned(), value.to_vec()));
+                    let name: String = name.chars().take(ATTRIBUTE_MAX).collect();
+                    if into.attributes.len() >= ATTRIBUTES_MAX {
+                        return Err(invalid("an entry has more than 4096 extended attributes"));
+                    }
+                    // A longer one than any that is kept is only counted.
+                    let value = value.get(..ATTRIBUTE_MAX).unwrap_or(value);
+                    into.attributes.push((name, value.to_vec()));
                 }
             }
         }
@@ -334,6 +344,15 @@ mod tests {
         let mut archive = Archive::new(&file[..]);
         archive.next().unwrap();
         assert!(archive.next().is_err());
+        let record = b"22 SCHILY.xattr.u.a=b\n".repeat(3000);
+        let mut many = Vec::new();
+        for _ in 0..3 {
+            many.extend(header("g", b'g', record.len() as u64));
+            many.extend(padded(&record));
+        }
+        many.extend(header("a", b'0', 0));
+        let error = Archive::new(&many[..]).next().unwrap_err();
+        assert!(error.to_string().contains("4096"), "{error}");
         let long = header("a", b'L', 7 << 30);
         assert!(Archive::new(&long[..]).next().is_err());
         let mut wrong = header("a", b'0', 0);

@@ -24,6 +24,8 @@ use oci::{Config, Layout};
 use source::{Blobs, LeftOut};
 use tree::Tree;
 
+/// What ext4 has with blocks of 4 KiB and without 64-bit numbers.
+const SIZE_MAX: u64 = 16 << 40;
 const MIRROR: &str = "http://deb.debian.org/debian";
 
 #[derive(Debug, Args)]
@@ -75,9 +77,9 @@ fn size(text: &str) -> std::result::Result<u64, String> {
     let number: u64 = number
         .parse()
         .map_err(|_| "give MiB, or a number with M or G".to_owned())?;
-    match number {
-        1..=0xff_ffff => Ok(number << shift),
-        _ => Err("too small or too large".into()),
+    match number.checked_mul(1 << shift) {
+        Some(bytes) if (1..=SIZE_MAX).contains(&bytes) => Ok(bytes),
+        _ => Err("give 1M to 16384G".into()),
     }
 }
 
@@ -133,6 +135,14 @@ fn read(
     }
     let path = args.source.canonicalize().cannot("open", &args.source)?;
     if path.is_dir() {
+        // It would be a part of itself.
+        if output.path().starts_with(&path) {
+            return Err(Failure::new(
+                output.path(),
+                "is to be made inside of the folder that it is made from",
+                "give another output",
+            ));
+        }
         if let Some(layout) = Layout::of_folder(&path) {
             return layout.read(args.name.as_deref(), tree, blobs, left_out);
         }
@@ -254,7 +264,7 @@ fn installed(tool: &Tool, args: &[&OsStr]) -> Result<()> {
         .messages()
         .lines()
         .rev()
-        .find(|line| line.contains("E:"));
+        .find(|line| line.contains("E:") && !line.contains("mmdebstrap failed to run"));
     let why = last.map_or_else(|| ended.why(), |line| crate::failure::clean(line.trim()));
     Err(Failure::plain(format!(
         "Debian cannot be installed ({why}); check the suite, the mirror and the network"

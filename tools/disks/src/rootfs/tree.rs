@@ -5,8 +5,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What a tree may have: some 300 bytes of memory each.
+/// What a tree may have, and as many names: some 300 bytes of memory each.
 pub const NODES_MAX: usize = 1 << 20;
+/// The names of one file: a limit of ext4.
+const NAMES_MAX: u32 = 65_000;
+/// All names, and the targets of all links, together.
+const TEXT_MAX: usize = 256 << 20;
 /// Folders in folders, and symbolic links to symbolic links: limits of Linux.
 const DEPTH_MAX: usize = 256;
 const LINKS_MAX: usize = 40;
@@ -47,11 +51,16 @@ struct Entry {
     meta: Meta,
     /// The layer of an image that it came with.
     layer: u32,
+    /// How often it was given a name.
+    names: u32,
 }
 
 #[derive(Debug)]
 pub struct Tree {
     entries: Vec<Entry>,
+    /// Names that were given, and the bytes of names and of targets.
+    names: usize,
+    text: usize,
     /// Of what is added from now on.
     pub layer: u32,
 }
@@ -91,9 +100,12 @@ impl Tree {
             node: Node::Folder(BTreeMap::new()),
             meta,
             layer: 0,
+            names: 1,
         };
         Tree {
             entries: vec![root],
+            names: 0,
+            text: 0,
             layer: 0,
         }
     }
@@ -117,10 +129,14 @@ impl Tree {
         if self.entries.len() >= NODES_MAX {
             return Err(format!("there are more than {NODES_MAX} files"));
         }
+        if let Node::Symlink(target) = &node {
+            self.text += target.len();
+        }
         self.entries.push(Entry {
             node,
             meta,
             layer: self.layer,
+            names: 0,
         });
         Ok(self.entries.len() - 1)
     }
@@ -186,7 +202,7 @@ impl Tree {
                     ..Meta::default()
                 };
                 let id = self.push(Node::Folder(BTreeMap::new()), meta)?;
-                self.insert(at, path[done], id);
+                self.insert(at, path[done], id)?;
                 at = id;
             }
             done += 1;
@@ -194,10 +210,26 @@ impl Tree {
         Ok(at)
     }
 
-    fn insert(&mut self, folder: Id, name: &[u8], id: Id) {
+    fn insert(&mut self, folder: Id, name: &[u8], id: Id) -> Result<()> {
+        self.names += 1;
+        self.text += name.len();
+        if self.names > NODES_MAX || self.text > TEXT_MAX {
+            return Err(format!(
+                "there are more than {NODES_MAX} names, or {} MiB of them",
+                TEXT_MAX >> 20
+            ));
+        }
+        self.entries[id].names += 1;
+        if self.entries[id].names > NAMES_MAX {
+            return Err(format!(
+                "{:?} is a link to a file that has {NAMES_MAX} names already",
+                shown(name)
+            ));
+        }
         if let Node::Folder(children) = &mut self.entries[folder].node {
             children.insert(name.to_vec(), id);
         }
+        Ok(())
     }
 
     /// Adds an entry at a path. One that is there is replaced; a folder keeps what is in it.
@@ -228,8 +260,7 @@ impl Tree {
             return Ok(());
         }
         let id = self.push(node, meta)?;
-        self.insert(folder, name, id);
-        Ok(())
+        self.insert(folder, name, id)
     }
 
     /// Adds another name for a file.
@@ -248,8 +279,7 @@ impl Tree {
             return Err("the root folder cannot be a link".into());
         };
         let folder = self.parent(folder)?;
-        self.insert(folder, name, id);
-        Ok(())
+        self.insert(folder, name, id)
     }
 
     /// Removes what lower layers have at a path (a whiteout).
@@ -411,6 +441,30 @@ mod tests {
         assert!(tree.link(b"c", b"gone").is_err());
         add(&mut tree, "folder", folder()).unwrap();
         assert!(tree.link(b"c", b"folder").is_err());
+    }
+
+    #[test]
+    fn hard_links_are_counted_for_each_file_and_together() {
+        let mut tree = Tree::new();
+        add(&mut tree, "a", file("a")).unwrap();
+        for index in 1..NAMES_MAX {
+            tree.link(format!("h{index}").as_bytes(), b"a").unwrap();
+        }
+        let error = tree.link(b"one more", b"a").unwrap_err();
+        assert!(error.contains("65000 names"), "{error}");
+        let mut tree = Tree::new();
+        let names = NODES_MAX / NAMES_MAX as usize + 1;
+        let added = (0..names).try_for_each(|nth| {
+            add(&mut tree, &format!("f{nth}"), file("f"))?;
+            (1..NAMES_MAX).try_for_each(|link| {
+                tree.link(
+                    format!("f{nth}-{link}").as_bytes(),
+                    format!("f{nth}").as_bytes(),
+                )
+            })
+        });
+        let error = added.unwrap_err();
+        assert!(error.contains("names"), "{error}");
     }
 
     #[test]
