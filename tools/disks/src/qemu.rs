@@ -21,6 +21,8 @@ impl Qemu {
 
     fn refused(path: &Path, doing: &str, ended: &Ended) -> Failure {
         let why = ended.why();
+        // Without what it was told to open, which the message names otherwise.
+        let why = why.rsplit_once("': ").map_or(why.as_str(), |(_, why)| why);
         let remedy = if ended.messages().contains("No space left") {
             "free some space"
         } else {

@@ -143,6 +143,9 @@ pub struct Image {
     pub size: u64,
     pub backing: Option<Box<Image>>,
     pub data_file: Option<PathBuf>,
+    /// The extents of a VMDK with a descriptor, and the descriptor that qemu-img gets of it.
+    pub checked: Option<vmdk::Checked>,
+    told: Option<PathBuf>,
     pub snapshots: Vec<Snapshot>,
     /// A log must be replayed, which changes the file: a copy is needed.
     pub has_log: bool,
@@ -204,7 +207,8 @@ impl Reach {
                 "put that file into the same folder",
             )
         })?;
-        if !self.outside && !found.starts_with(folder) {
+        // A folder below is not the image's either: in a home folder that would be all of it.
+        if !self.outside && found.parent() != Some(folder) {
             return Err(Failure::new(
                 of,
                 format!("its {what} {shown} is outside of the image's folder"),
@@ -228,6 +232,8 @@ impl Image {
             size,
             backing: None,
             data_file: None,
+            checked: None,
+            told: None,
             snapshots: Vec::new(),
             has_log: false,
             notes: Vec::new(),
@@ -275,10 +281,24 @@ impl Image {
         }
     }
 
+    /// Writes into `folder` what qemu-img is told in place of descriptors.
+    pub fn write_descriptors(&mut self, folder: &Path) -> Result<()> {
+        let mut at = Some(self);
+        for index in 0.. {
+            let Some(image) = at else { break };
+            if let Some(checked) = &image.checked {
+                image.told = Some(checked.write(&folder.join(format!("vmdk-{index}")))?);
+            }
+            at = image.backing.as_deref_mut();
+        }
+        Ok(())
+    }
+
     /// Everything that qemu-img may open, and as what.
     fn options(&self) -> Value {
         let file = |path: &Path| json!({"driver": "file", "filename": path.to_string_lossy()});
-        let mut options = json!({"driver": self.driver(), "file": file(&self.path)});
+        let path = self.told.as_deref().unwrap_or(&self.path);
+        let mut options = json!({"driver": self.driver(), "file": file(path)});
         if self.driver() == "vpc" {
             // The number of bytes in the footer, and not the geometry.
             options["force_size_calc"] = "current_size".into();
@@ -298,9 +318,13 @@ impl Image {
     pub fn argument(&self) -> Result<String> {
         let mut at = Some(self);
         while let Some(image) = at {
-            if image.path.to_str().is_none() {
+            if image.checked.is_some() != image.told.is_some() {
+                return Err(damaged(&image.path, "its descriptor was not checked"));
+            }
+            let path = image.told.as_ref().unwrap_or(&image.path);
+            if path.to_str().is_none() {
                 return Err(Failure::new(
-                    &image.path,
+                    path,
                     "its name is not UTF-8, and qemu-img cannot be told it",
                     "rename it",
                 ));
@@ -324,6 +348,7 @@ impl Image {
     pub fn files(&self) -> Vec<&Path> {
         let mut files = vec![self.path.as_path()];
         files.extend(self.data_file.as_deref());
+        files.extend(self.checked.iter().flat_map(vmdk::Checked::files));
         if let Some(backing) = &self.backing {
             files.extend(backing.files());
         }

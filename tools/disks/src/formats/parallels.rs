@@ -13,6 +13,8 @@ use crate::failure::{Context, Failure, Result};
 pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
 /// A descriptor has a few KiB.
 const DESCRIPTOR_MAX: u64 = 1 << 20;
+/// It is parsed by recursion, and has some 50 tags for each image.
+const TAGS_MAX: usize = 4096;
 const IN_USE: u32 = 0x746f_6e59;
 
 pub fn open(file: &File, path: &Path) -> Result<Image> {
@@ -49,6 +51,9 @@ pub fn bundle(folder: &Path, reach: Reach) -> Result<Image> {
         return Err(damaged(&path, "it is larger than 1 MiB"));
     }
     let content = fs::read_to_string(&path).cannot("read", &path)?;
+    if content.matches('<').count() > TAGS_MAX {
+        return Err(damaged(&path, "it has more than 4096 tags"));
+    }
     let document = Document::parse(&content)
         .map_err(|error| damaged(&path, &format!("it is not valid XML ({error})")))?;
     let root = document.root_element();

@@ -1,9 +1,13 @@
 //! VMDK of VMware: a descriptor, which is text, and extents, each a file: flat (the bytes), or
 //! sparse (a header, and tables that say where each grain is). A sparse extent may have the
 //! descriptor in it. qemu-img reads an extent that ends early as zeros, and opens whatever path a
-//! descriptor names: both are checked here before it is run.
+//! descriptor names: both are checked here before it is run. It reads descriptors by rules of its
+//! own (tabs, line ends, access), so it is never given one of others: it gets one that is written
+//! here, whose extents are links to the files that were checked.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use super::{Image, Kind, Reach, backing, damaged, plausible, truncated};
@@ -17,6 +21,17 @@ const NO_PARENT: &str = "ffffffff";
 /// Where the offset of the grain directory is only in a copy of the header, at the file's end.
 const AT_END: u64 = u64::MAX;
 const COMPRESSED: u32 = 1 << 16;
+/// A disk of 8 TiB in parts of 2 GiB.
+const EXTENTS_MAX: usize = 4096;
+/// The types of disks in files whose extents qemu-img reads.
+const TYPES: &[&str] = &[
+    "monolithicFlat",
+    "twoGbMaxExtentFlat",
+    "twoGbMaxExtentSparse",
+    "vmfs",
+    "vmfsSparse",
+    "seSparse",
+];
 /// What a folder may hold while a descriptor is looked for.
 const FOLDER_MAX: usize = 4096;
 
@@ -32,7 +47,51 @@ struct Extent {
 struct Descriptor {
     kind: String,
     parent: Option<String>,
+    /// By these qemu-img tells that a parent is the right one.
+    ids: [u32; 2],
     extents: Vec<Extent>,
+    /// A line that begins like an extent and is none.
+    unread: Option<String>,
+}
+
+/// What qemu-img is told in place of a descriptor.
+#[derive(Debug)]
+pub struct Checked {
+    kind: String,
+    ids: [u32; 2],
+    extents: Vec<(Extent, PathBuf)>,
+}
+
+impl Checked {
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.extents.iter().map(|(_, path)| path.as_path())
+    }
+
+    /// Writes the descriptor, and links to its extents, into the new folder `folder`; its path.
+    pub fn write(&self, folder: &Path) -> Result<PathBuf> {
+        fs::create_dir(folder).cannot("create", folder)?;
+        let [id, parent] = self.ids;
+        // No empty line: qemu-img reads the line behind it twice.
+        let mut text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID={id:08x}\nparentCID={parent:08x}\ncreateType=\"{}\"\n",
+            self.kind
+        );
+        for (index, (extent, path)) in self.extents.iter().enumerate() {
+            let name = format!("extent-{index}");
+            symlink(path, folder.join(&name)).cannot("create", folder)?;
+            let sectors = extent.sectors;
+            let _ = match extent.kind.as_str() {
+                // The same for VMFS, but that qemu-img reads no offset there.
+                "FLAT" | "VMFS" => {
+                    writeln!(text, "RW {sectors} FLAT \"{name}\" {}", extent.offset)
+                }
+                kind => writeln!(text, "RW {sectors} {kind} \"{name}\""),
+            };
+        }
+        let path = folder.join("descriptor");
+        fs::write(&path, text).cannot("write", &path)?;
+        Ok(path)
+    }
 }
 
 impl Descriptor {
@@ -41,39 +100,53 @@ impl Descriptor {
         let text = bytes.split(|&byte| byte == 0).next()?;
         let text = String::from_utf8_lossy(text);
         let (mut descriptor, mut has_parent, mut hint) = (Descriptor::default(), false, None);
+        descriptor.ids = [0, u32::MAX];
         for line in text.lines().map(str::trim) {
             if let Some((key, value)) = line.split_once('=') {
                 let value = value.trim().trim_matches('"');
                 match key.trim() {
                     "createType" => value.clone_into(&mut descriptor.kind),
-                    "parentCID" => has_parent = !value.eq_ignore_ascii_case(NO_PARENT),
+                    "CID" => descriptor.ids[0] = u32::from_str_radix(value, 16).unwrap_or(0),
+                    "parentCID" => {
+                        has_parent = !value.eq_ignore_ascii_case(NO_PARENT);
+                        descriptor.ids[1] = u32::from_str_radix(value, 16).unwrap_or(u32::MAX);
+                    }
                     "parentFileNameHint" => hint = Some(value.to_owned()),
                     _ => {}
                 }
             }
-            descriptor.extents.extend(extent(line));
+            let access = line.split_whitespace().next().unwrap_or("");
+            if ACCESS.contains(&access) {
+                match extent(line) {
+                    Some(extent) => descriptor.extents.push(extent),
+                    None => descriptor.unread = Some(clean(line)),
+                }
+            }
         }
         if has_parent {
             descriptor.parent = Some(hint.unwrap_or_default());
         }
-        (!descriptor.extents.is_empty()).then_some(descriptor)
+        let has_extents = !descriptor.extents.is_empty() || descriptor.unread.is_some();
+        has_extents.then_some(descriptor)
     }
 
-    fn sectors(&self) -> Option<u64> {
+    fn bytes(&self) -> Option<u64> {
         let mut all = self.extents.iter().map(|extent| extent.sectors);
         all.try_fold(0u64, u64::checked_add)?.checked_mul(SECTOR)
     }
 }
 
+const ACCESS: [&str; 3] = ["RW", "RDONLY", "NOACCESS"];
+
 /// `RW 204801 FLAT "name" 0`
 fn extent(line: &str) -> Option<Extent> {
-    let (access, rest) = line.split_once(' ')?;
-    if !["RW", "RDONLY", "NOACCESS"].contains(&access) {
+    let (access, rest) = line.split_once(char::is_whitespace)?;
+    if !ACCESS.contains(&access) {
         return None;
     }
-    let (sectors, rest) = rest.trim_start().split_once(' ')?;
+    let (sectors, rest) = rest.trim_start().split_once(char::is_whitespace)?;
     let rest = rest.trim_start();
-    let (kind, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+    let (kind, rest) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
     let mut quoted = rest.splitn(3, '"').skip(1);
     let name = quoted.next().unwrap_or("").to_owned();
     let offset = quoted.next().unwrap_or("").split_whitespace().next();
@@ -91,16 +164,31 @@ pub fn described(file: &File, path: &Path, reach: Reach) -> Result<Image> {
     let Some(descriptor) = Descriptor::parse(&text) else {
         return Err(damaged(path, "the VMDK descriptor names no extents"));
     };
-    let mut missing = Vec::new();
-    for extent in &descriptor.extents {
-        if extent.kind == "ZERO" {
-            continue;
-        }
+    if let Some(line) = &descriptor.unread {
+        return Err(damaged(path, &format!("its line {line:?} is no extent")));
+    }
+    if descriptor.extents.len() > EXTENTS_MAX {
+        return Err(Failure::new(
+            path,
+            format!("has more than {EXTENTS_MAX} extents"),
+            "clone it into one file: vmware-vdiskmanager -r FILE -t 0 NEW.vmdk",
+        ));
+    }
+    let size = descriptor.bytes();
+    let (mut missing, mut found) = (Vec::new(), Vec::new());
+    for extent in descriptor.extents {
         if extent.kind.starts_with("VMFSR") {
             return Err(Failure::new(
                 path,
                 "is a mapping of a device of its host (RDM) and holds no data",
                 "clone it into a disk file: vmkfstools -i FILE -d thin NEW.vmdk",
+            ));
+        }
+        if extent.kind == "ZERO" {
+            return Err(Failure::new(
+                path,
+                "has a part without a file (ZERO), which is not read here",
+                "clone it into one file: vmware-vdiskmanager -r FILE -t 0 NEW.vmdk",
             ));
         }
         let folder = path.parent().unwrap_or(Path::new("/"));
@@ -109,7 +197,8 @@ pub fn described(file: &File, path: &Path, reach: Reach) -> Result<Image> {
             continue;
         }
         let file_path = reach.resolve(path, &extent.name, "extent")?;
-        check_extent(extent, &file_path)?;
+        check_extent(&extent, &file_path)?;
+        found.push((extent, file_path));
     }
     if !missing.is_empty() {
         return Err(Failure::new(
@@ -118,18 +207,30 @@ pub fn described(file: &File, path: &Path, reach: Reach) -> Result<Image> {
             "put them into the same folder",
         ));
     }
-    let mut image = Image::new(
-        Kind::VmdkDescriptor,
-        path,
-        plausible(path, descriptor.sectors())?,
-    );
-    image.shape = clean(&descriptor.kind);
-    image.backing = parent(path, &descriptor, reach)?;
+    let kind = &descriptor.kind;
+    if !TYPES.contains(&kind.as_str()) {
+        return Err(Failure::new(
+            path,
+            format!(
+                "is a VMDK of type {:?}, which is not read here",
+                clean(kind)
+            ),
+            "clone it into one file: vmware-vdiskmanager -r FILE -t 0 NEW.vmdk",
+        ));
+    }
+    let mut image = Image::new(Kind::VmdkDescriptor, path, plausible(path, size)?);
+    image.shape.clone_from(kind);
+    image.backing = parent(path, descriptor.parent.as_deref(), reach)?;
+    image.checked = Some(Checked {
+        kind: descriptor.kind,
+        ids: descriptor.ids,
+        extents: found,
+    });
     Ok(image)
 }
 
-fn parent(path: &Path, descriptor: &Descriptor, reach: Reach) -> Result<Option<Box<Image>>> {
-    match descriptor.parent.as_deref() {
+fn parent(path: &Path, name: Option<&str>, reach: Reach) -> Result<Option<Box<Image>>> {
+    match name {
         None => Ok(None),
         Some("") => Err(damaged(path, "the name of its parent is missing")),
         Some(name) => backing(path, name, None, reach).map(Some),
@@ -160,8 +261,16 @@ fn check_extent(extent: &Extent, path: &Path) -> Result<()> {
             }
             header.check_grains(&file, path, len)
         }
-        // Their tables are qemu-img's to read.
-        "VMFSSPARSE" | "SESPARSE" => Ok(()),
+        // Their tables are qemu-img's to read. With another magic number it would take the first
+        // for a sparse extent, which is checked above.
+        "VMFSSPARSE" => {
+            let magic = bytes::read(&file, 0, 4).cannot("read", path)?;
+            match has(&magic, 0, b"COWD") {
+                true => Ok(()),
+                false => Err(damaged(path, "its header is not valid")),
+            }
+        }
+        "SESPARSE" => Ok(()),
         other => Err(damaged(
             path,
             &format!("an extent of type {:?} is unknown", clean(other)),
@@ -192,7 +301,7 @@ pub fn sparse(file: &File, path: &Path, reach: Reach) -> Result<Image> {
     let size = plausible(path, header.capacity.checked_mul(SECTOR))?;
     let mut image = Image::new(Kind::VmdkSparse, path, size);
     image.shape = clean(&descriptor.kind);
-    image.backing = parent(path, &descriptor, reach)?;
+    image.backing = parent(path, descriptor.parent.as_deref(), reach)?;
     Ok(image)
 }
 
@@ -316,7 +425,8 @@ impl Header {
             is_compressed: le32(bytes, 8)? & COMPRESSED != 0 && le16(bytes, 77)? == 1,
         };
         let is_possible = has(bytes, 0, b"KDMV")
-            && header.capacity <= 1 << 47
+            // Without a size qemu-img would follow a descriptor in it to other files.
+            && (1..=1 << 47).contains(&header.capacity)
             && (1..=1 << 20).contains(&header.grain)
             && (1..=1 << 16).contains(&header.grains_per_table);
         is_possible.then_some(header)

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::{DISK_MAX, DISKS, Import};
+use super::{DISK_MAX, DISKS, Format, Import};
 use crate::archive::{Archive, EntryKind};
 use crate::bytes;
 use crate::contents::Contents;
@@ -49,6 +49,8 @@ pub fn open(
     let file = File::open(path).cannot("open", path)?;
     let found = Kind::of(&file, path)?;
     let kind = match args.format {
+        // A VMDK may be the file that names the others.
+        Some(Format::Vmdk) if found == Kind::VmdkDescriptor => found,
         Some(format) if layer == 0 || !unpack::is_compressed(found) => format.kind(),
         _ => found,
     };

@@ -112,6 +112,7 @@ fn import(args: &Import, path: &Path, output: &Output) -> Result<()> {
     let reach = Reach::new(args.allow_outside);
     let mut image = find::open(args, path, reach, output, 0)?;
     output.differs(&image.files())?;
+    image.write_descriptors(output.work())?;
     describe(args, &image);
     if args.snapshot.is_some() && image.kind != Kind::Qcow2 {
         return Err(Failure::new(
