@@ -10,6 +10,7 @@
 
 use kvm_ioctls::{Cap, Kvm};
 
+use super::command_line::parameters;
 use super::mask::{CpuidMask, CpuidRegister};
 
 /// Where the interrupt chips are.
@@ -24,9 +25,10 @@ pub enum Chips {
 
 /// Words of Linux's command line by which it does without I/O APIC, local APIC's timer, KVM's
 /// clock or the tables that tell of processors. (Linux, `admin-guide/kernel-parameters.txt`.)
-const NEEDS_KERNEL: [&str; 21] = [
+const NEEDS_KERNEL: [&str; 22] = [
     "acpi=noirq",
     "acpi=off",
+    "acpi=rsdt",
     "clocksource=acpi_pm",
     "clocksource=hpet",
     "clocksource=jiffies",
@@ -48,14 +50,45 @@ const NEEDS_KERNEL: [&str; 21] = [
     "tsc=unstable",
 ];
 
-/// CPUID leaf of KVM's features, and the bits of its EAX by which it has a clock.
+/// The parameters whose value is a list, of which one word may be a reason.
+const LISTS: [&str; 2] = ["clearcpuid", "pci"];
+
+/// What `clearcpuid=` takes from the processor that the guest's clocks need: names, and the same as
+/// numbers (Linux, `arch/x86/include/asm/cpufeatures.h`).
+const FEATURES: [&str; 10] = [
+    "4",
+    "tsc",
+    "9",
+    "apic",
+    "104",
+    "constant_tsc",
+    "152",
+    "tsc_deadline_timer",
+    "159",
+    "hypervisor",
+];
+
+/// What of CPUID a guest needs to do without the 8254: leaf, register, bits, and their value.
+const CLOCKS: [(u32, CpuidRegister, u64, u64); 6] = [
+    // The local APIC's timer with a deadline, and that there is a hypervisor; counter, local APIC.
+    (1, CpuidRegister::Ecx, LEAF_1_ECX, LEAF_1_ECX),
+    (1, CpuidRegister::Edx, LEAF_1_EDX, LEAF_1_EDX),
+    // Which hypervisor: "KVMKVMKVM".
+    (0x4000_0000, CpuidRegister::Ebx, 0xffff_ffff, 0x4b4d_564b),
+    (0x4000_0000, CpuidRegister::Ecx, 0xffff_ffff, 0x564b_4d56),
+    (0x4000_0000, CpuidRegister::Edx, 0xffff_ffff, 0x4d),
+    // Its clock.
+    (KVM_FEATURES, CpuidRegister::Eax, KVM_CLOCK, KVM_CLOCK),
+];
+const LEAF_1_ECX: u64 = 1 << 24 | 1 << 31;
+const LEAF_1_EDX: u64 = 1 << 4 | 1 << 9;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_CLOCK: u64 = 1 << 0 | 1 << 3;
 
 /// What suits a guest with the kernel command line `boot_args` and a processor changed by `masks`,
 /// on the host whose `kvm` this is.
 pub fn choose(kvm: &Kvm, boot_args: &str, masks: &[CpuidMask]) -> Chips {
-    if host_can_split(kvm) && !names_a_reason(boot_args) && keeps_clock(masks) {
+    if host_can_split(kvm) && !names_a_reason(boot_args) && keeps_clocks(masks) {
         Chips::Split
     } else {
         Chips::Kernel
@@ -68,27 +101,46 @@ pub fn host_can_split(kvm: &Kvm) -> bool {
     kvm.check_extension(Cap::SplitIrqchip) && kvm.check_extension(Cap::TscDeadlineTimer)
 }
 
-/// Whether the command line says that the guest is to use what only KVM's chips have. Linux takes
-/// `-` and `_` in a name for the same.
+/// Whether the command line says that the guest is to use what only KVM's chips have. Arguments of
+/// init count too: some of Linux's parameters are searched for in the whole line.
 fn names_a_reason(boot_args: &str) -> bool {
+    parameters(boot_args).any(|parameter| is_reason(&parameter))
+}
+
+fn is_reason(parameter: &str) -> bool {
+    let Some((name, value)) = parameter.split_once('=') else {
+        return is_listed(parameter);
+    };
+    if !LISTS.contains(&name) {
+        return is_listed(parameter);
+    }
+    let mut words = value.split(',');
+    match name {
+        "clearcpuid" => words.any(|word| FEATURES.contains(&word)),
+        _ => words.any(|word| is_listed(&format!("{name}={word}"))),
+    }
+}
+
+/// Whether it is among [`NEEDS_KERNEL`]. Linux takes `-` and `_` in a name for the same.
+fn is_listed(parameter: &str) -> bool {
     let same = |a: &str, b: &str| {
         a.len() == b.len()
             && a.bytes()
                 .zip(b.bytes())
                 .all(|(a, b)| a == b || (matches!(a, b'-' | b'_') && matches!(b, b'-' | b'_')))
     };
-    boot_args
-        .split([' ', '\t', '\n', '"'])
-        .any(|word| NEEDS_KERNEL.iter().any(|reason| same(word, reason)))
+    NEEDS_KERNEL.iter().any(|reason| same(parameter, reason))
 }
 
-/// Whether the guest still finds KVM's clock.
-fn keeps_clock(masks: &[CpuidMask]) -> bool {
-    let of_features = masks.iter().filter(|mask| mask.leaf == KVM_FEATURES);
-    of_features
-        .flat_map(|mask| &mask.changes)
-        .filter(|(register, _)| *register == CpuidRegister::Eax)
-        .all(|(_, change)| change.apply(KVM_CLOCK) & KVM_CLOCK == KVM_CLOCK)
+/// Whether the guest still finds its clocks.
+fn keeps_clocks(masks: &[CpuidMask]) -> bool {
+    let changes = masks
+        .iter()
+        .flat_map(|mask| mask.changes.iter().map(move |change| (mask.leaf, change)));
+    changes
+        .flat_map(|change| CLOCKS.iter().map(move |clock| (change, clock)))
+        .filter(|((leaf, (register, _)), clock)| (*leaf, *register) == (clock.0, clock.1))
+        .all(|((_, (_, change)), (_, _, bits, value))| change.apply(*value) & bits == *value)
 }
 
 #[cfg(test)]
@@ -113,16 +165,27 @@ mod tests {
             ("maxcpus=0", true),
             ("maxcpus=01 maxcpus=1", false),
             ("init=\"/x\" notsc", true),
+            ("clocksource=\"pit\"", true),
+            ("\"noapic\"", true),
+            ("dyndbg=\"file noapic +p\"", false),
+            ("quiet -- noapic", true),
+            ("pci=off,noacpi", true),
+            ("pci=off,conf1", false),
+            ("clearcpuid=tsc_deadline_timer", true),
+            ("clearcpuid=avx,152,avx2", true),
+            ("clearcpuid=hypervisor,popcnt", true),
+            ("clearcpuid=cx16,popcnt,1520", false),
         ] {
             assert_eq!(names_a_reason(line), expected, "{line}");
         }
     }
 
     #[test]
-    fn clock_when_a_mask_takes_it_away_is_missed() {
-        assert!(keeps_clock(&[]));
-        let (eax, edx) = (CpuidRegister::Eax, CpuidRegister::Edx);
-        // Leaf, register, which bits become what, whether the clock stays.
+    fn clocks_when_a_mask_takes_one_away_are_missed() {
+        assert!(keeps_clocks(&[]));
+        let (eax, ebx) = (CpuidRegister::Eax, CpuidRegister::Ebx);
+        let (ecx, edx) = (CpuidRegister::Ecx, CpuidRegister::Edx);
+        // Leaf, register, which bits become what, whether the clocks stay.
         for (leaf, register, bits, value, expected) in [
             (KVM_FEATURES, eax, 0x1, 0x0, false),
             (KVM_FEATURES, eax, 0x8, 0x0, false),
@@ -130,6 +193,17 @@ mod tests {
             (KVM_FEATURES, eax, 0xf, 0x9, true),
             (KVM_FEATURES, edx, 0xf, 0x0, true),
             (1, eax, 0xf, 0x0, true),
+            (1, ecx, 1 << 24, 0, false),
+            (1, ecx, 1 << 31, 0, false),
+            (1, ecx, 0xffff_ffff, 1 << 24 | 1 << 31, true),
+            (1, ecx, 1 << 23, 0, true),
+            (1, edx, 1 << 4, 0, false),
+            (1, edx, 1 << 9, 0, false),
+            (1, edx, 1 << 10, 0, true),
+            (0x4000_0000, eax, 0xffff_ffff, 0x4000_0001, true),
+            (0x4000_0000, ebx, 0xffff_ffff, 0, false),
+            (0x4000_0000, ebx, 0xffff_ffff, 0x4b4d_564b, true),
+            (0x4000_0000, edx, 1, 0, false),
         ] {
             let mask = CpuidMask {
                 leaf,
@@ -137,7 +211,7 @@ mod tests {
                 flags: 0,
                 changes: vec![(register, BitMask { bits, value })],
             };
-            assert_eq!(keeps_clock(&[mask]), expected, "{leaf:#x} {bits:#x}");
+            assert_eq!(keeps_clocks(&[mask]), expected, "{leaf:#x} {bits:#x}");
         }
     }
 

@@ -110,15 +110,45 @@ pub fn command_line(
     Ok(line)
 }
 
-/// Whether `boot_args` have Linux do without ACPI: the last `acpi=` that switches it counts.
+/// Whether `boot_args` have Linux do without ACPI: the last `acpi=` that switches it counts. With
+/// `acpi=rsdt` it looks for tables where there are none, and then goes on without.
 pub fn acpi_is_off(boot_args: &str) -> bool {
     let (line, _) = split_init_args(boot_args);
-    let mut switches = line.split_ascii_whitespace().filter_map(|word| match word {
-        "acpi=off" => Some(true),
-        "acpi=on" | "acpi=force" => Some(false),
-        _ => None,
+    let mut off = false;
+    for parameter in parameters(&line) {
+        match &*parameter {
+            "acpi=off" => off = true,
+            "acpi=force" => off = false,
+            "acpi=rsdt" => return true,
+            _ => {}
+        }
+    }
+    off
+}
+
+/// The parameters in `line` as Linux reads them (`lib/cmdline.c`, `next_arg`): between white space
+/// that is not in double quotes, and without the quotes around one of them or around its value.
+pub fn parameters(line: &str) -> impl Iterator<Item = String> + '_ {
+    let mut is_quoted = false;
+    let words = line.split(move |character: char| {
+        is_quoted ^= character == '"';
+        !is_quoted && character.is_ascii_whitespace()
     });
-    switches.next_back().unwrap_or(false)
+    words.filter(|word| !word.is_empty()).map(without_quotes)
+}
+
+fn without_quotes(word: &str) -> String {
+    let inner = |text: &str| text.strip_suffix('"').unwrap_or(text).to_owned();
+    if let Some(rest) = word.strip_prefix('"') {
+        return inner(rest);
+    }
+    match word.split_once('=') {
+        Some((name, value)) => match value.strip_prefix('"') {
+            Some(rest) => format!("{name}={}", inner(rest)),
+            None => word.to_owned(),
+        },
+        None => word.to_owned(),
+    }
 }
 
 /// What is before and after the first ` -- ` that is not inside double quotes.
@@ -189,11 +219,39 @@ mod tests {
             ("acpi=off", true),
             ("quiet acpi=off panic=1", true),
             ("acpi=off acpi=force", false),
-            ("acpi=on acpi=off acpi=rsdt", true),
+            ("acpi=force acpi=off acpi=strict", true),
             ("quiet -- acpi=off", false),
             ("pci=noacpi xacpi=off acpi=offline", false),
+            // Linux on x86 knows no such value: it says so, and ACPI stays off.
+            ("acpi=off acpi=on", true),
+            // There is no such table.
+            ("acpi=rsdt", true),
+            ("acpi=rsdt acpi=force", true),
+            // Quotes around a parameter and around its value are none of it.
+            ("acpi=\"off\" quiet", true),
+            ("\"acpi=off\"", true),
+            ("dyndbg=\"file x acpi=off +p\"", false),
+            ("a=\" -- \" acpi=off", true),
+            ("acpi=off\tquiet\nro", true),
         ] {
             assert_eq!(acpi_is_off(args), off, "{args}");
+        }
+    }
+
+    #[test]
+    fn parameters_when_they_have_quotes_are_as_linux_reads_them() {
+        for (line, expected) in [
+            ("", &[][..]),
+            ("  a  b=c\t\nd ", &["a", "b=c", "d"]),
+            ("a=\"b c\" d", &["a=b c", "d"]),
+            ("\"a=b c\" d", &["a=b c", "d"]),
+            ("a=b\"c d\"e f", &["a=b\"c d\"e", "f"]),
+            ("a=\"b", &["a=b"]),
+            ("\"", &[""]),
+            ("=\"\" é=\"ü ö\"", &["=", "é=ü ö"]),
+        ] {
+            let found: Vec<String> = parameters(line).collect();
+            assert_eq!(found, expected, "{line}");
         }
     }
 
