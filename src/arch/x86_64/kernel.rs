@@ -210,6 +210,9 @@ impl Kernel {
         if segments.is_empty() {
             return Err(Reason::Malformed("no segment to load"));
         }
+        if contents_overlap(&segments) {
+            return Err(Reason::Malformed("segments with content for one address"));
+        }
         Ok(Kernel {
             source,
             segments,
@@ -257,6 +260,17 @@ fn segment(header: &[u8], file_size: u64) -> Result<Option<Segment>, Reason> {
         file_len,
         end,
     }))
+}
+
+/// Whether two segments have content for one address: no linker makes such, and a file that has could
+/// have one piece of itself loaded again and again.
+fn contents_overlap(segments: &[Segment]) -> bool {
+    let content = |s: &Segment| (s.address, s.address.saturating_add(s.file_len));
+    let with_content = segments.iter().filter(|s| s.file_len > 0);
+    let mut contents: Vec<(u64, u64)> = with_content.map(content).collect();
+    contents.sort_unstable();
+    let mut pairs = contents.windows(2);
+    pairs.any(|pair| matches!(pair, [(_, end), (next, _)] if end > next))
 }
 
 /// The PVH entry among the notes of one segment, whose names and contents end at multiples of
@@ -470,6 +484,29 @@ pub(super) mod tests {
         assert!(with(load + 40, &4999u64.to_le_bytes()).contains("longer in the file"));
         // The first: length of the notes.
         assert!(with(64 + 32, &[0xff, 0xff]).contains("truncated"));
+    }
+
+    #[test]
+    fn read_when_two_segments_have_content_for_one_address_says_so() {
+        // The second program header is put in the place of the first as well.
+        let mut file = elf(&[0x90; 5000], 0x10_0000, None);
+        file.copy_within(64 + 56..64 + 2 * 56, 64);
+        for (address, expected) in [
+            (0x10_0000u64, false),
+            (0x10_1387, false),
+            (0x10_1388, true),
+            (0x20_0000, true),
+        ] {
+            file[64 + 24..64 + 32].copy_from_slice(&address.to_le_bytes());
+            match read_bytes(&file) {
+                Ok(_) => assert!(expected, "{address:#x}"),
+                Err(error) => {
+                    assert!(!expected, "{address:#x}");
+                    let error = error.to_string();
+                    assert!(error.ends_with("segments with content for one address"));
+                }
+            }
+        }
     }
 
     #[test]
