@@ -232,6 +232,51 @@ fn command_line_when_it_asks_for_the_old_controller_gets_the_kernels() {
 }
 
 #[test]
+fn io_apic_when_its_routes_do_not_stop_changing_slows_all_vcpus_down_together() {
+    needs!(kvm);
+    const AT_ONCE: u64 = 512;
+    const VCPUS: u64 = 4;
+    for vcpus in [1, VCPUS] {
+        let folder = Folder::new();
+        let mut config = probe_vm(&format!("smp:{vcpus},routes:3000,echo"));
+        config["machine-config"]["vcpu_count"] = json!(vcpus);
+        config["machine-config"]["interrupt_controller"] = json!("split");
+        let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
+        // A pause reaches vCPUs that wait for their turn.
+        monitor.expect("probe: smp");
+        api.patch("/vm", json!({"state": "Paused"}));
+        monitor.stays_paused(&api, vcpus as usize);
+        api.patch("/vm", json!({"state": "Resumed"}));
+        let output = monitor.expect("probe: echo ready");
+        let number = |name| value(&output, name).parse::<u64>().unwrap();
+        let (changes, millis) = (number("changes"), number("took_ms"));
+        // One each millisecond, those that waited when the time was over, and the clock's error.
+        let most = AT_ONCE + millis + millis / 10 + VCPUS;
+        assert!(changes <= most, "{changes} in {millis} ms: {output}");
+        assert!(changes >= AT_ONCE, "{changes} in {millis} ms: {output}");
+        monitor.type_in("x\n");
+        monitor.exits_with(0);
+        let log = fs::read_to_string(folder.join("log")).unwrap();
+        assert!(log.lines().count() < 20, "{log}");
+    }
+}
+
+#[test]
+fn io_apic_when_accessed_in_every_way_lets_the_guest_go_on() {
+    needs!(kvm);
+    for place in ["split", "kernel"] {
+        let folder = Folder::new();
+        let mut config = probe_vm("chipnoise:1:5000,chipnoise:2:5000,ports:3:97");
+        config["machine-config"]["interrupt_controller"] = json!(place);
+        let mut monitor = Monitor::boot(&folder, &config);
+        monitor.exits_with(0);
+        let output = monitor.stdout();
+        let done = output.matches("probe: chipnoise").count();
+        assert_eq!((done, output.contains("FAILED")), (2, false), "{output}");
+    }
+}
+
+#[test]
 fn memory_when_just_enough_for_the_kernel_runs_it() {
     needs!(kvm);
     let folder = Folder::new();

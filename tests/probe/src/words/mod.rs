@@ -32,6 +32,8 @@
 //! | `netsend:N:COUNT:SIZE` | sends numbered broadcast frames |
 //! | `netping:N:IP[:ECHOES]` | answers ARP and ICMP echo for an IPv4 address |
 //! | `ports[:SEED[:STEP]]` | reads and writes all ports (above 0x700 every STEPth), in all sizes |
+//! | `chipnoise:SEED:COUNT` | accesses of any size to the I/O APIC |
+//! | `routes:MS` | all processors that `smp` started change a route of the I/O APIC |
 //! | `mmionoise:SEED:COUNT` | accesses of any size to the device windows |
 //! | `attack:N[.QUEUE]:KIND[:ARG]` | see [`attack`]; `attack:N:all` for every kind |
 //!
@@ -39,6 +41,7 @@
 
 mod attack;
 mod block;
+mod chips;
 mod console;
 mod firmware;
 mod machine;
@@ -102,6 +105,8 @@ const WORDS: &[(&str, Word)] = &[
     ("netping", net::ping),
     ("ports", noise::ports),
     ("mmionoise", noise::mmio),
+    ("chipnoise", chips::noise),
+    ("routes", chips::routes),
     ("attack", attack::attack),
 ];
 

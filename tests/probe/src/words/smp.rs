@@ -47,6 +47,7 @@ extern "C" fn further_processor(ticket: u32) -> ! {
     ARRIVED.fetch_add(1, Ordering::Release);
     loop {
         COUNTERS[slot].fetch_add(1, Ordering::Relaxed);
+        super::chips::take_part();
         core::hint::spin_loop();
     }
 }
