@@ -3,10 +3,10 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{Folder, Monitor, needs};
+use common::{Folder, LINUX_PATIENCE, Monitor, needs};
 use serde_json::{Value, json};
 
 /// Offsets of the setup header (Linux, Documentation/arch/x86/boot.rst).
@@ -231,4 +231,58 @@ fn extract_when_file_is_bad_says_why_and_leaves_nothing() {
         let output = extract(file, &folder.join("out"));
         assert!(!output.status.success(), "{output:?}");
     }
+}
+
+/// The stand-in for a distribution's kernel: `tools/guest --with stock-like`. Its bzImage, the
+/// initramfs that loads its modules, and the command line.
+fn stock_like() -> (PathBuf, PathBuf, String) {
+    let folder = common::linux().kernel.with_file_name("stock-like");
+    let file = |name: &str| folder.join(name);
+    let cmdline = fs::read_to_string(file("cmdline"))
+        .unwrap_or_else(|e| panic!("{e}: run `tools/guest --with stock-like` first"));
+    (
+        file("bzImage"),
+        file("initramfs.cpio"),
+        cmdline.trim().to_owned(),
+    )
+}
+
+#[test]
+fn linux_like_a_stock_one_when_booted_as_a_bzimage_loads_its_modules_and_goes_to_its_root() {
+    needs!(kvm);
+    let (kernel, initrd, cmdline) = stock_like();
+    let folder = Folder::new();
+    let disk = folder.join("rootfs.ext4");
+    fs::copy(common::linux().disk, &disk).unwrap();
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": kernel,
+            "initrd_path": initrd,
+            "boot_args": format!("{cmdline} mayfly.run=buses,write=by-the-guest,poweroff"),
+        },
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
+        "drives": [{
+            "drive_id": "rootfs",
+            "path_on_host": disk,
+            "is_root_device": true,
+            "cache_type": "Writeback",
+        }],
+    });
+    let mut monitor = Monitor::boot(&folder, &config);
+    // On the disk: the initramfs has no /srv, and its writes go nowhere.
+    monitor.expect_within("mayfly-guest: write done", LINUX_PATIENCE);
+    let status = monitor.wait_within(LINUX_PATIENCE);
+    assert_eq!(status.code(), Some(0), "{status}: {}", monitor.stdout());
+    let output = monitor.stdout();
+    assert!(output.contains("virtio"), "{output}");
+    assert!(!output.contains("is not loaded"), "{output}");
+    assert!(!output.contains("going on without"), "{output}");
+    assert!(folder.read("log").contains("powered its machine off"));
+    let cat = Command::new("debugfs")
+        .args(["-R", "cat /written-by-guest"])
+        .arg(&disk)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&cat.stdout), "by-the-guest\n");
 }
