@@ -275,7 +275,7 @@ fn kernel_when_larger_than_memory_must_be_refused_at_the_start() {
     let folder = Folder::new();
     let path = folder.file("vmlinux", elf::first_byte(elf::End::Reset, 40 << 20));
     let ram = (32 << 20).to_string();
-    let says = ["kernel", text(&path), "too large", &ram, "at least 42 MiB"];
+    let says = ["kernel", text(&path), "too large", &ram, "at least 41 MiB"];
     Bad::new(with_kernel(&path), At::Start, &says).must_be_refused();
     // With 1 MiB there is no room for any.
     let probe = common::probe();
