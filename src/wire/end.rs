@@ -88,7 +88,8 @@ impl FromStr for End {
 /// What to tell the user of a guest that stopped at an instruction that software KVM lacks.
 pub const SOFTWARE_KVM: &str = "this host has software KVM (kvm_pvm), which emulates the guest's \
                                 kernel mode: a stock kernel does not run here, one that \
-                                tools/guest makes does (docs/guest-kernel.md)";
+                                tools/guest makes does, with the command line beside it \
+                                (docs/guest-kernel.md)";
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_false(value: &bool) -> bool {

@@ -1,16 +1,21 @@
 //! What boots a disk: the kernel and initrd in it, where they can be read without mounting (ext2 to
 //! ext4, by debugfs), and the command line that starts it.
 
+use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::contents::{Contents, Partition};
-use crate::failure::{Context, Failure, Result, printable};
+use crate::failure::{Context, Failure, Result, clean, printable};
+use crate::progress::Progress;
+use crate::sparse;
 use crate::tool::Tool;
 
 /// A kernel or an initrd is at most this long.
 const BOOT_FILE_MAX: u64 = 1 << 30;
+/// Where systems have their init.
+pub const INIT: &str = "/sbin/init";
 
 /// A file in the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +32,8 @@ pub struct Boot {
     /// The root file system: the number of its partition, 0 the whole disk.
     pub root: Option<u32>,
     pub root_is_read_only: bool,
+    /// /init, as in disks of tools/guest, and no folder for another.
+    has_init_at_top: bool,
     pub notes: Vec<String>,
 }
 
@@ -100,6 +107,7 @@ fn look_into(tool: &Tool, place: &Partition, folder: &Path, name: &str, boot: &m
     let top = list(tool, folder, name, place.start, "/");
     let has = |what: &str| top.iter().any(|(name, _)| name == what);
     let is_root = has("etc") && (has("sbin") || has("usr") || has("bin"));
+    boot.has_init_at_top |= has("init") && !has("sbin");
     if is_root && boot.root.is_none() {
         boot.root = Some(place.number);
     }
@@ -196,25 +204,36 @@ fn list(tool: &Tool, folder: &Path, disk: &str, start: u64, path: &str) -> Vec<(
     text.lines().filter_map(entry).collect()
 }
 
-/// Copies a file out of the disk into `to`, in the same folder.
+/// Copies a file out of the disk into `to`, in the same folder. debugfs would write holes of any length.
 pub fn extract(inside: &Inside, folder: &Path, disk: &str, to: &str) -> Result<()> {
+    let cannot = |why: &str| {
+        Failure::plain(format!(
+            "{} cannot be taken out of the disk ({why}); check the free space, and the disk with e2fsck",
+            inside.path
+        ))
+    };
     let tool = Tool::find("debugfs", "e2fsprogs")?;
     let mut command = tool.command();
     command.current_dir(folder);
-    command.args(["-c", "-R", &format!("dump {} {to}", inside.path)]);
+    command.args(["-c", "-R", &format!("cat {}", inside.path)]);
     command.arg(format!("{disk}?offset={}", inside.start));
-    let ended = tool.finish(command, |_| Ok(Vec::new()))?;
-    let file = folder.join(to);
-    let len = std::fs::metadata(&file).map_or(0, |it| it.len());
-    if ended.code != Some(0) || len == 0 || len > BOOT_FILE_MAX {
-        return Err(Failure::plain(format!(
-            "{} inside of the disk cannot be read: its file system is damaged; check it with e2fsck",
-            inside.path
-        )));
+    let path = folder.join(to);
+    let file = File::create_new(&path).cannot("create", &path)?;
+    let mut problem = None;
+    let ended = tool.finish(command, |out| {
+        let mut progress = Progress::quiet();
+        let copied = sparse::from_stream(out, &file, BOOT_FILE_MAX, &mut progress);
+        problem = copied.as_ref().err().map(std::string::ToString::to_string);
+        copied.map(|_| Vec::new())
+    });
+    if let Some(why) = problem {
+        return Err(cannot(&why));
     }
-    std::fs::File::open(&file)
-        .and_then(|file| file.sync_all())
-        .cannot("write", &file)
+    let len = file.metadata().cannot("open", &path)?.len();
+    if ended?.code != Some(0) || len == 0 {
+        return Err(cannot("it is empty or damaged"));
+    }
+    file.sync_all().cannot("write", &path)
 }
 
 /// A word as a shell takes it.
@@ -236,39 +255,62 @@ fn run() -> String {
     format!("mayfly-jailer run{user}")
 }
 
-/// The command that starts a root disk without partitions. `end` may be `:ro`.
-pub fn root_command(disk: &Path, words: &str, end: &str) -> String {
-    let disk = quoted(disk);
+/// A word as a shell takes it, whatever is in it.
+fn single(word: &str) -> String {
+    format!("'{}'", clean(word).replace('\'', r"'\''"))
+}
+
+/// Kernel and kernel command line for `words`. Without a kernel of its own the disk gets the one of
+/// tools/guest, with the command line that this kernel needs on its host; a later init= counts.
+fn kernel_options(files: [Option<&Path>; 2], words: &str, init: &str) -> String {
+    if let [Some(kernel), initrd] = files {
+        let initrd = initrd.map(|initrd| format!(" --initrd {}", quoted(initrd)));
+        return format!(
+            "--kernel {}{} --cmdline {}",
+            quoted(kernel),
+            initrd.unwrap_or_default(),
+            single(&format!("console=ttyS0 reboot=k panic=1{words}"))
+        );
+    }
+    let folder = std::env::var_os("MAYFLY_GUEST_DIR").unwrap_or("target/guest".into());
+    let folder = Path::new(&folder);
     format!(
-        "{} --kernel target/guest/vmlinux --cmdline '{}' --drive {disk}{end}",
-        run(),
-        words.replace('\'', r"'\''")
+        "--kernel {} --cmdline \"$(cat {})\"{}",
+        quoted(&folder.join("vmlinux")),
+        quoted(&folder.join("cmdline")),
+        single(&format!("{words} init={init}"))
     )
+}
+
+/// The command that starts a root disk without partitions. `end` may be `:ro`.
+pub fn root_command(disk: &Path, init: &str, end: &str) -> String {
+    let options = kernel_options([None; 2], "", init);
+    format!("{} {options} --drive {}{end}", run(), quoted(disk))
 }
 
 /// The command that starts the disk; `kernel` and `initrd` are files of this host.
 pub fn command(boot: &Boot, disk: &Path, kernel: Option<&Path>, initrd: Option<&Path>) -> String {
-    let mut line = run();
-    let kernel = kernel.map_or(PathBuf::from("target/guest/vmlinux"), Path::to_path_buf);
-    line += &format!(" --kernel {}", quoted(&kernel));
-    if let Some(initrd) = initrd {
-        line += &format!(" --initrd {}", quoted(initrd));
-    }
-    let mut words = "console=ttyS0 reboot=k panic=1".to_owned();
+    let mut words = String::new();
     if let Some(root) = boot.root {
         let mode = if boot.root_is_read_only { "ro" } else { "rw" };
-        words += &format!(" root={} {mode}", device(root));
+        words = format!(" root={} {mode}", device(root));
     }
     let read_only = if boot.root_is_read_only && boot.root == Some(0) {
         ":ro"
     } else {
         ""
     };
-    line += &format!(
-        " --cmdline '{words}' --memory 512 --drive {}{read_only}",
-        quoted(disk)
-    );
-    line
+    let init = if boot.has_init_at_top { "/init" } else { INIT };
+    let options = kernel_options([kernel, initrd], &words, init);
+    let disk = quoted(disk);
+    format!("{} {options} --memory 512 --drive {disk}{read_only}", run())
+}
+
+/// What to say of a kernel out of the disk where KVM emulates kernel mode.
+pub fn host_note() -> Option<&'static str> {
+    Path::new("/sys/module/kvm_pvm").exists().then_some(
+        "this kernel does not start on this host, whose KVM is software (kvm_pvm); docs/guests.md says why",
+    )
 }
 
 #[cfg(test)]
@@ -297,6 +339,9 @@ mod tests {
             assert!(!is_plain(name), "{name}");
         }
         assert_eq!(quoted(Path::new("/a b")), "'/a b'");
+        let line = root_command(Path::new("disk"), "/a'b\u{1b}[31m $(c)", "");
+        let end = r#"cmdline)"' init=/a'\''b?[31m $(c)' --drive disk"#;
+        assert!(line.ends_with(end), "{line}");
         assert_eq!(quoted(Path::new("it's")), r"'it'\''s'");
     }
 }

@@ -179,3 +179,18 @@ fn a_root_disk_inside_of_its_own_source_is_refused() {
     folder.refuses(&["rootfs", "vm", "vm/below/out"], &["out: ", "inside"]);
     folder.refuses(&["rootfs", ".", "out"], &["out: ", "inside"]);
 }
+
+#[test]
+fn a_kernel_inside_that_claims_terabytes_is_not_taken_out() {
+    needs!("mke2fs", "debugfs");
+    let folder = Folder::new();
+    folder.marked("disk.raw", "marked");
+    // Only the size grows; what is not there reads as zeros.
+    let place = "disk.raw?offset=1048576";
+    let change = "sif /boot/vmlinuz-6.1.0-18-amd64 size 0x40000001";
+    folder.run("debugfs", &["-w", "-R", change, place]);
+    folder.refuses(
+        &["import", "disk.raw", "out", "--boot-files"],
+        &["vmlinuz-6.1.0-18-amd64", "1024 MiB"],
+    );
+}

@@ -350,6 +350,9 @@ fn finish(args: &Import, file: &File, done: &Done, output: &Output) -> Result<()
     for note in &boot.notes {
         println!("  note: {note}");
     }
+    if let (Some(_), Some(note)) = (&kernel, boot::host_note()) {
+        println!("  note: {note}");
+    }
     println!("to start it:");
     println!(
         "  {}",

@@ -2,9 +2,11 @@
 # The first process of a root file system that had none: mounts what programs expect, runs the command of
 # the container image, or a shell on the console, and ends the microVM after it.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
+# A busybox without links for its programs finds them through /proc.
+[ ! -x /bin/busybox ] || /bin/busybox mount -t proc proc /proc 2>/dev/null
 has() { command -v "$1" >/dev/null 2>&1; }
 if has mount; then
-    mount -t proc proc /proc
+    [ -e /proc/self ] || mount -t proc proc /proc
     mount -t sysfs sysfs /sys 2>/dev/null
     [ -c /dev/console ] || mount -t devtmpfs dev /dev
     mount -t tmpfs tmpfs /run

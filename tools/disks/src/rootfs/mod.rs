@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::boot;
 use crate::bytes;
 use crate::failure::{Context, Failure, Result, printable};
 use crate::formats::Kind;
@@ -307,14 +308,12 @@ fn report(
             println!("  note: {count} {what}");
         }
     }
-    let (mut words, mut end) = ("console=ttyS0 reboot=k panic=1".to_owned(), "");
-    if let Some(init) = &done.init {
-        words += &format!(" init={init}");
-    }
-    if args.kind == FileSystem::Erofs {
-        end = ":ro";
-    }
+    let init = done.init.as_deref().unwrap_or(boot::INIT);
+    let end = match args.kind {
+        FileSystem::Ext4 => "",
+        FileSystem::Erofs => ":ro",
+    };
     println!("to start it:");
-    println!("  {}", crate::boot::root_command(path, &words, end));
+    println!("  {}", boot::root_command(path, init, end));
     Ok(())
 }
