@@ -9,6 +9,7 @@
 mod archive;
 mod boot;
 mod bytes;
+mod cleaner;
 mod contents;
 mod export;
 mod failure;
@@ -41,6 +42,9 @@ enum Command {
     Export(export::Export),
     /// Make a root disk of a folder, an archive, a container image or Debian's packages
     Rootfs(rootfs::Rootfs),
+    /// Remove the folder of a run once it is gone
+    #[command(hide = true)]
+    Clean(cleaner::Clean),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +52,10 @@ fn main() -> ExitCode {
         Command::Import(args) => import::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Rootfs(args) => rootfs::run(&args),
+        Command::Clean(args) => {
+            cleaner::run(&args);
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

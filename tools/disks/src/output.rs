@@ -1,7 +1,7 @@
 //! A result that exists whole or not at all. It is made in a folder beside its place, whose name
-//! begins with a dot, synced, and moved by rename. A run that is killed leaves that folder alone;
-//! the next run for the same output removes it. A lock tells a folder in use from one left behind:
-//! programs that this process starts hold it too.
+//! begins with a dot, synced, and moved by rename. When a run is killed its cleaner removes that
+//! folder, and if that was killed too, the next run for the same output. A lock tells a folder in use
+//! from one left behind: programs that this process starts hold it too.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::{Errno, FdFlags};
 
+use crate::cleaner::Cleaner;
 use crate::failure::{Context, Failure, Result, printable};
 
 #[derive(Debug)]
@@ -19,6 +20,7 @@ pub struct Output {
     path: PathBuf,
     work: PathBuf,
     force: bool,
+    _cleaner: Option<Cleaner>,
     _lock: File,
 }
 
@@ -55,11 +57,12 @@ impl Output {
         hidden.push(name);
         hidden.push(".unfinished");
         let work = folder.join(hidden);
-        let lock = take(&work, &path)?;
+        let (lock, cleaner) = take(&work, &path)?;
         Ok(Output {
             path,
             work,
             force,
+            _cleaner: cleaner,
             _lock: lock,
         })
     }
@@ -143,7 +146,7 @@ fn exists(path: &Path) -> Failure {
 }
 
 /// Makes the folder and locks it; one that an earlier run left is removed.
-fn take(work: &Path, output: &Path) -> Result<File> {
+fn take(work: &Path, output: &Path) -> Result<(File, Option<Cleaner>)> {
     let busy = || {
         Failure::new(
             output,
@@ -155,12 +158,13 @@ fn take(work: &Path, output: &Path) -> Result<File> {
         match fs::create_dir(work) {
             Ok(()) => {
                 let lock = File::open(work).cannot("open", work)?;
-                // Held by the programs that this run starts as well.
-                rustix::io::fcntl_setfd(&lock, FdFlags::empty()).cannot("keep", work)?;
-                match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-                    Ok(()) => return Ok(lock),
-                    Err(_) => return Err(busy()),
+                if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+                    return Err(busy());
                 }
+                let cleaner = Cleaner::start(work, &lock);
+                // Held by the programs that this run starts as well, but not by the cleaner.
+                rustix::io::fcntl_setfd(&lock, FdFlags::empty()).cannot("keep", work)?;
+                return Ok((lock, cleaner));
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 // Whatever else is in its place is not followed, nor waited for (a FIFO).
@@ -178,7 +182,10 @@ fn take(work: &Path, output: &Path) -> Result<File> {
                 eprintln!("removing what an interrupted run left: {}", printable(work));
                 fs::remove_dir_all(work).cannot("remove", work)?;
             }
-            Err(error) => return Err(error).cannot("create", work),
+            Err(error) => {
+                let folder = work.parent().unwrap_or(work);
+                return Err(error).cannot("create a file in", folder);
+            }
         }
     }
     Err(busy())
