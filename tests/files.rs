@@ -167,6 +167,32 @@ fn metrics_when_their_file_hangs_are_refused_and_hold_up_nothing_else() {
 }
 
 #[test]
+fn metrics_when_clients_ask_while_a_line_is_written_are_written_for_all_of_them() {
+    let test = "metrics_when_clients_ask_while_a_line_is_written_are_written_for_all_of_them";
+    with_slow(test, Vec::new(), |folder, slow| {
+        let mut config = probe_vm("print:up,spin");
+        config["metrics"] = json!({"metrics_path": slow.path()});
+        let (monitor, api) = Monitor::boot_with_api(folder, &config);
+        monitor.expect("probe: print:up ok");
+        let body = json!({"action_type": "FlushMetrics"}).to_string();
+        let length = body.len();
+        let request = format!("PUT /actions HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
+        let silent = slow.fall_silent();
+        let clients = [(); 5].map(|()| {
+            let client = api.send_with(request.as_bytes(), &[]);
+            // Once this is answered, control has seen the one before it.
+            api.get("/");
+            client
+        });
+        drop(silent);
+        for mut client in clients {
+            assert_eq!(common::read_response(&mut client), (204, String::new()));
+        }
+        ends_by_sigterm(monitor);
+    });
+}
+
+#[test]
 fn log_when_its_file_hangs_holds_up_nothing() {
     let test = "log_when_its_file_hangs_holds_up_nothing";
     with_slow(test, Vec::new(), |folder, slow| {

@@ -32,7 +32,7 @@ impl Vmm {
     /// The end: the last line of metrics, the last answers and the last lines of the log are
     /// written, as far as that can be done in a bounded time.
     pub(super) fn finish(&mut self) {
-        self.write_metrics(None);
+        self.write_metrics(Vec::new());
         self.await_files(Instant::now() + FINISH_PATIENCE);
         // Clients that wait for a pause or an update are told that the microVM is ending.
         self.advance(Input::End);

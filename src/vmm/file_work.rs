@@ -81,6 +81,17 @@ impl fmt::Debug for Asker {
     }
 }
 
+/// Whether a line of metrics is being written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum MetricsLine {
+    #[default]
+    None,
+    /// It may still be written before its deadline.
+    InTime,
+    /// Its deadline has passed.
+    Late,
+}
+
 /// What control awaits of the files thread.
 #[derive(Debug)]
 pub(super) enum Awaited {
@@ -88,8 +99,8 @@ pub(super) enum Awaited {
     Change(Asker),
     /// The loading of a start.
     Start(Asker, Box<Begun>),
-    /// A line of metrics, and the client that asked for it, if one did.
-    Metrics(Option<Reply>),
+    /// A line of metrics, and the clients that asked for it, if any did.
+    Metrics(Vec<Reply>),
     /// Nothing is done with it.
     Nothing,
 }
@@ -197,33 +208,36 @@ impl Vmm {
                 Some(Awaited::Change(asker) | Awaited::Start(asker, _)) => {
                     asker.answer(Err(ActionError(message)));
                 }
-                Some(Awaited::Metrics(Some(reply))) => reply.send(Err(ActionError(message))),
-                Some(Awaited::Metrics(None)) => warn!("{message}."),
+                Some(Awaited::Metrics(asked)) => {
+                    self.metrics_line = MetricsLine::Late;
+                    let next = std::mem::take(&mut self.next_metrics);
+                    refuse_metrics(asked, message);
+                    if !next.is_empty() {
+                        self.skip_metrics(next, &BEFORE_IT);
+                    }
+                }
                 Some(Awaited::Nothing) | None => {}
             }
             self.release_held();
         }
     }
 
-    /// Has a line of metrics written, if there is a place for it; `reply` is answered then.
-    pub(super) fn write_metrics(&mut self, reply: Option<Reply>) {
-        let refuse = |reply: Option<Reply>, why: &dyn fmt::Display| match reply {
-            Some(reply) => reply.send(Err(ActionError(format!("{NOT_WRITTEN}: {why}")))),
-            None => warn!("{NOT_WRITTEN}: {why}."),
-        };
+    /// Has a line of metrics written, if there is a place for it; `asked` are answered then. While the
+    /// line before is being written they wait for the next one, which is for all that ask meanwhile.
+    pub(super) fn write_metrics(&mut self, asked: Vec<Reply>) {
         let Some(sink) = &self.metrics else {
-            if let Some(reply) = reply {
+            for reply in asked {
                 reply.send(Ok(Outcome::Done));
             }
             return;
         };
-        if self.is_writing_metrics {
-            self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
-            return refuse(reply, &"the line before has not been written yet");
+        match self.metrics_line {
+            MetricsLine::None => {}
+            MetricsLine::InTime if !asked.is_empty() => return self.next_metrics.extend(asked),
+            _ => return self.skip_metrics(asked, &BEFORE_IT),
         }
         if let Some(refused) = self.files.refuses() {
-            self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
-            return refuse(reply, &refused);
+            return self.skip_metrics(asked, &refused);
         }
         let (sink, report) = (Arc::clone(sink), self.report());
         let work = Box::new(move |steps: &Steps| {
@@ -235,29 +249,37 @@ impl Vmm {
         });
         match self.files.submit(Some(FILE_PATIENCE), work) {
             Ok(token) => {
-                self.is_writing_metrics = true;
-                self.awaited.push((token, Awaited::Metrics(reply)));
+                self.metrics_line = MetricsLine::InTime;
+                self.awaited.push((token, Awaited::Metrics(asked)));
             }
-            Err(refused) => {
-                self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
-                refuse(reply, &refused);
-            }
+            Err(refused) => self.skip_metrics(asked, &refused),
         }
     }
 
+    /// Leaves a line out, and tells why.
+    fn skip_metrics(&mut self, asked: Vec<Reply>, why: &dyn fmt::Display) {
+        self.counters.skipped_lines = self.counters.skipped_lines.saturating_add(1);
+        refuse_metrics(asked, format!("{NOT_WRITTEN}: {why}"));
+    }
+
     fn metrics_written(&mut self, result: io::Result<()>, missed: u64, awaited: Option<Awaited>) {
-        self.is_writing_metrics = false;
+        self.metrics_line = MetricsLine::None;
         self.counters.missed_lines = missed;
-        let reply = match awaited {
-            Some(Awaited::Metrics(reply)) => reply,
-            _ => None,
+        let asked = match awaited {
+            Some(Awaited::Metrics(asked)) => asked,
+            _ => Vec::new(),
         };
-        match (reply, result) {
-            (Some(reply), result) => {
-                reply.send(result.context(NOT_WRITTEN).map(|()| Outcome::Done));
+        match result.context(NOT_WRITTEN) {
+            Ok(()) => {
+                for reply in asked {
+                    reply.send(Ok(Outcome::Done));
+                }
             }
-            (None, Err(cause)) => warn!("{NOT_WRITTEN}: {cause}"),
-            (None, Ok(())) => {}
+            Err(ActionError(message)) => refuse_metrics(asked, message),
+        }
+        let next = std::mem::take(&mut self.next_metrics);
+        if !next.is_empty() {
+            self.write_metrics(next);
         }
     }
 
@@ -353,6 +375,17 @@ impl Vmm {
 }
 
 const NOT_WRITTEN: &str = "The metrics could not be written, and will be with the next line";
+const BEFORE_IT: &str = "the line before has not been written yet";
+
+/// Tells the clients that asked for a line, or the log, why it was not written.
+fn refuse_metrics(asked: Vec<Reply>, message: String) {
+    if asked.is_empty() {
+        warn!("{message}.");
+    }
+    for reply in asked {
+        reply.send(Err(ActionError(message.clone())));
+    }
+}
 
 /// Drops `event` without closing what came with it, which may wait: the process is ending.
 pub(super) fn drop_unclosed(event: Event) {

@@ -174,7 +174,9 @@ pub struct Vmm {
     /// Where metrics are written to.
     metrics: Option<Arc<Mutex<Sink>>>,
     /// The files thread is writing a line of them.
-    is_writing_metrics: bool,
+    metrics_line: file_work::MetricsLine,
+    /// The clients that the next line is for.
+    next_metrics: Vec<Reply>,
     /// When that is due, while a machine runs.
     metrics_due: Option<Instant>,
 }
@@ -219,7 +221,8 @@ impl Vmm {
             counters: report::Counters::default(),
             readers: Vec::new(),
             metrics: None,
-            is_writing_metrics: false,
+            metrics_line: file_work::MetricsLine::None,
+            next_metrics: Vec::new(),
             metrics_due: None,
         })
     }
@@ -412,7 +415,7 @@ impl Vmm {
         let now = Instant::now();
         if self.metrics_due.is_some_and(|at| at <= now) {
             self.metrics_due = now.checked_add(METRICS_INTERVAL);
-            self.write_metrics(None);
+            self.write_metrics(Vec::new());
         }
         self.look_at_files(now);
         while let Some(at) = self.updates.iter().position(|(.., at)| *at <= now) {

@@ -81,7 +81,7 @@ impl Vmm {
         match *action {
             Action::Pause => self.pause(reply),
             Action::Resume => self.resume(reply),
-            Action::FlushMetrics => self.write_metrics(Some(reply)),
+            Action::FlushMetrics => self.write_metrics(vec![reply]),
             Action::Start => self.begin_start(Asker::Client(reply), None),
             Action::Ask(question) => reply.send(Ok(self.answer(question))),
             Action::SendCtrlAltDel => reply.send(self.press_ctrl_alt_del()),
