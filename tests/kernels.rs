@@ -203,6 +203,9 @@ fn extract_when_file_is_bad_says_why_and_leaves_nothing() {
     damaged[4 * 512 + 0x400 + 100] ^= 0xff;
     let mut lying = packed(&folder, &["gzip", "-c"], &elf);
     lying[0x24c] ^= 0x10;
+    let mut bomb = packed(&folder, &["zstd", "-qc"], &vec![0; 64 << 20]);
+    let size_at = bomb.len() - b"a signature".len() - 4;
+    bomb[size_at..][..4].copy_from_slice(&1000u32.to_le_bytes());
     let other = packed(&folder, &["gzip", "-c"], b"no ELF file, but long enough");
     for (content, why) in [
         (b"#!/bin/sh".to_vec(), "is not a bzImage"),
@@ -212,6 +215,7 @@ fn extract_when_file_is_bad_says_why_and_leaves_nothing() {
         (damaged, "is damaged: xz cannot unpack"),
         (lying, "is damaged"),
         (other, "holds something else than an ELF kernel"),
+        (bomb, "unpacks to more"),
         (bzimage(), "says that its kernel has 0 bytes"),
     ] {
         let folder = Folder::new();
@@ -225,6 +229,34 @@ fn extract_when_file_is_bad_says_why_and_leaves_nothing() {
         assert!(said.contains(file.to_str().unwrap()), "{said}");
         assert_eq!(said.lines().count(), 1, "{said}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{why}");
+    }
+    // Its output is what it is made from, or no file at all: both stay.
+    let folder = Folder::new();
+    let file = folder.file("vmlinuz", &whole);
+    let device = folder.join("device");
+    std::os::unix::fs::symlink("/dev/null", &device).unwrap();
+    for out in [&file, &device, Path::new("/proc/vmlinux")] {
+        let output = extract(&file, out);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{output:?}");
+        assert!(said.contains("name another place"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    assert_eq!(fs::read(&file).unwrap(), whole);
+    assert!(device.is_symlink());
+    // Names that are options of other programs, or that a terminal obeys.
+    for name in ["-k", "a\x1b[31m\nb"] {
+        folder.file(name, b"x");
+        let output = extract(Path::new(name), &folder.join("out"));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && said.starts_with("guest: "),
+            "{said}"
+        );
+        assert!(
+            said.lines().count() == 1 && !said.contains('\x1b'),
+            "{said:?}"
+        );
     }
     let folder = Folder::new();
     for file in [folder.path(), &folder.join("missing")] {
