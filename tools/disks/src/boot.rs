@@ -6,7 +6,7 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::contents::{Contents, Partition};
+use crate::contents::{Contents, Partition, Table};
 use crate::failure::{Context, Failure, Result, clean, printable};
 use crate::progress::Progress;
 use crate::sparse;
@@ -304,6 +304,22 @@ pub fn command(boot: &Boot, disk: &Path, kernel: Option<&Path>, initrd: Option<&
     let options = kernel_options([kernel, initrd], &words, init);
     let disk = quoted(disk);
     format!("{} {options} --memory 512 --drive {disk}{read_only}", run())
+}
+
+/// What to say where the kernel of tools/guest does not find the root: it is small
+/// (resources/guest/kernel.config).
+pub const SMALL_KERNEL: &str = "the kernel of tools/guest knows MBR, ext2, ext3 and ext4 only; take the distribution's \
+     (tools/guest --distro-kernel, with its initramfs) or the disk's own (--boot-files)";
+
+/// Whether that is so.
+pub fn is_beyond_small_kernel(contents: &Contents, boot: &Boot) -> bool {
+    let is_gpt = matches!(contents.table, Table::Gpt(_)) && boot.root.is_some_and(|root| root > 0);
+    let partition = |it: &&Partition| Some(it.number) == boot.root;
+    let root = match boot.root {
+        Some(0) => contents.whole.as_ref(),
+        _ => (contents.partitions.iter().find(partition)).and_then(|it| it.content.as_ref()),
+    };
+    is_gpt || root.is_some_and(|root| !root.is_ext())
 }
 
 /// What to say of a kernel out of the disk where KVM emulates kernel mode.

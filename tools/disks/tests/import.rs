@@ -836,6 +836,7 @@ fn a_gpt_whose_backup_is_not_at_the_end_is_reported_and_mended() {
         said.contains("GPT, 1 partitions\n") && said.contains("\"root part\""),
         "{said}"
     );
+    assert!(said.contains("knows MBR"), "{said}");
     let file = fs::File::options()
         .write(true)
         .open(folder.join("disk.raw"))

@@ -353,6 +353,9 @@ fn finish(args: &Import, file: &File, done: &Done, output: &Output) -> Result<()
     if let (Some(_), Some(note)) = (&kernel, boot::host_note()) {
         println!("  note: {note}");
     }
+    if kernel.is_none() && boot::is_beyond_small_kernel(&contents, &boot) {
+        println!("  note: {}", boot::SMALL_KERNEL);
+    }
     println!("to start it:");
     println!(
         "  {}",

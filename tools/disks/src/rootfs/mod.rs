@@ -313,6 +313,9 @@ fn report(
         FileSystem::Ext4 => "",
         FileSystem::Erofs => ":ro",
     };
+    if args.kind == FileSystem::Erofs {
+        println!("  note: {}", boot::SMALL_KERNEL);
+    }
     println!("to start it:");
     println!("  {}", boot::root_command(path, init, end));
     Ok(())
