@@ -5,7 +5,7 @@
 //! inbox gives the message back. That a queue can be full is how a thread that has stopped
 //! listening (a device hanging in `fsync`) is kept from holding up, or growing, any other.
 //!
-//! A thread that waits for nothing but messages has a queue without an eventfd: [`tasks`].
+//! A thread that waits for nothing but messages has a queue without an eventfd: [`mod@tasks`].
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 mod tasks;

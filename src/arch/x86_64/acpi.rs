@@ -2,7 +2,7 @@
 //! switches the machine off (ACPI Specification 6.5).
 //!
 //! Hardware-reduced ACPI (section 4.1): no interrupt of its own (SCI), no timer, no fixed registers but
-//! those of [`power`](super::power). Plain functions from a description of the machine to bytes; control's
+//! those of [`power`]. Plain functions from a description of the machine to bytes; control's
 //! files thread calls them once, before any vCPU runs.
 //!
 //! ```text
