@@ -58,7 +58,7 @@ pub enum Pushed {
 /// The ring.
 #[derive(Debug)]
 pub struct Ring {
-    bytes: Box<[AtomicU8]>,
+    bytes: &'static [AtomicU8],
     /// Bytes ever put in: written by the writer.
     put: AtomicUsize,
     /// Bytes ever taken out: written by the reader.
