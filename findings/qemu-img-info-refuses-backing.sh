@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Finding: qemu-img 7.2.22 and 10.0.2: `info` refuses a json: name with the option "backing", which other commands take.
 #
-# Version:  qemu-img 7.2.22 (Debian 12) and 10.0.2 (its backports)
+# Version:  qemu-img 7.2.22 (Debian 12), which this script runs; 10.0.2 (its backports) does the same
 # Expected: a name `json:{"driver":"qcow2","file":...,"backing":...}` that `convert`, `map` and `check` open is opened by
 #           `info` too; it has no need of the backing file, and may ignore it.
 # Seen:     "Block format 'qcow2' does not support the option 'backing.driver'", exit code 1. With "backing": null it works.
@@ -10,7 +10,10 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-qemu-img --version | head -n 1
+apt-get -qq download qemu-utils=1:7.2+dfsg-7+deb12u18+b3
+dpkg-deb -x qemu-utils_*.deb pinned
+PATH=$work/pinned/usr/bin:$PATH
+qemu-img --version | sed -n 1p
 qemu-img create -q -f raw base.raw 1M
 qemu-img create -q -f qcow2 -F raw -b base.raw top.qcow2
 file() { printf '{"driver":"file","filename":"%s/%s"}' "$work" "$1"; }
