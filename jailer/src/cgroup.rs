@@ -328,6 +328,7 @@ impl Group {
 
 #[cfg(test)]
 mod tests {
+    use super::hierarchy::tests::{v1, v2};
     use super::*;
     use crate::testing::Folder;
 
@@ -347,22 +348,6 @@ mod tests {
         let parent: Vec<OsString> = parent.iter().map(OsString::from).collect();
         let hierarchies = Hierarchies(hierarchies.to_vec());
         Request::compatible(version, &parent, "one", values, &hierarchies)
-    }
-
-    fn v1(path: &Path, options: &[&str]) -> Hierarchy {
-        Hierarchy {
-            version: Version::V1,
-            path: path.into(),
-            options: options.iter().map(|&option| option.into()).collect(),
-        }
-    }
-
-    fn v2(path: &Path) -> Hierarchy {
-        Hierarchy {
-            version: Version::V2,
-            path: path.into(),
-            options: Vec::new(),
-        }
     }
 
     /// A tree with the files a kernel would show, since plain folders do not fill themselves.

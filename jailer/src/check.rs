@@ -37,7 +37,7 @@ guest in an empty jail and prints the milliseconds of each step. Ends with 0 if 
 /// How the guest is run; the time limit is in seconds.
 const RUN: &str = "--memory 16 --console none --quiet --timeout 20";
 /// The user and group of the guest when root checks: what the kernel calls nobody.
-const NOBODY: &str = "65534";
+const UNPRIVILEGED: &str = "65534";
 
 /// What was found: a mark, the text and what to do about it.
 struct Finding(&'static str, String);
@@ -126,7 +126,7 @@ fn boot(mut words: Vec<OsString>, passed: Passed, began_us: u64) -> Result<Watch
         .step("make the built-in guest")?;
     for name in ["--uid", "--gid"] {
         if sys::is_superuser() && !words.iter().any(|word| word == name) {
-            words.extend([name.into(), NOBODY.into()]);
+            words.extend([name.into(), UNPRIVILEGED.into()]);
         }
     }
     let kernel_path = format!("/proc/self/fd/{}", kernel.as_raw_fd());

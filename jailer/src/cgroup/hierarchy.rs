@@ -183,7 +183,7 @@ impl Hierarchy {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     const HYBRID: &str = "\
@@ -195,7 +195,7 @@ cgroup2 /elsewhere cgroup2 rw,relatime 0 0
 short line
 ";
 
-    fn v1(path: &Path, options: &[&str]) -> Hierarchy {
+    pub fn v1(path: &Path, options: &[&str]) -> Hierarchy {
         Hierarchy {
             version: Version::V1,
             path: path.into(),
@@ -203,7 +203,7 @@ short line
         }
     }
 
-    fn v2(path: &Path) -> Hierarchy {
+    pub fn v2(path: &Path) -> Hierarchy {
         Hierarchy {
             version: Version::V2,
             path: path.into(),
