@@ -44,7 +44,7 @@ fn prepare(folder: &Folder) {
             "appliance-disk1.vmdk",
         ],
     );
-    folder.run("qemu-img", &["snapshot", "-c", "monday", "web.qcow2"]);
+    folder.qemu_img("snapshot -c monday web.qcow2");
     fs::create_dir(folder.join("web.hdd")).unwrap();
     folder.convert("parallels", "", "made", "web.hdd/web.hds");
     let descriptor = "<Parallels_disk_image><StorageData><Storage><Start>0</Start><End>204801</End>\

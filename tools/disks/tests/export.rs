@@ -90,10 +90,7 @@ fn what_cannot_be_exported_is_refused_and_nothing_is_left() {
     folder.write_at("disk", 0, b"QFI\xfb\0\0\0\x03");
     folder.refuses(&["export", "disk", "out2", "--format", "vhdx"], &["--raw"]);
     folder.succeeds(&["export", "disk", "out2", "--format", "vhdx", "--raw"]);
-    folder.run(
-        "qemu-img",
-        &["compare", "-q", "-f", "vhdx", "-F", "raw", "out2", "disk"],
-    );
+    folder.qemu_img("compare -q -f vhdx -F raw out2 disk");
 }
 
 #[test]

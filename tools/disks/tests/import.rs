@@ -85,20 +85,7 @@ fn an_output_is_not_replaced_and_may_not_be_the_input() {
     );
     folder.refuses(&["import", "disk.raw"], &["disk.raw", "input"]);
     folder.refuses(&["import", "disk.raw", "disk.raw", "--force"], &["input"]);
-    folder.run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            "raw",
-            "-b",
-            "disk.raw",
-            "top.qcow2",
-        ],
-    );
+    folder.qemu_img("create -q -f qcow2 -F raw -b disk.raw top.qcow2");
     folder.refuses(&["import", "top.qcow2", "disk.raw", "--force"], &["input"]);
     folder.refuses(&["import", "disk.raw", "no/such/out"], &["no/such/out"]);
     folder.succeeds(&["import", "disk.raw", "out", "--force"]);
@@ -501,7 +488,7 @@ fn qcow2_snapshots_are_named_and_imported_whole() {
         "qemu-img",
         &["snapshot", "-c", "before the change", "vm.qcow2"],
     );
-    folder.run("qemu-img", &["resize", "-q", "--shrink", "vm.qcow2", "50M"]);
+    folder.qemu_img("resize -q --shrink vm.qcow2 50M");
     folder.run(
         "qemu-io",
         &["-f", "qcow2", "-c", "write -P 7 20M 1M", "vm.qcow2"],
@@ -532,21 +519,8 @@ fn qcow2_snapshots_are_named_and_imported_whole() {
         &["no snapshots"],
     );
     // With a backing file.
-    folder.run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            "raw",
-            "-b",
-            "disk.raw",
-            "top.qcow2",
-        ],
-    );
-    folder.run("qemu-img", &["snapshot", "-c", "one", "top.qcow2"]);
+    folder.qemu_img("create -q -f qcow2 -F raw -b disk.raw top.qcow2");
+    folder.qemu_img("snapshot -c one top.qcow2");
     folder.run(
         "qemu-io",
         &["-f", "qcow2", "-c", "write -P 7 20M 1M", "top.qcow2"],
@@ -563,52 +537,15 @@ fn backing_and_data_files_are_taken_from_the_images_folder_only() {
     fs::create_dir(folder.join("vm")).unwrap();
     let vm = Folder(folder.join("vm"));
     vm.convert("qcow2", "", "../disk.raw", "base.qcow2");
-    vm.run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            "qcow2",
-            "-b",
-            "base.qcow2",
-            "mid.qcow2",
-        ],
-    );
-    vm.run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qed",
-            "-F",
-            "qcow2",
-            "-b",
-            "mid.qcow2",
-            "top.qed",
-        ],
-    );
+    vm.qemu_img("create -q -f qcow2 -F qcow2 -b base.qcow2 mid.qcow2");
+    vm.qemu_img("create -q -f qed -F qcow2 -b mid.qcow2 top.qed");
     // Not from the current folder.
     let said = folder.succeeds(&["import", "vm/top.qed", "out"]);
     assert!(
         folder.same("disk.raw", "out") && said.contains("on top of"),
         "{said}"
     );
-    vm.run(
-        "qemu-img",
-        &[
-            "rebase",
-            "-u",
-            "-F",
-            "qcow2",
-            "-b",
-            "gone.qcow2",
-            "mid.qcow2",
-        ],
-    );
+    vm.qemu_img("rebase -u -F qcow2 -b gone.qcow2 mid.qcow2");
     folder.refuses(
         &["import", "vm/top.qed", "out2"],
         &["mid.qcow2", "gone.qcow2", "same folder"],
@@ -630,33 +567,10 @@ fn backing_and_data_files_are_taken_from_the_images_folder_only() {
         );
         folder.refuses(&["import", "vm/top.qed", "out2"], &["no file name"]);
     }
-    vm.run(
-        "qemu-img",
-        &[
-            "rebase",
-            "-u",
-            "-F",
-            "qcow2",
-            "-b",
-            "mid.qcow2",
-            "mid.qcow2",
-        ],
-    );
+    vm.qemu_img("rebase -u -F qcow2 -b mid.qcow2 mid.qcow2");
     folder.refuses(&["import", "vm/mid.qcow2", "out2"], &["circle"]);
     fs::copy(folder.join("disk.raw"), folder.join("vm/data.raw")).unwrap();
-    vm.run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            "data_file=data.raw,data_file_raw=on",
-            "data.qcow2",
-            "104858112",
-        ],
-    );
+    vm.qemu_img("create -q -f qcow2 -o data_file=data.raw,data_file_raw=on data.qcow2 104858112");
     fs::copy(folder.join("disk.raw"), folder.join("vm/data.raw")).unwrap();
     folder.succeeds(&["import", "vm/data.qcow2", "out", "--force"]);
     assert!(folder.same("disk.raw", "out"));
@@ -683,10 +597,7 @@ fn an_encrypted_disk_is_refused() {
     }
     // Their headers alone: qemu-img measures the processor before it makes a key for LUKS, and gives
     // up ("Unable to get accurate CPU usage") where the machine is busy.
-    folder.run(
-        "qemu-img",
-        &["create", "-q", "-f", "qcow2", "luks.qcow2", "1M"],
-    );
+    folder.qemu_img("create -q -f qcow2 luks.qcow2 1M");
     folder.write_at("luks.qcow2", 32, &2u32.to_be_bytes());
     let mut container = vec![0; 1 << 20];
     container[..6].copy_from_slice(b"LUKS\xba\xbe");

@@ -91,6 +91,12 @@ impl Folder {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Runs qemu-img with `words`, which are split at spaces.
+    pub fn qemu_img(&self, words: &str) -> String {
+        let words: Vec<&str> = words.split(' ').collect();
+        self.run("qemu-img", &words)
+    }
+
     /// A raw disk of [`SIZE`] with a partition that is an ext4 file system labelled `mark`, with the
     /// file /etc/mark that holds `mark`. Its last sector has content too.
     pub fn marked(&self, name: &str, mark: &str) {
