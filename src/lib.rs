@@ -35,6 +35,7 @@
 //!   3  virtio   arch    neither sees the other
 //!   2  serial   memory   files   threads
 //!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   error   of each other they see nothing
+//!      state            what the saved states of all parts share
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
 //!      sys              system calls
 //! ```
@@ -67,6 +68,7 @@ mod program;
 mod rate_limiter;
 mod seccomp;
 mod serial;
+mod state;
 mod sys;
 mod threads;
 mod timeline;

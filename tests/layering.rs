@@ -33,6 +33,7 @@ const MONITOR: &[(&str, u8)] = &[
     ("log", 3),
     ("timeline", 3),
     ("wire", 1),
+    ("state", 1),
     ("sys", 0),
 ];
 
