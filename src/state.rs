@@ -6,10 +6,6 @@
 
 /// Bytes as one hexadecimal string: `#[serde(with = "crate::state::hex")]` on a `Vec<u8>` or a
 /// `[u8; N]`. Two digits a byte, lower case when written, either when read.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "for the states that hold blocks of bytes")
-)]
 pub mod hex {
     use std::fmt;
     use std::marker::PhantomData;

@@ -111,6 +111,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         "the page that KVM shares with a vCPU thread, and ioctls that kvm-ioctls does not offer",
     ),
     (
+        "src/sys/kvm/blocks.rs",
+        6,
+        "the state of a vCPU's XSAVE, whose length the host says, and of KVM's interrupt chips, which are unions",
+    ),
+    (
         "src/sys/landlock.rs",
         3,
         "the three calls of Landlock, which libc gives no wrappers for",

@@ -7,6 +7,11 @@ pub fn monotonic_nanos() -> u64 {
     nanos(libc::CLOCK_MONOTONIC)
 }
 
+/// Nanoseconds of CLOCK_REALTIME since 1970; 0 before that.
+pub fn realtime_nanos() -> u64 {
+    nanos(libc::CLOCK_REALTIME)
+}
+
 /// Nanoseconds of CPU time this process has used.
 pub fn process_cpu_nanos() -> u64 {
     nanos(libc::CLOCK_PROCESS_CPUTIME_ID)
@@ -19,7 +24,7 @@ fn nanos(clock: libc::clockid_t) -> u64 {
     };
     // SAFETY: `time` is a timespec of ours that outlives the call, which writes nothing else.
     let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
-    debug_assert_eq!(result, 0, "both clocks exist on every Linux");
+    debug_assert_eq!(result, 0, "the clocks exist on every Linux");
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     let rest = u64::try_from(time.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(rest)

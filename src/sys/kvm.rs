@@ -7,6 +7,8 @@
 //! pointer. No reference to it exists, but to the handler's byte, which is an atomic and which no
 //! copy may touch. The mapping that kvm-ioctls makes is another one, and is never used.
 
+pub mod blocks;
+
 use std::fs::File;
 use std::io;
 use std::mem::offset_of;
@@ -14,6 +16,7 @@ use std::ops::Deref;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings as kvm;
@@ -112,7 +115,7 @@ pub const INSTRUCTION_MAX: usize = 15;
 /// It may be sent to another thread and is used by one at a time: it is not `Sync`.
 #[derive(Debug)]
 pub struct Vcpu {
-    fd: VcpuFd,
+    fd: Arc<VcpuFd>,
     /// The beginning of the mapping.
     page: NonNull<u8>,
     /// Its length.
@@ -173,9 +176,18 @@ impl Vcpu {
             )
         };
         match NonNull::new(page.cast()) {
-            Some(page) if page.as_ptr() != libc::MAP_FAILED.cast() => Ok(Vcpu { fd, page, len }),
+            Some(page) if page.as_ptr() != libc::MAP_FAILED.cast() => Ok(Vcpu {
+                fd: Arc::new(fd),
+                page,
+                len,
+            }),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    /// The descriptor, for a thread that does not run the vCPU.
+    pub fn share(&self) -> Arc<VcpuFd> {
+        Arc::clone(&self.fd)
     }
 
     /// Lets the guest run until its next exit.
@@ -185,7 +197,7 @@ impl Vcpu {
     pub fn run(&self) -> Result<Exit, i32> {
         // SAFETY: the descriptor is a vCPU's, and KVM_RUN takes no argument. KVM writes to the page
         // and to guest memory; nothing of ours refers to either, but atomics and raw pointers.
-        if unsafe { ioctl(&self.fd, request::KVM_RUN()) } != 0 {
+        if unsafe { ioctl(&*self.fd, request::KVM_RUN()) } != 0 {
             return Err(io::Error::last_os_error().raw_os_error().unwrap_or(0));
         }
         Ok(self.exit())
@@ -297,6 +309,12 @@ impl Vcpu {
     /// Lets the next KVM_RUN run, whatever kicks there were before.
     pub fn forget_kicks(&self) {
         self.flag().store(0, Ordering::Relaxed);
+    }
+
+    /// Makes the next KVM_RUN finish the instruction of the last exit and return before another one.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for a vCPU that pauses"))]
+    pub fn leave_at_once(&self) {
+        self.flag().store(1, Ordering::Relaxed);
     }
 
     fn flag(&self) -> &AtomicU8 {

@@ -24,11 +24,14 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
+use kvm_ioctls::Kvm;
+
 pub use self::crash::Crash;
 use self::crash::LastExits;
 pub use self::exits::End;
 use self::exits::{Access, Outcome, Ran, run_once};
-use crate::arch;
+use crate::arch::vcpu::{MsrList, VcpuError, VcpuState};
+use crate::arch::{self, VcpuAccess, Vm};
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
 use crate::metrics::{Counter, Report, TimeSummary, micros_since};
@@ -154,6 +157,7 @@ pub struct VcpuHandle {
     messages: SyncSender<VcpuMessage>,
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
+    access: VcpuAccess,
 }
 
 /// Control's end of a vCPU whose thread is not known yet: becomes a [`VcpuHandle`].
@@ -162,6 +166,7 @@ pub struct VcpuLink {
     index: u8,
     messages: SyncSender<VcpuMessage>,
     shared: Arc<Shared>,
+    access: VcpuAccess,
 }
 
 /// A vCPU does not take messages: its thread is gone or does not answer.
@@ -200,6 +205,7 @@ impl Vcpu {
             index,
             messages: sender,
             shared: Arc::clone(&shared),
+            access: fd.access(),
         };
         let body = VcpuLoop {
             index,
@@ -221,13 +227,13 @@ impl Vcpu {
         // For good: kicks, which may come at any time, write to the page that it shares with KVM.
         let vcpu: &'static arch::Vcpu = Box::leak(Box::new(fd));
         signal::aim_kicks_at(vcpu.immediate_exit());
-        let mut state = VcpuState::Paused;
+        let mut state = Stage::Paused;
         loop {
             state = match state {
-                VcpuState::Paused => body.paused(),
-                VcpuState::Running => body.running(vcpu),
-                VcpuState::Ended => body.ended(),
-                VcpuState::Abandoned => return,
+                Stage::Paused => body.paused(),
+                Stage::Running => body.running(vcpu),
+                Stage::Ended => body.ended(),
+                Stage::Abandoned => return,
             }
         }
     }
@@ -235,18 +241,18 @@ impl Vcpu {
 
 impl VcpuLoop {
     /// Edges: to running, to abandoned.
-    fn paused(&mut self) -> VcpuState {
+    fn paused(&mut self) -> Stage {
         loop {
             match self.messages.recv() {
-                Ok(VcpuMessage::Run) => return VcpuState::Running,
+                Ok(VcpuMessage::Run) => return Stage::Running,
                 Ok(VcpuMessage::Pause) => self.tell(VcpuEvent::Paused { index: self.index }),
-                Err(_) => return VcpuState::Abandoned,
+                Err(_) => return Stage::Abandoned,
             }
         }
     }
 
     /// Edges: to paused, to ended, to abandoned.
-    fn running(&mut self, vcpu: &kvm::Vcpu) -> VcpuState {
+    fn running(&mut self, vcpu: &kvm::Vcpu) -> Stage {
         self.timeline.mark(Moment::GuestEntered);
         loop {
             // Cleared before the look at the messages: a kick after it makes KVM_RUN return.
@@ -255,9 +261,9 @@ impl VcpuLoop {
                 Ok(VcpuMessage::Run) | Err(TryRecvError::Empty) => {}
                 Ok(VcpuMessage::Pause) => {
                     self.tell(VcpuEvent::Paused { index: self.index });
-                    return VcpuState::Paused;
+                    return Stage::Paused;
                 }
-                Err(TryRecvError::Disconnected) => return VcpuState::Abandoned,
+                Err(TryRecvError::Disconnected) => return Stage::Abandoned,
             }
             if let Some(ticket) = &self.waiting_for {
                 if !ticket.is_done() {
@@ -277,7 +283,7 @@ impl VcpuLoop {
                 Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
                 Outcome::End(end) => {
                     self.end(vcpu, end);
-                    return VcpuState::Ended;
+                    return Stage::Ended;
                 }
             }
         }
@@ -310,12 +316,12 @@ impl VcpuLoop {
     }
 
     /// Answers for a vCPU that does not run again. Edge: to abandoned.
-    fn ended(&mut self) -> VcpuState {
+    fn ended(&mut self) -> Stage {
         loop {
             match self.messages.recv() {
                 Ok(VcpuMessage::Run) => {}
                 Ok(VcpuMessage::Pause) => self.tell(VcpuEvent::Paused { index: self.index }),
-                Err(_) => return VcpuState::Abandoned,
+                Err(_) => return Stage::Abandoned,
             }
         }
     }
@@ -326,7 +332,7 @@ impl VcpuLoop {
     }
 }
 
-enum VcpuState {
+enum Stage {
     Paused,
     Running,
     Ended,
@@ -340,12 +346,14 @@ impl VcpuHandle {
             index,
             messages,
             shared,
+            access,
         } = link;
         VcpuHandle {
             index,
             messages,
             shared,
             thread,
+            access,
         }
     }
 
@@ -423,5 +431,30 @@ impl VcpuHandle {
         self.messages
             .try_send(message)
             .map_err(|_| UnresponsiveVcpu { index: self.index })
+    }
+}
+
+#[expect(dead_code, reason = "for snapshots that are made")]
+impl VcpuHandle {
+    /// Which model-specific registers the vCPUs of this host have. The vCPU is paused.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn ask_msrs(&self, kvm: &Kvm) -> Result<MsrList, VcpuError> {
+        MsrList::ask(kvm, &self.access)
+    }
+
+    /// Takes the state of the vCPU, one of `vm`, which is paused; `msrs` is what
+    /// [`VcpuHandle::ask_msrs`] has told of this vCPU or another one.
+    ///
+    /// # Errors
+    /// When KVM does not give a part of it.
+    pub fn save(&self, vm: &Vm, msrs: &MsrList) -> Result<VcpuState, VcpuError> {
+        arch::vcpu::save(vm, &self.access, msrs)
+    }
+
+    /// Keeps the guest's watchdog from taking the time of a pause for a lock-up. The vCPU is paused.
+    pub fn forgive_pause(&self) {
+        arch::vcpu::forgive_pause(&self.access);
     }
 }

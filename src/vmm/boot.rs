@@ -20,7 +20,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::devices::{Attach, Attaching, Building};
-use self::vcpus::{Making, begin_vcpus, finish_vcpus};
+use self::vcpus::{Making, StartState, begin_vcpus, finish_vcpus};
 use super::change::Replaced;
 use super::configuration::{Boot, Configuration, Console};
 use super::cpu;
@@ -208,7 +208,8 @@ pub fn begin(
         }
         cpuid::mask(&mut supported, &cpu::cpuid_masks(config)).context(BAD_CPU)?;
     }
-    let vcpus = begin_vcpus(&threads.vcpus, &vm, configuration, Arc::new(supported));
+    let start = StartState::Reset(Arc::new(supported));
+    let vcpus = begin_vcpus(&threads.vcpus, &vm, configuration, start);
 
     // What the guest can touch, but for its devices: registers on two buses.
     let mut buses = Buses {
@@ -291,7 +292,7 @@ pub fn complete(
     let attached = attaching.attached;
 
     // The first vCPU starts at the kernel's entry; the guest wakes the others.
-    let vcpus = finish_vcpus(host, vcpus, &entry, &Arc::new(buses))?;
+    let vcpus = finish_vcpus(host, vcpus, Some(&entry), &Arc::new(buses))?;
 
     let latch = ReadyLatch::of(threads.count() + 1);
     seal(host.category(Category::Files), &latch)?;

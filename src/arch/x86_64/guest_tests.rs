@@ -28,7 +28,7 @@ const LOAD_ADDRESS: u64 = 0x10_0000;
 const FIRST_BYTE: [u8; 8] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xf4];
 
 /// An ELF file with `code` at 1 MiB, padded to `len` bytes, with a PVH note if asked for.
-fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
+pub(super) fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
     let note_len: u64 = if pvh { 20 } else { 0 };
     let mut bytes = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0");
     for word in [LOAD_ADDRESS, 64, 0] {
@@ -58,11 +58,11 @@ fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
     file
 }
 
-struct Machine {
+pub(super) struct Machine {
     entry: Entry,
-    vcpus: Vec<Vcpu>,
-    vm: Arc<Vm>,
-    memory: Memory,
+    pub vcpus: Vec<Vcpu>,
+    pub vm: Arc<Vm>,
+    pub memory: Memory,
 }
 
 /// Everything up to the first instruction.
@@ -78,7 +78,7 @@ fn machine(
 }
 
 /// The same with the interrupt chips in either place.
-fn machine_with(
+pub(super) fn machine_with(
     chips: Chips,
     kvm: &Kvm,
     file: &File,

@@ -13,13 +13,16 @@ pub mod i8042;
 pub mod kernel;
 pub mod layout;
 pub mod mask;
+mod mirror;
 mod mptable;
 mod msr;
 pub mod power;
 pub mod split;
+#[cfg(test)]
+mod state_tests;
 pub mod vcpu;
 pub mod vm;
 
 pub use boot::Protocol;
 pub use kernel::Kernel;
-pub use vm::{Vcpu, Vm};
+pub use vm::{Vcpu, VcpuAccess, Vm};

@@ -14,6 +14,11 @@ const MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const WRITE_BACK: u64 = 6;
 
+/// The time stamp counter, and the value of it at which the local APIC's timer goes off (Intel SDM
+/// volume 4, table 2-2).
+pub const TSC: u32 = 0x10;
+pub const TSC_DEADLINE: u32 = 0x6e0;
+
 /// Registers and values, the same on every vCPU.
 pub const BOOT: [kvm_msr_entry; 2] = [
     kvm_msr_entry {

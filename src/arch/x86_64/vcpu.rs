@@ -2,17 +2,27 @@
 //! instruction, so what KVM's own reset state has right already is left alone: the FPU, the local
 //! APIC (the boot vCPU's LINT0 brings interrupts of the 8259; Linux sets up LINT1 itself), and
 //! everything of the vCPUs that wait for the boot vCPU to start them.
+//!
+//! A vCPU of a snapshot starts in the state that was saved: [`save`], [`restore`].
+
+mod saving;
+pub mod state;
 
 use std::error::Error;
 use std::fmt;
 
-use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{
+    CpuId, KVM_MAX_MSR_ENTRIES, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+};
 use kvm_ioctls::VcpuFd;
 
 use super::boot::{Entry, Protocol};
 use super::gdt::{self, Segments};
 use super::mask::MsrMask;
 use super::{layout, msr};
+
+pub use self::saving::{MsrList, forgive_pause, restore, save};
+pub use self::state::VcpuState;
 
 /// Bit 1 of RFLAGS is always set.
 const RFLAGS: u64 = 0x2;
@@ -31,19 +41,32 @@ const EFER_LMA: u64 = 1 << 10;
 const APIC_ENABLED: u64 = 1 << 11;
 const APIC_BOOT_PROCESSOR: u64 = 1 << 8;
 
-/// A step of configuring a vCPU that KVM refused.
+/// A step of configuring, saving or restoring a vCPU that failed.
 #[derive(Debug)]
 pub struct VcpuError {
     what: Refused,
-    cause: kvm_ioctls::Error,
+    cause: Option<kvm_ioctls::Error>,
 }
 
-/// What KVM refused.
+/// What failed.
 #[derive(Debug)]
 enum Refused {
     Part(&'static str),
     /// A register that the CPU configuration changes.
     Msr(u32),
+    /// A register at the value that it was saved with, or starts with.
+    MsrValue(u32),
+    /// A part of the state.
+    NotGiven(&'static str),
+    /// A register of it.
+    MsrNotGiven(u32),
+    /// A saved state that cannot be a vCPU's.
+    Invalid(&'static str),
+    /// The rate of the time stamp counter.
+    TscRate {
+        wanted: u32,
+        host: u32,
+    },
 }
 
 impl fmt::Display for VcpuError {
@@ -55,20 +78,36 @@ impl fmt::Display for VcpuError {
                 "the CPU configuration changes an MSR that KVM does not support so: register \
                  address {address:#x}"
             ),
+            Refused::MsrValue(address) => write!(
+                f,
+                "KVM refused the value of an MSR of a vCPU: register address {address:#x}"
+            ),
+            Refused::NotGiven(what) => write!(f, "KVM does not tell the {what} of a vCPU"),
+            Refused::MsrNotGiven(address) => write!(
+                f,
+                "KVM does not tell an MSR of a vCPU: register address {address:#x}"
+            ),
+            Refused::Invalid(why) => write!(f, "the saved state of a vCPU is not valid: {why}"),
+            Refused::TscRate { wanted, host } => write!(
+                f,
+                "the guest's time stamp counter runs at {wanted} kHz, this host's at {host} kHz, and \
+                 KVM cannot scale it"
+            ),
         }
     }
 }
 
 impl Error for VcpuError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&self.cause)
+        let cause = self.cause.as_ref()?;
+        Some(cause)
     }
 }
 
 fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
     move |cause| VcpuError {
         what: Refused::Part(what),
-        cause,
+        cause: Some(cause),
     }
 }
 
@@ -77,18 +116,50 @@ fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
 ///
 /// # Errors
 /// [`VcpuError`] when KVM refuses a part of it.
-#[cfg_attr(
-    not(test),
-    expect(clippy::expect_used, reason = "the list is ours, and short")
-)]
 pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
-    vcpu.set_cpuid2(cpuid).map_err(refused("CPUID table"))?;
-    let msrs = Msrs::from_entries(&msr::BOOT).expect("two entries fit");
-    let done = vcpu.set_msrs(&msrs).map_err(refused("MSRs"))?;
-    if done != msr::BOOT.len() {
-        return Err(refused("MSRs")(kvm_ioctls::Error::new(libc::EINVAL)));
+    set_cpuid(vcpu, cpuid)?;
+    set_msrs(vcpu, &msr::BOOT)
+}
+
+fn set_cpuid(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
+    vcpu.set_cpuid2(cpuid).map_err(refused("CPUID table"))
+}
+
+/// Sets registers in this order. One that KVM does not let be set is no fault if it has the value
+/// already.
+#[cfg_attr(not(test), expect(clippy::expect_used, reason = "a chunk fits"))]
+fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), VcpuError> {
+    let mut rest = entries;
+    while !rest.is_empty() {
+        let chunk = rest.get(..KVM_MAX_MSR_ENTRIES).unwrap_or(rest);
+        let msrs = Msrs::from_entries(chunk).expect("as many fit as KVM takes");
+        let done = vcpu.set_msrs(&msrs).map_err(refused("MSRs"))?;
+        let failed = chunk.get(done);
+        if let Some(entry) = failed
+            && !has_value(vcpu, entry)
+        {
+            return Err(VcpuError {
+                what: Refused::MsrValue(entry.index),
+                cause: None,
+            });
+        }
+        let next = done.saturating_add(usize::from(failed.is_some()));
+        rest = rest.get(next..).unwrap_or_default();
     }
     Ok(())
+}
+
+/// Whether a register has the value of `entry`.
+fn has_value(vcpu: &VcpuFd, entry: &kvm_msr_entry) -> bool {
+    let asked = kvm_msr_entry {
+        index: entry.index,
+        ..kvm_msr_entry::default()
+    };
+    let Ok(mut msrs) = Msrs::from_entries(&[asked]) else {
+        return false;
+    };
+    let read = vcpu.get_msrs(&mut msrs);
+    read == Ok(1) && msrs.as_slice().iter().all(|msr| msr.data == entry.data)
 }
 
 /// Changes model-specific registers of `vcpu` by masks, on top of what [`prepare`] has set.
@@ -100,7 +171,7 @@ pub fn mask_msrs(vcpu: &VcpuFd, masks: &[MsrMask]) -> Result<(), VcpuError> {
     for mask in masks {
         let unknown = |cause| VcpuError {
             what: Refused::Msr(mask.address),
-            cause,
+            cause: Some(cause),
         };
         let entry = kvm_msr_entry {
             index: mask.address,

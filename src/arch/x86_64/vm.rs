@@ -4,6 +4,8 @@
 //! has just been made (kernels since 6.18 free their list of I/O devices in the background), a
 //! matter of 4 to 8 ms instead of 0.1.
 
+pub mod state;
+
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -14,7 +16,7 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
     kvm_enable_cap, kvm_irq_routing_entry, kvm_pit_config,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chips::Chips;
@@ -31,6 +33,7 @@ pub struct Vm {
     // Closed before the memory it refers to can be unmapped.
     fd: VmFd,
     ram: Ram,
+    chips: Chips,
     /// Bytes that each vCPU shares with KVM.
     vcpu_page: usize,
 }
@@ -40,6 +43,14 @@ pub struct Vm {
 pub struct Vcpu {
     // A vCPU keeps its virtual machine alive in the kernel, so it keeps the memory too.
     vcpu: kvm::Vcpu,
+    ram: Ram,
+}
+
+/// A vCPU's descriptor alone, for a thread that does not run the vCPU but asks for its state.
+#[derive(Clone, Debug)]
+pub struct VcpuAccess {
+    fd: Arc<VcpuFd>,
+    // As for `Vcpu`.
     _ram: Ram,
 }
 
@@ -63,6 +74,22 @@ pub enum VmError {
         /// KVM's reason.
         cause: kvm_ioctls::Error,
     },
+    /// A part of the state is not given.
+    Save {
+        /// Which.
+        what: &'static str,
+        /// KVM's reason.
+        cause: io::Error,
+    },
+    /// A part of the state is refused.
+    Restore {
+        /// Which.
+        what: &'static str,
+        /// KVM's reason.
+        cause: io::Error,
+    },
+    /// The state is of a machine whose interrupt chips are elsewhere.
+    OtherChips,
 }
 
 impl fmt::Display for VmError {
@@ -76,6 +103,12 @@ impl fmt::Display for VmError {
             }
             VmError::Timer(_) => write!(f, "KVM cannot create the timer"),
             VmError::Vcpu { index, .. } => write!(f, "KVM cannot create vCPU {index}"),
+            VmError::Save { what, .. } => write!(f, "KVM does not tell the state of the {what}"),
+            VmError::Restore { what, .. } => write!(f, "KVM refused the state of the {what}"),
+            VmError::OtherChips => write!(
+                f,
+                "the saved state is of a machine with another interrupt controller"
+            ),
         }
     }
 }
@@ -89,6 +122,8 @@ impl Error for VmError {
             | VmError::InterruptController(cause)
             | VmError::Timer(cause)
             | VmError::Vcpu { cause, .. } => Some(cause),
+            VmError::Save { cause, .. } | VmError::Restore { cause, .. } => Some(cause),
+            VmError::OtherChips => None,
         }
     }
 }
@@ -125,6 +160,7 @@ impl Vm {
         Ok(Vm {
             fd,
             ram: memory.ram().clone(),
+            chips,
             vcpu_page: kvm.get_vcpu_mmap_size().map_err(VmError::Create)?,
         })
     }
@@ -139,7 +175,7 @@ impl Vm {
         let vcpu = kvm::Vcpu::new(fd, self.vcpu_page).map_err(|e| failed(e.into()))?;
         Ok(Vcpu {
             vcpu,
-            _ram: self.ram.clone(),
+            ram: self.ram.clone(),
         })
     }
 }
@@ -212,6 +248,24 @@ impl Deref for Vm {
     type Target = VmFd;
 
     fn deref(&self) -> &VmFd {
+        &self.fd
+    }
+}
+
+impl Vcpu {
+    /// Access to its state from another thread.
+    pub fn access(&self) -> VcpuAccess {
+        VcpuAccess {
+            fd: self.vcpu.share(),
+            _ram: self.ram.clone(),
+        }
+    }
+}
+
+impl Deref for VcpuAccess {
+    type Target = VcpuFd;
+
+    fn deref(&self) -> &VcpuFd {
         &self.fd
     }
 }

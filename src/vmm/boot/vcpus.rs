@@ -8,6 +8,7 @@ use kvm_bindings::CpuId;
 use super::{Host, NO_VM};
 use crate::arch::boot;
 use crate::arch::mask::MsrMask;
+use crate::arch::vcpu::VcpuState;
 use crate::arch::{self, Vm, cpuid};
 use crate::error::{ActionError, Context};
 use crate::threads::ParkedThread;
@@ -22,12 +23,47 @@ type NewVcpus = Vec<(Vcpu, VcpuLink)>;
 /// A vCPU that its thread is making.
 pub(super) type Making = Receiver<Result<arch::Vcpu, ActionError>>;
 
-/// Lets the thread of each vCPU make it.
+/// What the vCPUs start in.
+pub(super) enum StartState {
+    /// As the processor is after a reset, with the CPUID table that the host offers.
+    Reset(Arc<CpuId>),
+    /// As they were saved, by number.
+    #[expect(dead_code, reason = "for snapshots that are loaded")]
+    Saved(Vec<VcpuState>),
+}
+
+/// Lets the thread of each vCPU make it. Of saved states there are as many as threads.
 pub(super) fn begin_vcpus(
     threads: &[ParkedThread],
     vm: &Arc<Vm>,
     config: &Configuration,
-    supported: Arc<CpuId>,
+    start: StartState,
+) -> Vec<Making> {
+    match start {
+        StartState::Reset(supported) => begin_reset(threads, vm, config, &supported),
+        StartState::Saved(states) => begin_saved(threads, vm, states),
+    }
+}
+
+fn begin_saved(threads: &[ParkedThread], vm: &Arc<Vm>, states: Vec<VcpuState>) -> Vec<Making> {
+    (0u8..)
+        .zip(threads.iter().zip(states))
+        .map(|(index, (thread, state))| {
+            let vm = Arc::clone(vm);
+            thread.ask(move || {
+                let vcpu = vm.create_vcpu(index).context(NO_VM)?;
+                arch::vcpu::restore(&vm, &vcpu, &state).context(BAD_VCPU)?;
+                Ok(vcpu)
+            })
+        })
+        .collect()
+}
+
+fn begin_reset(
+    threads: &[ParkedThread],
+    vm: &Arc<Vm>,
+    config: &Configuration,
+    supported: &Arc<CpuId>,
 ) -> Vec<Making> {
     let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
     let masks = config.cpu.as_ref().map(cpu::msr_masks);
@@ -35,7 +71,7 @@ pub(super) fn begin_vcpus(
     (0u8..)
         .zip(threads)
         .map(|(index, thread)| {
-            let (vm, supported) = (Arc::clone(vm), Arc::clone(&supported));
+            let (vm, supported) = (Arc::clone(vm), Arc::clone(supported));
             let masks = Arc::clone(&masks);
             thread.ask(move || {
                 let vcpu = vm.create_vcpu(index);
@@ -52,11 +88,12 @@ pub(super) fn begin_vcpus(
         .collect()
 }
 
-/// Collects the vCPUs, in order, and puts the first before the guest's first instruction.
+/// Collects the vCPUs, in order, and puts the first before the guest's first instruction; those that
+/// were saved have theirs.
 pub(super) fn finish_vcpus(
     host: &Host<'_>,
     making: Vec<Making>,
-    entry: &boot::Entry,
+    entry: Option<&boot::Entry>,
     buses: &Arc<Buses>,
 ) -> Result<NewVcpus, ActionError> {
     (0u8..)
@@ -64,7 +101,7 @@ pub(super) fn finish_vcpus(
         .map(|(index, making)| {
             let made = making.recv();
             let fd = made.context("Making a vCPU failed: its thread is gone")??;
-            if index == 0 {
+            if let (0, Some(entry)) = (index, entry) {
                 arch::vcpu::enter(&fd, entry).context(BAD_VCPU)?;
             }
             Ok(Vcpu::new(
