@@ -40,6 +40,8 @@ use self::pace::Pace;
 pub use self::port::{PORTS, SerialPort};
 use self::ring::Ring;
 use self::sink::Sink;
+use self::uart::Uart;
+pub use self::uart::UartState;
 use crate::inbox::{Inbox, Outbox};
 use crate::metrics::{Counter, Report};
 use crate::rate_limiter::TokenBucket;
@@ -124,20 +126,23 @@ pub enum SerialEvent {
     InputIsBack,
 }
 
-/// Makes the UART, whose interrupts go to `line`, and the console behind it.
+/// Makes the UART from its state, with interrupts that go to `line`, and the console behind it.
 ///
 /// # Errors
-/// When the host has no descriptor left.
+/// When no UART can be in that state, or the host has no descriptor left.
 pub fn console(
+    uart: &UartState,
     line: EventFd,
     streams: Streams,
     messages: Inbox<SerialMessage>,
     events: Outbox<SerialEvent>,
 ) -> io::Result<(Arc<SerialPort>, Console)> {
+    let uart = Uart::new(uart).map_err(io::Error::other)?;
     let wakeup = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
     let ring = Arc::new(Ring::new());
     let port = Arc::new(SerialPort::new(
+        uart,
         line,
         Arc::clone(&ring),
         wakeup.try_clone()?,
@@ -176,12 +181,16 @@ mod tests {
     use vmm_sys_util::tempdir::TempDir;
 
     const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const INTERRUPT_RECEIVED: u8 = 1;
     const MODEM_CONTROL: u64 = 4;
     const LINE_STATUS: u64 = 5;
     const LOOPBACK: u8 = 0x10;
 
     struct Rig {
         port: Arc<SerialPort>,
+        /// The interrupt line.
+        raised: EventFd,
         messages: Sender<SerialMessage>,
         events: Inbox<SerialEvent>,
         type_in: File,
@@ -193,6 +202,14 @@ mod tests {
     }
 
     fn rig_with(limit: Option<TokenBucket>, socket: Option<UnixListener>) -> (Rig, Console) {
+        rig_in(&UartState::default(), limit, socket)
+    }
+
+    fn rig_in(
+        uart: &UartState,
+        limit: Option<TokenBucket>,
+        socket: Option<UnixListener>,
+    ) -> (Rig, Console) {
         let (input, type_in) = fd::pipe().unwrap();
         let (screen, output) = fd::pipe().unwrap();
         let (messages, inbox_) = inbox(4).unwrap();
@@ -204,9 +221,11 @@ mod tests {
             socket,
         };
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let (port, console) = console(line, streams, inbox_, sender.outbox()).unwrap();
+        let raised = line.try_clone().unwrap();
+        let (port, console) = console(uart, line, streams, inbox_, sender.outbox()).unwrap();
         let rig = Rig {
             port,
+            raised,
             messages,
             events,
             type_in,
@@ -345,6 +364,60 @@ mod tests {
         }
         let _ = rig.port.write(MODEM_CONTROL, &[0]);
         assert_eq!(guest_reads(&rig.port, 4), b"kept");
+    }
+
+    #[test]
+    fn console_when_restored_has_what_was_typed_and_goes_on() {
+        let (mut rig, console) = rig();
+        thread::spawn(move || console.run());
+        let typed: Vec<u8> = (0..100).collect();
+        rig.type_in.write_all(&typed).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while rig.port.room() > 0 {
+            assert!(Instant::now() < deadline, "the UART takes it");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let _ = rig.port.write(INTERRUPT_ENABLE, &[INTERRUPT_RECEIVED]);
+        rig.raised.read().unwrap();
+        let state = rig.port.save();
+
+        let (mut restored, console) = rig_in(&state, None, None);
+        assert!(
+            restored.raised.read().is_err(),
+            "not before it is asked for"
+        );
+        restored.port.raise_again();
+        restored.raised.read().unwrap();
+        thread::spawn(move || console.run());
+        restored.type_in.write_all(b"more").unwrap();
+        let expected = [&typed[..uart::LINE], b"more"].concat();
+        assert_eq!(guest_reads(&restored.port, expected.len()), expected);
+        let _ = restored.raised.read();
+        restored.port.raise_again();
+        assert!(restored.raised.read().is_err(), "all is read");
+        let _ = restored.port.write(DATA, b"x");
+        assert_eq!(read_soon(&mut restored.screen, 1), b"x");
+    }
+
+    #[test]
+    fn console_when_its_state_is_none_that_a_uart_can_be_in_is_refused() {
+        let (_, output) = fd::pipe().unwrap();
+        let (_messages, inbox_) = inbox(4).unwrap();
+        let (sender, _events) = inbox::<SerialEvent>(4).unwrap();
+        let streams = Streams {
+            input: None,
+            output,
+            limit: None,
+            socket: None,
+        };
+        let state = UartState {
+            line: vec![0; uart::LINE + 1],
+            ..UartState::default()
+        };
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let made = console(&state, line, streams, inbox_, sender.outbox());
+        let error = made.map(drop).unwrap_err().to_string();
+        assert!(error.contains("bytes in line: 65"), "{error}");
     }
 
     #[test]

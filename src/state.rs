@@ -1,8 +1,79 @@
-//! What the saved states of all parts share: how bytes are written, and the test that each state
-//! goes through.
+//! What the saved states of all parts share: how bytes are written, why a state is refused, and the
+//! test that each goes through.
 //!
 //! A part is made from its state, a plain struct beside it, and gives it back by `save`. This module
 //! knows none of them. It runs on whichever thread encodes or decodes a state, and opens nothing.
+
+use std::fmt;
+
+/// Why a part was not made from its state: no part of that kind can be in such a state, so the file
+/// that it is from was damaged or forged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateError {
+    part: &'static str,
+    why: String,
+}
+
+impl StateError {
+    /// The state of `part` is wrong; `why` says which value, and what it may be.
+    pub fn new(part: &'static str, why: impl Into<String>) -> Self {
+        StateError {
+            part,
+            why: why.into(),
+        }
+    }
+}
+
+impl fmt::Display for StateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "The saved state of the {} is not valid: {}",
+            self.part, self.why
+        )
+    }
+}
+
+impl std::error::Error for StateError {}
+
+/// Refuses a value that has bits which no register of that name can hold.
+///
+/// # Errors
+/// [`StateError`], naming `what` and the bits.
+pub fn check_bits(
+    part: &'static str,
+    what: &str,
+    value: impl Into<u64>,
+    writable: impl Into<u64>,
+) -> Result<(), StateError> {
+    let (value, writable) = (value.into(), writable.into());
+    match value & !writable {
+        0 => Ok(()),
+        bits => Err(StateError::new(
+            part,
+            format!("{what} is {value:#x}, of which the bits {bits:#x} do not exist"),
+        )),
+    }
+}
+
+/// Refuses a number that is above the greatest one possible.
+///
+/// # Errors
+/// [`StateError`], naming `what` and both numbers.
+pub fn check_max(
+    part: &'static str,
+    what: &str,
+    value: usize,
+    most: usize,
+) -> Result<(), StateError> {
+    match value <= most {
+        true => Ok(()),
+        false => Err(StateError::new(
+            part,
+            format!("{what}: {value}, but there can be {most} at most"),
+        )),
+    }
+}
 
 /// Bytes as one hexadecimal string: `#[serde(with = "crate::state::hex")]` on a `Vec<u8>` or a
 /// `[u8; N]`. Two digits a byte, lower case when written, either when read.

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Counters;
 use super::ring::{Pushed, Ring};
-use super::uart::{Effects, Uart};
+use super::uart::{Effects, Uart, UartState};
 use crate::bus::{Registers, Written};
 
 /// Ports of a 16550.
@@ -31,17 +31,35 @@ pub struct SerialPort {
 
 impl SerialPort {
     pub(super) fn new(
+        uart: Uart,
         interrupt: EventFd,
         output: Arc<Ring>,
         wakeup: EventFd,
         counters: Arc<Counters>,
     ) -> Self {
         SerialPort {
-            uart: Mutex::new(Uart::default()),
+            uart: Mutex::new(uart),
             interrupt,
             output,
             wakeup,
             counters,
+        }
+    }
+
+    /// The UART's state. Input may come while it is taken: it is in there, or it is still to come.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
+    pub fn save(&self) -> UartState {
+        self.lock().save()
+    }
+
+    /// Raises the interrupt if the UART's line is high. For a restored guest: a pulse from before may
+    /// be lost, and no further one comes while the line stays high. To be called when the interrupt
+    /// controllers are restored.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for restoring snapshots"))]
+    pub fn raise_again(&self) {
+        let uart = self.lock();
+        if uart.interrupts() {
+            let _ = self.interrupt.write(1);
         }
     }
 

@@ -20,6 +20,10 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
+use crate::state::{self, StateError};
+
 /// Bytes in the receiver's FIFO, and in the transmitter's.
 const FIFO: usize = 16;
 /// Bytes that may wait on the line.
@@ -101,6 +105,7 @@ mod modem_status {
     pub const RING: u8 = 0x40;
     pub const DCD: u8 = 0x80;
     pub const RING_ENDED: u8 = 0x04;
+    pub const CHANGES: u8 = 0x0f;
 }
 
 /// Reads of the line status in a row, without any other access, that mean a driver which polls.
@@ -120,43 +125,48 @@ pub struct Effects {
     pub room: bool,
 }
 
-/// All that a 16550A remembers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Uart {
-    interrupt_enable: u8,
-    /// The bits that stay: enable, and the receiver's trigger level.
-    fifo_control: u8,
-    line_control: u8,
-    modem_control: u8,
+/// All that a 16550A remembers, as it is saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UartState {
+    /// Interrupt enable register.
+    pub interrupt_enable: u8,
+    /// FIFO control register: the bits that stay, which are enable and the receiver's trigger level.
+    pub fifo_control: u8,
+    /// Line control register.
+    pub line_control: u8,
+    /// Modem control register.
+    pub modem_control: u8,
     /// Low half of the modem status: inputs that changed since it was read.
-    modem_changes: u8,
-    scratch: u8,
+    pub modem_changes: u8,
+    /// Scratch register.
+    pub scratch: u8,
     /// Low byte, high byte.
-    divisor: [u8; 2],
+    pub divisor: [u8; 2],
     /// A byte was lost since the line status was read. Only loop-back loses bytes.
-    overrun: bool,
+    pub overrun: bool,
     /// The transmitter became empty, and the driver has not been told.
-    transmitter_pending: bool,
-    /// Bytes that have arrived.
-    fifo: VecDeque<u8>,
+    pub transmitter_pending: bool,
+    /// Bytes that have arrived, and were not read.
+    #[serde(with = "crate::state::hex")]
+    pub fifo: Vec<u8>,
     /// Input on its way.
-    line: VecDeque<u8>,
+    #[serde(with = "crate::state::hex")]
+    pub line: Vec<u8>,
     /// The line was full, and has had bytes all the time since.
-    line_was_full: bool,
+    pub line_was_full: bool,
     /// Line status reads in a row, up to [`POLLS`].
-    polls: u8,
+    pub polls: u8,
     /// Bytes sent in a row, up to the transmitter's depth.
-    burst: u8,
-    /// Whether the interrupt line was high after the last access.
-    interrupt_line: bool,
+    pub burst: u8,
 }
 
-impl Default for Uart {
+impl Default for UartState {
+    /// As firmware would leave it: 8 bits, no parity, 9600 baud.
     fn default() -> Self {
-        Uart {
+        UartState {
             interrupt_enable: 0,
             fifo_control: 0,
-            // 8 bits, no parity, 9600 baud, as firmware would leave it.
             line_control: 0x03,
             modem_control: modem_control::OUT2,
             modem_changes: 0,
@@ -164,18 +174,112 @@ impl Default for Uart {
             divisor: [0x0c, 0x00],
             overrun: false,
             transmitter_pending: false,
-            // Allocated here once: neither grows beyond this.
-            fifo: VecDeque::with_capacity(FIFO),
-            line: VecDeque::with_capacity(LINE),
+            fifo: Vec::new(),
+            line: Vec::new(),
             line_was_full: false,
             polls: 0,
             burst: 0,
-            interrupt_line: false,
         }
     }
 }
 
+/// The UART: what [`UartState`] says of each member holds here too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uart {
+    interrupt_enable: u8,
+    fifo_control: u8,
+    line_control: u8,
+    modem_control: u8,
+    modem_changes: u8,
+    scratch: u8,
+    divisor: [u8; 2],
+    overrun: bool,
+    transmitter_pending: bool,
+    fifo: VecDeque<u8>,
+    line: VecDeque<u8>,
+    line_was_full: bool,
+    polls: u8,
+    burst: u8,
+    /// Whether the interrupt line was high after the last access.
+    interrupt_line: bool,
+}
+
+/// What [`StateError`] calls it.
+const NAME: &str = "UART";
+
 impl Uart {
+    /// A UART in `state`.
+    ///
+    /// # Errors
+    /// When no UART can be in that state.
+    pub fn new(state: &UartState) -> Result<Self, StateError> {
+        let fifo_bits = fifo_control::ENABLE | fifo_control::TRIGGER;
+        for (what, value, bits) in [
+            ("interrupt_enable", state.interrupt_enable, enable::ALL),
+            ("fifo_control", state.fifo_control, fifo_bits),
+            ("modem_control", state.modem_control, modem_control::ALL),
+            ("modem_changes", state.modem_changes, modem_status::CHANGES),
+        ] {
+            state::check_bits(NAME, what, value, bits)?;
+        }
+        let mut uart = Uart {
+            interrupt_enable: state.interrupt_enable,
+            fifo_control: state.fifo_control,
+            line_control: state.line_control,
+            modem_control: state.modem_control,
+            modem_changes: state.modem_changes,
+            scratch: state.scratch,
+            divisor: state.divisor,
+            overrun: state.overrun,
+            transmitter_pending: state.transmitter_pending,
+            // Allocated here once: neither grows beyond this.
+            fifo: VecDeque::with_capacity(FIFO),
+            line: VecDeque::with_capacity(LINE),
+            // Or the serial thread would never hear that there is room again.
+            line_was_full: state.line_was_full || state.line.len() == LINE,
+            polls: state.polls,
+            burst: state.burst,
+            interrupt_line: false,
+        };
+        for (what, count, most) in [
+            ("bytes in fifo", state.fifo.len(), uart.depth()),
+            ("bytes in line", state.line.len(), LINE),
+            ("polls", state.polls.into(), POLLS.into()),
+            ("burst", state.burst.into(), FIFO),
+        ] {
+            state::check_max(NAME, what, count, most)?;
+        }
+        uart.fifo.extend(&state.fifo);
+        uart.line.extend(&state.line);
+        uart.interrupt_line = uart.identification() != identification::NONE;
+        Ok(uart)
+    }
+
+    /// Its state.
+    pub fn save(&self) -> UartState {
+        UartState {
+            interrupt_enable: self.interrupt_enable,
+            fifo_control: self.fifo_control,
+            line_control: self.line_control,
+            modem_control: self.modem_control,
+            modem_changes: self.modem_changes,
+            scratch: self.scratch,
+            divisor: self.divisor,
+            overrun: self.overrun,
+            transmitter_pending: self.transmitter_pending,
+            fifo: self.fifo.iter().copied().collect(),
+            line: self.line.iter().copied().collect(),
+            line_was_full: self.line_was_full,
+            polls: self.polls,
+            burst: self.burst,
+        }
+    }
+
+    /// Whether the interrupt line is high.
+    pub const fn interrupts(&self) -> bool {
+        self.interrupt_line
+    }
+
     /// The guest reads `register`.
     pub fn read(&mut self, register: u8) -> (u8, Effects) {
         let mut effects = Effects::default();
@@ -480,11 +584,18 @@ mod tests {
         MODEM_CONTROL, MODEM_STATUS, SCRATCH,
     };
     use super::*;
+    use crate::state::state_round_trip;
 
     const LOOPBACK: u8 = 0x10;
     /// Enabled, both cleared.
     const FIFOS: u8 = 0x07;
     const TRIGGER_AT_8: u8 = 0x80;
+
+    impl Default for Uart {
+        fn default() -> Self {
+            Uart::new(&UartState::default()).unwrap()
+        }
+    }
 
     impl Uart {
         fn get(&mut self, register: u8) -> u8 {
@@ -886,6 +997,151 @@ mod tests {
     }
 
     #[test]
+    fn uart_when_it_was_saved_in_the_middle_of_a_transmission_goes_on() {
+        let mut uart = Uart::default();
+        uart.write(FIFO_CONTROL, FIFOS);
+        uart.write(INTERRUPT_ENABLE, 2);
+        assert_eq!(uart.get(INTERRUPT_ID), 0xc2);
+        assert!(!uart.interrupts());
+        assert!(uart.write(DATA, b'a').interrupt);
+        // The driver waits for the interrupt of this byte, which was raised and not served.
+        let mut uart = Uart::new(&uart.save()).unwrap();
+        assert!(uart.interrupts(), "to be raised again");
+        assert_eq!(uart.get(INTERRUPT_ID), 0xc2);
+        assert!(!uart.interrupts());
+        assert!(uart.write(DATA, b'b').interrupt);
+    }
+
+    #[test]
+    fn input_when_it_was_typed_before_the_uart_was_saved_is_kept() {
+        let mut uart = Uart::default();
+        uart.write(INTERRUPT_ENABLE, 1);
+        uart.write(FIFO_CONTROL, FIFOS);
+        uart.feed(&[b'x'; LINE]);
+        uart.get(LINE_STATUS);
+        let mut uart = Uart::new(&uart.save()).unwrap();
+        assert!(uart.interrupts());
+        assert_eq!(
+            uart.feed(b"yz").0,
+            2,
+            "what was shown to the driver left the line"
+        );
+        let read: Vec<_> = (0..LINE).map(|_| uart.read(DATA)).collect();
+        assert!(read.iter().all(|(byte, _)| *byte == b'x'));
+        assert_eq!(uart.drain(), b"yz");
+    }
+
+    #[test]
+    fn line_when_it_was_saved_full_tells_of_room() {
+        let mut uart = Uart::default();
+        uart.feed(&[b'x'; LINE]);
+        // Also when the state does not say so itself.
+        for line_was_full in [true, false] {
+            let state = UartState {
+                line_was_full,
+                ..uart.save()
+            };
+            let mut again = Uart::new(&state).unwrap();
+            again.write(INTERRUPT_ENABLE, 1);
+            let told = (0..LINE).filter(|_| again.read(DATA).1.room).count();
+            assert_eq!(told, 1);
+        }
+    }
+
+    #[test]
+    fn state_when_no_uart_can_be_in_it_is_refused_by_name() {
+        let good = UartState::default;
+        let fifos = || UartState {
+            fifo_control: 1,
+            ..good()
+        };
+        for (state, named) in [
+            (
+                UartState {
+                    interrupt_enable: 0x10,
+                    ..good()
+                },
+                "interrupt_enable",
+            ),
+            (
+                UartState {
+                    fifo_control: 0x02,
+                    ..good()
+                },
+                "fifo_control",
+            ),
+            (
+                UartState {
+                    modem_control: 0x20,
+                    ..good()
+                },
+                "modem_control",
+            ),
+            (
+                UartState {
+                    modem_changes: 0x10,
+                    ..good()
+                },
+                "modem_changes",
+            ),
+            (
+                UartState {
+                    polls: POLLS + 1,
+                    ..good()
+                },
+                "polls",
+            ),
+            (
+                UartState {
+                    burst: 17,
+                    ..good()
+                },
+                "burst",
+            ),
+            (
+                UartState {
+                    fifo: vec![0; 2],
+                    ..good()
+                },
+                "bytes in fifo: 2",
+            ),
+            (
+                UartState {
+                    fifo: vec![0; 17],
+                    ..fifos()
+                },
+                "bytes in fifo: 17",
+            ),
+            (
+                UartState {
+                    line: vec![0; LINE + 1],
+                    ..good()
+                },
+                "bytes in line: 65",
+            ),
+        ] {
+            let error = Uart::new(&state).unwrap_err().to_string();
+            assert!(error.contains("state of the UART"), "{error}");
+            assert!(error.contains(named), "{named}: {error}");
+        }
+        for state in [
+            UartState {
+                fifo: vec![0; 16],
+                burst: 16,
+                polls: POLLS,
+                ..fifos()
+            },
+            UartState {
+                fifo: vec![0],
+                line: vec![0; LINE],
+                ..good()
+            },
+        ] {
+            assert!(Uart::new(&state).is_ok(), "{state:?}");
+        }
+    }
+
+    #[test]
     fn any_accesses_leave_it_within_its_bounds() {
         let seed = std::process::id().wrapping_mul(0x9e37_79b9) | 1;
         println!("seed {seed}");
@@ -897,7 +1153,7 @@ mod tests {
             (state >> 8) as u8
         };
         let mut uart = Uart::default();
-        let (mut fed, mut taken) = (0u64, 0u64);
+        let (mut fed, mut taken, mut saved) = (0u64, 0u64, 0);
         for _ in 0..200_000 {
             match random() % 8 {
                 0 => fed += uart.feed(&[random(); 9]).0 as u64,
@@ -910,7 +1166,16 @@ mod tests {
             assert!(uart.ready() <= FIFO.max(uart.fifo.len()));
             let pending = uart.identification() != 1;
             assert_eq!(uart.interrupt_line, pending);
+            if random() == 0 {
+                // Nor does it matter that it is saved and made again meanwhile.
+                state_round_trip!(uart, |state| Uart::new(&state).unwrap());
+                let again = Uart::new(&uart.save()).unwrap();
+                assert_eq!(again, uart);
+                uart = again;
+                saved += 1;
+            }
         }
+        assert!(saved > 100, "{saved}");
         assert!(fed > 0 && taken > 0);
         // Neither buffer was ever moved to a larger place.
         assert!(uart.fifo.capacity() < 2 * FIFO && uart.line.capacity() < 2 * LINE);

@@ -30,16 +30,16 @@ use super::{Event, Settings};
 use crate::arch::boot;
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::chips::{self, Chips};
-use crate::arch::i8042::I8042;
-use crate::arch::power::Power;
-use crate::arch::split::Lines;
+use crate::arch::i8042::{I8042, I8042State};
+use crate::arch::power::{Power, PowerState};
+use crate::arch::split::{Lines, SplitChipsState};
 use crate::arch::{self, Vm, cpuid, layout};
 use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
 use crate::inbox::{Sender, inbox};
 use crate::memory::{Memory, Pages};
 use crate::seccomp::Category;
-use crate::serial::{self, Streams};
+use crate::serial::{self, Streams, UartState};
 use crate::sys::{fd, terminal};
 use crate::threads::{self, ParkedThread, ReadyLatch, parked};
 use crate::timeline::{Moment, Timeline};
@@ -216,10 +216,12 @@ pub fn begin(
         ram,
         ..Buses::default()
     };
-    let lines = Lines::place(chips, &vm, &mut buses.memory, &mut buses.ports);
+    let split = SplitChipsState::default();
+    let lines = Lines::place(chips, &split, &vm, &mut buses.memory, &mut buses.ports);
     let lines = lines.context(NOT_PLACED)?;
     let console = make_console(host, &lines, &configuration.console, &mut buses)?;
-    let keyboard = Arc::new(I8042::new(line(&lines, layout::I8042_GSI)?));
+    let keyboard = I8042::new(&I8042State::default(), line(&lines, layout::I8042_GSI)?);
+    let keyboard = Arc::new(keyboard.bare()?);
     let [first, ..] = layout::I8042_PORTS;
     for port in layout::I8042_PORTS {
         let ports = &mut buses.ports;
@@ -227,7 +229,7 @@ pub fn begin(
             .insert_part(port, 1, port.wrapping_sub(first), keyboard.clone())
             .context(NOT_PLACED)?;
     }
-    let power = Arc::new(Power::default());
+    let power = Arc::new(Power::new(&PowerState::default()));
     buses
         .ports
         .insert(layout::POWER_PORT, layout::POWER_PORTS, power.clone())
@@ -428,8 +430,9 @@ fn make_console(
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).context(FAILED)?;
     let line = line(lines, layout::SERIAL_GSI)?;
+    let state = UartState::default();
     let (uart, console) =
-        serial::console(line, streams, inbox, host.events.outbox()).context(FAILED)?;
+        serial::console(&state, line, streams, inbox, host.events.outbox()).context(FAILED)?;
     buses
         .ports
         .insert(layout::SERIAL_PORT, serial::PORTS, uart)

@@ -1,6 +1,8 @@
 //! From an opened /dev/kvm to a guest's first byte on the serial port, with `memory` and `arch`
 //! alone: both boot protocols, every vCPU count, and Linux as far as its first line.
 
+mod interrupts;
+
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::sync::Arc;
@@ -9,16 +11,13 @@ use std::time::{Duration, Instant};
 use crate::arch::boot::{Entry, command_line};
 use crate::arch::chips::Chips;
 use crate::arch::mask::{BitMask, CpuidMask, CpuidRegister, MsrMask};
-use crate::arch::split::Lines;
 use crate::arch::{Kernel, Protocol, Vcpu, Vm, boot, cpuid, layout, vcpu};
-use crate::bus::{Bus, Written};
 use crate::memory::Memory;
 use crate::needs;
 use crate::sys::kvm::Exit;
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::tempfile::TempFile;
 
 const SERIAL: u16 = 0x3f8;
@@ -402,99 +401,5 @@ fn boot_when_kernel_is_linux_prints_its_first_line() {
         let text = String::from_utf8_lossy(&line);
         println!("{protocol:?}, {:?}: {}", begin.elapsed(), text.trim());
         assert!(text.contains("Linux version"), "{text}");
-    }
-}
-
-/// 64-bit code of a guest that takes interrupts of I/O APIC line 5: masks the 8259s, turns its local
-/// APIC on, writes the line's entry (low half `entry`), prints `R`, and then `I` for each interrupt.
-fn interrupted_guest(entry: u32) -> Vec<u8> {
-    let mut code = vec![0xbc, 0, 0x30, 0, 0]; // mov esp, 0x3000
-    code.extend([0xb0, 0xff, 0xe6, 0x21, 0xe6, 0xa1]); // all lines of the 8259s masked
-    code.extend([0x0f, 0x01, 0x1c, 0x25, 0, 0x18, 0, 0]); // lidt [0x1800]
-    let store = |code: &mut Vec<u8>, address: u32, value: u32| {
-        code.push(0xb8); // mov eax, address
-        code.extend(address.to_le_bytes());
-        code.extend([0xc7, 0x00]); // mov dword [rax], value
-        code.extend(value.to_le_bytes());
-    };
-    store(&mut code, 0xfee0_00f0, 0x1ff);
-    store(&mut code, 0xfec0_0000, 0x1b);
-    store(&mut code, 0xfec0_0010, 0);
-    store(&mut code, 0xfec0_0000, 0x1a);
-    store(&mut code, 0xfec0_0010, entry);
-    code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'R', 0xee]); // out 0x3f8, 'R'
-    code.extend([0xfb, 0xf4, 0xeb, 0xfc]); // sti; hlt; back to sti
-    code.resize(HANDLER, 0x90);
-    code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'I', 0xee]);
-    store(&mut code, 0xfee0_00b0, 0); // end of interrupt
-    code.extend([0x48, 0xcf]); // iretq
-    code
-}
-
-/// Where the interrupt's handler is in the code.
-const HANDLER: usize = 0x80;
-
-#[test]
-fn interrupt_when_a_line_is_pulsed_reaches_the_guest_with_the_chips_in_either_place() {
-    needs!(kvm);
-    const VECTOR: u64 = 0x30;
-    const LEVEL: u32 = 1 << 15;
-    let kvm = Kvm::new().unwrap();
-    for (chips, trigger) in [
-        (Chips::Kernel, 0),
-        (Chips::Split, 0),
-        (Chips::Split, LEVEL),
-        (Chips::Kernel, LEVEL),
-    ] {
-        let file = elf(&interrupted_guest(VECTOR as u32 | trigger), 4096, true);
-        let protocol = Some(Protocol::Linux64);
-        let machine = machine_with(chips, &kvm, file.as_file(), 16, 1, protocol, "");
-        let (mut memory, mut ports) = (Bus::new(), Bus::new());
-        let lines = Lines::place(chips, &machine.vm, &mut memory, &mut ports).unwrap();
-        let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        lines.connect(&line, 5).unwrap();
-        let vcpu = &machine.vcpus[0];
-        let ram = machine.memory.ram();
-        let handler = LOAD_ADDRESS + HANDLER as u64;
-        let selector = u64::from(vcpu.get_sregs().unwrap().cs.selector);
-        // An interrupt gate of ring 0, and the table's limit and address.
-        let gate = handler & 0xffff | selector << 16 | 0x8e00 << 32 | handler >> 16 << 48;
-        let put = |value: u64, at: u64| ram.write_obj(value, GuestAddress(at)).unwrap();
-        put(gate, 0x1000 + 16 * VECTOR);
-        put(0x1000_0fff, 0x1800);
-        // Both APICs in the fourth GiB of the page tables.
-        put(0x4003, layout::PAGE_TABLES + layout::PAGE + 3 * 8);
-        for address in [0xfec0_0000u64, 0xfee0_0000] {
-            put(address | 0x83, 0x4000 + ((address >> 21) & 511) * 8);
-        }
-
-        // The next exits that are not the guest's way to its I/O APIC.
-        let next = || loop {
-            match vcpu.run().unwrap() {
-                Exit::MemoryWrite { address, data, len } => {
-                    assert!(matches!(memory.write(address, &data[..len]), Written::Done));
-                }
-                Exit::PortWrite(access) if access.port == SERIAL => {
-                    break Ok(vcpu.port_data(access, 0)[0]);
-                }
-                Exit::PortWrite(access) => {
-                    let byte = vcpu.port_data(access, 0)[0];
-                    assert!(matches!(
-                        ports.write(access.port.into(), &[byte]),
-                        Written::Done
-                    ));
-                }
-                other => break Err(other),
-            }
-        };
-        let what = format!("{chips:?}, {trigger:#x}");
-        assert_eq!(next(), Ok(b'R'), "{what}");
-        for _ in 0..3 {
-            line.write(1).unwrap();
-            assert_eq!(next(), Ok(b'I'), "{what}");
-            if chips == Chips::Split && trigger == LEVEL {
-                assert_eq!(next(), Err(Exit::EndOfInterrupt), "{what}");
-            }
-        }
     }
 }

@@ -7,9 +7,11 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Registers, Written};
+use crate::state::{self, StateError};
 
 /// Offset of the data port, 0x60.
 const DATA: u64 = 0;
@@ -83,14 +85,41 @@ pub struct I8042 {
     interrupt: EventFd,
 }
 
+/// The controller and its keyboard, as they are saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct I8042State {
+    /// The configuration byte.
+    pub config: u8,
+    /// A command whose data byte is still to come.
+    pub pending: Option<u8>,
+    /// The controller's own answer: read before anything of the keyboard's.
+    pub answer: Option<u8>,
+    /// What the keyboard has sent, and the guest has not read.
+    #[serde(with = "crate::state::hex")]
+    pub keyboard: Vec<u8>,
+    /// Status: the last write was a command.
+    pub last_was_command: bool,
+}
+
+impl Default for I8042State {
+    fn default() -> Self {
+        I8042State {
+            config: CONFIG_INTERRUPT | CONFIG_SYSTEM,
+            pending: None,
+            answer: None,
+            keyboard: Vec::new(),
+            last_was_command: false,
+        }
+    }
+}
+
+/// What [`I8042State`] says of each member holds here too.
 #[derive(Debug)]
 struct State {
     config: u8,
-    /// A command whose data byte is still to come.
     pending: Option<u8>,
-    /// The controller's own answer: read before anything of the keyboard's.
     answer: Option<u8>,
-    /// What the keyboard has sent.
     keyboard: VecDeque<u8>,
     last_was_command: bool,
 }
@@ -108,18 +137,47 @@ impl std::fmt::Display for KeyboardFull {
 impl std::error::Error for KeyboardFull {}
 
 impl I8042 {
-    /// A controller that raises `interrupt`, an irqfd of line 1.
-    pub fn new(interrupt: EventFd) -> I8042 {
-        I8042 {
+    /// A controller in `state` that raises `interrupt`, an irqfd of line 1.
+    ///
+    /// # Errors
+    /// When no controller can be in that state.
+    pub fn new(state: &I8042State, interrupt: EventFd) -> Result<I8042, StateError> {
+        let bytes = state.keyboard.len();
+        state::check_max("keyboard controller", "bytes in keyboard", bytes, QUEUE_MAX)?;
+        // Allocated here once: it never grows beyond this.
+        let mut keyboard = VecDeque::with_capacity(QUEUE_MAX);
+        keyboard.extend(&state.keyboard);
+        Ok(I8042 {
             state: Mutex::new(State {
-                config: CONFIG_INTERRUPT | CONFIG_SYSTEM,
-                pending: None,
-                answer: None,
-                keyboard: VecDeque::with_capacity(QUEUE_MAX),
-                last_was_command: false,
+                config: state.config,
+                pending: state.pending,
+                answer: state.answer,
+                keyboard,
+                last_was_command: state.last_was_command,
             }),
             interrupt,
+        })
+    }
+
+    /// Its state.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
+    pub fn save(&self) -> I8042State {
+        let state = self.lock();
+        I8042State {
+            config: state.config,
+            pending: state.pending,
+            answer: state.answer,
+            keyboard: state.keyboard.iter().copied().collect(),
+            last_was_command: state.last_was_command,
         }
+    }
+
+    /// Raises the interrupt if the keyboard has something and the guest wants to know. For a restored
+    /// guest: a pulse from before may be lost. To be called when the interrupt controllers are
+    /// restored.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for restoring snapshots"))]
+    pub fn raise_again(&self) {
+        self.interrupt(&self.lock());
     }
 
     /// Presses and releases Ctrl, Alt and Delete.
@@ -269,12 +327,18 @@ impl Registers for I8042 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::state_round_trip;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     fn controller() -> (I8042, EventFd) {
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
         let ours = interrupt.try_clone().unwrap();
-        (I8042::new(interrupt), ours)
+        let i8042 = I8042::new(&I8042State::default(), interrupt).unwrap();
+        (i8042, ours)
+    }
+
+    fn restored(state: I8042State) -> I8042 {
+        I8042::new(&state, EventFd::new(EFD_NONBLOCK).unwrap()).unwrap()
     }
 
     fn status(i8042: &I8042) -> u8 {
@@ -422,6 +486,66 @@ mod tests {
             send(&i8042, byte);
             assert!(interrupt.read().is_ok());
             assert_eq!(read_all(&i8042), answer, "{byte:#x}");
+        }
+    }
+
+    #[test]
+    fn state_when_a_controller_is_made_of_it_has_all_that_was_not_read() {
+        let (i8042, _) = controller();
+        state_round_trip!(i8042, restored);
+        i8042.ctrl_alt_del().unwrap();
+        data(&i8042);
+        command(&i8042, SELF_TEST);
+        state_round_trip!(i8042, restored);
+        let restored = restored(i8042.save());
+        assert_eq!(status(&restored), status(&i8042));
+        let mut expected = vec![SELF_TEST_PASSED];
+        expected.extend(&CTRL_ALT_DEL_SET_2[1..]);
+        assert_eq!(read_all(&restored), expected);
+    }
+
+    #[test]
+    fn state_when_a_command_waits_for_its_byte_takes_it() {
+        let (i8042, _) = controller();
+        command(&i8042, WRITE_CONFIG);
+        state_round_trip!(i8042, restored);
+        let restored = restored(i8042.save());
+        send(&restored, 0x45);
+        command(&restored, READ_CONFIG);
+        assert_eq!(data(&restored), 0x45);
+    }
+
+    #[test]
+    fn interrupt_when_raised_again_is_so_only_if_the_keyboard_waits_to_be_read() {
+        let (i8042, interrupt) = controller();
+        i8042.raise_again();
+        assert!(interrupt.read().is_err());
+        i8042.ctrl_alt_del().unwrap();
+        assert_eq!(interrupt.read().unwrap(), 1);
+        i8042.raise_again();
+        assert_eq!(interrupt.read().unwrap(), 1);
+        command(&i8042, DISABLE_KEYBOARD);
+        i8042.raise_again();
+        assert!(interrupt.read().is_err());
+    }
+
+    #[test]
+    fn state_when_its_keyboard_holds_more_than_there_is_room_for_is_refused() {
+        for (count, fits) in [(QUEUE_MAX, true), (QUEUE_MAX + 1, false)] {
+            let state = I8042State {
+                keyboard: vec![0xe0; count],
+                ..I8042State::default()
+            };
+            let made = I8042::new(&state, EventFd::new(EFD_NONBLOCK).unwrap());
+            assert_eq!(made.is_ok(), fits, "{count}");
+        }
+        // Whatever command is pending, its byte has an answer.
+        for pending in 0..=0xff {
+            let state = I8042State {
+                pending: Some(pending),
+                ..I8042State::default()
+            };
+            let _ = restored(state).write(DATA, &[0xff]);
         }
     }
 

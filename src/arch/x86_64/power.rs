@@ -9,6 +9,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Registers, Written};
 
 /// Offsets from [`POWER_PORT`](super::layout::POWER_PORT).
@@ -34,13 +36,36 @@ pub const RESET_VALUE: u8 = 1;
 const PANICKED: u8 = 1 << 0;
 const CRASH_LOADED: u8 = 1 << 1;
 
+/// The registers, as they are saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PowerState {
+    /// The guest has said that its kernel panicked.
+    pub panicked: bool,
+}
+
 /// The registers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Power {
     panicked: AtomicBool,
 }
 
 impl Power {
+    /// Registers in `state`.
+    pub fn new(state: &PowerState) -> Self {
+        Power {
+            panicked: AtomicBool::new(state.panicked),
+        }
+    }
+
+    /// Their state.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
+    pub fn save(&self) -> PowerState {
+        PowerState {
+            panicked: self.has_panicked(),
+        }
+    }
+
     /// Whether the guest has said that its kernel panicked.
     pub fn has_panicked(&self) -> bool {
         self.panicked.load(Ordering::Acquire)
@@ -78,6 +103,11 @@ impl Registers for Power {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::state_round_trip;
+
+    fn power() -> Power {
+        Power::new(&PowerState::default())
+    }
 
     /// What the machine does after a write: "on", "off" or "reset".
     fn effect(power: &Power, offset: u64, data: &[u8]) -> &'static str {
@@ -91,7 +121,7 @@ mod tests {
 
     #[test]
     fn write_when_any_byte_goes_to_any_register_only_one_powers_off_and_one_resets() {
-        let power = Power::default();
+        let power = power();
         for byte in 0..=0xff {
             let off = byte & 0b0011_1100 == 0b0011_0100;
             let reset = byte == 1;
@@ -113,17 +143,20 @@ mod tests {
     #[test]
     fn write_when_it_tells_of_a_panic_is_remembered() {
         for byte in 0..=0xff {
-            let power = Power::default();
+            let power = power();
             assert_eq!(effect(&power, PANIC, &[byte]), "on");
             assert_eq!(power.has_panicked(), byte & 3 != 0, "{byte:#x}");
             assert_eq!(effect(&power, PANIC, &[0]), "on");
             assert_eq!(power.has_panicked(), byte & 3 != 0, "{byte:#x}");
+            state_round_trip!(power, |state| Power::new(&state));
+            let restored = Power::new(&power.save());
+            assert_eq!(restored.has_panicked(), byte & 3 != 0, "{byte:#x}");
         }
     }
 
     #[test]
     fn accesses_when_wide_or_empty_count_by_their_first_byte() {
-        let power = Power::default();
+        let power = power();
         assert_eq!(effect(&power, SLEEP_CONTROL, &[0x34, 0, 1, 3]), "off");
         assert_eq!(effect(&power, SLEEP_CONTROL, &[0, 0, 1, 3]), "on");
         assert_eq!(effect(&power, RESET, &[1, 0xff]), "reset");

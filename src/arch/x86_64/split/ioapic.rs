@@ -15,17 +15,21 @@
 //! is slowed down: it has [`BURST`] changes, and one more each [`PERIOD`], whichever of its vCPUs
 //! make them.
 
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Missed;
 use crate::arch::layout::GSI_COUNT;
 use crate::bus::{Registers, Written};
 use crate::error;
+use crate::state::{self, StateError};
 
 /// Bytes of registers.
 pub const LENGTH: u64 = 0x100;
@@ -113,7 +117,8 @@ pub trait Router: Send + Sync {
 }
 
 /// All there is to know of the chip.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct IoApicState {
     /// The ID register, 0 to 15.
     pub id: u8,
@@ -153,22 +158,60 @@ struct Inner {
     told_of_failure: bool,
 }
 
+/// Why there is no chip.
+#[derive(Debug)]
+pub enum IoApicError {
+    /// No chip can be in such a state.
+    State(StateError),
+    /// KVM did not take its routes.
+    Routes(io::Error),
+}
+
+impl fmt::Display for IoApicError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IoApicError::State(cause) => cause.fmt(f),
+            IoApicError::Routes(_) => f.write_str("KVM_SET_GSI_ROUTING failed"),
+        }
+    }
+}
+
+impl Error for IoApicError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            IoApicError::State(_) => None,
+            IoApicError::Routes(cause) => Some(cause),
+        }
+    }
+}
+
 impl<R: Router> IoApic<R> {
-    /// A chip in `state`, whose routes `router` has none of yet.
-    pub fn new(state: IoApicState, router: R, missed: Arc<Missed>) -> Self {
-        let io_apic = IoApic {
+    /// A chip in `state`, whose routes `router` has none of yet: it gets those that the state has.
+    ///
+    /// # Errors
+    /// When no chip can be in that state, and the host's.
+    pub fn new(state: &IoApicState, router: R, missed: Arc<Missed>) -> Result<Self, IoApicError> {
+        state.check().map_err(IoApicError::State)?;
+        let routes = state.routes();
+        if routes != [None; PINS] {
+            router.set(&routes).map_err(IoApicError::Routes)?;
+        }
+        Ok(IoApic {
             inner: Mutex::new(Inner {
-                state,
-                routes: Some([None; PINS]),
+                state: state.clone(),
+                routes: Some(routes),
                 unheard: [const { None }; PINS],
                 pace: Pace::new(Instant::now()),
                 told_of_failure: false,
             }),
             router,
             missed,
-        };
-        io_apic.route(&mut io_apic.lock());
-        io_apic
+        })
+    }
+
+    /// Its state.
+    pub fn save(&self) -> IoApicState {
+        self.lock().state.clone()
     }
 
     /// Makes `line` the eventfd of line `gsi`; KVM listens to it from when the line is not masked.
@@ -238,6 +281,14 @@ impl Inner {
 }
 
 impl IoApicState {
+    fn check(&self) -> Result<(), StateError> {
+        const NAME: &str = "I/O APIC";
+        state::check_bits(NAME, "id", self.id, ID_MASK)?;
+        self.entries.iter().try_for_each(|entry| {
+            state::check_bits(NAME, "an entry of the table", *entry, entry::WRITABLE)
+        })
+    }
+
     fn read(&self) -> u32 {
         let id = (u32::from(self.id) & ID_MASK) << ID_SHIFT;
         match self.select {
@@ -369,6 +420,7 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::state_round_trip;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     /// Keeps what it is told.
@@ -409,13 +461,13 @@ mod tests {
     }
 
     fn chip() -> (IoApic<Arc<Told>>, Arc<Told>, Arc<Missed>) {
+        chip_in(&IoApicState::default())
+    }
+
+    fn chip_in(state: &IoApicState) -> (IoApic<Arc<Told>>, Arc<Told>, Arc<Missed>) {
         let (told, missed) = (Arc::new(Told::default()), Arc::new(Missed::default()));
-        let chip = IoApic::new(
-            IoApicState::default(),
-            Arc::clone(&told),
-            Arc::clone(&missed),
-        );
-        (chip, told, missed)
+        let chip = IoApic::new(state, Arc::clone(&told), Arc::clone(&missed));
+        (chip.unwrap(), told, missed)
     }
 
     fn put(chip: &impl Registers, register: u8, value: u32) {
@@ -564,12 +616,64 @@ mod tests {
         put(&chip, 0x1b, 0x0200_0000);
         put(&chip, 0x1a, 0x8031);
         put(&chip, 0x3e, 0x44);
-        let state = chip.lock().state.clone();
-        let other = Arc::new(Told::default());
-        let copy = IoApic::new(state.clone(), Arc::clone(&other), Arc::default());
-        assert_eq!(other.last(), told.last());
-        assert_eq!(copy.lock().state, state);
-        assert_eq!(get(&copy, 0x3e), 0x44);
+        put(&chip, 0, 0x0500_0000);
+        get(&chip, 0x3e);
+        state_round_trip!(chip, |state| chip_in(&state).0);
+        let (copy, other, _) = chip_in(&chip.save());
+        assert_eq!((other.count(), other.last()), (1, told.last()));
+        let mut selected = [0; 4];
+        copy.read(WINDOW, &mut selected);
+        assert_eq!(u32::from_le_bytes(selected), 0x44);
+    }
+
+    #[test]
+    fn state_when_a_chip_is_made_of_it_has_unmasked_lines_listened_to_at_once() {
+        let (chip, ..) = chip();
+        put(&chip, 0x1a, 0x31);
+        put(&chip, 0x1c, 0x1_0032);
+        let (copy, told, _) = chip_in(&chip.save());
+        for gsi in [5, 6] {
+            copy.connect(EventFd::new(EFD_NONBLOCK).unwrap(), gsi)
+                .unwrap();
+        }
+        assert_eq!(*told.heard.lock().unwrap(), [5]);
+        put(&copy, 0x1c, 0x32);
+        assert_eq!(*told.heard.lock().unwrap(), [5, 6]);
+        put(&copy, 0x1a, 0x31);
+        assert_eq!(told.count(), 2, "that one was known");
+    }
+
+    #[test]
+    fn state_when_no_chip_can_be_in_it_is_refused() {
+        let made = |state: &IoApicState| {
+            let made = IoApic::new(state, Arc::new(Told::default()), Arc::default());
+            made.map(drop).map_err(|error| error.to_string())
+        };
+        let mut state = IoApicState {
+            id: 0x10,
+            ..IoApicState::default()
+        };
+        assert!(made(&state).unwrap_err().contains("id is 0x10"));
+        state.id = 0x0f;
+        state.entries[7] = entry::WRITABLE;
+        state.select = 0xff;
+        assert_eq!(made(&state), Ok(()));
+        // What only the chip sets: delivery status, remote IRR; and a bit that is reserved.
+        for bit in [12, 14, 17, 55] {
+            state.entries[7] = 1 << bit;
+            let error = made(&state).unwrap_err();
+            assert!(error.contains("entry"), "{error}");
+        }
+    }
+
+    #[test]
+    fn state_when_kvm_refuses_its_routes_makes_no_chip() {
+        let told = Arc::new(Told::default());
+        *told.refuse.lock().unwrap() = true;
+        let mut state = IoApicState::default();
+        assert!(IoApic::new(&state, Arc::clone(&told), Arc::default()).is_ok());
+        state.entries[7] = 0x31;
+        assert!(IoApic::new(&state, told, Arc::default()).is_err());
     }
 
     #[test]

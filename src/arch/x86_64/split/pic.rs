@@ -6,8 +6,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::Missed;
 use crate::bus::{Registers, Written};
+use crate::state::{self, StateError};
 
 /// First port of each: command, then data.
 pub const MASTER_PORT: u64 = 0x20;
@@ -25,6 +28,8 @@ const DATA: u64 = 1;
 const INITIALIZE: u8 = 0x10;
 const FOURTH_FOLLOWS: u8 = 0x01;
 const SINGLE: u8 = 0x02;
+/// Words that follow the first one, at most.
+const WORDS_MAX: usize = 3;
 /// The line to which the other chip is connected.
 const CASCADE: u8 = 1 << 2;
 
@@ -37,7 +42,8 @@ pub struct Pic {
 }
 
 /// All there is to know of an 8259.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PicState {
     /// Lines that are masked.
     pub mask: u8,
@@ -46,13 +52,23 @@ pub struct PicState {
 }
 
 impl Pic {
-    /// The `master`, or the other one, as after a reset.
-    pub fn new(master: bool, missed: Arc<Missed>) -> Self {
-        Pic {
+    /// The `master`, or the other one, in `state`.
+    ///
+    /// # Errors
+    /// When no chip can be in that state.
+    pub fn new(master: bool, state: &PicState, missed: Arc<Missed>) -> Result<Self, StateError> {
+        let words = state.words_to_come.into();
+        state::check_max("8259", "words_to_come", words, WORDS_MAX)?;
+        Ok(Pic {
             master,
-            state: Mutex::default(),
+            state: Mutex::new(state.clone()),
             missed,
-        }
+        })
+    }
+
+    /// Its state.
+    pub fn save(&self) -> PicState {
+        self.lock().clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, PicState> {
@@ -108,15 +124,40 @@ impl Registers for Pic {
 }
 
 /// Which lines of the 8259s are levels: it holds what was written.
-#[derive(Debug, Default)]
-pub struct EdgeLevel(Mutex<[u8; PORTS as usize]>);
+#[derive(Debug)]
+pub struct EdgeLevel(Mutex<Levels>);
+
+/// The lines that are levels, a bit for each, as they are saved.
+pub type Levels = [u8; PORTS as usize];
 
 /// Lines that are always edges: timer, keyboard, cascade; real-time clock and coprocessor.
-const ALWAYS_EDGES: [u8; PORTS as usize] = [0x07, 0x21];
+const ALWAYS_EDGES: Levels = [0x07, 0x21];
+
+impl EdgeLevel {
+    /// The registers with these levels.
+    ///
+    /// # Errors
+    /// When one of them is always an edge.
+    pub fn new(levels: Levels) -> Result<Self, StateError> {
+        for (levels, edges) in levels.iter().zip(ALWAYS_EDGES) {
+            state::check_bits("8259", "edge_level", *levels, !edges)?;
+        }
+        Ok(EdgeLevel(Mutex::new(levels)))
+    }
+
+    /// The levels.
+    pub fn save(&self) -> Levels {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Levels> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Registers for EdgeLevel {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.lock();
         let from = lines
             .iter()
             .skip(usize::try_from(offset).unwrap_or(usize::MAX));
@@ -125,7 +166,7 @@ impl Registers for EdgeLevel {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Written {
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.lock();
         let at = usize::try_from(offset).unwrap_or(usize::MAX);
         let to = lines.iter_mut().zip(ALWAYS_EDGES).skip(at);
         to.zip(data)
@@ -137,6 +178,7 @@ impl Registers for EdgeLevel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::state_round_trip;
 
     fn get(registers: &impl Registers, offset: u64) -> u8 {
         let mut data = [0xee];
@@ -146,7 +188,42 @@ mod tests {
 
     fn pic(master: bool) -> (Pic, Arc<Missed>) {
         let missed = Arc::new(Missed::default());
-        (Pic::new(master, Arc::clone(&missed)), missed)
+        let pic = Pic::new(master, &PicState::default(), Arc::clone(&missed));
+        (pic.unwrap(), missed)
+    }
+
+    #[test]
+    fn state_when_a_chip_is_made_of_it_takes_the_words_that_are_to_come() {
+        let (pic, _) = pic(true);
+        let restored = |state: PicState| Pic::new(true, &state, Arc::default()).unwrap();
+        state_round_trip!(pic, restored);
+        for (offset, byte) in [(COMMAND, 0x11), (DATA, 0x30)] {
+            let _ = pic.write(offset, &[byte]);
+            state_round_trip!(pic, restored);
+        }
+        let pic = restored(pic.save());
+        for byte in [0x04, 0x01, 0xfb] {
+            assert_eq!(get(&pic, DATA), 0);
+            let _ = pic.write(DATA, &[byte]);
+        }
+        assert_eq!(get(&pic, DATA), 0xfb);
+        state_round_trip!(pic, restored);
+    }
+
+    #[test]
+    fn state_when_no_chip_can_be_in_it_is_refused() {
+        for (words_to_come, fits) in [(3, true), (4, false), (0xff, false)] {
+            let state = PicState {
+                mask: 0xff,
+                words_to_come,
+            };
+            let made = Pic::new(false, &state, Arc::default());
+            assert_eq!(made.is_ok(), fits, "{words_to_come}");
+        }
+        for levels in [[0x01, 0], [0, 0x20]] {
+            let error = EdgeLevel::new(levels).unwrap_err().to_string();
+            assert!(error.contains("edge_level"), "{error}");
+        }
     }
 
     #[test]
@@ -196,8 +273,9 @@ mod tests {
 
     #[test]
     fn edge_level_when_written_keeps_what_may_be_a_level() {
-        let registers = EdgeLevel::default();
+        let registers = EdgeLevel::new([0; 2]).unwrap();
         let _ = registers.write(0, &[0xff, 0xff, 0xff]);
+        state_round_trip!(registers, |levels| EdgeLevel::new(levels).unwrap());
         assert_eq!((get(&registers, 0), get(&registers, 1)), (0xf8, 0xde));
         let _ = registers.write(1, &[0]);
         let mut data = [0xee; 4];

@@ -8,7 +8,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Registers, Written};
+use crate::state::{self, StateError};
 
 /// Counters 0 to 2, then the control word.
 pub const PORT: u64 = 0x40;
@@ -19,6 +22,7 @@ pub const SPEAKER_PORT: u64 = 0x61;
 
 const CONTROL: u64 = 3;
 const COUNTERS: usize = 3;
+const MODE_MAX: u8 = 5;
 
 /// Counts in a second.
 const FREQUENCY: u128 = 1_193_182;
@@ -40,64 +44,86 @@ const GATE: u8 = 0x01;
 const REFRESH: u8 = 1 << 4;
 const OUTPUT: u8 = 1 << 5;
 /// How often memory was refreshed.
-const REFRESH_NANOS: u128 = 15_085;
+const REFRESH_NANOS: u64 = 15_085;
 
 /// Which bytes of a count are written and read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Bytes {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bytes {
+    /// The low one; the high one is 0.
     #[default]
     Low,
+    /// The high one; the low one is 0.
     High,
+    /// The low one, then the high one.
     Both,
 }
 
-/// One counter.
-#[derive(Clone, Debug, Default)]
-struct Counter {
-    mode: u8,
-    bytes: Bytes,
+/// One counter. Its members are what it is saved as.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counter {
+    /// 0 to 5.
+    pub mode: u8,
+    /// Which bytes of the count are written and read.
+    pub bytes: Bytes,
     /// 0 stands for 65,536, and is what it starts with.
-    count: u16,
-    /// When it was loaded, in nanoseconds since the chip was made; `None` until then.
-    loaded: Option<u128>,
+    pub count: u16,
+    /// When it was loaded, by [`PitState::nanos`]; `None` until then.
+    pub loaded: Option<u64>,
     /// The low byte, until the high one is written.
-    low: Option<u8>,
+    pub low: Option<u8>,
     /// A count that was latched, as far as it was not read yet.
-    latched: Option<u16>,
-    status: Option<u8>,
+    pub latched: Option<u16>,
+    /// The same of the status.
+    pub status: Option<u8>,
     /// The next byte to read is a high one.
-    high_next: bool,
-    gate: bool,
+    pub high_next: bool,
+    /// Whether its gate is open.
+    pub gate: bool,
+}
+
+/// The chip and port 0x61, as they are saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PitState {
+    /// Nanoseconds that have passed for the chip. It is restored with as many: the time in between
+    /// does not pass for it.
+    pub nanos: u64,
+    /// Its counters.
+    pub counters: [Counter; COUNTERS],
+    /// What the guest wrote to port 0x61.
+    pub speaker: u8,
+}
+
+impl Default for PitState {
+    fn default() -> Self {
+        // Only counter 2 has a gate that software reaches.
+        let counter = |gate| Counter {
+            gate,
+            ..Counter::default()
+        };
+        PitState {
+            nanos: 0,
+            counters: [true, true, false].map(counter),
+            speaker: 0,
+        }
+    }
 }
 
 /// The chip.
 #[derive(Debug)]
 pub struct Pit {
-    state: Mutex<State>,
-    since: Instant,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    counters: [Counter; COUNTERS],
-    speaker: u8,
-}
-
-impl Default for Pit {
-    fn default() -> Self {
-        let mut state = State::default();
-        // Only counter 2 has a gate that software reaches.
-        for counter in state.counters.iter_mut().take(2) {
-            counter.gate = true;
-        }
-        Pit {
-            state: Mutex::new(state),
-            since: Instant::now(),
-        }
-    }
+    /// Its `nanos` are those of when the chip was made.
+    state: Mutex<PitState>,
+    made: Instant,
 }
 
 impl Counter {
+    fn check(&self) -> Result<(), StateError> {
+        state::check_max("8254", "mode", self.mode.into(), MODE_MAX.into())
+    }
+
     /// 1 to 65,536.
     fn start(&self) -> u128 {
         match self.count {
@@ -107,14 +133,14 @@ impl Counter {
     }
 
     /// Counts since it was loaded.
-    fn passed(&self, now: u128) -> u128 {
+    fn passed(&self, now: u64) -> u128 {
         let since = self.loaded.unwrap_or(now);
         let nanos = now.saturating_sub(since);
-        nanos.saturating_mul(FREQUENCY) / NANOS
+        u128::from(nanos).saturating_mul(FREQUENCY) / NANOS
     }
 
     /// What it has come to; of modes 2 and 3 it begins again by itself.
-    fn value(&self, now: u128) -> u16 {
+    fn value(&self, now: u64) -> u16 {
         let (start, passed) = (self.start(), self.passed(now));
         let value = match self.mode {
             2 => start.saturating_sub(passed.checked_rem(start).unwrap_or(0)),
@@ -128,7 +154,7 @@ impl Counter {
     }
 
     /// Its output.
-    fn output(&self, now: u128) -> bool {
+    fn output(&self, now: u64) -> bool {
         if self.loaded.is_none() {
             return self.mode != 0;
         }
@@ -142,7 +168,7 @@ impl Counter {
         }
     }
 
-    fn write(&mut self, byte: u8, now: u128) {
+    fn write(&mut self, byte: u8, now: u64) {
         let count = match (self.bytes, self.low.take()) {
             (Bytes::Low, _) => u16::from(byte),
             (Bytes::High, _) => u16::from_le_bytes([0, byte]),
@@ -156,7 +182,7 @@ impl Counter {
         self.loaded = Some(now);
     }
 
-    fn read(&mut self, now: u128) -> u8 {
+    fn read(&mut self, now: u64) -> u8 {
         if let Some(status) = self.status.take() {
             return status;
         }
@@ -177,13 +203,13 @@ impl Counter {
         byte
     }
 
-    fn latch(&mut self, now: u128) {
+    fn latch(&mut self, now: u64) {
         if self.latched.is_none() {
             self.latched = Some(self.value(now));
         }
     }
 
-    fn latch_status(&mut self, now: u128) {
+    fn latch_status(&mut self, now: u64) {
         if self.status.is_none() {
             let output = if self.output(now) { STATUS_OUTPUT } else { 0 };
             let null = if self.loaded.is_none() {
@@ -200,7 +226,7 @@ impl Counter {
         }
     }
 
-    fn control(&mut self, word: u8, now: u128) {
+    fn control(&mut self, word: u8, now: u64) {
         self.bytes = match (word >> 4) & 3 {
             0 => return self.latch(now),
             1 => Bytes::Low,
@@ -222,7 +248,7 @@ impl Counter {
     }
 
     /// A gate that opens lets all modes but 0 and 4 begin again.
-    fn set_gate(&mut self, open: bool, now: u128) {
+    fn set_gate(&mut self, open: bool, now: u64) {
         if open && !self.gate && !matches!(self.mode, 0 | 4) && self.loaded.is_some() {
             self.loaded = Some(now);
         }
@@ -231,9 +257,39 @@ impl Counter {
 }
 
 impl Pit {
-    fn lock(&self) -> (MutexGuard<'_, State>, u128) {
+    /// A chip in `state`, made at `now`.
+    ///
+    /// # Errors
+    /// When no chip can be in that state.
+    pub fn new(state: &PitState, now: Instant) -> Result<Self, StateError> {
+        state::check_bits("8254", "speaker", state.speaker, WRITABLE)?;
+        state.counters.iter().try_for_each(Counter::check)?;
+        Ok(Pit {
+            state: Mutex::new(state.clone()),
+            made: now,
+        })
+    }
+
+    /// Its state at `now`.
+    pub fn save(&self, now: Instant) -> PitState {
+        let (state, _) = self.lock();
+        PitState {
+            nanos: self.nanos(&state, now),
+            ..state.clone()
+        }
+    }
+
+    fn lock(&self) -> (MutexGuard<'_, PitState>, u64) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        (state, self.since.elapsed().as_nanos())
+        let now = self.nanos(&state, Instant::now());
+        (state, now)
+    }
+
+    /// Nanoseconds that have passed for the chip at `now`.
+    fn nanos(&self, state: &PitState, now: Instant) -> u64 {
+        let passed = now.saturating_duration_since(self.made).as_nanos();
+        let passed = u64::try_from(passed).unwrap_or(u64::MAX);
+        state.nanos.saturating_add(passed)
     }
 
     fn control(&self, word: u8) {
@@ -260,7 +316,7 @@ impl Pit {
 }
 
 /// The counter at `offset`.
-fn counter(state: &mut State, offset: u64) -> Option<&mut Counter> {
+fn counter(state: &mut PitState, offset: u64) -> Option<&mut Counter> {
     state.counters.get_mut(usize::try_from(offset).ok()?)
 }
 
@@ -327,11 +383,16 @@ impl Registers for Speaker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::state_round_trip;
     use std::time::Duration;
 
     /// Nanoseconds of `counts`, rounded up.
-    fn nanos(counts: u128) -> u128 {
-        (counts * NANOS).div_ceil(FREQUENCY)
+    fn nanos(counts: u128) -> u64 {
+        (counts * NANOS).div_ceil(FREQUENCY) as u64
+    }
+
+    fn pit() -> Pit {
+        Pit::new(&PitState::default(), Instant::now()).unwrap()
     }
 
     fn loaded(mode: u8, count: u16) -> Counter {
@@ -343,7 +404,7 @@ mod tests {
         counter
     }
 
-    fn read(counter: &mut Counter, now: u128) -> u16 {
+    fn read(counter: &mut Counter, now: u64) -> u16 {
         let low = counter.read(now);
         u16::from_le_bytes([low, counter.read(now)])
     }
@@ -400,7 +461,7 @@ mod tests {
 
     #[test]
     fn read_back_when_status_and_count_are_asked_for_gives_status_first() {
-        let pit = Pit::default();
+        let pit = pit();
         let get = |offset| {
             let mut data = [0xee];
             pit.read(offset, &mut data);
@@ -420,7 +481,7 @@ mod tests {
 
     #[test]
     fn speaker_port_when_counter_2_has_run_out_says_so() {
-        let pit = Arc::new(Pit::default());
+        let pit = Arc::new(pit());
         let speaker = Speaker::new(Arc::clone(&pit));
         let get = || {
             let mut data = [0xee];
@@ -453,9 +514,102 @@ mod tests {
     }
 
     #[test]
+    fn state_when_a_chip_is_made_of_it_counts_on_from_there() {
+        let made = Instant::now();
+        let pit = Pit::new(&PitState::default(), made).unwrap();
+        state_round_trip!(pit, |state| Pit::new(&state, made).unwrap(), |pit| pit
+            .save(made));
+        let pit = Arc::new(pit);
+        let _ = Speaker::new(Arc::clone(&pit)).write(0, &[3]);
+        // Mode 0, both bytes; one of them read, one latched count, one status.
+        for (offset, byte) in [
+            (3, 0xb0),
+            (2, 0x34),
+            (2, 0x12),
+            (3, 0xc8),
+            (3, 0x34),
+            (0, 1),
+        ] {
+            let _ = pit.write(offset, &[byte]);
+        }
+        pit.read(2, &mut [0]);
+        let later = made + Duration::from_secs(1);
+        let saved = pit.save(later);
+        assert_eq!(saved.nanos, 1_000_000_000);
+        let restored_at = later + Duration::from_secs(3600);
+        state_round_trip!(
+            pit,
+            |state| Arc::new(Pit::new(&state, later).unwrap()),
+            |pit| pit.save(later)
+        );
+        let restored = Pit::new(&saved, restored_at).unwrap();
+        let half_a_second = restored.save(restored_at + Duration::from_millis(500));
+        assert_eq!(half_a_second.nanos, 1_500_000_000);
+        assert_eq!(half_a_second.counters, saved.counters);
+        assert_eq!(
+            restored.save(made).nanos,
+            1_000_000_000,
+            "time that goes back"
+        );
+    }
+
+    #[test]
+    fn state_when_no_chip_can_be_in_it_is_refused() {
+        let good = PitState::default;
+        let with = |counter: Counter| PitState {
+            counters: [Counter::default(), counter, Counter::default()],
+            ..good()
+        };
+        let mode = |mode| Counter {
+            mode,
+            ..Counter::default()
+        };
+        let now = Instant::now();
+        assert!(Pit::new(&with(mode(5)), now).is_ok());
+        let error = Pit::new(&with(mode(6)), now).unwrap_err().to_string();
+        assert!(
+            error.contains("8254") && error.contains("mode: 6"),
+            "{error}"
+        );
+        let speaker = PitState {
+            speaker: 0x10,
+            ..good()
+        };
+        let error = Pit::new(&speaker, now).unwrap_err().to_string();
+        assert!(error.contains("speaker is 0x10"), "{error}");
+    }
+
+    #[test]
+    fn state_when_its_times_are_beyond_all_others_can_be_read() {
+        for (nanos, loaded) in [(u64::MAX, 0), (0, u64::MAX), (u64::MAX, u64::MAX)] {
+            for mode in 0..=5 {
+                let counter = Counter {
+                    mode,
+                    loaded: Some(loaded),
+                    ..Counter::default()
+                };
+                let state = PitState {
+                    nanos,
+                    counters: [(); 3].map(|()| counter.clone()),
+                    speaker: 0,
+                };
+                let pit = Arc::new(Pit::new(&state, Instant::now()).unwrap());
+                let _ = pit.write(CONTROL, &[0xce]);
+                for offset in 0..3 {
+                    pit.read(offset, &mut [0]);
+                }
+                Speaker::new(Arc::clone(&pit)).read(0, &mut [0]);
+                assert!(pit.save(Instant::now()).nanos >= nanos);
+            }
+        }
+    }
+
+    #[test]
     fn anything_when_written_leaves_a_counter_that_can_be_read() {
-        let pit = Pit::default();
-        let speaker = Speaker::new(Arc::new(Pit::default()));
+        let pit = pit();
+        let speaker = Speaker::new(Arc::new(
+            Pit::new(&pit.save(Instant::now()), Instant::now()).unwrap(),
+        ));
         for word in 0..=255u8 {
             for byte in [0, 1, 0xff] {
                 let _ = pit.write(CONTROL, &[word]);
