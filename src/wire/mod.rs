@@ -8,6 +8,7 @@
 //! bounded by the caller, and a wrong member is an error with its name.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+pub mod check;
 pub mod client;
 pub mod config;
 pub mod end;
