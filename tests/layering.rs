@@ -81,7 +81,7 @@ const JAILER_SEES: &str = "wire";
 /// implementations), and why they cannot do without. SECURITY.md refers to this list.
 const UNSAFE: &[(&str, usize, &str)] = &[
     (
-        "src/memory.rs",
+        "src/memory/mapping.rs",
         3,
         "maps files into guest memory and registers it with KVM: the mapping must outlive the VM",
     ),
@@ -119,6 +119,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         "src/sys/landlock.rs",
         3,
         "the three calls of Landlock, which libc gives no wrappers for",
+    ),
+    (
+        "src/sys/pagemap.rs",
+        2,
+        "PAGEMAP_SCAN and mincore, with structures and a buffer of ours, to find the pages that hold something",
     ),
     (
         "src/sys/process.rs",

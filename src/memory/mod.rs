@@ -1,4 +1,4 @@
-//! Guest memory: what it is made of, how files get into it, and its registration with KVM.
+//! Guest memory: what it is made of, how files get into it, and how it gets into files.
 //!
 //! Owned by control; devices and vCPUs hold clones of [`Ram`], whose regions are shared. Files
 //! are mapped privately over the guest's pages rather than read into them: nothing is copied at
@@ -8,28 +8,45 @@
 //! when it is done later: a file cut short shows as SIGBUS where this process touches guest
 //! memory, and where the guest does as EFAULT or a memory fault from KVM_RUN, or, when KVM
 //! emulates the instruction, as an MMIO exit with an address in RAM.
+//!
+//! A memory image is a file of exactly the size of guest memory: its regions one after the other,
+//! without the hole. A place in it is called an offset, in contrast to a guest address. [`image`]
+//! writes one while the guest is paused, [`Memory::from_image`] maps one.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+#![cfg_attr(
+    not(test),
+    expect(dead_code, reason = "for snapshots, which control does not offer yet")
+)]
 
+mod error;
+pub mod image;
+mod load;
 pub mod mapped;
+mod mapping;
+mod occupied;
+mod page_set;
+mod source;
+mod write_log;
 
-use std::error::Error;
-use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
-use vm_memory::mmap::{FromRangesError, MmapRegionError};
+use rustix::fs::MemfdFlags;
+use vm_memory::mmap::{FromRangesError, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion, VolatileSlice,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap,
 };
 
+pub use error::MemoryError;
+pub use source::Source;
+pub use write_log::WriteLog;
+
 /// Guest RAM as devices see it. Cloning it copies a few pointers.
-pub type Ram = GuestMemoryMmap<()>;
+pub type Ram = GuestMemoryMmap<WriteLog>;
+
+type Region = GuestRegionMmap<WriteLog>;
 
 const MIB: u64 = 1 << 20;
 
@@ -50,12 +67,6 @@ const SLOT_MAX: u64 = ((1 << 31) - 1) * PAGE;
 /// given, and with sizes that can only be a mistake they could exhaust the host.
 const OVERCOMMIT_MAX: u64 = 16;
 
-/// What is shorter is copied: a mapping costs about as much as 16 pages copied.
-const MAP_MIN: u64 = 16 * PAGE;
-
-/// How much is read at a time when a file is copied.
-const COPY_CHUNK: u64 = 256 * 1024;
-
 /// What guest memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
@@ -67,188 +78,62 @@ pub enum Pages {
     TwoMib,
 }
 
+/// Where the pages of fresh guest memory belong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// To this process alone.
+    Anonymous,
+    /// To a file in memory (memfd) that can be frozen and passed on.
+    Shared,
+}
+
+/// What is below everything that was mapped over guest memory.
+#[derive(Clone, Debug)]
+enum Base {
+    Anonymous,
+    Shared(Arc<File>),
+    /// A private mapping of a memory image.
+    Image(Arc<Source>),
+}
+
+/// A part of guest memory that is a private mapping of a file.
+#[derive(Clone, Debug)]
+struct MappedPart {
+    /// Where it begins in a memory image.
+    offset: u64,
+    len: u64,
+    source: Arc<Source>,
+    in_file: u64,
+}
+
 /// Guest memory, and the files that are mapped into it.
 #[derive(Debug)]
 pub struct Memory {
     ram: Ram,
     size_mib: u64,
     pages: Pages,
+    base: Base,
     /// Kept open to see whether they change.
-    sources: Vec<Arc<Source>>,
+    parts: Vec<MappedPart>,
     records: Vec<mapped::Record>,
 }
 
-/// A file to fill guest memory from, with its size and time of change when it was opened.
-#[derive(Debug)]
-pub struct Source {
-    file: File,
-    name: String,
-    len: u64,
-    modified: (i64, i64),
+/// The pieces of RAM of a guest: first address, place in a memory image, bytes.
+struct Layout {
+    size: u64,
+    pieces: Vec<Piece>,
 }
 
-/// Why there is no guest memory, or why something did not get into it.
-#[derive(Debug)]
-pub enum MemoryError {
-    /// 0 MiB.
-    Nothing,
-    /// More than KVM, or any host, can have.
-    TooLarge {
-        /// What was asked for.
-        size_mib: u64,
-        /// What would have been possible.
-        limit_mib: u64,
-    },
-    /// The host refused to map it.
-    Map {
-        /// What was asked for.
-        size_mib: u64,
-        /// The host's reason.
-        cause: FromRangesError,
-    },
-    /// The host's pool has not as many huge pages.
-    HugePages {
-        /// What was asked for.
-        size_mib: u64,
-        /// The host's reason.
-        cause: MmapRegionError,
-    },
-    /// A range that is not in RAM, or not in one piece of it.
-    Outside {
-        /// First guest address.
-        address: u64,
-        /// Bytes.
-        len: u64,
-    },
-    /// A file could not be read, or ended early.
-    Read {
-        /// The file.
-        name: String,
-        /// The host's reason.
-        cause: io::Error,
-    },
-    /// KVM refused a memory slot.
-    Register(kvm_ioctls::Error),
+#[derive(Clone, Copy)]
+struct Piece {
+    address: GuestAddress,
+    offset: u64,
+    len: usize,
 }
 
-impl fmt::Display for MemoryError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            MemoryError::Nothing => write!(f, "0 MiB of guest memory is too little to run a guest"),
-            MemoryError::TooLarge {
-                size_mib,
-                limit_mib,
-            } => write!(
-                f,
-                "{size_mib} MiB of guest memory is more than this host can map ({limit_mib} MiB)"
-            ),
-            MemoryError::Map { size_mib, .. } => {
-                write!(f, "the host cannot map {size_mib} MiB of guest memory")
-            }
-            MemoryError::HugePages { size_mib, .. } => write!(
-                f,
-                "{size_mib} MiB of guest memory need {} huge pages of 2 MiB, and the host's pool \
-                 has not as many free (see nr_hugepages below /sys/kernel/mm/hugepages)",
-                size_mib.div_ceil(2)
-            ),
-            MemoryError::Outside { address, len } => {
-                write!(f, "{len} bytes at {address:#x} are not in guest memory")
-            }
-            MemoryError::Read { name, .. } => write!(f, "{name} cannot be read"),
-            MemoryError::Register(_) => write!(f, "KVM refused the guest memory"),
-        }
-    }
-}
-
-impl Error for MemoryError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match self {
-            MemoryError::Map { cause, .. } => Some(cause),
-            MemoryError::HugePages { cause, .. } => Some(cause),
-            MemoryError::Read { cause, .. } => Some(cause),
-            MemoryError::Register(cause) => Some(cause),
-            _ => None,
-        }
-    }
-}
-
-impl Source {
-    /// Takes a copy of the descriptor `file`; `name` is how errors call it.
-    ///
-    /// # Errors
-    /// When the host has no descriptor left.
-    pub fn new(file: &File, name: &str) -> io::Result<Source> {
-        let file = file.try_clone()?;
-        let metadata = file.metadata()?;
-        Ok(Source {
-            name: name.to_owned(),
-            len: metadata.len(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            file,
-        })
-    }
-
-    /// Another handle on the same file, with the size and time of change of this one.
-    ///
-    /// # Errors
-    /// When the host has no descriptor left.
-    pub fn try_clone(&self) -> io::Result<Source> {
-        Ok(Source {
-            file: self.file.try_clone()?,
-            name: self.name.clone(),
-            len: self.len,
-            modified: self.modified,
-        })
-    }
-
-    /// How errors call it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Bytes in the file when it was opened.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether there was nothing in the file.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Fills `bytes` from `offset` on, without moving the file's position.
-    ///
-    /// # Errors
-    /// The host's, or an unexpected end.
-    pub fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(bytes, offset)
-    }
-
-    /// Whether size and time of change are what they were.
-    pub fn is_unchanged(&self) -> bool {
-        self.file.metadata().is_ok_and(|now| {
-            now.len() == self.len && (now.mtime(), now.mtime_nsec()) == self.modified
-        })
-    }
-}
-
-impl Memory {
-    /// Makes `size_mib` MiB of private anonymous memory, none of it touched: up to 3 GiB from
-    /// address 0, the rest from 4 GiB.
-    ///
-    /// # Errors
-    /// [`MemoryError`] when the size is 0 or more than the host can map.
-    #[cfg(test)]
-    pub fn anonymous(size_mib: u64) -> Result<Memory, MemoryError> {
-        Memory::new(size_mib, Pages::Ordinary)
-    }
-
-    /// The same, made of `pages`.
-    ///
-    /// # Errors
-    /// [`MemoryError`] when the size is 0, more than the host can map, or more than its pool of
-    /// huge pages has.
-    pub fn new(size_mib: u64, pages: Pages) -> Result<Memory, MemoryError> {
+impl Layout {
+    /// Up to 3 GiB from address 0, the rest from 4 GiB.
+    fn new(size_mib: u64) -> Result<Layout, MemoryError> {
         if size_mib == 0 {
             return Err(MemoryError::Nothing);
         }
@@ -266,32 +151,146 @@ impl Memory {
         };
         let low = size.min(LOW_RAM_END_MAX);
         let high = size.saturating_sub(low);
-        let mut ranges = Vec::with_capacity(2);
-        for (first, len) in [(0, low), (HIGH_RAM, high)] {
+        let mut pieces = Vec::with_capacity(2);
+        for (address, offset, len) in [(0, 0, low), (HIGH_RAM, low, high)] {
             if len > 0 {
                 let Ok(len) = usize::try_from(len) else {
                     return Err(too_large);
                 };
-                ranges.push((GuestAddress(first), len));
+                let address = GuestAddress(address);
+                pieces.push(Piece {
+                    address,
+                    offset,
+                    len,
+                });
             }
         }
-        let refused = |cause| MemoryError::Map { size_mib, cause };
-        let ram = match pages {
-            Pages::Ordinary => Ram::from_ranges(&ranges).map_err(refused)?,
-            Pages::Transparent => {
-                let ram = Ram::from_ranges(&ranges).map_err(refused)?;
-                ram.iter().for_each(advise_huge);
-                ram
+        Ok(Layout { size, pieces })
+    }
+
+    /// Maps all pieces with `flags`, of `file` if there is one.
+    fn map(
+        &self,
+        flags: i32,
+        file: Option<&Arc<File>>,
+        log_writes: bool,
+    ) -> Result<Ram, MmapRegionError> {
+        let mut regions = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let log = WriteLog::new(piece.len, log_writes);
+            let mut builder = MmapRegionBuilder::new_with_bitmap(piece.len, log)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(flags);
+            if let Some(file) = file {
+                builder =
+                    builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), piece.offset));
             }
-            Pages::TwoMib => huge(&ranges, size_mib)?,
+            let region = Region::new(builder.build()?, piece.address);
+            regions.push(region.ok_or(MmapRegionError::InvalidOffsetLength)?);
+        }
+        // In order and without overlap: never refused.
+        Ram::from_regions(regions).map_err(|_| MmapRegionError::MappingOverlap)
+    }
+}
+
+impl Memory {
+    /// Makes `size_mib` MiB of private anonymous memory, none of it touched: up to 3 GiB from
+    /// address 0, the rest from 4 GiB.
+    ///
+    /// # Errors
+    /// [`MemoryError`] when the size is 0 or more than the host can map.
+    #[cfg(test)]
+    pub fn anonymous(size_mib: u64) -> Result<Memory, MemoryError> {
+        Memory::new(size_mib, Pages::Ordinary, Backing::Anonymous, false)
+    }
+
+    /// The same, made of `pages` that belong to `backing`. With `log_writes` it is recorded which
+    /// pages the monitor writes.
+    ///
+    /// # Errors
+    /// [`MemoryError`] when the size is 0, more than the host can map, or more than its pool of
+    /// huge pages has; when there cannot be such pages with this backing.
+    pub fn new(
+        size_mib: u64,
+        pages: Pages,
+        backing: Backing,
+        log_writes: bool,
+    ) -> Result<Memory, MemoryError> {
+        let layout = Layout::new(size_mib)?;
+        let (ram, base) = match backing {
+            Backing::Anonymous => (
+                anonymous(&layout, size_mib, pages, log_writes)?,
+                Base::Anonymous,
+            ),
+            Backing::Shared if pages == Pages::TwoMib => return Err(MemoryError::SharedHugePages),
+            Backing::Shared => {
+                let file = Arc::new(memfd(layout.size).map_err(MemoryError::Shared)?);
+                let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+                let ram = layout.map(flags, Some(&file), log_writes);
+                (ram.map_err(refused(size_mib))?, Base::Shared(file))
+            }
         };
-        Ok(Memory {
+        if pages == Pages::Transparent {
+            ram.iter().for_each(mapping::advise_huge);
+        }
+        Ok(Memory::of(ram, size_mib, pages, base))
+    }
+
+    /// Guest memory that is a private mapping of the memory image `source`, whose length must be
+    /// exactly `size_mib` MiB. Pages of 2 MiB are filled by copying instead.
+    ///
+    /// # Errors
+    /// [`MemoryError`] as from [`Memory::new`], and when the length differs or the file can be
+    /// neither mapped nor read.
+    pub fn from_image(
+        source: &Arc<Source>,
+        size_mib: u64,
+        pages: Pages,
+        log_writes: bool,
+    ) -> Result<Memory, MemoryError> {
+        let layout = Layout::new(size_mib)?;
+        if source.len() != layout.size {
+            return Err(MemoryError::ImageLength {
+                name: source.name().to_owned(),
+                len: source.len(),
+                wanted: layout.size,
+            });
+        }
+        if pages == Pages::TwoMib {
+            let memory = Memory::new(size_mib, pages, Backing::Anonymous, log_writes)?;
+            memory.fill(source)?;
+            return Ok(memory);
+        }
+        let read = |cause| MemoryError::Read {
+            name: source.name().to_owned(),
+            cause,
+        };
+        let file = Arc::new(source.file.try_clone().map_err(read)?);
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let ram = layout.map(flags, Some(&file), log_writes);
+        let ram = ram.map_err(refused(size_mib))?;
+        if pages == Pages::Transparent {
+            ram.iter().for_each(mapping::advise_huge);
+        }
+        let base = Base::Image(Arc::clone(source));
+        let mut memory = Memory::of(ram, size_mib, pages, base);
+        for region in memory.ram.iter() {
+            let first = region.as_ptr() as usize;
+            let range = first..first.saturating_add(region.size());
+            memory.records.extend(mapped::record(range, source.name()));
+        }
+        Ok(memory)
+    }
+
+    fn of(ram: Ram, size_mib: u64, pages: Pages, base: Base) -> Memory {
+        Memory {
             ram,
             size_mib,
             pages,
-            sources: Vec::new(),
+            base,
+            parts: Vec::new(),
             records: Vec::new(),
-        })
+        }
     }
 
     /// The guest's RAM.
@@ -318,6 +317,18 @@ impl Memory {
             .map(|region| (region.start_addr().raw_value(), region.len()))
     }
 
+    /// Where the byte at guest address `address` is in a memory image.
+    pub fn offset_of(&self, address: u64) -> Option<u64> {
+        let mut before: u64 = 0;
+        for (first, len) in self.regions() {
+            match address.checked_sub(first) {
+                Some(inside) if inside < len => return before.checked_add(inside),
+                _ => before = before.saturating_add(len),
+            }
+        }
+        None
+    }
+
     /// Writes `bytes` at guest address `address`.
     ///
     /// # Errors
@@ -331,232 +342,74 @@ impl Memory {
             })
     }
 
-    /// Makes `len` bytes of `source` from `offset` on appear at guest address `address`.
-    ///
-    /// Whole pages are mapped privately from the file where file and guest agree about where
-    /// pages begin; what is left at both ends, and files that cannot be mapped, are copied.
-    ///
-    /// # Errors
-    /// [`MemoryError`] when the range is not in one piece of RAM, or the file cannot be read.
-    pub fn map_file(
-        &mut self,
-        source: &Source,
-        offset: u64,
-        address: u64,
-        len: u64,
-    ) -> Result<(), MemoryError> {
-        let outside = MemoryError::Outside { address, len };
-        let (Some(end), Some(_)) = (address.checked_add(len), offset.checked_add(len)) else {
-            return Err(outside);
-        };
-        let in_one_piece = self
-            .ram
-            .find_region(GuestAddress(address))
-            .is_some_and(|r| end.saturating_sub(1) <= r.last_addr().raw_value());
-        if len == 0 || !in_one_piece {
-            return Err(outside);
-        }
-
-        // Bytes before the first whole page, whole pages, and the rest.
-        let head = address.wrapping_neg() & (PAGE - 1);
-        let whole = len.saturating_sub(head) & !(PAGE - 1);
-        let agree = (address ^ offset) & (PAGE - 1) == 0;
-        // A part of a huge page cannot be exchanged.
-        if !agree || whole < MAP_MIN || self.pages == Pages::TwoMib {
-            return self.copy(source, offset, address, len);
-        }
-        let (Some(from), Some(to)) = (offset.checked_add(head), address.checked_add(head)) else {
-            return Err(outside);
-        };
-        let (Some(rest_from), Some(rest_to)) = (from.checked_add(whole), to.checked_add(whole))
-        else {
-            return Err(outside);
-        };
-        if !self.map_pages(source, from, to, whole)? {
-            self.copy(source, from, to, whole)?;
-        }
-        self.copy(source, offset, address, head)?;
-        self.copy(source, rest_from, rest_to, end.saturating_sub(rest_to))
-    }
-
     /// The first mapped file whose size or time of change is no longer what it was when it was
     /// opened.
     pub fn changed_file(&self) -> Option<&str> {
-        self.sources
-            .iter()
+        self.sources()
             .find(|source| !source.is_unchanged())
             .map(|source| source.name())
     }
 
     /// The files that are mapped into it.
     pub fn mapped_files(&self) -> Vec<Arc<Source>> {
-        self.sources.clone()
+        let mut files: Vec<Arc<Source>> = Vec::new();
+        for source in self.sources() {
+            if !files.iter().any(|file| file.name() == source.name()) {
+                files.push(Arc::clone(source));
+            }
+        }
+        files
     }
 
-    /// Registers all of RAM with `vm`, one slot for each piece. With `track_dirty` KVM logs which
-    /// pages the guest writes; to switch that on later costs milliseconds.
-    ///
-    /// To be called by what keeps RAM mapped for as long as any descriptor of `vm` is open.
-    ///
-    /// # Errors
-    /// [`MemoryError::Register`] when KVM refuses a slot.
-    #[expect(unsafe_code, reason = "registration with KVM")]
-    pub(crate) fn register(&self, vm: &VmFd, track_dirty: bool) -> Result<(), MemoryError> {
-        let flags = if track_dirty {
-            KVM_MEM_LOG_DIRTY_PAGES
-        } else {
-            0
+    /// The file of each part that is mapped.
+    fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
+        let image = match &self.base {
+            Base::Image(source) => Some(source),
+            Base::Anonymous | Base::Shared(_) => None,
         };
-        for (slot, region) in (0u32..).zip(self.ram.iter()) {
-            let slot = kvm_userspace_memory_region {
-                slot,
-                flags,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the region is mapped for its whole length as long as a clone of `ram`
-            // lives; `arch::Vm` and its `Vcpu`s each hold one beside their descriptor. Regions
-            // do not overlap, by construction of `ram`.
-            unsafe { vm.set_user_memory_region(slot) }.map_err(MemoryError::Register)?;
-        }
-        Ok(())
-    }
-
-    /// Maps whole pages of `source` over the guest's; `false` when the host cannot map that file.
-    fn map_pages(
-        &mut self,
-        source: &Source,
-        offset: u64,
-        address: u64,
-        len: u64,
-    ) -> Result<bool, MemoryError> {
-        let outside = MemoryError::Outside { address, len };
-        let (Ok(file_offset), Ok(bytes)) = (i64::try_from(offset), usize::try_from(len)) else {
-            return Err(outside);
-        };
-        let Ok(host) = self.ram.get_slice(GuestAddress(address), bytes) else {
-            return Err(outside);
-        };
-        let first = host.ptr_guard().as_ptr() as usize;
-        let Some(end) = first.checked_add(bytes) else {
-            return Err(outside);
-        };
-        if map_over(&host, Some((&source.file, file_offset))).is_err() {
-            // The attempt may have taken away what was there.
-            return match map_over(&host, None) {
-                Ok(()) => Ok(false),
-                Err(cause) => Err(MemoryError::Read {
-                    name: source.name.clone(),
-                    cause,
-                }),
-            };
-        }
-        self.records
-            .extend(mapped::record(first..end, &source.name));
-        if !self.sources.iter().any(|s| s.name == source.name) {
-            let copy = source.try_clone().map_err(|cause| MemoryError::Read {
-                name: source.name.clone(),
-                cause,
-            })?;
-            self.sources.push(Arc::new(copy));
-        }
-        Ok(true)
-    }
-
-    fn copy(
-        &self,
-        source: &Source,
-        offset: u64,
-        address: u64,
-        len: u64,
-    ) -> Result<(), MemoryError> {
-        let mut chunk = vec![0; usize::try_from(len.min(COPY_CHUNK)).unwrap_or(0)];
-        let mut done: u64 = 0;
-        while done < len {
-            let count = len.saturating_sub(done).min(COPY_CHUNK);
-            let outside = MemoryError::Outside { address, len };
-            let (Some(from), Some(to)) = (offset.checked_add(done), address.checked_add(done))
-            else {
-                return Err(outside);
-            };
-            let Some(bytes) = usize::try_from(count).ok().and_then(|n| chunk.get_mut(..n)) else {
-                return Err(outside);
-            };
-            source
-                .read_exact_at(bytes, from)
-                .map_err(|cause| MemoryError::Read {
-                    name: source.name.clone(),
-                    cause,
-                })?;
-            self.write(to, bytes)?;
-            done = done.saturating_add(count);
-        }
-        Ok(())
+        image
+            .into_iter()
+            .chain(self.parts.iter().map(|part| &part.source))
     }
 }
 
-/// Guest memory of huge pages. They are set aside here (there is no MAP_NORESERVE), so that the
-/// guest cannot come to an end for want of one.
-fn huge(ranges: &[(GuestAddress, usize)], size_mib: u64) -> Result<Ram, MemoryError> {
-    const FLAGS: i32 =
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
-    let mut regions = Vec::with_capacity(ranges.len());
-    for (first, len) in ranges {
-        let (address, len) = (first.raw_value(), *len);
-        let mapped = MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, FLAGS)
-            .map_err(|cause| MemoryError::HugePages { size_mib, cause })?;
-        regions.push(
-            GuestRegionMmap::new(mapped, *first).ok_or(MemoryError::Outside {
-                address,
-                len: len as u64,
-            })?,
-        );
-    }
-    Ram::from_regions(regions).map_err(|cause| MemoryError::Map {
+/// What to do with the host's refusal to map guest memory.
+fn refused(size_mib: u64) -> impl Fn(MmapRegionError) -> MemoryError {
+    move |cause| MemoryError::Map {
         size_mib,
-        cause: cause.into(),
-    })
+        cause: FromRangesError::from(cause),
+    }
 }
 
-/// Asks the host to use huge pages for a piece of guest memory where it can.
-#[expect(unsafe_code, reason = "madvise(2) on guest memory")]
-fn advise_huge(region: &GuestRegionMmap) {
-    let host = region.as_ptr().cast();
-    // SAFETY: the region, borrowed for the call, is mapped for its whole length; the advice changes
-    // nothing that is in it. A host that does not take it uses ordinary pages.
-    unsafe { libc::madvise(host, region.size(), libc::MADV_HUGEPAGE) };
+/// Memory that belongs to this process alone. Huge pages are set aside here (there is no
+/// MAP_NORESERVE), so that the guest cannot come to an end for want of one.
+fn anonymous(
+    layout: &Layout,
+    size_mib: u64,
+    pages: Pages,
+    log_writes: bool,
+) -> Result<Ram, MemoryError> {
+    const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    match pages {
+        Pages::Ordinary | Pages::Transparent => layout
+            .map(PRIVATE | libc::MAP_NORESERVE, None, log_writes)
+            .map_err(refused(size_mib)),
+        Pages::TwoMib => layout
+            .map(
+                PRIVATE | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+                None,
+                log_writes,
+            )
+            .map_err(|cause| MemoryError::HugePages { size_mib, cause }),
+    }
 }
 
-/// Replaces whole pages of guest memory by private ones of a file, or by fresh ones.
-#[expect(unsafe_code, reason = "mapping files into guest memory")]
-fn map_over(pages: &VolatileSlice<'_>, file: Option<(&File, i64)>) -> io::Result<()> {
-    if pages.len() as u64 & (PAGE - 1) != 0 {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    let (flags, fd, offset) = match file {
-        Some((file, offset)) => (flags, file.as_raw_fd(), offset),
-        None => (flags | libc::MAP_ANONYMOUS, -1, 0),
-    };
-    // SAFETY: the slice's lifetime keeps it mapped, and no reference to what is in it exists, as
-    // with all memory that is accessed by such slices: to them this is a write like any other. It
-    // is whole pages, as was just checked, and the kernel refuses it if it does not begin with one:
-    // so nothing beside it is replaced.
-    let result = unsafe {
-        libc::mmap(
-            pages.ptr_guard_mut().as_ptr().cast(),
-            pages.len(),
-            libc::PROT_READ | libc::PROT_WRITE,
-            flags,
-            fd,
-            offset,
-        )
-    };
-    if result == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+/// A file in memory of `len` bytes, all of them holes, that can be sealed.
+fn memfd(len: u64) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(rustix::fs::memfd_create("guest memory", flags)?);
+    file.set_len(len)?;
+    Ok(file)
 }
 
 /// Memory and swap of the host, in bytes.
@@ -566,7 +419,6 @@ fn host_bytes() -> u64 {
         .saturating_add(info.totalswap)
         .saturating_mul(u64::from(info.mem_unit))
 }
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -710,7 +562,9 @@ mod tests {
     fn huge_when_the_pool_has_too_few_says_so() {
         // More than any pool has, less than would be refused for its size alone.
         let mib = host_bytes() / MIB + (host_bytes() / MIB) % 2;
-        let error = Memory::new(mib, Pages::TwoMib).unwrap_err().to_string();
+        let error = Memory::new(mib, Pages::TwoMib, Backing::Anonymous, false)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains(&format!("need {} huge pages", mib / 2)),
             "{error}"
@@ -725,7 +579,7 @@ mod tests {
         }
         let bytes = pattern(1 << 20);
         let (_file, source) = source(&bytes);
-        let mut memory = Memory::new(4, Pages::TwoMib).unwrap();
+        let mut memory = Memory::new(4, Pages::TwoMib, Backing::Anonymous, false).unwrap();
         memory.map_file(&source, 0, 0, 1 << 20).unwrap();
         assert_eq!(read(&memory, 0, 1 << 20), bytes);
     }
@@ -734,7 +588,7 @@ mod tests {
     fn transparent_when_asked_for_is_memory_all_the_same() {
         let bytes = pattern(1 << 20);
         let (_file, source) = source(&bytes);
-        let mut memory = Memory::new(4, Pages::Transparent).unwrap();
+        let mut memory = Memory::new(4, Pages::Transparent, Backing::Anonymous, false).unwrap();
         memory.map_file(&source, 0, 0, 1 << 20).unwrap();
         assert_eq!(read(&memory, 0, 1 << 20), bytes);
     }

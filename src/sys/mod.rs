@@ -1,5 +1,5 @@
-//! Thin safe wrappers over raw system calls: the only code, beside guest memory's registration
-//! with KVM, that may be `unsafe`. Each wrapper is complete: no caller has a promise to keep. Nothing
+//! Thin safe wrappers over raw system calls: the only code, beside the mapping of guest memory and
+//! its registration with KVM, that may be `unsafe`. Each wrapper is complete: no caller has a promise to keep. Nothing
 //! here knows of anything else in the program; exit codes come in as values.
 #![expect(unsafe_code, reason = "this is where raw system calls are wrapped")]
 
@@ -9,6 +9,7 @@ pub mod fd;
 pub mod io;
 pub mod kvm;
 pub mod landlock;
+pub mod pagemap;
 pub mod passed;
 pub mod process;
 pub mod signal;

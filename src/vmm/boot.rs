@@ -37,7 +37,7 @@ use crate::arch::{self, Vm, cpuid, layout};
 use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
 use crate::inbox::{Sender, inbox};
-use crate::memory::{Memory, Pages};
+use crate::memory::{Backing, Memory, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, Streams, UartState};
 use crate::sys::{fd, terminal};
@@ -171,7 +171,12 @@ pub fn begin(
         HugePages::Transparent => Pages::Transparent,
         HugePages::TwoMib => Pages::TwoMib,
     };
-    let memory = Memory::new(machine.mem_size_mib, pages);
+    let memory = Memory::new(
+        machine.mem_size_mib,
+        pages,
+        Backing::Anonymous,
+        machine.track_dirty_pages,
+    );
     let mut memory = memory.context("Making guest memory failed")?;
     let chips = choose_chips(&kvm, configuration, kernel)?;
     let vm = Vm::around(vm, &kvm, &memory, machine.track_dirty_pages, chips);
