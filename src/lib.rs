@@ -33,7 +33,7 @@
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
-//!   2  serial   memory   files   threads
+//!   2  serial   memory   snapshot   files   threads
 //!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   error   of each other they see nothing
 //!      state            what the saved states of all parts share
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
@@ -68,6 +68,9 @@ mod program;
 mod rate_limiter;
 mod seccomp;
 mod serial;
+/// The format of a snapshot's files, for the tools that look at them and merge them.
+#[doc(hidden)]
+pub mod snapshot;
 mod state;
 mod sys;
 mod threads;

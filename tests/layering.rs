@@ -25,6 +25,7 @@ const MONITOR: &[(&str, u8)] = &[
     ("serial", 4),
     ("memory", 4),
     ("error", 4),
+    ("snapshot", 4),
     ("rate_limiter", 3),
     ("bus", 3),
     ("inbox", 3),

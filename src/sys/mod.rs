@@ -6,6 +6,7 @@
 pub mod allocator;
 pub mod clock;
 pub mod fd;
+pub mod folder;
 pub mod io;
 pub mod kvm;
 pub mod landlock;

@@ -2,7 +2,8 @@
 //! a guest ended, the configuration in JSON and its reader, ids, limits, the operations of its API
 //! and a client for it, descriptors that go along with a request, and taps.
 //!
-//! The one public module of the library, for the jailer, the tests and the measuring tools. It makes
+//! The public module of the library, for the jailer, the tests and the measuring tools (tools that read
+//! snapshots also see [`snapshot`](crate::snapshot)). It makes
 //! no threads, knows nothing of KVM and has no state; of the rest of the library it sees only the
 //! wrappers of system calls. What is read from a client or a file is never trusted: reading is
 //! bounded by the caller, and a wrong member is an error with its name.

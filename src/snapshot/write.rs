@@ -1,0 +1,473 @@
+//! Writing a state file and a memory image so that what is in place is the old pair or the new one.
+//!
+//! At paths, in this order:
+//! 1. both temporary files are made and locked; what a killed create left is repaired or removed;
+//! 2. the memory image is written and synced, then the state file;
+//! 3. the memory image is put in place by exchanging it with the old one, which then has the temporary
+//!    name: a reader of the old state file finds it there by its id
+//!    ([`partial_memory`](super::partial_memory));
+//! 4. the state file is renamed into place: from here on the pair is the new one;
+//! 5. the old image is removed.
+//!
+//! An error before step 4 undoes everything. On a file system that cannot exchange, the image is
+//! renamed over the old one: a process that is killed just then leaves a pair that does not fit, and
+//! its ids tell.
+//!
+//! In descriptors, the state file's fixed header is made zero before anything else is written, and is
+//! written last: until then the state file is refused as unfinished.
+
+use std::error::Error;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use super::header::{FIXED, MemoryImage};
+use super::place::{Place, Target, check_passed};
+use super::read::{check_memory, read};
+use crate::sys::folder::Folder;
+
+/// Why a snapshot was not written.
+#[derive(Debug)]
+pub enum WriteError {
+    /// The host's.
+    Io {
+        /// What was to be done.
+        what: &'static str,
+        /// With what.
+        file: PathBuf,
+        /// Why it failed.
+        cause: io::Error,
+    },
+    /// There is something else than a regular file.
+    Kind(String, &'static str),
+    /// A passed descriptor was opened in a way that does not serve.
+    Access(String, &'static str),
+    /// Both files are one.
+    Same,
+    /// Another process writes a snapshot there.
+    Busy(PathBuf),
+    /// The name is of the form that temporary files have.
+    Temporary(PathBuf),
+    /// What has the temporary name is no file.
+    Occupied(PathBuf),
+    /// The memory image was not written.
+    Memory(Box<dyn Error + Send + Sync>),
+    /// The state was not put together.
+    State(Box<dyn Error + Send + Sync>),
+}
+
+impl WriteError {
+    pub(super) fn io(what: &'static str, file: &Path, cause: io::Error) -> Self {
+        let file = file.into();
+        WriteError::Io { what, file, cause }
+    }
+}
+
+impl fmt::Display for WriteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WriteError::Io { what, file, cause } => {
+                write!(f, "Cannot {what} `{}`: {cause}", file.display())
+            }
+            WriteError::Kind(file, kind) => write!(
+                f,
+                "Cannot write a snapshot to `{file}`: it is {kind}, not a file"
+            ),
+            WriteError::Access(file, why) => {
+                write!(f, "Cannot write a snapshot to `{file}`: it {why}")
+            }
+            WriteError::Same => f.write_str(
+                "The state and the memory of a snapshot cannot be written to one and the same file. \
+                 Name two",
+            ),
+            WriteError::Busy(file) => write!(
+                f,
+                "Cannot write a snapshot to `{}`: another process is writing one there. Try again \
+                 when it has finished",
+                file.display()
+            ),
+            WriteError::Temporary(file) => write!(
+                f,
+                "Cannot write a snapshot to `{}`: names that end like this are those of temporary \
+                 files. Choose another",
+                file.display()
+            ),
+            WriteError::Occupied(file) => write!(
+                f,
+                "Cannot write a snapshot: the temporary file `{}` cannot be made, because there is \
+                 something else than a file. Remove it",
+                file.display()
+            ),
+            WriteError::Memory(_) => f.write_str("Cannot write the guest's memory"),
+            WriteError::State(_) => f.write_str("Cannot put the state together"),
+        }
+    }
+}
+
+impl Error for WriteError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            WriteError::Memory(cause) | WriteError::State(cause) => Some(cause.as_ref()),
+            _ => None,
+        }
+    }
+}
+
+/// Tests end the process here, before each system call that changes something.
+#[cfg(not(test))]
+pub(super) fn step() {}
+#[cfg(test)]
+pub(super) use super::tests::step;
+
+/// One of the two files, from its beginning to its place.
+enum Output {
+    At {
+        place: Place,
+        file: File,
+        is_placed: bool,
+        has_old: bool,
+    },
+    In {
+        file: File,
+        name: String,
+    },
+}
+
+impl Output {
+    fn file(&self) -> &File {
+        match self {
+            Output::At { file, .. } | Output::In { file, .. } => file,
+        }
+    }
+
+    fn error(&self, what: &'static str, cause: io::Error) -> WriteError {
+        match self {
+            Output::At { place, .. } => place.error(what, cause),
+            Output::In { name, .. } => WriteError::io(what, Path::new(name), cause),
+        }
+    }
+
+    fn sync(&self) -> Result<(), WriteError> {
+        step();
+        let synced = self.file().sync_all();
+        synced.map_err(|cause| self.error("sync", cause))
+    }
+
+    /// Puts a whole file in place: exchanged with what is there, if that can be.
+    fn exchange(&mut self) -> Result<(), WriteError> {
+        let Output::At {
+            place,
+            is_placed,
+            has_old,
+            ..
+        } = self
+        else {
+            return Ok(());
+        };
+        let error = |cause| place.error("put the new memory file in place at", cause);
+        let (folder, partial, name) = (&place.folder, &place.partial, &place.name);
+        step();
+        *has_old = place.old.is_some() && folder.exchange(partial, name).map_err(error)?;
+        if !*has_old {
+            folder.rename(partial, name).map_err(error)?;
+        }
+        *is_placed = true;
+        step();
+        folder.sync().map_err(error)
+    }
+
+    /// Puts the old file, or none, back in place.
+    fn undo(&mut self) {
+        let Output::At {
+            place,
+            is_placed,
+            has_old,
+            ..
+        } = self
+        else {
+            return;
+        };
+        let Place {
+            folder,
+            partial,
+            name,
+            old,
+            ..
+        } = place;
+        if !*is_placed {
+            return;
+        }
+        // A failure here leaves what a kill would leave; the first error is the one to tell.
+        let undone = match (*has_old, &old) {
+            (true, _) => folder.exchange(name, partial).map(drop),
+            (false, None) => folder.rename(name, partial),
+            (false, Some(_)) => return,
+        };
+        if undone.is_ok() {
+            (*is_placed, *has_old) = (false, false);
+        }
+    }
+
+    /// Renames a whole file into place.
+    fn rename(&mut self) -> Result<(), WriteError> {
+        let Output::At {
+            place, is_placed, ..
+        } = self
+        else {
+            return Ok(());
+        };
+        let error = |cause| place.error("put the new state file in place at", cause);
+        step();
+        let renamed = place.folder.rename(&place.partial, &place.name);
+        renamed.map_err(error)?;
+        *is_placed = true;
+        Ok(())
+    }
+
+    fn folder(&self) -> Option<&Folder> {
+        match self {
+            Output::At { place, .. } => Some(&place.folder),
+            Output::In { .. } => None,
+        }
+    }
+}
+
+impl Drop for Output {
+    /// Removes the temporary name: what was not finished, or the old file.
+    fn drop(&mut self) {
+        if let Output::At {
+            place,
+            is_placed,
+            has_old,
+            ..
+        } = self
+            && (*has_old || !*is_placed)
+        {
+            step();
+            // What cannot be removed, the next create removes.
+            let _ = place.folder.remove(&place.partial);
+        }
+    }
+}
+
+/// Where something goes, as far as it is known before anything is changed.
+enum Site {
+    Path(Place),
+    File(File, String),
+}
+
+impl Site {
+    fn of(target: Target) -> Result<Self, WriteError> {
+        match target {
+            Target::Path(path) => Place::find(&path).map(Site::Path),
+            Target::File { file, name } => {
+                check_passed(&file, &name)?;
+                Ok(Site::File(file, name))
+            }
+        }
+    }
+
+    /// What is there already.
+    fn existing(&self) -> Option<&File> {
+        match self {
+            Site::Path(place) => place.old.as_ref(),
+            Site::File(file, _) => Some(file),
+        }
+    }
+
+    fn error(&self, what: &'static str, cause: io::Error) -> WriteError {
+        match self {
+            Site::Path(place) => place.error(what, cause),
+            Site::File(_, name) => WriteError::io(what, Path::new(name), cause),
+        }
+    }
+
+    fn begin(self) -> Result<Output, WriteError> {
+        match self {
+            Site::Path(place) => Ok(Output::At {
+                file: place.begin()?,
+                place,
+                is_placed: false,
+                has_old: false,
+            }),
+            Site::File(file, name) => Ok(Output::In { file, name }),
+        }
+    }
+
+    /// Removes what a killed create left at the temporary name.
+    fn clear(&self) -> Result<(), WriteError> {
+        if let Site::Path(place) = self
+            && let Some(_locked) = place.leftover()?
+        {
+            step();
+            let removed = place.folder.remove(&place.partial);
+            removed.map_err(|cause| place.error("remove the temporary file beside", cause))?;
+        }
+        Ok(())
+    }
+}
+
+fn check_differ(state: &Site, memory: &Site) -> Result<(), WriteError> {
+    let error = |cause| memory.error("look at", cause);
+    let same = match (state.existing(), memory.existing(), state, memory) {
+        (Some(one), Some(other), ..) => {
+            let one = one.metadata().map_err(error)?;
+            let other = other.metadata().map_err(error)?;
+            (one.dev(), one.ino()) == (other.dev(), other.ino())
+        }
+        (None, None, Site::Path(one), Site::Path(other)) => one.is_same(other).map_err(error)?,
+        _ => false,
+    };
+    match same {
+        true => Err(WriteError::Same),
+        false => Ok(()),
+    }
+}
+
+/// Puts the memory image back that the state file belongs to, if a killed create had exchanged it
+/// already; else removes what that left.
+fn repair(state: &Site, memory: &mut Site) -> Result<(), WriteError> {
+    let old_state = state.existing().and_then(|file| read(file).ok());
+    let Site::Path(place) = memory else {
+        return Ok(());
+    };
+    let Some(left) = place.leftover()? else {
+        return Ok(());
+    };
+    if let Some((header, _)) = old_state
+        && check_memory(&header, &left).is_ok()
+        && (place.old.as_ref()).is_none_or(|image| check_memory(&header, image).is_err())
+    {
+        let error = |cause| place.error("put the old memory file back in place at", cause);
+        step();
+        place
+            .folder
+            .rename(&place.partial, &place.name)
+            .map_err(error)?;
+        place.old = Some(left);
+        return Ok(());
+    }
+    step();
+    let removed = place.folder.remove(&place.partial);
+    removed.map_err(|cause| place.error("remove the temporary file beside", cause))
+}
+
+/// Writes a memory image, with `fill`, and then the state file that `encode` puts together for it, and
+/// puts both in place. `fill` gets an empty file, or a passed one as it is, and leaves it with the
+/// length and the id that it returns. `wait` is told what may take long.
+///
+/// # Errors
+/// Nothing is changed then, except in what was passed as a descriptor.
+pub fn write_pair<M, S>(
+    state: Target,
+    memory: Target,
+    wait: &dyn Fn(&str),
+    fill: impl FnOnce(&File) -> Result<MemoryImage, M>,
+    encode: impl FnOnce(MemoryImage) -> Result<Vec<u8>, S>,
+) -> Result<(), WriteError>
+where
+    M: Into<Box<dyn Error + Send + Sync>>,
+    S: Into<Box<dyn Error + Send + Sync>>,
+{
+    wait("looking for the places of the snapshot's files");
+    let state = Site::of(state)?;
+    let mut memory = Site::of(memory)?;
+    check_differ(&state, &memory)?;
+    state.clear()?;
+    let mut state = StateOutput::begin(state, |state| repair(state, &mut memory))?;
+    if let Site::Path(place) = &memory {
+        place.lock_old()?;
+    }
+    let mut memory = memory.begin()?;
+    wait("writing the snapshot's memory file");
+    step();
+    let image = fill(memory.file()).map_err(|cause| WriteError::Memory(cause.into()))?;
+    wait("syncing the snapshot's memory file");
+    memory.sync()?;
+    let bytes = encode(image).map_err(|cause| WriteError::State(cause.into()))?;
+    wait("writing the snapshot's state file");
+    state.write(&bytes)?;
+    wait("putting the snapshot's files in place");
+    if let Err(error) = memory.exchange().and_then(|()| state.commit(&bytes)) {
+        if !state.is_committed() {
+            memory.undo();
+        }
+        return Err(error);
+    }
+    Ok(())
+}
+
+/// Writes a state file alone: its memory image is in place elsewhere.
+///
+/// # Errors
+/// Nothing is changed then, except in what was passed as a descriptor.
+pub fn write_state(state: Target, bytes: &[u8], wait: &dyn Fn(&str)) -> Result<(), WriteError> {
+    wait("writing the snapshot's state file");
+    let state = Site::of(state)?;
+    state.clear()?;
+    let mut state = StateOutput::begin(state, |_| Ok(()))?;
+    state.write(bytes)?;
+    state.commit(bytes)
+}
+
+/// The state file on its way.
+struct StateOutput(Output);
+
+impl StateOutput {
+    /// Begins it. Before what is in place is overwritten, `before` looks at it.
+    fn begin(
+        site: Site,
+        before: impl FnOnce(&Site) -> Result<(), WriteError>,
+    ) -> Result<Self, WriteError> {
+        before(&site)?;
+        let output = site.begin()?;
+        if let Output::In { file, .. } = &output {
+            step();
+            let zeroed = file.write_all_at(&[0; FIXED], 0);
+            zeroed.map_err(|cause| output.error("write", cause))?;
+            output.sync()?;
+        }
+        Ok(StateOutput(output))
+    }
+
+    fn write(&self, bytes: &[u8]) -> Result<(), WriteError> {
+        let error = |cause| self.0.error("write", cause);
+        let file = self.0.file();
+        step();
+        match &self.0 {
+            Output::At { .. } => file.write_all_at(bytes, 0).map_err(error)?,
+            Output::In { .. } => {
+                file.set_len(bytes.len() as u64).map_err(error)?;
+                step();
+                let body = bytes.get(FIXED..).unwrap_or_default();
+                file.write_all_at(body, FIXED as u64).map_err(error)?;
+            }
+        }
+        self.0.sync()
+    }
+
+    /// From here on it counts.
+    fn commit(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        let output = &mut self.0;
+        if let Output::In { file, .. } = output {
+            let header = bytes.get(..FIXED).unwrap_or_default();
+            step();
+            let written = file.write_all_at(header, 0);
+            written.map_err(|cause| output.error("write", cause))?;
+            return output.sync();
+        }
+        output.rename()?;
+        step();
+        let synced = output.folder().map_or(Ok(()), Folder::sync);
+        synced.map_err(|cause| output.error("sync the folder of", cause))
+    }
+
+    fn is_committed(&self) -> bool {
+        match &self.0 {
+            Output::At { is_placed, .. } => *is_placed,
+            Output::In { .. } => false,
+        }
+    }
+}
