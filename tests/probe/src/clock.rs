@@ -157,6 +157,11 @@ pub fn ns(ticks: u64) -> u64 {
     (u128::from(ticks) * 1_000_000 / u128::from(khz())) as u64
 }
 
+/// Nanoseconds to ticks.
+pub fn ticks(ns: u64) -> u64 {
+    (u128::from(ns) * u128::from(khz()) / 1_000_000) as u64
+}
+
 /// A point in the future that a wait must not go past.
 #[derive(Clone, Copy)]
 pub struct Deadline(u64);

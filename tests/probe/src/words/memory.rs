@@ -75,3 +75,23 @@ pub fn check(arguments: &mut Arguments) -> Outcome {
         Some(offset) => Err(text!("first difference at {:#x}", address + offset as u64)),
     }
 }
+
+/// Writes to every page above the image, so that all of them hold something other than zeros.
+pub fn touch(_: &mut Arguments) -> Outcome {
+    let image_end = Arena::new().reserve(0, PAGE)?;
+    let mut pages = 0u64;
+    for region in boot::info()
+        .regions()
+        .iter()
+        .filter(|r| r.kind == boot::RAM && r.end() > image_end)
+    {
+        let start = region.start.max(image_end).next_multiple_of(PAGE);
+        let end = region.end() & !(PAGE - 1);
+        paging::map(start, end)?;
+        for page in (start..end).step_by(PAGE as usize) {
+            x86::store(page, 8, page | 1);
+            pages += 1;
+        }
+    }
+    Ok(text!("pages={pages}"))
+}

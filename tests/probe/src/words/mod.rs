@@ -11,6 +11,8 @@
 //! | `pit` `pic` | the counter's rate by the 8254; unmasks a line of the 8259 |
 //! | `mem` | writes and checks both ends of every RAM region |
 //! | `fill:MIB:SEED` `check:MIB:SEED` | writes a pattern to free memory; compares it (across a snapshot) |
+//! | `touch` | writes to every page of free memory |
+//! | `watch` | measures gaps of the counter, and does what single input bytes ask: see [`watch`] |
 //! | `timer` | writes 123 to the boot timer at 0xc0000000 |
 //! | `count[:N]` | a counter line every 20 ms, N of them or for ever |
 //! | `spin` `hlt` `stay` | for ever: busy, halted, halted |
@@ -50,6 +52,7 @@ mod net;
 mod noise;
 pub mod power;
 mod smp;
+mod watch;
 
 use crate::text::Text;
 use crate::{boot, serial, text};
@@ -81,6 +84,8 @@ const WORDS: &[(&str, Word)] = &[
     ("mem", memory::mem),
     ("fill", memory::fill),
     ("check", memory::check),
+    ("touch", memory::touch),
+    ("watch", watch::watch),
     ("smp", smp::smp),
     ("reset", power::reset_word),
     ("triple", power::triple),
