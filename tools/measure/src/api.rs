@@ -57,7 +57,7 @@ fn by_api(workspace: &Workspace, monitor: &Monitor, kernel: &Kernel) -> Result<V
     }
     let configured = Instant::now();
     client.send("/actions", &start)?;
-    let byte = running.first_byte(Some(&mut client))?;
+    let byte = running.first_byte(Some((&mut client, "/actions")))?;
     running.exit()?;
 
     // Firecracker leaves its socket behind.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::failure::{Failure, Result};
 use crate::jail;
 use crate::monitor::{CommandLine, Monitor};
+use crate::snapshot;
 
 /// What `--help` prints.
 pub const USAGE: &str = "\
@@ -20,6 +21,7 @@ figures
   memory     private dirty memory of the monitor; PSS per VM of 8 VMs with one 20 MiB kernel
   density    host memory and PSS per VM of many idle VMs; starts per second
   life       exec to the end of the process, processor time of a life, lives per second
+  snapshot   restore to first guest byte and ping reply; pauses for full and diff snapshots and forks; clones (needs root)
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
@@ -28,10 +30,12 @@ options
   --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
-  --probe PATH       api-load and limits: the probe guest, in place of the one just built
-  --linux DIR        console: the folder that tools/guest made (target/guest)
-  --runs N           rounds that count (start, api, life and jail: 30; api-load and limits: 5; others: 3)
-  --vms N            VMs at once, for density (50)
+  --probe PATH       api-load, limits and snapshot: the probe guest, in place of the one just built
+  --linux DIR        console and snapshot: the folder that tools/guest made (target/guest)
+  --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
+                     seconds; api-load and limits: 5; others: 3)
+  --vms N            VMs at once, for density (50) and snapshot (1000)
+  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; may be repeated
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
 
@@ -57,6 +61,8 @@ pub enum Which {
     Density,
     /// See `life`.
     Life,
+    /// See `snapshot`.
+    Snapshot,
     /// See `jail`.
     Jail,
 }
@@ -72,6 +78,8 @@ pub struct Args {
     pub runs: usize,
     /// VMs at once.
     pub vms: usize,
+    /// What of `snapshot` to measure; all of it if there are none.
+    pub rows: Vec<String>,
     /// With a drive and a network interface.
     pub devices: bool,
     /// The probe guest, for the figures that need it.
@@ -91,7 +99,8 @@ pub const OURS: &str = "mayfly";
 pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<Option<Args>> {
     let mut words = words.into_iter();
     let (mut which, mut runs, mut json) = (None, None, None);
-    let (mut vms, mut devices, mut probe) = (50, false, None);
+    let (mut vms, mut devices, mut probe) = (None, false, None);
+    let mut rows = Vec::new();
     let (mut ours, mut with_ours, mut linux) = (None, true, None);
     let mut others = Vec::new();
     let mut extras = Vec::new();
@@ -112,6 +121,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "memory" => which = Some(Which::Memory),
             "density" => which = Some(Which::Density),
             "life" => which = Some(Which::Life),
+            "snapshot" => which = Some(Which::Snapshot),
             "jail" => which = Some(Which::Jail),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
@@ -124,7 +134,8 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "--linux" => linux = Some(PathBuf::from(value()?)),
             "--no-mayfly" => with_ours = false,
             "--runs" => runs = Some(count(&word, &value()?)?),
-            "--vms" => vms = count(&word, &value()?)?,
+            "--vms" => vms = Some(count(&word, &value()?)?),
+            "--row" => rows.push(value()?),
             "--devices" => devices = true,
             "--json" => json = Some(PathBuf::from(value()?)),
             _ => {
@@ -136,7 +147,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density, life or jail",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot or jail",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -168,17 +179,24 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     jail::check(&monitors, &jailers)?;
     let usual = match which {
         Which::Start | Which::Api | Which::Life | Which::Jail => 30,
+        Which::Snapshot => 20,
         Which::ApiLoad | Which::Limits => 5,
         Which::Console | Which::Memory | Which::Density => 3,
     };
-    if matches!(which, Which::ApiLoad | Which::Limits) && probe.is_none() {
+    if !rows.is_empty() && which != Which::Snapshot {
+        return Err(Failure::new("--row goes with snapshot only"));
+    }
+    snapshot::check_rows(&rows)?;
+    let needs_probe = matches!(which, Which::ApiLoad | Which::Limits | Which::Snapshot);
+    if needs_probe && probe.is_none() {
         return Err(Failure::new("say which probe guest: --probe PATH"));
     }
     Ok(Some(Args {
         which,
         monitors,
         runs: runs.unwrap_or(usual),
-        vms,
+        vms: vms.unwrap_or(if which == Which::Snapshot { 1000 } else { 50 }),
+        rows,
         devices,
         probe,
         linux,
@@ -256,6 +274,9 @@ mod tests {
             "start --no-mayfly --what",
             "memory --no-mayfly --devices",
             "limits --no-mayfly",
+            "snapshot --no-mayfly",
+            "snapshot --no-mayfly --probe p --row what",
+            "start --no-mayfly --row fork",
             "start --no-mayfly --with b=/proc/self/exe --jailer b=/proc/self/exe",
             "jail --no-mayfly --jailer b=/proc/self/exe",
         ] {

@@ -4,7 +4,10 @@ use std::fmt;
 
 /// A message that says what could not be done and why.
 #[derive(Debug)]
-pub struct Failure(String);
+pub struct Failure {
+    message: String,
+    refusal: bool,
+}
 
 /// What every fallible function here returns.
 pub type Result<T> = std::result::Result<T, Failure>;
@@ -12,7 +15,23 @@ pub type Result<T> = std::result::Result<T, Failure>;
 impl Failure {
     /// Makes a failure of a message (without its full stop).
     pub fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
+        Self {
+            message: message.into(),
+            refusal: false,
+        }
+    }
+
+    /// A request that a monitor understood and refused: what it asks for may be missing there.
+    pub fn refusal(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            refusal: true,
+        }
+    }
+
+    /// Whether a monitor refused a request.
+    pub fn is_refusal(&self) -> bool {
+        self.refusal
     }
 
     /// The person at the terminal, or their supervisor, asked us to stop.
@@ -23,7 +42,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.message)
     }
 }
 

@@ -109,6 +109,11 @@ pub fn image(size: Size, task: Task) -> Image {
     }
 }
 
+/// The instructions alone: they run at any address.
+pub fn instructions(task: Task) -> Vec<u8> {
+    code(Size::Tiny, task)
+}
+
 fn code(size: Size, task: Task) -> Vec<u8> {
     let mut code = Vec::new();
     if task == Task::ReadAndStay {

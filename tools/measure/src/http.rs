@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::failure::{Context, Failure, Result};
+use crate::sys;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -55,6 +56,19 @@ impl Client {
         self.send_as("PUT", path, &body.to_string())
     }
 
+    /// Sends a PUT with one descriptor, and waits until it is accepted.
+    pub fn put_with(&mut self, path: &str, body: &Value, passed: BorrowedFd<'_>) -> Result<()> {
+        self.send_with(path, body, passed)?;
+        self.accepted(path)
+    }
+
+    /// Sends a PUT with one descriptor.
+    pub fn send_with(&mut self, path: &str, body: &Value, passed: BorrowedFd<'_>) -> Result<()> {
+        let request = request("PUT", path, &body.to_string());
+        sys::send_with_descriptor(&self.stream, request.as_bytes(), passed)
+            .cannot(|| format!("send PUT {path} with a descriptor"))
+    }
+
     fn send_as(&mut self, method: &str, path: &str, body: &str) -> Result<()> {
         self.stream
             .write_all(request(method, path, body).as_bytes())
@@ -69,10 +83,9 @@ impl Client {
                 if (200..300).contains(&status) {
                     return Ok(());
                 }
-                return Err(Failure::new(format!(
-                    "{path} was refused: {}",
-                    String::from_utf8_lossy(&answer).replace("\r\n", " ")
-                )));
+                let message = fault_message(&answer)
+                    .unwrap_or_else(|| String::from_utf8_lossy(&answer).replace("\r\n", " "));
+                return Err(Failure::refusal(format!("{path} was refused: {message}")));
             }
             let mut chunk = [0; 4096];
             match self.stream.read(&mut chunk) {
@@ -83,7 +96,7 @@ impl Client {
                 }
                 Ok(len) => self.received.extend(&chunk[..len]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {
-                    if crate::sys::interrupted() {
+                    if sys::interrupted() {
                         return Err(Failure::interrupted());
                     }
                 }
@@ -106,6 +119,14 @@ fn request(method: &str, path: &str, body: &str) -> String {
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )
+}
+
+/// What an error answer of an API says.
+fn fault_message(answer: &[u8]) -> Option<String> {
+    let at = answer.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
+    let body: Value = serde_json::from_slice(answer.get(at..)?).ok()?;
+    let message = body.get("fault_message")?.as_str()?;
+    Some(message.trim_end_matches('.').replace('\n', " "))
 }
 
 /// Status and length of the answer at the start of `bytes`, once all of it is there.
@@ -139,6 +160,13 @@ mod tests {
         let whole = b"HTTP/1.1 400 Bad\r\ncontent-length: 2\r\n\r\n{}";
         assert_eq!(complete(whole), Some((400, whole.len())));
         assert_eq!(complete(&whole[..whole.len() - 1]), None);
+    }
+
+    #[test]
+    fn fault_message_when_there_is_told_alone() {
+        let answer = b"HTTP/1.1 400 \r\n\r\n{\"fault_message\": \"No such thing.\"}";
+        assert_eq!(fault_message(answer).unwrap(), "No such thing");
+        assert_eq!(fault_message(b"HTTP/1.1 400 \r\n\r\nNo."), None);
     }
 
     #[test]

@@ -10,9 +10,10 @@ use mayfly_measure::guest::{Size, Task};
 use mayfly_measure::host::Host;
 use mayfly_measure::monitor::{CommandLine, Monitor};
 use mayfly_measure::rounds::{Figure, Plan};
+use mayfly_measure::snapshot::Wanted;
 use mayfly_measure::workspace::Workspace;
 use mayfly_measure::{
-    api, api_load, console, density, jail, life, limits, memory, report, start, sys,
+    api, api_load, console, density, jail, life, limits, memory, report, snapshot, start, sys,
 };
 use serde_json::json;
 
@@ -40,7 +41,8 @@ fn run() -> Result<()> {
         return Ok(());
     }
     let host = Host::read();
-    let workspace = Workspace::new(args.devices || args.which == Which::Limits)?;
+    let with_tap = matches!(args.which, Which::Limits | Which::Snapshot);
+    let workspace = Workspace::new(args.devices || with_tap)?;
     let filters = filters(&args, &workspace)?;
     let (rows, figures, notes) = rows_and_figures(&args, &workspace)?;
 
@@ -49,13 +51,13 @@ fn run() -> Result<()> {
         println!("{}", described(monitor, *filters));
     }
     println!(
-        "{} rounds after {} to warm up; guests with 1 vCPU and 128 MiB{}\n",
+        "{} rounds after {} to warm up; guests with 1 vCPU and {}\n",
         args.runs,
         plan(&args).warm_up,
-        if args.devices {
-            ", one drive and one network interface"
-        } else {
-            ""
+        match (args.which, args.devices) {
+            (Which::Snapshot, _) => "the memory named below",
+            (_, true) => "128 MiB, one drive and one network interface",
+            (_, false) => "128 MiB",
         }
     );
     for figure in &figures {
@@ -97,7 +99,7 @@ fn run() -> Result<()> {
 
 fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
-        Which::Start | Which::Api | Which::Life | Which::Jail => 2,
+        Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
         Which::Console => 0,
     };
@@ -116,23 +118,33 @@ fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
         .collect()
 }
 
-/// The rows of the tables: the monitors, but for `life` and `jail`, which have some in several ways.
+/// The rows of the tables: the monitors, but for `life`, `snapshot` and `jail`, which have some in several ways.
 fn rows_and_figures(
     args: &Args,
     workspace: &Workspace,
-) -> Result<(Vec<Monitor>, Vec<Figure>, &'static str)> {
+) -> Result<(Vec<Monitor>, Vec<Figure>, String)> {
     if args.which == Which::Jail {
         let (rows, figures) =
             jail::measure(workspace, &args.monitors, OURS, &args.jailers, plan(args))?;
-        return Ok((rows, figures, jail::NOTES));
+        return Ok((rows, figures, jail::NOTES.to_owned()));
     }
     if args.which == Which::Life {
         let rows = life::rows(&args.monitors);
         let figures = life::measure(workspace, &rows, plan(args))?;
-        return Ok((rows, figures, life::NOTES));
+        return Ok((rows, figures, life::NOTES.to_owned()));
+    }
+    if args.which == Which::Snapshot {
+        let wanted = Wanted {
+            probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
+            linux: args.linux.as_deref(),
+            rows: &args.rows,
+            clones: args.vms,
+            ours: OURS,
+        };
+        return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
     }
     let (figures, notes) = figures(args, workspace)?;
-    Ok((args.monitors.clone(), figures, notes))
+    Ok((args.monitors.clone(), figures, notes.to_owned()))
 }
 
 fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static str)> {
@@ -163,7 +175,7 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
-        Which::Life | Which::Jail => unreachable!("their rows are their own"),
+        Which::Life | Which::Snapshot | Which::Jail => unreachable!("their rows are their own"),
     })
 }
 

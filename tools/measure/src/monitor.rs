@@ -1,6 +1,7 @@
 //! A monitor under measurement: started, watched until its guest speaks, stopped.
 
-use std::io::{ErrorKind, PipeReader, PipeWriter, Read};
+use std::ffi::OsStr;
+use std::io::{ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -92,6 +93,22 @@ impl Monitor {
         Running::start(&self.name, command)
     }
 
+    /// Starts it with the options `words` and nothing else.
+    pub fn start_with(&self, words: &[&OsStr]) -> Result<Running> {
+        let mut command = self.command();
+        command.args(words);
+        Running::start(&self.name, command)
+    }
+
+    /// Whether its help names `option`, followed by a value.
+    pub fn has_option(&self, option: &str) -> bool {
+        let Ok(output) = Command::new(&self.path).arg("--help").output() else {
+            return false;
+        };
+        let help = String::from_utf8_lossy(&output.stdout);
+        help.split_whitespace().any(|word| word == option)
+    }
+
     /// Boots a guest that stays, and looks at the filters of the monitor's threads.
     pub fn filters(&self, staying: &Kernel) -> Result<Filters> {
         let mut running = self.boot(staying)?;
@@ -120,7 +137,7 @@ pub struct Running {
     stdout: PipeReader,
     stderr: PipeReader,
     /// Held open: an idle console, not one at its end.
-    _stdin: PipeWriter,
+    stdin: PipeWriter,
     /// What `said` has read.
     printed: String,
     /// Bytes that came with the guest's first.
@@ -160,7 +177,7 @@ impl Running {
             pidfd,
             stdout,
             stderr,
-            _stdin: keep_stdin,
+            stdin: keep_stdin,
             printed: String::new(),
             came_along: 0,
             started,
@@ -177,15 +194,15 @@ impl Running {
         then.duration_since(self.started).as_secs_f64() * 1e3
     }
 
-    /// Waits for the guest's first byte. With a client whose start request is under way, its refusal is a failure (an
-    /// acceptance may come before or after the byte).
-    pub fn first_byte(&mut self, mut starting: Option<&mut Client>) -> Result<Instant> {
+    /// Waits for the guest's first byte. With a client whose request to this path starts the guest and is under way, its
+    /// refusal is a failure (an acceptance may come before or after the byte).
+    pub fn first_byte(&mut self, mut starting: Option<(&mut Client, &str)>) -> Result<Instant> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let stdout = self.stdout.as_fd();
             let [spoke, answered] = match &starting {
-                Some(client) => sys::poll([stdout, client.as_fd()], left),
+                Some((client, _)) => sys::poll([stdout, client.as_fd()], left),
                 None => sys::poll([stdout], left).map(|[spoke]| [spoke, false]),
             }
             .map_err(|error| self.poll_failure(&error))?;
@@ -204,8 +221,8 @@ impl Running {
                     return Err(self.failure("ended before its guest's first byte"));
                 }
             } else if answered {
-                if let Some(client) = starting.take() {
-                    client.accepted("/actions")?;
+                if let Some((client, path)) = starting.take() {
+                    client.accepted(path)?;
                 }
             } else {
                 return Err(self.failure("was silent: its guest's first byte never came"));
@@ -213,9 +230,21 @@ impl Running {
         }
     }
 
+    /// Gives its guest input.
+    pub fn tell(&mut self, input: &[u8]) -> Result<()> {
+        self.stdin
+            .write_all(input)
+            .cannot(|| format!("give the guest of {} input", self.name))
+    }
+
     /// Waits until its guest has said `text`; all that was printed by then.
     pub fn said(&mut self, text: &str) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.said_within(text, PATIENCE)
+    }
+
+    /// The same with a limit of the caller's.
+    pub fn said_within(&mut self, text: &str, patience: Duration) -> Result<String> {
+        let deadline = Instant::now() + patience;
         while !self.printed.contains(text) {
             let left = deadline.saturating_duration_since(Instant::now());
             let [spoke] = sys::poll([self.stdout.as_fd()], left)

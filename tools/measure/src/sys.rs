@@ -10,6 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,7 +33,7 @@ pub struct Instruction {
     pub operand: u32,
 }
 
-/// Guest memory of the floor program: one private anonymous mapping.
+/// Guest memory of the floor program: one private mapping.
 #[derive(Debug)]
 pub struct GuestMemory {
     start: NonNull<u8>,
@@ -40,16 +41,27 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Maps `len` bytes.
+    /// Maps `len` bytes of anonymous memory.
     pub fn new(len: usize) -> io::Result<Self> {
+        Self::map(len, libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// Maps the whole of `file`.
+    pub fn of_file(file: &File) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        Self::map(len, 0, file.as_raw_fd())
+    }
+
+    fn map(len: usize, flags: libc::c_int, file: libc::c_int) -> io::Result<Self> {
         // SAFETY: no address is asked for, so no existing mapping is touched.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags,
+                file,
                 0,
             )
         };
@@ -190,6 +202,32 @@ pub fn poll<const N: usize>(fds: [BorrowedFd<'_>; N], timeout: Duration) -> io::
     }
 }
 
+/// The same for less than a millisecond, exact to the kernel's timers.
+pub fn poll_for<const N: usize>(
+    fds: [BorrowedFd<'_>; N],
+    timeout: Duration,
+) -> io::Result<[bool; N]> {
+    if interrupted() {
+        return Err(io::ErrorKind::Interrupted.into());
+    }
+    let mut entries = fds.map(|fd| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    let wait = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    let (count, no_mask) = (N as libc::nfds_t, std::ptr::null());
+    // SAFETY: `entries` has N valid elements, `wait` is whole, and the descriptors are borrowed for the whole call.
+    let ready = unsafe { libc::ppoll(entries.as_mut_ptr(), count, &wait, no_mask) };
+    match ready {
+        0.. => Ok(entries.map(|entry| entry.revents != 0)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A descriptor of the child `pid` that becomes readable when it ends.
 pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: the call has two integer arguments.
@@ -276,6 +314,108 @@ pub fn frame_socket(name: &str) -> io::Result<File> {
         return Err(io::Error::last_os_error());
     }
     Ok(File::from(socket))
+}
+
+/// A socket that sends ICMP messages to an IPv4 address and receives, with their IPv4 headers, those that it sends.
+pub fn icmp_socket(peer: [u8; 4]) -> io::Result<File> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: the call has three integer arguments.
+    let socket = unsafe { libc::socket(libc::AF_INET, kind, libc::IPPROTO_ICMP) };
+    let socket = owned(i64::from(socket))?;
+    // SAFETY: all zeroes is a valid sockaddr_in.
+    let mut address: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+    address.sin_family = libc::AF_INET as u16;
+    address.sin_addr.s_addr = u32::from_ne_bytes(peer);
+    // SAFETY: the address is ours and has the size given.
+    let connected = unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of_val(&address) as u32,
+        )
+    };
+    if connected < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(File::from(socket))
+}
+
+/// Room for the control message that carries one descriptor, aligned as its header must be.
+#[repr(C, align(8))]
+struct OneDescriptor([u8; 24]);
+
+/// Sends `bytes` in one piece, and one descriptor with them.
+pub fn send_with_descriptor(
+    stream: &UnixStream,
+    bytes: &[u8],
+    passed: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut control = OneDescriptor([0; 24]);
+    let mut piece = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let message = message(&mut piece, &mut control);
+    // SAFETY: the control buffer has room for one header and one descriptor, as its length says.
+    unsafe {
+        let header = libc::CMSG_FIRSTHDR(&message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<libc::c_int>() as u32) as usize;
+        libc::CMSG_DATA(header)
+            .cast::<libc::c_int>()
+            .write_unaligned(passed.as_raw_fd());
+    }
+    // SAFETY: the message's buffers outlive the call, which only reads them.
+    let sent = unsafe { libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+    match usize::try_from(sent) {
+        Ok(sent) if sent == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Receives one descriptor; nothing if what came has none.
+pub fn receive_descriptor(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    let mut control = OneDescriptor([0; 24]);
+    let mut byte = 0_u8;
+    let mut piece = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    let mut message = message(&mut piece, &mut control);
+    // SAFETY: the message's buffers outlive the call and have the lengths given.
+    let received =
+        unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+    if received < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has filled the control buffer and set its length.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    if header.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: a header that CMSG_FIRSTHDR gives lies whole in the control buffer.
+    if unsafe { (*header).cmsg_type } != libc::SCM_RIGHTS {
+        return Ok(None);
+    }
+    // SAFETY: with SCM_RIGHTS at least one descriptor follows the header, and there is room for one.
+    let fd = unsafe {
+        libc::CMSG_DATA(header)
+            .cast::<libc::c_int>()
+            .read_unaligned()
+    };
+    owned(i64::from(fd)).map(Some)
+}
+
+fn message(piece: &mut libc::iovec, control: &mut OneDescriptor) -> libc::msghdr {
+    // SAFETY: all zeroes is a valid msghdr: no address, no buffers, no flags.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = piece;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = control.0.len();
+    message
 }
 
 /// Reads the seccomp filters of a thread that is not this process's, the newest first. It is stopped meanwhile.

@@ -4,6 +4,10 @@
 //! kernel: local APICs only) and one vCPU, puts the
 //! loadable segments of `KERNEL` where they belong (page-aligned ones are mapped, others copied), and enters its ELF
 //! entry in 32-bit protected mode. Bytes written to port 0x3f8 go to stdout; a reset through port 0x64 ends the program.
+//!
+//! `floor --restore MEMORY ENTRY` does the same with the whole of the file `MEMORY` mapped privately as the guest's memory
+//! from address 0, and enters at `ENTRY`: what no restore can do without.
+//!
 //! There are no devices, no boot parameters, no filters, no API, no checks: what a monitor needs beyond this is its own
 //! doing.
 
@@ -46,15 +50,23 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let mut words = std::env::args_os().skip(1).peekable();
     let split = words.next_if(|word| word == "--split").is_some();
-    let kernel = words
-        .next()
-        .ok_or_else(|| Failure::new("usage: floor [--split] KERNEL"))?;
+    let restore = words.next_if(|word| word == "--restore").is_some();
+    let file = words.next().ok_or_else(usage)?;
 
     // Memory first: a slot made after the interrupt controller waits for milliseconds.
     let kvm = Kvm::new().cannot(|| "open /dev/kvm".into())?;
     let vm = kvm.create_vm().cannot(|| "create a VM".into())?;
-    let mut memory = GuestMemory::new(MEMORY).cannot(|| "map guest memory".into())?;
-    let entry = load(&kernel, &mut memory)?;
+    let (memory, entry) = if restore {
+        let entry = words.next().and_then(|word| word.to_str()?.parse().ok());
+        let reading = || format!("map {}", file.display());
+        let file = File::open(&file).cannot(reading)?;
+        let memory = GuestMemory::of_file(&file).cannot(reading)?;
+        (memory, entry.ok_or_else(usage)?)
+    } else {
+        let mut memory = GuestMemory::new(MEMORY).cannot(|| "map guest memory".into())?;
+        let entry = load(&file, &mut memory)?;
+        (memory, entry)
+    };
     memory
         .register(&vm)
         .cannot(|| "register guest memory".into())?;
@@ -85,6 +97,10 @@ fn run() -> Result<()> {
     vcpu.set_cpuid2(&cpuid).cannot(|| "set CPUID".into())?;
     set_registers(&vcpu, entry).cannot(|| "set registers".into())?;
     serve(&mut vcpu)
+}
+
+fn usage() -> Failure {
+    Failure::new("usage: floor [--split] KERNEL, or floor [--split] --restore MEMORY ENTRY")
 }
 
 /// Puts the kernel's segments into memory; returns its entry.
