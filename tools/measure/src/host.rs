@@ -24,9 +24,9 @@ pub struct Host {
 /// Processor time used since boot, in the kernel's ticks, by all processors together.
 #[derive(Clone, Copy, Debug)]
 struct Ticks {
-    /// By everybody, waiting included.
+    /// By all programs, waiting included.
     total: u64,
-    /// By everybody.
+    /// By all programs.
     busy: u64,
     /// By this program and the programs it started and has waited for.
     ours: u64,
