@@ -61,6 +61,8 @@ pub enum MemoryError {
     },
     /// KVM refused a memory slot.
     Register(kvm_ioctls::Error),
+    /// KVM does not tell which pages have changed.
+    DirtyLog(kvm_ioctls::Error),
 }
 
 impl fmt::Display for MemoryError {
@@ -98,6 +100,7 @@ impl fmt::Display for MemoryError {
             }
             MemoryError::Read { name, .. } => write!(f, "{name} cannot be read"),
             MemoryError::Register(_) => write!(f, "KVM refused the guest memory"),
+            MemoryError::DirtyLog(_) => write!(f, "KVM_GET_DIRTY_LOG failed"),
         }
     }
 }
@@ -108,7 +111,7 @@ impl Error for MemoryError {
             MemoryError::Map { cause, .. } => Some(cause),
             MemoryError::HugePages { cause, .. } => Some(cause),
             MemoryError::Shared(cause) | MemoryError::Read { cause, .. } => Some(cause),
-            MemoryError::Register(cause) => Some(cause),
+            MemoryError::Register(cause) | MemoryError::DirtyLog(cause) => Some(cause),
             _ => None,
         }
     }

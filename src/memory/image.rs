@@ -103,6 +103,20 @@ impl Contents {
         })
     }
 
+    /// The same where nothing is tracked: writes every page that this process has had of its own
+    /// since the guest was booted, restored or last forked, which are all that can have changed and
+    /// more. A page that was only read of memory without an image below it, and pages of the page
+    /// cache where the host does not tell them apart, may be among them.
+    ///
+    /// # Errors
+    /// The host's; the file is then of no use.
+    pub fn write_private(&self, file: &File, stamp: &Stamp) -> io::Result<Written> {
+        let mut finder = Finder::new(self.pagemap.as_ref());
+        self.write(file, stamp, true, |place, window, pages| {
+            finder.find_own(self, place, window, pages);
+        })
+    }
+
     /// Writes what `find` puts into the set of pages, window after window.
     fn write(
         &self,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::mapping::map_over;
@@ -112,6 +113,7 @@ impl Memory {
                 }),
             };
         }
+        host.bitmap().mark_dirty(0, bytes);
         self.records
             .extend(mapped::record(first..end, &source.name));
         let copy = match self.parts.iter().find(|p| p.source.name == source.name) {

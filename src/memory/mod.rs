@@ -18,13 +18,14 @@
     expect(dead_code, reason = "for snapshots, which control does not offer yet")
 )]
 
+mod changed;
 mod error;
 pub mod image;
 mod load;
 pub mod mapped;
 mod mapping;
 mod occupied;
-mod page_set;
+pub mod page_set;
 mod source;
 mod write_log;
 
@@ -259,6 +260,7 @@ impl Memory {
         if pages == Pages::TwoMib {
             let memory = Memory::new(size_mib, pages, Backing::Anonymous, log_writes)?;
             memory.fill(source)?;
+            memory.forget_writes();
             return Ok(memory);
         }
         let read = |cause| MemoryError::Read {

@@ -64,15 +64,24 @@ impl Finder {
         window: Range<u64>,
         pages: &mut PageSet,
     ) {
-        let mut add = |range: Range<u64>| {
-            let start = range.start.saturating_sub(window.start) / PAGE;
-            let end = range.end.saturating_sub(window.start).div_ceil(PAGE);
-            pages.insert(start..end);
-        };
-        match &contents.base {
-            Base::Shared(file) => return add_data(file, window.clone(), 0, &mut add),
-            Base::Image(source) => add_data(&source.file, window.clone(), 0, &mut add),
-            Base::Anonymous => {}
+        if let Base::Image(source) = &contents.base {
+            let mut add = adder(window.start, pages);
+            add_data(&source.file, window.clone(), 0, &mut add);
+        }
+        self.find_own(contents, (piece, host), window, pages);
+    }
+
+    /// The same without what is still as in the image that was mapped.
+    pub(super) fn find_own(
+        &mut self,
+        contents: &Contents,
+        (piece, host): (Piece, u64),
+        window: Range<u64>,
+        pages: &mut PageSet,
+    ) {
+        let mut add = adder(window.start, pages);
+        if let Base::Shared(file) = &contents.base {
+            return add_data(file, window.clone(), 0, &mut add);
         }
         for part in &contents.parts {
             let end = part.offset.saturating_add(part.len).min(window.end);
@@ -111,6 +120,15 @@ impl Finder {
             }
             self.method = next;
         }
+    }
+}
+
+/// What puts the pages of a range of an image into `pages`, whose page 0 is at offset `first`.
+fn adder(first: u64, pages: &mut PageSet) -> impl FnMut(Range<u64>) {
+    move |range| {
+        let start = range.start.saturating_sub(first) / PAGE;
+        let end = range.end.saturating_sub(first).div_ceil(PAGE);
+        pages.insert(start..end);
     }
 }
 

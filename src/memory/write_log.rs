@@ -31,17 +31,20 @@ impl WriteLog {
         WriteLog(tracked.then(|| (0..words).map(|_| AtomicU64::new(0)).collect()))
     }
 
-    /// The words of the log, from the first page on, each replaced by 0; none without a log.
-    pub(super) fn take(&self) -> impl Iterator<Item = u64> {
-        let words = self.0.as_deref().unwrap_or_default().iter();
-        words.map(|word| word.swap(0, Ordering::Relaxed))
-    }
-
     fn all(&self) -> WriteLogSlice<'_> {
         WriteLogSlice {
             words: self.0.as_deref(),
             from: 0,
         }
+    }
+}
+
+impl<'a> WriteLogSlice<'a> {
+    /// The words of the whole log, from the region's first page on, each replaced by 0; none without
+    /// a log.
+    pub(super) fn take(self) -> impl Iterator<Item = u64> + 'a {
+        let words = self.words.unwrap_or_default().iter();
+        words.map(|word| word.swap(0, Ordering::Relaxed))
     }
 }
 
@@ -120,7 +123,7 @@ mod tests {
     use super::*;
 
     fn taken(log: &WriteLog) -> Vec<u64> {
-        log.take().collect()
+        log.all().take().collect()
     }
 
     #[test]

@@ -234,6 +234,52 @@ fn from_image_when_the_guest_writes_the_file_stays_and_is_named_when_cut() {
 }
 
 #[test]
+fn private_image_when_nothing_is_tracked_holds_what_was_written_since_the_restore() {
+    let first = Memory::anonymous(64).unwrap();
+    scatter(&first);
+    let (file, _) = check_full(&first);
+    let restored = Memory::from_image(&source(&file), 64, Pages::Ordinary, false).unwrap();
+    // Read, and so in the page tables, but not written.
+    read_back(&restored, &file);
+    restored.write(40 * MIB, b"later").unwrap();
+    restored.write(0, &[0; 4096]).unwrap();
+    let diff = new_file();
+    let contents = restored.contents(None);
+    let written = contents.write_private(&diff, &STAMP).unwrap();
+    let data: Vec<_> = super::super::occupied::data_ranges(&diff, 0..64 * MIB)
+        .map(Result::unwrap)
+        .collect();
+    let page = |offset| offset..offset + PAGE;
+    assert_eq!(data, [page(0), page(STAMP.offset), page(40 * MIB)]);
+    assert_eq!(written.pages, 3);
+
+    // Where the host tells less there is more, and it is still right.
+    for mut finder in Finder::each() {
+        let name = format!("{finder:?}");
+        let diff = new_file();
+        contents
+            .write(&diff, &STAMP, true, |place, window, pages| {
+                finder.find_own(&contents, place, window, pages);
+            })
+            .unwrap();
+        let mut there = PageSet::new(64 * MIB / PAGE);
+        for range in super::super::occupied::data_ranges(&diff, 0..64 * MIB) {
+            let range = range.unwrap();
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            diff.read_exact_at(&mut bytes, range.start).unwrap();
+            assert!(
+                bytes == expected(&restored, range.clone()),
+                "{name} {range:?}"
+            );
+            there.insert(range.start / PAGE..range.end / PAGE);
+        }
+        for range in &data {
+            assert!(there.contains(range.start / PAGE), "{name} {range:?}");
+        }
+    }
+}
+
+#[test]
 fn diff_image_when_pages_are_given_holds_those_even_if_zero() {
     let memory = Memory::anonymous(130).unwrap();
     scatter(&memory);
