@@ -312,7 +312,6 @@ impl Vcpu {
     }
 
     /// Makes the next KVM_RUN finish the instruction of the last exit and return before another one.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for a vCPU that pauses"))]
     pub fn leave_at_once(&self) {
         self.flag().store(1, Ordering::Relaxed);
     }

@@ -170,6 +170,12 @@ pub fn kick<T>(vcpu: &JoinHandle<T>) {
     let _ = vcpu.kill(libc::SIGRTMIN());
 }
 
+/// Lets this process be kicked, as [`Signals::install`] does.
+#[cfg(test)]
+pub fn install_kicks() {
+    set_action(libc::SIGRTMIN(), Action::Kick).expect("real-time signals can be caught");
+}
+
 extern "C" fn on_kick(_: libc::c_int) {
     if let Some(flag) = IMMEDIATE_EXIT.get() {
         flag.store(1, Ordering::Relaxed);

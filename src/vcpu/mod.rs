@@ -10,16 +10,20 @@
 //!
 //! A vCPU knows the buses and nothing of what is on them. It never waits for anything that cannot
 //! be interrupted by a message: control sends one, then kicks ([`signal::kick`]) and unparks the
-//! thread. It never exits before the process does.
+//! thread. It never exits before the process does. When it has paused, the guest's last instruction is
+//! finished, so that control may read the registers by a descriptor of its own.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 mod crash;
 mod end;
 mod exits;
 mod instruction;
+#[cfg(test)]
+mod tests;
 
 use std::error::Error;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
@@ -71,7 +75,7 @@ pub enum VcpuMessage {
 /// What a vCPU tells control.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VcpuEvent {
-    /// No guest code runs on this vCPU until it is told to run.
+    /// No guest code runs on this vCPU until it is told to run, and its registers are whole.
     Paused {
         /// Number of the vCPU.
         index: u8,
@@ -90,6 +94,9 @@ pub enum VcpuEvent {
 #[repr(align(128))]
 struct Shared {
     exits: ExitCounters,
+    /// The vCPU is paused in the middle of an instruction. Set before [`VcpuEvent::Paused`] is sent,
+    /// which orders it.
+    in_access: AtomicBool,
     /// Set before [`VcpuEvent::Ended`] is sent, unless the guest ended by itself.
     crash: OnceLock<Crash>,
 }
@@ -143,6 +150,8 @@ struct VcpuLoop {
     events: Outbox<VcpuEvent>,
     /// A write of the guest's that another thread has yet to complete.
     waiting_for: Option<Ticket>,
+    /// The guest has left for an access, which the next KVM_RUN will finish.
+    in_access: bool,
     /// Times in a row that KVM_RUN did nothing.
     not_run: u32,
     timeline: Timeline,
@@ -186,6 +195,10 @@ impl Error for UnresponsiveVcpu {}
 /// How often in a row KVM may refuse to run the first vCPU.
 const REFUSALS: u32 = 1000;
 
+/// How many exits the rest of an instruction may take when a vCPU pauses. KVM goes on with a string
+/// for up to 1024 of them.
+const RUNS_TO_FINISH: u32 = 4096;
+
 /// Messages that may wait for a vCPU: control sends the next after the answer to the last.
 const MESSAGES: usize = 8;
 
@@ -213,6 +226,7 @@ impl Vcpu {
             messages,
             events,
             waiting_for: None,
+            in_access: false,
             not_run: 0,
             timeline,
             last_exits: LastExits::default(),
@@ -260,8 +274,15 @@ impl VcpuLoop {
             match self.messages.try_recv() {
                 Ok(VcpuMessage::Run) | Err(TryRecvError::Empty) => {}
                 Ok(VcpuMessage::Pause) => {
+                    let end = self.finish_access(vcpu);
+                    if let Some(end) = end {
+                        self.end(vcpu, end);
+                    }
                     self.tell(VcpuEvent::Paused { index: self.index });
-                    return Stage::Paused;
+                    return match end {
+                        Some(_) => Stage::Ended,
+                        None => Stage::Paused,
+                    };
                 }
                 Err(TryRecvError::Disconnected) => return Stage::Abandoned,
             }
@@ -273,20 +294,49 @@ impl VcpuLoop {
                 }
                 self.waiting_for = None;
             }
-            let ran = run_once(vcpu, &self.buses);
-            self.shared.exits.count(&ran);
-            if ran.access != Access::None {
-                self.last_exits.push(ran.access, ran.address);
-            }
-            match self.give_up_if_refused(ran.outcome) {
-                Outcome::Continue | Outcome::Interrupted | Outcome::NotRun => {}
-                Outcome::Wait(ticket) => self.waiting_for = Some(ticket),
-                Outcome::End(end) => {
-                    self.end(vcpu, end);
-                    return Stage::Ended;
-                }
+            if let Some(end) = self.step(vcpu) {
+                self.end(vcpu, end);
+                return Stage::Ended;
             }
         }
+    }
+
+    /// One run of the guest, up to its next exit; why it will not run again, if so.
+    fn step(&mut self, vcpu: &kvm::Vcpu) -> Option<End> {
+        let ran = run_once(vcpu, &self.buses);
+        self.shared.exits.count(&ran);
+        self.in_access = ran.access != Access::None;
+        if self.in_access {
+            self.last_exits.push(ran.access, ran.address);
+        }
+        match self.give_up_if_refused(ran.outcome) {
+            Outcome::Continue | Outcome::Interrupted | Outcome::NotRun => None,
+            Outcome::Wait(ticket) => {
+                self.waiting_for = Some(ticket);
+                None
+            }
+            Outcome::End(end) => Some(end),
+        }
+    }
+
+    /// Ends the instruction that the guest last left for. KVM does so at the beginning of the next
+    /// KVM_RUN: until then the answer to a read is in no register, and the instruction pointer may
+    /// be before the instruction. No guest code runs meanwhile. What of the instruction needs another
+    /// exit (the next bytes of a string, an access that crosses pages) is answered as ever; a write
+    /// among them that waits is the last, and waits on.
+    fn finish_access(&mut self, vcpu: &kvm::Vcpu) -> Option<End> {
+        let mut end = None;
+        for _ in 0..RUNS_TO_FINISH {
+            if !self.in_access || end.is_some() {
+                break;
+            }
+            vcpu.leave_at_once();
+            end = self.step(vcpu);
+        }
+        self.shared
+            .in_access
+            .store(self.in_access, Ordering::Relaxed);
+        end
     }
 
     /// The same outcome, but a first vCPU that KVM refuses to run again and again has ended. The
@@ -434,7 +484,7 @@ impl VcpuHandle {
     }
 }
 
-#[expect(dead_code, reason = "for snapshots that are made")]
+#[cfg_attr(not(test), expect(dead_code, reason = "for snapshots that are made"))]
 impl VcpuHandle {
     /// Which model-specific registers the vCPUs of this host have. The vCPU is paused.
     ///
@@ -448,8 +498,11 @@ impl VcpuHandle {
     /// [`VcpuHandle::ask_msrs`] has told of this vCPU or another one.
     ///
     /// # Errors
-    /// When KVM does not give a part of it.
+    /// When KVM does not give a part of it, or the vCPU could not finish its last instruction.
     pub fn save(&self, vm: &Vm, msrs: &MsrList) -> Result<VcpuState, VcpuError> {
+        if self.shared.in_access.load(Ordering::Relaxed) {
+            return Err(VcpuError::unfinished());
+        }
         arch::vcpu::save(vm, &self.access, msrs)
     }
 

@@ -27,7 +27,7 @@ const LOAD_ADDRESS: u64 = 0x10_0000;
 const FIRST_BYTE: [u8; 8] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xf4];
 
 /// An ELF file with `code` at 1 MiB, padded to `len` bytes, with a PVH note if asked for.
-pub(super) fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
+pub fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
     let note_len: u64 = if pvh { 20 } else { 0 };
     let mut bytes = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0");
     for word in [LOAD_ADDRESS, 64, 0] {
@@ -57,7 +57,7 @@ pub(super) fn elf(code: &[u8], len: u64, pvh: bool) -> TempFile {
     file
 }
 
-pub(super) struct Machine {
+pub struct Machine {
     entry: Entry,
     pub vcpus: Vec<Vcpu>,
     pub vm: Arc<Vm>,
@@ -77,7 +77,7 @@ fn machine(
 }
 
 /// The same with the interrupt chips in either place.
-pub(super) fn machine_with(
+pub fn machine_with(
     chips: Chips,
     kvm: &Kvm,
     file: &File,

@@ -8,7 +8,7 @@ mod command_line;
 pub mod cpuid;
 mod gdt;
 #[cfg(test)]
-mod guest_tests;
+pub mod guest_tests;
 pub mod i8042;
 pub mod kernel;
 pub mod layout;

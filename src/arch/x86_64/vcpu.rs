@@ -62,11 +62,23 @@ enum Refused {
     MsrNotGiven(u32),
     /// A saved state that cannot be a vCPU's.
     Invalid(&'static str),
+    /// It stands in the middle of an instruction.
+    Unfinished,
     /// The rate of the time stamp counter.
     TscRate {
         wanted: u32,
         host: u32,
     },
+}
+
+impl VcpuError {
+    /// Of a vCPU that cannot be saved where it stands.
+    pub const fn unfinished() -> Self {
+        VcpuError {
+            what: Refused::Unfinished,
+            cause: None,
+        }
+    }
 }
 
 impl fmt::Display for VcpuError {
@@ -88,6 +100,10 @@ impl fmt::Display for VcpuError {
                 "KVM does not tell an MSR of a vCPU: register address {address:#x}"
             ),
             Refused::Invalid(why) => write!(f, "the saved state of a vCPU is not valid: {why}"),
+            Refused::Unfinished => write!(
+                f,
+                "a vCPU is in the middle of an instruction that it does not finish"
+            ),
             Refused::TscRate { wanted, host } => write!(
                 f,
                 "the guest's time stamp counter runs at {wanted} kHz, this host's at {host} kHz, and \
