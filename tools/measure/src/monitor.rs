@@ -88,7 +88,13 @@ impl Monitor {
 
     /// Starts it waiting for requests on an API socket.
     pub fn listen(&self, socket: &Path) -> Result<Running> {
+        self.listen_with(socket, &[])
+    }
+
+    /// The same with more words on its command line.
+    pub fn listen_with(&self, socket: &Path, words: &[&str]) -> Result<Running> {
         let mut command = self.command();
+        command.args(words);
         command.arg("--api-sock").arg(socket);
         Running::start(&self.name, command)
     }

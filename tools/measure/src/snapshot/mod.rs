@@ -35,7 +35,7 @@ use place::Place;
 
 /// How the figures are counted, for the foot of the table.
 const NOTES: &str = "\
-counted: all files are on tmpfs. A restore is from exec to the guest's first byte, by one API request on a socket that is
+counted: all files are on tmpfs; the log level is Error. A restore is from exec to the guest's first byte, by one API request on a socket that is
 waited for (\"--snapshot\": by that option, without an API); the guest was stopped while it wrote bytes without end.
 \"floor\" maps a memory file privately, makes VM and vCPU, sets registers and runs to a first byte (\"split\": with a split
 interrupt chip, as mayfly has by default). A pause as the client sees it is from sending PATCH Paused to the answer to
