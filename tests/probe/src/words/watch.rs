@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `g` | prints the greatest gap since it last printed one, how many it has printed, and a full stop |
 //! | `w` | writes to 1,000 pages spread evenly over free memory, always the same, then `0xf7` |
+//! | `m` | writes 123 to the boot timer, which marks the end of a start or a restore, then `0xf7` |
 //! | `p` | `0xf7` for ever |
 //! | `h` | `0xf7`, then halts for ever |
 //! | `e` | ends the word |
@@ -54,6 +55,11 @@ pub fn watch(_: &mut Arguments) -> Outcome {
             }
             Some(b'w') => {
                 pages.write();
+                last = x86::rdtsc();
+                serial::byte(MARKER);
+            }
+            Some(b'm') => {
+                super::machine::mark();
                 last = x86::rdtsc();
                 serial::byte(MARKER);
             }

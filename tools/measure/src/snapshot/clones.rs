@@ -5,14 +5,14 @@
 //! from its files; forks are clones of a guest that runs beside them, whose memory was frozen by one fork and is passed
 //! to each clone as a descriptor.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::Bench;
-use super::machine::{Machine, restore, snapshot_of};
+use super::machine::{Load, Machine, restore, snapshot_of};
 use super::place::{Files, Guest};
 use super::restore::floor;
 use crate::failure::{Context, Failure, Result};
@@ -162,7 +162,10 @@ fn fork(bench: &Bench<'_>, row: &Monitor) -> Result<Source> {
 
 /// Makes clones until there are `count`, or until the host has no more memory to spare.
 fn clones(bench: &Bench<'_>, row: &Monitor, source: &Source, count: usize) -> Result<Vec<Running>> {
-    let memory: Option<BorrowedFd<'_>> = source.fork.as_ref().map(|(memory, _)| memory.as_fd());
+    let how = match &source.fork {
+        Some((memory, _)) => Load::Memory(memory.as_fd()),
+        None => Load::ByPath,
+    };
     let mut clones = Vec::with_capacity(count);
     while clones.len() < count {
         if sys::interrupted() {
@@ -174,7 +177,7 @@ fn clones(bench: &Bench<'_>, row: &Monitor, source: &Source, count: usize) -> Re
         let (clone, _) = if bench.is_floor(row) {
             floor(row, &source.files)?
         } else {
-            restore(&bench.place, row, &source.files, memory, b"h")?
+            restore(&bench.place, row, &source.files, how, b"h")?
         };
         clones.push(clone);
     }

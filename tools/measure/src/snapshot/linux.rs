@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::Bench;
-use super::machine::Machine;
+use super::machine::{Load, Machine};
 use super::place::Files;
 use crate::failure::{Context, Failure, Result};
 use crate::monitor::Monitor;
@@ -64,7 +64,7 @@ pub fn measure(bench: &Bench<'_>, folder: Option<&Path>) -> Result<Vec<Figure>> 
     bench.rounds(what, 1.0, takes_part, |row| {
         pings.restart();
         let mut machine = Machine::listen(&bench.place, row)?;
-        machine.send_load(&snapshots[&row.name], None)?;
+        machine.send_load(&snapshots[&row.name], Load::ByPath)?;
         let reply = pings.first_reply(BETWEEN, RESTORE)?;
         machine.loaded()?;
         let ms = machine.running.ms(reply);

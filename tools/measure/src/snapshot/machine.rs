@@ -125,14 +125,23 @@ impl Machine {
         Ok(began.elapsed().as_secs_f64() * 1e3)
     }
 
-    /// Asks for a snapshot to be loaded and resumed, with the memory passed as a descriptor if one is given.
-    pub fn send_load(&mut self, files: &Files, memory: Option<BorrowedFd<'_>>) -> Result<()> {
-        let Some(memory) = memory else {
-            let path = json!(files.memory());
-            return self.client.send(LOAD, &load_request(files, path));
-        };
-        let body = load_request(files, json!({ "fd": 0 }));
-        self.client.send_with(LOAD, &body, memory)
+    /// Asks for a snapshot to be loaded and resumed.
+    pub fn send_load(&mut self, files: &Files, how: Load<'_>) -> Result<()> {
+        match how {
+            Load::ByPath => {
+                let body = load_request(files, json!(files.memory()));
+                self.client.send(LOAD, &body)
+            }
+            Load::Memory(memory) => {
+                let body = load_request(files, json!({ "fd": 0 }));
+                self.client.send_with(LOAD, &body, memory)
+            }
+            Load::WorkingSet(path) => {
+                let mut body = load_request(files, json!(files.memory()));
+                body["working_set"] = json!(path);
+                self.client.send(LOAD, &body)
+            }
+        }
     }
 
     /// Waits until that is accepted.
@@ -165,6 +174,17 @@ fn load_request(files: &Files, memory: Value) -> Value {
     })
 }
 
+/// What is loaded besides the state.
+#[derive(Clone, Copy)]
+pub enum Load<'a> {
+    /// The memory file, by its path.
+    ByPath,
+    /// Memory that is passed as a descriptor.
+    Memory(BorrowedFd<'a>),
+    /// The memory file, with the working set that this file has or gets.
+    WorkingSet(&'a Path),
+}
+
 /// Makes a snapshot of a fresh guest that has been given `input` and has written its byte since, if there is any.
 pub fn snapshot_of(
     place: &Place<'_>,
@@ -188,12 +208,12 @@ pub fn restore(
     place: &Place<'_>,
     monitor: &Monitor,
     files: &Files,
-    memory: Option<BorrowedFd<'_>>,
+    how: Load<'_>,
     input: &[u8],
 ) -> Result<(Running, Instant)> {
     let mut machine = Machine::listen(place, monitor)?;
     machine.running.tell(input)?;
-    machine.send_load(files, memory)?;
+    machine.send_load(files, how)?;
     let byte = machine
         .running
         .first_byte(Some((&mut machine.client, LOAD)))?;

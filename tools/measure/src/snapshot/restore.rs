@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::time::Instant;
 
-use super::machine::{restore, snapshot_of};
+use super::machine::{Load, restore, snapshot_of};
 use super::place::{Files, Guest};
 use super::{BY_OPTION, Bench};
 use crate::failure::Result;
@@ -87,7 +87,7 @@ fn by_row(bench: &Bench<'_>, row: &Monitor, files: &Files) -> Result<(Running, I
         return floor(row, files);
     }
     if !row.name.ends_with(BY_OPTION) {
-        return restore(&bench.place, row, files, None, b"");
+        return restore(&bench.place, row, files, Load::ByPath, b"");
     }
     let words = [
         "--no-api".as_ref(),
