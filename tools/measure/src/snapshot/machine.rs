@@ -16,6 +16,10 @@ use crate::sys;
 /// Longer than a guest takes to write to every page of 4 GiB on a busy host.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// Firecracker logs on the stream that its guest writes to, in the middle of a line too; and the guest's write to the
+/// boot timer marks the end of a working set.
+const WORDS: [&str; 3] = ["--level", "Error", "--boot-timer"];
+
 /// Where a load is asked for.
 const LOAD: &str = "/snapshot/load";
 
@@ -64,8 +68,7 @@ impl Machine {
         let socket = place.socket();
         let names =
             sys::watch_for_names(&sockets).cannot(|| "watch the directory of sockets".into())?;
-        // Firecracker logs on the stream that its guest writes to, in the middle of a line too.
-        let mut running = monitor.listen_with(&socket, &["--level", "Error"])?;
+        let mut running = monitor.listen_with(&socket, &WORDS)?;
         let client = Client::new(running.connect(&names, &socket)?)?;
         Ok(Self {
             running,
