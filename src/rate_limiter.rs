@@ -10,6 +10,8 @@
 
 use std::num::NonZeroU64;
 
+use serde::{Deserialize, Serialize};
+
 const NANOS_PER_MILLI: u64 = 1_000_000;
 
 /// One bucket of tokens.
@@ -17,7 +19,9 @@ const NANOS_PER_MILLI: u64 = 1_000_000;
 pub struct TokenBucket {
     size: u64,
     refill_nanos: NonZeroU64,
+    /// What is left of the burst, and what it was.
     burst: u64,
+    burst_size: u64,
     /// Negative: a debt left by a request larger than the bucket.
     tokens: i128,
     /// What has been earned of the next token, in tokens times `refill_nanos`.
@@ -37,10 +41,33 @@ impl TokenBucket {
             size,
             refill_nanos,
             burst,
+            burst_size: burst,
             tokens: i128::from(size),
             fraction: 0,
             seen: None,
         })
+    }
+
+    /// What of it is saved, at `now`.
+    fn save(&self, now: u64) -> BucketState {
+        let mut now_full = self.clone();
+        now_full.refill(now);
+        let missing = i128::from(self.size).saturating_sub(now_full.tokens);
+        BucketState {
+            missing: u64::try_from(missing.max(0)).unwrap_or(u64::MAX),
+            burst_used: self.burst_size.saturating_sub(self.burst),
+        }
+    }
+
+    /// The same bucket as it was saved, `elapsed` nanoseconds later.
+    fn restore(mut self, state: &BucketState, elapsed: u64) -> Self {
+        self.tokens = i128::from(self.size).saturating_sub(i128::from(state.missing));
+        self.burst = self.burst_size.saturating_sub(state.burst_used);
+        self.seen = Some(0);
+        self.refill(elapsed);
+        // The clock may be another one.
+        self.seen = None;
+        self
     }
 
     /// Nanoseconds from `now` until `wanted` tokens may be taken; 0: at once.
@@ -102,6 +129,27 @@ impl TokenBucket {
     }
 }
 
+/// What a bucket has given; by default nothing. Its size and times are its configuration's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BucketState {
+    /// Tokens that it lacks of being full; more than its size is a debt.
+    pub missing: u64,
+    /// Tokens of the burst that are used up.
+    pub burst_used: u64,
+}
+
+/// What the buckets of a limiter have given. It holds no instants: time passes by the wall clock while
+/// it is saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimiterState {
+    /// Bytes.
+    pub bandwidth: BucketState,
+    /// Operations.
+    pub ops: BucketState,
+}
+
 /// What happens to one bucket of a running limiter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum BucketUpdate {
@@ -132,6 +180,30 @@ impl RateLimiter {
     /// A limiter of these buckets; `None` is no limit.
     pub fn new(bandwidth: Option<TokenBucket>, ops: Option<TokenBucket>) -> Self {
         RateLimiter { bandwidth, ops }
+    }
+
+    /// What of it is saved, at `now`.
+    pub fn save(&self, now: u64) -> LimiterState {
+        let save = |bucket: &Option<TokenBucket>| {
+            let bucket = bucket.as_ref();
+            bucket.map_or_else(BucketState::default, |bucket| bucket.save(now))
+        };
+        LimiterState {
+            bandwidth: save(&self.bandwidth),
+            ops: save(&self.ops),
+        }
+    }
+
+    /// A limiter of the same buckets as they were saved, refilled by the `elapsed` nanoseconds since.
+    #[must_use]
+    pub fn restore(self, state: &LimiterState, elapsed: u64) -> Self {
+        let restore = |bucket: Option<TokenBucket>, state| {
+            bucket.map(|bucket| bucket.restore(state, elapsed))
+        };
+        RateLimiter {
+            bandwidth: restore(self.bandwidth, &state.bandwidth),
+            ops: restore(self.ops, &state.ops),
+        }
     }
 
     /// Whether there is any limit at all.

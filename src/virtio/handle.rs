@@ -7,9 +7,11 @@
 use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use super::worker::messages::ControlMsg;
-use super::{Device, Registers, WorkerCounters};
+use super::worker::state::Room;
+use super::{Device, DeviceState, Registers, WorkerCounters};
 use crate::inbox::Sender;
 use crate::metrics::Report;
 
@@ -42,6 +44,16 @@ pub trait DeviceControl: fmt::Debug {
     /// When the worker cannot be reached.
     fn resume(&self, token: u64) -> Result<(), Unreachable>;
 
+    /// Asks for [`super::Done::Saved`], or [`super::Done::NotSaved`] unless it is paused.
+    ///
+    /// # Errors
+    /// When the worker cannot be reached.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "for control, which saves the machine")
+    )]
+    fn save(&self, token: u64) -> Result<(), Unreachable>;
+
     /// Whether the last pause or resume did not reach the worker: to be sent again once the worker
     /// has answered an earlier message.
     fn has_missed(&self) -> bool;
@@ -56,10 +68,14 @@ pub trait DeviceControl: fmt::Debug {
 /// Control's end of a device of kind `D`.
 pub struct DeviceHandle<D: Device> {
     name: Arc<str>,
-    control: Sender<ControlMsg<D::Update>>,
+    control: Sender<ControlMsg<D>>,
     registers: Arc<Registers>,
     counters: Arc<D::Counters>,
     worker_counters: Arc<WorkerCounters>,
+    /// What the worker has saved.
+    saved: Receiver<Box<Room<D::State>>>,
+    /// The token of the last save.
+    saving: Cell<Option<u64>>,
     /// The last pause or resume found the inbox full.
     missed: Cell<bool>,
 }
@@ -67,10 +83,11 @@ pub struct DeviceHandle<D: Device> {
 impl<D: Device> DeviceHandle<D> {
     pub(super) fn new(
         name: Arc<str>,
-        control: Sender<ControlMsg<D::Update>>,
+        control: Sender<ControlMsg<D>>,
         registers: Arc<Registers>,
         counters: Arc<D::Counters>,
         worker_counters: Arc<WorkerCounters>,
+        saved: Receiver<Box<Room<D::State>>>,
     ) -> Self {
         DeviceHandle {
             name,
@@ -78,6 +95,8 @@ impl<D: Device> DeviceHandle<D> {
             registers,
             counters,
             worker_counters,
+            saved,
+            saving: Cell::new(None),
             missed: Cell::new(false),
         }
     }
@@ -90,6 +109,21 @@ impl<D: Device> DeviceHandle<D> {
         self.send(ControlMsg::Update(token, update))
     }
 
+    /// The device as the last save found it, once [`super::Done::Saved`] has come; `None` before that,
+    /// or when it was not saved.
+    pub fn take_saved(&self) -> Option<DeviceState<D::State>> {
+        let wanted = self.saving.take()?;
+        // Earlier ones were given up on.
+        let mut rooms = self.saved.try_iter();
+        let room = rooms.find(|room| room.token == wanted)?;
+        let registers = self.registers.save()?;
+        room.is_filled.then_some(DeviceState {
+            registers,
+            worker: room.worker,
+            device: room.device,
+        })
+    }
+
     /// Ends the worker: [`super::Worker::run`] returns.
     ///
     /// # Errors
@@ -99,6 +133,12 @@ impl<D: Device> DeviceHandle<D> {
         self.send(ControlMsg::Stop)
     }
 
+    /// What the device has counted.
+    #[cfg(test)]
+    pub fn counters(&self) -> &D::Counters {
+        &self.counters
+    }
+
     /// What its worker has counted.
     #[cfg(test)]
     pub fn worker_counters(&self) -> &WorkerCounters {
@@ -106,13 +146,13 @@ impl<D: Device> DeviceHandle<D> {
     }
 
     /// Sends a pause or a resume, and remembers whether it was delivered.
-    fn tell(&self, message: ControlMsg<D::Update>) -> Result<(), Unreachable> {
+    fn tell(&self, message: ControlMsg<D>) -> Result<(), Unreachable> {
         let sent = self.send(message);
         self.missed.set(sent.is_err());
         sent
     }
 
-    fn send(&self, message: ControlMsg<D::Update>) -> Result<(), Unreachable> {
+    fn send(&self, message: ControlMsg<D>) -> Result<(), Unreachable> {
         self.control.send(message).map_err(|_| Unreachable)
     }
 }
@@ -128,6 +168,14 @@ impl<D: Device> DeviceControl for DeviceHandle<D> {
 
     fn resume(&self, token: u64) -> Result<(), Unreachable> {
         self.tell(ControlMsg::Resume(token))
+    }
+
+    fn save(&self, token: u64) -> Result<(), Unreachable> {
+        // What a worker gave back and nothing took is freed here.
+        self.saved.try_iter().for_each(drop);
+        self.saving.set(Some(token));
+        let room = Room::new(token, D::QUEUES.len(), D::room());
+        self.send(ControlMsg::Save(token, Box::new(room)))
     }
 
     fn has_missed(&self) -> bool {

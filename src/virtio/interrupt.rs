@@ -15,6 +15,9 @@ mod bit {
     pub const CONFIG_CHANGE: u32 = 2;
 }
 
+/// All bits of InterruptStatus.
+pub const STATUS_BITS: u32 = bit::USED_BUFFER | bit::CONFIG_CHANGE;
+
 /// One device's interrupt.
 #[derive(Debug)]
 pub struct Interrupt {
@@ -31,6 +34,26 @@ impl Interrupt {
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             line,
+        }
+    }
+
+    /// Shows what a saved one showed, and the configuration's change if it has one. The line stays as
+    /// it is, until [`Interrupt::raise_again`].
+    pub fn restore(&self, status: u32, needs_reset: bool, config_has_changed: bool) {
+        let change = if config_has_changed {
+            bit::CONFIG_CHANGE
+        } else {
+            0
+        };
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+        self.status.store(status | change, Ordering::SeqCst);
+    }
+
+    /// Pulses the line if there is something that the driver has not acknowledged: the pulse that told
+    /// it may have been lost.
+    pub fn raise_again(&self) {
+        if self.status() != 0 {
+            self.raise(0);
         }
     }
 

@@ -30,6 +30,7 @@ pub mod net;
 pub mod queue;
 pub mod registers;
 mod segment;
+mod state;
 #[cfg(test)]
 mod testing;
 mod throttle;
@@ -41,6 +42,9 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use crate::memory::Ram;
 pub use crate::metrics::Counter;
 use crate::metrics::Report;
@@ -48,6 +52,7 @@ pub use handle::{DeviceControl, DeviceHandle};
 pub use interrupt::Interrupt;
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
+pub use state::{DeviceState, Start, StateError};
 pub use worker::{Done, WorkerCounters, WorkerEvent, WorkerReply, attach};
 
 /// Device status bits (virtio 1.2, 2.1).
@@ -74,6 +79,12 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// VIRTIO_F_VERSION_1 (6.1)
     pub const VERSION_1: u64 = 1 << 32;
+    /// Their names.
+    pub const NAMES: [(u64, &str); 3] = [
+        (INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC"),
+        (EVENT_IDX, "VIRTIO_F_EVENT_IDX"),
+        (VERSION_1, "VIRTIO_F_VERSION_1"),
+    ];
     /// What every device of ours offers.
     pub const COMMON: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
 }
@@ -85,11 +96,22 @@ pub trait Device: Send + 'static {
     const ID: u32;
     /// The largest size of each queue; powers of two, at most [`QueueSet::LIMIT`] of them.
     const QUEUES: &'static [u16];
+    /// The names of its features, those of [`feature`] left out.
+    const FEATURES: &'static [(u64, &'static str)];
     /// Whether a unit of work may take long, as one that waits for the host's storage may: then
     /// the worker looks at the clock after each, so that no completion is told late.
     const UNITS_MAY_WAIT: bool;
     /// What control may change while the device runs.
     type Update: Send + 'static;
+    /// What is saved of it beside its queues; by default that of a new device. A device is made of it.
+    type State: Clone
+        + fmt::Debug
+        + Default
+        + PartialEq
+        + Send
+        + Serialize
+        + DeserializeOwned
+        + 'static;
     /// What the device counts.
     type Counters: Send + Sync + 'static;
 
@@ -144,6 +166,12 @@ pub trait Device: Send + 'static {
     fn backend(&mut self, source: usize) -> QueueSet;
     /// Applies what control asked for; nothing is in flight. Runs also when paused.
     fn update(&mut self, update: Self::Update) -> Updated;
+    /// A state with room for all that [`Device::save`] writes. Made by control.
+    fn room() -> Self::State;
+    /// Writes its state. It is paused, nothing is in flight, and nothing may be allocated.
+    fn save(&self, state: &mut Self::State);
+    /// Called once, when a device that was made of a saved state goes on for the first time.
+    fn has_moved(&mut self) {}
     /// Forgets everything that came from the driver, requests not returned to it included. Nothing
     /// is in flight.
     fn reset(&mut self);

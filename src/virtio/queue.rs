@@ -14,6 +14,7 @@ mod tests;
 
 use std::sync::atomic::{Ordering, fence};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
@@ -42,7 +43,8 @@ mod ring {
 }
 
 /// One queue as the guest has described it, unchecked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueLayout {
     /// Entries.
     pub size: u32,
@@ -54,6 +56,29 @@ pub struct QueueLayout {
     pub avail: u64,
     /// Guest address of the used ring.
     pub used: u64,
+}
+
+/// A queue as it is saved, unchecked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
+    /// As the guest has described it.
+    pub layout: QueueLayout,
+    /// The index in the available ring of the next chain.
+    pub next_avail: u16,
+    /// The index in the used ring of the next entry.
+    pub next_used: u16,
+}
+
+impl QueueState {
+    /// A queue that nothing has been done with.
+    pub fn fresh(layout: QueueLayout) -> Self {
+        QueueState {
+            layout,
+            next_avail: 0,
+            next_used: 0,
+        }
+    }
 }
 
 /// What [`Queue::pop`] found.
@@ -83,18 +108,20 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Checks what the guest described, for a queue of at most `max_size`.
+    /// Checks what the guest described, for a queue of at most `max_size`. Its indices may be any: they
+    /// are checked against the driver's with each chain.
     ///
     /// # Errors
     /// [`BrokenRing::Layout`] when the size is not a power of two up to `max_size`, or a ring is
     /// misaligned or not wholly in RAM.
     pub fn new(
-        layout: &QueueLayout,
+        state: &QueueState,
         max_size: u16,
         features: u64,
         ram: &Ram,
     ) -> Result<Self, BrokenRing> {
         let broken = BrokenRing::Layout;
+        let layout = &state.layout;
         let size = u16::try_from(layout.size).map_err(|_| broken)?;
         let event_idx = features & feature::EVENT_IDX != 0;
         let mut ring = virtio_queue::Queue::new(max_size).map_err(|_| broken)?;
@@ -107,6 +134,7 @@ impl Queue {
             .map_err(|_| broken)?;
         ring.set_event_idx(event_idx);
         ring.set_ready(layout.ready);
+        ring.set_next_avail(state.next_avail);
         // 0 stands for "never set" in virtio-queue.
         if layout.avail == 0 || !ring.is_valid(ram) {
             return Err(broken);
@@ -116,10 +144,30 @@ impl Queue {
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx,
             quiet: false,
-            next_used: 0,
+            next_used: state.next_used,
             staged: 0,
             unannounced: 0,
         })
+    }
+
+    /// The state to save. Nothing is staged, and what was published has been told.
+    pub fn save(&self) -> QueueState {
+        QueueState {
+            layout: QueueLayout {
+                size: u32::from(self.ring.size()),
+                ready: self.ring.ready(),
+                descriptors: self.ring.desc_table(),
+                avail: self.ring.avail_ring(),
+                used: self.ring.used_ring(),
+            },
+            next_avail: self.ring.next_avail(),
+            next_used: self.next_used,
+        }
+    }
+
+    /// Considers the driver for an interrupt once more, for all that it may not have seen.
+    pub fn announce_again(&mut self) {
+        self.unannounced = self.ring.size();
     }
 
     /// Takes the next chain into `chain`. When there is none, the driver has been asked to kick.
@@ -145,6 +193,19 @@ impl Queue {
                 .disable_notification(ram)
                 .map_err(|_| BrokenRing::Memory)?;
         }
+        self.walk_again(ram, head, chain)
+    }
+
+    /// Takes the chain `head`, which was popped before and not returned, into `chain`.
+    ///
+    /// # Errors
+    /// When there is no such descriptor.
+    pub fn walk_again(
+        &self,
+        ram: &Ram,
+        head: u16,
+        chain: &mut Chain,
+    ) -> Result<Popped, BrokenRing> {
         if head >= self.ring.size() {
             return Err(BrokenRing::Head);
         }

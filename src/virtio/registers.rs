@@ -9,6 +9,7 @@
 //! writes nothing. The configuration space takes any size; beyond its end there are zeros. What
 //! the driver may not do at this moment is ignored and counted.
 
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,7 @@ use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, 
 use super::{ConfigSpace, Counter, Interrupt, feature};
 use crate::bus::{self, Completer, Ticket, Tickets, Written};
 use crate::inbox::Sender;
+pub use state::RegistersState;
 
 /// Length of the block in bytes.
 pub const LENGTH: u64 = 0x1000;
@@ -101,6 +103,20 @@ pub enum DriverMsg {
     Reset(Completer),
 }
 
+/// What a device's registers offer to a driver.
+pub(super) struct Offer {
+    /// The kind of device (virtio 1.2, 5).
+    pub device_id: u32,
+    /// All features.
+    pub features: u64,
+    /// Their names, for messages.
+    pub feature_names: fn(u64) -> String,
+    /// The largest size of each queue.
+    pub max_sizes: &'static [u16],
+    /// The configuration space.
+    pub config: ConfigSpace,
+}
+
 /// How many messages can be under way for a device with `queues` queues: each vCPU (32) waits for
 /// its own reset, and one activation precedes a reset.
 pub(super) const fn driver_messages(queues: usize) -> usize {
@@ -117,15 +133,13 @@ pub struct Registers {
     driver: Sender<DriverMsg>,
     /// Accesses that no driver should have made.
     ignored: Counter,
-    block: Mutex<RegisterState>,
+    block: Mutex<RegisterBlock>,
 }
 
 /// What is behind the mutex.
 #[derive(Debug)]
-struct RegisterState {
+struct RegisterBlock {
     status: u32,
-    /// The device was activated and has not been reset since.
-    active: bool,
     /// A reset that the worker has not completed: Status stays as it is, and nothing else is taken.
     resetting: Option<Ticket>,
     tickets: Tickets,
@@ -139,16 +153,30 @@ struct RegisterState {
 }
 
 impl Registers {
+    /// The registers of a device in `state`, as it was saved or of a new one. `feature_names` is for
+    /// the message about features that the driver uses and the device does not offer.
+    ///
     /// # Errors
-    /// When the host has no descriptor left for the kicks.
+    /// When the host has no descriptor left for the kicks, or `state` cannot be.
     pub(super) fn new(
-        device_id: u32,
-        offered: u64,
-        max_sizes: &'static [u16],
-        config: ConfigSpace,
+        offer: Offer,
+        state: &RegistersState,
         interrupt: Arc<Interrupt>,
         driver: Sender<DriverMsg>,
     ) -> io::Result<Self> {
+        let Offer {
+            device_id,
+            features: offered,
+            feature_names,
+            max_sizes,
+            config,
+        } = offer;
+        state
+            .check(offered, max_sizes.len(), feature_names)
+            .map_err(io::Error::other)?;
+        let (block, config_has_changed) = RegisterBlock::new(state, config, max_sizes.len());
+        let tell = config_has_changed && block.has_driver();
+        interrupt.restore(state.interrupt_status, state.needs_reset, tell);
         let kicks = max_sizes
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
@@ -161,7 +189,7 @@ impl Registers {
             interrupt,
             driver,
             ignored: Counter::default(),
-            block: Mutex::new(RegisterState::new(config, max_sizes.len())),
+            block: Mutex::new(block),
         })
     }
 
@@ -187,12 +215,12 @@ impl Registers {
         let mut block = self.lock();
         block.config = config;
         block.generation = block.generation.wrapping_add(1);
-        if block.status & DRIVER_OK != 0 {
+        if block.has_driver() {
             self.interrupt.config_changed();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, RegisterState> {
+    fn lock(&self) -> MutexGuard<'_, RegisterBlock> {
         // A thread that panics ends the process; in tests the data is as whole as it was.
         let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
         if block.resetting.as_ref().is_some_and(Ticket::is_done) {
@@ -201,10 +229,9 @@ impl Registers {
         block
     }
 
-    fn finish_reset(&self, block: &mut RegisterState) {
+    fn finish_reset(&self, block: &mut RegisterBlock) {
         self.interrupt.clear();
         block.status = 0;
-        block.active = false;
         block.resetting = None;
         block.device_features_sel = 0;
         block.driver_features_sel = 0;
@@ -309,7 +336,7 @@ impl Registers {
         Some(Written::Done)
     }
 
-    fn write_status(&self, block: &mut RegisterState, value: u32) -> Option<Written> {
+    fn write_status(&self, block: &mut RegisterBlock, value: u32) -> Option<Written> {
         if value == 0 {
             return Some(self.reset(block));
         }
@@ -334,18 +361,15 @@ impl Registers {
             return None;
         }
         block.status = value;
-        if value & !status == DRIVER_OK {
-            block.active = true;
-            if !self.activate(block) {
-                // The worker is gone.
-                self.interrupt.demand_reset();
-            }
+        if value & !status == DRIVER_OK && !self.activate(block) {
+            // The worker is gone.
+            self.interrupt.demand_reset();
         }
         Some(Written::Done)
     }
 
     /// Tells the worker of each queue and to serve them; whether that reached it.
-    fn activate(&self, block: &RegisterState) -> bool {
+    fn activate(&self, block: &RegisterBlock) -> bool {
         let described = block.layouts.iter().copied().enumerate();
         let mut queues = described.filter(|(_, layout)| layout.ready);
         let features = block.accepted;
@@ -355,8 +379,8 @@ impl Registers {
         }) && self.driver.send(DriverMsg::Activate { features }).is_ok()
     }
 
-    fn reset(&self, block: &mut RegisterState) -> Written {
-        if !block.active {
+    fn reset(&self, block: &mut RegisterBlock) -> Written {
+        if !block.has_driver() {
             self.finish_reset(block);
             return Written::Done;
         }
@@ -408,21 +432,10 @@ impl bus::Registers for Registers {
     }
 }
 
-impl RegisterState {
-    fn new(config: ConfigSpace, queues: usize) -> Self {
-        RegisterState {
-            status: 0,
-            active: false,
-            resetting: None,
-            tickets: Tickets::default(),
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            accepted: 0,
-            queue_sel: 0,
-            layouts: vec![QueueLayout::default(); queues].into_boxed_slice(),
-            config,
-            generation: 0,
-        }
+impl RegisterBlock {
+    /// Whether the device was activated and has not been reset since.
+    fn has_driver(&self) -> bool {
+        self.status & DRIVER_OK != 0
     }
 
     /// Whether the driver has reached `from`, not yet `to`, and has not given up.

@@ -125,6 +125,11 @@ impl<'a> Rings<'a> {
         Some((entry.id(), entry.len()))
     }
 
+    /// How many used entries were taken.
+    pub fn taken(&self) -> u16 {
+        self.taken
+    }
+
     /// The next used entry, once there is one.
     pub fn wait(&mut self) -> (u32, u32) {
         let until = Instant::now() + Duration::from_secs(120);
@@ -223,5 +228,35 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(Instant::now() < until, "waited in vain: {what}");
         std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// Numbers from a seed (Steele, Lea, Flood: SplitMix).
+pub struct Random(u64);
+
+impl Random {
+    /// From a seed that is printed, and differs from run to run unless MAYFLY_SEED is set.
+    pub fn printed() -> Self {
+        let set = std::env::var("MAYFLY_SEED").ok();
+        let seed = set.map_or_else(
+            || u64::from(std::process::id()),
+            |seed| seed.parse().expect("MAYFLY_SEED is a number"),
+        );
+        println!("MAYFLY_SEED={seed}");
+        Random(seed)
+    }
+
+    /// A number below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % end
+    }
+
+    /// Whether it is one case of `cases`.
+    pub fn one_in(&mut self, cases: u64) -> bool {
+        self.below(cases) == 0
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
+use crate::rate_limiter::{LimiterState, RateLimiter, RateLimiterUpdate};
 use crate::sys::clock;
 
 /// Holds one queue back. The timer exists even without a limit: one may be set later, when
@@ -48,6 +48,15 @@ impl Throttle {
     pub fn charge(&mut self, bytes: u64) {
         if self.limiter.limits() {
             self.limiter.charge(clock::monotonic_nanos(), bytes);
+        }
+    }
+
+    /// What of the limiter is saved.
+    pub fn save(&self) -> LimiterState {
+        if self.limiter.limits() {
+            self.limiter.save(clock::monotonic_nanos())
+        } else {
+            LimiterState::default()
         }
     }
 

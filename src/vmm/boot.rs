@@ -186,14 +186,15 @@ pub fn begin(
     // What the guest starts with: kernel, initrd, command line, tables, and the devices' files. The
     // files thread sees to it, beside all that follows.
     let load = guest::load(host, configuration, kernel)?;
-    let mut building = Building(Vec::new());
+    let mut building = Building::default();
     configuration.devices.visit(&mut building)?;
+    let builds = building.builds()?;
     let timeline = host.timeline.clone();
     let ram = memory.regions().collect();
     let token = submit(Box::new(move || {
         let entry = load(&mut memory);
         timeline.mark_again(Moment::KernelLoaded);
-        let devices = building.0.into_iter().map(|build| build()).collect();
+        let devices = builds.into_iter().map(|build| build()).collect();
         Loaded {
             memory,
             entry,

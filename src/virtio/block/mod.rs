@@ -15,6 +15,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 pub use self::counters::BlockCounters;
 pub use self::disk::Disk;
 
@@ -25,11 +27,11 @@ use super::queue::{Chain, MAX_SEGMENTS, Popped};
 use super::segment::{copy_out, window};
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, Updated, WorkerCounters,
-    feature,
+    BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, StateError, Updated,
+    WorkerCounters, feature,
 };
 use crate::metrics::{Report, micros_since};
-use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
+use crate::rate_limiter::{LimiterState, RateLimiter, RateLimiterUpdate};
 use crate::sys::io::Brief;
 
 /// Feature bits (virtio 1.2, 5.2.3).
@@ -42,6 +44,13 @@ mod bit {
     pub const RO: u64 = 1 << 5;
     /// VIRTIO_BLK_F_FLUSH
     pub const FLUSH: u64 = 1 << 9;
+
+    pub const NAMES: &[(u64, &str)] = &[
+        (SIZE_MAX, "VIRTIO_BLK_F_SIZE_MAX"),
+        (SEG_MAX, "VIRTIO_BLK_F_SEG_MAX"),
+        (RO, "VIRTIO_BLK_F_RO"),
+        (FLUSH, "VIRTIO_BLK_F_FLUSH"),
+    ];
 }
 
 /// Offsets in the configuration space (virtio 1.2, 5.2.4).
@@ -75,6 +84,16 @@ pub struct Update {
     pub limits: RateLimiterUpdate,
 }
 
+/// What is saved of a block device; by default of a new one. No request is ever in flight when it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockState {
+    /// The disk took writes.
+    pub is_writable: bool,
+    /// What the limits have let through.
+    pub limiter: LimiterState,
+}
+
 /// A block device.
 #[derive(Debug)]
 pub struct Block {
@@ -90,11 +109,23 @@ pub struct Block {
 
 impl Block {
     /// A device over `disk`. The first 20 bytes of `id` are its serial number. With `writeback`,
-    /// the guest is offered flushes, and a flush is an fdatasync on the host.
+    /// the guest is offered flushes, and a flush is an fdatasync on the host. It goes on from `state`,
+    /// which was saved `elapsed` nanoseconds ago.
     ///
     /// # Errors
-    /// When the host has no descriptor left for the rate limiter's timer.
-    pub fn new(disk: Disk, id: &str, writeback: bool, limiter: RateLimiter) -> io::Result<Self> {
+    /// When the host has no descriptor left for the rate limiter's timer, or the disk takes no writes
+    /// any more.
+    pub fn new(
+        disk: Disk,
+        id: &str,
+        writeback: bool,
+        limiter: RateLimiter,
+        state: &BlockState,
+        elapsed: u64,
+    ) -> io::Result<Self> {
+        if state.is_writable && disk.is_read_only() {
+            return Err(io::Error::other(StateError::ReadOnly));
+        }
         let mut serial = [0; SERIAL_LEN];
         for (to, from) in serial.iter_mut().zip(id.bytes()) {
             *to = from;
@@ -103,7 +134,7 @@ impl Block {
             disk,
             serial,
             writeback,
-            throttle: Throttle::new(limiter)?,
+            throttle: Throttle::new(limiter.restore(&state.limiter, elapsed))?,
             chain: Chain::new(),
             flush_accepted: false,
             counters: Arc::new(BlockCounters::default()),
@@ -157,8 +188,10 @@ impl Device for Block {
     // Block device (virtio 1.2, 5.2).
     const ID: u32 = 2;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE];
+    const FEATURES: &'static [(u64, &'static str)] = bit::NAMES;
     const UNITS_MAY_WAIT: bool = true;
     type Update = Update;
+    type State = BlockState;
     type Counters = BlockCounters;
 
     fn features(&self) -> u64 {
@@ -241,6 +274,17 @@ impl Device for Block {
             updated.config = Some(self.config());
         }
         updated
+    }
+
+    fn room() -> BlockState {
+        BlockState::default()
+    }
+
+    fn save(&self, state: &mut BlockState) {
+        *state = BlockState {
+            is_writable: !self.disk.is_read_only(),
+            limiter: self.throttle.save(),
+        };
     }
 
     fn reset(&mut self) {

@@ -1,3 +1,4 @@
+use super::super::queue::QueueState;
 use super::super::testing::{Rings, ram};
 use super::*;
 use crate::rate_limiter::{BucketUpdate, TokenBucket};
@@ -34,7 +35,15 @@ struct Bench {
 fn bench(sectors: u8, read_only: bool) -> Bench {
     let file = file(sectors);
     let disk = Disk::new(file.try_clone().unwrap(), read_only).unwrap();
-    let mut block = Block::new(disk, "rootfs", true, RateLimiter::default()).unwrap();
+    let mut block = Block::new(
+        disk,
+        "rootfs",
+        true,
+        RateLimiter::default(),
+        &BlockState::default(),
+        0,
+    )
+    .unwrap();
     block.activate(block.features()).unwrap();
     Bench {
         ram: ram(),
@@ -56,7 +65,13 @@ impl Bench {
     fn serve(&mut self, parts: &[(u64, u32, bool)]) -> (u32, u8) {
         let ram = self.ram.clone();
         let mut rings = Rings::new(&ram, BASE, 256);
-        let mut queue = Queue::new(&rings.layout(), 256, feature::COMMON, &ram).unwrap();
+        let mut queue = Queue::new(
+            &QueueState::fresh(rings.layout()),
+            256,
+            feature::COMMON,
+            &ram,
+        )
+        .unwrap();
         rings.offer_chain(0, parts);
         assert_eq!(self.block.process(0, &mut queue, &ram), Ok(Progress::More));
         assert_eq!(self.block.process(0, &mut queue, &ram), Ok(Progress::Wait));
@@ -259,7 +274,13 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
     });
     let ram = bench.ram.clone();
     let mut rings = Rings::new(&ram, BASE, 256);
-    let mut queue = Queue::new(&rings.layout(), 256, feature::COMMON, &ram).unwrap();
+    let mut queue = Queue::new(
+        &QueueState::fresh(rings.layout()),
+        256,
+        feature::COMMON,
+        &ram,
+    )
+    .unwrap();
     bench.header(FLUSH, 0);
     for first in [0, 2] {
         rings.offer_chain(first, &[(HEAD, 16, false), (STATUS, 1, true)]);

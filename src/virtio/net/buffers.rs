@@ -85,6 +85,11 @@ impl Buffers {
         Some(buffer)
     }
 
+    /// What names them in the used ring, in order.
+    pub fn heads(&self) -> impl Iterator<Item = u16> + '_ {
+        self.chains.iter().map(|buffer| buffer.head)
+    }
+
     /// Bytes of all of them.
     pub fn room(&self) -> u32 {
         self.room

@@ -33,6 +33,8 @@ pub struct NetCounters {
     pub tx_throttled: Counter,
     /// 1 when the tap has vanished.
     pub tap_gone: Counter,
+    /// Times it announced its MAC address after a restore.
+    pub announcements: Counter,
     /// Times the limits were changed.
     pub updates: Counter,
 }
@@ -134,6 +136,12 @@ impl NetCounters {
             "1 when the tap has vanished.",
             &device,
             self.tap_gone.get(),
+        );
+        report.counter(
+            "mayfly_net_announcements_total",
+            "Times the interface announced its MAC address after a restore.",
+            &device,
+            self.announcements.get(),
         );
         report.counter(
             "mayfly_net_updates_total",

@@ -3,9 +3,11 @@
 //! Frames go between guest memory and the tap without a copy of ours: one `readv` or `writev` for
 //! each.
 
+mod announce;
 mod buffers;
 mod counters;
 mod receive;
+mod state;
 #[cfg(test)]
 mod tests;
 mod transmit;
@@ -17,6 +19,7 @@ use std::sync::Arc;
 use self::buffers::Buffers;
 pub use self::counters::NetCounters;
 use self::receive::UnfinishedFrame;
+pub use self::state::NetState;
 use super::queue::Chain;
 use super::throttle::Throttle;
 use super::{
@@ -55,6 +58,22 @@ mod bit {
     pub const HOST_UFO: u64 = 1 << 14;
     /// VIRTIO_NET_F_MRG_RXBUF: a frame may take several buffers.
     pub const MRG_RXBUF: u64 = 1 << 15;
+
+    pub const NAMES: &[(u64, &str)] = &[
+        (CSUM, "VIRTIO_NET_F_CSUM"),
+        (GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),
+        (MTU, "VIRTIO_NET_F_MTU"),
+        (MAC, "VIRTIO_NET_F_MAC"),
+        (GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
+        (GUEST_TSO6, "VIRTIO_NET_F_GUEST_TSO6"),
+        (GUEST_ECN, "VIRTIO_NET_F_GUEST_ECN"),
+        (GUEST_UFO, "VIRTIO_NET_F_GUEST_UFO"),
+        (HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
+        (HOST_TSO6, "VIRTIO_NET_F_HOST_TSO6"),
+        (HOST_ECN, "VIRTIO_NET_F_HOST_ECN"),
+        (HOST_UFO, "VIRTIO_NET_F_HOST_UFO"),
+        (MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
+    ];
 
     /// What is offered always.
     pub const ALWAYS: u64 = CSUM
@@ -129,6 +148,8 @@ pub struct Net {
     room_wanted: u32,
     chain: Chain,
     buffers: Buffers,
+    /// Chains that were at hand when the state was saved: to be walked again, in order.
+    held: Vec<u16>,
     /// Takes the end of a frame that is longer than the buffers at hand.
     spill: Box<[u8]>,
     unfinished: Option<UnfinishedFrame>,
@@ -137,31 +158,39 @@ pub struct Net {
 
 impl Net {
     /// A device on `tap`. Without a `mac` the guest chooses its own; with an `mtu` it is told to
-    /// keep to it.
+    /// keep to it. It goes on from `state`, which was saved `elapsed` nanoseconds ago.
     ///
     /// # Errors
-    /// When the host has no descriptor left for the rate limiters' timers.
+    /// When the host has no descriptor left for the rate limiters' timers, or `state` cannot be.
     pub fn new(
         tap: Tap,
         mac: Option<[u8; 6]>,
         mtu: Option<u16>,
         rx_limiter: RateLimiter,
         tx_limiter: RateLimiter,
+        state: &NetState,
+        elapsed: u64,
     ) -> io::Result<Self> {
+        let unfinished = state.check().map_err(io::Error::other)?;
+        let mut spill = vec![0; FRAME_MAX as usize].into_boxed_slice();
+        for (to, from) in spill.iter_mut().zip(&state.unfinished.rest) {
+            *to = *from;
+        }
         Ok(Net {
             tap,
             mac,
             mtu,
-            rx_throttle: Throttle::new(rx_limiter)?,
-            tx_throttle: Throttle::new(tx_limiter)?,
+            rx_throttle: Throttle::new(rx_limiter.restore(&state.rx_limiter, elapsed))?,
+            tx_throttle: Throttle::new(tx_limiter.restore(&state.tx_limiter, elapsed))?,
             readable: false,
             gone: false,
             mergeable: false,
             room_wanted: 0,
             chain: Chain::new(),
             buffers: Buffers::new(),
-            spill: vec![0; FRAME_MAX as usize].into_boxed_slice(),
-            unfinished: None,
+            held: state.held.clone(),
+            spill,
+            unfinished,
             counters: Arc::new(NetCounters::default()),
         })
     }
@@ -180,8 +209,10 @@ impl Device for Net {
     // Network device (virtio 1.2, 5.1).
     const ID: u32 = 1;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE, QUEUE_SIZE];
+    const FEATURES: &'static [(u64, &'static str)] = bit::NAMES;
     const UNITS_MAY_WAIT: bool = false;
     type Update = Update;
+    type State = NetState;
     type Counters = NetCounters;
 
     fn features(&self) -> u64 {
@@ -286,7 +317,23 @@ impl Device for Net {
         }
     }
 
+    fn room() -> NetState {
+        NetState::room()
+    }
+
+    fn save(&self, state: &mut NetState) {
+        self.save_into(state);
+    }
+
+    fn has_moved(&mut self) {
+        if let Some(frame) = &mut self.unfinished {
+            frame.wait_anew();
+        }
+        self.announce();
+    }
+
     fn reset(&mut self) {
+        self.held.clear();
         self.buffers.clear();
         self.unfinished = None;
         self.mergeable = false;

@@ -21,11 +21,27 @@ pub(super) const PATIENCE_NANOS: u64 = 50_000_000;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct UnfinishedFrame {
     /// Its length with its header.
-    len: u32,
+    pub len: u32,
     /// How much of that is in the guest's buffers.
-    in_guest: u32,
+    pub in_guest: u32,
     /// When it is dropped.
     until: u64,
+}
+
+impl UnfinishedFrame {
+    /// A frame that waits from now on.
+    pub fn new(len: u32, in_guest: u32) -> Self {
+        UnfinishedFrame {
+            len,
+            in_guest,
+            until: clock::monotonic_nanos().saturating_add(PATIENCE_NANOS),
+        }
+    }
+
+    /// Lets it wait as long as a new one.
+    pub fn wait_anew(&mut self) {
+        *self = UnfinishedFrame::new(self.len, self.in_guest);
+    }
 }
 
 /// What came of gathering buffers.
@@ -41,6 +57,9 @@ enum Gathered {
 impl Net {
     /// Passes one frame from the tap to the guest.
     pub(super) fn receive(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        if !self.held.is_empty() {
+            self.walk_held(queue, ram)?;
+        }
         if let Some(frame) = self.unfinished {
             return self.receive_end(frame, queue, ram);
         }
@@ -67,11 +86,7 @@ impl Net {
             Ok(len) => {
                 let len = u32::try_from(len).unwrap_or(u32::MAX);
                 if self.mergeable && room < len && len <= FRAME_MAX {
-                    self.unfinished = Some(UnfinishedFrame {
-                        len,
-                        in_guest: room,
-                        until: clock::monotonic_nanos().saturating_add(PATIENCE_NANOS),
-                    });
+                    self.unfinished = Some(UnfinishedFrame::new(len, room));
                     return Ok(Progress::More);
                 }
                 self.deliver(len, room, queue, ram)
@@ -86,6 +101,21 @@ impl Net {
                 Ok(Progress::Wait)
             }
         }
+    }
+
+    /// Takes the buffers at hand that a saved state names. Whatever the guest has made of them since, no
+    /// more than what it could have offered anew comes of it.
+    fn walk_held(&mut self, queue: &mut Queue, ram: &Ram) -> Result<(), BrokenRing> {
+        for head in &self.held {
+            let found = queue.walk_again(ram, *head, &mut self.chain)?;
+            let usable = found == Popped::Chain && Buffers::can_hold(&self.chain);
+            if !usable || !self.buffers.push(&self.chain) {
+                self.counters.rx_invalid.one();
+                queue.add_used(ram, *head, 0)?;
+            }
+        }
+        self.held.clear();
+        Ok(())
     }
 
     /// Brings the end of a frame to the guest once there is room for it.

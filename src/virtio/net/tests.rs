@@ -1,3 +1,4 @@
+use super::super::queue::QueueState;
 use super::super::testing::{Rings, ram};
 use super::receive::PATIENCE_NANOS;
 use super::*;
@@ -26,6 +27,8 @@ fn bench(features: u64) -> Bench {
         None,
         limiter(),
         limiter(),
+        &NetState::default(),
+        0,
     )
     .unwrap();
     net.activate(features).unwrap();
@@ -44,7 +47,13 @@ fn frame(payload: usize) -> Vec<u8> {
 }
 
 fn queue(rings: &Rings<'_>) -> Queue {
-    Queue::new(&rings.layout(), 256, feature::COMMON, rings.ram).unwrap()
+    Queue::new(
+        &QueueState::fresh(rings.layout()),
+        256,
+        feature::COMMON,
+        rings.ram,
+    )
+    .unwrap()
 }
 
 fn guest(ram: &Ram, addr: u64, len: usize) -> Vec<u8> {
@@ -63,7 +72,17 @@ fn features_when_options_are_given_follow() {
     let tap = Tap::fake(ours);
     let with = |mac, mtu| {
         let limiter = RateLimiter::default;
-        Net::new(tap.try_clone().unwrap(), mac, mtu, limiter(), limiter()).unwrap()
+        let state = NetState::default();
+        Net::new(
+            tap.try_clone().unwrap(),
+            mac,
+            mtu,
+            limiter(),
+            limiter(),
+            &state,
+            0,
+        )
+        .unwrap()
     };
     let plain = with(None, None);
     assert_eq!(plain.features() & (bit::MAC | bit::MTU), 0);
@@ -356,7 +375,16 @@ fn tap_when_it_vanishes_is_left_alone() {
         return;
     };
     let limiter = RateLimiter::default;
-    let mut net = Net::new(tap, None, None, limiter(), limiter()).unwrap();
+    let mut net = Net::new(
+        tap,
+        None,
+        None,
+        limiter(),
+        limiter(),
+        &NetState::default(),
+        0,
+    )
+    .unwrap();
     net.activate(net.features()).unwrap();
     let ram = ram();
     let mut receive_rings = Rings::new(&ram, BASE, 256);

@@ -6,7 +6,7 @@ const TABLE: u64 = 0x50000;
 const DATA: u64 = 0x80000;
 
 fn queue(rings: &Rings<'_>, features: u64) -> Queue {
-    Queue::new(&rings.layout(), 256, features, rings.ram).unwrap()
+    Queue::new(&QueueState::fresh(rings.layout()), 256, features, rings.ram).unwrap()
 }
 
 /// Writes an entry of an indirect table at [`TABLE`].
@@ -21,7 +21,7 @@ fn indirect(ram: &Ram, index: u64, descriptor: (u64, u32, u16, u16)) {
 fn new_when_layout_is_impossible_refuses() {
     let ram = ram();
     let good = Rings::new(&ram, BASE, 16).layout();
-    assert!(Queue::new(&good, 256, 0, &ram).is_ok());
+    assert!(Queue::new(&QueueState::fresh(good), 256, 0, &ram).is_ok());
     let end = 1 << 20;
     let bad: Vec<(&str, QueueLayout)> = vec![
         ("size 0", QueueLayout { size: 0, ..good }),
@@ -107,7 +107,7 @@ fn new_when_layout_is_impossible_refuses() {
         ),
     ];
     for (what, layout) in bad {
-        let result = Queue::new(&layout, 256, 0, &ram);
+        let result = Queue::new(&QueueState::fresh(layout), 256, 0, &ram);
         assert_eq!(result.err(), Some(BrokenRing::Layout), "{what}");
     }
     let last = QueueLayout {
@@ -116,7 +116,7 @@ fn new_when_layout_is_impossible_refuses() {
         used: end - 512 - 134 + 2,
         ..good
     };
-    assert!(Queue::new(&last, 256, 0, &ram).is_ok());
+    assert!(Queue::new(&QueueState::fresh(last), 256, 0, &ram).is_ok());
 }
 
 #[test]

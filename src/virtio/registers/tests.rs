@@ -6,12 +6,21 @@ use crate::inbox::{Inbox, inbox};
 const SIZES: &[u16] = &[256, 64];
 const OFFERED: u64 = feature::COMMON | 0b1010;
 
+fn offer() -> Offer {
+    Offer {
+        device_id: 2,
+        features: OFFERED,
+        feature_names: |features| format!("{features:#x}"),
+        max_sizes: SIZES,
+        config: ConfigSpace::new().with(0, &[1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    }
+}
+
 fn registers() -> (Registers, Inbox<DriverMsg>) {
     let (sender, inbox) = inbox(driver_messages(SIZES.len())).unwrap();
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let interrupt = Arc::new(Interrupt::new(line));
-    let config = ConfigSpace::new().with(0, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
-    let registers = Registers::new(2, OFFERED, SIZES, config, interrupt, sender).unwrap();
+    let registers = Registers::new(offer(), &RegistersState::default(), interrupt, sender).unwrap();
     (registers, inbox)
 }
 

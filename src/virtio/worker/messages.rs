@@ -4,13 +4,16 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use crate::virtio::ConfigSpace;
+use super::state::Room;
+use crate::virtio::{ConfigSpace, Device};
 
 /// What control asks of a worker. The number comes back in the answer.
-pub(in crate::virtio) enum ControlMsg<U> {
+pub(in crate::virtio) enum ControlMsg<D: Device> {
     Pause(u64),
     Resume(u64),
-    Update(u64, U),
+    Update(u64, D::Update),
+    /// The state goes into the box, which comes back by a channel of its own.
+    Save(u64, Box<Room<D::State>>),
     #[cfg_attr(
         not(test),
         expect(
@@ -39,6 +42,10 @@ pub enum Done {
     Paused,
     /// Work goes on.
     Resumed,
+    /// The state can be taken from the handle.
+    Saved,
+    /// The state was not saved: the worker is not paused.
+    NotSaved,
     /// The update holds. Pass a changed configuration space to `Registers::set_config`; close
     /// what was replaced.
     Updated {

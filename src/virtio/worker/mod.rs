@@ -13,6 +13,7 @@
 
 mod counters;
 pub(super) mod messages;
+pub(super) mod state;
 #[cfg(test)]
 mod tests;
 mod worker_loop;
@@ -21,6 +22,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -29,11 +31,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::messages::ControlMsg;
 use self::worker_loop::{Turn, WorkerLoop};
-use super::registers::{DriverMsg, driver_messages};
-use super::{Device, DeviceHandle, Interrupt, QueueSet, Ram, Registers};
+use super::registers::{DriverMsg, Offer, RegistersState, driver_messages};
+use super::state::feature_names;
+use super::status::DRIVER_OK;
+use super::{Device, DeviceHandle, Interrupt, QueueSet, Ram, Registers, Start, StateError};
 use crate::inbox::{Inbox, Outbox, inbox};
 pub use counters::WorkerCounters;
 pub use messages::{Done, WorkerEvent, WorkerReply};
+pub use state::{Phase, WorkerState};
 
 /// Control waits for an answer before it asks again, but it may give up on one that is late.
 const CONTROL_MESSAGES: usize = 16;
@@ -45,46 +50,58 @@ mod token {
     pub const SOURCES: u32 = 0x100;
 }
 
-/// Gives `device` its registers and its worker. The worker's thread is the caller's to make: it
-/// installs its filter and calls [`Worker::run`].
+/// Gives `device` its registers and its worker, which go on from `start`. The worker's thread is the
+/// caller's to make: it installs its filter and calls [`Worker::run`].
 ///
 /// # Errors
-/// When the host has no descriptors left, or will not watch one of the device's.
+/// When the host has no descriptors left, will not watch one of the device's, or refuses what the
+/// driver has chosen; or when `start` cannot be.
 pub fn attach<D: Device>(
     device: D,
     name: &str,
+    start: &Start,
     ram: Ram,
     irqfd: EventFd,
     replies: Outbox<WorkerReply>,
     events: Outbox<WorkerEvent>,
 ) -> io::Result<(Arc<Registers>, Worker<D>, DeviceHandle<D>)> {
     const { assert!(D::QUEUES.len() <= QueueSet::LIMIT) };
+    check_phase(start.registers(), start.worker()).map_err(io::Error::other)?;
     let name: Arc<str> = Arc::from(name);
     let interrupt = Arc::new(Interrupt::new(irqfd));
     let (to_driver_inbox, driver) = inbox(driver_messages(D::QUEUES.len()))?;
     let (to_control_inbox, control) = inbox(CONTROL_MESSAGES)?;
     let registers = Arc::new(Registers::new(
-        D::ID,
-        device.features(),
-        D::QUEUES,
-        device.config(),
+        Offer {
+            device_id: D::ID,
+            features: device.features(),
+            feature_names: |features| feature_names(features, D::FEATURES),
+            max_sizes: D::QUEUES,
+            config: device.config(),
+        },
+        start.registers(),
         Arc::clone(&interrupt),
         to_driver_inbox,
     )?);
     let counters = Arc::new(WorkerCounters::new(D::QUEUES.len()));
+    let (to_handle, saved) = sync_channel(CONTROL_MESSAGES);
     let handle = DeviceHandle::new(
         Arc::clone(&name),
         to_control_inbox,
         Arc::clone(&registers),
         device.counters(),
         Arc::clone(&counters),
+        saved,
     );
     let watched = watched(&registers, &driver, &control, &device);
     let events_at_once = watched.len();
+    let mut body = WorkerLoop::new(
+        name, device, ram, interrupt, counters, driver, control, replies, to_handle,
+    );
+    let features = start.registers().negotiated().unwrap_or(0);
+    body.begin(start.worker(), features, start.is_saved())?;
     let subscriber = Subscriber {
-        body: WorkerLoop::new(
-            name, device, ram, interrupt, counters, driver, control, replies,
-        ),
+        body,
         watched,
         unwatched: None,
     };
@@ -102,11 +119,27 @@ pub fn attach<D: Device>(
     Ok((registers, worker, handle))
 }
 
+/// Checks that registers and worker tell the same: a driver that has none on the one side and some on
+/// the other could not even reset the device.
+fn check_phase(registers: &RegistersState, worker: &WorkerState) -> Result<(), StateError> {
+    let has_driver = registers.status & DRIVER_OK != 0;
+    let expected = match (has_driver, registers.needs_reset) {
+        (false, _) => Phase::Idle,
+        (true, false) => Phase::Active,
+        (true, true) => Phase::Broken,
+    };
+    if worker.phase == expected {
+        Ok(())
+    } else {
+        Err(StateError::Value("phase"))
+    }
+}
+
 /// All that a worker watches, with its numbers.
 fn watched<D: Device>(
     registers: &Registers,
     driver: &Inbox<DriverMsg>,
-    control: &Inbox<ControlMsg<D::Update>>,
+    control: &Inbox<ControlMsg<D>>,
     device: &D,
 ) -> Vec<(RawFd, u32)> {
     let kicks = registers.kicks().iter().map(AsRawFd::as_raw_fd);

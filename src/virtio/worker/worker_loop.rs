@@ -24,34 +24,30 @@
 //! completion as it comes, a fast one several at once.
 
 use std::fmt;
+use std::io;
+use std::mem;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 
 use super::counters::WorkerCounters;
 use super::messages::{ControlMsg, Done, WorkerReply};
+use super::state::{Phase, Room, WorkerState};
 use crate::bus::Completer;
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox};
 use crate::sys::clock;
 use crate::sys::io::Brief;
+use crate::virtio::queue::QueueState;
 use crate::virtio::registers::DriverMsg;
-use crate::virtio::{Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, Updated};
+use crate::virtio::{
+    BrokenRing, Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, StateError, Updated,
+};
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
 const UNITS_PER_TURN: u32 = 64;
 
 /// How long the driver may be left without an interrupt while units go on.
 const LATE_NANOS: u64 = 100_000;
-
-/// How far a device and its driver have got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// No driver.
-    Idle,
-    /// Serving the queues.
-    Active,
-    /// Waiting to be reset.
-    Broken,
-}
 
 /// What the thread does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,8 +77,10 @@ pub(super) struct WorkerLoop<D: Device> {
     interrupt: Arc<Interrupt>,
     counters: Arc<WorkerCounters>,
     driver: Inbox<DriverMsg>,
-    control: Inbox<ControlMsg<D::Update>>,
+    control: Inbox<ControlMsg<D>>,
     replies: Outbox<WorkerReply>,
+    /// Where filled boxes go; as large as the inbox that they come from.
+    saved: SyncSender<Box<Room<D::State>>>,
     phase: Phase,
     /// As the driver has described them, until it activates the device.
     layouts: Box<[QueueLayout]>,
@@ -92,12 +90,14 @@ pub(super) struct WorkerLoop<D: Device> {
     /// The queue served last, so that each has its turn.
     last: usize,
     paused: bool,
+    /// It was made of a saved state and has not been resumed yet.
+    is_moved: bool,
     stopped: bool,
     draining: Option<Draining<D::Update>>,
     /// Tokens of the pauses that wait; room for a whole inbox.
     pauses: Vec<u64>,
     /// Taken from the inbox while a pause waited, and to be done after it.
-    put_off: Option<ControlMsg<D::Update>>,
+    put_off: Option<ControlMsg<D>>,
 }
 
 impl<D: Device> WorkerLoop<D> {
@@ -112,8 +112,9 @@ impl<D: Device> WorkerLoop<D> {
         interrupt: Arc<Interrupt>,
         counters: Arc<WorkerCounters>,
         driver: Inbox<DriverMsg>,
-        control: Inbox<ControlMsg<D::Update>>,
+        control: Inbox<ControlMsg<D>>,
         replies: Outbox<WorkerReply>,
+        saved: SyncSender<Box<Room<D::State>>>,
     ) -> Self {
         let count = D::QUEUES.len();
         WorkerLoop {
@@ -125,17 +126,50 @@ impl<D: Device> WorkerLoop<D> {
             driver,
             control,
             replies,
+            saved,
             phase: Phase::Idle,
             layouts: vec![QueueLayout::default(); count].into_boxed_slice(),
             queues: (0..count).map(|_| None).collect(),
             runnable: QueueSet::NONE,
             last: 0,
             paused: false,
+            is_moved: false,
             stopped: false,
             draining: None,
             pauses: Vec::with_capacity(super::CONTROL_MESSAGES),
             put_off: None,
         }
+    }
+
+    /// Goes on from `state`, whose driver has accepted `features`. With `is_saved`, once it is resumed.
+    ///
+    /// # Errors
+    /// When `state` cannot be, or the host refuses what the driver has chosen.
+    pub(super) fn begin(
+        &mut self,
+        state: &WorkerState,
+        features: u64,
+        is_saved: bool,
+    ) -> io::Result<()> {
+        let invalid = |member| io::Error::other(StateError::Value(member));
+        if !state.queues.is_empty() && state.queues.len() != D::QUEUES.len() {
+            return Err(invalid("queues"));
+        }
+        self.paused = is_saved;
+        self.is_moved = is_saved;
+        if state.phase == Phase::Active {
+            let queues = state.queues.iter().copied();
+            self.serve(features, queues).map_err(|why| match why {
+                Unserved::Ring(index, why) => io::Error::other(StateError::Ring(index, why)),
+                Unserved::Host(error) => error,
+            })?;
+        } else if state.queues.iter().any(Option::is_some) {
+            return Err(invalid("queues"));
+        } else {
+            self.device.reset();
+            self.phase = state.phase;
+        }
+        Ok(())
     }
 
     /// The device's name.
@@ -266,7 +300,7 @@ impl<D: Device> WorkerLoop<D> {
         }
     }
 
-    fn take_from_control(&mut self, message: ControlMsg<D::Update>) {
+    fn take_from_control(&mut self, message: ControlMsg<D>) {
         self.draining = Some(match message {
             ControlMsg::Pause(token) => {
                 self.pauses.push(token);
@@ -275,6 +309,7 @@ impl<D: Device> WorkerLoop<D> {
             ControlMsg::Update(token, update) => Draining::Update(token, update),
             ControlMsg::Stop => Draining::Stop,
             ControlMsg::Resume(token) => return self.resume(token),
+            ControlMsg::Save(token, room) => return self.save(token, room),
         });
     }
 
@@ -358,7 +393,43 @@ impl<D: Device> WorkerLoop<D> {
 
     fn resume(&mut self, token: u64) {
         self.paused = false;
+        if mem::take(&mut self.is_moved) {
+            self.go_on_elsewhere();
+        }
         self.reply(token, Done::Resumed);
+    }
+
+    /// What was on its way when the state was saved is lost: kicks, pulses of the line. Each queue is
+    /// looked into, and the driver is told of all that it may not have seen.
+    fn go_on_elsewhere(&mut self) {
+        self.runnable = QueueSet::ALL;
+        for queue in self.queues.iter_mut().flatten() {
+            queue.announce_again();
+        }
+        self.interrupt.raise_again();
+        self.device.has_moved();
+    }
+
+    fn save(&mut self, token: u64, mut room: Box<Room<D::State>>) {
+        room.is_filled = self.paused && self.device.in_flight() == 0;
+        let done = if room.is_filled {
+            if self.phase != Phase::Active {
+                // What it may still have of a ring that broke.
+                self.device.reset();
+            }
+            let queues = self.queues.iter();
+            let queues = queues.map(|queue| queue.as_ref().map(Queue::save));
+            room.worker.phase = self.phase;
+            room.worker.queues.clear();
+            room.worker.queues.extend(queues);
+            self.device.save(&mut room.device);
+            Done::Saved
+        } else {
+            Done::NotSaved
+        };
+        // There is a place for each message.
+        let _ = self.saved.try_send(room);
+        self.reply(token, done);
     }
 
     fn update(&mut self, token: u64, update: D::Update) {
@@ -382,22 +453,35 @@ impl<D: Device> WorkerLoop<D> {
 
     fn activate(&mut self, features: u64) {
         self.counters.activations.one();
+        let layouts = mem::take(&mut self.layouts);
+        // A driver need not use every queue.
+        let used = |layout: &QueueLayout| layout.ready.then(|| QueueState::fresh(*layout));
+        let served = self.serve(features, layouts.iter().map(used));
+        self.layouts = layouts;
+        if let Err(why) = served {
+            self.break_down(&why);
+        }
+    }
+
+    /// Serves queues in these states from now on.
+    fn serve(
+        &mut self,
+        features: u64,
+        states: impl Iterator<Item = Option<QueueState>>,
+    ) -> Result<(), Unserved> {
         self.phase = Phase::Active;
         self.runnable = QueueSet::ALL;
-        for ((slot, layout), max_size) in self.queues.iter_mut().zip(&self.layouts).zip(D::QUEUES) {
-            *slot = None;
-            // A driver need not use every queue.
-            if !layout.ready {
-                continue;
-            }
-            match Queue::new(layout, *max_size, features, &self.ram) {
-                Ok(queue) => *slot = Some(queue),
-                Err(broken) => return self.break_down(&broken),
-            }
+        let slots = self.queues.iter_mut().zip(D::QUEUES).enumerate();
+        for ((index, (slot, max_size)), state) in slots.zip(states) {
+            *slot = match state {
+                Some(state) => {
+                    let queue = Queue::new(&state, *max_size, features, &self.ram);
+                    Some(queue.map_err(|why| Unserved::Ring(index, why))?)
+                }
+                None => None,
+            };
         }
-        if let Err(error) = self.device.activate(features) {
-            self.break_down(&Brief(&error));
-        }
+        self.device.activate(features).map_err(Unserved::Host)
     }
 
     fn reset(&mut self) {
@@ -418,5 +502,22 @@ impl<D: Device> WorkerLoop<D> {
         self.phase = phase;
         self.runnable = QueueSet::NONE;
         self.queues.fill_with(|| None);
+    }
+}
+
+/// Why queues cannot be served.
+enum Unserved {
+    /// This one is impossible.
+    Ring(usize, BrokenRing),
+    /// The host refuses what the driver asks for.
+    Host(io::Error),
+}
+
+impl fmt::Display for Unserved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unserved::Ring(_, why) => why.fmt(f),
+            Unserved::Host(error) => Brief(error).fmt(f),
+        }
     }
 }

@@ -16,9 +16,9 @@ use crate::files;
 use crate::memory::Memory;
 use crate::seccomp::Category;
 use crate::vcpu::Buses;
-use crate::virtio::{self, registers};
+use crate::virtio::{self, DeviceState, Start, registers};
 use crate::vmm::change::Replaced;
-use crate::vmm::devices::{Backing, Devices, Entry, Listed, Visit};
+use crate::vmm::devices::{Backing, Devices, Entry, Listed, SavedDevices, StateOf, Visit};
 use crate::wire::config::DeviceConfig;
 
 /// A device that was built and waits for its thread.
@@ -47,7 +47,66 @@ pub(super) type Attach =
     Box<dyn FnOnce(&mut Attaching<'_>) -> Result<Attached, ActionError> + Send>;
 
 /// How each device is made, in the order of slots.
-pub(super) struct Building(pub Vec<Build>);
+#[derive(Default)]
+pub(super) struct Building {
+    builds: Vec<Build>,
+    saved: Option<Saved>,
+}
+
+/// Devices as they were saved.
+pub(super) struct Saved {
+    pub devices: SavedDevices,
+    /// Nanoseconds since.
+    pub elapsed: u64,
+}
+
+impl Building {
+    /// Devices that go on from what was saved; without that, new ones.
+    #[expect(dead_code, reason = "for control, which restores the machine")]
+    pub(super) fn new(saved: Option<Saved>) -> Self {
+        Building {
+            builds: Vec::new(),
+            saved,
+        }
+    }
+
+    /// How each is made.
+    ///
+    /// # Errors
+    /// When a saved device has no place.
+    pub(super) fn builds(self) -> Result<Vec<Build>, ActionError> {
+        let left = self
+            .saved
+            .as_ref()
+            .and_then(|saved| saved.devices.ids().next());
+        match left {
+            Some(id) => Err(ActionError(format!(
+                "The device `{id}` was saved, and is not configured"
+            ))),
+            None => Ok(self.builds),
+        }
+    }
+
+    /// What the device `id` of kind `K` begins with, and how many nanoseconds ago that was saved.
+    fn state<K: Listed>(&mut self, id: &str) -> Result<(Start, StateOf<K>, u64), ActionError> {
+        let Some(saved) = &mut self.saved else {
+            return Ok((Start::default(), StateOf::<K>::default(), 0));
+        };
+        let list = K::saved(&mut saved.devices);
+        let at = list.iter().position(|device| device.id == id);
+        let at = at.ok_or_else(|| {
+            ActionError(format!(
+                "The device `{id}` is configured, and was not saved"
+            ))
+        })?;
+        let DeviceState {
+            registers,
+            worker,
+            device,
+        } = list.remove(at).state;
+        Ok((Start::saved(registers, worker), device, saved.elapsed))
+    }
+}
 
 impl Visit for Building {
     fn device<K: Listed>(&mut self, entry: &Entry<K>) -> Result<(), ActionError> {
@@ -58,11 +117,13 @@ impl Visit for Building {
             Backing::Running(_) => Err(io::Error::other("it runs already")),
         };
         let opened = opened.context(&what)?;
-        self.0.push(Box::new(move || {
+        let (start, state, elapsed) = self.state::<K>(config.id())?;
+        self.builds.push(Box::new(move || {
             files::may_wait(format_args!("making the device `{}`", config.id()));
-            let device = K::build(&config, opened);
+            let device = K::build(&config, opened, &state, elapsed);
             Box::new(move |attaching: &mut Attaching<'_>| {
-                let attached = device.and_then(|device| attaching.attach::<K>(config.id(), device));
+                let attached =
+                    device.and_then(|device| attaching.attach::<K>(config.id(), device, &start));
                 attached.context(what)
             })
         }));
@@ -71,14 +132,19 @@ impl Visit for Building {
 }
 
 impl Attaching<'_> {
-    fn attach<K: Listed>(&mut self, id: &str, device: K::Device) -> io::Result<Attached> {
+    fn attach<K: Listed>(
+        &mut self,
+        id: &str,
+        device: K::Device,
+        start: &Start,
+    ) -> io::Result<Attached> {
         let id = id.to_owned();
         let irqfd = event()?;
         let for_kvm = irqfd.try_clone()?;
         let events = self.host.events;
         let (ram, answers) = (self.memory.ram().clone(), events.outbox());
         let (registers, worker, handle) =
-            virtio::attach(device, &id, ram, irqfd, answers, events.outbox())?;
+            virtio::attach(device, &id, start, ram, irqfd, answers, events.outbox())?;
         self.place(registers, &for_kvm)?;
         Ok(Attached {
             category: K::CATEGORY,

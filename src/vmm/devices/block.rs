@@ -9,7 +9,7 @@ use crate::error::{ActionError, Context};
 use crate::files::open::open_disk;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
-use crate::virtio::block::{self, Disk};
+use crate::virtio::block::{self, BlockState, Disk};
 use crate::wire::config::{CacheType, Drive, DriveUpdate, IoEngine, RateLimiterConfig};
 
 /// Disks.
@@ -63,13 +63,20 @@ impl Kind for Block {
         file.try_clone()
     }
 
-    fn build(drive: &Drive, file: File) -> io::Result<block::Block> {
+    fn build(
+        drive: &Drive,
+        file: File,
+        state: &BlockState,
+        elapsed: u64,
+    ) -> io::Result<block::Block> {
         let disk = Disk::new(file, drive.read_only()).map_err(io::Error::other)?;
         block::Block::new(
             disk,
             &drive.drive_id,
             drive.cache_type == CacheType::Writeback,
             limiter(drive.rate_limiter),
+            state,
+            elapsed,
         )
     }
 

@@ -11,12 +11,14 @@ mod net;
 
 use std::{io, mem};
 
+use serde::{Deserialize, Serialize};
+
 pub use self::limits::bucket;
 use super::change::{Change, Edit, edit};
 use crate::error::ActionError;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
-use crate::virtio::{Device, DeviceControl, DeviceHandle};
+use crate::virtio::{Device, DeviceControl, DeviceHandle, DeviceState};
 use crate::wire::config::{self as wire, AnyDevice, AnyUpdate, DeviceConfig, each_device_kind};
 use crate::wire::limits::DEVICES_MAX;
 
@@ -72,11 +74,17 @@ pub trait Kind: Sized + 'static {
     /// The host's.
     fn copy(opened: &Self::Opened) -> io::Result<Self::Opened>;
 
-    /// Makes the device of what was opened. May wait.
+    /// Makes the device of what was opened and of its state, which was saved `elapsed` nanoseconds ago.
+    /// May wait.
     ///
     /// # Errors
-    /// The host's.
-    fn build(config: &Self::Config, opened: Self::Opened) -> io::Result<Self::Device>;
+    /// The host's, or why the device cannot go on from `state`.
+    fn build(
+        config: &Self::Config,
+        opened: Self::Opened,
+        state: &StateOf<Self>,
+        elapsed: u64,
+    ) -> io::Result<Self::Device>;
 
     /// Checks a change to the device of `config`; none if there is no such device.
     ///
@@ -105,6 +113,9 @@ pub trait Kind: Sized + 'static {
     /// Notes `update` in `config`.
     fn note_update(config: &mut Self::Config, update: <Self::Config as DeviceConfig>::Update);
 }
+
+/// What is saved of a device of kind `K` itself.
+pub type StateOf<K> = <<K as Kind>::Device as Device>::State;
 
 /// A device: what was asked for, and what there is for it.
 #[derive(Debug)]
@@ -148,6 +159,16 @@ impl<K: Kind> Entry<K> {
     }
 }
 
+/// A device as it is saved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedDevice<S> {
+    /// Its name among those of its kind.
+    pub id: String,
+    /// All of it.
+    pub state: DeviceState<S>,
+}
+
 /// Something that is done for each device, of whichever kind.
 pub trait Visit {
     /// Does it for one.
@@ -161,6 +182,8 @@ pub trait Visit {
 pub trait Listed: Kind {
     /// Its list.
     fn list(devices: &mut Devices) -> &mut List<Self>;
+    /// Its list of saved ones.
+    fn saved(devices: &mut SavedDevices) -> &mut Vec<SavedDevice<StateOf<Self>>>;
 }
 
 /// Puts `item` into `list`, in place of the one with the same id, which it returns.
@@ -188,6 +211,17 @@ impl<K: Listed> List<K> {
             Backing::Opened(_) => None,
             Backing::Running(handle) => Some(handle as &dyn DeviceControl),
         })
+    }
+
+    fn take_saved(&self) -> Option<Vec<SavedDevice<StateOf<K>>>> {
+        let saved = self.0.iter().map(|entry| match &entry.backing {
+            Backing::Opened(_) => None,
+            Backing::Running(handle) => Some(SavedDevice {
+                id: entry.config.id().to_owned(),
+                state: handle.take_saved()?,
+            }),
+        });
+        saved.collect()
     }
 
     fn reopened(&self) -> Result<Vec<K::Opened>, ActionError> {
@@ -282,7 +316,29 @@ macro_rules! declare {
             fn list(devices: &mut Devices) -> &mut List<Self> {
                 &mut devices.$list
             }
+
+            fn saved(devices: &mut SavedDevices) -> &mut Vec<SavedDevice<StateOf<Self>>> {
+                &mut devices.$list
+            }
         })+
+
+        /// All devices as they are saved, in the order of their slots.
+        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct SavedDevices {
+            $(
+                #[doc = concat!("Those of the section `", $section, "`.")]
+                #[serde(default)]
+                pub $list: Vec<SavedDevice<StateOf<$control::$kind>>>,
+            )+
+        }
+
+        impl SavedDevices {
+            /// Their ids.
+            pub fn ids(&self) -> impl Iterator<Item = &str> {
+                std::iter::empty()$(.chain(self.$list.iter().map(|device| &*device.id)))+
+            }
+        }
 
         impl Devices {
             /// How many there are.
@@ -320,6 +376,12 @@ macro_rules! declare {
                 Ok(move |passed: &mut Passed| {
                     Ok(Devices { $($list: $list(passed)?,)+ })
                 })
+            }
+
+            /// What all of them have saved, once each has answered so; `None` if one has not.
+            #[expect(dead_code, reason = "for control, which saves the machine")]
+            pub fn take_saved(&self) -> Option<SavedDevices> {
+                Some(SavedDevices { $($list: self.$list.take_saved()?,)+ })
             }
 
             /// Those that run.

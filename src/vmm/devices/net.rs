@@ -9,7 +9,7 @@ use crate::files::open::{TAP, tap_from};
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::sys::tap::Tap;
-use crate::virtio::net;
+use crate::virtio::net::{self, NetState};
 use crate::wire::config::{NetworkInterface, NetworkUpdate, RateLimiterConfig, Source};
 use crate::wire::limits::{MTU_MIN, TAP_NAME_MAX};
 
@@ -99,13 +99,20 @@ impl Kind for Net {
         tap.try_clone()
     }
 
-    fn build(network: &NetworkInterface, tap: Tap) -> io::Result<net::Net> {
+    fn build(
+        network: &NetworkInterface,
+        tap: Tap,
+        state: &NetState,
+        elapsed: u64,
+    ) -> io::Result<net::Net> {
         net::Net::new(
             tap,
             network.guest_mac.map(|mac| mac.0),
             network.mtu,
             limiter(network.rx_rate_limiter),
             limiter(network.tx_rate_limiter),
+            state,
+            elapsed,
         )
     }
 

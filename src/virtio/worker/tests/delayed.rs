@@ -46,8 +46,10 @@ struct Delayed {
 impl Device for Delayed {
     const ID: u32 = 2;
     const QUEUES: &'static [u16] = &[16, 16, 16];
+    const FEATURES: &'static [(u64, &'static str)] = &[];
     const UNITS_MAY_WAIT: bool = false;
     type Update = ();
+    type State = ();
     type Counters = ();
 
     fn features(&self) -> u64 {
@@ -123,6 +125,10 @@ impl Device for Delayed {
         Updated::default()
     }
 
+    fn room() {}
+
+    fn save(&self, (): &mut ()) {}
+
     fn reset(&mut self) {
         assert!(self.flying.is_empty());
         self.ended.clear();
@@ -161,8 +167,16 @@ fn bench() -> Bench {
     let (to_replies, replies) = mailbox();
     let (to_events, events) = mailbox();
     let irqfd = line.try_clone().unwrap();
-    let (registers, worker, handle) =
-        attach(device, "delayed", ram.clone(), irqfd, to_replies, to_events).unwrap();
+    let (registers, worker, handle) = attach(
+        device,
+        "delayed",
+        &Start::default(),
+        ram.clone(),
+        irqfd,
+        to_replies,
+        to_events,
+    )
+    .unwrap();
     Bench {
         ram,
         registers,

@@ -1,10 +1,12 @@
 //! The loop with the block device, whose units end what they begin. `delayed` has the loop with
-//! requests in flight, `slow` with units that take long.
+//! requests in flight, `slow` with units that take long, `saved` with workers that are saved and made
+//! anew.
 
 mod delayed;
+mod saved;
 mod slow;
 
-use super::super::block::{self, Block, Disk};
+use super::super::block::{self, Block, BlockState, Disk};
 use super::super::testing::{Rings, mailbox, next, ram, read32, reset, start, wait_until, write32};
 use super::super::{DeviceControl, QueueLayout};
 use super::*;
@@ -42,29 +44,38 @@ fn disk(sectors: u64) -> Disk {
 }
 
 fn bench() -> Bench {
-    let ram = ram();
-    let block = Block::new(disk(64), "disk", true, RateLimiter::default()).unwrap();
+    let block = new_block();
+    bench_of(block, &ram(), &Start::default()).unwrap()
+}
+
+fn new_block() -> Block {
+    let limiter = RateLimiter::default();
+    Block::new(disk(64), "disk", true, limiter, &BlockState::default(), 0).unwrap()
+}
+
+fn bench_of(block: Block, ram: &Ram, start: &Start) -> io::Result<Bench> {
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let (to_replies, replies) = mailbox();
     let (to_events, events) = mailbox();
+    let irqfd = line.try_clone().unwrap();
     let (registers, worker, handle) = attach(
         block,
         "disk",
+        start,
         ram.clone(),
-        line.try_clone().unwrap(),
+        irqfd,
         to_replies,
         to_events,
-    )
-    .unwrap();
-    Bench {
-        ram,
+    )?;
+    Ok(Bench {
+        ram: ram.clone(),
         registers,
         handle,
         thread: Some(thread::spawn(move || worker.run())),
         line,
         replies,
         _events: events,
-    }
+    })
 }
 
 impl Bench {
@@ -346,12 +357,20 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
     let mut bench = bench();
     bench.stop();
     let ram = bench.ram.clone();
-    let block = Block::new(disk(64), "disk", true, RateLimiter::default()).unwrap();
+    let block = new_block();
     let (to_replies, replies) = mailbox();
     let (to_events, _events) = mailbox();
     let line = bench.line.try_clone().unwrap();
-    let (registers, worker, handle) =
-        attach(block, "disk", ram.clone(), line, to_replies, to_events).unwrap();
+    let (registers, worker, handle) = attach(
+        block,
+        "disk",
+        &Start::default(),
+        ram.clone(),
+        line,
+        to_replies,
+        to_events,
+    )
+    .unwrap();
     let thread = thread::spawn(move || {
         let before = allocator_calls();
         let worker = worker.run();
@@ -389,12 +408,20 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
 
 #[test]
 fn resume_when_the_inbox_is_full_is_remembered_as_missed() {
-    let block = Block::new(disk(64), "disk", true, RateLimiter::default()).unwrap();
+    let block = new_block();
     let (to_replies, replies) = mailbox();
     let (to_events, _events) = mailbox();
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
-    let (_registers, worker, handle) =
-        attach(block, "disk", ram(), line, to_replies, to_events).unwrap();
+    let (_registers, worker, handle) = attach(
+        block,
+        "disk",
+        &Start::default(),
+        ram(),
+        line,
+        to_replies,
+        to_events,
+    )
+    .unwrap();
     for token in 0..CONTROL_MESSAGES as u64 {
         handle.pause(token).unwrap();
     }

@@ -29,8 +29,10 @@ struct Slow {
 impl Device for Slow {
     const ID: u32 = 2;
     const QUEUES: &'static [u16] = &[64];
+    const FEATURES: &'static [(u64, &'static str)] = &[];
     const UNITS_MAY_WAIT: bool = true;
     type Update = ();
+    type State = ();
     type Counters = ();
 
     fn features(&self) -> u64 {
@@ -76,6 +78,10 @@ impl Device for Slow {
         Updated::default()
     }
 
+    fn room() {}
+
+    fn save(&self, (): &mut ()) {}
+
     fn reset(&mut self) {}
 }
 
@@ -91,8 +97,16 @@ fn serve(count: u16, features: u64, check: impl Fn(u16, &Rings<'_>, &EventFd, &S
         chain: Chain::new(),
     };
     let irqfd = line.try_clone().unwrap();
-    let (registers, worker, handle) =
-        attach(device, "slow", ram.clone(), irqfd, to_replies, to_events).unwrap();
+    let (registers, worker, handle) = attach(
+        device,
+        "slow",
+        &Start::default(),
+        ram.clone(),
+        irqfd,
+        to_replies,
+        to_events,
+    )
+    .unwrap();
     let thread = thread::spawn(move || worker.run());
     let rings = Rings::new(&ram, BASE, 64);
     for head in 0..count {
