@@ -8,10 +8,15 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
-use self::purpose::{CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ};
+use self::purpose::{
+    CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ, SNAPSHOT_MEMORY,
+    SNAPSHOT_STATE,
+};
 pub use self::purpose::{CONSOLE_OUTPUT, END, INITRD, KERNEL, LOG, METRICS, Purpose, TAP};
 use crate::error::{ActionError, Context};
+use crate::snapshot::{self, Header, RawState};
 use crate::sys::passed::Passed;
 use crate::sys::socket;
 use crate::sys::tap::Tap;
@@ -98,6 +103,48 @@ pub fn open_disk(
         true => Ok(file),
         false => Err(purpose.wrong_kind(source, &metadata)),
     }
+}
+
+/// Reads the state file of a snapshot that a machine can be made of.
+///
+/// # Errors
+/// When it is missing, unreadable, no regular file, no state file of ours that is whole, or that of a
+/// diff.
+#[cfg_attr(not(test), expect(dead_code, reason = "for loading snapshots"))]
+pub fn snapshot_state(
+    source: &Source,
+    passed: &mut Passed,
+) -> Result<(Header, RawState), ActionError> {
+    let purpose = &SNAPSHOT_STATE;
+    let (file, _) = purpose.open(source, passed)?;
+    purpose.may_wait("reading", source);
+    let read = snapshot::read(&file).and_then(|read| {
+        read.0.check_whole()?;
+        Ok(read)
+    });
+    read.map_err(|refusal| purpose.wrong(source, refusal))
+}
+
+/// Opens the memory file that belongs to the state file with `header`.
+///
+/// # Errors
+/// When it is missing, unreadable, no regular file, or belongs to another snapshot.
+#[cfg_attr(not(test), expect(dead_code, reason = "for loading snapshots"))]
+pub fn snapshot_memory(
+    source: &Source,
+    header: &Header,
+    passed: &mut Passed,
+) -> Result<File, ActionError> {
+    let purpose = &SNAPSHOT_MEMORY;
+    let (file, _) = purpose.open(source, passed)?;
+    purpose.may_wait("reading", source);
+    let Err(refusal) = snapshot::check_memory(header, &file) else {
+        return Ok(file);
+    };
+    // A create that was killed may have left the right one beside it.
+    let left = source.name().map(Path::new);
+    let left = left.and_then(|path| snapshot::partial_memory(header, path));
+    left.ok_or_else(|| purpose.wrong(source, refusal))
 }
 
 /// Takes the tap out of a descriptor.
@@ -381,6 +428,67 @@ mod tests {
             "Drive config error: Cannot use the descriptor passed for the disk: There is no descriptor \
              1: 1 came with the first byte of the request, counted from 0"
         );
+    }
+
+    #[test]
+    fn snapshot_when_opened_is_whole_and_its_files_belong_together() {
+        use crate::snapshot::{Kind, MemoryImage, SnapshotId, VERSION, encode};
+        let folder = TempDir::new().unwrap();
+        let path = |name: &str| folder.as_path().join(name).to_str().unwrap().to_owned();
+        let header = |kind, id| Header {
+            version: VERSION,
+            id: SnapshotId([id; 16]),
+            kind,
+            parent: Some(SnapshotId([9; 16])),
+            memory: MemoryImage {
+                len: 4096,
+                check: None,
+                id_at: 0,
+            },
+            taken: 0,
+        };
+        let write = |name: &str, header: &Header| {
+            std::fs::write(path(name), encode(header, &1).unwrap()).unwrap();
+        };
+        write("state", &header(Kind::Full, 1));
+        write("diff", &header(Kind::Diff, 1));
+        std::fs::write(path("memory"), [1; 4096]).unwrap();
+        std::fs::write(path("other"), [2; 4096]).unwrap();
+        let none = &mut Passed::default();
+        let (found, state) = snapshot_state(&path("state").as_str().into(), none).unwrap();
+        assert_eq!(state.parse::<u8>().unwrap(), 1);
+        let memory = |name: &str| {
+            snapshot_memory(&path(name).as_str().into(), &found, &mut Passed::default())
+        };
+        memory("memory").unwrap();
+        let by_descriptor = File::open(path("memory")).unwrap();
+        snapshot_memory(&Source::fd(0), &found, &mut passed(by_descriptor)).unwrap();
+        let (other, missing) = (path("other"), path("missing"));
+        assert!(memory("other").unwrap_err().0.starts_with(&format!(
+            "Load snapshot error: The memory file `{other}` belongs to another snapshot: "
+        )));
+        assert_eq!(
+            memory("missing").unwrap_err().0,
+            format!(
+                "Load snapshot error: Failed to restore from snapshot: Failed to load guest memory: \
+                 Error creating guest memory from file: Failed to load guest memory: No such file or \
+                 directory (os error 2): the memory file `{missing}`"
+            )
+        );
+        std::fs::rename(path("memory"), path(".other.mayfly-partial")).unwrap();
+        memory("other").unwrap();
+        for (name, reason) in [
+            ("diff", "is a diff snapshot"),
+            ("memory", "Failed to open snapshot file: No such file"),
+            ("other", "is not a snapshot of mayfly"),
+            (".", "is a directory, not a file"),
+        ] {
+            let error = snapshot_state(&path(name).as_str().into(), none)
+                .unwrap_err()
+                .0;
+            assert!(error.starts_with("Load snapshot error: "), "{error}");
+            assert!(error.contains(reason), "{error}, not {reason}");
+        }
     }
 
     #[test]

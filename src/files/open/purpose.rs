@@ -20,6 +20,8 @@ pub struct Purpose {
     pub section: &'static str,
     /// Firecracker's words for a file that cannot be opened, which clients match too.
     refused: &'static str,
+    /// Where clients match all that comes before the cause: Firecracker's words for that.
+    whole: Option<&'static str>,
     mode: Mode,
 }
 
@@ -37,6 +39,7 @@ const fn purpose(what: &'static str, section: &'static str, mode: Mode) -> Purpo
         what,
         section,
         refused: "",
+        whole: None,
         mode,
     }
 }
@@ -77,6 +80,22 @@ pub const CONSOLE_OUTPUT: Purpose = purpose("console output", "", Mode::Append);
 pub(super) const CONSOLE_SOCKET: Purpose = purpose("console socket", "", Mode::ReadWrite);
 /// A configuration of the whole.
 pub const CONFIGURATION: Purpose = purpose("configuration", "", Mode::Read);
+/// The state of a snapshot.
+pub(super) const SNAPSHOT_STATE: Purpose = Purpose {
+    whole: Some(
+        "Failed to restore from snapshot: Failed to get snapshot state from file: Failed to open \
+         snapshot file",
+    ),
+    ..purpose("state file", "Load snapshot error: ", Mode::Read)
+};
+/// The memory of a snapshot.
+pub(super) const SNAPSHOT_MEMORY: Purpose = Purpose {
+    whole: Some(
+        "Failed to restore from snapshot: Failed to load guest memory: Error creating guest memory \
+         from file: Failed to load guest memory",
+    ),
+    ..purpose("memory file", "Load snapshot error: ", Mode::Read)
+};
 pub(super) const CPU_CONFIGURATION: Purpose = purpose("CPU configuration", "", Mode::Read);
 
 impl Purpose {
@@ -91,9 +110,13 @@ impl Purpose {
             what,
             section,
             refused,
+            whole,
             ..
         } = self;
         let quoted = Quoted(source);
+        if let Some(whole) = whole {
+            return ActionError(format!("{section}{whole}: {cause}: the {what} {quoted}"));
+        }
         // The path once more, behind the cause, as Firecracker has it.
         let path = match *refused {
             DISK_MANIPULATING => format!(" {source}"),
