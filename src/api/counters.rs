@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::metrics::{self, Counter, Histogram, Reader, Report};
 use crate::vmm::action::Action;
+use crate::wire::config::SnapshotType;
 use crate::wire::{Method, OPERATIONS};
 
 /// Counters of the API.
@@ -19,9 +20,12 @@ pub struct Counters {
     late: Counter,
     connections: Counter,
     times: Histogram,
-    /// Microseconds of the last pause and the last resume.
+    /// Microseconds of the last pause, resume, full snapshot, diff snapshot and load.
     pause_us: Counter,
     resume_us: Counter,
+    full_us: Counter,
+    diff_us: Counter,
+    load_us: Counter,
 }
 
 #[derive(Debug, Default)]
@@ -42,6 +46,9 @@ pub struct Counted {
 enum Kind {
     Pause,
     Resume,
+    FullSnapshot,
+    DiffSnapshot,
+    Load,
     Other,
 }
 
@@ -53,6 +60,12 @@ impl Counted {
             kind: match action {
                 Action::Pause => Kind::Pause,
                 Action::Resume => Kind::Resume,
+                Action::SnapshotCreate(create) => match create.snapshot_type {
+                    SnapshotType::Full => Kind::FullSnapshot,
+                    SnapshotType::Diff => Kind::DiffSnapshot,
+                    SnapshotType::Fork => Kind::Other,
+                },
+                Action::SnapshotLoad(_) => Kind::Load,
                 _ => Kind::Other,
             },
         }
@@ -71,6 +84,9 @@ impl Counters {
             times: Histogram::default(),
             pause_us: Counter::new(),
             resume_us: Counter::new(),
+            full_us: Counter::new(),
+            diff_us: Counter::new(),
+            load_us: Counter::new(),
         }
     }
 
@@ -108,6 +124,9 @@ impl Counters {
         match counted.kind {
             Kind::Pause if good => self.pause_us.set(micros),
             Kind::Resume if good => self.resume_us.set(micros),
+            Kind::FullSnapshot if good => self.full_us.set(micros),
+            Kind::DiffSnapshot if good => self.diff_us.set(micros),
+            Kind::Load if good => self.load_us.set(micros),
             _ => {}
         }
     }
@@ -257,8 +276,15 @@ impl Reader for Counters {
             "Time from a whole request to its answer.",
             &self.times,
         );
-        report.set("latencies_us", "pause_vm", self.pause_us.get());
-        report.set("latencies_us", "resume_vm", self.resume_us.get());
+        for (key, time) in [
+            ("pause_vm", &self.pause_us),
+            ("resume_vm", &self.resume_us),
+            ("full_create_snapshot", &self.full_us),
+            ("diff_create_snapshot", &self.diff_us),
+            ("load_snapshot", &self.load_us),
+        ] {
+            report.set("latencies_us", key, time.get());
+        }
     }
 }
 

@@ -57,14 +57,11 @@ pub(super) fn unknown(request: &Request) -> String {
     if let Some((name, what)) = absent.filter(|_| kind.is_none()) {
         return format!("/{name} is out of scope: this monitor does not offer {what}.");
     }
-    match (request.method, first, parts.next()) {
-        (Method::Delete, _, _) if kind.is_some() => {
+    match request.method {
+        Method::Delete if kind.is_some() => {
             "Unplugging devices is out of scope: this monitor does not offer hotplug.".into()
         }
-        (Method::Put, "snapshot", Some("create" | "load")) => {
-            "Snapshots are not in this version.".into()
-        }
-        (method, _, _) => format!(
+        method => format!(
             "Invalid request method and/or path: {} {}.",
             method.name(),
             request.path

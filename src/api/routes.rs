@@ -10,7 +10,8 @@ use super::paths::{place, unknown};
 use super::responses::fault;
 use crate::vmm::action::{Action, Part};
 use crate::wire::config::{
-    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, json as reader, parse_vm,
+    AnyDevice, AnyUpdate, DeviceKind, JsonError, MachineConfigUpdate, Restore, VmRequest,
+    json as reader, parse_vm,
 };
 use crate::wire::{Call, id};
 
@@ -55,6 +56,8 @@ fn to_action(call: Call, id: &str, bytes: &[u8]) -> Result<Action, String> {
         }
         Call::PutMetrics => Action::Configure(Part::Metrics(body(bytes)?)),
         Call::PutSerial => Action::Configure(Part::Serial(body(bytes)?)),
+        Call::PutSnapshotCreate => Action::SnapshotCreate(body(bytes)?),
+        Call::PutSnapshotLoad => Action::SnapshotLoad(Box::new(Restore::new(body(bytes)?))),
         Call::PutVm => put_vm(bytes)?,
         Call::PatchVm => patch_vm(bytes)?,
         Call::PutDevice(kind) => put_device(kind, id, bytes)?,
@@ -77,12 +80,14 @@ fn patch_device(kind: DeviceKind, id: &str, bytes: &[u8]) -> Result<Action, Stri
 }
 
 fn put_vm(bytes: &[u8]) -> Result<Action, String> {
-    let (config, start) = parse_vm(bytes).map_err(bad_body)?;
+    let (config, start) = match parse_vm(bytes).map_err(bad_body)? {
+        VmRequest::Snapshot(restore) => return Ok(Action::SnapshotLoad(restore)),
+        VmRequest::Configuration(config, start) => (config, start),
+    };
     // Later requests name devices in their paths.
     for id in config.devices.ids() {
         checked_id(id)?;
     }
-    let config = Box::new(config);
     Ok(Action::Configure(Part::All { config, start }))
 }
 
@@ -154,6 +159,9 @@ pub fn deprecated(action: &Action) -> Option<&'static str> {
         Action::Configure(Part::MachineUpdate(update)) => update.cpu_template.and(Some(
             "PATCH /machine-config: cpu_template field is deprecated.",
         )),
+        Action::SnapshotLoad(restore) => restore.load.is_deprecated.then_some(
+            "PUT /snapshot/load: mem_file_path and enable_diff_snapshots fields are deprecated.",
+        ),
         _ => None,
     }
 }
@@ -162,7 +170,11 @@ pub fn deprecated(action: &Action) -> Option<&'static str> {
 pub fn patience(action: &Action) -> Duration {
     match action {
         // Memory is made, files are read.
-        Action::Start | Action::Configure(Part::All { .. }) => Duration::from_secs(120),
+        Action::Start | Action::Configure(Part::All { .. }) | Action::SnapshotLoad(_) => {
+            Duration::from_secs(120)
+        }
+        // All of guest memory is written to a disk.
+        Action::SnapshotCreate(_) => Duration::from_secs(3600),
         _ => Duration::from_secs(30),
     }
 }
@@ -290,6 +302,24 @@ mod tests {
                 r#"{"boot-source":{"kernel_image_path":"k"},"drives":[],"start":true}"#,
                 "Configure(All",
             ),
+            (
+                Put,
+                "/vm",
+                r#"{"snapshot":{"snapshot_path":"s","mem_file_path":"m"},"start":true}"#,
+                "SnapshotLoad(Restore",
+            ),
+            (
+                Put,
+                "/snapshot/load",
+                r#"{"snapshot_path":"s","mem_file_path":"m"}"#,
+                "SnapshotLoad(Restore",
+            ),
+            (
+                Put,
+                "/snapshot/create/x",
+                r#"{"snapshot_path":"s","mem_file_path":"m"}"#,
+                "SnapshotCreate(SnapshotCreate",
+            ),
         ];
         for (method, path, body, name) in cases {
             let asked = asked(method, path, body);
@@ -386,9 +416,21 @@ mod tests {
             (Put, "/entropy", "{}", "out of scope"),
             (Put, "/pmem/a", "{}", "out of scope"),
             (Get, "/hotplug/memory", "", "out of scope"),
-            (Put, "/snapshot/create", "{}", "not in this version"),
-            (Put, "/snapshot/load", "{}", "not in this version"),
+            (
+                Put,
+                "/snapshot/create",
+                "{}",
+                "missing field `snapshot_path`",
+            ),
+            (
+                Put,
+                "/snapshot/load",
+                r#"{"snapshot_path":"s"}"#,
+                "either `mem_backend` or `mem_file_path` is required.",
+            ),
             (Put, "/snapshot/x", "{}", "Invalid request method"),
+            (Put, "/snapshot", "{}", "Invalid request method"),
+            (Patch, "/snapshot/load", "{}", "Invalid request method"),
         ];
         for (method, path, body, reason) in cases {
             let asked = asked(method, path, body);

@@ -12,8 +12,8 @@ use crate::inbox::Outbox;
 use crate::sys::passed::Passed;
 use crate::wire::config::cpu::CpuConfig;
 use crate::wire::config::{
-    AnyDevice, AnyUpdate, BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial,
-    VmConfig,
+    AnyDevice, AnyUpdate, BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Restore,
+    Serial, SnapshotCreate, VmConfig,
 };
 pub use crate::wire::operations::Question;
 
@@ -36,6 +36,10 @@ pub enum Action {
     Pause,
     /// `PATCH /vm` Resumed
     Resume,
+    /// `PUT /snapshot/create`
+    SnapshotCreate(SnapshotCreate),
+    /// `PUT /snapshot/load`, and `PUT /vm` with a snapshot.
+    SnapshotLoad(Box<Restore>),
 }
 
 /// A part of the configuration.

@@ -142,6 +142,8 @@ pub struct Vmm {
     timeline: Timeline,
     /// What was asked for, and what was opened for it or runs.
     configuration: Configuration,
+    /// A part of a boot was asked for, in vain or not: see [`rules::is_for_boot`].
+    was_configured: bool,
     /// The rest of the virtual machine, once there is one.
     machine: Option<Machine>,
     /// Whether that runs or stands still.
@@ -203,6 +205,7 @@ impl Vmm {
             settings,
             timeline,
             configuration: Configuration::default(),
+            was_configured: false,
             machine: None,
             lifecycle: None,
             inbox,

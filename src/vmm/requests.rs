@@ -74,10 +74,11 @@ impl Vmm {
             passed,
             reply,
         } = command;
-        if let Err(error) = rules::allow(&action, self.state()) {
+        if let Err(error) = rules::allow(&action, self.state(), self.was_configured) {
             self.close_passed(passed);
             return reply.send(Err(error));
         }
+        self.was_configured |= rules::is_for_boot(&action);
         match *action {
             Action::Pause => self.pause(reply),
             Action::Resume => self.resume(reply),
@@ -85,6 +86,9 @@ impl Vmm {
             Action::Start => self.begin_start(Asker::Client(reply), None),
             Action::Ask(question) => reply.send(Ok(self.answer(question))),
             Action::SendCtrlAltDel => reply.send(self.press_ctrl_alt_del()),
+            Action::SnapshotCreate(_) | Action::SnapshotLoad(_) => reply.send(Err(ActionError(
+                "Snapshots are not in this version.".into(),
+            ))),
             Action::Configure(part) => return self.change_for(self.check(part), passed, reply),
             Action::PatchDevice(update) => {
                 let change = self.configuration.devices.patch(update);

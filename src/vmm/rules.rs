@@ -1,8 +1,9 @@
 //! The rules of state, in one table: what may be asked for before the start, while the guest
 //! runs, and while it is paused. Pure, so that it is tested without a VM.
 
-use super::action::Action;
+use super::action::{Action, Part};
 use crate::error::ActionError;
+use crate::wire::config::SnapshotType;
 
 /// How far a VM has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +33,18 @@ enum When {
     Always,
     BeforeStart,
     AfterStart,
+    WhilePaused,
 }
 
 /// The table.
 const fn when(action: &Action) -> When {
     match action {
         Action::Ask(_) => When::Always,
-        Action::Configure(_) | Action::Start => When::BeforeStart,
+        Action::Configure(_) | Action::Start | Action::SnapshotLoad(_) => When::BeforeStart,
+        Action::SnapshotCreate(create) => match create.snapshot_type {
+            SnapshotType::Full | SnapshotType::Diff => When::WhilePaused,
+            SnapshotType::Fork => When::AfterStart,
+        },
         // Pause and resume are idempotent, so both are for either state after the start.
         Action::PatchDevice(_)
         | Action::SendCtrlAltDel
@@ -48,19 +54,51 @@ const fn when(action: &Action) -> When {
     }
 }
 
-/// Whether `action` may be asked for in `state`.
+/// Whether `action` is about a machine that is to boot: after one, asked for in vain or not, a snapshot
+/// is loaded only by what replaces all of it.
+pub const fn is_for_boot(action: &Action) -> bool {
+    match action {
+        Action::Configure(part) => match part {
+            Part::Machine(_)
+            | Part::MachineUpdate(_)
+            | Part::BootSource(_)
+            | Part::Device(_)
+            | Part::All { .. } => true,
+            Part::Serial(_) | Part::Cpu(_) | Part::Logger(_) | Part::Metrics(_) => false,
+        },
+        _ => false,
+    }
+}
+
+/// Whether `action` may be asked for in `state`; `was_configured` says whether something was asked for
+/// before that [`is_for_boot`].
 ///
 /// # Errors
 /// The message that Firecracker's clients know.
-pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
+pub fn allow(action: &Action, state: State, was_configured: bool) -> Result<(), ActionError> {
     match (when(action), state) {
+        (When::BeforeStart, State::NotStarted) => match action {
+            Action::SnapshotLoad(restore) if was_configured && !restore.replaces => {
+                Err(ActionError(
+                    "Load snapshot error: Loading a microVM snapshot not allowed after \
+                     configuring boot-specific resources."
+                        .into(),
+                ))
+            }
+            _ => Ok(()),
+        },
         (When::Always, _)
-        | (When::BeforeStart, State::NotStarted)
-        | (When::AfterStart, State::Running | State::Paused) => Ok(()),
+        | (When::AfterStart, State::Running | State::Paused)
+        | (When::WhilePaused, State::Paused) => Ok(()),
+        (When::WhilePaused, State::Running) => Err(ActionError(
+            "Create snapshot error: Cannot save the microVM state: Operation not allowed: \
+             save/restore unavailable while running"
+                .into(),
+        )),
         (When::BeforeStart, State::Running | State::Paused) => Err(ActionError(
             "The requested operation is not supported after starting the microVM.".into(),
         )),
-        (When::AfterStart, State::NotStarted) => Err(ActionError(
+        (When::AfterStart | When::WhilePaused, State::NotStarted) => Err(ActionError(
             "The requested operation is not supported before starting the microVM.".into(),
         )),
     }
@@ -69,8 +107,8 @@ pub fn allow(action: &Action, state: State) -> Result<(), ActionError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::action::{Part, Question};
-    use crate::wire::config::{self, AnyDevice, AnyUpdate, json};
+    use crate::vmm::action::Question;
+    use crate::wire::config::{self, AnyDevice, AnyUpdate, Restore, json};
 
     fn from<T: serde::de::DeserializeOwned>(text: &str) -> T {
         json::parse(text.as_bytes()).unwrap()
@@ -122,6 +160,12 @@ mod tests {
             (Action::FlushMetrics, false, true),
             (Action::Pause, false, true),
             (Action::Resume, false, true),
+            (load(), true, false),
+            (
+                Action::SnapshotCreate(from(r#"{"snapshot_path":"s","snapshot_type":"Fork"}"#)),
+                false,
+                true,
+            ),
         ];
         for (action, before, after) in questions.into_iter().chain(parts).chain(others) {
             for (state, expected) in [
@@ -129,7 +173,7 @@ mod tests {
                 (State::Running, after),
                 (State::Paused, after),
             ] {
-                let answer = allow(&action, state);
+                let answer = allow(&action, state, false);
                 assert_eq!(answer.is_ok(), expected, "{action:?} in {state:?}");
                 if let Err(ActionError(message)) = answer {
                     let side = if before { "after" } else { "before" };
@@ -137,6 +181,51 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn load() -> Action {
+        let load = from(r#"{"snapshot_path":"s","mem_file_path":"m"}"#);
+        Action::SnapshotLoad(Box::new(Restore::new(load)))
+    }
+
+    #[test]
+    fn snapshot_when_created_needs_a_paused_machine() {
+        for kind in ["Full", "Diff"] {
+            let text = r#"{"snapshot_path":"s","mem_file_path":"m","snapshot_type":"KIND"}"#;
+            let create = Action::SnapshotCreate(from(&text.replace("KIND", kind)));
+            let refused = |state| allow(&create, state, true).unwrap_err().0;
+            assert!(allow(&create, State::Paused, true).is_ok());
+            assert!(refused(State::Running).ends_with("save/restore unavailable while running"));
+            assert!(refused(State::NotStarted).contains("before starting"));
+        }
+    }
+
+    #[test]
+    fn snapshot_when_loaded_after_a_part_of_a_boot_is_refused() {
+        let parts = [
+            (Part::Machine(config::MachineConfig::default()), true),
+            (
+                Part::MachineUpdate(config::MachineConfigUpdate::default()),
+                true,
+            ),
+            (Part::BootSource(from(r#"{"kernel_image_path":"k"}"#)), true),
+            (Part::Logger(from("{}")), false),
+            (Part::Metrics(from(r#"{"metrics_path":"m"}"#)), false),
+            (Part::Serial(from("{}")), false),
+            (Part::Cpu(from("{}")), false),
+        ];
+        for (part, expected) in parts {
+            let action = Action::Configure(part);
+            assert_eq!(is_for_boot(&action), expected, "{action:?}");
+        }
+        assert!(!is_for_boot(&load()) && !is_for_boot(&Action::Start));
+        let ActionError(refused) = allow(&load(), State::NotStarted, true).unwrap_err();
+        assert!(refused.contains("not allowed after configuring boot-specific resources"));
+        let Action::SnapshotLoad(mut restore) = load() else {
+            unreachable!()
+        };
+        restore.replaces = true;
+        allow(&Action::SnapshotLoad(restore), State::NotStarted, true).unwrap();
     }
 
     #[test]

@@ -76,6 +76,10 @@ pub enum Call {
     PutMetrics,
     /// `PUT /serial`
     PutSerial,
+    /// `PUT /snapshot/create`
+    PutSnapshotCreate,
+    /// `PUT /snapshot/load`
+    PutSnapshotLoad,
     /// `PUT /vm`
     PutVm,
     /// `PATCH /vm`
@@ -126,6 +130,8 @@ macro_rules! declare {
             operation(Patch, "/machine-config", Call::PatchMachineConfig),
             operation(Put, "/metrics", Call::PutMetrics),
             operation(Put, "/serial", Call::PutSerial),
+            operation(Put, "/snapshot/create", Call::PutSnapshotCreate),
+            operation(Put, "/snapshot/load", Call::PutSnapshotLoad),
             operation(Put, "/vm", Call::PutVm),
             operation(Patch, "/vm", Call::PatchVm),
         ];

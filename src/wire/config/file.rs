@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::json::{self, JsonError, optional_object, some_object};
 use super::{
     Backing, BootSource, CpuConfigSource, DeviceKind, Devices, Logger, MachineConfig, Metrics,
-    Serial, Source,
+    Restore, Serial, Source,
 };
 
 /// A whole configuration, as it is written in a file or in the body of `PUT /vm`.
@@ -110,11 +110,21 @@ impl Given {
     }
 }
 
-/// Reads the body of `PUT /vm`: a config file's sections, no others, and whether to start.
+/// The body of `PUT /vm`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum VmRequest {
+    /// A config file's sections, and whether to start.
+    Configuration(Box<VmConfig>, bool),
+    /// A snapshot, and what it does not hold.
+    Snapshot(Box<Restore>),
+}
+
+/// Reads the body of `PUT /vm`: a config file's sections, no others, and whether to start; or a
+/// snapshot.
 ///
 /// # Errors
 /// As [`parse_file`], and for a section that is not known.
-pub fn parse_vm(bytes: &[u8]) -> Result<(VmConfig, bool), JsonError> {
+pub fn parse_vm(bytes: &[u8]) -> Result<VmRequest, JsonError> {
     #[derive(Deserialize)]
     struct Start {
         #[serde(default)]
@@ -125,7 +135,7 @@ pub fn parse_vm(bytes: &[u8]) -> Result<(VmConfig, bool), JsonError> {
     let known: Vec<&str> = devices
         .chain(SECTIONS)
         .chain(out_of_scope())
-        .chain(["start"])
+        .chain(["snapshot", "start"])
         .collect();
     if let Some(name) = names.keys().find(|name| !known.contains(&name.as_str())) {
         let known = known.join("`, `");
@@ -133,8 +143,13 @@ pub fn parse_vm(bytes: &[u8]) -> Result<(VmConfig, bool), JsonError> {
             "unknown field `{name}`, expected one of `{known}`"
         )));
     }
+    if names.contains_key("snapshot") {
+        let restore = Restore::parse(bytes)?;
+        return Ok(VmRequest::Snapshot(Box::new(restore)));
+    }
     let Start { start } = json::parse(bytes)?;
-    Ok((parse_file(bytes)?, start))
+    let config = Box::new(parse_file(bytes)?);
+    Ok(VmRequest::Configuration(config, start))
 }
 
 impl VmConfig {
@@ -294,8 +309,12 @@ mod tests {
     #[test]
     fn vm_when_parsed_knows_start_and_refuses_strangers() {
         let parse = |rest: &str| parse_vm(format!("{{{SMALL}{rest}}}").as_bytes());
-        assert!(!parse("").unwrap().1);
-        assert!(parse(r#","start":true"#).unwrap().1);
+        let starts = |rest: &str| match parse(rest).unwrap() {
+            VmRequest::Configuration(_, start) => start,
+            VmRequest::Snapshot(_) => panic!("no snapshot was named"),
+        };
+        assert!(!starts(""));
+        assert!(starts(r#","start":true"#));
         assert!(parse(r#","start":null"#).is_err());
         assert!(parse(r#","vsock":{}"#).is_err());
         let error = parse(r#","something":1"#).unwrap_err().to_string();
@@ -315,14 +334,53 @@ mod tests {
             *source = Source::passed(place, source.to_string());
         }
         let request = config.to_request(true);
-        assert_eq!(parse_vm(request.as_bytes()), Ok((config, true)));
+        let read = |config: VmConfig, start| Ok(VmRequest::Configuration(Box::new(config), start));
+        assert_eq!(parse_vm(request.as_bytes()), read(config, true));
         let small = parse_file(format!("{{{SMALL}}}").as_bytes()).unwrap();
         let request = small.to_request(false);
         assert!(
             !request.contains("null,\"metrics\"") && !request.contains("logger"),
             "{request}"
         );
-        assert_eq!(parse_vm(request.as_bytes()), Ok((small, false)));
+        assert_eq!(parse_vm(request.as_bytes()), read(small, false));
+    }
+
+    #[test]
+    fn vm_when_it_is_a_snapshot_has_what_a_snapshot_does_not_hold() {
+        let load = r#""snapshot":{"snapshot_path":"s","mem_file_path":"m"}"#;
+        let parse = |rest: &str| parse_vm(format!("{{{load}{rest}}}").as_bytes());
+        let read = |rest: &str| match parse(rest).unwrap() {
+            VmRequest::Snapshot(restore) => *restore,
+            VmRequest::Configuration(..) => panic!("a snapshot was named"),
+        };
+        assert!(!read("").load.resume_vm && read("").replaces);
+        let all = read(r#","start":true,"logger":{"fd":1},"metrics":{"fd":2},"serial":{"fd":3}"#);
+        assert!(all.load.resume_vm);
+        assert!(all.logger.is_some() && all.metrics.is_some() && all.serial.is_some());
+        let again = parse_vm(all.to_request().as_bytes()).unwrap();
+        let VmRequest::Snapshot(again) = again else {
+            panic!("{again:?}")
+        };
+        assert!(again.load.is_deprecated != all.load.is_deprecated);
+        assert_eq!((&again.logger, &again.serial), (&all.logger, &all.serial));
+        assert_eq!(again.load.mem_backend, all.load.mem_backend);
+        for (rest, reason) in [
+            (r#","drives":[]"#, "unknown field `drives`"),
+            (
+                r#","machine-config":null"#,
+                "unknown field `machine-config`",
+            ),
+            (r#","something":1"#, "unknown field `something`"),
+            (r#","start":null"#, "null"),
+        ] {
+            let error = parse(rest).unwrap_err().to_string();
+            assert!(error.contains(reason), "{rest}: {error}");
+        }
+        let error = parse_vm(br#"{"snapshot":null}"#).unwrap_err().to_string();
+        assert!(error.contains("null"), "{error}");
+        let error = parse_vm(br#"{"snapshot":{"snapshot_path":"s"}}"#);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("either `mem_backend` or"), "{error}");
     }
 
     #[test]

@@ -10,14 +10,16 @@ pub mod json;
 mod limiter;
 mod mac;
 mod network;
+mod snapshot;
 mod source;
 mod types;
 
 pub(crate) use devices::each_device_kind;
 pub use devices::*;
-pub use file::{Reported, VmConfig, parse_file, parse_vm};
+pub use file::{Reported, VmConfig, VmRequest, parse_file, parse_vm};
 pub use json::JsonError;
 pub use limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use mac::{BadMac, Mac};
+pub use snapshot::*;
 pub use source::{PassedFd, Source};
 pub use types::*;

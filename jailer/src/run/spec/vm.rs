@@ -246,7 +246,10 @@ mod tests {
         vm.set_tap(null());
         vm.set_console_socket(null());
         assert_eq!(vm.files.len(), 3);
-        let (read, start) = config::parse_vm(vm.request().as_bytes()).unwrap();
+        let read = config::parse_vm(vm.request().as_bytes()).unwrap();
+        let config::VmRequest::Configuration(read, start) = read else {
+            panic!("{read:?}")
+        };
         assert!(start);
         assert_eq!(read.boot_source.unwrap().boot_args.unwrap(), "quiet ip=1");
         let own = &read.devices.network_interfaces[0];
