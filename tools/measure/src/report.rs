@@ -22,9 +22,7 @@ pub fn table(figure: &Figure, monitors: &[Monitor], ours: &str) -> String {
         .collect();
     let greatest = rows.iter().map(|(_, row)| row.median).fold(0.0, f64::max);
     let width = monitors.iter().map(|m| m.name.len()).max().unwrap_or(0);
-    let floor = monitors
-        .iter()
-        .position(|m| m.command_line == CommandLine::Floor);
+    let floor = floor(figure, monitors);
     let us = monitors.iter().position(|m| m.name == ours);
 
     let mut text = format!("{} ({})\n", figure.name, figure.unit);
@@ -59,9 +57,7 @@ bars:   \u{2588} to the minimum, \u{2593} to the median, \u{2591} to the maximum
 /// A figure for machines: every sample, so that others can make their own statistics.
 pub fn json(figure: &Figure, monitors: &[Monitor], ours: &str) -> Value {
     let us = monitors.iter().position(|monitor| monitor.name == ours);
-    let floor = monitors
-        .iter()
-        .position(|monitor| monitor.command_line == CommandLine::Floor);
+    let floor = floor(figure, monitors);
     let entry = |(index, samples): (usize, &Vec<f64>)| {
         let all = stats::summary(samples)?;
         let pair = |found: Option<Ratio>| {
@@ -84,6 +80,14 @@ pub fn json(figure: &Figure, monitors: &[Monitor], ours: &str) -> Value {
         .filter_map(entry)
         .collect();
     json!({ "figure": figure.name, "unit": figure.unit, "monitors": entries })
+}
+
+/// The first floor that the figure has.
+fn floor(figure: &Figure, monitors: &[Monitor]) -> Option<usize> {
+    let mut rows = monitors.iter().zip(&figure.samples);
+    rows.position(|(monitor, samples)| {
+        monitor.command_line == CommandLine::Floor && !samples.is_empty()
+    })
 }
 
 fn between(figure: &Figure, above: usize, below: usize) -> Option<Ratio> {
@@ -136,6 +140,29 @@ mod tests {
         for shade in ['\u{2588}', '\u{2593}', '\u{2591}'] {
             assert_eq!(text.matches(shade).count(), 16);
         }
+    }
+
+    #[test]
+    fn floor_when_two_are_there_is_the_first_that_has_samples() {
+        let monitor = |name: &str, command_line| Monitor {
+            name: name.to_owned(),
+            path: "/nowhere".into(),
+            command_line,
+            extra: Vec::new(),
+        };
+        let monitors = [
+            monitor("floor (split)", CommandLine::Floor),
+            monitor("floor", CommandLine::Floor),
+            monitor("b", CommandLine::Firecracker),
+        ];
+        let mut figure = Figure {
+            name: "x".to_owned(),
+            unit: "ms",
+            samples: vec![vec![], vec![1.0], vec![2.0]],
+        };
+        assert_eq!(floor(&figure, &monitors), Some(1));
+        figure.samples[1].clear();
+        assert_eq!(floor(&figure, &monitors), None);
     }
 
     #[test]

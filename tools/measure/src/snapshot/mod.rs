@@ -35,14 +35,16 @@ use place::Place;
 
 /// How the figures are counted, for the foot of the table.
 const NOTES: &str = "\
-counted: all files are on tmpfs; the log level is Error. A restore is from exec to the guest's first byte, by one API request on a socket that is
-waited for (\"--snapshot\": by that option, without an API); the guest was stopped while it wrote bytes without end.
-\"floor\" maps a memory file privately, makes VM and vCPU, sets registers and runs to a first byte (\"split\": with a split
-interrupt chip, as mayfly has by default). A pause as the client sees it is from sending PATCH Paused to the answer to
-PATCH Resumed, with PUT /snapshot/create between; as the guest sees it, the greatest step of its time stamp counter
-meanwhile, less than 0.1 ms of which is its own loop. A fork is one request on a running guest. \"Fully touched\": the
-guest has written to every page. Clones are started one after another, each when the guest before has written its byte,
-and all stay alive; their host memory is what MemAvailable fell by, for each; PSS is the sum over all of them.
+counted: all files are on tmpfs; the log level is Error. A restore is from exec to the guest's first byte, by one API
+request on a socket that is waited for (\"--snapshot\": by that option, without an API); the guest was stopped while it
+wrote bytes without end. \"floor\" maps a memory file privately, makes VM and vCPU, sets registers and runs to a first
+byte (\"split\": with a split interrupt chip, as mayfly has by default). A pause as the client sees it is from sending
+PATCH Paused to the answer to PATCH Resumed, with PUT /snapshot/create between; as the guest sees it, the greatest
+step of its time stamp counter meanwhile, less than 0.1 ms of which is its own loop; there \"floor\" finds and writes
+the pages of a memory of its own. A fork is one request on a running guest. \"Fully touched\": the guest has written to
+every page. Clones are started one after another, each when the guest before has written its byte, and all stay alive;
+their host memory is what MemAvailable fell by, for each; PSS is the sum over all of them. Forks are clones of a guest
+that runs on.
 ";
 
 /// The parts that `--row` names.

@@ -2,16 +2,19 @@
 //!
 //! As the client sees it: from before PATCH Paused is sent until the answer to PATCH Resumed has come, with
 //! PUT /snapshot/create between (a fork is one request). As the guest sees it: the greatest gap of its counter between
-//! two questions, one before and one after.
+//! two questions, one before and one after. The floor is a program without a guest that finds and writes the same pages.
+
+use std::ffi::OsStr;
+use std::time::Instant;
+
+use serde_json::json;
 
 use super::Bench;
 use super::machine::Machine;
-use super::place::Guest;
-use crate::failure::Result;
+use super::place::{Files, Guest};
+use crate::failure::{Failure, Result};
 use crate::monitor::Monitor;
 use crate::rounds::{Figure, Sample};
-use serde_json::json;
-use std::time::Instant;
 
 /// A full snapshot of a guest that was started just before.
 pub fn full(bench: &Bench<'_>) -> Result<Vec<Figure>> {
@@ -30,9 +33,16 @@ pub fn full(bench: &Bench<'_>) -> Result<Vec<Figure>> {
         if !bench.has_memory(&what, memory * 3)? {
             continue;
         }
-        let by_api = |row: &Monitor| bench.is_by_api(row);
-        figures.extend(bench.rounds(&what, share, by_api, |row| {
+        // The floor has no interrupt chip here, so once is enough.
+        let is_floor = |row: &Monitor| bench.is_floor(row) && row.extra.is_empty();
+        let takes_part = |row: &Monitor| bench.is_by_api(row) || is_floor(row);
+        figures.extend(bench.rounds(&what, share, takes_part, |row| {
             let files = bench.place.files()?;
+            if bench.is_floor(row) {
+                let ms = floor(row, guest, &files)?;
+                let [client, _] = samples(&what, ms, ms);
+                return Ok(vec![client]);
+            }
             let mut machine = Machine::boot(&bench.place, row, guest)?;
             machine.gap()?;
             let client = machine.snapshot("Full", &files)?;
@@ -43,6 +53,27 @@ pub fn full(bench: &Bench<'_>) -> Result<Vec<Figure>> {
         })?);
     }
     Ok(figures)
+}
+
+/// How long the floor takes to write a memory image, in milliseconds.
+fn floor(row: &Monitor, guest: Guest, files: &Files) -> Result<f64> {
+    let memory = guest.memory.to_string();
+    let touched = if guest.touched { "all" } else { "few" };
+    let path = files.memory();
+    let words: [&OsStr; 4] = [
+        "--image".as_ref(),
+        memory.as_ref(),
+        touched.as_ref(),
+        path.as_ref(),
+    ];
+    let mut running = row.start_with(&words)?;
+    let said = running.said(" ms\n")?;
+    running.exit()?;
+    let number = said.strip_prefix("took ").and_then(|rest| {
+        let (number, _) = rest.split_once(' ')?;
+        number.parse().ok()
+    });
+    number.ok_or_else(|| Failure::new(format!("the floor told no time, but: {said}")))
 }
 
 /// A diff snapshot after a full one and 1,000 written pages.
