@@ -14,7 +14,7 @@ use serde_json::json;
 use super::Bench;
 use super::machine::{Load, Machine, restore, snapshot_of};
 use super::place::{Files, Guest};
-use super::restore::floor;
+use super::restore::by_row;
 use crate::failure::{Context, Failure, Result};
 use crate::monitor::{Monitor, Running};
 use crate::proc;
@@ -61,16 +61,12 @@ fn guest(shared: bool) -> Guest {
     }
 }
 
-fn takes_part(bench: &Bench<'_>, row: &Monitor) -> bool {
-    bench.is_floor(row) || bench.is_by_api(row)
-}
-
 fn rates(bench: &Bench<'_>) -> Result<Vec<Figure>> {
     let what = format!("clones of a snapshot, {COUNT} one after another");
     bench.rounds(
         &what,
         0.1,
-        |row| takes_part(bench, row),
+        |row| bench.can_start(row),
         |row| {
             let source = snapshot(bench, row)?;
             let began = Instant::now();
@@ -88,7 +84,7 @@ fn all_alive(bench: &Bench<'_>, count: usize) -> Result<Vec<Figure>> {
     bench.rounds(
         &what,
         0.0,
-        |row| takes_part(bench, row),
+        |row| bench.is_floor(row) || bench.is_by_api(row),
         |row| {
             let source = if bench.is_ours(row) {
                 fork(bench, row)?
@@ -162,10 +158,6 @@ fn fork(bench: &Bench<'_>, row: &Monitor) -> Result<Source> {
 
 /// Makes clones until there are `count`, or until the host has no more memory to spare.
 fn clones(bench: &Bench<'_>, row: &Monitor, source: &Source, count: usize) -> Result<Vec<Running>> {
-    let how = match &source.fork {
-        Some((memory, _)) => Load::Memory(memory.as_fd()),
-        None => Load::ByPath,
-    };
     let mut clones = Vec::with_capacity(count);
     while clones.len() < count {
         if sys::interrupted() {
@@ -174,10 +166,13 @@ fn clones(bench: &Bench<'_>, row: &Monitor, source: &Source, count: usize) -> Re
         if clones.len() % 50 == 49 && proc::available()? < RESERVE {
             break;
         }
-        let (clone, _) = if bench.is_floor(row) {
-            floor(row, &source.files)?
-        } else {
-            restore(&bench.place, row, &source.files, how, b"h")?
+        let files = &source.files;
+        let (clone, _) = match &source.fork {
+            None => by_row(bench, row, files, b"h")?,
+            Some((memory, _)) => {
+                let how = Load::Memory(memory.as_fd());
+                restore(&bench.place, row, files, how, b"h")?
+            }
         };
         clones.push(clone);
     }

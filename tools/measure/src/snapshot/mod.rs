@@ -84,9 +84,14 @@ pub fn measure(
         place: Place::new(workspace, wanted.probe)?,
         rows: rows(monitors, wanted.ours),
         ours: wanted.ours,
+        has_option: has_option(monitors, wanted.ours),
         plan,
         skipped: RefCell::default(),
     };
+    for row in bench.rows.iter().filter(|row| !bench.can_start(row)) {
+        let why = "its help names no such option";
+        bench.skip("all figures", &row.name, why);
+    }
     let has = |row: &str| wanted.rows.is_empty() || wanted.rows.iter().any(|name| name == row);
     let mut figures = Vec::new();
     if has("restore") {
@@ -122,6 +127,8 @@ struct Bench<'a> {
     place: Place<'a>,
     rows: Vec<Monitor>,
     ours: &'a str,
+    /// Whether ours has the option `--snapshot`.
+    has_option: bool,
     plan: Plan,
     /// By figure and monitor: why it was left out.
     skipped: RefCell<BTreeMap<(String, String), String>>,
@@ -142,7 +149,22 @@ fn rows(monitors: &[Monitor], ours: &str) -> Vec<Monitor> {
     rows
 }
 
+fn has_option(monitors: &[Monitor], ours: &str) -> bool {
+    let mut monitors = monitors.iter();
+    monitors.any(|monitor| monitor.name == ours && monitor.has_option("--snapshot"))
+}
+
+/// The name of the monitor whose snapshots a row restores.
+fn own_name(row: &Monitor) -> &str {
+    row.name.strip_suffix(BY_OPTION).unwrap_or(&row.name)
+}
+
 impl Bench<'_> {
+    /// Whether a row can be started in its way.
+    fn can_start(&self, row: &Monitor) -> bool {
+        self.has_option || !row.name.ends_with(BY_OPTION)
+    }
+
     /// A row that stands for a monitor by its API.
     fn is_by_api(&self, row: &Monitor) -> bool {
         row.has_api() && !row.name.ends_with(BY_OPTION)

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use super::machine::{Load, restore, snapshot_of};
 use super::place::{Files, Guest};
-use super::{BY_OPTION, Bench};
+use super::{Bench, own_name};
 use crate::failure::Result;
 use crate::guest::LOAD_AT;
 use crate::monitor::{Monitor, Running};
@@ -35,7 +35,6 @@ const fn plain(memory: u64, touched: bool) -> Guest {
 
 /// Restores each monitor's own snapshot.
 pub fn measure(bench: &Bench<'_>) -> Result<Vec<Figure>> {
-    let option = bench.rows.iter().any(|row| has_option(bench, row));
     let mut figures = Vec::new();
     for (name, guest) in CASES {
         let figure = format!("restore: exec to first guest byte, {name}");
@@ -48,20 +47,18 @@ pub fn measure(bench: &Bench<'_>) -> Result<Vec<Figure>> {
             }
         }
         let files_of = |row: &Monitor| {
-            let own = row.name.strip_suffix(BY_OPTION).unwrap_or(&row.name);
             if bench.is_floor(row) {
                 Some(&floor)
             } else {
-                snapshots.get(own)
+                snapshots.get(own_name(row))
             }
         };
-        let takes_part =
-            |row: &Monitor| files_of(row).is_some() && (option || !row.name.ends_with(BY_OPTION));
+        let takes_part = |row: &Monitor| files_of(row).is_some() && bench.can_start(row);
         figures.extend(bench.rounds(&figure, 1.0, takes_part, |row| {
             let Some(files) = files_of(row) else {
                 return Ok(Vec::new());
             };
-            let (running, byte) = by_row(bench, row, files)?;
+            let (running, byte) = by_row(bench, row, files, b"")?;
             let ms = running.ms(byte);
             running.stop()?;
             Ok(vec![Sample::ms(&figure, ms)])
@@ -70,24 +67,18 @@ pub fn measure(bench: &Bench<'_>) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// Whether a row that is started by `--snapshot` can be; if not, that is said.
-fn has_option(bench: &Bench<'_>, row: &Monitor) -> bool {
-    if !row.name.ends_with(BY_OPTION) {
-        return false;
-    }
-    let has = row.has_option("--snapshot");
-    if !has {
-        bench.skip("restore", &row.name, "its help names no such option");
-    }
-    has
-}
-
-fn by_row(bench: &Bench<'_>, row: &Monitor, files: &Files) -> Result<(Running, Instant)> {
+/// Restores in the row's way, with input for the guest; the process, and when the guest's first byte came.
+pub fn by_row(
+    bench: &Bench<'_>,
+    row: &Monitor,
+    files: &Files,
+    input: &[u8],
+) -> Result<(Running, Instant)> {
     if bench.is_floor(row) {
         return floor(row, files);
     }
-    if !row.name.ends_with(BY_OPTION) {
-        return restore(&bench.place, row, files, Load::ByPath, b"");
+    if bench.is_by_api(row) {
+        return restore(&bench.place, row, files, Load::ByPath, input);
     }
     let words = [
         "--no-api".as_ref(),
@@ -95,12 +86,13 @@ fn by_row(bench: &Bench<'_>, row: &Monitor, files: &Files) -> Result<(Running, I
         files.folder().as_os_str(),
     ];
     let mut running = row.start_with(&words)?;
+    running.tell(input)?;
     let byte = running.first_byte(None)?;
     Ok((running, byte))
 }
 
 /// Starts the floor on a memory file of its own.
-pub fn floor(row: &Monitor, files: &Files) -> Result<(Running, Instant)> {
+fn floor(row: &Monitor, files: &Files) -> Result<(Running, Instant)> {
     let memory = files.memory();
     let entry = LOAD_AT.to_string();
     let words: [&OsStr; 3] = ["--restore".as_ref(), memory.as_ref(), entry.as_ref()];
