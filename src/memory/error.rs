@@ -61,6 +61,14 @@ pub enum MemoryError {
     },
     /// KVM refused a memory slot.
     Register(kvm_ioctls::Error),
+    /// A fork of memory that is not shared, without the file that it needs.
+    NotPrepared,
+    /// Memory could not be frozen.
+    Freeze(io::Error),
+    /// The same, and the guest's memory is gone.
+    Lost(io::Error),
+    /// Memory that was frozen is still in use for writing.
+    Seal(io::Error),
     /// KVM does not tell which pages have changed.
     DirtyLog(kvm_ioctls::Error),
 }
@@ -100,6 +108,13 @@ impl fmt::Display for MemoryError {
             }
             MemoryError::Read { name, .. } => write!(f, "{name} cannot be read"),
             MemoryError::Register(_) => write!(f, "KVM refused the guest memory"),
+            MemoryError::NotPrepared => write!(
+                f,
+                "guest memory has changed its file since the fork was prepared: try again"
+            ),
+            MemoryError::Freeze(_) => write!(f, "cannot freeze guest memory"),
+            MemoryError::Lost(_) => write!(f, "guest memory was lost while it was frozen"),
+            MemoryError::Seal(_) => write!(f, "cannot seal guest memory, which is still in use"),
             MemoryError::DirtyLog(_) => write!(f, "KVM_GET_DIRTY_LOG failed"),
         }
     }
@@ -110,7 +125,11 @@ impl Error for MemoryError {
         match self {
             MemoryError::Map { cause, .. } => Some(cause),
             MemoryError::HugePages { cause, .. } => Some(cause),
-            MemoryError::Shared(cause) | MemoryError::Read { cause, .. } => Some(cause),
+            MemoryError::Shared(cause)
+            | MemoryError::Read { cause, .. }
+            | MemoryError::Freeze(cause)
+            | MemoryError::Lost(cause)
+            | MemoryError::Seal(cause) => Some(cause),
             MemoryError::Register(cause) | MemoryError::DirtyLog(cause) => Some(cause),
             _ => None,
         }

@@ -103,7 +103,15 @@ impl Contents {
         })
     }
 
-    /// The same where nothing is tracked: writes every page that this process has had of its own
+    /// Writes the pages that this process has of its own over what is in `writer`'s file.
+    pub(super) fn write_own(&self, writer: &mut Writer<'_>) -> io::Result<()> {
+        let mut finder = Finder::new(self.pagemap.as_ref());
+        self.write_over(writer, |place, window, pages| {
+            finder.find_own(self, place, window, pages);
+        })
+    }
+
+    /// Where nothing is tracked: writes every page that this process has had of its own
     /// since the guest was booted, restored or last forked, which are all that can have changed and
     /// more. A page that was only read of memory without an image below it, and pages of the page
     /// cache where the host does not tell them apart, may be among them.
@@ -123,12 +131,21 @@ impl Contents {
         file: &File,
         stamp: &Stamp,
         with_zeros: bool,
-        mut find: impl FnMut((Piece, u64), Range<u64>, &mut PageSet),
+        find: impl FnMut((Piece, u64), Range<u64>, &mut PageSet),
     ) -> io::Result<Written> {
         // Of what was there, nothing is left; all is a hole.
         file.set_len(0)?;
         file.set_len(self.len())?;
         let mut writer = Writer::new(file, stamp, with_zeros);
+        self.write_over(&mut writer, find)?;
+        Ok(writer.written)
+    }
+
+    fn write_over(
+        &self,
+        writer: &mut Writer<'_>,
+        mut find: impl FnMut((Piece, u64), Range<u64>, &mut PageSet),
+    ) -> io::Result<()> {
         for (piece, host) in self.pieces() {
             let end = piece.offset.saturating_add(piece.len as u64);
             let mut start = piece.offset;
@@ -137,8 +154,8 @@ impl Contents {
                 let len = window.end.saturating_sub(window.start);
                 let mut pages = PageSet::new(len / PAGE);
                 find((piece, host), window.clone(), &mut pages);
-                if window.contains(&stamp.offset) {
-                    let page = stamp.offset.saturating_sub(window.start) / PAGE;
+                if window.contains(&writer.stamp.offset) {
+                    let page = writer.stamp.offset.saturating_sub(window.start) / PAGE;
                     pages.insert(page..page.saturating_add(1));
                 }
                 for run in pages.runs() {
@@ -149,7 +166,7 @@ impl Contents {
                 start = window.end;
             }
         }
-        Ok(writer.written)
+        Ok(())
     }
 
     /// The pieces of RAM, and where each is in this process.
@@ -178,7 +195,7 @@ pub fn read_id(file: &File, offset: u64) -> io::Result<[u8; ID_LEN]> {
 }
 
 /// Copies runs of pages into a file, but for those of zeros.
-struct Writer<'a> {
+pub(super) struct Writer<'a> {
     file: &'a File,
     stamp: &'a Stamp,
     with_zeros: bool,
@@ -187,7 +204,7 @@ struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn new(file: &'a File, stamp: &'a Stamp, with_zeros: bool) -> Self {
+    pub(super) fn new(file: &'a File, stamp: &'a Stamp, with_zeros: bool) -> Self {
         Writer {
             file,
             stamp,

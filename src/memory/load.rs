@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::mapping::map_over;
+use super::mapping::{Over, map_over};
 use super::occupied::data_ranges;
 use super::{Base, MappedPart, Memory, MemoryError, PAGE, Pages, Source, mapped};
 
@@ -74,7 +74,7 @@ impl Memory {
         let mut before: u64 = 0;
         for (address, len) in self.regions() {
             let end = before.saturating_add(len);
-            for data in data_ranges(&source.file, before..end) {
+            for data in data_ranges(source.file(), before..end) {
                 let data = data.map_err(read)?;
                 let to = address.saturating_add(data.start.saturating_sub(before));
                 self.copy(source, data.start, to, data.end.saturating_sub(data.start))?;
@@ -103,9 +103,9 @@ impl Memory {
         let Some(end) = first.checked_add(bytes) else {
             return Err(outside);
         };
-        if map_over(&host, Some((&source.file, file_offset))).is_err() {
+        if map_over(&host, Over::Private(source.file(), file_offset)).is_err() {
             // The attempt may have taken away what was there.
-            return match map_over(&host, None) {
+            return match map_over(&host, Over::Fresh) {
                 Ok(()) => Ok(false),
                 Err(cause) => Err(MemoryError::Read {
                     name: source.name.clone(),

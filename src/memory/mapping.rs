@@ -57,19 +57,28 @@ where
     unsafe { libc::madvise(host, region.size(), libc::MADV_HUGEPAGE) };
 }
 
-/// Replaces whole pages of guest memory by private ones of a file, or by fresh ones.
+/// What is mapped over pages of guest memory; of a file, from which of its bytes on.
+#[derive(Clone, Copy)]
+pub(super) enum Over<'a> {
+    Fresh,
+    Private(&'a File, i64),
+    Shared(&'a File, i64),
+}
+
+/// Replaces whole pages of guest memory.
 pub(super) fn map_over<B: BitmapSlice>(
     pages: &VolatileSlice<'_, B>,
-    file: Option<(&File, i64)>,
+    over: Over<'_>,
 ) -> io::Result<()> {
     if pages.len() as u64 & (PAGE - 1) != 0 {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    let (flags, fd, offset) = match file {
-        Some((file, offset)) => (flags, file.as_raw_fd(), offset),
-        None => (flags | libc::MAP_ANONYMOUS, -1, 0),
+    let (flags, fd, offset) = match over {
+        Over::Fresh => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        Over::Private(file, offset) => (libc::MAP_PRIVATE, file.as_raw_fd(), offset),
+        Over::Shared(file, offset) => (libc::MAP_SHARED, file.as_raw_fd(), offset),
     };
+    let flags = flags | libc::MAP_FIXED | libc::MAP_NORESERVE;
     // SAFETY: the slice's lifetime keeps it mapped, and no reference to what is in it exists, as
     // with all memory that is accessed by such slices: to them this is a write like any other. It
     // is whole pages, as was just checked, and the kernel refuses it if it does not begin with one:
@@ -88,4 +97,15 @@ pub(super) fn map_over<B: BitmapSlice>(
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Empties the page tables of a shared mapping; what is in it stays in its file.
+///
+/// Of a private mapping this would take away what was written: to be called under the lock that
+/// says that it is shared.
+pub(super) fn drop_page_tables<B: BitmapSlice>(pages: &VolatileSlice<'_, B>) {
+    let host = pages.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: the slice's lifetime keeps it mapped, and no reference to what is in it exists: were
+    // it not shared, this would be a write like any other. A refusal leaves it as it is.
+    unsafe { libc::madvise(host, pages.len(), libc::MADV_DONTNEED) };
 }

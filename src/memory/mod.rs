@@ -20,7 +20,9 @@
 
 mod changed;
 mod error;
+pub mod fork;
 pub mod image;
+mod layout;
 mod load;
 pub mod mapped;
 mod mapping;
@@ -29,25 +31,21 @@ pub mod page_set;
 mod source;
 mod write_log;
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rustix::fs::MemfdFlags;
-use vm_memory::mmap::{FromRangesError, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap,
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
 pub use error::MemoryError;
+use layout::{Layout, Piece, fresh};
+use mapping::Over;
 pub use source::Source;
 pub use write_log::WriteLog;
 
 /// Guest RAM as devices see it. Cloning it copies a few pointers.
 pub type Ram = GuestMemoryMmap<WriteLog>;
-
-type Region = GuestRegionMmap<WriteLog>;
 
 const MIB: u64 = 1 << 20;
 
@@ -59,14 +57,6 @@ pub const LOW_RAM_END_MAX: u64 = 0xc000_0000;
 
 /// RAM continues here when there is more than fits below the hole.
 pub const HIGH_RAM: u64 = 0x1_0000_0000;
-
-/// KVM takes at most 2^31 - 1 pages in a slot (KVM_MEM_MAX_NR_PAGES).
-const SLOT_MAX: u64 = ((1 << 31) - 1) * PAGE;
-
-/// More guest memory than this many times the host's is refused. Guests may be given more than
-/// there is, since they seldom use all of it; but KVM's own tables grow with what they are
-/// given, and with sizes that can only be a mistake they could exhaust the host.
-const OVERCOMMIT_MAX: u64 = 16;
 
 /// What guest memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +82,7 @@ pub enum Backing {
 #[derive(Clone, Debug)]
 enum Base {
     Anonymous,
-    Shared(Arc<File>),
+    Shared(fork::Shared),
     /// A private mapping of a memory image.
     Image(Arc<Source>),
 }
@@ -119,81 +109,6 @@ pub struct Memory {
     records: Vec<mapped::Record>,
 }
 
-/// The pieces of RAM of a guest: first address, place in a memory image, bytes.
-struct Layout {
-    size: u64,
-    pieces: Vec<Piece>,
-}
-
-#[derive(Clone, Copy)]
-struct Piece {
-    address: GuestAddress,
-    offset: u64,
-    len: usize,
-}
-
-impl Layout {
-    /// Up to 3 GiB from address 0, the rest from 4 GiB.
-    fn new(size_mib: u64) -> Result<Layout, MemoryError> {
-        if size_mib == 0 {
-            return Err(MemoryError::Nothing);
-        }
-        let limit = host_bytes()
-            .saturating_mul(OVERCOMMIT_MAX)
-            .min(SLOT_MAX)
-            .checked_div(MIB)
-            .unwrap_or(0);
-        let too_large = MemoryError::TooLarge {
-            size_mib,
-            limit_mib: limit,
-        };
-        let Some(size) = size_mib.checked_mul(MIB).filter(|_| size_mib <= limit) else {
-            return Err(too_large);
-        };
-        let low = size.min(LOW_RAM_END_MAX);
-        let high = size.saturating_sub(low);
-        let mut pieces = Vec::with_capacity(2);
-        for (address, offset, len) in [(0, 0, low), (HIGH_RAM, low, high)] {
-            if len > 0 {
-                let Ok(len) = usize::try_from(len) else {
-                    return Err(too_large);
-                };
-                let address = GuestAddress(address);
-                pieces.push(Piece {
-                    address,
-                    offset,
-                    len,
-                });
-            }
-        }
-        Ok(Layout { size, pieces })
-    }
-
-    /// Maps all pieces with `flags`, of `file` if there is one.
-    fn map(
-        &self,
-        flags: i32,
-        file: Option<&Arc<File>>,
-        log_writes: bool,
-    ) -> Result<Ram, MmapRegionError> {
-        let mut regions = Vec::with_capacity(self.pieces.len());
-        for piece in &self.pieces {
-            let log = WriteLog::new(piece.len, log_writes);
-            let mut builder = MmapRegionBuilder::new_with_bitmap(piece.len, log)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(flags);
-            if let Some(file) = file {
-                builder =
-                    builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), piece.offset));
-            }
-            let region = Region::new(builder.build()?, piece.address);
-            regions.push(region.ok_or(MmapRegionError::InvalidOffsetLength)?);
-        }
-        // In order and without overlap: never refused.
-        Ram::from_regions(regions).map_err(|_| MmapRegionError::MappingOverlap)
-    }
-}
-
 impl Memory {
     /// Makes `size_mib` MiB of private anonymous memory, none of it touched: up to 3 GiB from
     /// address 0, the rest from 4 GiB.
@@ -218,17 +133,17 @@ impl Memory {
         log_writes: bool,
     ) -> Result<Memory, MemoryError> {
         let layout = Layout::new(size_mib)?;
-        let (ram, base) = match backing {
-            Backing::Anonymous => (
-                anonymous(&layout, size_mib, pages, log_writes)?,
-                Base::Anonymous,
-            ),
-            Backing::Shared if pages == Pages::TwoMib => return Err(MemoryError::SharedHugePages),
+        if backing == Backing::Shared && pages == Pages::TwoMib {
+            return Err(MemoryError::SharedHugePages);
+        }
+        let ram = fresh(&layout, size_mib, pages, log_writes)?;
+        let base = match backing {
+            Backing::Anonymous => Base::Anonymous,
             Backing::Shared => {
-                let file = Arc::new(memfd(layout.size).map_err(MemoryError::Shared)?);
-                let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-                let ram = layout.map(flags, Some(&file), log_writes);
-                (ram.map_err(refused(size_mib))?, Base::Shared(file))
+                let shared = fork::Shared::new(layout.size).map_err(MemoryError::Shared)?;
+                let file = shared.source.file();
+                map_all(&ram, |offset| Over::Shared(file, offset)).map_err(MemoryError::Shared)?;
+                Base::Shared(shared)
             }
         };
         if pages == Pages::Transparent {
@@ -267,10 +182,8 @@ impl Memory {
             name: source.name().to_owned(),
             cause,
         };
-        let file = Arc::new(source.file.try_clone().map_err(read)?);
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let ram = layout.map(flags, Some(&file), log_writes);
-        let ram = ram.map_err(refused(size_mib))?;
+        let ram = fresh(&layout, size_mib, pages, log_writes)?;
+        map_all(&ram, |offset| Over::Private(source.file(), offset)).map_err(read)?;
         if pages == Pages::Transparent {
             ram.iter().for_each(mapping::advise_huge);
         }
@@ -375,54 +288,20 @@ impl Memory {
     }
 }
 
-/// What to do with the host's refusal to map guest memory.
-fn refused(size_mib: u64) -> impl Fn(MmapRegionError) -> MemoryError {
-    move |cause| MemoryError::Map {
-        size_mib,
-        cause: FromRangesError::from(cause),
+/// Maps a file over each piece of RAM, as `over` says for a place in the file.
+fn map_all<'a>(ram: &Ram, over: impl Fn(i64) -> Over<'a>) -> io::Result<()> {
+    let mut offset: i64 = 0;
+    for region in ram.iter() {
+        let all = region.as_volatile_slice().map_err(io::Error::other)?;
+        mapping::map_over(&all, over(offset))?;
+        offset = offset.saturating_add_unsigned(region.len());
     }
+    Ok(())
 }
 
-/// Memory that belongs to this process alone. Huge pages are set aside here (there is no
-/// MAP_NORESERVE), so that the guest cannot come to an end for want of one.
-fn anonymous(
-    layout: &Layout,
-    size_mib: u64,
-    pages: Pages,
-    log_writes: bool,
-) -> Result<Ram, MemoryError> {
-    const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    match pages {
-        Pages::Ordinary | Pages::Transparent => layout
-            .map(PRIVATE | libc::MAP_NORESERVE, None, log_writes)
-            .map_err(refused(size_mib)),
-        Pages::TwoMib => layout
-            .map(
-                PRIVATE | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
-                None,
-                log_writes,
-            )
-            .map_err(|cause| MemoryError::HugePages { size_mib, cause }),
-    }
-}
-
-/// A file in memory of `len` bytes, all of them holes, that can be sealed.
-fn memfd(len: u64) -> io::Result<File> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = File::from(rustix::fs::memfd_create("guest memory", flags)?);
-    file.set_len(len)?;
-    Ok(file)
-}
-
-/// Memory and swap of the host, in bytes.
-fn host_bytes() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram
-        .saturating_add(info.totalswap)
-        .saturating_mul(u64::from(info.mem_unit))
-}
 #[cfg(test)]
 mod tests {
+    use super::layout::host_bytes;
     use super::*;
     use std::io::Write;
     use vmm_sys_util::tempfile::TempFile;

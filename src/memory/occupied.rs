@@ -66,7 +66,7 @@ impl Finder {
     ) {
         if let Base::Image(source) = &contents.base {
             let mut add = adder(window.start, pages);
-            add_data(&source.file, window.clone(), 0, &mut add);
+            add_data(source.file(), window.clone(), 0, &mut add);
         }
         self.find_own(contents, (piece, host), window, pages);
     }
@@ -80,15 +80,15 @@ impl Finder {
         pages: &mut PageSet,
     ) {
         let mut add = adder(window.start, pages);
-        if let Base::Shared(file) = &contents.base {
-            return add_data(file, window.clone(), 0, &mut add);
+        if let Base::Shared(shared) = &contents.base {
+            return add_data(shared.source.file(), window.clone(), 0, &mut add);
         }
         for part in &contents.parts {
             let end = part.offset.saturating_add(part.len).min(window.end);
             let start = part.offset.max(window.start);
             if start < end {
                 let shift = part.in_file.wrapping_sub(part.offset);
-                add_data(&part.source.file, start..end, shift, &mut add);
+                add_data(part.source.file(), start..end, shift, &mut add);
             }
         }
         let to_offset = |address: u64| address.wrapping_sub(host).wrapping_add(piece.offset);

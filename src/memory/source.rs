@@ -10,7 +10,8 @@ pub struct Source {
     pub(super) file: File,
     pub(super) name: String,
     len: u64,
-    modified: (i64, i64),
+    /// None of a file in memory of this process's own: nothing else changes that.
+    modified: Option<(i64, i64)>,
 }
 
 impl Source {
@@ -24,9 +25,24 @@ impl Source {
         Ok(Source {
             name: name.to_owned(),
             len: metadata.len(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            modified: Some((metadata.mtime(), metadata.mtime_nsec())),
             file,
         })
+    }
+
+    /// A file in memory of this process's own, of `len` bytes.
+    pub(super) fn in_memory(file: File, name: &str, len: u64) -> Source {
+        Source {
+            file,
+            name: name.to_owned(),
+            len,
+            modified: None,
+        }
+    }
+
+    /// The file itself.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Another handle on the same file, with the size and time of change of this one.
@@ -67,8 +83,11 @@ impl Source {
 
     /// Whether size and time of change are what they were.
     pub fn is_unchanged(&self) -> bool {
-        self.file.metadata().is_ok_and(|now| {
-            now.len() == self.len && (now.mtime(), now.mtime_nsec()) == self.modified
+        self.modified.is_none_or(|modified| {
+            let now = self.file.metadata();
+            now.is_ok_and(|now| {
+                now.len() == self.len && (now.mtime(), now.mtime_nsec()) == modified
+            })
         })
     }
 }
