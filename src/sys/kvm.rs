@@ -132,27 +132,53 @@ pub fn may_be_hardware() -> bool {
     const SVM: u32 = 1 << 2;
     const EXTENDED: u32 = 0x8000_0000;
     const EXTENDED_FEATURES: u32 = 0x8000_0001;
-    let has_vmx = cpuid(1).1 & VMX != 0;
-    let has_extended = cpuid(EXTENDED).0 >= EXTENDED_FEATURES;
-    has_vmx || has_extended && cpuid(EXTENDED_FEATURES).1 & SVM != 0
+    let has_vmx = cpuid(1).ecx & VMX != 0;
+    let has_extended = cpuid(EXTENDED).eax >= EXTENDED_FEATURES;
+    has_vmx || has_extended && cpuid(EXTENDED_FEATURES).ecx & SVM != 0
 }
 
-/// EAX and ECX of a CPUID leaf of the host's.
-fn cpuid(leaf: u32) -> (u32, u32) {
-    let (eax, ecx);
+/// Who made the host's processor: "GenuineIntel".
+pub fn vendor() -> String {
+    let Cpuid { ebx, ecx, edx, .. } = cpuid(0);
+    let name = [ebx, edx, ecx].map(u32::to_le_bytes);
+    String::from_utf8_lossy(name.as_flattened()).into_owned()
+}
+
+/// Family, model and stepping of the host's processor, as CPUID has them.
+pub fn signature() -> u32 {
+    cpuid(1).eax
+}
+
+/// What the processor answers to CPUID.
+struct Cpuid {
+    eax: u32,
+    ebx: u32,
+    ecx: u32,
+    edx: u32,
+}
+
+/// What the host's answers for `leaf` (and subleaf 0).
+fn cpuid(leaf: u32) -> Cpuid {
+    let (eax, rbx, ecx, edx): (u32, u64, u32, u32);
     // SAFETY: every 64-bit processor has the instruction; it changes four registers, of which RBX is
     // restored and the others are declared.
     unsafe {
         std::arch::asm!(
-            "push rbx",
+            "mov {rbx}, rbx",
             "cpuid",
-            "pop rbx",
+            "xchg {rbx}, rbx",
+            rbx = out(reg) rbx,
             inout("eax") leaf => eax,
             inout("ecx") 0 => ecx,
-            out("edx") _,
+            out("edx") edx,
         );
     }
-    (eax, ecx)
+    Cpuid {
+        eax,
+        ebx: rbx as u32,
+        ecx,
+        edx,
+    }
 }
 
 impl Vcpu {

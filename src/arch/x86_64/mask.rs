@@ -1,5 +1,7 @@
 //! Changes to what a vCPU shows of the processor, as plain numbers.
 
+use serde::{Deserialize, Serialize};
+
 /// Bits of a register that are set to a value; the others stay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BitMask {
@@ -17,7 +19,8 @@ impl BitMask {
 }
 
 /// The registers that CPUID answers in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CpuidRegister {
     /// EAX.
     Eax,

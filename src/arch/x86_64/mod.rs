@@ -6,6 +6,7 @@ pub mod boot_timer;
 pub mod chips;
 mod command_line;
 pub mod cpuid;
+pub mod fingerprint;
 mod gdt;
 #[cfg(test)]
 pub mod guest_tests;

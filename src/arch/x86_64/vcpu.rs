@@ -22,6 +22,7 @@ use super::mask::MsrMask;
 use super::{layout, msr};
 
 pub use self::saving::{MsrList, forgive_pause, restore, save};
+pub(super) use self::saving::{is_same_rate, not_given};
 pub use self::state::VcpuState;
 
 /// Bit 1 of RFLAGS is always set.
@@ -137,7 +138,7 @@ pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
     set_msrs(vcpu, &msr::BOOT)
 }
 
-fn set_cpuid(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
+pub(super) fn set_cpuid(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
     vcpu.set_cpuid2(cpuid).map_err(refused("CPUID table"))
 }
 

@@ -7,6 +7,7 @@ use kvm_bindings::CpuId;
 
 use super::{Host, NO_VM};
 use crate::arch::boot;
+use crate::arch::fingerprint::Fingerprint;
 use crate::arch::mask::MsrMask;
 use crate::arch::vcpu::VcpuState;
 use crate::arch::{self, Vm, cpuid};
@@ -17,6 +18,7 @@ use crate::vmm::configuration::Configuration;
 use crate::vmm::cpu;
 
 const BAD_VCPU: &str = "Setting up a vCPU failed";
+const OTHER_CPU: &str = "The snapshot was made on a CPU that this host cannot stand in for";
 
 type NewVcpus = Vec<(Vcpu, VcpuLink)>;
 
@@ -27,9 +29,18 @@ pub(super) type Making = Receiver<Result<arch::Vcpu, ActionError>>;
 pub(super) enum StartState {
     /// As the processor is after a reset, with the CPUID table that the host offers.
     Reset(Arc<CpuId>),
-    /// As they were saved, by number.
+    /// As they were saved.
     #[expect(dead_code, reason = "for snapshots that are loaded")]
-    Saved(Vec<VcpuState>),
+    Saved(SavedVcpus),
+}
+
+/// vCPUs of a snapshot.
+pub(super) struct SavedVcpus {
+    /// By number.
+    pub states: Vec<VcpuState>,
+    /// What the guest depends on, if this host is to have it, and the CPUID table that guests of the
+    /// host can be given, changed as the saved configuration says.
+    pub check: Option<(Fingerprint, Arc<CpuId>)>,
 }
 
 /// Lets the thread of each vCPU make it. Of saved states there are as many as threads.
@@ -41,22 +52,51 @@ pub(super) fn begin_vcpus(
 ) -> Vec<Making> {
     match start {
         StartState::Reset(supported) => begin_reset(threads, vm, config, &supported),
-        StartState::Saved(states) => begin_saved(threads, vm, states),
+        StartState::Saved(saved) => begin_saved(threads, vm, config, saved),
     }
 }
 
-fn begin_saved(threads: &[ParkedThread], vm: &Arc<Vm>, states: Vec<VcpuState>) -> Vec<Making> {
+fn begin_saved(
+    threads: &[ParkedThread],
+    vm: &Arc<Vm>,
+    config: &Configuration,
+    saved: SavedVcpus,
+) -> Vec<Making> {
+    let (count, smt) = (config.machine.vcpu_count, config.machine.smt);
+    let mut check = saved.check;
     (0u8..)
-        .zip(threads.iter().zip(states))
+        .zip(threads.iter().zip(saved.states))
         .map(|(index, (thread, state))| {
             let vm = Arc::clone(vm);
+            // All vCPUs of a guest are alike: the first one stands for them.
+            let check = check.take();
             thread.ask(move || {
                 let vcpu = vm.create_vcpu(index).context(NO_VM)?;
+                if let Some((fingerprint, supported)) = check {
+                    let table = cpuid::table(&supported, index, count, smt);
+                    check_host(&vm, &vcpu, &fingerprint, &table)?;
+                }
                 arch::vcpu::restore(&vm, &vcpu, &state).context(BAD_VCPU)?;
                 Ok(vcpu)
             })
         })
         .collect()
+}
+
+/// Refuses a host that lacks what the saved guest depends on.
+fn check_host(
+    vm: &Vm,
+    vcpu: &arch::Vcpu,
+    fingerprint: &Fingerprint,
+    table: &CpuId,
+) -> Result<(), ActionError> {
+    let host = Fingerprint::of_host(vm, vcpu, table).context(BAD_VCPU)?;
+    let differences = fingerprint.differences(&host);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let list = differences.join("; ");
+    Err(ActionError(format!("{OTHER_CPU}: {list}.")))
 }
 
 fn begin_reset(

@@ -32,6 +32,16 @@ use crate::sys::kvm::blocks;
 /// KVM's own registers, beside those it lists.
 const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 
+/// What KVM does not list either: the memory type range registers, in pairs, fixed, and the default
+/// (Intel SDM volume 4, table 2-2). What guests start with is among them ([`BOOT`](super::super::msr::BOOT)).
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+];
+
 /// Parts per million by which the rates of two hosts' time stamp counters may differ and still count
 /// as one: kernels measure them anew at each boot.
 const TSC_TOLERANCE: u64 = 250;
@@ -41,12 +51,12 @@ const TSC_TOLERANCE: u64 = 250;
 pub struct MsrList {
     /// Those that KVM lists, and lets be read.
     listed: Vec<u32>,
-    /// Those of KVM's own that it does not list, and lets be read.
+    /// Others that it lets be read.
     unlisted: Vec<u32>,
 }
 
 impl MsrList {
-    /// Asks for the list, and tries each register.
+    /// Asks for the list, and tries which registers can be read.
     ///
     /// # Errors
     /// [`VcpuError`] when KVM does not give its list.
@@ -55,11 +65,16 @@ impl MsrList {
             .get_msr_index_list()
             .map_err(not_given("list of MSRs"))?;
         let listed: BTreeSet<u32> = list.as_slice().iter().copied().collect();
-        let unlisted: Vec<u32> = KVM_MSRS.filter(|index| !listed.contains(index)).collect();
+        let others = MTRRS.into_iter().flatten().chain(KVM_MSRS);
+        let unlisted: Vec<u32> = others.filter(|index| !listed.contains(index)).collect();
         let listed: Vec<u32> = listed.into_iter().collect();
+        // A call for each of them that does not exist takes milliseconds. They are given out in rows, so
+        // that one call tells of sixteen: it reads up to the first that does not exist.
+        let rows = unlisted.chunk_by(|a, b| a >> 4 == b >> 4);
+        let unlisted = rows.flat_map(|row| read_some(vcpu, row));
         Ok(MsrList {
+            unlisted: unlisted.map(|msr| msr.index).collect(),
             listed: readable(vcpu, &listed),
-            unlisted: readable(vcpu, &unlisted),
         })
     }
 }
@@ -103,7 +118,8 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-fn not_given(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
+/// KVM does not give a part of a vCPU.
+pub fn not_given(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuError {
     move |cause| VcpuError {
         what: Refused::NotGiven(what),
         cause: Some(cause),
@@ -248,7 +264,7 @@ fn set_tsc_rate(vcpu: &VcpuFd, khz: Option<u32>) -> Result<(), VcpuError> {
 }
 
 /// Whether two time stamp counters run at one rate.
-pub(super) fn is_same_rate(a: u32, b: u32) -> bool {
+pub fn is_same_rate(a: u32, b: u32) -> bool {
     let difference = u64::from(a.abs_diff(b));
     difference.saturating_mul(1_000_000) <= u64::from(a).saturating_mul(TSC_TOLERANCE)
 }
