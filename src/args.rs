@@ -18,6 +18,7 @@ use self::given::Given;
 use self::options::EXCLUDE;
 use crate::arch::Protocol;
 use crate::log::{Format, Level};
+use crate::wire::config::SnapshotLoad;
 use crate::wire::limits::BODY_MAX;
 use crate::wire::{Source, id};
 
@@ -56,6 +57,8 @@ pub struct Args {
     pub landlock: bool,
     /// A configuration to boot from at once.
     pub config_file: Option<PathBuf>,
+    /// A snapshot to resume at once.
+    pub snapshot: Option<SnapshotLoad>,
     /// The name of this microVM.
     pub id: String,
     /// Install the filters; off only for debugging.
@@ -97,6 +100,7 @@ impl Default for Args {
             end_fd: None,
             landlock: false,
             config_file: None,
+            snapshot: None,
             id: DEFAULT_ID.into(),
             seccomp: true,
             boot_timer: false,
@@ -143,7 +147,7 @@ where
         return Ok(Asked::DescribeSnapshot(path));
     }
     let no_api = given.has("no-api");
-    if no_api && !given.has("config-file") {
+    if no_api && !given.has("config-file") && !given.has("snapshot") {
         return Err(ArgsError::Needs("no-api", "config-file"));
     }
     for (one, other) in EXCLUDE {
@@ -162,6 +166,11 @@ where
         end_fd: given.number("end-fd")?,
         landlock: given.has("landlock"),
         config_file: given.path("config-file"),
+        snapshot: given.parsed(
+            "snapshot",
+            "a directory, or the descriptors of the state and of the memory: fd:N,fd:M",
+            snapshot,
+        )?,
         id: match given.text("id")? {
             Some(id) => checked_id(id)?,
             None => default.id,
@@ -197,6 +206,29 @@ where
             &[("pvh", Protocol::Pvh), ("linux64", Protocol::Linux64)],
         )?,
     })))
+}
+
+/// What `--snapshot` asks for: the machine of that snapshot, running, with the wall clock of today.
+fn snapshot(value: &str) -> Option<SnapshotLoad> {
+    let descriptor = |text: &str| {
+        let number = text.strip_prefix("fd:")?.parse().ok()?;
+        Some(Source::fd(number))
+    };
+    let (state, memory) = match value.split_once(',') {
+        Some((state, memory)) if value.starts_with("fd:") => {
+            (descriptor(state)?, descriptor(memory)?)
+        }
+        _ if value.is_empty() || value.starts_with("fd:") => return None,
+        _ => {
+            let file = |name| Source::Named(format!("{}/{name}", value.trim_end_matches('/')));
+            (file("state"), file("memory"))
+        }
+    };
+    Some(SnapshotLoad {
+        resume_vm: true,
+        clock_realtime: true,
+        ..SnapshotLoad::new(state, memory)
+    })
 }
 
 fn checked_id(id: String) -> Result<String, ArgsError> {
@@ -247,6 +279,32 @@ mod tests {
                     config_file: path("f"),
                     seccomp: false,
                     boot_timer: true,
+                    ..default()
+                },
+            ),
+            (
+                "--no-api --snapshot /srv/snapshot/",
+                Args {
+                    api_sock: None,
+                    snapshot: Some(SnapshotLoad {
+                        resume_vm: true,
+                        clock_realtime: true,
+                        ..SnapshotLoad::new(
+                            "/srv/snapshot/state".into(),
+                            "/srv/snapshot/memory".into(),
+                        )
+                    }),
+                    ..default()
+                },
+            ),
+            (
+                "--snapshot fd:5,fd:6",
+                Args {
+                    snapshot: Some(SnapshotLoad {
+                        resume_vm: true,
+                        clock_realtime: true,
+                        ..SnapshotLoad::new(Source::fd(5), Source::fd(6))
+                    }),
                     ..default()
                 },
             ),
@@ -341,6 +399,11 @@ mod tests {
             ("--id a_b", "--id takes 1 to 64", 153),
             (&long, "--id takes 1 to 64", 153),
             ("--no-api", "--no-api needs --config-file", 153),
+            ("--snapshot", "--snapshot needs a value", 153),
+            ("--snapshot fd:1", "--snapshot takes a directory, or", 153),
+            ("--snapshot fd:1,fd:x", "--snapshot takes a directory", 153),
+            ("--snapshot fd:1,fd:2,fd:3", "takes a directory", 153),
+            ("--snapshot d --config-file f", "exclude each other", 153),
             ("--level loud", "`loud` is none of", 152),
             ("--api-fd x", "takes a whole number", 153),
             ("--api-fd -1", "takes a whole number", 153),

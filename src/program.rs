@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,13 +13,14 @@ use crate::error::ActionError;
 use crate::files;
 use crate::log::{self, Writer, firecracker};
 use crate::seccomp::Category;
+use crate::snapshot::{self, Refusal};
 use crate::sys::passed::Passed;
 use crate::sys::{kvm, landlock, process, socket};
 use crate::threads::{self, ReadyLatch};
 use crate::timeline::Timeline;
 use crate::vmm::{Settings, Vmm};
 use crate::wire::Source;
-use crate::wire::config::{Logger, Metrics};
+use crate::wire::config::{Logger, Metrics, Restore};
 use crate::{error, exit, info};
 
 /// How long the file system of the API socket may take.
@@ -36,10 +37,28 @@ pub fn main() {
         Ok(Asked::Run(args)) => run(*args, timeline),
         Ok(Asked::Help) => print(&args::help()),
         Ok(Asked::Version) => print(&args::version()),
-        Ok(Asked::SnapshotVersion | Asked::DescribeSnapshot(_)) => {
-            fail("This version of mayfly has no snapshots yet.", exit::ERROR);
-        }
+        Ok(Asked::SnapshotVersion) => print(&snapshot::version(snapshot::VERSION)),
+        Ok(Asked::DescribeSnapshot(path)) => match describe(&path) {
+            Ok(version) => print(&version),
+            Err(error) => fail(&error, exit::ERROR),
+        },
         Err(error) => fail(&error.to_string(), error.exit_code()),
+    }
+}
+
+/// The version of the state file at `path`; Firecracker's words for one that is none.
+fn describe(path: &Path) -> Result<String, String> {
+    const PRINTING: &str = "When printing Snapshot Data format";
+    let name = path.display();
+    let file = snapshot::open_regular(path).map_err(|refusal| match refusal {
+        Refusal::Io(cause) => {
+            format!("{PRINTING}: Unable to open snapshot state file: {cause}: `{name}`")
+        }
+        refusal => format!("{PRINTING}: The state file `{name}` {refusal}"),
+    })?;
+    match snapshot::read(&file) {
+        Ok((header, _)) => Ok(snapshot::version(header.version)),
+        Err(refusal) => Err(format!("{PRINTING}: The state file `{name}` {refusal}")),
     }
 }
 
@@ -128,18 +147,20 @@ fn run(args: Args, timeline: Timeline) -> ! {
     if let Some(listener) = listener {
         serve(&mut vmm, listener, args.payload_max, args.seccomp);
     }
+    let socket = args.api_sock;
+    let fail_with = |what| {
+        Box::new(move |error: ActionError| {
+            // Made by this process a moment ago.
+            if let Some(socket) = socket {
+                remove(socket);
+            }
+            fail_for(what, &error.0, exit::ERROR)
+        })
+    };
     if let Some(config) = config {
-        let socket = args.api_sock;
-        vmm.start_from(
-            config,
-            Box::new(move |error| {
-                // Made by this process a moment ago.
-                if let Some(socket) = socket {
-                    remove(socket);
-                }
-                fail_for(firecracker::BAD_CONFIGURATION, &error.0, exit::ERROR)
-            }),
-        );
+        vmm.start_from(config, fail_with(firecracker::BAD_CONFIGURATION));
+    } else if let Some(load) = args.snapshot {
+        vmm.start_from_snapshot(Restore::new(load), fail_with(""));
     }
     vmm.run()
 }

@@ -742,6 +742,9 @@ fn command_line_when_bad_ends_with_its_code() {
         (vec!["--enable-pci"], 153),
         (vec!["--level", "loud"], 152),
         (vec!["--no-api", "--config-file", "/does/not/exist"], 1),
+        (vec!["--snapshot", "fd:3"], 153),
+        (vec!["--describe-snapshot", "/does/not/exist"], 1),
+        (vec!["--snapshot-version"], 0),
         (vec!["--version"], 0),
         (vec!["-h"], 0),
     ] {
@@ -754,6 +757,60 @@ fn command_line_when_bad_ends_with_its_code() {
         };
         assert!(!said.is_empty(), "{args:?}");
     }
+}
+
+#[test]
+fn describe_snapshot_when_given_a_file_tells_its_version_or_what_is_wrong() {
+    use mayfly::snapshot::{Header, Kind, MemoryImage, SnapshotId, VERSION, encode};
+    let folder = Folder::new();
+    let header = Header {
+        version: VERSION,
+        id: SnapshotId([1; 16]),
+        kind: Kind::Full,
+        parent: None,
+        memory: MemoryImage {
+            len: 0,
+            check: None,
+            id_at: 0,
+        },
+        taken: 0,
+    };
+    let whole = encode(&header, &0).unwrap();
+    let mut newer = whole.clone();
+    newer[8] = 2;
+    let mut version = Monitor::start(["--snapshot-version"]);
+    version.exits_with(0);
+    assert!(version.stdout().starts_with("v1."), "{}", version.stdout());
+    for (bytes, told) in [
+        (&whole[..], Ok(())),
+        (&whole[..40], Err("is truncated: it has 40 of")),
+        (&newer, Err("has version v2.0.0 of the format")),
+        (b"text", Err("is not a snapshot of mayfly")),
+    ] {
+        let file = folder.join("state");
+        std::fs::write(&file, bytes).unwrap();
+        let mut monitor = Monitor::start(["--describe-snapshot", path(&file)]);
+        match told {
+            Ok(()) => {
+                monitor.exits_with(0);
+                assert_eq!(monitor.stdout(), version.stdout());
+                assert_eq!(monitor.stderr(), "");
+            }
+            Err(reason) => {
+                monitor.exits_with(1);
+                assert!(monitor.stderr().contains(reason), "{}", monitor.stderr());
+            }
+        }
+    }
+    let fifo = folder.join("fifo");
+    common::run("mkfifo", &[path(&fifo)]);
+    let mut monitor = Monitor::start(["--describe-snapshot", path(&fifo)]);
+    monitor.exits_with(1);
+    assert!(
+        monitor.stderr().contains("is a FIFO"),
+        "{}",
+        monitor.stderr()
+    );
 }
 
 #[test]

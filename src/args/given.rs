@@ -79,7 +79,8 @@ impl Given {
         })
     }
 
-    fn parsed<T>(
+    /// The value of `option`, if it is given, as `parse` makes it of the text.
+    pub fn parsed<T>(
         &self,
         option: &'static str,
         takes: &'static str,

@@ -86,7 +86,11 @@ pub(super) const OPTIONS: &[Opt] = &[
     ),
     option("metrics-path", "path", "File or FIFO for metrics."),
     option("module", "path", "Log only what this module says."),
-    option("no-api", "", "Make no API socket; needs --config-file."),
+    option(
+        "no-api",
+        "",
+        "Make no API socket; needs --config-file or --snapshot.",
+    ),
     option(
         "no-seccomp",
         "",
@@ -98,6 +102,12 @@ pub(super) const OPTIONS: &[Opt] = &[
         "show-log-origin",
         "",
         "Write file names and lines into the log.",
+    ),
+    option(
+        "snapshot",
+        "dir|fd:N,fd:M",
+        "Resume the snapshot whose files are `state` and `memory` in this directory, or in these \
+         inherited descriptors.",
     ),
     option(
         "snapshot-version",
@@ -125,6 +135,7 @@ pub(super) const NOT_OFFERED: &[(&str, &str)] = &[
 pub(super) const EXCLUDE: &[(&str, &str)] = &[
     ("api-fd", "api-sock"),
     ("api-fd", "no-api"),
+    ("config-file", "snapshot"),
     ("log-fd", "log-path"),
 ];
 

@@ -13,6 +13,11 @@ use crate::sys::fd;
 /// an earlier minor version are read.
 pub const VERSION: (u16, u16) = (1, 0);
 
+/// A version as command lines and messages write it.
+pub fn version((major, minor): (u16, u16)) -> String {
+    format!("v{major}.{minor}.0")
+}
+
 /// The first bytes of a state file. The first is no ASCII, so that no text begins like this.
 pub(super) const MAGIC: [u8; 8] = *b"\x89MAYFLY\n";
 

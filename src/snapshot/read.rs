@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::header::{
     CRC_AT, FIXED, HEADER_LEN_AT, Header, Kind, LEN_AT, MAGIC, RESERVED_AT, SnapshotId, VERSION,
-    VERSION_AT, checksum,
+    VERSION_AT, checksum, version,
 };
 use super::{STATE_MAX, partial_name};
 use crate::wire::config::json::{self, JsonError};
@@ -89,9 +89,10 @@ impl fmt::Display for Refusal {
             Refusal::Foreign(what) => write!(f, "is not a snapshot of mayfly: {what}"),
             Refusal::Newer(major, minor) => write!(
                 f,
-                "has version v{major}.{minor}.0 of the format, and this program reads versions up \
-                 to v{}.{}.0. Use the version of mayfly that wrote it, or a later one",
-                VERSION.0, VERSION.1
+                "has version {} of the format, and this program reads versions up to {}. Use the \
+                 version of mayfly that wrote it, or a later one",
+                version((*major, *minor)),
+                version(VERSION)
             ),
             Refusal::TooLong(len) => write!(
                 f,
@@ -215,7 +216,9 @@ pub fn read(file: &File) -> Result<(Header, RawState), Refusal> {
 fn decode(bytes: &[u8]) -> Result<(Header, usize), Refusal> {
     check_format(bytes)?;
     let len = bytes.len() as u64;
-    let version = (number16(bytes, VERSION_AT), number16(bytes, VERSION_AT + 2));
+    let major = number16(bytes, VERSION_AT);
+    let minor = number16(bytes, VERSION_AT.saturating_add(2));
+    let version = (major, minor);
     let expected = u64::from_le_bytes(array(bytes, LEN_AT).ok_or(Refusal::Truncated {
         len,
         expected: None,

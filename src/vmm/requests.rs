@@ -23,7 +23,7 @@ use crate::sys::passed::Passed;
 use crate::threads::{self, ReadyLatch};
 use crate::timeline::Moment;
 use crate::wire::API_VERSION;
-use crate::wire::config::{self, Logger, Metrics, Source, VmConfig};
+use crate::wire::config::{self, Logger, Metrics, Restore, Source, VmConfig};
 
 /// Firecracker's words for metrics that cannot be written where they should.
 const NO_METRICS: &str = "Cannot initialize the metrics system due to bad user input";
@@ -282,6 +282,13 @@ impl Vmm {
             Ok(change) => self.open(change, Passed::Inherited, asker),
             Err(error) => asker.answer(Err(error)),
         }
+    }
+
+    /// Makes the machine of the snapshot that `restore` names; `fail` ends the process if that fails.
+    /// The descriptors it names are those that the process was started with.
+    pub fn start_from_snapshot(&mut self, _restore: Restore, fail: Box<dyn FnOnce(ActionError)>) {
+        let error = ActionError("Snapshots are not in this version.".into());
+        Asker::CommandLine(fail).answer(Err(error));
     }
 
     /// Takes up where the command line wants the metrics.
