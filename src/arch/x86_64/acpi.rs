@@ -19,7 +19,8 @@ mod detect;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, ResourceTemplate, Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, ONE,
+    Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -57,6 +58,9 @@ const IO_APIC_ID: u8 = 0;
 
 /// Length of a generation ID in bytes.
 pub const GENERATION_ID_LEN: usize = 16;
+
+/// What a guest is notified of: the ID has changed (Microsoft, "Virtual Machine Generation ID").
+const GENERATION_CHANGED: u8 = 0x80;
 
 /// All tables, to be put at [`layout::ACPI`], for `vcpus` processors with the APIC IDs 0, 1, ...,
 /// and for virtio `devices`, each by its address and interrupt line, in the order of slots.
@@ -158,6 +162,7 @@ fn dsdt(devices: &[(u64, u32)]) -> Vec<u8> {
     all.extend(serial_port());
     all.extend(keyboard());
     all.extend(generation_id());
+    all.extend(events());
     all.extend(panic_port());
     let mut namespace = Scope::raw("\\_SB_".into(), all);
     // Section 7.4.2: what is written to the sleep control register to reach S5, "soft off".
@@ -224,8 +229,7 @@ fn keyboard() -> Vec<u8> {
 }
 
 /// The generation ID (Microsoft, "Virtual Machine Generation ID"): `ADDR` is its address, in two halves.
-/// A restored guest is to be notified of its change by `Notify(VGEN, 0x80)`, which takes a Generic Event
-/// Device: snapshots bring that.
+/// A guest is notified of its change by [`events`].
 fn generation_id() -> Vec<u8> {
     let (low, high) = (layout::GENERATION_ID as u32, 0u32);
     let address: Vec<&dyn Aml> = vec![&low, &high];
@@ -236,6 +240,22 @@ fn generation_id() -> Vec<u8> {
             &Name::new("_CID".into(), &"VM_Gen_Counter"),
             &Name::new("_DDN".into(), &"VM_Gen_Counter"),
             &Name::new("ADDR".into(), &Package::new(address)),
+        ],
+    )
+}
+
+/// Generic Event Device (section 5.6.9): its interrupt means that the generation ID has changed.
+fn events() -> Vec<u8> {
+    let (generation, changed) = (Path::new("VGEN"), GENERATION_CHANGED);
+    let notify = Notify::new(&generation, &changed);
+    let is_it = Equal::new(&Arg(0), &layout::GENERATION_GSI);
+    let handle = If::new(&is_it, vec![&notify]);
+    device(
+        "GED_",
+        &[
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &resources(vec![&line(layout::GENERATION_GSI)]),
+            &Method::new("_EVT".into(), 1, true, vec![&handle]),
         ],
     )
 }

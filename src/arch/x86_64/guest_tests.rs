@@ -1,6 +1,7 @@
 //! From an opened /dev/kvm to a guest's first byte on the serial port, with `memory` and `arch`
 //! alone: both boot protocols, every vCPU count, and Linux as far as its first line.
 
+mod generation;
 mod interrupts;
 
 use std::fs::File;

@@ -6,6 +6,7 @@
 //!   0x0000_9000  page tables, 64-bit protocol only
 //!   0x0009_fc00  MP table, up to 1 MiB reserved
 //!   0x000e_0000  ACPI tables and the generation ID
+//!   0x000e_1000  the ID of the snapshot that the memory is of
 //!   0x0010_0000  kernel and, below the end of low RAM, initrd
 //!   0xc000_0000  hole of 1 GiB: devices, I/O APIC, local APIC, KVM's own pages
 //! 0x1_0000_0000  RAM continues
@@ -71,9 +72,15 @@ pub const GENERATION_ID: u64 = ACPI + 0x30;
 /// The other ACPI tables.
 pub const ACPI_TABLES: u64 = ACPI + 0x40;
 
-/// Room for all of them. 32 vCPUs and 19 devices take some 2,300 bytes.
-#[cfg(test)]
+/// Room for all of them. 32 vCPUs and 19 devices take some 2,400 bytes.
 pub const ACPI_MAX: usize = 0x1000;
+
+/// The ID of a snapshot in its image of guest memory, 16 bytes: the pair of state and memory is known by
+/// it. Written into the image, never into the memory of a running guest; a restored guest has it in
+/// memory that no kernel takes for its own. The page has nothing else, so that the ID can be written
+/// into an image of a few pages without adding anything to it that is not so in the guest's memory.
+pub const SNAPSHOT_ID: u64 = ACPI + ACPI_MAX as u64;
+const _: () = assert!(SNAPSHOT_ID.is_multiple_of(PAGE) && SNAPSHOT_ID + PAGE <= HIGH_MEMORY);
 
 /// From here on RAM is the kernel's: what is between [`MP_TABLE`] and here was video memory and
 /// BIOS, and is reserved in the memory map.
@@ -116,6 +123,11 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 
 /// Interrupt line of the UART.
 pub const SERIAL_GSI: u32 = 4;
+
+/// Interrupt line by which a guest with ACPI is told that its generation ID has changed: 0 and 2 are the
+/// timer's, and 3 was the second serial port's, which there is none of.
+pub const GENERATION_GSI: u32 = 3;
+const _: () = assert!(GENERATION_GSI < SERIAL_GSI && SERIAL_GSI < VIRTIO_GSI);
 
 /// Keyboard controller: data at 0x60, status and command at 0x64. What is between is not its own.
 pub const I8042_PORTS: [u64; 2] = [0x60, 0x64];

@@ -8,6 +8,7 @@ mod command_line;
 pub mod cpuid;
 pub mod fingerprint;
 mod gdt;
+pub mod generation;
 #[cfg(test)]
 pub mod guest_tests;
 pub mod i8042;

@@ -103,6 +103,21 @@ fn madt_when_read_has_every_processor_and_the_io_apic() {
     }
 }
 
+/// ACPI Specification 6.5, section 20.2.5: a method of one argument, serialized; if the argument is 3,
+/// VGEN is notified of 0x80.
+#[test]
+fn event_when_it_is_the_generation_lines_notifies_the_device_of_the_generation_id() {
+    let [.., dsdt] = walk(&tables(1, &devices(19), ID));
+    let method = [
+        &b"\x14\x13_EVT\x09"[..],
+        b"\xa0\x0c\x93\x68\x0a\x03",
+        b"\x86VGEN\x0a\x80",
+    ];
+    let method = method.concat();
+    let found = dsdt.windows(method.len()).filter(|w| *w == method).count();
+    assert_eq!(found, 1, "{dsdt:x?}");
+}
+
 #[test]
 fn dsdt_when_read_has_the_devices_in_the_order_of_slots() {
     let [.., dsdt] = walk(&tables(1, &devices(19), ID));
@@ -155,6 +170,7 @@ fn dsdt_when_read_has_the_platform_devices_and_one_sleep_state() {
             &[0x47, 1, 0x60, 0, 0x60, 0, 1, 1],
         ),
         (b"VGEN", b"VMGENCTR\0", b"VM_Gen_Counter\0"),
+        (b"GED_", b"ACPI0013\0", &[0x89, 6, 0, 0b11, 1, 3, 0, 0, 0]),
         (b"PEVT", b"QEMU0001\0", &[0x47, 1, 3, 6, 3, 6, 1, 1]),
     ] {
         let at = dsdt.windows(4).position(|w| w == name).unwrap();

@@ -1,6 +1,6 @@
 //! The split interrupt chip: KVM keeps the local APICs, and what else a PC has is here, in the
-//! monitor. The guest's vCPU threads run this code when the guest reads or writes a register; no
-//! other thread does, no thread waits here for another one longer than for a lock, and nothing
+//! monitor. The guest's vCPU threads run this code when the guest reads or writes a register; control
+//! makes the chips from their state, and saves them. No thread waits here for another one longer than for a lock, and nothing
 //! here is on the way of an interrupt: devices raise theirs by irqfds, which KVM turns into the
 //! messages that the I/O APIC's table asks for.
 //!
@@ -162,7 +162,6 @@ impl Lines {
     ///
     /// # Errors
     /// The host's.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for restoring snapshots"))]
     pub fn pulse(&self, gsi: u32) -> io::Result<()> {
         self.vm.set_irq_line(gsi, true)?;
         Ok(self.vm.set_irq_line(gsi, false)?)
