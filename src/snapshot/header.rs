@@ -164,10 +164,18 @@ fn written_version() -> (u16, u16) {
 /// # Errors
 /// When `state` cannot be written as JSON.
 pub fn encode<S: Serialize>(header: &Header, state: &S) -> Result<Vec<u8>, serde_json::Error> {
+    encode_json(header, &serde_json::to_vec(state)?)
+}
+
+/// The same with a state that is JSON already.
+///
+/// # Errors
+/// None that a header can bring about.
+pub fn encode_json(header: &Header, state: &[u8]) -> Result<Vec<u8>, serde_json::Error> {
     let mut bytes = vec![0; FIXED];
     serde_json::to_writer(&mut bytes, header)?;
     let header_len = bytes.len().saturating_sub(FIXED);
-    serde_json::to_writer(&mut bytes, state)?;
+    bytes.extend_from_slice(state);
     seal(&mut bytes, header_len);
     Ok(bytes)
 }

@@ -19,7 +19,9 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use self::header::{Header, Kind, MemoryImage, SnapshotId, VERSION, encode, version};
+pub use self::header::{
+    Header, Kind, MemoryImage, SnapshotId, VERSION, encode, encode_json, version,
+};
 pub use self::place::{Target, partial_name};
 pub use self::read::{RawState, Refusal, check_memory, open_regular, partial_memory, read};
 pub use self::write::{WriteError, write_pair, write_state};

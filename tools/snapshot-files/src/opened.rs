@@ -1,0 +1,94 @@
+//! A snapshot whose files are open.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use mayfly::snapshot::{
+    Header, RawState, Refusal, check_memory, open_regular, partial_memory, read,
+};
+
+/// Why nothing came of it.
+#[derive(Debug)]
+pub struct Failure(pub String);
+
+impl Failure {
+    /// "The state file `x` is truncated ..."
+    pub fn of(what: &str, path: &Path, refusal: &Refusal) -> Self {
+        Failure(format!("The {what} `{}` {refusal}", path.display()))
+    }
+
+    /// "Reading the memory file `x` failed: ..."
+    pub fn io(doing: &str, path: &Path, cause: &dyn fmt::Display) -> Self {
+        Failure(format!("{doing} `{}` failed: {cause}", path.display()))
+    }
+}
+
+/// Where the files of a snapshot are.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    /// The state file.
+    pub state: PathBuf,
+    /// The memory file.
+    pub memory: PathBuf,
+}
+
+impl Paths {
+    /// Two files.
+    pub fn new(state: &OsStr, memory: &OsStr) -> Self {
+        Paths {
+            state: state.into(),
+            memory: memory.into(),
+        }
+    }
+
+    /// The files of `folder`, by the names that `mayfly --snapshot` looks for.
+    pub fn in_folder(folder: &Path) -> Self {
+        Paths {
+            state: folder.join("state"),
+            memory: folder.join("memory"),
+        }
+    }
+}
+
+/// A snapshot whose files belong together.
+pub struct Opened {
+    /// Where they are.
+    pub paths: Paths,
+    /// What the state file says of it.
+    pub header: Header,
+    /// The machine.
+    pub state: RawState,
+    /// Guest memory.
+    pub memory: File,
+}
+
+impl Opened {
+    /// Opens both files; the content of the memory file is not looked at.
+    pub fn at(paths: &Paths) -> Result<Self, Failure> {
+        let (header, state) = read_state(&paths.state)?;
+        let refused = |refusal| Failure::of("memory file", &paths.memory, &refusal);
+        let opened = open_regular(&paths.memory).and_then(|memory| {
+            check_memory(&header, &memory)?;
+            Ok(memory)
+        });
+        // A create that was killed may have left the right one beside it.
+        let memory = opened.or_else(|refusal| {
+            let left = partial_memory(&header, &paths.memory);
+            left.ok_or_else(|| refused(refusal))
+        })?;
+        Ok(Opened {
+            paths: paths.clone(),
+            header,
+            state,
+            memory,
+        })
+    }
+}
+
+/// Reads a state file.
+pub fn read_state(path: &Path) -> Result<(Header, RawState), Failure> {
+    let opened = open_regular(path).and_then(|file| read(&file));
+    opened.map_err(|refusal| Failure::of("state file", path, &refusal))
+}
