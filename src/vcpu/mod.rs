@@ -458,6 +458,11 @@ impl VcpuHandle {
         self.shared.crash.get()
     }
 
+    /// Keeps the guest's watchdog from taking the time of a pause for a lock-up. The vCPU is paused.
+    pub fn forgive_pause(&self) {
+        arch::vcpu::forgive_pause(&self.access);
+    }
+
     /// Lets guest code run.
     ///
     /// # Errors
@@ -504,10 +509,5 @@ impl VcpuHandle {
             return Err(VcpuError::unfinished());
         }
         arch::vcpu::save(vm, &self.access, msrs)
-    }
-
-    /// Keeps the guest's watchdog from taking the time of a pause for a lock-up. The vCPU is paused.
-    pub fn forgive_pause(&self) {
-        arch::vcpu::forgive_pause(&self.access);
     }
 }

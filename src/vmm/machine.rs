@@ -39,6 +39,17 @@ impl Machine {
         self.vcpus.iter().try_for_each(VcpuHandle::run)
     }
 
+    /// The same after a pause, which the guest's watchdogs are not to take for a lock-up.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn resume_vcpus(&self) -> Result<(), UnresponsiveVcpu> {
+        for vcpu in &self.vcpus {
+            vcpu.forgive_pause();
+        }
+        self.run_vcpus()
+    }
+
     /// Asks every vCPU to pause.
     pub fn pause_vcpus(&self) {
         for vcpu in &self.vcpus {

@@ -74,7 +74,7 @@ impl Vmm {
                 for device in self.configuration.devices.running() {
                     let _ = device.resume(token);
                 }
-                let resumed = self.machine.as_ref().map_or(Ok(()), Machine::run_vcpus);
+                let resumed = self.machine.as_ref().map_or(Ok(()), Machine::resume_vcpus);
                 self.counters.resume_us = micros_since(since);
                 client.send(resumed.bare().map(|()| Outcome::Done));
             }

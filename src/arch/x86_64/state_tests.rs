@@ -2,6 +2,7 @@
 //! `arch` alone.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
@@ -12,7 +13,8 @@ use super::guest_tests::{Machine, elf, machine_with};
 use super::msr::TSC;
 use super::vcpu::state::Msr;
 use super::vcpu::{self, MsrList, VcpuState};
-use super::vm::state::{ClockAfterRestore, ClockState, VmState};
+use super::vm::VmError;
+use super::vm::state::{ChipsState, ClockAfterRestore, ClockState, VmState};
 use crate::arch::chips::Chips;
 use crate::arch::{Protocol, Vcpu, Vm};
 use crate::memory::Memory;
@@ -59,10 +61,20 @@ fn save(kvm: &Kvm, machine: &Machine) -> Saved {
 
 struct Restored {
     vcpus: Vec<Vcpu>,
-    _memory: Memory,
+    memory: Memory,
 }
 
 fn restore(kvm: &Kvm, chips: Chips, saved: &Saved) -> Restored {
+    restore_with(kvm, chips, saved, &saved.vm, ClockAfterRestore::Continue)
+}
+
+fn restore_with(
+    kvm: &Kvm,
+    chips: Chips,
+    saved: &Saved,
+    state: &VmState,
+    then: ClockAfterRestore,
+) -> Restored {
     let memory = Memory::anonymous(MIB).unwrap();
     let ram = memory.ram();
     ram.write_slice(&saved.memory, GuestAddress(0)).unwrap();
@@ -75,11 +87,8 @@ fn restore(kvm: &Kvm, chips: Chips, saved: &Saved) -> Restored {
             vcpu
         })
         .collect();
-    vm.restore(&saved.vm, ClockAfterRestore::Continue).unwrap();
-    Restored {
-        vcpus,
-        _memory: memory,
-    }
+    vm.restore(state, then).unwrap();
+    Restored { vcpus, memory }
 }
 
 /// Ends the last exit's instruction, as a vCPU's thread does when it pauses.
@@ -207,4 +216,181 @@ fn host_when_it_is_the_same_has_all_that_a_guest_depends_on() {
         word.bits |= u32::from(word.leaf == 7 && word.subleaf == 1) << 31;
     }
     assert_ne!(more.differences(&host), [""; 0]);
+}
+
+/// Where the guest of [`clock_reader`] has KVM's clock, and where it puts the time stamp counter.
+const CLOCK: u64 = 0x20_0000;
+const COUNTER: u64 = 0x20_0100;
+
+/// 32-bit code that turns KVM's clock on, and then for ever reads the time stamp counter and tells of
+/// it by a byte on the serial port.
+fn clock_reader() -> Vec<u8> {
+    // mov ecx, 0x4b564d01; mov eax, CLOCK | 1; xor edx, edx; wrmsr
+    let mut code = vec![0xb9, 0x01, 0x4d, 0x56, 0x4b, 0xb8, 0x01, 0x00, 0x20, 0x00];
+    code.extend([0x31, 0xd2, 0x0f, 0x30]);
+    // rdtsc; mov [COUNTER], eax; mov [COUNTER + 4], edx; mov dx, 0x3f8; out dx, al; back to rdtsc
+    code.extend([0x0f, 0x31, 0xa3, 0x00, 0x01, 0x20, 0x00]);
+    code.extend([0x89, 0x15, 0x04, 0x01, 0x20, 0x00]);
+    code.extend([0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xec]);
+    code
+}
+
+/// What a guest reads: the time stamp counter, and KVM's clock at that moment in nanoseconds; and
+/// whether it was told that it had been stopped.
+fn guest_time(vcpu: &Vcpu, memory: &Memory) -> (u64, u64, bool) {
+    next_byte(vcpu);
+    let ram = memory.ram();
+    let u64_at = |at| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
+    let tsc = u64_at(COUNTER);
+    // struct pvclock_vcpu_time_info
+    let (then, system) = (u64_at(CLOCK + 8), u64_at(CLOCK + 16));
+    let scale: u32 = ram.read_obj(GuestAddress(CLOCK + 24)).unwrap();
+    let [shift, flags]: [u8; 2] = ram.read_obj(GuestAddress(CLOCK + 28)).unwrap();
+    let passed = u128::from(tsc.wrapping_sub(then));
+    let shifted = match shift.cast_signed() {
+        shift @ 0.. => passed << shift,
+        shift => passed >> -shift,
+    };
+    let nanos = (shifted * u128::from(scale)) >> 32;
+    (tsc, system + nanos as u64, flags & 1 << 1 != 0)
+}
+
+const SECOND: u64 = 1_000_000_000;
+const HOUR: u64 = 3600 * SECOND;
+
+#[test]
+fn clock_when_restored_goes_on_or_catches_up_and_never_goes_back() {
+    needs!(kvm);
+    let kvm = Kvm::new().unwrap();
+    for chips in [Chips::Split, Chips::Kernel] {
+        let file = elf(&clock_reader(), 4096, true);
+        let first = machine_with(chips, &kvm, file.as_file(), MIB, 1, None, "");
+        for _ in 0..3 {
+            guest_time(&first.vcpus[0], &first.memory);
+        }
+        let (tsc, nanos, was_stopped) = guest_time(&first.vcpus[0], &first.memory);
+        assert!(!was_stopped);
+        finish(&first.vcpus[0]);
+        let saved = save(&kvm, &first);
+        let began = Instant::now();
+        drop(first);
+        assert!(saved.vm.clock.nanos >= nanos);
+        let hour_ago = saved.vm.clock.realtime - HOUR;
+        let in_an_hour = saved.vm.clock.realtime + HOUR;
+        for (then, realtime, expected) in [
+            (ClockAfterRestore::Continue, hour_ago, 0),
+            (ClockAfterRestore::CatchUp, hour_ago, HOUR),
+            // The host's wall clock was set back meanwhile.
+            (ClockAfterRestore::CatchUp, in_an_hour, 0),
+            (ClockAfterRestore::CatchUp, saved.vm.clock.realtime, 0),
+        ] {
+            let mut vm = saved.vm.clone();
+            vm.clock.realtime = realtime;
+            let second = restore_with(&kvm, chips, &saved, &vm, then);
+            let vcpu = &second.vcpus[0];
+            // What the guest reads first may have been there before; then KVM has updated it.
+            let (first_tsc, first_nanos, was_stopped) = guest_time(vcpu, &second.memory);
+            let (later_tsc, later, _) = guest_time(vcpu, &second.memory);
+            let what = format!("{chips:?} {then:?} {expected}: {nanos} {first_nanos} {later}");
+            assert!(was_stopped, "{what}");
+            let elapsed = u64::try_from(began.elapsed().as_nanos()).unwrap();
+            assert!(first_nanos >= nanos + expected, "{what}");
+            assert!(later >= first_nanos, "{what}");
+            assert!(later <= nanos + expected + elapsed + SECOND, "{what}");
+            // The time stamp counter goes on where it was, whatever the clock does.
+            let khz = u64::from(vcpu.get_tsc_khz().unwrap());
+            let most = (elapsed + SECOND) / 1_000_000 * khz;
+            assert!(first_tsc >= tsc && later_tsc >= first_tsc, "{what}");
+            assert!(later_tsc - tsc <= most, "{what}");
+        }
+    }
+}
+
+#[test]
+fn clock_when_a_file_says_anything_is_refused_or_taken_without_a_panic() {
+    needs!(kvm);
+    let kvm = Kvm::new().unwrap();
+    let memory = Memory::anonymous(2).unwrap();
+    for nanos in [0, 1, u64::MAX, 1 << 63] {
+        for realtime in [0, u64::MAX, 1 << 63] {
+            for then in [ClockAfterRestore::Continue, ClockAfterRestore::CatchUp] {
+                let vm = Vm::new(&kvm, &memory, false, Chips::Split).unwrap();
+                let state = VmState {
+                    clock: ClockState { nanos, realtime },
+                    chips: ChipsState::Split,
+                };
+                // Whether KVM takes it is KVM's to say.
+                let _ = vm.restore(&state, then);
+            }
+        }
+    }
+}
+
+#[test]
+fn chips_when_they_are_elsewhere_are_refused() {
+    needs!(kvm);
+    let kvm = Kvm::new().unwrap();
+    let memory = Memory::anonymous(2).unwrap();
+    let [split, kernel] =
+        [Chips::Split, Chips::Kernel].map(|chips| Vm::new(&kvm, &memory, false, chips).unwrap());
+    for (of, to) in [(&split, &kernel), (&kernel, &split)] {
+        let state = of.save().unwrap();
+        let error = to.restore(&state, ClockAfterRestore::Continue).unwrap_err();
+        assert!(matches!(error, VmError::OtherChips), "{error}");
+        of.restore(&state, ClockAfterRestore::Continue).unwrap();
+    }
+}
+
+#[test]
+fn state_when_it_cannot_be_a_vcpus_is_refused_before_kvm_sees_it() {
+    needs!(kvm);
+    let kvm = Kvm::new().unwrap();
+    let file = elf(&ALPHABET, 4096, true);
+    let machine = machine_with(Chips::Split, &kvm, file.as_file(), MIB, 1, None, "");
+    let good = save(&kvm, &machine).vcpus.remove(0);
+    let with = |change: fn(&mut VcpuState)| {
+        let mut state = good.clone();
+        change(&mut state);
+        state
+    };
+    for (state, expected) in [
+        (with(|state| state.cpuid.clear()), "CPUID table is empty"),
+        (
+            with(|state| state.cpuid = state.cpuid.repeat(10)),
+            "CPUID table is empty or too long",
+        ),
+        (with(|state| state.msrs.clear()), "no model-specific"),
+        (
+            with(|state| state.msrs = state.msrs.repeat(100)),
+            "or too many",
+        ),
+        (with(|state| state.xsave.truncate(575)), "too short"),
+        (with(|state| state.xsave.push(0)), "not of whole words"),
+        (
+            with(|state| state.xsave.resize(1 << 20, 0)),
+            "longer than this host's",
+        ),
+        (
+            with(|state| state.xcrs = state.xcrs.repeat(17)),
+            "too many extended control registers",
+        ),
+        (
+            with(|state| {
+                state.msrs.push(Msr {
+                    index: 0xdead_beef,
+                    data: 1,
+                });
+            }),
+            "register address 0xdeadbeef",
+        ),
+        (with(|state| state.mp_state = 77), "the run state"),
+        (with(|state| state.sregs.cr4 = !0), "the system registers"),
+        (with(|state| state.xsave[512] = 0xff), "the XSAVE state"),
+    ] {
+        let memory = Memory::anonymous(2).unwrap();
+        let vm = Vm::new(&kvm, &memory, false, Chips::Split).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let error = vcpu::restore(&vm, &vcpu, &state).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }
