@@ -110,7 +110,6 @@ pub fn open_disk(
 /// # Errors
 /// When it is missing, unreadable, no regular file, no state file of ours that is whole, or that of a
 /// diff.
-#[cfg_attr(not(test), expect(dead_code, reason = "for loading snapshots"))]
 pub fn snapshot_state(
     source: &Source,
     passed: &mut Passed,
@@ -129,7 +128,6 @@ pub fn snapshot_state(
 ///
 /// # Errors
 /// When it is missing, unreadable, no regular file, or belongs to another snapshot.
-#[cfg_attr(not(test), expect(dead_code, reason = "for loading snapshots"))]
 pub fn snapshot_memory(
     source: &Source,
     header: &Header,

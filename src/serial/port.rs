@@ -47,7 +47,6 @@ impl SerialPort {
     }
 
     /// The UART's state. Input may come while it is taken: it is in there, or it is still to come.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
     pub fn save(&self) -> UartState {
         self.lock().save()
     }
@@ -55,7 +54,6 @@ impl SerialPort {
     /// Raises the interrupt if the UART's line is high. For a restored guest: a pulse from before may
     /// be lost, and no further one comes while the line stays high. To be called when the interrupt
     /// controllers are restored.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for restoring snapshots"))]
     pub fn raise_again(&self) {
         let uart = self.lock();
         if uart.interrupts() {

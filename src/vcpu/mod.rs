@@ -489,7 +489,6 @@ impl VcpuHandle {
     }
 }
 
-#[cfg_attr(not(test), expect(dead_code, reason = "for snapshots that are made"))]
 impl VcpuHandle {
     /// Which model-specific registers the vCPUs of this host have. The vCPU is paused.
     ///

@@ -48,10 +48,6 @@ pub trait DeviceControl: fmt::Debug {
     ///
     /// # Errors
     /// When the worker cannot be reached.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for control, which saves the machine")
-    )]
     fn save(&self, token: u64) -> Result<(), Unreachable>;
 
     /// Whether the last pause or resume did not reach the worker: to be sent again once the worker

@@ -33,8 +33,6 @@ mod segment;
 mod state;
 #[cfg(test)]
 mod testing;
-#[cfg(test)]
-mod tests;
 mod throttle;
 pub mod worker;
 

@@ -9,44 +9,48 @@ mod devices;
 mod guest;
 mod vcpus;
 
+use std::cell::OnceCell;
 use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
+use std::{io, mem};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::devices::{Attach, Attaching, Building};
-use self::vcpus::{Making, StartState, begin_vcpus, finish_vcpus};
+use self::devices::{Attach, Attaching, Building, Saved};
+use self::vcpus::{Making, SavedVcpus, StartState, begin_vcpus, finish_vcpus};
 use super::change::Replaced;
 use super::configuration::{Boot, Configuration, Console};
 use super::cpu;
 use super::devices::bucket;
 use super::machine::Machine;
+use super::saved::MachineState;
 use super::{Event, Settings};
 use crate::arch::boot;
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::chips::{self, Chips};
-use crate::arch::i8042::{I8042, I8042State};
-use crate::arch::power::{Power, PowerState};
-use crate::arch::split::{Lines, SplitChipsState};
-use crate::arch::{self, Vm, cpuid, layout};
+use crate::arch::fingerprint::Fingerprint;
+use crate::arch::i8042::I8042;
+use crate::arch::power::Power;
+use crate::arch::split::Lines;
+use crate::arch::vm::state::{ClockAfterRestore, VmState};
+use crate::arch::{self, Vm, cpuid, generation, layout};
 use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
 use crate::inbox::{Sender, inbox};
 use crate::memory::{Backing, Memory, Pages};
 use crate::seccomp::Category;
-use crate::serial::{self, Streams, UartState};
+use crate::serial::{self, SerialPort, Streams, UartState};
+use crate::snapshot::SnapshotId;
 use crate::sys::{fd, terminal};
 use crate::threads::{self, ParkedThread, ReadyLatch, parked};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, VcpuHandle};
 use crate::virtio::registers;
-use crate::wire::DEFAULT_BOOT_ARGS;
-use crate::wire::config::{HugePages, InterruptController};
+use crate::wire::config::{HugePages, InterruptController, RamBackend};
 use crate::{error, info, log, warn};
 
 /// How long the guest waits for the lines about its start to be written.
@@ -112,8 +116,33 @@ pub fn prepare(passed: Option<&Arc<Kvm>>) -> Result<Prepared, ActionError> {
     })
 }
 
+/// What a machine begins as.
+pub enum Origin {
+    /// A kernel that boots.
+    Kernel,
+    /// A guest that goes on.
+    Snapshot(Box<Restored>),
+}
+
+/// A guest that was saved.
+pub struct Restored {
+    /// The state of each part.
+    pub state: MachineState,
+    /// Its memory.
+    pub memory: Memory,
+    /// How its clock goes on.
+    pub clock: ClockAfterRestore,
+    /// Nanoseconds of the host's wall clock since it was saved.
+    pub elapsed: u64,
+    /// What the guest depends on of the host's processor, if that is to be checked.
+    pub cpu: Option<Fingerprint>,
+    /// The snapshot's id.
+    pub id: SnapshotId,
+}
+
 /// A machine whose guest is not loaded yet.
 pub struct Begun {
+    kvm: Arc<Kvm>,
     threads: Threads,
     vm: Arc<Vm>,
     lines: Lines,
@@ -122,18 +151,24 @@ pub struct Begun {
     console: MadeConsole,
     keyboard: Arc<I8042>,
     power: Arc<Power>,
+    /// What KVM is given once the vCPUs are made.
+    restored: Option<(VmState, ClockAfterRestore)>,
 }
 
 /// For the files thread: puts the guest into memory. It may wait for files.
 pub type Load = Box<dyn FnOnce() -> Loaded + Send>;
 
-/// The console, how it is reached, and the log's pipe.
-type MadeConsole = (serial::Console, Sender<serial::SerialMessage>);
+/// The console, its registers, and how it is told something.
+struct MadeConsole {
+    console: serial::Console,
+    uart: Arc<SerialPort>,
+    messages: Sender<serial::SerialMessage>,
+}
 
-/// Guest memory, and how the guest that was put into it is entered.
+/// Guest memory, and how the guest in it is entered, unless it goes on.
 pub struct Loaded {
     memory: Memory,
-    entry: Result<boot::Entry, ActionError>,
+    entry: Result<Option<boot::Entry>, ActionError>,
     /// In the order of slots.
     devices: Vec<Attach>,
 }
@@ -152,10 +187,11 @@ impl fmt::Debug for Begun {
 pub fn begin(
     host: &Host<'_>,
     configuration: &Configuration,
+    origin: Origin,
     prepare: impl FnOnce() -> Result<Prepared, ActionError>,
     submit: impl FnOnce(Load) -> Result<u64, ActionError>,
 ) -> Result<(Begun, u64), ActionError> {
-    let kernel = configuration.check_start()?;
+    configuration.devices.check_count()?;
     let machine = &configuration.machine;
     let Prepared {
         kvm,
@@ -165,28 +201,29 @@ pub fn begin(
     } = prepare()?;
     let threads = Threads::make(configuration, serial)?;
 
-    // The machine: memory first, then KVM's part of it.
-    let pages = match machine.huge_pages {
-        HugePages::None => Pages::Ordinary,
-        HugePages::Transparent => Pages::Transparent,
-        HugePages::TwoMib => Pages::TwoMib,
+    // The machine: memory first, then KVM's part of it. And what the guest starts with.
+    let Begins {
+        mut state,
+        mut memory,
+        chips,
+        load,
+        restored,
+        cpu,
+        elapsed,
+    } = match origin {
+        Origin::Kernel => boots(host, configuration, &kvm)?,
+        Origin::Snapshot(restored) => goes_on(*restored)?,
     };
-    let memory = Memory::new(
-        machine.mem_size_mib,
-        pages,
-        Backing::Anonymous,
-        machine.track_dirty_pages,
-    );
-    let mut memory = memory.context("Making guest memory failed")?;
-    let chips = choose_chips(&kvm, configuration, kernel)?;
     let vm = Vm::around(vm, &kvm, &memory, machine.track_dirty_pages, chips);
     let vm = Arc::new(vm.context(NO_VM)?);
     host.timeline.mark_again(Moment::MemoryMade);
 
-    // What the guest starts with: kernel, initrd, command line, tables, and the devices' files. The
-    // files thread sees to it, beside all that follows.
-    let load = guest::load(host, configuration, kernel)?;
-    let mut building = Building::default();
+    // The files thread sees to what it starts with, and to the devices' files, beside all that follows.
+    let saved = restored.is_some().then(|| Saved {
+        devices: mem::take(&mut state.devices),
+        elapsed,
+    });
+    let mut building = Building::new(saved);
     configuration.devices.visit(&mut building)?;
     let builds = building.builds()?;
     let timeline = host.timeline.clone();
@@ -214,7 +251,13 @@ pub fn begin(
         }
         cpuid::mask(&mut supported, &cpu::cpuid_masks(config)).context(BAD_CPU)?;
     }
-    let start = StartState::Reset(Arc::new(supported));
+    let start = match restored {
+        Some(_) => StartState::Saved(SavedVcpus {
+            states: mem::take(&mut state.vcpus),
+            check: cpu.map(|cpu| (cpu, Arc::new(supported))),
+        }),
+        None => StartState::Reset(Arc::new(supported)),
+    };
     let vcpus = begin_vcpus(&threads.vcpus, &vm, configuration, start);
 
     // What the guest can touch, but for its devices: registers on two buses.
@@ -222,11 +265,17 @@ pub fn begin(
         ram,
         ..Buses::default()
     };
-    let split = SplitChipsState::default();
+    let split = state.chips.unwrap_or_default();
     let lines = Lines::place(chips, &split, &vm, &mut buses.memory, &mut buses.ports);
     let lines = lines.context(NOT_PLACED)?;
-    let console = make_console(host, &lines, &configuration.console, &mut buses)?;
-    let keyboard = I8042::new(&I8042State::default(), line(&lines, layout::I8042_GSI)?);
+    let console = make_console(
+        host,
+        &state.uart,
+        &lines,
+        &configuration.console,
+        &mut buses,
+    )?;
+    let keyboard = I8042::new(&state.keyboard, line(&lines, layout::I8042_GSI)?);
     let keyboard = Arc::new(keyboard.bare()?);
     let [first, ..] = layout::I8042_PORTS;
     for port in layout::I8042_PORTS {
@@ -235,7 +284,7 @@ pub fn begin(
             .insert_part(port, 1, port.wrapping_sub(first), keyboard.clone())
             .context(NOT_PLACED)?;
     }
-    let power = Arc::new(Power::new(&PowerState::default()));
+    let power = Arc::new(Power::new(&state.power));
     buses
         .ports
         .insert(layout::POWER_PORT, layout::POWER_PORTS, power.clone())
@@ -244,6 +293,7 @@ pub fn begin(
         place_boot_timer(host, &mut buses).context(NOT_PLACED)?;
     }
     let begun = Begun {
+        kvm,
         threads,
         vm,
         lines,
@@ -252,6 +302,7 @@ pub fn begin(
         console,
         keyboard,
         power,
+        restored,
     };
     Ok((begun, token))
 }
@@ -269,14 +320,21 @@ pub fn complete(
     seal: impl FnOnce(Option<Category>, &Arc<ReadyLatch>) -> Result<(), ActionError>,
 ) -> Result<(Machine, Vec<Replaced>), ActionError> {
     let Begun {
+        kvm,
         threads,
         vm,
         lines,
         vcpus,
         mut buses,
-        console: (console, console_sender),
+        console:
+            MadeConsole {
+                console,
+                uart,
+                messages,
+            },
         keyboard,
         power,
+        restored,
     } = begun;
     let Loaded {
         memory,
@@ -300,7 +358,14 @@ pub fn complete(
     let attached = attaching.attached;
 
     // The first vCPU starts at the kernel's entry; the guest wakes the others.
-    let vcpus = finish_vcpus(host, vcpus, Some(&entry), &Arc::new(buses))?;
+    let vcpus = finish_vcpus(host, vcpus, entry.as_ref(), &Arc::new(buses))?;
+    if let Some((state, clock)) = &restored {
+        vm.restore(state, *clock).context(NO_VM)?;
+        // Pulses that were on their way.
+        uart.raise_again();
+        keyboard.raise_again();
+        generation::notify(&lines).bare()?;
+    }
 
     let latch = ReadyLatch::of(threads.count() + 1);
     seal(host.category(Category::Files), &latch)?;
@@ -340,17 +405,92 @@ pub fn complete(
 
     let machine = Machine {
         vcpus: vcpu_handles,
-        console: console_sender,
+        console: messages,
         console_counters,
+        uart,
         keyboard,
         power,
-        _vm: vm,
+        lines,
+        vm,
+        kvm,
         memory,
+        msrs: OnceCell::new(),
     };
     Ok((machine, replaced))
 }
 
 const NO_VM: &str = "Making the virtual machine failed";
+
+/// What differs between a machine that boots and one that goes on.
+struct Begins {
+    state: MachineState,
+    memory: Memory,
+    chips: Chips,
+    load: guest::Load,
+    restored: Option<(VmState, ClockAfterRestore)>,
+    /// What the guest depends on of the host's processor.
+    cpu: Option<Fingerprint>,
+    elapsed: u64,
+}
+
+/// A machine that boots: all parts are new.
+fn boots(host: &Host<'_>, configuration: &Configuration, kvm: &Kvm) -> Result<Begins, ActionError> {
+    let kernel = configuration.check_start()?;
+    let machine = &configuration.machine;
+    let pages = pages(machine.huge_pages);
+    let backing = match machine.memory_backend {
+        RamBackend::Anonymous => Backing::Anonymous,
+        RamBackend::Shared => Backing::Shared,
+    };
+    let memory = Memory::new(
+        machine.mem_size_mib,
+        pages,
+        backing,
+        machine.track_dirty_pages,
+    );
+    Ok(Begins {
+        state: MachineState::default(),
+        memory: memory.context("Making guest memory failed")?,
+        chips: choose_chips(kvm, configuration, kernel)?,
+        load: guest::load(host, configuration, kernel)?,
+        restored: None,
+        cpu: None,
+        elapsed: 0,
+    })
+}
+
+/// A machine that goes on: all parts are as they were saved, but for the generation ID.
+fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
+    let Restored {
+        mut state,
+        memory,
+        clock,
+        elapsed,
+        cpu,
+        id: _,
+    } = restored;
+    let vm = state.vm.take();
+    let vm = vm.ok_or_else(|| ActionError("The snapshot has no clock.".into()))?;
+    generation::renew(&memory).bare()?;
+    Ok(Begins {
+        state,
+        memory,
+        chips: vm.chips.place(),
+        load: Box::new(|_| Ok(None)),
+        restored: Some((vm, clock)),
+        cpu,
+        elapsed,
+    })
+}
+
+/// What guest memory is made of, as the configuration says it.
+pub fn pages(pages: HugePages) -> Pages {
+    match pages {
+        HugePages::None => Pages::Ordinary,
+        HugePages::Transparent => Pages::Transparent,
+        HugePages::TwoMib => Pages::TwoMib,
+    }
+}
 
 /// Where the guest's interrupt chips are to be.
 fn choose_chips(
@@ -369,8 +509,7 @@ fn choose_chips(
         )),
         InterruptController::Auto => {
             let masks = configuration.cpu.as_ref().map(cpu::cpuid_masks);
-            let boot_args = kernel.source.boot_args.as_deref();
-            let boot_args = boot_args.unwrap_or(DEFAULT_BOOT_ARGS);
+            let boot_args = kernel.source.boot_args.as_deref().unwrap_or_default();
             Ok(chips::choose(kvm, boot_args, &masks.unwrap_or_default()))
         }
     }
@@ -411,6 +550,7 @@ impl Threads {
 /// The UART on its ports, the console behind it, and the pipe that log lines will take.
 fn make_console(
     host: &Host<'_>,
+    state: &UartState,
     lines: &Lines,
     asked: &Console,
     buses: &mut Buses,
@@ -436,14 +576,18 @@ fn make_console(
     };
     let (messages, inbox) = inbox(SERIAL_MESSAGES).context(FAILED)?;
     let line = line(lines, layout::SERIAL_GSI)?;
-    let state = UartState::default();
     let (uart, console) =
-        serial::console(&state, line, streams, inbox, host.events.outbox()).context(FAILED)?;
+        serial::console(state, line, streams, inbox, host.events.outbox()).context(FAILED)?;
+    let port = Arc::clone(&uart);
     buses
         .ports
         .insert(layout::SERIAL_PORT, serial::PORTS, uart)
         .context(NOT_PLACED)?;
-    Ok((console, messages))
+    Ok(MadeConsole {
+        console,
+        uart: port,
+        messages,
+    })
 }
 
 /// The device that tells how long the guest took to come up, at its address and at its port.

@@ -16,6 +16,7 @@ use super::devices::Devices;
 use crate::error::ActionError;
 use crate::files::open::{self, ConsoleSocket, INITRD, Image, KERNEL};
 use crate::sys::passed::Passed;
+use crate::wire::DEFAULT_BOOT_ARGS;
 use crate::wire::config::cpu::CpuConfig;
 use crate::wire::config::{
     BootSource, HugePages, MachineConfig, MachineConfigUpdate, Serial, TokenBucketConfig, VmConfig,
@@ -61,6 +62,12 @@ pub struct Console {
 }
 
 impl Boot {
+    /// That of a machine that has started from `source`, whose files are not opened any more.
+    pub fn started(source: BootSource) -> Self {
+        let images = None;
+        Boot { source, images }
+    }
+
     fn check(source: &BootSource) -> Result<(), ActionError> {
         let boot_args = source.boot_args.as_deref().unwrap_or_default();
         let length = boot_args.len();
@@ -78,7 +85,10 @@ impl Boot {
         Ok(())
     }
 
-    fn open(source: BootSource, passed: &mut Passed) -> Result<Self, ActionError> {
+    fn open(mut source: BootSource, passed: &mut Passed) -> Result<Self, ActionError> {
+        let has_initrd = source.initrd_path.is_some();
+        let default_line = || default_boot_args(has_initrd);
+        source.boot_args.get_or_insert_with(default_line);
         let kernel = Image::open(&KERNEL, &source.kernel_image_path, passed)?;
         let initrd = match &source.initrd_path {
             Some(initrd) => Some(Image::open(&INITRD, initrd, passed)?),
@@ -87,6 +97,14 @@ impl Boot {
         let images = Some(Arc::new((kernel, initrd)));
         Ok(Boot { source, images })
     }
+}
+
+/// The kernel command line where none was asked for. An initial RAM disk may hold what a kernel needs
+/// as modules, as those of distributions do.
+fn default_boot_args(has_initrd: bool) -> String {
+    let words = DEFAULT_BOOT_ARGS.split(' ');
+    let words = words.filter(|word| !has_initrd || *word != "nomodule");
+    words.collect::<Vec<_>>().join(" ")
 }
 
 impl Console {
@@ -203,6 +221,7 @@ impl Configuration {
             interrupt_controller: update
                 .interrupt_controller
                 .unwrap_or(old.interrupt_controller),
+            memory_backend: update.memory_backend.unwrap_or(old.memory_backend),
         }
     }
 
@@ -227,6 +246,20 @@ impl Configuration {
             )));
         }
         Ok(boot)
+    }
+
+    /// Takes up a machine that was saved; the console stays as it was configured.
+    pub fn restore(
+        &mut self,
+        machine: MachineConfig,
+        boot: Option<Boot>,
+        devices: Devices,
+    ) -> impl Send + use<> {
+        let devices = mem::replace(&mut self.devices, devices);
+        let boot = mem::replace(&mut self.boot, boot);
+        self.machine = machine;
+        self.cpu = None;
+        (boot, devices)
     }
 
     /// Gives up what a machine that has started has copies of; the files thread closes it.

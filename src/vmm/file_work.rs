@@ -22,8 +22,9 @@ use std::time::{Duration, Instant};
 use super::action::{Action, Answer, Command, Outcome, Reply};
 use super::boot::{Begun, Loaded};
 use super::change::Change;
-use super::requests::Ready;
+use super::requests::{Ready, Then};
 use super::rules::State;
+use super::saving::Written;
 use super::{Event, Vmm};
 use crate::error::{ActionError, Context};
 use crate::files::{Finished, Steps};
@@ -44,6 +45,8 @@ pub enum FileResult {
     Loaded(Box<Loaded>),
     /// A line of metrics was written, or why not; and how many were not so far.
     Written(io::Result<()>, u64),
+    /// A snapshot was written, or why not.
+    Saved(Box<Written>),
     /// The result went another way.
     Done,
 }
@@ -97,10 +100,12 @@ pub(super) enum MetricsLine {
 pub(super) enum Awaited {
     /// The opening of a change.
     Change(Asker),
-    /// The loading of a start.
-    Start(Asker, Box<Begun>),
+    /// The loading of a start, and what the machine does then.
+    Start(Asker, Box<Begun>, Then),
     /// A line of metrics, and the clients that asked for it, if any did.
     Metrics(Vec<Reply>),
+    /// A snapshot that is written.
+    Saving,
     /// Nothing is done with it.
     Nothing,
 }
@@ -113,6 +118,9 @@ pub(super) struct UnderWay<T> {
 
 impl Vmm {
     fn is_changing(&self) -> bool {
+        if self.is_saving() {
+            return true;
+        }
         let mut awaited = self.awaited.iter().map(|(_, awaited)| awaited);
         awaited.any(|awaited| matches!(awaited, Awaited::Change(_) | Awaited::Start(..)))
     }
@@ -123,7 +131,7 @@ impl Vmm {
             Action::Ask(_) => false,
             // A start may be under way, or wait.
             Action::Pause | Action::Resume | Action::SendCtrlAltDel | Action::FlushMetrics => {
-                matches!(self.state(), State::NotStarted)
+                matches!(self.state(), State::NotStarted) || self.is_saving()
             }
             _ => true,
         }
@@ -190,10 +198,13 @@ impl Vmm {
             (FileResult::Opened(ready), Some(Awaited::Change(asker))) if is_in_time => {
                 self.conclude(asker, *ready);
             }
-            (FileResult::Loaded(loaded), Some(Awaited::Start(asker, begun))) if is_in_time => {
-                let started = self.complete_start(*begun, *loaded);
+            (FileResult::Loaded(loaded), Some(Awaited::Start(asker, begun, then)))
+                if is_in_time =>
+            {
+                let started = self.complete_start(*begun, *loaded, then);
                 asker.answer(started.map(|()| Outcome::Done));
             }
+            (FileResult::Saved(written), Some(Awaited::Saving)) => self.snapshot_written(*written),
             (FileResult::Done, _) => {}
             (late, _) => self.close(late),
         }
@@ -205,7 +216,7 @@ impl Vmm {
         while let Some((token, message)) = self.files.overdue(now) {
             let at = self.awaited.iter().position(|(known, _)| *known == token);
             match at.map(|at| self.awaited.swap_remove(at).1) {
-                Some(Awaited::Change(asker) | Awaited::Start(asker, _)) => {
+                Some(Awaited::Change(asker) | Awaited::Start(asker, ..)) => {
                     asker.answer(Err(ActionError(message)));
                 }
                 Some(Awaited::Metrics(asked)) => {
@@ -216,7 +227,7 @@ impl Vmm {
                         self.skip_metrics(next, &BEFORE_IT);
                     }
                 }
-                Some(Awaited::Nothing) | None => {}
+                Some(Awaited::Saving | Awaited::Nothing) | None => {}
             }
             self.release_held();
         }

@@ -132,6 +132,17 @@ impl<C> Lifecycle<C> {
         }
     }
 
+    /// One that stands still, quiescent, and has not run yet.
+    pub(super) fn new_paused(vcpus: usize, devices: usize, now: Instant) -> Self {
+        Lifecycle {
+            stage: Stage::Paused {
+                since: now,
+                devices: 0,
+            },
+            ..Lifecycle::new(vcpus, devices)
+        }
+    }
+
     /// Whether clients are told that it is paused.
     pub(super) fn is_paused(&self) -> bool {
         matches!(self.stage, Stage::Paused { .. })

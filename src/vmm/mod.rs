@@ -29,7 +29,10 @@ mod machine;
 mod pausing;
 mod report;
 mod requests;
+mod restoring;
 pub mod rules;
+mod saved;
+mod saving;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -45,7 +48,9 @@ use self::configuration::Configuration;
 use self::file_work::{Awaited, FileResult};
 use self::lifecycle::{Input, Lifecycle};
 use self::machine::Machine;
+use self::pausing::Waiter;
 use self::rules::State;
+use self::saving::Saving;
 use crate::error::{ActionError, Context};
 
 use crate::arch::boot_timer::Booted;
@@ -55,6 +60,7 @@ use crate::log::firecracker;
 use crate::memory::mapped;
 use crate::metrics::{Reader, Sink};
 use crate::serial::SerialEvent;
+use crate::snapshot::SnapshotId;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 use crate::sys::signal::{self, Signal, Signals};
@@ -147,7 +153,7 @@ pub struct Vmm {
     /// The rest of the virtual machine, once there is one.
     machine: Option<Machine>,
     /// Whether that runs or stands still.
-    lifecycle: Option<Lifecycle<Reply>>,
+    lifecycle: Option<Lifecycle<Waiter>>,
     inbox: Inbox<Event>,
     events: Sender<Event>,
     signals: Signals,
@@ -158,6 +164,10 @@ pub struct Vmm {
     files: Files<FileResult>,
     /// What of that control awaits, by token.
     awaited: Vec<(u64, Awaited)>,
+    /// A snapshot that is being taken.
+    saving: Option<Saving>,
+    /// The last snapshot that was taken of this guest, or that it was made of.
+    last_snapshot: Option<SnapshotId>,
     /// Requests that wait for a change under way, in order.
     held: VecDeque<Command>,
     /// For the log, when the guest that is being started runs.
@@ -215,6 +225,8 @@ impl Vmm {
             next_token: 0,
             files,
             awaited: Vec::new(),
+            saving: None,
+            last_snapshot: None,
             held: VecDeque::new(),
             start_line: None,
             pending: PendingReplies::default(),
@@ -370,8 +382,10 @@ impl Vmm {
     }
 
     fn worker_answered(&mut self, reply: WorkerReply) {
-        if matches!(reply.done, Done::Paused) {
-            self.device_answered(reply.token);
+        match reply.done {
+            Done::Paused => self.device_answered(reply.token),
+            Done::Saved | Done::NotSaved => self.device_saved(reply.token),
+            Done::Resumed | Done::Updated { .. } => {}
         }
         if let Done::Updated {
             config: Some(config),
@@ -411,6 +425,7 @@ impl Vmm {
         let updates = self.updates.iter().map(|(.., at)| *at);
         let files = self.files.deadline();
         let next = updates.chain(pause).chain(self.metrics_due).chain(files);
+        let next = next.chain(self.saving_deadline());
         next.min().map(clock::millis_until)
     }
 
@@ -421,6 +436,7 @@ impl Vmm {
             self.write_metrics(Vec::new());
         }
         self.look_at_files(now);
+        self.look_at_saving(now);
         while let Some(at) = self.updates.iter().position(|(.., at)| *at <= now) {
             let (_, client, _) = self.updates.swap_remove(at);
             client.send(Err(ActionError(format!(

@@ -9,9 +9,9 @@ use super::Vmm;
 use super::action::{Outcome, Reply};
 use super::lifecycle::{Input, Lifecycle, Task};
 use super::machine::Machine;
-use crate::error::Context;
+use crate::error::{ActionError, Context};
 use crate::metrics::{micros, micros_since};
-use crate::{info, warn};
+use crate::{error, info, warn};
 
 /// In a token: that it belongs to a pause, which one, and to which device. Other tokens count up
 /// from 0.
@@ -30,13 +30,22 @@ fn of_pause_token(token: u64) -> Option<(u64, u32)> {
     (token & PAUSE != 0).then_some(((token & !PAUSE) >> DEVICE_BITS, device))
 }
 
+/// Who waits for a pause or a resume.
+#[derive(Debug)]
+pub(super) enum Waiter {
+    /// A client.
+    Client(Reply),
+    /// None: a start, or the end of a snapshot.
+    None,
+}
+
 impl Vmm {
     pub(super) fn pause(&mut self, reply: Reply) {
-        self.advance(Input::Pause(reply));
+        self.advance(Input::Pause(Waiter::Client(reply)));
     }
 
     pub(super) fn resume(&mut self, reply: Reply) {
-        self.advance(Input::Resume(reply));
+        self.advance(Input::Resume(Waiter::Client(reply)));
     }
 
     /// A device has answered what it was told with `token`.
@@ -47,7 +56,7 @@ impl Vmm {
     }
 
     /// Gives a started machine's lifecycle `input`, and does what comes of it.
-    pub(super) fn advance(&mut self, input: Input<Reply>) {
+    pub(super) fn advance(&mut self, input: Input<Waiter>) {
         let Some(lifecycle) = &mut self.lifecycle else {
             return;
         };
@@ -56,7 +65,7 @@ impl Vmm {
         }
     }
 
-    fn perform(&mut self, task: Task<Reply>) {
+    fn perform(&mut self, task: Task<Waiter>) {
         match task {
             Task::PauseVcpus => {
                 self.machine.as_ref().map(Machine::pause_vcpus);
@@ -68,7 +77,7 @@ impl Vmm {
                     let _ = device.pause(pause_token(pause, number));
                 }
             }
-            Task::Resume(client) => {
+            Task::Resume(waiter) => {
                 let since = Instant::now();
                 let token = self.new_token();
                 for device in self.configuration.devices.running() {
@@ -76,10 +85,10 @@ impl Vmm {
                 }
                 let resumed = self.machine.as_ref().map_or(Ok(()), Machine::resume_vcpus);
                 self.counters.resume_us = micros_since(since);
-                client.send(resumed.bare().map(|()| Outcome::Done));
+                self.tell_waiter(waiter, resumed.bare());
             }
             Task::Paused { took } => self.counters.pause_us = micros(took),
-            Task::Answer(client) => client.send(Ok(Outcome::Done)),
+            Task::Answer(waiter) => self.tell_waiter(waiter, Ok(())),
             Task::ReportVcpus(vcpus) => warn!("vCPUs {vcpus:#x} have not paused yet."),
             Task::ReportDevices(devices) => warn!(
                 "Paused, but not quiescent: {devices} devices still have I/O in flight, which may \
@@ -89,6 +98,14 @@ impl Vmm {
                 "Quiescent {} ms after the pause was asked for: no I/O is in flight any more.",
                 took.as_millis()
             ),
+        }
+    }
+
+    fn tell_waiter(&mut self, waiter: Waiter, result: Result<(), ActionError>) {
+        match (waiter, result) {
+            (Waiter::Client(client), result) => client.send(result.map(|()| Outcome::Done)),
+            (Waiter::None, Ok(())) => {}
+            (Waiter::None, Err(error)) => error!("The guest cannot run: {error}."),
         }
     }
 

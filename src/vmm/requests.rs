@@ -7,12 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::action::{Action, Answer, Command, InstanceInfo, Outcome, Part, Question, Reply};
+use super::boot::Origin;
 use super::change::{Change, Edit};
 use super::configuration::Configuration;
 use super::devices::ForDevice;
 use super::file_work::{Asker, Awaited, FILE_PATIENCE, FileResult};
-use super::lifecycle::Lifecycle;
-use super::{UPDATE_PATIENCE, Vmm, boot, report, rules};
+use super::lifecycle::{Input, Lifecycle};
+use super::pausing::Waiter;
+use super::{UPDATE_PATIENCE, Vmm, boot, report, restoring, rules};
 use crate::error::{ActionError, Context};
 use crate::files::{Files, Steps, open};
 use crate::log::{self, firecracker};
@@ -32,14 +34,46 @@ const NO_METRICS: &str = "Cannot initialize the metrics system due to bad user i
 pub(super) enum Committed {
     /// All of it.
     Done,
-    /// The guest is to be started, with a line for the log.
-    Starts(Option<&'static str>),
+    /// The guest is to be started.
+    Starts(Start),
     /// A device was told, and will answer with this token.
     Awaits(u64),
 }
 
+/// What a machine does once it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Run. Its devices do already.
+    Run,
+    /// Run, where it and its devices stand still.
+    Resume,
+    /// Stay paused.
+    Pause,
+}
+
+/// A start that was asked for.
+pub struct Start {
+    /// What the machine begins as.
+    pub origin: Origin,
+    /// What it does once it is made.
+    pub then: Then,
+    /// A line for the log then.
+    pub line: Option<&'static str>,
+}
+
+impl Start {
+    /// That of a kernel.
+    pub fn kernel(line: Option<&'static str>) -> Self {
+        Start {
+            origin: Origin::Kernel,
+            then: Then::Run,
+            line,
+        }
+    }
+}
+
 /// A request that was checked.
-type Step = Result<Change<Ready>, ActionError>;
+pub(super) type Step = Result<Change<Ready>, ActionError>;
 
 /// A request whose files are open: what is to be taken up.
 pub enum Ready {
@@ -51,8 +85,8 @@ pub enum Ready {
     Metrics(Sink),
     /// A message to a running device, which answers with the given token.
     Device(ForDevice),
-    /// Start the guest, with a line for the log once it runs.
-    Start(Option<&'static str>),
+    /// Start the guest.
+    Start(Start),
     /// These, in order.
     All(Vec<Ready>),
 }
@@ -83,12 +117,13 @@ impl Vmm {
             Action::Pause => self.pause(reply),
             Action::Resume => self.resume(reply),
             Action::FlushMetrics => self.write_metrics(vec![reply]),
-            Action::Start => self.begin_start(Asker::Client(reply), None),
+            Action::Start => self.begin_start(Asker::Client(reply), Start::kernel(None)),
             Action::Ask(question) => reply.send(Ok(self.answer(question))),
             Action::SendCtrlAltDel => reply.send(self.press_ctrl_alt_del()),
-            Action::SnapshotCreate(_) | Action::SnapshotLoad(_) => reply.send(Err(ActionError(
-                "Snapshots are not in this version.".into(),
-            ))),
+            Action::SnapshotCreate(create) => return self.save(create, passed, reply),
+            Action::SnapshotLoad(restore) => {
+                return self.change_for(self.load(*restore), passed, reply);
+            }
             Action::Configure(part) => return self.change_for(self.check(part), passed, reply),
             Action::PatchDevice(update) => {
                 let change = self.configuration.devices.patch(update);
@@ -137,7 +172,7 @@ impl Vmm {
                     .push((token, reply, Instant::now() + UPDATE_PATIENCE));
             }
             (Ok(Committed::Awaits(_)), asker) => asker.answer(Ok(Outcome::Done)),
-            (Ok(Committed::Starts(line)), asker) => self.begin_start(asker, line),
+            (Ok(Committed::Starts(start)), asker) => self.begin_start(asker, start),
             (Err(error), asker) => asker.answer(Err(error)),
         }
     }
@@ -169,7 +204,7 @@ impl Vmm {
                 send(&mut self.configuration.devices, token)?;
                 return Ok(Committed::Awaits(token));
             }
-            Ready::Start(line) => return Ok(Committed::Starts(line)),
+            Ready::Start(start) => return Ok(Committed::Starts(start)),
             Ready::All(parts) => {
                 let mut last = Committed::Done;
                 for part in parts {
@@ -209,7 +244,37 @@ impl Vmm {
             if let Some(logger) = logger {
                 parts.push(Ready::Logger(logger.open(passed)?));
             }
-            parts.extend(start.then_some(Ready::Start(line)));
+            parts.extend(start.then(|| Ready::Start(Start::kernel(line))));
+            Ok(Ready::All(parts))
+        }))
+    }
+
+    /// Takes up a snapshot, and what is asked for beside it.
+    fn load(&self, restore: Restore) -> Step {
+        let Restore {
+            load,
+            logger,
+            metrics,
+            serial,
+            ..
+        } = restore;
+        let logger = logger.map(put_logger);
+        let metrics = metrics.map(|metrics| self.put_metrics(metrics));
+        let metrics = metrics.transpose()?;
+        let serial = serial.map(|serial| self.configuration.check(Part::Serial(serial)));
+        let serial = serial.transpose()?;
+        Ok(Change::new(move |passed| {
+            let mut parts = Vec::new();
+            if let Some(metrics) = metrics {
+                parts.push(Ready::Metrics(metrics.open(passed)?));
+            }
+            if let Some(logger) = logger {
+                parts.push(Ready::Logger(logger.open(passed)?));
+            }
+            if let Some(serial) = serial {
+                parts.push(Ready::Configuration(serial.open(passed)?));
+            }
+            parts.extend(restoring::restore(&load, passed)?);
             Ok(Ready::All(parts))
         }))
     }
@@ -286,9 +351,12 @@ impl Vmm {
 
     /// Makes the machine of the snapshot that `restore` names; `fail` ends the process if that fails.
     /// The descriptors it names are those that the process was started with.
-    pub fn start_from_snapshot(&mut self, _restore: Restore, fail: Box<dyn FnOnce(ActionError)>) {
-        let error = ActionError("Snapshots are not in this version.".into());
-        Asker::CommandLine(fail).answer(Err(error));
+    pub fn start_from_snapshot(&mut self, restore: Restore, fail: Box<dyn FnOnce(ActionError)>) {
+        let asker = Asker::CommandLine(fail);
+        match self.load(restore) {
+            Ok(change) => self.open(change, Passed::Inherited, asker),
+            Err(error) => asker.answer(Err(error)),
+        }
     }
 
     /// Takes up where the command line wants the metrics.
@@ -350,14 +418,18 @@ impl Vmm {
         report
     }
 
-    /// The first half of a start; the second comes when the guest has been loaded. `line` is written
-    /// to the log besides what always is.
-    pub(super) fn begin_start(&mut self, asker: Asker, line: Option<&'static str>) {
+    /// The first half of a start; the second comes when the guest has been loaded.
+    pub(super) fn begin_start(&mut self, asker: Asker, start: Start) {
+        let Start { origin, then, line } = start;
         if self.machine.is_some() {
             return asker.answer(Err(ActionError("The microVM is running already.".into())));
         }
         self.timeline.mark_again(Moment::Configured);
         self.start_line = line;
+        self.last_snapshot = match &origin {
+            Origin::Kernel => None,
+            Origin::Snapshot(restored) => Some(restored.id),
+        };
         let host = boot::Host {
             settings: &self.settings,
             events: &self.events,
@@ -371,10 +443,10 @@ impl Vmm {
             let work = Box::new(move |_: &Steps| FileResult::Loaded(Box::new(load())));
             files.submit(Some(FILE_PATIENCE), work).bare()
         };
-        match boot::begin(&host, &self.configuration, prepare, submit) {
+        match boot::begin(&host, &self.configuration, origin, prepare, submit) {
             Ok((begun, token)) => {
-                self.awaited
-                    .push((token, Awaited::Start(asker, Box::new(begun))));
+                let start = Awaited::Start(asker, Box::new(begun), then);
+                self.awaited.push((token, start));
             }
             Err(error) => asker.answer(Err(error)),
         }
@@ -385,6 +457,7 @@ impl Vmm {
         &mut self,
         begun: boot::Begun,
         loaded: boot::Loaded,
+        then: Then,
     ) -> Result<(), ActionError> {
         let host = boot::Host {
             settings: &self.settings,
@@ -400,10 +473,22 @@ impl Vmm {
             self.files.close(replaced);
         }
         self.kvm = None;
-        let started = machine.run_vcpus();
-        let devices = self.configuration.devices.count();
-        self.lifecycle = Some(Lifecycle::new(machine.vcpus.len(), devices));
+        let (vcpus, devices) = (machine.vcpus.len(), self.configuration.devices.count());
+        let started = match then {
+            Then::Run => {
+                self.lifecycle = Some(Lifecycle::new(vcpus, devices));
+                machine.run_vcpus()
+            }
+            Then::Resume | Then::Pause => {
+                let paused = Lifecycle::new_paused(vcpus, devices, Instant::now());
+                self.lifecycle = Some(paused);
+                Ok(())
+            }
+        };
         self.machine = Some(machine);
+        if then == Then::Resume {
+            self.advance(Input::Resume(Waiter::None));
+        }
         // The first line comes at once, beside the guest.
         self.metrics_due = self.metrics.is_some().then(Instant::now);
         started.bare()

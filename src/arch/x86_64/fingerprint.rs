@@ -238,7 +238,6 @@ const WORDS_MAX: usize = 64;
 impl Fingerprint {
     /// What the vCPU that `state` was taken of depends on: the host that this is asked on is the one
     /// it ran on, with a virtual machine of it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for snapshots that are made"))]
     pub fn of_saved(vm: &VmFd, state: &VcpuState) -> Self {
         let entries = state.cpuid.iter().map(|entry| (*entry).into());
         Fingerprint::of(vm, &entries.collect::<Vec<_>>(), state.tsc_khz)

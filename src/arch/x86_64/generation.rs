@@ -4,7 +4,6 @@
 //!
 //! Called at a restore, by control, before any vCPU runs. What a guest with ACPI finds of it is in
 //! [`acpi`](super::acpi); a guest without is not told.
-#![cfg_attr(not(test), expect(dead_code, reason = "for restoring snapshots"))]
 
 use std::error::Error;
 use std::fmt;

@@ -160,7 +160,6 @@ impl I8042 {
     }
 
     /// Its state.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
     pub fn save(&self) -> I8042State {
         let state = self.lock();
         I8042State {
@@ -175,7 +174,6 @@ impl I8042 {
     /// Raises the interrupt if the keyboard has something and the guest wants to know. For a restored
     /// guest: a pulse from before may be lost. To be called when the interrupt controllers are
     /// restored.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for restoring snapshots"))]
     pub fn raise_again(&self) {
         self.interrupt(&self.lock());
     }

@@ -59,7 +59,6 @@ impl Power {
     }
 
     /// Their state.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
     pub fn save(&self) -> PowerState {
         PowerState {
             panicked: self.has_panicked(),

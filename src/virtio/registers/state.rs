@@ -1,8 +1,5 @@
 //! What of the registers is saved, and what they are made of.
 
-#[cfg(test)]
-mod tests;
-
 use serde::{Deserialize, Serialize};
 
 use super::{RegisterBlock, Registers, STEPS};

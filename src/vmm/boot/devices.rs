@@ -62,7 +62,6 @@ pub(super) struct Saved {
 
 impl Building {
     /// Devices that go on from what was saved; without that, new ones.
-    #[expect(dead_code, reason = "for control, which restores the machine")]
     pub(super) fn new(saved: Option<Saved>) -> Self {
         Building {
             builds: Vec::new(),

@@ -8,15 +8,18 @@ use crate::error::{ActionError, Context};
 use crate::memory::Memory;
 use crate::sys::fd;
 use crate::vmm::configuration::{Boot, Configuration};
-use crate::wire::DEFAULT_BOOT_ARGS;
 
-/// Work for the files thread: it puts kernel, initrd, command line and tables into guest memory.
+/// Work for the files thread: puts what the guest starts with into its memory, and tells where it is
+/// entered.
+pub(super) type Load =
+    Box<dyn FnOnce(&mut Memory) -> Result<Option<boot::Entry>, ActionError> + Send>;
+
+/// The work for a kernel: it puts kernel, initrd, command line and tables into guest memory.
 pub(super) fn load(
     host: &Host<'_>,
     configuration: &Configuration,
     kernel: &Boot,
-) -> Result<impl FnOnce(&mut Memory) -> Result<boot::Entry, ActionError> + Send + use<>, ActionError>
-{
+) -> Result<Load, ActionError> {
     let Some(images) = kernel.images.clone() else {
         return Err(ActionError("The kernel is not open any more.".into()));
     };
@@ -27,14 +30,13 @@ pub(super) fn load(
         .map(|drive| (drive.partuuid.clone(), drive.read_only()));
     let slots = 0..configuration.devices.count();
     let devices: Vec<(u64, u32)> = slots.filter_map(layout::virtio_device).collect();
-    let boot_args = kernel.source.boot_args.as_deref();
-    let boot_args = boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_owned();
+    let boot_args = kernel.source.boot_args.clone().unwrap_or_default();
     let (mut seed, mut generation_id) = ([0; 32], [0; GENERATION_ID_LEN]);
     for random in [seed.as_mut_slice(), &mut generation_id] {
         fd::random(random).context("Making the guest's random numbers failed")?;
     }
     let (vcpus, protocol) = (configuration.machine.vcpu_count, host.settings.protocol);
-    Ok(move |memory: &mut Memory| {
+    Ok(Box::new(move |memory: &mut Memory| {
         const NO_FILE: &str = "A file cannot be used";
         let (image, initrd) = &*images;
         image.check_unchanged().context(NO_FILE)?;
@@ -63,6 +65,7 @@ pub(super) fn load(
             seed: &seed,
             generation_id,
         };
-        boot::load(memory, &parsed, initrd, protocol, &told).context("Loading the guest failed")
-    })
+        let entry = boot::load(memory, &parsed, initrd, protocol, &told);
+        entry.map(Some).context("Loading the guest failed")
+    }))
 }

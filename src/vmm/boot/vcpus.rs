@@ -30,7 +30,6 @@ pub(super) enum StartState {
     /// As the processor is after a reset, with the CPUID table that the host offers.
     Reset(Arc<CpuId>),
     /// As they were saved.
-    #[expect(dead_code, reason = "for snapshots that are loaded")]
     Saved(SavedVcpus),
 }
 

@@ -266,3 +266,11 @@ fn start_when_parts_do_not_fit_together_says_why() {
     let error = configuration.check_start().unwrap_err();
     assert!(error.0.contains("more memory than a machine"), "{error}");
 }
+
+#[test]
+fn default_boot_args_when_there_is_an_initrd_let_modules_be_loaded() {
+    assert_eq!(default_boot_args(false), DEFAULT_BOOT_ARGS);
+    let line = default_boot_args(true);
+    assert!(!line.contains("nomodule"), "{line}");
+    assert_eq!(line.len() + "nomodule ".len(), DEFAULT_BOOT_ARGS.len());
+}

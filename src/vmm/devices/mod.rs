@@ -379,7 +379,6 @@ macro_rules! declare {
             }
 
             /// What all of them have saved, once each has answered so; `None` if one has not.
-            #[expect(dead_code, reason = "for control, which saves the machine")]
             pub fn take_saved(&self) -> Option<SavedDevices> {
                 Some(SavedDevices { $($list: self.$list.take_saved()?,)+ })
             }

@@ -259,3 +259,16 @@ fn machine_of_the_largest_size_is_waited_for_to_the_last() {
     life.handle(device(1, 31), clock.0);
     assert!(life.is_quiescent());
 }
+
+#[test]
+fn machine_when_made_paused_is_quiescent_until_it_is_resumed() {
+    let clock = Clock::new();
+    let mut life = Life::new_paused(2, 2, clock.0);
+    assert!(life.is_paused() && life.is_quiescent());
+    assert_eq!(life.handle(Input::Pause("a"), clock.0), [Task::Answer("a")]);
+    assert_eq!(
+        life.handle(Input::Resume("b"), clock.0),
+        [Task::Resume("b")]
+    );
+    assert_eq!(life.handle(Input::Pause("c"), clock.0), [Task::PauseVcpus]);
+}

@@ -47,6 +47,9 @@ pub struct MachineConfig {
     /// compare the answer with what they know.
     #[serde(default, skip_serializing_if = "InterruptController::is_auto")]
     pub interrupt_controller: InterruptController,
+    /// What guest memory is kept in. Reported as `interrupt_controller` is.
+    #[serde(default, skip_serializing_if = "RamBackend::is_anonymous")]
+    pub memory_backend: RamBackend,
 }
 
 impl Default for MachineConfig {
@@ -59,6 +62,7 @@ impl Default for MachineConfig {
             track_dirty_pages: false,
             huge_pages: HugePages::None,
             interrupt_controller: InterruptController::Auto,
+            memory_backend: RamBackend::Anonymous,
         }
     }
 }
@@ -115,6 +119,24 @@ impl InterruptController {
     }
 }
 
+/// What guest memory is kept in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RamBackend {
+    /// Memory of the monitor's own.
+    #[default]
+    Anonymous,
+    /// A memfd, by which a running guest can be forked.
+    Shared,
+}
+
+impl RamBackend {
+    /// Whether nothing else was asked for.
+    pub fn is_anonymous(&self) -> bool {
+        *self == RamBackend::Anonymous
+    }
+}
+
 /// `PATCH /machine-config`: what is absent stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -140,6 +162,9 @@ pub struct MachineConfigUpdate {
     /// See [`MachineConfig`].
     #[serde(default)]
     pub interrupt_controller: Option<InterruptController>,
+    /// See [`MachineConfig`].
+    #[serde(default)]
+    pub memory_backend: Option<RamBackend>,
 }
 
 /// `PUT /logger`: what is absent or null stays as it is.

@@ -139,7 +139,6 @@ impl Lines {
 
     /// The state of the chips that are in the monitor; `None` if they are in KVM. A vCPU that runs
     /// may change it at any time.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for taking snapshots"))]
     pub fn save(&self) -> Option<SplitChipsState> {
         self.split.as_ref().map(|split| split.save())
     }

@@ -41,7 +41,6 @@ pub struct ClockState {
 pub enum ClockAfterRestore {
     /// From where it stopped: monotonic time does not jump, the wall clock is behind by as long as
     /// the guest did not run.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for snapshots that are loaded"))]
     Continue,
     /// From where it would be had the guest run on: both are right, and monotonic time jumps. It never
     /// goes back, also where the host's wall clock has.
@@ -106,10 +105,16 @@ mirror! {
     IoApicRegisters of kvm_ioapic_state { base_address: u64, ioregsel: u32, id: u32, irr: u32 }
 }
 
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "for snapshots that are made and loaded")
-)]
+impl ChipsState {
+    /// Where they are.
+    pub fn place(&self) -> Chips {
+        match self {
+            ChipsState::Kernel(_) => Chips::Kernel,
+            ChipsState::Split => Chips::Split,
+        }
+    }
+}
+
 impl Vm {
     /// Takes the state of a virtual machine whose vCPUs are paused.
     ///

@@ -1,0 +1,163 @@
+//! Loading a snapshot: the middle step of that change, on the files thread, from the request to what
+//! control builds a machine of.
+//!
+//! What is read is distrusted like what a guest writes: each part checks its own state when it is
+//! made. Whatever is wrong is told in one message, and no guest runs; the process can be configured,
+//! or load again, after that.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::boot::{self, Origin, Restored};
+use super::change::{Edit, edit};
+use super::configuration::{Boot, Configuration};
+use super::devices::Devices;
+use super::requests::{Ready, Start, Then};
+use super::saved::{SavedConfig, SavedMachine};
+use crate::arch::vm::state::ClockAfterRestore;
+use crate::error::{ActionError, Context};
+use crate::files::open;
+use crate::memory::{Memory, Source as MappedFile};
+use crate::snapshot::Header;
+use crate::sys::clock;
+use crate::sys::passed::Passed;
+use crate::wire::config::{
+    self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SnapshotLoad, Source,
+};
+
+const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";
+
+/// The second step of loading a snapshot: reads and opens all of it. What there is of a configuration
+/// does not matter: the machine takes the place of all of it.
+pub(super) fn restore(load: &SnapshotLoad, passed: &mut Passed) -> Result<Vec<Ready>, ActionError> {
+    let then = match load.resume_vm {
+        true => Then::Resume,
+        false => Then::Pause,
+    };
+    let (configuration, restored) = read(load, passed)?;
+    let origin = Origin::Snapshot(Box::new(restored));
+    let line = None;
+    Ok(vec![
+        Ready::Configuration(configuration),
+        Ready::Start(Start { origin, then, line }),
+    ])
+}
+
+fn read(
+    load: &SnapshotLoad,
+    passed: &mut Passed,
+) -> Result<(Edit<Configuration>, Restored), ActionError> {
+    let (header, raw) = open::snapshot_state(&load.snapshot_path, passed)?;
+    let wrong = |why: &dyn fmt::Display| {
+        let source = &load.snapshot_path;
+        ActionError(format!("{FAILED}: The state file `{source}` {why}"))
+    };
+    let saved: SavedMachine = raw.parse().map_err(|refusal| wrong(&refusal))?;
+    saved.check().map_err(|why| wrong(&why))?;
+    let SavedMachine { config, cpu, state } = saved;
+    let SavedConfig {
+        mut machine,
+        boot_source,
+        mut devices,
+    } = config;
+    machine.track_dirty_pages = load.track_dirty_pages;
+    machine.huge_pages = match load.huge_pages {
+        LoadPages::Snapshot => machine.huge_pages,
+        LoadPages::None => HugePages::None,
+        LoadPages::Transparent => HugePages::Transparent,
+        LoadPages::TwoMib => HugePages::TwoMib,
+    };
+    let memory = open_memory(load, &header, &machine, passed)?;
+    override_sources(&mut devices, load)?;
+    let devices = Devices::default().replace(devices)?(passed)?;
+    let boot = boot_source.map(Boot::started);
+    let edit = edit(move |whole: &mut Configuration| whole.restore(machine, boot, devices))?;
+    let restored = Restored {
+        state,
+        memory,
+        clock: match load.clock_realtime {
+            true => ClockAfterRestore::CatchUp,
+            false => ClockAfterRestore::Continue,
+        },
+        cpu: (!load.ignore_cpu_differences).then_some(cpu),
+        elapsed: clock::realtime_nanos().saturating_sub(header.taken),
+        id: header.id,
+    };
+    Ok((edit, restored))
+}
+
+/// Guest memory, mapped from the memory file that belongs to `header`.
+fn open_memory(
+    load: &SnapshotLoad,
+    header: &Header,
+    machine: &MachineConfig,
+    passed: &mut Passed,
+) -> Result<Memory, ActionError> {
+    let source = &load.mem_backend.backend_path;
+    if load.mem_backend.backend_type == MemoryBackendType::Uffd {
+        return Err(ActionError(format!(
+            "{FAILED}: the memory backend `Uffd` is not in this version"
+        )));
+    }
+    let file = open::snapshot_memory(source, header, passed)?;
+    let mapped = MappedFile::new(&file, &source.to_string()).context(FAILED)?;
+    let pages = boot::pages(machine.huge_pages);
+    let memory = Memory::from_image(
+        &Arc::new(mapped),
+        machine.mem_size_mib,
+        pages,
+        machine.track_dirty_pages,
+    );
+    memory.context(FAILED)
+}
+
+/// Puts what the request says in the place of what devices were saved with. What was a descriptor then
+/// must be named anew.
+fn override_sources(devices: &mut wire::Devices, load: &SnapshotLoad) -> Result<(), ActionError> {
+    let mut named = Vec::new();
+    for change in &load.drive_overrides {
+        named.push((&*change.drive_id, &change.path_on_host, "drive"));
+    }
+    for drive in &mut devices.drives {
+        let place = (&*drive.drive_id, "drive", "drive_overrides");
+        take_over(&mut drive.path_on_host, place, &mut named)?;
+    }
+    for change in &load.network_overrides {
+        named.push((
+            &*change.iface_id,
+            &change.host_dev_name,
+            "network interface",
+        ));
+    }
+    for network in &mut devices.network_interfaces {
+        let place = (&*network.iface_id, "network interface", "network_overrides");
+        take_over(&mut network.host_dev_name, place, &mut named)?;
+    }
+    match named.first() {
+        Some((id, _, kind)) => Err(ActionError(format!(
+            "{FAILED}: the snapshot has no {kind} `{id}`, which an override names"
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn take_over(
+    source: &mut Source,
+    (id, kind, list): (&str, &str, &str),
+    named: &mut Vec<(&str, &Source, &str)>,
+) -> Result<(), ActionError> {
+    let at = named
+        .iter()
+        .position(|(other, _, of)| (*other, *of) == (id, kind));
+    match (at, &source) {
+        (Some(at), _) => *source = named.swap_remove(at).1.clone(),
+        (None, Source::Named(_)) => {}
+        (None, Source::Fd(_)) => {
+            return Err(ActionError(format!(
+                "{FAILED}: the {kind} `{id}` was saved with a passed descriptor: name what it is to \
+                 use now in `{list}`"
+            )));
+        }
+    }
+    Ok(())
+}

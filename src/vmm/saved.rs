@@ -1,0 +1,85 @@
+//! A whole machine as a state file holds it: what was asked for, and the state of each part.
+//!
+//! A machine is built of this, always: one that boots has the default, in which every part is new.
+//! Only [`crate::snapshot`] knows the file around it. What is in here was read from a file and is
+//! distrusted: each part checks its own state when it is made, [`SavedMachine::check`] what belongs to
+//! none of them.
+
+use serde::{Deserialize, Serialize};
+
+use super::devices::SavedDevices;
+use crate::arch::fingerprint::Fingerprint;
+use crate::arch::i8042::I8042State;
+use crate::arch::power::PowerState;
+use crate::arch::split::SplitChipsState;
+use crate::arch::vcpu::VcpuState;
+use crate::arch::vm::state::VmState;
+use crate::error::ActionError;
+use crate::serial::UartState;
+use crate::wire::config::{BootSource, Devices, MachineConfig};
+
+/// All that a state file holds beside its header.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMachine {
+    /// What was asked for.
+    pub config: SavedConfig,
+    /// What the guest depends on of the host's processor.
+    pub cpu: Fingerprint,
+    /// The state of each part.
+    pub state: MachineState,
+}
+
+/// What of a configuration lasts longer than its process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedConfig {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// What it booted from. Nothing of it is opened again.
+    pub boot_source: Option<BootSource>,
+    /// Disks and network interfaces.
+    pub devices: Devices,
+}
+
+/// The state of each part of a machine; by default all are new.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineState {
+    /// KVM's part of the virtual machine: its clock, and the interrupt chips that are in KVM.
+    pub vm: Option<VmState>,
+    /// The interrupt chips that are in the monitor.
+    pub chips: Option<SplitChipsState>,
+    /// One for each vCPU, by number.
+    pub vcpus: Vec<VcpuState>,
+    /// The serial port.
+    pub uart: UartState,
+    /// The keyboard controller.
+    pub keyboard: I8042State,
+    /// The registers by which the guest ends its machine.
+    pub power: PowerState,
+    /// Disks and network interfaces, in the order of the configuration.
+    pub devices: SavedDevices,
+}
+
+impl SavedMachine {
+    /// Checks that the parts belong together.
+    ///
+    /// # Errors
+    /// Which do not.
+    pub fn check(&self) -> Result<(), ActionError> {
+        let wrong = |what: String| {
+            Err(ActionError(format!(
+                "The state file does not hold a machine's state: {what}"
+            )))
+        };
+        let (vcpus, count) = (self.state.vcpus.len(), self.config.machine.vcpu_count);
+        if vcpus != usize::from(count) {
+            return wrong(format!("it has {vcpus} vCPUs, and the machine {count}"));
+        }
+        if self.state.vm.is_none() {
+            return wrong("it has no clock".into());
+        }
+        Ok(())
+    }
+}
