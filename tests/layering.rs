@@ -138,8 +138,8 @@ const UNSAFE: &[(&str, usize, &str)] = &[
     ),
     (
         "src/sys/socket.rs",
-        1,
-        "setsockopt for options that rustix does not know",
+        3,
+        "setsockopt and getsockopt for options that rustix does not know, and the descriptor that one of them makes",
     ),
     (
         "src/sys/tap.rs",
@@ -150,6 +150,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         "src/sys/terminal.rs",
         1,
         "the ioctls of terminals, which also a signal handler makes",
+    ),
+    (
+        "src/sys/uffd.rs",
+        4,
+        "userfaultfd: the ioctls that make and set it up, the system call, and the descriptor that they make",
     ),
     (
         "src/sys/zeroed.rs",

@@ -69,6 +69,12 @@ pub enum MemoryError {
     Lost(io::Error),
     /// Memory that was frozen is still in use for writing.
     Seal(io::Error),
+    /// No userfaultfd for kernel-mode faults.
+    Userfaultfd(io::Error),
+    /// A handler of page faults that did not take the message.
+    Handler(io::Error),
+    /// A fork of memory that a handler brings in.
+    LazyFork,
     /// KVM does not tell which pages have changed.
     DirtyLog(kvm_ioctls::Error),
 }
@@ -115,6 +121,19 @@ impl fmt::Display for MemoryError {
             MemoryError::Freeze(_) => write!(f, "cannot freeze guest memory"),
             MemoryError::Lost(_) => write!(f, "guest memory was lost while it was frozen"),
             MemoryError::Seal(_) => write!(f, "cannot seal guest memory, which is still in use"),
+            MemoryError::Userfaultfd(_) => write!(
+                f,
+                "cannot use userfaultfd for the guest's page faults: this needs access to \
+                 /dev/userfaultfd, the capability SYS_PTRACE, or vm.unprivileged_userfaultfd=1"
+            ),
+            MemoryError::Handler(_) => {
+                write!(f, "the page fault handler did not take the guest's memory")
+            }
+            MemoryError::LazyFork => write!(
+                f,
+                "a guest whose memory a page fault handler brings in cannot be forked: take a full \
+                 snapshot"
+            ),
             MemoryError::DirtyLog(_) => write!(f, "KVM_GET_DIRTY_LOG failed"),
         }
     }
@@ -129,6 +148,8 @@ impl Error for MemoryError {
             | MemoryError::Read { cause, .. }
             | MemoryError::Freeze(cause)
             | MemoryError::Lost(cause)
+            | MemoryError::Userfaultfd(cause)
+            | MemoryError::Handler(cause)
             | MemoryError::Seal(cause) => Some(cause),
             MemoryError::Register(cause) | MemoryError::DirtyLog(cause) => Some(cause),
             _ => None,

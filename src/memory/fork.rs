@@ -128,7 +128,7 @@ impl Prepare {
                 copy_data(source.file(), file.file(), contents.len())?;
                 Some(Arc::clone(source))
             }
-            Base::Anonymous | Base::Shared(_) => None,
+            Base::Anonymous | Base::Lazy | Base::Shared(_) => None,
         };
         Ok(Prepared { file, below })
     }
@@ -175,7 +175,7 @@ impl Memory {
     pub fn zap(&self) -> Zap {
         let shared = match &self.base {
             Base::Shared(shared) => Some(shared.clone()),
-            Base::Anonymous | Base::Image(_) => None,
+            Base::Anonymous | Base::Lazy | Base::Image(_) => None,
         };
         Zap {
             ram: self.ram.clone(),
@@ -187,7 +187,7 @@ impl Memory {
     /// What has to run before memory that is not shared can be frozen.
     pub fn prepare(&self) -> Option<Prepare> {
         match self.base {
-            Base::Shared(_) => None,
+            Base::Shared(_) | Base::Lazy => None,
             Base::Anonymous | Base::Image(_) => Some(Prepare(self.contents(None))),
         }
     }
@@ -222,6 +222,7 @@ impl Memory {
                 file
             }
             (Base::Anonymous, Some(Prepared { file, below: None })) => file,
+            (Base::Lazy, _) => return Err(MemoryError::LazyFork),
             _ => return Err(MemoryError::NotPrepared),
         };
         if let Base::Shared(shared) = self.base.clone() {
@@ -254,7 +255,7 @@ impl Memory {
         // What was mapped before may be gone. What was in it is in its file if that was shared.
         let back = match self.base {
             Base::Shared(_) => map_all(&self.ram, |offset| Over::Shared(file.file(), offset)),
-            Base::Anonymous | Base::Image(_) => Err(io::ErrorKind::Unsupported.into()),
+            Base::Anonymous | Base::Lazy | Base::Image(_) => Err(io::ErrorKind::Unsupported.into()),
         };
         Err(match back {
             Ok(()) => MemoryError::Freeze(cause),

@@ -23,6 +23,7 @@ mod error;
 pub mod fork;
 pub mod image;
 mod layout;
+pub mod lazy;
 mod load;
 pub mod mapped;
 mod mapping;
@@ -83,6 +84,8 @@ pub enum Backing {
 enum Base {
     Anonymous,
     Shared(fork::Shared),
+    /// What a handler of page faults brings in.
+    Lazy,
     /// A private mapping of a memory image.
     Image(Arc<Source>),
 }
@@ -280,7 +283,7 @@ impl Memory {
     fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
         let image = match &self.base {
             Base::Image(source) => Some(source),
-            Base::Anonymous | Base::Shared(_) => None,
+            Base::Anonymous | Base::Lazy | Base::Shared(_) => None,
         };
         image
             .into_iter()

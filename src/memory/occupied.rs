@@ -64,9 +64,14 @@ impl Finder {
         window: Range<u64>,
         pages: &mut PageSet,
     ) {
-        if let Base::Image(source) = &contents.base {
-            let mut add = adder(window.start, pages);
-            add_data(source.file(), window.clone(), 0, &mut add);
+        match &contents.base {
+            Base::Image(source) => {
+                let mut add = adder(window.start, pages);
+                add_data(source.file(), window.clone(), 0, &mut add);
+            }
+            // Only the handler knows what has not been brought in.
+            Base::Lazy => return adder(window.start, pages)(window),
+            Base::Anonymous | Base::Shared(_) => {}
         }
         self.find_own(contents, (piece, host), window, pages);
     }

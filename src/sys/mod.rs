@@ -21,4 +21,5 @@ pub mod terminal;
 #[cfg(test)]
 pub mod testing;
 pub mod thread;
+pub mod uffd;
 pub mod zeroed;

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::net::{
@@ -10,7 +10,9 @@ use rustix::net::{
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, accept_with,
     recv, recvmsg, send, sendmsg, sockopt,
 };
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::fd::{Interest, wait};
 use super::passed::{PASSED_MAX, Passed, PassedError};
 
 /// Takes `fd` for a Unix stream socket that listens.
@@ -46,6 +48,52 @@ pub fn listener(fd: OwnedFd) -> Result<UnixListener, &'static str> {
         };
     }
     Ok(UnixListener::from(fd))
+}
+
+/// The process at the other end of `socket`, as a descriptor that can be read from once that process
+/// has ended. None where the host does not tell: before Linux 6.5 of one in another PID namespace.
+pub fn peer_process(socket: &UnixStream) -> Option<OwnedFd> {
+    if let Ok([fd]) = peer_option(socket, SO_PEERPIDFD) {
+        // SAFETY: the call succeeded: it has made a descriptor, which nothing else owns.
+        return Some(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+    // A process, a user and a group; 0 for a process that this one cannot see.
+    let [process, _, _] = peer_option(socket, libc::SO_PEERCRED).ok()?;
+    pidfd_open(Pid::from_raw(process)?, PidfdFlags::empty()).ok()
+}
+
+/// What the host knows of the other end, as numbers.
+fn peer_option<const N: usize>(socket: &UnixStream, option: libc::c_int) -> io::Result<[i32; N]> {
+    let mut numbers = [0; N];
+    let mut len = mem::size_of_val(&numbers) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes behind the pointer, which is what is there, and
+    // any bytes are numbers.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            numbers.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    match result {
+        0 if len as usize == mem::size_of_val(&numbers) => Ok(numbers),
+        0 => Err(io::ErrorKind::InvalidData.into()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the other end of `socket` is closed.
+pub fn is_hung_up(socket: &UnixStream) -> bool {
+    let mut poll = [Interest::both(socket.as_raw_fd(), false, false)];
+    wait(&mut poll, Some(0)).is_ok() && poll.iter().any(Interest::hung_up)
+}
+
+/// Whether a process, as [`peer_process`] gives it, has ended.
+pub fn has_ended(process: &OwnedFd) -> bool {
+    let mut poll = [Interest::read(process.as_raw_fd())];
+    wait(&mut poll, Some(0)).is_ok() && poll.iter().any(Interest::is_ready)
 }
 
 /// Takes one connection that waits at `listener`, without waiting for one if that does not block.
@@ -104,6 +152,9 @@ pub fn send_with_descriptors(
         }
     }
 }
+
+/// Since Linux 6.5.
+const SO_PEERPIDFD: libc::c_int = 77;
 
 /// Since Linux 6.5.
 const SO_PASSPIDFD: libc::c_int = 76;
