@@ -80,7 +80,8 @@ impl fmt::Display for Refusal {
                 "is truncated: it has {len} bytes only. Take the snapshot again"
             ),
             Refusal::Unfinished => f.write_str(
-                "was not written to its end: creating the snapshot was interrupted. Take it again",
+                "was not written to its end, because creating the snapshot was interrupted (take it \
+                 again), or is the memory file",
             ),
             Refusal::Altered(what) => write!(
                 f,
@@ -200,8 +201,11 @@ pub fn read(file: &File) -> Result<(Header, RawState), Refusal> {
     if len > STATE_MAX {
         let mut first = [0; FIXED];
         file.read_exact_at(&mut first, 0)?;
-        check_format(&first)?;
-        return Err(Refusal::TooLong(len));
+        return Err(match check_format(&first) {
+            Err(Refusal::Foreign(what)) if what != UNKNOWN => Refusal::Foreign(what),
+            Err(Refusal::Newer(major, minor)) => Refusal::Newer(major, minor),
+            _ => Refusal::TooLong(len),
+        });
     }
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 0)
@@ -295,6 +299,9 @@ fn check_format(bytes: &[u8]) -> Result<(), Refusal> {
 /// What Firecracker's state files hold near their start, on x86-64 and on aarch64.
 const FIRECRACKER: [u64; 2] = [0x0710_1984_8664_0000, 0x0710_1984_AAAA_0000];
 
+/// What is told of a file that nothing is known of.
+const UNKNOWN: &str = "it begins with unknown bytes";
+
 /// What a file of another program is, as far as its first bytes tell.
 fn foreign(bytes: &[u8]) -> &'static str {
     let start = bytes.get(..4096).unwrap_or(bytes);
@@ -313,11 +320,11 @@ fn foreign(bytes: &[u8]) -> &'static str {
         (b"\x7fELF", "it is an ELF file"),
         (
             b"{",
-            "it is JSON, as snapshots of Cloud Hypervisor and configurations are",
+            "it is JSON, as the states of Cloud Hypervisor and configurations are",
         ),
     ];
     let found = known.iter().find(|(magic, _)| start.starts_with(magic));
-    found.map_or("it begins with unknown bytes", |(_, what)| what)
+    found.map_or(UNKNOWN, |(_, what)| what)
 }
 
 impl Header {

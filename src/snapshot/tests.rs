@@ -12,6 +12,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::header::{CRC_AT, FIXED, HEADER_LEN_AT, LEN_AT, VERSION_AT, checksum, seal};
 use super::*;
+use crate::needs;
 
 thread_local! {
     /// How many system calls of a create are left before the process is killed.
@@ -231,8 +232,8 @@ fn state_file_when_of_a_later_version_is_refused_by_its_version() {
 #[test]
 fn state_file_when_of_another_program_is_refused_by_its_name() {
     let firecracker = 0x0710_1984_8664_0000u64.to_le_bytes();
-    let mut later = vec![7; 100];
-    later.extend_from_slice(&firecracker);
+    // As version 1.17 writes it.
+    let later = b"\0\0\0\x64\x86\x84\x19\x10\x07\x06\x31\x31.0.0\x06\x80\0\x03".to_vec();
     for (bytes, what) in [
         (&firecracker[..], "Firecracker"),
         (&later, "Firecracker"),
@@ -263,7 +264,9 @@ fn state_file_when_too_long_is_not_read() {
         read(&open_regular(&path).unwrap()).unwrap_err().to_string()
     };
     assert!(long(&whole(1)).starts_with("is too long for a state file"));
-    assert!(long(&[0; 8]).starts_with("was not written to its end"));
+    // As memory begins.
+    assert!(long(&[0; 8]).contains("Check that it is not the memory file"));
+    assert!(long(&[0xf0; 8]).contains("Check that it is not the memory file"));
     assert!(long(b"QEVM").contains("QEMU"));
 }
 
@@ -772,6 +775,56 @@ fn create_when_killed_twice_in_a_row_leaves_the_old_pair_or_the_new_one() {
             assert!(id == 1 || id == 2, "{first}, {second}: {id}");
         }
     }
+}
+
+/// Set for the process that fills a file system.
+const FULL: &str = "MAYFLY_TEST_FULL";
+
+/// Not a test of its own: what the process below does, in a mount namespace of its own.
+#[test]
+fn fills_a_file_system_if_told_to() {
+    let Some(path) = std::env::var_os(FULL).map(PathBuf::from) else {
+        return;
+    };
+    let mut mount = Command::new("mount");
+    // Room for one image, most of another, and their states.
+    mount.args(["-t", "tmpfs", "-o", "size=44k", "mayfly-test"]);
+    assert!(mount.arg(&path).status().unwrap().success());
+    let (at, memory) = (path.join("state"), path.join("memory"));
+    save(&at, &memory, 1).unwrap();
+    let free = rustix::fs::statvfs(&path).unwrap().f_bavail;
+    // The disk gets full at every page of a create.
+    for pages in 0..=free {
+        let ballast = path.join("ballast");
+        fs::write(&ballast, vec![1; (pages * 4096) as usize]).unwrap();
+        match save(&at, &memory, 2) {
+            Ok(()) => {
+                assert_eq!(load(&at, &memory).unwrap(), 2);
+                save(&at, &memory, 1).unwrap();
+            }
+            Err(error) => {
+                let told = crate::log::chain(&error);
+                assert!(told.contains("No space left on device"), "{told}");
+                assert_eq!(load(&at, &memory).unwrap(), 1, "{pages}");
+            }
+        }
+        assert_eq!(names(&path), ["ballast", "memory", "state"], "{pages}");
+        fs::remove_file(ballast).unwrap();
+        println!("{pages} of {free}");
+    }
+}
+
+#[test]
+fn disk_when_it_gets_full_at_any_page_leaves_the_old_pair() {
+    needs!(root, unshare, mount);
+    let (_folder, path) = folder();
+    let mut child = Command::new("unshare");
+    child.arg("--mount").arg(std::env::current_exe().unwrap());
+    child.args(["--exact", "snapshot::tests::fills_a_file_system_if_told_to"]);
+    let output = child.arg("--nocapture").env(FULL, &path).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("0 of ") && said.contains("5 of "), "{said}");
 }
 
 #[test]

@@ -52,18 +52,18 @@ fn text(header: &Header, state: &Value) -> String {
 /// What the state tells of the machine, as far as its members are where they are expected.
 fn machine(state: &Value) -> Vec<(&'static str, String)> {
     let mut lines = Vec::new();
-    if let Some(vcpus) = state["vcpus"].as_array() {
-        lines.push(("vCPUs", vcpus.len().to_string()));
+    let config = &state["config"];
+    if let Some(count) = config["machine"]["vcpu_count"].as_u64() {
+        lines.push(("vCPUs", count.to_string()));
     }
-    let configuration = match &state["configuration"] {
-        Value::Null => &state["config"],
-        found => found,
-    };
+    if let Value::String(kernel) = &config["boot_source"]["kernel_image_path"] {
+        lines.push(("kernel", kernel.clone()));
+    }
     for (name, section, id, source) in [
         ("disk", "drives", "drive_id", "path_on_host"),
         ("network", "network-interfaces", "iface_id", "host_dev_name"),
     ] {
-        for device in configuration[section].as_array().into_iter().flatten() {
+        for device in config["devices"][section].as_array().into_iter().flatten() {
             let id = device[id].as_str().unwrap_or_default();
             let source = match &device[source] {
                 Value::String(name) => name.clone(),
@@ -132,15 +132,19 @@ mod tests {
             },
             taken: 0,
         };
-        let state = json!({"vcpus": [{}, {}], "configuration": {"drives":
-            [{"drive_id": "root\u{1b}[0m", "path_on_host": {"fd": 3}}]}});
+        let state = json!({"config": {"machine": {"vcpu_count": 2},
+            "boot_source": {"kernel_image_path": "/srv/vmlinux"},
+            "devices": {"drives": [{"drive_id": "root\u{1b}[0m", "path_on_host": {"fd": 3}}],
+              "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0"}]}}});
         let text = text(&header, &state);
         for line in [
             "version    v1.0.0",
             "kind       Diff",
             "memory     128 MiB (134217728 bytes), check value 00000000000000ff",
             "vCPUs      2",
+            "kernel     /srv/vmlinux",
             "disk       root?[0m: {\"fd\":3}",
+            "network    eth0: tap0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
         }
