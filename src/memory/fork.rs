@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::image::{Contents, Stamp, Writer};
+use super::image::{Contents, Stamp, Writer, Written};
 use super::mapping::{Over, drop_page_tables};
 use super::occupied::data_ranges;
 use super::{Base, Memory, MemoryError, PAGE, Pages, Ram, Source, map_all};
@@ -167,6 +167,18 @@ impl Frozen {
             .map_err(|error| MemoryError::Seal(error.into()))?;
         Ok(self.0)
     }
+}
+
+/// Writes the frozen memory `from`, which bears its id already, into `file`, whatever was in that.
+///
+/// # Errors
+/// The host's; the file is then of no use.
+pub fn copy_image(from: &Source, stamp: &Stamp, file: &File) -> io::Result<Written> {
+    file.set_len(0)?;
+    file.set_len(from.len())?;
+    let mut writer = Writer::new(file, stamp, false);
+    writer.copy(from.file(), from.len())?;
+    Ok(writer.written())
 }
 
 impl Memory {

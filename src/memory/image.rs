@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::occupied::Finder;
+use super::occupied::{Finder, data_ranges};
 use super::page_set::PageSet;
 use super::{Base, MappedPart, Memory, PAGE, Piece, Ram};
 use crate::wire::check;
@@ -214,6 +214,11 @@ impl<'a> Writer<'a> {
         }
     }
 
+    /// What was written so far.
+    pub(super) fn written(&self) -> Written {
+        self.written
+    }
+
     /// Writes `count` pages from offset `first` on, which lie in `piece`.
     fn run(&mut self, ram: &Ram, piece: &Piece, first: u64, count: u64) -> io::Result<()> {
         let mut offset = first;
@@ -238,6 +243,24 @@ impl<'a> Writer<'a> {
             self.chunk(now as usize, offset)?;
             offset = last;
             left = left.saturating_sub(now);
+        }
+        Ok(())
+    }
+
+    /// Copies what is data in the image `from`, which has `len` bytes.
+    pub(super) fn copy(&mut self, from: &File, len: u64) -> io::Result<()> {
+        for data in data_ranges(from, 0..len) {
+            let data = data?;
+            // Whole pages, whatever the file system's blocks are.
+            let mut at = data.start & !(PAGE - 1);
+            while at < data.end {
+                let left = data.end.saturating_sub(at).div_ceil(PAGE);
+                let count = left.min(CHUNK as u64);
+                let pages = self.buffer.get_mut(..count as usize).unwrap_or_default();
+                from.read_exact_at(pages.as_flattened_mut(), at)?;
+                self.chunk(count as usize, at)?;
+                at = at.saturating_add(count.saturating_mul(PAGE));
+            }
         }
         Ok(())
     }

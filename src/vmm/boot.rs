@@ -413,7 +413,8 @@ pub fn complete(
         lines,
         vm,
         kvm,
-        memory,
+        memory_mib: memory.size_mib(),
+        memory: Some(memory),
         msrs: OnceCell::new(),
     };
     Ok((machine, replaced))

@@ -24,10 +24,12 @@ use super::boot::{Begun, Loaded};
 use super::change::Change;
 use super::requests::{Ready, Then};
 use super::rules::State;
-use super::saving::Written;
-use super::{Event, Vmm};
+use super::saving::{Job, Written};
+use super::{Event, Next, Vmm};
 use crate::error::{ActionError, Context};
 use crate::files::{Finished, Steps};
+use crate::memory::fork::{Frozen, Prepared};
+use crate::memory::{Memory, MemoryError};
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 use crate::sys::passed::Passed;
@@ -47,6 +49,10 @@ pub enum FileResult {
     Written(io::Result<()>, u64),
     /// A snapshot was written, or why not.
     Saved(Box<Written>),
+    /// Memory is ready for a fork, or why not.
+    ForkPrepared(io::Result<Option<Prepared>>),
+    /// Guest memory, frozen or not, and what is to be written then.
+    ForkFrozen(Box<(Memory, Result<Frozen, MemoryError>, Job)>),
     /// The result went another way.
     Done,
 }
@@ -185,7 +191,7 @@ impl Vmm {
     }
 
     /// Something that the files thread was given has ended.
-    pub(super) fn file_work_finished(&mut self, finished: Finished<FileResult>) {
+    pub(super) fn file_work_finished(&mut self, finished: Finished<FileResult>) -> Next {
         let Finished { token, result } = finished;
         let is_in_time = self.files.is_in_time(token);
         self.counters.late_files = self.files.late();
@@ -205,10 +211,20 @@ impl Vmm {
                 asker.answer(started.map(|()| Outcome::Done));
             }
             (FileResult::Saved(written), Some(Awaited::Saving)) => self.snapshot_written(*written),
+            (FileResult::ForkPrepared(prepared), Some(Awaited::Saving)) => {
+                self.fork_prepared(prepared);
+            }
+            (FileResult::ForkFrozen(frozen), Some(Awaited::Saving)) => {
+                let (memory, frozen, job) = *frozen;
+                if let end @ Next::Exit(_) = self.fork_frozen(memory, frozen, job) {
+                    return end;
+                }
+            }
             (FileResult::Done, _) => {}
             (late, _) => self.close(late),
         }
         self.release_held();
+        Next::GoOn
     }
 
     /// Tells clients whose file did not answer in time.

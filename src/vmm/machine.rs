@@ -37,8 +37,10 @@ pub struct Machine {
     pub vm: Arc<Vm>,
     /// /dev/kvm.
     pub kvm: Arc<Kvm>,
-    /// Kept mapped.
-    pub memory: Memory,
+    /// Kept mapped. The files thread has it while it is frozen for a fork.
+    pub memory: Option<Memory>,
+    /// How large it is.
+    pub memory_mib: u64,
     /// Which model-specific registers there are, once they have been asked for.
     pub msrs: OnceCell<MsrList>,
 }

@@ -345,7 +345,7 @@ impl Vmm {
     fn handle(&mut self, event: Event) -> Next {
         match event {
             Event::Command(command) => self.command(command),
-            Event::Files(finished) => self.file_work_finished(finished),
+            Event::Files(finished) => return self.file_work_finished(finished),
             Event::Vcpu(VcpuEvent::Paused { index }) => self.advance(Input::VcpuPaused(index)),
             Event::Vcpu(VcpuEvent::Ended { index, end }) => {
                 if !end.is_orderly() {

@@ -35,6 +35,8 @@ fn of_pause_token(token: u64) -> Option<(u64, u32)> {
 pub(super) enum Waiter {
     /// A client.
     Client(Reply),
+    /// A snapshot of a guest that runs ([`super::saving`]).
+    Saving,
     /// None: a start, or the end of a snapshot.
     None,
 }
@@ -104,6 +106,7 @@ impl Vmm {
     fn tell_waiter(&mut self, waiter: Waiter, result: Result<(), ActionError>) {
         match (waiter, result) {
             (Waiter::Client(client), result) => client.send(result.map(|()| Outcome::Done)),
+            (Waiter::Saving, _) => self.paused_for_saving(),
             (Waiter::None, Ok(())) => {}
             (Waiter::None, Err(error)) => error!("The guest cannot run: {error}."),
         }

@@ -114,7 +114,7 @@ pub fn machine(machine: &Machine, devices: &Devices, report: &mut Report) {
         "mayfly_guest_memory_bytes",
         "Guest memory.",
         &[],
-        machine.memory.size_mib().saturating_mul(1 << 20),
+        machine.memory_mib.saturating_mul(1 << 20),
     );
     for vcpu in &machine.vcpus {
         vcpu.read_counters(report);

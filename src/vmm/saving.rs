@@ -1,32 +1,49 @@
-//! Taking a snapshot of a paused guest: what control does between the request and the answer.
+//! Taking a snapshot: what control does between the request and the answer.
 //!
 //! ```text
+//!   Full, Diff: the guest is paused already.
+//!
 //!   request --> Collecting --> gather --> Writing --> answer
 //!                each device    vCPUs,      files thread: memory image, state file
 //!                saves itself   chips ...
+//!
+//!   Fork: it may run. It stands still from Pausing to Freezing.
+//!
+//!   request --> Preparing --> Pausing --> Collecting --> gather --> Freezing --> Writing --> answer
+//!                files thread: page tables,                files thread: memory is exchanged
+//!                or a copy (`memory::fork`)                for a private mapping of itself
 //! ```
 //!
-//! One at a time; what clients ask for meanwhile waits in order, but for questions. If it fails, the
-//! pages that the image held are counted as changed again.
+//! One at a time; what clients ask for meanwhile waits in order, but for questions. Whatever fails, a
+//! guest that ran goes on, and the pages that a failed image held are counted as changed again.
 
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
-use super::Vmm;
 use super::action::{Outcome, Reply};
 use super::file_work::{Awaited, FileResult};
+use super::lifecycle::Input;
+use super::pausing::Waiter;
+use super::rules::State;
 use super::saved::{MachineState, SavedConfig, SavedMachine};
+use super::{Next, Vmm};
 use crate::arch::fingerprint::Fingerprint;
 use crate::arch::layout;
 use crate::error::{ActionError, Context};
 use crate::files::Steps;
+use crate::memory::fork::{Frozen, Prepare, Prepared, copy_image};
 use crate::memory::image::{Contents, Stamp};
 use crate::memory::page_set::PageSet;
+use crate::memory::{Memory, MemoryError, Source as MappedFile};
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId, Target};
 use crate::sys::clock;
 use crate::sys::passed::Passed;
+use crate::sys::socket::send_with_descriptors;
 use crate::wire::config::{SnapshotCreate, SnapshotType, Source};
+use crate::{error, exit, info};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
@@ -45,14 +62,24 @@ pub(super) struct Saving {
     passed: Passed,
     client: Reply,
     step: Step,
+    /// The guest ran when it was asked for, and is to run again as soon as it can.
+    resumes: bool,
+    /// What was copied ahead, for a fork of memory that is not shared.
+    prepared: Option<Prepared>,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// It has been asked for.
     Asked,
+    /// The files thread readies the memory of a fork, while the guest runs.
+    Preparing,
+    /// vCPUs and devices are told to stop.
+    Pausing,
     /// Devices, by bit, that have not saved themselves yet.
     Collecting { devices: u32, deadline: Instant },
+    /// The files thread has guest memory, to freeze it.
+    Freezing,
     /// The files thread writes.
     Writing,
 }
@@ -65,54 +92,120 @@ pub struct Written {
 }
 
 /// What the files thread needs to write both files.
-struct Job {
+pub struct Job {
     request: SnapshotCreate,
     passed: Passed,
-    contents: Contents,
-    changed: Option<PageSet>,
+    image: ImageSource,
     stamp: Stamp,
     header: Header,
     saved: SavedMachine,
 }
 
+/// Where a memory image comes from.
+enum ImageSource {
+    /// Guest memory, which stands still; what of it has changed, if that is tracked.
+    Memory(Contents, Option<PageSet>),
+    /// Memory that a fork has frozen.
+    Frozen(Option<Frozen>),
+}
+
 impl Job {
     fn write(mut self, steps: &Steps) -> Written {
         let result = self.write_files(steps);
-        Written {
-            changed: self.changed,
-            result,
-        }
+        let changed = match self.image {
+            ImageSource::Memory(_, changed) => changed,
+            ImageSource::Frozen(_) => None,
+        };
+        Written { changed, result }
     }
 
     fn write_files(&mut self, steps: &Steps) -> Result<SnapshotId, ActionError> {
-        let state = target(&self.request.snapshot_path, &mut self.passed)?;
-        let memory = self.request.mem_file_path.as_ref();
-        let memory = memory.ok_or_else(|| ActionError("missing field `mem_file_path`".into()))?;
-        let memory = target(memory, &mut self.passed)?;
-        let fill = |file: &File| -> io::Result<MemoryImage> {
-            let (contents, stamp) = (&self.contents, &self.stamp);
-            let written = match (self.header.kind, &self.changed) {
-                (Kind::Diff, Some(changed)) => contents.write_diff(file, stamp, changed),
-                (Kind::Diff, None) => contents.write_private(file, stamp),
-                _ => contents.write_full(file, stamp),
-            }?;
-            Ok(MemoryImage {
-                len: contents.len(),
-                check: Some(written.check),
-                id_at: stamp.offset,
-            })
+        let frozen = match &mut self.image {
+            ImageSource::Memory(..) => None,
+            ImageSource::Frozen(frozen) => frozen.take(),
         };
-        let encode = |memory| {
-            let header = Header {
-                memory,
-                ..self.header.clone()
-            };
-            snapshot::encode(&header, &self.saved)
-        };
+        let frozen = frozen.map(Frozen::seal).transpose();
+        let frozen = frozen.context(CREATE_FAILED)?;
         let wait = |what: &str| steps.begin(what);
-        snapshot::write_pair(state, memory, &wait, fill, encode).context(CREATE_FAILED)?;
+        let state = target(&self.request.snapshot_path, &mut self.passed)?;
+        let memory = self.request.mem_file_path.clone();
+        let memory = memory.map(|memory| target(&memory, &mut self.passed));
+        match (memory.transpose()?, frozen) {
+            (Some(Target::File { file, .. }), Some(frozen)) if is_socket(&file) => {
+                self.write_state(state, &frozen, &wait)?;
+                let sent = send_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
+                sent.context(format_args!("{CREATE_FAILED}: Cannot pass the memory"))?;
+            }
+            (None, Some(frozen)) => {
+                self.write_state(state, &frozen, &wait)?;
+                let fd = frozen.file().as_raw_fd();
+                info!(
+                    "The memory of snapshot {} is descriptor {fd} of this process.",
+                    self.header.id
+                );
+            }
+            (Some(memory), frozen) => {
+                let fill = |file: &File| self.fill(file, frozen.as_deref());
+                let encode = |memory| snapshot::encode(&self.header_with(memory), &self.saved);
+                snapshot::write_pair(state, memory, &wait, fill, encode).context(CREATE_FAILED)?;
+            }
+            (None, None) => return Err(ActionError("missing field `mem_file_path`".into())),
+        }
         Ok(self.header.id)
     }
+
+    /// Writes the memory image.
+    fn fill(&self, file: &File, frozen: Option<&MappedFile>) -> io::Result<MemoryImage> {
+        let stamp = &self.stamp;
+        let (len, written) = match (&self.image, frozen) {
+            (ImageSource::Memory(contents, changed), _) => {
+                let written = match (self.header.kind, changed) {
+                    (Kind::Diff, Some(changed)) => contents.write_diff(file, stamp, changed),
+                    (Kind::Diff, None) => contents.write_private(file, stamp),
+                    _ => contents.write_full(file, stamp),
+                };
+                (contents.len(), written?)
+            }
+            (ImageSource::Frozen(_), Some(frozen)) => {
+                (frozen.len(), copy_image(frozen, stamp, file)?)
+            }
+            (ImageSource::Frozen(_), None) => return Err(io::ErrorKind::InvalidInput.into()),
+        };
+        Ok(MemoryImage {
+            len,
+            check: Some(written.check),
+            id_at: stamp.offset,
+        })
+    }
+
+    /// Writes the state file alone: the memory is where it is.
+    fn write_state(
+        &self,
+        state: Target,
+        frozen: &MappedFile,
+        wait: &dyn Fn(&str),
+    ) -> Result<(), ActionError> {
+        let header = self.header_with(MemoryImage {
+            len: frozen.len(),
+            check: None,
+            id_at: self.stamp.offset,
+        });
+        let bytes = snapshot::encode(&header, &self.saved);
+        let bytes = bytes.context(CREATE_FAILED)?;
+        snapshot::write_state(state, &bytes, wait).context(CREATE_FAILED)
+    }
+
+    fn header_with(&self, memory: MemoryImage) -> Header {
+        Header {
+            memory,
+            ..self.header.clone()
+        }
+    }
+}
+
+fn is_socket(file: &File) -> bool {
+    file.metadata()
+        .is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// Where a file of the snapshot goes.
@@ -138,11 +231,11 @@ impl Vmm {
             passed,
             client,
             step: Step::Asked,
+            resumes: self.state() == State::Running,
+            prepared: None,
         });
         match is_fork {
-            true => self.end_saving(Err(ActionError(
-                "Forking a guest is not in this version.".into(),
-            ))),
+            true => self.prepare_fork(),
             false => self.collect(),
         }
     }
@@ -175,6 +268,52 @@ impl Vmm {
                 names.join(", "),
                 DEVICE_PATIENCE.as_secs()
             ))));
+        }
+    }
+
+    /// Has the files thread ready guest memory for a fork, while the guest runs.
+    fn prepare_fork(&mut self) {
+        let Some(memory) = self
+            .machine
+            .as_ref()
+            .and_then(|machine| machine.memory.as_ref())
+        else {
+            return self.end_saving(Err(ActionError("There is no machine.".into())));
+        };
+        let (mut zap, prepare) = (memory.zap(), memory.prepare());
+        let work = Box::new(move |steps: &Steps| {
+            steps.begin("readying guest memory for a fork");
+            while !zap.step() {}
+            let prepared = prepare.map(Prepare::run).transpose();
+            FileResult::ForkPrepared(prepared)
+        });
+        match self.files.submit(None, work).bare() {
+            Ok(token) => {
+                self.set_step(Step::Preparing);
+                self.awaited.push((token, Awaited::Saving));
+            }
+            Err(error) => self.end_saving(Err(error)),
+        }
+    }
+
+    /// The memory of a fork is ready.
+    pub(super) fn fork_prepared(&mut self, prepared: io::Result<Option<Prepared>>) {
+        let prepared = prepared.context(format_args!("{FAILED}: Copying guest memory failed"));
+        match (prepared, &mut self.saving) {
+            (Ok(prepared), Some(saving)) => {
+                saving.prepared = prepared;
+                saving.step = Step::Pausing;
+                self.advance(Input::Pause(Waiter::Saving));
+            }
+            (Err(error), _) => self.end_saving(Err(error)),
+            (Ok(_), None) => {}
+        }
+    }
+
+    /// The guest stands still.
+    pub(super) fn paused_for_saving(&mut self) {
+        if matches!(self.saving.as_ref().map(|s| s.step), Some(Step::Pausing)) {
+            self.collect();
         }
     }
 
@@ -271,26 +410,27 @@ impl Vmm {
         })
     }
 
-    /// Gives the files thread what it needs to write both files.
+    /// Gives the files thread what it needs to write both files, or to freeze guest memory before.
     fn write(&mut self, saved: SavedMachine) {
         match self.begin_write(saved) {
-            Ok(token) => {
-                self.set_step(Step::Writing);
+            Ok((step, token)) => {
+                self.set_step(step);
                 self.awaited.push((token, Awaited::Saving));
             }
             Err(error) => self.end_saving(Err(error)),
         }
     }
 
-    fn begin_write(&mut self, saved: SavedMachine) -> Result<u64, ActionError> {
-        let (Some(machine), Some(saving)) = (&self.machine, &mut self.saving) else {
-            return Err(ActionError("There is no machine.".into()));
+    fn begin_write(&mut self, saved: SavedMachine) -> Result<(Step, u64), ActionError> {
+        let no_machine = || ActionError("There is no machine.".into());
+        let (Some(machine), Some(saving)) = (&mut self.machine, &mut self.saving) else {
+            return Err(no_machine());
         };
         if let Some(refused) = self.files.refuses() {
             return Err(ActionError::of(&refused));
         }
         let id = SnapshotId::random().context("Making the snapshot's id failed")?;
-        let memory = &machine.memory;
+        let memory = machine.memory.as_ref().ok_or_else(no_machine)?;
         let stamp = Stamp {
             offset: memory.offset_of(layout::SNAPSHOT_ID).unwrap_or(0),
             id: id.0,
@@ -301,17 +441,16 @@ impl Vmm {
             true => Some(memory.take_changed(&machine.vm).context(FAILED)?),
             false => None,
         };
-        let parent = match saving.request.snapshot_type {
-            SnapshotType::Diff => self.last_snapshot,
-            SnapshotType::Full | SnapshotType::Fork => None,
-        };
+        let kind = saving.request.snapshot_type;
+        let parent = self.last_snapshot.filter(|_| kind == SnapshotType::Diff);
         let header = Header {
             version: snapshot::VERSION,
             id,
-            kind: if parent.is_some() {
-                Kind::Diff
-            } else {
-                Kind::Full
+            kind: match (kind, parent) {
+                (SnapshotType::Fork, _) => Kind::Fork,
+                (SnapshotType::Diff, Some(_)) => Kind::Diff,
+                // There is nothing that a first diff could be applied to.
+                _ => Kind::Full,
             },
             parent,
             memory: MemoryImage {
@@ -321,17 +460,75 @@ impl Vmm {
             },
             taken: clock::realtime_nanos(),
         };
-        let job = Job {
+        let contents = memory.contents(None);
+        let mut job = Job {
             request: saving.request.clone(),
             passed: mem::take(&mut saving.passed),
-            contents: memory.contents(None),
-            changed,
+            image: ImageSource::Memory(contents, changed),
             stamp,
             header,
             saved,
         };
-        let work = Box::new(move |steps: &Steps| FileResult::Saved(Box::new(job.write(steps))));
-        self.files.submit(None, work).bare()
+        if kind != SnapshotType::Fork {
+            let work = Box::new(move |steps: &Steps| FileResult::Saved(Box::new(job.write(steps))));
+            return Ok((Step::Writing, self.files.submit(None, work).bare()?));
+        }
+        let prepared = saving.prepared.take();
+        let mut memory = machine.memory.take().ok_or_else(no_machine)?;
+        job.image = ImageSource::Frozen(None);
+        let work = Box::new(move |steps: &Steps| {
+            steps.begin("freezing guest memory");
+            let frozen = memory.freeze(prepared, &job.stamp, None);
+            FileResult::ForkFrozen(Box::new((memory, frozen, job)))
+        });
+        Ok((Step::Freezing, self.files.submit(None, work).bare()?))
+    }
+
+    /// The files thread gives guest memory back, frozen or not. The guest goes on, and the files are
+    /// written beside it. The exit code, if it cannot go on.
+    pub(super) fn fork_frozen(
+        &mut self,
+        memory: Memory,
+        frozen: Result<Frozen, MemoryError>,
+        mut job: Job,
+    ) -> Next {
+        if let Some(machine) = &mut self.machine {
+            machine.memory = Some(memory);
+        }
+        match frozen {
+            Ok(frozen) => {
+                self.resume_after_saving();
+                job.image = ImageSource::Frozen(Some(frozen));
+                let work =
+                    Box::new(move |steps: &Steps| FileResult::Saved(Box::new(job.write(steps))));
+                match self.files.submit(None, work).bare() {
+                    Ok(token) => {
+                        self.set_step(Step::Writing);
+                        self.awaited.push((token, Awaited::Saving));
+                    }
+                    Err(error) => self.end_saving(Err(error)),
+                }
+            }
+            Err(error @ MemoryError::Lost(_)) => {
+                error!("The guest cannot go on: {}.", ActionError::of(&error));
+                return Next::Exit(exit::ERROR);
+            }
+            Err(error) => {
+                self.end_saving(Err(ActionError::of(&error)));
+            }
+        }
+        Next::GoOn
+    }
+
+    /// Lets a guest run that ran before.
+    fn resume_after_saving(&mut self) {
+        if self
+            .saving
+            .as_mut()
+            .is_some_and(|saving| mem::take(&mut saving.resumes))
+        {
+            self.advance(Input::Resume(Waiter::None));
+        }
     }
 
     /// The files thread has written both files, or failed to.
@@ -340,8 +537,12 @@ impl Vmm {
         match &result {
             Ok(id) => self.last_snapshot = Some(*id),
             Err(_) => {
-                if let (Some(machine), Some(changed)) = (&self.machine, &changed) {
-                    machine.memory.put_back(changed);
+                let memory = self
+                    .machine
+                    .as_ref()
+                    .and_then(|machine| machine.memory.as_ref());
+                if let (Some(memory), Some(changed)) = (memory, &changed) {
+                    memory.put_back(changed);
                 }
             }
         }
@@ -350,6 +551,7 @@ impl Vmm {
 
     /// Answers, and lets a guest run that ran before.
     fn end_saving(&mut self, result: Result<(), ActionError>) {
+        self.resume_after_saving();
         if let Some(saving) = self.saving.take() {
             saving.client.send(result.map(|()| Outcome::Done));
             self.close_passed(saving.passed);
