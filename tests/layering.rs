@@ -113,8 +113,8 @@ const UNSAFE: &[(&str, usize, &str)] = &[
     ),
     (
         "src/sys/kvm/blocks.rs",
-        6,
-        "the state of a vCPU's XSAVE, whose length the host says, and of KVM's interrupt chips, which are unions",
+        7,
+        "a vCPU's XSAVE state, whose length the host says, and unions of KVM's: interrupt chips, nested state",
     ),
     (
         "src/sys/landlock.rs",

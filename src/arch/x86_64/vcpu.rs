@@ -65,6 +65,8 @@ enum Refused {
     Invalid(&'static str),
     /// It stands in the middle of an instruction.
     Unfinished,
+    /// The guest runs guests of its own.
+    Hypervisor,
     /// The rate of the time stamp counter.
     TscRate {
         wanted: u32,
@@ -104,6 +106,10 @@ impl fmt::Display for VcpuError {
             Refused::Unfinished => write!(
                 f,
                 "a vCPU is in the middle of an instruction that it does not finish"
+            ),
+            Refused::Hypervisor => write!(
+                f,
+                "the guest runs a hypervisor of its own, whose state cannot be saved"
             ),
             Refused::TscRate { wanted, host } => write!(
                 f,

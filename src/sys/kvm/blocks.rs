@@ -4,9 +4,10 @@
 
 use std::io;
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Xsave, kvm_ioapic_state,
-    kvm_irqchip, kvm_pic_state, kvm_xsave,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_STATE_NESTED_FORMAT_VMX,
+    Xsave, kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_xsave,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
@@ -75,6 +76,25 @@ pub fn set_xsave(vm: &VmFd, vcpu: &VcpuFd, state: &[u8]) -> io::Result<()> {
     // `xsave`.
     unsafe { vcpu.set_xsave2(&block) }?;
     Ok(())
+}
+
+/// Whether the guest of `vcpu` has turned virtualization on and runs, or may run, guests of its own.
+///
+/// # Errors
+/// KVM's.
+pub fn runs_guests(vcpu: &VcpuFd) -> io::Result<bool> {
+    /// An address that is none: VMX is off.
+    const NONE: u64 = u64::MAX;
+    let mut state = KvmNestedStateBuffer::empty();
+    if vcpu.nested_state(&mut state)?.is_some() {
+        return Ok(true);
+    }
+    if u32::from(state.format) != KVM_STATE_NESTED_FORMAT_VMX {
+        return Ok(false);
+    }
+    // SAFETY: KVM has written this part of the union, as the format says, and it is plain bytes.
+    let vmx = unsafe { state.hdr.vmx };
+    Ok(vmx.vmxon_pa != NONE)
 }
 
 /// One of the two 8259s.
@@ -178,6 +198,18 @@ mod tests {
         for len in [3, state.len() - 1, state.len() + 4] {
             let error = set_xsave(&vm, &vcpu, &vec![0; len]).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{len}");
+        }
+    }
+
+    #[test]
+    fn guests_when_the_vcpu_has_never_run_are_none() {
+        let Ok(kvm) = Kvm::new() else { return };
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        if vm.check_extension(Cap::NestedState) {
+            assert!(!runs_guests(&vcpu).unwrap());
+        } else {
+            assert!(runs_guests(&vcpu).is_err());
         }
     }
 

@@ -22,10 +22,10 @@ use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::super::msr::{TSC, TSC_DEADLINE};
-use super::state::{Msr, VcpuState};
+use super::state::{CpuidEntry, Msr, VcpuState};
 use super::{Refused, VcpuError, refused};
 use crate::sys::kvm::blocks;
 
@@ -133,16 +133,27 @@ fn errno(error: io::Error) -> kvm_ioctls::Error {
 /// Takes the state of `vcpu`, one of `vm`, which is paused.
 ///
 /// # Errors
-/// [`VcpuError`] when KVM does not give a part of it.
+/// [`VcpuError`] when KVM does not give a part of it, and for a guest that runs guests of its own: what
+/// the processor holds of those is not saved.
 pub fn save(vm: &VmFd, vcpu: &VcpuFd, list: &MsrList) -> Result<VcpuState, VcpuError> {
     let mp_state = vcpu.get_mp_state().map_err(not_given("run state"))?;
+    let cpuid = cpuid(vcpu)?;
+    if offers_virtualization(&cpuid) && vm.check_extension(Cap::NestedState) {
+        let runs_guests = blocks::runs_guests(vcpu);
+        if runs_guests.map_err(|error| not_given("nested state")(errno(error)))? {
+            return Err(VcpuError {
+                what: Refused::Hypervisor,
+                cause: None,
+            });
+        }
+    }
     let msrs = read_msrs(vcpu, list)?;
     let lapic = vcpu.get_lapic().map_err(not_given("local APIC"))?;
     let xcrs = vcpu.get_xcrs();
     let xcrs = xcrs.map_err(not_given("extended control registers"))?;
     let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(usize::MAX);
     Ok(VcpuState {
-        cpuid: cpuid(vcpu)?,
+        cpuid,
         tsc_khz: vcpu.get_tsc_khz().ok(),
         mp_state: mp_state.mp_state,
         regs: vcpu.get_regs().map_err(not_given("registers"))?.into(),
@@ -162,8 +173,18 @@ pub fn save(vm: &VmFd, vcpu: &VcpuFd, list: &MsrList) -> Result<VcpuState, VcpuE
     })
 }
 
+/// Whether the guest was told of VMX or SVM: only such a one can run guests of its own.
+fn offers_virtualization(cpuid: &[CpuidEntry]) -> bool {
+    let ecx = |leaf| {
+        let mut entries = cpuid.iter();
+        let entry = entries.find(|entry| entry.function == leaf);
+        entry.map_or(0, |entry| entry.ecx)
+    };
+    ecx(1) & 1 << 5 != 0 || ecx(0x8000_0001) & 1 << 2 != 0
+}
+
 /// The table as it was set. Behind it older kernels leave entries of zeros.
-fn cpuid(vcpu: &VcpuFd) -> Result<Vec<super::state::CpuidEntry>, VcpuError> {
+fn cpuid(vcpu: &VcpuFd) -> Result<Vec<CpuidEntry>, VcpuError> {
     let table = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
     let table = table.map_err(not_given("CPUID table"))?;
     let used = |entry: &&kvm_cpuid_entry2| **entry != kvm_cpuid_entry2::default();
