@@ -339,4 +339,73 @@ mod tests {
         tiny.charge(0, u64::MAX);
         assert_eq!(tiny.wait(u64::MAX, 1), u64::MAX);
     }
+
+    #[test]
+    fn limiter_when_saved_is_the_same_when_made_anew() {
+        let new = || RateLimiter::new(TokenBucket::new(1000, 50, 100), TokenBucket::new(2, 0, 10));
+        let mut limiter = new();
+        let make = |state: LimiterState| new().restore(&state, 0);
+        let save = |limiter: &RateLimiter| limiter.save(7 * MS);
+        crate::state::state_round_trip!(limiter, make, save);
+        limiter.charge(0, 700);
+        crate::state::state_round_trip!(limiter, make, save);
+        // A debt.
+        limiter.charge(5 * MS, 5000);
+        crate::state::state_round_trip!(limiter, make, save);
+        assert_eq!(RateLimiter::default().save(3), LimiterState::default());
+        assert_eq!(new().restore(&LimiterState::default(), 0), new());
+    }
+
+    #[test]
+    fn restore_when_time_has_passed_refills_by_that_and_no_more() {
+        let new = || bytes(1000, 50, 100);
+        let mut limiter = new();
+        limiter.charge(5 * MS, 50 + 1500);
+        let state = limiter.save(5 * MS);
+        assert_eq!(
+            state.bandwidth,
+            BucketState {
+                missing: 1500,
+                burst_used: 50
+            }
+        );
+        for (elapsed, wait) in [
+            (0, 60 * MS),
+            (50 * MS, 10 * MS),
+            (60 * MS, 0),
+            (u64::MAX, 0),
+        ] {
+            // The other clock may be anywhere.
+            let mut restored = new().restore(&state, elapsed);
+            assert_eq!(restored.wait(u64::MAX / 2, 100), wait, "{elapsed}");
+        }
+        let mut full = new().restore(&state, u64::MAX);
+        assert_eq!(full.wait(0, 1000), 0);
+        full.charge(0, 1000);
+        assert_eq!(full.wait(0, 1), MS / 10, "the burst is not given again");
+    }
+
+    #[test]
+    fn restore_when_the_state_is_extreme_does_not_overflow() {
+        let hostile = BucketState {
+            missing: u64::MAX,
+            burst_used: u64::MAX,
+        };
+        let state = LimiterState {
+            bandwidth: hostile,
+            ops: hostile,
+        };
+        for (size, refill) in [(1, 1), (u64::MAX, u64::MAX), (1, u64::MAX), (u64::MAX, 1)] {
+            let bucket = || TokenBucket::new(size, 1, refill);
+            let mut limiter = RateLimiter::new(bucket(), bucket()).restore(&state, u64::MAX);
+            let _ = limiter.wait(u64::MAX, u64::MAX);
+            limiter.charge(u64::MAX, u64::MAX);
+            let _ = limiter.save(u64::MAX);
+        }
+        // Without a bucket there is nothing to restore.
+        assert_eq!(
+            RateLimiter::default().restore(&state, 5),
+            RateLimiter::default()
+        );
+    }
 }

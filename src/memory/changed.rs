@@ -60,7 +60,7 @@ impl Memory {
     }
 
     /// Forgets what the monitor has written so far.
-    pub(super) fn forget_writes(&self) {
+    pub fn forget_writes(&self) {
         for region in self.ram.iter() {
             region.bitmap().take().for_each(drop);
         }

@@ -1,8 +1,10 @@
 //! What tests ask of the system: what each thread allocates, so that tests can hold threads to
-//! allocating nothing, and what a socket's other end has not read yet.
+//! allocating nothing, what a socket's other end has not read yet, and networks of their own.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
@@ -27,6 +29,26 @@ pub fn unread_by_peer(stream: &UnixStream) -> i32 {
     let done = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     unread
+}
+
+/// Moves the calling thread into a network namespace of its own, which goes with the thread and what it
+/// has opened.
+pub fn enter_network_namespace() -> io::Result<()> {
+    // SAFETY: unshare takes no pointers; nothing of this thread depends on its network namespace.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// All frames on all interfaces of the calling thread's network namespace from now on.
+pub fn packets() -> io::Result<File> {
+    use rustix::net::{AddressFamily, Protocol, SocketType, socket};
+
+    let all = u32::from((libc::ETH_P_ALL as u16).to_be());
+    let all = Protocol::from_raw(all.try_into().map_err(io::Error::other)?);
+    let socket = socket(AddressFamily::PACKET, SocketType::RAW, Some(all))?;
+    Ok(File::from(socket))
 }
 
 fn count() {

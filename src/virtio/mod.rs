@@ -33,6 +33,8 @@ mod segment;
 mod state;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod throttle;
 pub mod worker;
 

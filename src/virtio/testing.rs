@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
@@ -258,5 +259,65 @@ impl Random {
     /// Whether it is one case of `cases`.
     pub fn one_in(&mut self, cases: u64) -> bool {
         self.below(cases) == 0
+    }
+}
+
+/// Changes one thing somewhere in `value`: a number, a text, a whole part of it.
+pub fn spoil(value: &mut Value, random: &mut Random) {
+    let inner: Vec<&mut Value> = match value {
+        Value::Array(items) => items.iter_mut().collect(),
+        Value::Object(members) => members.values_mut().collect(),
+        _ => Vec::new(),
+    };
+    let count = inner.len() as u64;
+    if count > 0 && !random.one_in(40) {
+        let at = random.below(count) as usize;
+        return spoil(inner.into_iter().nth(at).unwrap(), random);
+    }
+    match value {
+        Value::Array(items) if !items.is_empty() && !random.one_in(4) => {
+            let at = random.below(items.len() as u64) as usize;
+            if random.one_in(2) {
+                items.remove(at);
+            } else {
+                let item = items[at].clone();
+                items.resize(items.len() + random.below(600) as usize, item);
+            }
+        }
+        Value::Object(members) if !members.is_empty() && !random.one_in(4) => {
+            let at = random.below(members.len() as u64) as usize;
+            let name = members.keys().nth(at).unwrap().clone();
+            members.remove(&name);
+        }
+        Value::Number(number) if !random.one_in(20) => {
+            let old = number.as_u64().unwrap_or(0);
+            let new = match random.below(6) {
+                0 => old.wrapping_add(1),
+                1 => old.wrapping_sub(1),
+                2 => old ^ 1 << random.below(64),
+                3 => random.below(1 << 16),
+                4 => (1u64 << random.below(64)).wrapping_sub(random.below(2)),
+                _ => random.below(u64::MAX),
+            };
+            *value = new.into();
+        }
+        Value::String(text) if !random.one_in(20) => {
+            let len = random.below(text.len() as u64 + 1) as usize;
+            match random.below(3) {
+                0 => text.truncate(len & !1),
+                1 => text.push_str(&"5a".repeat(random.below(70_000) as usize)),
+                _ => *text = ["idle", "active", "broken", "", "0"][random.below(5) as usize].into(),
+            }
+        }
+        _ => {
+            *value = match random.below(6) {
+                0 => Value::Null,
+                1 => random.one_in(2).into(),
+                2 => random.below(u64::MAX).into(),
+                3 => "active".into(),
+                4 => Value::Array(Vec::new()),
+                _ => serde_json::json!({}),
+            };
+        }
     }
 }

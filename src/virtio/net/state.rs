@@ -9,6 +9,9 @@
 //! beginning lies in the guest's buffers, and so in the saved memory; its end is saved here, at most
 //! [`FRAME_MAX`] bytes. It then waits as long as a new one.
 
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 use super::receive::UnfinishedFrame;

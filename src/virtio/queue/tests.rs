@@ -374,3 +374,54 @@ fn kicks_when_busy_are_declined_and_when_empty_are_asked_for() {
     assert_eq!(by_index.pop(&ram, &mut chain), Ok(Popped::Empty));
     assert_eq!(rings.avail_event(), 1);
 }
+
+#[test]
+fn queue_when_saved_is_the_same_when_made_anew() {
+    let ram = ram();
+    let rings = Rings::new(&ram, BASE, 16);
+    let mut queue = queue(&rings, feature::EVENT_IDX);
+    let mut chain = Chain::new();
+    let make = |state: QueueState| Queue::new(&state, 256, feature::EVENT_IDX, &ram).unwrap();
+    crate::state::state_round_trip!(queue, make);
+    for round in 0..70_003u32 {
+        rings.offer_chain((round % 16) as u16, &[(DATA, 1, true)]);
+        queue.pop(&ram, &mut chain).unwrap();
+        if round % 70_000 != 1 {
+            queue.add_used(&ram, chain.head(), 1).unwrap();
+        }
+    }
+    crate::state::state_round_trip!(queue, make);
+    let state = queue.save();
+    let (avail, used) = (70_003u32 as u16, 70_001u32 as u16);
+    assert_eq!((state.next_avail, state.next_used), (avail, used));
+    assert_eq!(state.layout, rings.layout());
+}
+
+#[test]
+fn indices_when_they_are_not_the_drivers_break_the_ring_and_nothing_else() {
+    let ram = ram();
+    let rings = Rings::new(&ram, BASE, 16);
+    rings.offer_chain(0, &[(DATA, 1, true)]);
+    for (next_avail, expected) in [
+        (0, Ok(Popped::Chain)),
+        (1, Ok(Popped::Empty)),
+        (2, Err(BrokenRing::AvailIndex)),
+        (0x8000, Err(BrokenRing::AvailIndex)),
+        (0xffff, Ok(Popped::Chain)),
+    ] {
+        for next_used in [0, 1, 0x7fff, 0xffff] {
+            let state = QueueState {
+                layout: rings.layout(),
+                next_avail,
+                next_used,
+            };
+            let mut queue = Queue::new(&state, 16, feature::EVENT_IDX, &ram).unwrap();
+            let popped = queue.pop(&ram, &mut Chain::new());
+            assert_eq!(popped, expected, "{next_avail} {next_used}");
+            queue.announce_again();
+            queue.add_used(&ram, 0, 1).unwrap();
+            queue.wants_interrupt(&ram).unwrap();
+            assert_eq!(rings.used_index(), u16::wrapping_add(next_used, 1));
+        }
+    }
+}

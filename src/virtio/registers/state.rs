@@ -1,5 +1,8 @@
 //! What of the registers is saved, and what they are made of.
 
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 use super::{RegisterBlock, Registers, STEPS};

@@ -1,8 +1,9 @@
 //! The loop with the block device, whose units end what they begin. `delayed` has the loop with
 //! requests in flight, `slow` with units that take long, `saved` with workers that are saved and made
-//! anew.
+//! anew, `hostile` with states that were spoilt.
 
 mod delayed;
+mod hostile;
 mod saved;
 mod slow;
 
