@@ -26,8 +26,8 @@ pub struct TokenBucket {
     tokens: i128,
     /// What has been earned of the next token, in tokens times `refill_nanos`.
     fraction: u128,
-    /// When the clock was last looked at; `None` before the first use.
-    seen: Option<u64>,
+    /// When it was last refilled; `None` before the first use.
+    refilled_at: Option<u64>,
 }
 
 impl TokenBucket {
@@ -44,7 +44,7 @@ impl TokenBucket {
             burst_size: burst,
             tokens: i128::from(size),
             fraction: 0,
-            seen: None,
+            refilled_at: None,
         })
     }
 
@@ -63,10 +63,10 @@ impl TokenBucket {
     fn restore(mut self, state: &BucketState, elapsed: u64) -> Self {
         self.tokens = i128::from(self.size).saturating_sub(i128::from(state.missing));
         self.burst = self.burst_size.saturating_sub(state.burst_used);
-        self.seen = Some(0);
+        self.refilled_at = Some(0);
         self.refill(elapsed);
         // The clock may be another one.
-        self.seen = None;
+        self.refilled_at = None;
         self
     }
 
@@ -108,8 +108,8 @@ impl TokenBucket {
     }
 
     fn refill(&mut self, now: u64) {
-        let since = self.seen.unwrap_or(now);
-        self.seen = Some(now.max(since));
+        let since = self.refilled_at.unwrap_or(now);
+        self.refilled_at = Some(now.max(since));
         let elapsed = u128::from(now.saturating_sub(since));
         // Tokens times `refill_nanos`; both factors come from 64 bits, so the product fits.
         let earned = elapsed

@@ -123,11 +123,11 @@ impl<'a> Vectors<'a> {
     }
 }
 
-/// An error of the host's in words that take no allocation: a device's thread may not allocate,
-/// and the error itself fetches its words from the C library.
-pub struct Brief<'a>(pub &'a io::Error);
+/// An error of the host's as text, without an allocation: a device's thread may not allocate, and the
+/// error's own text comes from the C library.
+pub struct ErrorText<'a>(pub &'a io::Error);
 
-impl fmt::Display for Brief<'_> {
+impl fmt::Display for ErrorText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.raw_os_error() {
             // The usual one has no kind.
@@ -234,7 +234,7 @@ mod tests {
     use vmm_sys_util::tempfile::TempFile;
 
     #[test]
-    fn brief_when_printed_says_what_it_is_and_allocates_nothing() {
+    fn error_text_when_printed_says_what_it_is_and_allocates_nothing() {
         for (error, text) in [
             (
                 io::Error::from_raw_os_error(libc::EIO),
@@ -252,7 +252,7 @@ mod tests {
             let mut line = [0; 64];
             let mut rest = &mut line[..];
             let before = allocator_calls();
-            write!(rest, "{}", Brief(&error)).unwrap();
+            write!(rest, "{}", ErrorText(&error)).unwrap();
             assert_eq!(allocator_calls(), before);
             assert_eq!(&line[..text.len()], text.as_bytes());
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use super::worker::messages::ControlMsg;
-use super::worker::state::Room;
+use super::worker::state::StateBuffer;
 use super::{Device, DeviceState, Registers, WorkerCounters};
 use crate::inbox::Sender;
 use crate::metrics::Report;
@@ -69,7 +69,7 @@ pub struct DeviceHandle<D: Device> {
     counters: Arc<D::Counters>,
     worker_counters: Arc<WorkerCounters>,
     /// What the worker has saved.
-    saved: Receiver<Box<Room<D::State>>>,
+    saved: Receiver<Box<StateBuffer<D::State>>>,
     /// The token of the last save.
     saving: Cell<Option<u64>>,
     /// The last pause or resume found the inbox full.
@@ -83,7 +83,7 @@ impl<D: Device> DeviceHandle<D> {
         registers: Arc<Registers>,
         counters: Arc<D::Counters>,
         worker_counters: Arc<WorkerCounters>,
-        saved: Receiver<Box<Room<D::State>>>,
+        saved: Receiver<Box<StateBuffer<D::State>>>,
     ) -> Self {
         DeviceHandle {
             name,
@@ -110,13 +110,13 @@ impl<D: Device> DeviceHandle<D> {
     pub fn take_saved(&self) -> Option<DeviceState<D::State>> {
         let wanted = self.saving.take()?;
         // Earlier ones were given up on.
-        let mut rooms = self.saved.try_iter();
-        let room = rooms.find(|room| room.token == wanted)?;
+        let mut buffers = self.saved.try_iter();
+        let buffer = buffers.find(|buffer| buffer.token == wanted)?;
         let registers = self.registers.save()?;
-        room.is_filled.then_some(DeviceState {
+        buffer.is_filled.then_some(DeviceState {
             registers,
-            worker: room.worker,
-            device: room.device,
+            worker: buffer.worker,
+            device: buffer.device,
         })
     }
 
@@ -170,8 +170,8 @@ impl<D: Device> DeviceControl for DeviceHandle<D> {
         // What a worker gave back and nothing took is freed here.
         self.saved.try_iter().for_each(drop);
         self.saving.set(Some(token));
-        let room = Room::new(token, D::QUEUES.len(), D::room());
-        self.send(ControlMsg::Save(token, Box::new(room)))
+        let buffer = StateBuffer::new(token, D::QUEUES.len(), D::state_buffer());
+        self.send(ControlMsg::Save(token, Box::new(buffer)))
     }
 
     fn has_missed(&self) -> bool {

@@ -49,8 +49,8 @@ impl Interrupt {
         self.status.store(status | change, Ordering::SeqCst);
     }
 
-    /// Pulses the line if there is something that the driver has not acknowledged: the pulse that told
-    /// it may have been lost.
+    /// Pulses the line if there is something that the driver has not acknowledged: the pulse may
+    /// have been lost.
     pub fn raise_again(&self) {
         if self.status() != 0 {
             self.raise(0);

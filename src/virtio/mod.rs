@@ -18,6 +18,9 @@
 //! The order of events that matters: DRIVER_OK sends `Activate` and is not awaited; writing 0 to
 //! Status sends `Reset` and is (virtio 1.2, 2.1.2), without holding the registers' mutex.
 //!
+//! Each part is made of its state, and a new one of the default state; a paused device can be saved
+//! ([`DeviceState`]). A saved state is distrusted like what a guest writes.
+//!
 //! What the guest does wrong costs only the guest: a bad request is failed, a broken ring marks
 //! the device NEEDS_RESET, and both are counted. Nothing here panics on what a guest wrote.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
@@ -101,7 +104,7 @@ pub trait Device: Send + 'static {
     /// The names of its features, those of [`feature`] left out.
     const FEATURES: &'static [(u64, &'static str)];
     /// Whether a unit of work may take long, as one that waits for the host's storage may: then
-    /// the worker looks at the clock after each, so that no completion is told late.
+    /// the worker looks at the clock after each, so that no completion is announced late.
     const UNITS_MAY_WAIT: bool;
     /// What control may change while the device runs.
     type Update: Send + 'static;
@@ -168,12 +171,13 @@ pub trait Device: Send + 'static {
     fn backend(&mut self, source: usize) -> QueueSet;
     /// Applies what control asked for; nothing is in flight. Runs also when paused.
     fn update(&mut self, update: Self::Update) -> Updated;
-    /// A state with room for all that [`Device::save`] writes. Made by control.
-    fn room() -> Self::State;
-    /// Writes its state. It is paused, nothing is in flight, and nothing may be allocated.
+    /// A state with room for all that [`Device::save`] writes, made by control.
+    fn state_buffer() -> Self::State;
+    /// Writes its state into `state`, a [`Device::state_buffer`]. The device is paused, nothing is in flight,
+    /// and nothing may be allocated.
     fn save(&self, state: &mut Self::State);
-    /// Called once, when a device that was made of a saved state goes on for the first time.
-    fn has_moved(&mut self) {}
+    /// Called once, at the first resume of a device that was made of a saved state.
+    fn was_restored(&mut self) {}
     /// Forgets everything that came from the driver, requests not returned to it included. Nothing
     /// is in flight.
     fn reset(&mut self);

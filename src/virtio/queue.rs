@@ -150,7 +150,7 @@ impl Queue {
         })
     }
 
-    /// The state to save. Nothing is staged, and what was published has been told.
+    /// The state to save. Nothing is staged, and what was published has been announced.
     pub fn save(&self) -> QueueState {
         QueueState {
             layout: QueueLayout {
@@ -165,7 +165,7 @@ impl Queue {
         }
     }
 
-    /// Considers the driver for an interrupt once more, for all that it may not have seen.
+    /// Has [`Queue::wants_interrupt`] consider all entries that the driver may not have noticed.
     pub fn announce_again(&mut self) {
         self.unannounced = self.ring.size();
     }

@@ -1,4 +1,4 @@
-//! What a block device counts, and how it is told.
+//! What a block device counts, and how that is reported.
 
 use crate::metrics::{Counter, Report, TimeSummary};
 use crate::virtio::WorkerCounters;

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::metrics::{Report, micros_since};
 use crate::rate_limiter::{LimiterState, RateLimiter, RateLimiterUpdate};
-use crate::sys::io::Brief;
+use crate::sys::io::ErrorText;
 
 /// Feature bits (virtio 1.2, 5.2.3).
 mod bit {
@@ -165,7 +165,7 @@ impl Block {
             Outcome::Invalid(_) => counters.invalid.one(),
             Outcome::Failed(error) => {
                 counters.failed.one();
-                crate::guest_warn!("a request failed on the host: {}", Brief(error));
+                crate::guest_warn!("a request failed on the host: {}", ErrorText(error));
             }
         }
         // The status is the last byte the device may write (5.2.6).
@@ -276,7 +276,7 @@ impl Device for Block {
         updated
     }
 
-    fn room() -> BlockState {
+    fn state_buffer() -> BlockState {
         BlockState::default()
     }
 

@@ -4,7 +4,7 @@
 
 use super::{HEADER, Net};
 use crate::sys;
-use crate::sys::io::Brief;
+use crate::sys::io::ErrorText;
 use vm_memory::VolatileSlice;
 
 /// The shortest frame that Ethernet has, without its checksum.
@@ -30,7 +30,10 @@ impl Net {
         match sys::io::write_packet(&self.tap, std::iter::once(packet)) {
             Ok(_) => self.counters.announcements.one(),
             Err(error) => {
-                crate::warn!("cannot announce the network interface: {}", Brief(&error));
+                crate::warn!(
+                    "cannot announce the network interface: {}",
+                    ErrorText(&error)
+                );
                 self.note_if_gone(&error);
             }
         }

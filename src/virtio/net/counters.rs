@@ -1,4 +1,4 @@
-//! What a network device counts, and how it is told.
+//! What a network device counts, and how that is reported.
 
 use super::queue;
 use crate::metrics::{Counter, Report, TimeSummary};

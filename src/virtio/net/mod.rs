@@ -317,15 +317,15 @@ impl Device for Net {
         }
     }
 
-    fn room() -> NetState {
-        NetState::room()
+    fn state_buffer() -> NetState {
+        NetState::buffer()
     }
 
     fn save(&self, state: &mut NetState) {
         self.save_into(state);
     }
 
-    fn has_moved(&mut self) {
+    fn was_restored(&mut self) {
         if let Some(frame) = &mut self.unfinished {
             frame.wait_anew();
         }

@@ -49,7 +49,7 @@ pub struct UnfinishedState {
 }
 
 impl NetState {
-    pub(super) fn room() -> Self {
+    pub(super) fn buffer() -> Self {
         NetState {
             held: Vec::with_capacity(QUEUE_SIZE.into()),
             unfinished: UnfinishedState {
@@ -85,7 +85,7 @@ impl NetState {
 }
 
 impl Net {
-    /// Writes the state into `state`, which has [`NetState::room`].
+    /// Writes the state into `state`, which is a [`NetState::buffer`].
     pub(super) fn save_into(&self, state: &mut NetState) {
         state.rx_limiter = self.rx_throttle.save();
         state.tx_limiter = self.tx_throttle.save();

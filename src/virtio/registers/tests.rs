@@ -182,12 +182,12 @@ fn queues_when_written_outside_their_time_stay() {
     assert_eq!(read32(&registers, reg::QUEUE_READY), 1);
     let Some(DriverMsg::Queue {
         index: 1,
-        layout: told,
+        layout: sent,
     }) = inbox.next()
     else {
         panic!("no queue");
     };
-    assert_eq!(told, layout);
+    assert_eq!(sent, layout);
     assert!(matches!(inbox.next(), Some(DriverMsg::Activate { .. })));
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use super::state::Room;
+use super::state::StateBuffer;
 use crate::virtio::{ConfigSpace, Device};
 
 /// What control asks of a worker. The number comes back in the answer.
@@ -13,7 +13,7 @@ pub(in crate::virtio) enum ControlMsg<D: Device> {
     Resume(u64),
     Update(u64, D::Update),
     /// The state goes into the box, which comes back by a channel of its own.
-    Save(u64, Box<Room<D::State>>),
+    Save(u64, Box<StateBuffer<D::State>>),
     #[cfg_attr(
         not(test),
         expect(

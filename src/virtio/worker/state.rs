@@ -27,9 +27,9 @@ pub struct WorkerState {
     pub queues: Vec<Option<QueueState>>,
 }
 
-/// Where a worker writes its state. Control makes it, and frees it.
+/// What a worker writes its state into. Control makes it and frees it.
 #[derive(Debug)]
-pub(in crate::virtio) struct Room<S> {
+pub(in crate::virtio) struct StateBuffer<S> {
     /// Of the message that it came with.
     pub token: u64,
     /// It was filled.
@@ -38,10 +38,10 @@ pub(in crate::virtio) struct Room<S> {
     pub device: S,
 }
 
-impl<S> Room<S> {
+impl<S> StateBuffer<S> {
     /// For a device with `queues` queues.
     pub fn new(token: u64, queues: usize, device: S) -> Self {
-        Room {
+        StateBuffer {
             token,
             is_filled: false,
             worker: WorkerState {

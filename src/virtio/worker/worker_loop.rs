@@ -20,28 +20,26 @@
 //! that still waits calls it off, so that a request that never ends holds up no others.
 //!
 //! **Interrupts** are sent at the end of a turn, and within it as soon as [`LATE_NANOS`] have
-//! passed since the first unit that has not been told of: a slow disk with a deep queue tells each
+//! passed since the first unit that has not been announced: a slow disk with a deep queue announces each
 //! completion as it comes, a fast one several at once.
 
+mod saved;
+
 use std::fmt;
-use std::io;
 use std::mem;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::counters::WorkerCounters;
 use super::messages::{ControlMsg, Done, WorkerReply};
-use super::state::{Phase, Room, WorkerState};
+use super::state::{Phase, StateBuffer};
 use crate::bus::Completer;
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox};
 use crate::sys::clock;
-use crate::sys::io::Brief;
 use crate::virtio::queue::QueueState;
 use crate::virtio::registers::DriverMsg;
-use crate::virtio::{
-    BrokenRing, Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, StateError, Updated,
-};
+use crate::virtio::{Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, Updated};
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
 const UNITS_PER_TURN: u32 = 64;
@@ -80,7 +78,7 @@ pub(super) struct WorkerLoop<D: Device> {
     control: Inbox<ControlMsg<D>>,
     replies: Outbox<WorkerReply>,
     /// Where filled boxes go; as large as the inbox that they come from.
-    saved: SyncSender<Box<Room<D::State>>>,
+    saved: SyncSender<Box<StateBuffer<D::State>>>,
     phase: Phase,
     /// As the driver has described them, until it activates the device.
     layouts: Box<[QueueLayout]>,
@@ -90,8 +88,8 @@ pub(super) struct WorkerLoop<D: Device> {
     /// The queue served last, so that each has its turn.
     last: usize,
     paused: bool,
-    /// It was made of a saved state and has not been resumed yet.
-    is_moved: bool,
+    /// It was made of a saved state, and has not been resumed since.
+    is_restored: bool,
     stopped: bool,
     draining: Option<Draining<D::Update>>,
     /// Tokens of the pauses that wait; room for a whole inbox.
@@ -114,7 +112,7 @@ impl<D: Device> WorkerLoop<D> {
         driver: Inbox<DriverMsg>,
         control: Inbox<ControlMsg<D>>,
         replies: Outbox<WorkerReply>,
-        saved: SyncSender<Box<Room<D::State>>>,
+        saved: SyncSender<Box<StateBuffer<D::State>>>,
     ) -> Self {
         let count = D::QUEUES.len();
         WorkerLoop {
@@ -133,43 +131,12 @@ impl<D: Device> WorkerLoop<D> {
             runnable: QueueSet::NONE,
             last: 0,
             paused: false,
-            is_moved: false,
+            is_restored: false,
             stopped: false,
             draining: None,
             pauses: Vec::with_capacity(super::CONTROL_MESSAGES),
             put_off: None,
         }
-    }
-
-    /// Goes on from `state`, whose driver has accepted `features`. With `is_saved`, once it is resumed.
-    ///
-    /// # Errors
-    /// When `state` cannot be, or the host refuses what the driver has chosen.
-    pub(super) fn begin(
-        &mut self,
-        state: &WorkerState,
-        features: u64,
-        is_saved: bool,
-    ) -> io::Result<()> {
-        let invalid = |member| io::Error::other(StateError::Value(member));
-        if !state.queues.is_empty() && state.queues.len() != D::QUEUES.len() {
-            return Err(invalid("queues"));
-        }
-        self.paused = is_saved;
-        self.is_moved = is_saved;
-        if state.phase == Phase::Active {
-            let queues = state.queues.iter().copied();
-            self.serve(features, queues).map_err(|why| match why {
-                Unserved::Ring(index, why) => io::Error::other(StateError::Ring(index, why)),
-                Unserved::Host(error) => error,
-            })?;
-        } else if state.queues.iter().any(Option::is_some) {
-            return Err(invalid("queues"));
-        } else {
-            self.device.reset();
-            self.phase = state.phase;
-        }
-        Ok(())
     }
 
     /// The device's name.
@@ -192,8 +159,8 @@ impl<D: Device> WorkerLoop<D> {
     pub(super) fn turn(&mut self) -> Turn {
         self.take_messages();
         let mut index = self.next_queue();
-        // When the driver was last told, or was told everything.
-        let mut told = if D::UNITS_MAY_WAIT && index.is_some() {
+        // When the driver was last interrupted, or had been for everything.
+        let mut announced = if D::UNITS_MAY_WAIT && index.is_some() {
             clock::monotonic_nanos()
         } else {
             0
@@ -207,9 +174,9 @@ impl<D: Device> WorkerLoop<D> {
             index = self.next_queue();
             if D::UNITS_MAY_WAIT && progress == Progress::More && index.is_some() {
                 let now = clock::monotonic_nanos();
-                if now.saturating_sub(told) >= LATE_NANOS {
+                if now.saturating_sub(announced) >= LATE_NANOS {
                     self.announce();
-                    told = now;
+                    announced = now;
                 }
             }
         }
@@ -309,7 +276,7 @@ impl<D: Device> WorkerLoop<D> {
             ControlMsg::Update(token, update) => Draining::Update(token, update),
             ControlMsg::Stop => Draining::Stop,
             ControlMsg::Resume(token) => return self.resume(token),
-            ControlMsg::Save(token, room) => return self.save(token, room),
+            ControlMsg::Save(token, buffer) => return self.save(token, buffer),
         });
     }
 
@@ -393,43 +360,10 @@ impl<D: Device> WorkerLoop<D> {
 
     fn resume(&mut self, token: u64) {
         self.paused = false;
-        if mem::take(&mut self.is_moved) {
-            self.go_on_elsewhere();
+        if mem::take(&mut self.is_restored) {
+            self.continue_restored();
         }
         self.reply(token, Done::Resumed);
-    }
-
-    /// What was on its way when the state was saved is lost: kicks, pulses of the line. Each queue is
-    /// looked into, and the driver is told of all that it may not have seen.
-    fn go_on_elsewhere(&mut self) {
-        self.runnable = QueueSet::ALL;
-        for queue in self.queues.iter_mut().flatten() {
-            queue.announce_again();
-        }
-        self.interrupt.raise_again();
-        self.device.has_moved();
-    }
-
-    fn save(&mut self, token: u64, mut room: Box<Room<D::State>>) {
-        room.is_filled = self.paused && self.device.in_flight() == 0;
-        let done = if room.is_filled {
-            if self.phase != Phase::Active {
-                // What it may still have of a ring that broke.
-                self.device.reset();
-            }
-            let queues = self.queues.iter();
-            let queues = queues.map(|queue| queue.as_ref().map(Queue::save));
-            room.worker.phase = self.phase;
-            room.worker.queues.clear();
-            room.worker.queues.extend(queues);
-            self.device.save(&mut room.device);
-            Done::Saved
-        } else {
-            Done::NotSaved
-        };
-        // There is a place for each message.
-        let _ = self.saved.try_send(room);
-        self.reply(token, done);
     }
 
     fn update(&mut self, token: u64, update: D::Update) {
@@ -463,27 +397,6 @@ impl<D: Device> WorkerLoop<D> {
         }
     }
 
-    /// Serves queues in these states from now on.
-    fn serve(
-        &mut self,
-        features: u64,
-        states: impl Iterator<Item = Option<QueueState>>,
-    ) -> Result<(), Unserved> {
-        self.phase = Phase::Active;
-        self.runnable = QueueSet::ALL;
-        let slots = self.queues.iter_mut().zip(D::QUEUES).enumerate();
-        for ((index, (slot, max_size)), state) in slots.zip(states) {
-            *slot = match state {
-                Some(state) => {
-                    let queue = Queue::new(&state, *max_size, features, &self.ram);
-                    Some(queue.map_err(|why| Unserved::Ring(index, why))?)
-                }
-                None => None,
-            };
-        }
-        self.device.activate(features).map_err(Unserved::Host)
-    }
-
     fn reset(&mut self) {
         self.counters.resets.one();
         self.device.reset();
@@ -502,22 +415,5 @@ impl<D: Device> WorkerLoop<D> {
         self.phase = phase;
         self.runnable = QueueSet::NONE;
         self.queues.fill_with(|| None);
-    }
-}
-
-/// Why queues cannot be served.
-enum Unserved {
-    /// This one is impossible.
-    Ring(usize, BrokenRing),
-    /// The host refuses what the driver asks for.
-    Host(io::Error),
-}
-
-impl fmt::Display for Unserved {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Unserved::Ring(_, why) => why.fmt(f),
-            Unserved::Host(error) => Brief(error).fmt(f),
-        }
     }
 }

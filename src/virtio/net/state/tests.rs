@@ -32,7 +32,7 @@ fn device(cable: &UnixDatagram, features: u64, state: &NetState) -> Net {
 }
 
 fn save(net: &Net) -> NetState {
-    let mut state = NetState::room();
+    let mut state = NetState::buffer();
     let before = allocator_calls();
     net.save_into(&mut state);
     assert_eq!(allocator_calls(), before);
@@ -178,7 +178,7 @@ fn frames_when_devices_are_made_anew_in_between_come_once_and_in_order() {
                     net = device(&near, features, &again(&state));
                     assert_eq!(save(&net), state);
                     queue = Queue::new(&again(&queue.save()), 256, features, &ram).unwrap();
-                    net.has_moved();
+                    net.was_restored();
                     far.recv(&mut [0; 100]).expect("the announcement");
                 }
                 5 => guest.take(),
@@ -307,7 +307,7 @@ fn buffers_when_the_guest_has_spoilt_them_are_returned_or_break_the_ring() {
 }
 
 #[test]
-fn announcement_when_the_device_has_moved_is_one_frame_on_the_tap() {
+fn announcement_when_the_device_was_restored_is_one_frame_on_the_tap() {
     // The namespace goes with the thread, and with it the tap.
     let in_namespace = thread::spawn(|| {
         let name = "mf-t-rarp";
@@ -327,7 +327,7 @@ fn announcement_when_the_device_has_moved_is_one_frame_on_the_tap() {
         let limiter = RateLimiter::default;
         let state = NetState::default();
         let mut net = Net::new(tap, Some(MAC), None, limiter(), limiter(), &state, 0).unwrap();
-        net.has_moved();
+        net.was_restored();
         assert_eq!(net.counters.announcements.get(), 1);
         let frame = loop {
             let mut frame = vec![0; 2000];
@@ -352,11 +352,11 @@ fn announcement_when_the_device_has_moved_is_one_frame_on_the_tap() {
             &["link", "delete", name],
         ] {
             Command::new("ip").args(arguments).status().unwrap();
-            net.has_moved();
+            net.was_restored();
             assert_eq!(net.counters.announcements.get(), 1);
         }
         assert_eq!(net.counters.tap_gone.get(), 1);
-        net.has_moved();
+        net.was_restored();
     });
     in_namespace.join().unwrap();
 }
@@ -369,7 +369,7 @@ fn announcement_when_the_guest_has_chosen_its_address_is_not_made() {
     let state = NetState::default();
     let tap = Tap::fake(near);
     let mut net = Net::new(tap, None, None, limiter(), limiter(), &state, 0).unwrap();
-    net.has_moved();
+    net.was_restored();
     assert!(far.recv(&mut [0; 100]).is_err());
     assert_eq!(net.counters.announcements.get(), 0);
 }

@@ -128,7 +128,7 @@ fn config_when_it_has_changed_is_told_to_a_driver_once_it_goes_on() {
     assert!(line.read().is_err(), "not before it goes on");
     again.interrupt().raise_again();
     assert_eq!(line.read().unwrap(), 1);
-    // Without a driver there is no one to tell.
+    // Without a driver nothing is announced.
     let (new, _inbox, _) = registers_of(&RegistersState::default(), 1).unwrap();
     write32(&new, reg::STATUS, 1);
     let (again, _inbox, line) = registers_of(&new.save().unwrap(), 2).unwrap();

@@ -125,7 +125,7 @@ impl Device for Delayed {
         Updated::default()
     }
 
-    fn room() {}
+    fn state_buffer() {}
 
     fn save(&self, (): &mut ()) {}
 
@@ -256,7 +256,7 @@ fn at(head: u16) -> GuestAddress {
 }
 
 #[test]
-fn requests_when_they_end_later_are_returned_and_told() {
+fn requests_when_they_end_later_are_returned_and_announced() {
     let bench = bench();
     let mut rings = bench.begin(3);
     assert_eq!(rings.take(), None);

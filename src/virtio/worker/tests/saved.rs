@@ -133,7 +133,7 @@ fn device_when_made_anew_waits_for_its_resume_and_needs_no_kick() {
 }
 
 #[test]
-fn driver_when_it_was_told_of_nothing_new_is_told_again_of_what_it_has_not_acknowledged() {
+fn driver_when_restored_is_interrupted_for_what_it_may_have_missed_and_for_nothing_else() {
     let mut host = Host::new();
     let ram = host.ram.clone();
     let mut rings = Rings::new(&ram, BASE, 16);
@@ -149,7 +149,7 @@ fn driver_when_it_was_told_of_nothing_new_is_told_again_of_what_it_has_not_ackno
     assert_eq!(read32(&host.device.registers, 0x60), 1);
     resume(&host.device);
     wait_until("the interrupt", || host.device.line.read().is_ok());
-    // One that has seen all, and is told so by nothing, is left alone.
+    // A driver that has noticed everything is not interrupted.
     write32(&host.device.registers, 0x64, 1);
     rings.set_used_event(1);
     pause(&host.device);
@@ -157,7 +157,7 @@ fn driver_when_it_was_told_of_nothing_new_is_told_again_of_what_it_has_not_ackno
     resume(&host.device);
     host.device.round_trip();
     assert!(host.device.line.read().is_err());
-    // One that has acknowledged and not looked is told by its own index.
+    // A driver that has acknowledged the interrupt and not looked yet has not moved its event index.
     rings.set_used_event(0);
     pause(&host.device);
     host.make_anew();
@@ -256,7 +256,7 @@ impl<'a> Driver<'a> {
         device.kick();
     }
 
-    /// The device has told of something: takes what is done.
+    /// Handles an interrupt: takes what is done.
     fn interrupted(&mut self, device: &Bench) {
         write32(&device.registers, 0x64, 3);
         loop {

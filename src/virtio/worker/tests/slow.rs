@@ -1,4 +1,4 @@
-//! The loop with a device whose units take long: the driver is told of each at once.
+//! The loop with a device whose units take long: each is announced to the driver at once.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -78,14 +78,14 @@ impl Device for Slow {
         Updated::default()
     }
 
-    fn room() {}
+    fn state_buffer() {}
 
     fn save(&self, (): &mut ()) {}
 
     fn reset(&mut self) {}
 }
 
-/// Has `count` requests served, told of by `check` after each.
+/// Has `count` requests served, and calls `check` before each is let go.
 fn serve(count: u16, features: u64, check: impl Fn(u16, &Rings<'_>, &EventFd, &Sender<Duration>)) {
     let ram = ram();
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -122,11 +122,11 @@ fn serve(count: u16, features: u64, check: impl Fn(u16, &Rings<'_>, &EventFd, &S
 }
 
 #[test]
-fn completions_when_each_takes_long_are_told_one_by_one() {
+fn completions_when_each_takes_long_are_announced_one_by_one() {
     for features in [0, EVENT_IDX] {
         serve(32, features, |number, rings, line, let_go| {
             // The driver waits for the next one, as Linux does. No other request goes on before it
-            // has been told of this one, or the test fails.
+            // knows of this one, or the test fails.
             rings.set_used_event(number - 1);
             let_go.send(Duration::from_micros(200)).unwrap();
             wait_until("the interrupt", || line.read().is_ok());
@@ -136,9 +136,9 @@ fn completions_when_each_takes_long_are_told_one_by_one() {
 }
 
 #[test]
-fn completions_when_each_is_fast_are_told_together() {
+fn completions_when_each_is_fast_are_announced_together() {
     // Thirty-two at once: the worker is asleep before it is let go, and awake until the last.
-    let told = std::cell::Cell::new(0);
+    let interrupts = std::cell::Cell::new(0);
     serve(32, 0, |number, rings, line, let_go| {
         if number == 32 {
             for _ in 0..32 {
@@ -146,11 +146,11 @@ fn completions_when_each_is_fast_are_told_together() {
             }
             wait_until("all are returned", || rings.used_index() == 32);
             wait_until("the interrupt", || {
-                told.set(told.get() + line.read().unwrap_or(0));
-                told.get() > 0
+                interrupts.set(interrupts.get() + line.read().unwrap_or(0));
+                interrupts.get() > 0
             });
         }
     });
     // How many depends on how often the host takes the processor away; never one for each.
-    assert!((1..32).contains(&told.get()), "{}", told.get());
+    assert!((1..32).contains(&interrupts.get()), "{}", interrupts.get());
 }
