@@ -167,6 +167,30 @@ fn driver_when_restored_is_interrupted_for_what_it_may_have_missed_and_for_nothi
 }
 
 #[test]
+fn disk_when_it_has_another_size_now_is_announced_at_the_first_resume() {
+    let mut host = Host::new();
+    let ram = host.ram.clone();
+    let rings = Rings::new(&ram, BASE, 16);
+    // Used buffers are not what it is interrupted for.
+    rings.set_used_event(100);
+    start(&host.device.registers, EVENT_IDX, &[rings.layout()]);
+    host.device.round_trip();
+    pause(&host.device);
+    let saved = save(&host.device);
+    host.file.set_len(80 * 512).unwrap();
+    host.device = device(&host.ram, &host.file, Some(saved)).unwrap();
+    let registers = &host.device.registers;
+    let mut capacity = [0; 8];
+    registers.read(0x100, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 80);
+    assert_eq!((read32(registers, 0xfc), read32(registers, 0x60)), (1, 2));
+    assert!(host.device.line.read().is_err(), "not before it goes on");
+    resume(&host.device);
+    wait_until("the interrupt", || host.device.line.read().is_ok());
+    assert_eq!(read32(registers, 0x60), 2);
+}
+
+#[test]
 fn requests_when_devices_are_made_anew_in_between_are_each_done_once() {
     let mut random = Random::printed();
     for features in [0, EVENT_IDX] {
