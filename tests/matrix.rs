@@ -480,8 +480,12 @@ fn rows(world: &World) -> Vec<Row> {
             bounds: vec![
                 ("/snapshot_type", json!("Half"), 400),
                 ("/snapshot_type", json!("full"), 400),
+                ("/snapshot_path", json!("/does/not/exist/state"), 400),
+                ("/snapshot_path", json!("/dev/null"), 400),
+                ("/snapshot_path", json!(world.file("memory")), 400),
+                ("/mem_file_path", json!("/does/not/exist/memory"), 400),
+                ("/mem_file_path", json!(text(world.folder.path())), 400),
             ],
-            good: (400, "not in this version"),
             ..Row::new(
                 "PUT",
                 "/snapshot/create",
