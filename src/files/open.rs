@@ -6,13 +6,14 @@ mod purpose;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use self::purpose::{
-    CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ, SNAPSHOT_MEMORY,
-    SNAPSHOT_STATE,
+    CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ, FAULT_HANDLER,
+    SNAPSHOT_MEMORY, SNAPSHOT_STATE,
 };
 pub use self::purpose::{CONSOLE_OUTPUT, END, INITRD, KERNEL, LOG, METRICS, Purpose, TAP};
 use crate::error::{ActionError, Context};
@@ -143,6 +144,29 @@ pub fn snapshot_memory(
     let left = source.name().map(Path::new);
     let left = left.and_then(|path| snapshot::partial_memory(header, path));
     left.ok_or_else(|| purpose.wrong(source, refusal))
+}
+
+/// Connects to the process that brings in guest memory.
+///
+/// # Errors
+/// When it does not listen there.
+pub fn fault_handler(source: &Source, passed: &mut Passed) -> Result<UnixStream, ActionError> {
+    let purpose = &FAULT_HANDLER;
+    purpose.may_wait("connecting to", source);
+    match source {
+        Source::Named(path) => {
+            UnixStream::connect(path).map_err(|cause| purpose.not_opened(source, &cause))
+        }
+        Source::Fd(passed_fd) => {
+            let file = File::from(purpose.claim(passed_fd, passed)?);
+            let metadata = file.metadata();
+            let metadata = metadata.map_err(|cause| purpose.not_opened(source, &cause))?;
+            if !metadata.file_type().is_socket() {
+                return Err(purpose.wrong(source, "is not a socket"));
+            }
+            Ok(UnixStream::from(OwnedFd::from(file)))
+        }
+    }
 }
 
 /// Takes the tap out of a descriptor.

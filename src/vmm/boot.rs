@@ -40,7 +40,9 @@ use crate::arch::vm::state::{ClockAfterRestore, VmState};
 use crate::arch::{self, Vm, cpuid, generation, layout};
 use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
+use crate::files;
 use crate::inbox::{Sender, inbox};
+use crate::memory::lazy::Handler;
 use crate::memory::{Backing, Memory, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, SerialPort, Streams, UartState};
@@ -130,6 +132,8 @@ pub struct Restored {
     pub state: MachineState,
     /// Its memory.
     pub memory: Memory,
+    /// The process that brings in its pages, if one does.
+    pub handler: Option<Handler>,
     /// How its clock goes on.
     pub clock: ClockAfterRestore,
     /// Nanoseconds of the host's wall clock since it was saved.
@@ -153,6 +157,7 @@ pub struct Begun {
     power: Arc<Power>,
     /// What KVM is given once the vCPUs are made.
     restored: Option<(VmState, ClockAfterRestore)>,
+    handler: Option<Handler>,
 }
 
 /// For the files thread: puts the guest into memory. It may wait for files.
@@ -208,6 +213,7 @@ pub fn begin(
         chips,
         load,
         restored,
+        handler,
         cpu,
         elapsed,
     } = match origin {
@@ -303,6 +309,7 @@ pub fn begin(
         keyboard,
         power,
         restored,
+        handler,
     };
     Ok((begun, token))
 }
@@ -335,6 +342,7 @@ pub fn complete(
         keyboard,
         power,
         restored,
+        handler,
     } = begun;
     let Loaded {
         memory,
@@ -415,6 +423,7 @@ pub fn complete(
         kvm,
         memory_mib: memory.size_mib(),
         memory: Some(memory),
+        handler,
         msrs: OnceCell::new(),
     };
     Ok((machine, replaced))
@@ -429,6 +438,7 @@ struct Begins {
     chips: Chips,
     load: guest::Load,
     restored: Option<(VmState, ClockAfterRestore)>,
+    handler: Option<Handler>,
     /// What the guest depends on of the host's processor.
     cpu: Option<Fingerprint>,
     elapsed: u64,
@@ -455,6 +465,7 @@ fn boots(host: &Host<'_>, configuration: &Configuration, kvm: &Kvm) -> Result<Be
         chips: choose_chips(kvm, configuration, kernel)?,
         load: guest::load(host, configuration, kernel)?,
         restored: None,
+        handler: None,
         cpu: None,
         elapsed: 0,
     })
@@ -465,6 +476,7 @@ fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
     let Restored {
         mut state,
         memory,
+        handler,
         clock,
         elapsed,
         cpu,
@@ -472,13 +484,18 @@ fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
     } = restored;
     let vm = state.vm.take();
     let vm = vm.ok_or_else(|| ActionError("The snapshot has no clock.".into()))?;
-    generation::renew(&memory).bare()?;
     Ok(Begins {
         state,
         memory,
         chips: vm.chips.place(),
-        load: Box::new(|_| Ok(None)),
+        // Guest memory may have to be brought in: the files thread waits for that, not control.
+        load: Box::new(|memory| {
+            files::may_wait("writing the generation ID into guest memory");
+            generation::renew(memory).bare()?;
+            Ok(None)
+        }),
         restored: Some((vm, clock)),
+        handler,
         cpu,
         elapsed,
     })

@@ -13,6 +13,7 @@ use crate::arch::split::Lines;
 use crate::arch::vcpu::{MsrList, VcpuError, VcpuState};
 use crate::inbox::Sender;
 use crate::memory::Memory;
+use crate::memory::lazy::Handler;
 use crate::serial::{self, SerialMessage, SerialPort};
 use crate::vcpu::{Crash, UnresponsiveVcpu, VcpuHandle};
 
@@ -39,6 +40,8 @@ pub struct Machine {
     pub kvm: Arc<Kvm>,
     /// Kept mapped. The files thread has it while it is frozen for a fork.
     pub memory: Option<Memory>,
+    /// The process that brings in its pages, if one does.
+    pub handler: Option<Handler>,
     /// How large it is.
     pub memory_mib: u64,
     /// Which model-specific registers there are, once they have been asked for.

@@ -36,7 +36,7 @@ mod saving;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -57,6 +57,7 @@ use crate::arch::boot_timer::Booted;
 use crate::files::{self, Files, Finished};
 use crate::inbox::{Inbox, Sender, inbox};
 use crate::log::firecracker;
+use crate::memory::lazy::Handler;
 use crate::memory::mapped;
 use crate::metrics::{Reader, Sink};
 use crate::serial::SerialEvent;
@@ -290,13 +291,17 @@ impl Vmm {
             let mut interests = [
                 Interest::read(self.inbox.as_raw_fd()),
                 Interest::read(self.signals.as_raw_fd()),
+                Interest::read(self.handler_to_watch()),
             ];
             let patience = if more { Some(0) } else { self.patience() };
             if let Err(error) = fd::wait(&mut interests, patience) {
                 error!("Control cannot wait for events any more: {error}");
                 break Next::Exit(exit::ERROR);
             }
-            let [event, signal] = interests;
+            let [event, signal, handler] = interests;
+            if handler.is_ready() && self.handler_is_gone() {
+                break Next::Exit(exit::ERROR);
+            }
             if signal.is_ready()
                 && let Some(Signal { number, code }) = self.signals.next()
             {
@@ -340,6 +345,33 @@ impl Vmm {
             Next::Exit(code) => process::exit(code),
             Next::GoOn => process::exit(exit::ERROR),
         }
+    }
+
+    /// The descriptor that tells of the end of the process that brings in guest memory; -1, which is
+    /// not waited for, where there is none.
+    fn handler_to_watch(&self) -> RawFd {
+        let handler = self
+            .machine
+            .as_ref()
+            .and_then(|machine| machine.handler.as_ref());
+        let watched = handler.and_then(Handler::to_watch);
+        watched.map_or(-1, |watched| watched.as_raw_fd())
+    }
+
+    /// Whether the process that brings in guest memory is gone: the guest cannot go on then.
+    fn handler_is_gone(&mut self) -> bool {
+        let handler = self
+            .machine
+            .as_mut()
+            .and_then(|machine| machine.handler.as_mut());
+        let is_gone = handler.is_some_and(Handler::is_gone);
+        if is_gone {
+            error!(
+                "The guest cannot go on: the process that brings in its memory (the memory backend \
+                 `Uffd`) has ended."
+            );
+        }
+        is_gone
     }
 
     fn handle(&mut self, event: Event) -> Next {

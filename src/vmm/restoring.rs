@@ -17,6 +17,7 @@ use super::saved::{SavedConfig, SavedMachine};
 use crate::arch::vm::state::ClockAfterRestore;
 use crate::error::{ActionError, Context};
 use crate::files::open;
+use crate::memory::lazy::Handler;
 use crate::memory::{Memory, Source as MappedFile};
 use crate::snapshot::Header;
 use crate::sys::clock;
@@ -67,7 +68,7 @@ fn read(
         LoadPages::Transparent => HugePages::Transparent,
         LoadPages::TwoMib => HugePages::TwoMib,
     };
-    let memory = open_memory(load, &header, &machine, passed)?;
+    let (memory, handler) = open_memory(load, &header, &machine, passed)?;
     override_sources(&mut devices, load)?;
     let devices = Devices::default().replace(devices)?(passed)?;
     let boot = boot_source.map(Boot::started);
@@ -75,6 +76,7 @@ fn read(
     let restored = Restored {
         state,
         memory,
+        handler,
         clock: match load.clock_realtime {
             true => ClockAfterRestore::CatchUp,
             false => ClockAfterRestore::Continue,
@@ -86,29 +88,30 @@ fn read(
     Ok((edit, restored))
 }
 
-/// Guest memory, mapped from the memory file that belongs to `header`.
+/// Guest memory, and the process that brings it in if that is how it comes.
 fn open_memory(
     load: &SnapshotLoad,
     header: &Header,
     machine: &MachineConfig,
     passed: &mut Passed,
-) -> Result<Memory, ActionError> {
+) -> Result<(Memory, Option<Handler>), ActionError> {
     let source = &load.mem_backend.backend_path;
-    if load.mem_backend.backend_type == MemoryBackendType::Uffd {
-        return Err(ActionError(format!(
-            "{FAILED}: the memory backend `Uffd` is not in this version"
-        )));
-    }
-    let file = open::snapshot_memory(source, header, passed)?;
-    let mapped = MappedFile::new(&file, &source.to_string()).context(FAILED)?;
+    let (size, tracked) = (machine.mem_size_mib, machine.track_dirty_pages);
     let pages = boot::pages(machine.huge_pages);
-    let memory = Memory::from_image(
-        &Arc::new(mapped),
-        machine.mem_size_mib,
-        pages,
-        machine.track_dirty_pages,
-    );
-    memory.context(FAILED)
+    match load.mem_backend.backend_type {
+        MemoryBackendType::File => {
+            let file = open::snapshot_memory(source, header, passed)?;
+            let mapped = MappedFile::new(&file, &source.to_string()).context(FAILED)?;
+            let memory = Memory::from_image(&Arc::new(mapped), size, pages, tracked);
+            Ok((memory.context(FAILED)?, None))
+        }
+        MemoryBackendType::Uffd => {
+            let socket = open::fault_handler(source, passed)?;
+            let memory = Memory::from_handler(socket, None, size, pages, tracked);
+            let (memory, handler) = memory.context(FAILED)?;
+            Ok((memory, Some(handler)))
+        }
+    }
 }
 
 /// Puts what the request says in the place of what devices were saved with. What was a descriptor then

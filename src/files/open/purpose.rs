@@ -96,6 +96,18 @@ pub(super) const SNAPSHOT_MEMORY: Purpose = Purpose {
     ),
     ..purpose("memory file", "Load snapshot error: ", Mode::Read)
 };
+/// The socket of the process that brings in the memory of a snapshot.
+pub(super) const FAULT_HANDLER: Purpose = Purpose {
+    whole: Some(
+        "Failed to restore from snapshot: Failed to load guest memory: Error creating guest memory \
+         from uffd: Failed to UDS connect",
+    ),
+    ..purpose(
+        "socket of the page fault handler",
+        "Load snapshot error: ",
+        Mode::ReadWrite,
+    )
+};
 pub(super) const CPU_CONFIGURATION: Purpose = purpose("CPU configuration", "", Mode::Read);
 
 impl Purpose {
