@@ -34,6 +34,7 @@ pub mod rules;
 mod saved;
 mod saving;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -167,6 +168,8 @@ pub struct Vmm {
     awaited: Vec<(u64, Awaited)>,
     /// A snapshot that is being taken.
     saving: Option<Saving>,
+    /// Control and the files thread have the filter for reading snapshots.
+    reads_snapshots: Cell<bool>,
     /// The last snapshot that was taken of this guest, or that it was made of.
     last_snapshot: Option<SnapshotId>,
     /// Requests that wait for a change under way, in order.
@@ -227,6 +230,7 @@ impl Vmm {
             files,
             awaited: Vec::new(),
             saving: None,
+            reads_snapshots: Cell::new(false),
             last_snapshot: None,
             held: VecDeque::new(),
             start_line: None,

@@ -263,6 +263,10 @@ impl Vmm {
         let metrics = metrics.transpose()?;
         let serial = serial.map(|serial| self.configuration.check(Part::Serial(serial)));
         let serial = serial.transpose()?;
+        // Once: a filter lasts.
+        let filter = (self.settings.seccomp && !self.reads_snapshots.replace(true))
+            .then_some(Category::Restore);
+        threads::filter_or_end(filter);
         Ok(Change::new(move |passed| {
             let mut parts = Vec::new();
             if let Some(metrics) = metrics {
@@ -274,7 +278,7 @@ impl Vmm {
             if let Some(serial) = serial {
                 parts.push(Ready::Configuration(serial.open(passed)?));
             }
-            parts.extend(restoring::restore(&load, passed)?);
+            parts.extend(restoring::restore(&load, filter, passed)?);
             Ok(Ready::All(parts))
         }))
     }

@@ -2,7 +2,8 @@
 //! control builds a machine of.
 //!
 //! What is read is distrusted like what a guest writes: each part checks its own state when it is
-//! made. Whatever is wrong is told in one message, and no guest runs; the process can be configured,
+//! made. Before the first byte is read, this thread and control install a filter that has no more than
+//! making a machine takes ([`Category::Restore`]); the threads that control makes then inherit it. Whatever is wrong is told in one message, and no guest runs; the process can be configured,
 //! or load again, after that.
 
 use std::fmt;
@@ -19,18 +20,28 @@ use crate::error::{ActionError, Context};
 use crate::files::open;
 use crate::memory::lazy::Handler;
 use crate::memory::{Memory, Source as MappedFile};
+use crate::seccomp::Category;
 use crate::snapshot::Header;
 use crate::sys::clock;
 use crate::sys::passed::Passed;
+use crate::threads;
 use crate::wire::config::{
     self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SnapshotLoad, Source,
 };
 
 const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";
 
-/// The second step of loading a snapshot: reads and opens all of it. What there is of a configuration
+/// The second step of loading a snapshot: reads and opens all of it, behind `filter`. What there is of a configuration
 /// does not matter: the machine takes the place of all of it.
-pub(super) fn restore(load: &SnapshotLoad, passed: &mut Passed) -> Result<Vec<Ready>, ActionError> {
+///
+/// # Errors
+/// What is wrong with it; nothing of the attempt is left then.
+pub(super) fn restore(
+    load: &SnapshotLoad,
+    filter: Option<Category>,
+    passed: &mut Passed,
+) -> Result<Vec<Ready>, ActionError> {
+    threads::filter_or_end(filter);
     let then = match load.resume_vm {
         true => Then::Resume,
         false => Then::Pause,
