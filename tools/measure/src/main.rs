@@ -9,6 +9,7 @@ use mayfly_measure::filter::Filters;
 use mayfly_measure::guest::{Size, Task};
 use mayfly_measure::host::Host;
 use mayfly_measure::monitor::{CommandLine, Monitor};
+use mayfly_measure::report::Measured;
 use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::snapshot::Wanted;
 use mayfly_measure::workspace::Workspace;
@@ -44,7 +45,12 @@ fn run() -> Result<()> {
     let with_tap = matches!(args.which, Which::Limits | Which::Snapshot);
     let workspace = Workspace::new(args.devices || with_tap)?;
     let filters = filters(&args, &workspace)?;
-    let (rows, figures, notes) = rows_and_figures(&args, &workspace)?;
+    let Measured {
+        rows,
+        figures,
+        notes,
+        has_failures,
+    } = measured(&args, &workspace)?;
 
     print!("{}", host.text());
     for (monitor, filters) in args.monitors.iter().zip(&filters) {
@@ -94,6 +100,11 @@ fn run() -> Result<()> {
         });
         fs::write(path, format!("{all:#}\n")).cannot(|| format!("write {}", path.display()))?;
     }
+    if has_failures {
+        return Err(Failure::new(
+            "a monitor failed, and was left out of a figure: see `failed` above",
+        ));
+    }
     Ok(())
 }
 
@@ -118,33 +129,40 @@ fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
         .collect()
 }
 
-/// The rows of the tables: the monitors, but for `life`, `snapshot` and `jail`, which have some in several ways.
-fn rows_and_figures(
-    args: &Args,
-    workspace: &Workspace,
-) -> Result<(Vec<Monitor>, Vec<Figure>, String)> {
-    if args.which == Which::Jail {
-        let (rows, figures) =
-            jail::measure(workspace, &args.monitors, OURS, &args.jailers, plan(args))?;
-        return Ok((rows, figures, jail::NOTES.to_owned()));
-    }
-    if args.which == Which::Life {
-        let rows = life::rows(&args.monitors);
-        let figures = life::measure(workspace, &rows, plan(args))?;
-        return Ok((rows, figures, life::NOTES.to_owned()));
-    }
-    if args.which == Which::Snapshot {
-        let wanted = Wanted {
-            probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
-            linux: args.linux.as_deref(),
-            rows: &args.rows,
-            clones: args.vms,
-            ours: OURS,
-        };
-        return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
-    }
-    let (figures, notes) = figures(args, workspace)?;
-    Ok((args.monitors.clone(), figures, notes.to_owned()))
+/// Measures. The rows of the tables are the monitors, but `life`, `snapshot` and `jail` have some in several ways.
+fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
+    let (rows, figures, notes) = match args.which {
+        Which::Snapshot => {
+            let wanted = Wanted {
+                probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
+                linux: args.linux.as_deref(),
+                rows: &args.rows,
+                clones: args.vms,
+                ours: OURS,
+            };
+            return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
+        }
+        Which::Jail => {
+            let (monitors, jailers) = (&args.monitors, &args.jailers);
+            let (rows, figures) = jail::measure(workspace, monitors, OURS, jailers, plan(args))?;
+            (rows, figures, jail::NOTES)
+        }
+        Which::Life => {
+            let rows = life::rows(&args.monitors);
+            let figures = life::measure(workspace, &rows, plan(args))?;
+            (rows, figures, life::NOTES)
+        }
+        _ => {
+            let (figures, notes) = figures(args, workspace)?;
+            (args.monitors.clone(), figures, notes)
+        }
+    };
+    Ok(Measured {
+        rows,
+        figures,
+        notes: notes.to_owned(),
+        has_failures: false,
+    })
 }
 
 fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static str)> {

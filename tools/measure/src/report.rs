@@ -8,6 +8,19 @@ use crate::monitor::{CommandLine, Monitor};
 use crate::rounds::Figure;
 use crate::stats::{self, Ratio, Summary};
 
+/// All that one run has measured.
+#[derive(Debug)]
+pub struct Measured {
+    /// The rows of the tables.
+    pub rows: Vec<Monitor>,
+    /// The tables.
+    pub figures: Vec<Figure>,
+    /// What is said below them.
+    pub notes: String,
+    /// A monitor failed and was left out of a figure.
+    pub has_failures: bool,
+}
+
 const BAR_CELLS: f64 = 48.0;
 /// Bars reach to this multiple of the greatest median; longer ones are cut.
 const BAR_REACH: f64 = 1.5;

@@ -56,7 +56,7 @@ pub fn measure(bench: &Bench<'_>, folder: Option<&Path>) -> Result<Vec<Figure>> 
     for monitor in bench.monitors_by_api() {
         eprintln!("snapshot: a boot of Linux under {}", monitor.name);
         let made = booted(bench, monitor, &config, &mut pings);
-        if let Some(files) = bench.unless_refused(what, monitor, made)? {
+        if let Some(files) = bench.or_leave_out(what, monitor, made)? {
             snapshots.insert(monitor.name.clone(), files);
         }
     }
@@ -65,8 +65,10 @@ pub fn measure(bench: &Bench<'_>, folder: Option<&Path>) -> Result<Vec<Figure>> 
         pings.restart();
         let mut machine = Machine::listen(&bench.place, row)?;
         machine.send_load(&snapshots[&row.name], Load::ByPath)?;
-        let reply = pings.first_reply(BETWEEN, RESTORE)?;
+        let reply = pings.first_reply(BETWEEN, RESTORE);
+        // A refusal says more than a reply that did not come.
         machine.loaded()?;
+        let reply = reply?;
         let ms = machine.running.ms(reply);
         machine.stop()?;
         Ok(vec![Sample::ms(what, ms)])

@@ -12,7 +12,7 @@
 //! - `place` and `machine`: where the files lie, and a guest that is driven by an API.
 //!
 //! A request that a monitor refuses takes that monitor out of the figure, and is said below the tables: what is missing
-//! is never a figure.
+//! is never a figure. So does a failure, but then the program fails at its end.
 
 mod clones;
 mod linux;
@@ -28,7 +28,9 @@ use std::path::Path;
 
 use crate::failure::{Failure, Result};
 use crate::monitor::{CommandLine, Monitor};
+use crate::report::Measured;
 use crate::rounds::{self, Figure, Plan, Sample};
+use crate::sys;
 use crate::workspace::Workspace;
 
 use place::Place;
@@ -73,20 +75,20 @@ pub struct Wanted<'a> {
     pub ours: &'a str,
 }
 
-/// The rows of the tables with the figures, and what is to be said below them.
+/// Measures what is wanted.
 pub fn measure(
     workspace: &Workspace,
     monitors: &[Monitor],
     plan: Plan,
     wanted: &Wanted<'_>,
-) -> Result<(Vec<Monitor>, Vec<Figure>, String)> {
+) -> Result<Measured> {
     let bench = Bench {
         place: Place::new(workspace, wanted.probe)?,
         rows: rows(monitors, wanted.ours),
         ours: wanted.ours,
         has_option: has_option(monitors, wanted.ours),
         plan,
-        skipped: RefCell::default(),
+        left_out: RefCell::default(),
     };
     for row in bench.rows.iter().filter(|row| !bench.can_start(row)) {
         let why = "its help names no such option";
@@ -116,10 +118,29 @@ pub fn measure(
         figures.extend(linux::measure(&bench, wanted.linux)?);
     }
     let mut notes = NOTES.to_owned();
-    for ((what, who), why) in bench.skipped.borrow().iter() {
-        notes.push_str(&format!("skipped: {what}, {who}: {why}\n"));
+    let left_out = bench.left_out.into_inner();
+    for ((what, who), reason) in &left_out {
+        let (how, why) = match reason {
+            Reason::Missing(why) => ("skipped", why),
+            Reason::Failed(why) => ("failed", why),
+        };
+        notes.push_str(&format!("{how}: {what}, {who}: {why}\n"));
     }
-    Ok((bench.rows, figures, notes))
+    let mut reasons = left_out.values();
+    Ok(Measured {
+        rows: bench.rows,
+        figures,
+        notes,
+        has_failures: reasons.any(|reason| matches!(reason, Reason::Failed(_))),
+    })
+}
+
+/// Why a monitor is left out of a figure.
+enum Reason {
+    /// It has no such thing.
+    Missing(String),
+    /// It was to have it.
+    Failed(String),
 }
 
 /// What all figures need.
@@ -131,7 +152,7 @@ struct Bench<'a> {
     has_option: bool,
     plan: Plan,
     /// By figure and monitor: why it was left out.
-    skipped: RefCell<BTreeMap<(String, String), String>>,
+    left_out: RefCell<BTreeMap<(String, String), Reason>>,
 }
 
 /// The ending of the name of a row that is started by the option `--snapshot`.
@@ -182,25 +203,35 @@ impl Bench<'_> {
         self.rows.iter().filter(|row| self.is_by_api(row))
     }
 
-    /// Says that a monitor is left out of a figure.
+    /// Says that a monitor is left out of a figure, since it has no such thing.
     fn skip(&self, what: &str, who: &str, why: &str) {
+        self.leave_out(what, who, Reason::Missing(why.to_owned()));
+    }
+
+    fn leave_out(&self, what: &str, who: &str, reason: Reason) {
         let key = (what.to_owned(), who.to_owned());
-        self.skipped.borrow_mut().insert(key, why.to_owned());
+        self.left_out.borrow_mut().insert(key, reason);
     }
 
-    /// The value, or nothing if the monitor refused a request on the way to it.
-    fn unless_refused<T>(&self, what: &str, row: &Monitor, made: Result<T>) -> Result<Option<T>> {
-        match made {
-            Ok(value) => Ok(Some(value)),
-            Err(failure) if failure.is_refusal() => {
-                self.skip(what, &row.name, &failure.to_string());
-                Ok(None)
-            }
-            Err(failure) => Err(failure),
-        }
+    /// The value; or nothing if the monitor refused a request on the way to it, or failed, which is said.
+    fn or_leave_out<T>(&self, what: &str, row: &Monitor, made: Result<T>) -> Result<Option<T>> {
+        let failure = match made {
+            Ok(value) => return Ok(Some(value)),
+            Err(failure) if sys::interrupted() => return Err(failure),
+            Err(failure) => failure,
+        };
+        let why = failure.to_string();
+        let reason = if failure.is_refusal() {
+            Reason::Missing(why)
+        } else {
+            eprintln!("snapshot: {what}: {} failed: {why}", row.name);
+            Reason::Failed(why)
+        };
+        self.leave_out(what, &row.name, reason);
+        Ok(None)
     }
 
-    /// Runs `measure` in rounds for the rows that `takes_part` names and that refuse nothing on the way. A share of the
+    /// Runs `measure` in rounds for the rows that `takes_part` names, until they refuse something or fail. A share of the
     /// rounds is run where one takes seconds.
     fn rounds(
         &self,
@@ -213,16 +244,16 @@ impl Bench<'_> {
             warm_up: if share < 1.0 { 0 } else { self.plan.warm_up },
             runs: ((self.plan.runs as f64 * share).round() as usize).max(1),
         };
-        let is_skipped = |row: &Monitor| {
+        let is_left_out = |row: &Monitor| {
             let key = (what.to_owned(), row.name.clone());
-            self.skipped.borrow().contains_key(&key)
+            self.left_out.borrow().contains_key(&key)
         };
         eprintln!("snapshot: {what}");
         rounds::run(plan, &self.rows, |row| {
-            if !takes_part(row) || is_skipped(row) {
+            if !takes_part(row) || is_left_out(row) {
                 return Ok(Vec::new());
             }
-            let samples = self.unless_refused(what, row, measure(row))?;
+            let samples = self.or_leave_out(what, row, measure(row))?;
             Ok(samples.unwrap_or_default())
         })
     }

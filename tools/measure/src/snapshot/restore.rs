@@ -42,7 +42,7 @@ pub fn measure(bench: &Bench<'_>) -> Result<Vec<Figure>> {
         let mut snapshots = HashMap::new();
         for monitor in bench.monitors_by_api() {
             let made = snapshot_of(&bench.place, monitor, guest, Some(b'p'));
-            if let Some(files) = bench.unless_refused(&figure, monitor, made)? {
+            if let Some(files) = bench.or_leave_out(&figure, monitor, made)? {
                 snapshots.insert(monitor.name.as_str(), files);
             }
         }

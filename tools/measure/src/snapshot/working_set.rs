@@ -33,12 +33,12 @@ pub fn measure(bench: &Bench<'_>) -> Result<Vec<Figure>> {
     let mut working_set = None;
     for monitor in bench.monitors_by_api() {
         let made = snapshot_of(&bench.place, monitor, guest, None);
-        let Some(files) = bench.unless_refused(WHAT, monitor, made)? else {
+        let Some(files) = bench.or_leave_out(WHAT, monitor, made)? else {
             continue;
         };
         if bench.is_ours(monitor) {
             let made = record(bench, monitor, &files);
-            working_set = bench.unless_refused(RECORDED, monitor, made)?;
+            working_set = bench.or_leave_out(RECORDED, monitor, made)?;
         }
         snapshots.insert(monitor.name.clone(), files);
     }
