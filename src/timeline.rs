@@ -11,6 +11,8 @@ use crate::sys::clock;
 pub enum Moment {
     /// The API socket accepts clients.
     ApiReady,
+    /// The state file of a snapshot was read, and what it names is open.
+    SnapshotRead,
     /// Everything needed is configured: the start was asked for.
     Configured,
     /// Guest memory exists and KVM knows it.
@@ -24,8 +26,9 @@ pub enum Moment {
 }
 
 /// Names in the order in which the steps happen, as `GET /vm/timeline` has them.
-const MOMENTS: [(Moment, &str); 6] = [
+const MOMENTS: [(Moment, &str); 7] = [
     (Moment::ApiReady, "api_ready_us"),
+    (Moment::SnapshotRead, "snapshot_read_us"),
     (Moment::Configured, "configured_us"),
     (Moment::MemoryMade, "memory_made_us"),
     (Moment::KernelLoaded, "kernel_loaded_us"),
@@ -94,7 +97,7 @@ mod tests {
         assert_eq!(timeline.micros(Moment::ApiReady), Some(first));
         assert!(timeline.micros(Moment::Configured).unwrap() >= first);
         assert_eq!(timeline.micros(Moment::BootTimer), None);
-        assert_eq!(timeline.steps().count(), 6);
+        assert_eq!(timeline.steps().count(), 7);
         for (index, (moment, _)) in MOMENTS.into_iter().enumerate() {
             assert_eq!(moment as usize, index);
         }

@@ -11,7 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -74,6 +74,18 @@ impl Memory {
 }
 
 impl Contents {
+    /// Whether some of guest memory is a mapping of `file`.
+    pub fn is_mapped_from(&self, file: &File) -> bool {
+        let below = match &self.base {
+            Base::Image(source) => Some(source),
+            Base::Anonymous | Base::Shared(_) | Base::Lazy => None,
+        };
+        let mut sources = self.parts.iter().map(|part| &part.source).chain(below);
+        let identity = |file: &File| file.metadata().map(|is| (is.dev(), is.ino())).ok();
+        let this = identity(file);
+        this.is_some() && sources.any(|source| identity(source.file()) == this)
+    }
+
     /// Bytes in an image.
     pub fn len(&self) -> u64 {
         self.ram

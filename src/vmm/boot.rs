@@ -236,7 +236,9 @@ pub fn begin(
     let ram = memory.regions().collect();
     let token = submit(Box::new(move || {
         let entry = load(&mut memory);
-        timeline.mark_again(Moment::KernelLoaded);
+        if matches!(entry, Ok(Some(_))) {
+            timeline.mark_again(Moment::KernelLoaded);
+        }
         let devices = builds.into_iter().map(|build| build()).collect();
         Loaded {
             memory,

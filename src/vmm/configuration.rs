@@ -253,12 +253,13 @@ impl Configuration {
         &mut self,
         machine: MachineConfig,
         boot: Option<Boot>,
+        cpu: Option<CpuConfig>,
         devices: Devices,
     ) -> impl Send + use<> {
         let devices = mem::replace(&mut self.devices, devices);
         let boot = mem::replace(&mut self.boot, boot);
         self.machine = machine;
-        self.cpu = None;
+        self.cpu = cpu;
         (boot, devices)
     }
 

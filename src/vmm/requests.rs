@@ -267,6 +267,7 @@ impl Vmm {
         let filter = (self.settings.seccomp && !self.reads_snapshots.replace(true))
             .then_some(Category::Restore);
         threads::filter_or_end(filter);
+        let timeline = self.timeline.clone();
         Ok(Change::new(move |passed| {
             let mut parts = Vec::new();
             if let Some(metrics) = metrics {
@@ -279,6 +280,7 @@ impl Vmm {
                 parts.push(Ready::Configuration(serial.open(passed)?));
             }
             parts.extend(restoring::restore(&load, filter, passed)?);
+            timeline.mark_again(Moment::SnapshotRead);
             Ok(Ready::All(parts))
         }))
     }

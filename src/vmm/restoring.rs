@@ -70,6 +70,7 @@ fn read(
     let SavedConfig {
         mut machine,
         boot_source,
+        cpu: masks,
         mut devices,
     } = config;
     machine.track_dirty_pages = load.track_dirty_pages;
@@ -83,7 +84,7 @@ fn read(
     override_sources(&mut devices, load)?;
     let devices = Devices::default().replace(devices)?(passed)?;
     let boot = boot_source.map(Boot::started);
-    let edit = edit(move |whole: &mut Configuration| whole.restore(machine, boot, devices))?;
+    let edit = edit(move |whole: &mut Configuration| whole.restore(machine, boot, masks, devices))?;
     let restored = Restored {
         state,
         memory,

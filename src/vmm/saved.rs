@@ -16,6 +16,7 @@ use crate::arch::vcpu::VcpuState;
 use crate::arch::vm::state::VmState;
 use crate::error::ActionError;
 use crate::serial::UartState;
+use crate::wire::config::cpu::CpuConfig;
 use crate::wire::config::{BootSource, Devices, MachineConfig};
 
 /// All that a state file holds beside its header.
@@ -38,6 +39,9 @@ pub struct SavedConfig {
     pub machine: MachineConfig,
     /// What it booted from. Nothing of it is opened again.
     pub boot_source: Option<BootSource>,
+    /// CPUID and MSR masks. The registers have them; CPUID is compared with the host's by them.
+    #[serde(default)]
+    pub cpu: Option<CpuConfig>,
     /// Disks and network interfaces.
     pub devices: Devices,
 }

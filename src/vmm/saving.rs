@@ -50,7 +50,7 @@ const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
 
 const FAILED: &str = "Saving the microVM failed";
 /// How Firecracker begins the message.
-const CREATE_FAILED: &str = "Cannot create the snapshot";
+const CREATE_FAILED: &str = "Create snapshot error: Cannot create the snapshot";
 
 /// In a token: that it belongs to a snapshot. The rest is the device's number.
 const SAVE: u64 = 1 << 62;
@@ -144,6 +144,12 @@ impl Job {
                     self.header.id
                 );
             }
+            (Some(Target::File { file, name }), _) if self.is_below_the_guest(&file) => {
+                return Err(ActionError(format!(
+                    "{CREATE_FAILED}: the memory of this guest is mapped from `{name}`, which would \
+                     change it. Name another file"
+                )));
+            }
             (Some(memory), frozen) => {
                 let fill = |file: &File| self.fill(file, frozen.as_deref());
                 let encode = |memory| snapshot::encode(&self.header_with(memory), &self.saved);
@@ -152,6 +158,14 @@ impl Job {
             (None, None) => return Err(ActionError("missing field `mem_file_path`".into())),
         }
         Ok(self.header.id)
+    }
+
+    /// Whether guest memory is a mapping of `file`.
+    fn is_below_the_guest(&self, file: &File) -> bool {
+        match &self.image {
+            ImageSource::Memory(contents, _) => contents.is_mapped_from(file),
+            ImageSource::Frozen(_) => false,
+        }
     }
 
     /// Writes the memory image.
@@ -395,6 +409,7 @@ impl Vmm {
                     .boot
                     .as_ref()
                     .map(|boot| boot.source.clone()),
+                cpu: self.configuration.cpu.clone(),
                 devices: self.configuration.devices.configs(),
             },
             cpu: cpu.ok_or_else(|| ActionError(format!("{FAILED}: it has no vCPU")))?,
