@@ -83,8 +83,8 @@ const JAILER_SEES: &str = "wire";
 const UNSAFE: &[(&str, usize, &str)] = &[
     (
         "src/memory/mapping.rs",
-        4,
-        "maps files into guest memory, empties its page tables, and registers it with KVM: the mapping must outlive the VM",
+        3,
+        "maps files into guest memory, advises the host of it, and registers it with KVM: the mapping must outlive the VM",
     ),
     (
         "src/sys/allocator.rs",

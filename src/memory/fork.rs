@@ -20,7 +20,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::image::{Contents, Stamp, Writer, Written};
-use super::mapping::{Over, drop_page_tables};
+use super::mapping::{Advice, Over, advise};
 use super::occupied::data_ranges;
 use super::{Base, Memory, MemoryError, PAGE, Pages, Ram, Source, map_all};
 
@@ -85,7 +85,7 @@ impl Zap {
                 let first = self.at.saturating_sub(before);
                 let len = ZAP_STEP.min(region.len().saturating_sub(first));
                 if let Ok(part) = region.get_slice(MemoryRegionAddress(first), len as usize) {
-                    drop_page_tables(&part);
+                    advise(&part, Advice::DropTables);
                 }
                 self.at = self.at.saturating_add(len);
                 return self.at >= end && !self.goes_on(end);

@@ -39,7 +39,7 @@ pub struct Contents {
     pub(super) base: Base,
     pub(super) parts: Vec<MappedPart>,
     /// This process's /proc/self/pagemap, where it cannot be opened by name.
-    pagemap: Option<Arc<File>>,
+    pub(super) pagemap: Option<Arc<File>>,
 }
 
 /// The id that an image is to bear.
@@ -182,7 +182,7 @@ impl Contents {
     }
 
     /// The pieces of RAM, and where each is in this process.
-    fn pieces(&self) -> impl Iterator<Item = (Piece, u64)> {
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (Piece, u64)> {
         let mut offset: u64 = 0;
         self.ram.iter().map(move |region| {
             let piece = Piece {

@@ -17,7 +17,7 @@ use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::layout::{Layout, fresh};
-use super::{Base, Memory, MemoryError, PAGE, Pages, mapping};
+use super::{Base, Memory, MemoryError, PAGE, Pages, advise_huge};
 use crate::sys::socket::{self, send_with_descriptors};
 use crate::sys::uffd::Uffd;
 
@@ -84,7 +84,7 @@ impl Memory {
         let layout = Layout::new(size_mib)?;
         let ram = fresh(&layout, size_mib, pages, log_writes)?;
         if pages == Pages::Transparent {
-            ram.iter().for_each(mapping::advise_huge);
+            advise_huge(&ram);
         }
         let uffd = Uffd::new(device).map_err(MemoryError::Userfaultfd)?;
         let page_size = match pages {

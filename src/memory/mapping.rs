@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 
 use super::{Memory, MemoryError, PAGE};
 
@@ -44,17 +44,6 @@ impl Memory {
         }
         Ok(())
     }
-}
-
-/// Asks the host to use huge pages for a piece of guest memory where it can.
-pub(super) fn advise_huge<B>(region: &GuestRegionMmap<B>)
-where
-    B: vm_memory::bitmap::Bitmap,
-{
-    let host = region.as_ptr().cast();
-    // SAFETY: the region, borrowed for the call, is mapped for its whole length; the advice changes
-    // nothing that is in it. A host that does not take it uses ordinary pages.
-    unsafe { libc::madvise(host, region.size(), libc::MADV_HUGEPAGE) };
 }
 
 /// What is mapped over pages of guest memory; of a file, from which of its bytes on.
@@ -99,13 +88,30 @@ pub(super) fn map_over<B: BitmapSlice>(
     Ok(())
 }
 
-/// Empties the page tables of a shared mapping; what is in it stays in its file.
-///
-/// Of a private mapping this would take away what was written: to be called under the lock that
-/// says that it is shared.
-pub(super) fn drop_page_tables<B: BitmapSlice>(pages: &VolatileSlice<'_, B>) {
+/// What the host is asked to do with pages of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Advice {
+    /// Join them to huge ones where it can.
+    Huge,
+    /// Forget where they are. Of a shared mapping what is in them stays in its file; of a private one
+    /// it is lost: to be asked for under the lock that says that it is shared.
+    DropTables,
+    /// Give this process pages of its own, as if it had written them.
+    OwnPages,
+    /// Read them from their file, if they are not in the page cache.
+    ReadAhead,
+}
+
+/// Asks the host; whether it does it. A refusal leaves the pages as they are.
+pub(super) fn advise<B: BitmapSlice>(pages: &VolatileSlice<'_, B>, advice: Advice) -> bool {
+    let advice = match advice {
+        Advice::Huge => libc::MADV_HUGEPAGE,
+        Advice::DropTables => libc::MADV_DONTNEED,
+        Advice::OwnPages => libc::MADV_POPULATE_WRITE,
+        Advice::ReadAhead => libc::MADV_WILLNEED,
+    };
     let host = pages.ptr_guard_mut().as_ptr().cast();
-    // SAFETY: the slice's lifetime keeps it mapped, and no reference to what is in it exists: were
-    // it not shared, this would be a write like any other. A refusal leaves it as it is.
-    unsafe { libc::madvise(host, pages.len(), libc::MADV_DONTNEED) };
+    // SAFETY: the slice's lifetime keeps it mapped, and no reference to what is in it exists: the one
+    // advice that may change what is in it is a write like any other.
+    unsafe { libc::madvise(host, pages.len(), advice) == 0 }
 }

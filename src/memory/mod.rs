@@ -30,6 +30,7 @@ mod mapping;
 mod occupied;
 pub mod page_set;
 mod source;
+pub mod working_set;
 mod write_log;
 
 use std::io;
@@ -150,7 +151,7 @@ impl Memory {
             }
         };
         if pages == Pages::Transparent {
-            ram.iter().for_each(mapping::advise_huge);
+            advise_huge(&ram);
         }
         Ok(Memory::of(ram, size_mib, pages, base))
     }
@@ -188,7 +189,7 @@ impl Memory {
         let ram = fresh(&layout, size_mib, pages, log_writes)?;
         map_all(&ram, |offset| Over::Private(source.file(), offset)).map_err(read)?;
         if pages == Pages::Transparent {
-            ram.iter().for_each(mapping::advise_huge);
+            advise_huge(&ram);
         }
         let base = Base::Image(Arc::clone(source));
         let mut memory = Memory::of(ram, size_mib, pages, base);
@@ -288,6 +289,13 @@ impl Memory {
         image
             .into_iter()
             .chain(self.parts.iter().map(|part| &part.source))
+    }
+}
+
+/// Asks the host to use huge pages where it can.
+fn advise_huge(ram: &Ram) {
+    for pages in ram.iter().filter_map(|r| r.as_volatile_slice().ok()) {
+        mapping::advise(&pages, mapping::Advice::Huge);
     }
 }
 

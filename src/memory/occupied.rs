@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use super::image::Contents;
 use super::page_set::PageSet;
 use super::{Base, PAGE, Piece};
-use crate::sys::pagemap;
+use crate::sys::pagemap::{self, Kind};
 
 /// How a process's own pages are found, best first.
 #[derive(Clone, Debug)]
@@ -110,11 +110,11 @@ impl Finder {
             let whole = addresses.clone();
             let (result, next) = match &self.method {
                 Method::Scan(file) => (
-                    pagemap::scan(file, whole, &mut found),
+                    pagemap::scan(file, Kind::Own, whole, &mut found),
                     Method::Entries(Arc::clone(file)),
                 ),
                 Method::Entries(file) => (
-                    pagemap::read_entries(file, whole, &mut found),
+                    pagemap::read_entries(file, Kind::Own, whole, &mut found),
                     Method::Resident,
                 ),
                 Method::Resident => (pagemap::resident(whole, &mut found), Method::All),

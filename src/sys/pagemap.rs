@@ -54,13 +54,23 @@ const REGIONS: usize = 256;
 /// How many entries are read at a time.
 const ENTRIES: usize = 1024;
 
-/// Tells `found` the ranges of `addresses` whose pages are this process's own: present or swapped
-/// out, neither a file's nor the page of zeros that all share.
+/// Which pages are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// This process's own: present or swapped out, neither a file's nor the page of zeros that all
+    /// share.
+    Own,
+    /// A file's that are in this process's page tables.
+    File,
+}
+
+/// Tells `found` the ranges of `addresses` whose pages are of a kind.
 ///
 /// # Errors
 /// The host's; ENOTTY before Linux 6.7.
 pub fn scan(
     pagemap: &File,
+    kind: Kind,
     addresses: Range<u64>,
     mut found: impl FnMut(Range<u64>),
 ) -> io::Result<()> {
@@ -80,7 +90,10 @@ pub fn scan(
             vec: regions.as_mut_ptr() as u64,
             vec_len: REGIONS as u64,
             max_pages: 0,
-            category_inverted: IS_FILE | IS_PFNZERO,
+            category_inverted: match kind {
+                Kind::Own => IS_FILE | IS_PFNZERO,
+                Kind::File => IS_PFNZERO,
+            },
             category_mask: IS_FILE | IS_PFNZERO,
             category_anyof_mask: IS_PRESENT | IS_SWAPPED,
             return_mask: IS_PRESENT,
@@ -106,6 +119,7 @@ pub fn scan(
 /// The host's.
 pub fn read_entries(
     pagemap: &File,
+    kind: Kind,
     addresses: Range<u64>,
     mut found: impl FnMut(Range<u64>),
 ) -> io::Result<()> {
@@ -118,8 +132,9 @@ pub fn read_entries(
         pagemap.read_exact_at(bytes, address / PAGE * size_of::<u64>() as u64)?;
         for entry in bytes.as_chunks().0 {
             let entry = u64::from_le_bytes(*entry);
-            let is_own = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE == 0;
-            if is_own {
+            let is_there = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
+            let is_file = entry & ENTRY_FILE != 0;
+            if is_there && is_file == (kind == Kind::File) {
                 found(address..address + PAGE);
             }
             address += PAGE;
