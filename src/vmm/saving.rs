@@ -568,6 +568,16 @@ impl Vmm {
     fn end_saving(&mut self, result: Result<(), ActionError>) {
         self.resume_after_saving();
         if let Some(saving) = self.saving.take() {
+            let is_fork = saving.request.snapshot_type == SnapshotType::Fork;
+            let may_have_begun = matches!(
+                saving.step,
+                Step::Collecting { .. } | Step::Freezing | Step::Writing
+            );
+            if result.is_err() && is_fork && may_have_begun {
+                // What has changed before it is told by no log any more, and memory that was frozen
+                // has no page of its own left: the next diff has to hold all.
+                self.last_snapshot = None;
+            }
             saving.client.send(result.map(|()| Outcome::Done));
             self.close_passed(saving.passed);
         }
