@@ -14,7 +14,7 @@ use super::change::{Edit, edit};
 use super::configuration::{Boot, Configuration};
 use super::devices::Devices;
 use super::requests::{Ready, Start, Then};
-use super::saved::{SavedConfig, SavedMachine};
+use super::saved::SavedMachine;
 use crate::arch::vm::state::ClockAfterRestore;
 use crate::error::{ActionError, Context};
 use crate::files::open;
@@ -26,7 +26,8 @@ use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::threads;
 use crate::wire::config::{
-    self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SnapshotLoad, Source,
+    self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SavedConfig, SnapshotLoad,
+    Source,
 };
 
 const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";

@@ -16,8 +16,7 @@ use crate::arch::vcpu::VcpuState;
 use crate::arch::vm::state::VmState;
 use crate::error::ActionError;
 use crate::serial::UartState;
-use crate::wire::config::cpu::CpuConfig;
-use crate::wire::config::{BootSource, Devices, MachineConfig};
+use crate::wire::config::SavedConfig;
 
 /// All that a state file holds beside its header.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,21 +28,6 @@ pub struct SavedMachine {
     pub cpu: Fingerprint,
     /// The state of each part.
     pub state: MachineState,
-}
-
-/// What of a configuration lasts longer than its process.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SavedConfig {
-    /// The machine.
-    pub machine: MachineConfig,
-    /// What it booted from. Nothing of it is opened again.
-    pub boot_source: Option<BootSource>,
-    /// CPUID and MSR masks. The registers have them; CPUID is compared with the host's by them.
-    #[serde(default)]
-    pub cpu: Option<CpuConfig>,
-    /// Disks and network interfaces.
-    pub devices: Devices,
 }
 
 /// The state of each part of a machine; by default all are new.

@@ -28,7 +28,7 @@ use super::file_work::{Awaited, FileResult};
 use super::lifecycle::Input;
 use super::pausing::Waiter;
 use super::rules::State;
-use super::saved::{MachineState, SavedConfig, SavedMachine};
+use super::saved::{MachineState, SavedMachine};
 use super::{Next, Vmm};
 use crate::arch::fingerprint::Fingerprint;
 use crate::arch::layout;
@@ -42,7 +42,7 @@ use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId, Target};
 use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::sys::socket::send_with_descriptors;
-use crate::wire::config::{SnapshotCreate, SnapshotType, Source};
+use crate::wire::config::{SavedConfig, SnapshotCreate, SnapshotType, Source};
 use crate::{error, exit, info};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.

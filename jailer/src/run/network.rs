@@ -46,6 +46,21 @@ const PREFIX: u8 = 30;
 const USER_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const USER_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
+/// A guest that was saved cannot have such a network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error(
+        "cannot make a network for the guest of this snapshot (--net {0}): it has the address that it \
+         was booted with, which is not one of --net {0}; connect it as at its boot"
+    )]
+    Other(&'static str),
+    #[error(
+        "cannot make a network for the guest of this snapshot (--net auto): its address belongs to a \
+         microVM that runs ({0}); for many at once take the snapshot with --net user"
+    )]
+    Taken(String),
+}
+
 /// A network of the jail's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
@@ -61,6 +76,24 @@ impl Network {
         match tap {
             OwnTap::Auto => Network::Auto(choose_block(seed)),
             OwnTap::User => Network::User,
+        }
+    }
+
+    /// That of a guest that was saved, which keeps the address that it was booted with.
+    pub fn of_saved(tap: OwnTap, mac: Option<Mac>) -> Result<Network, NetworkError> {
+        let found = match tap {
+            OwnTap::User => Some(Network::User),
+            OwnTap::Auto => mac.and_then(Block::of_mac).map(Network::Auto),
+        };
+        match found.filter(|network| mac == Some(network.mac())) {
+            Some(Network::Auto(block)) if block.is_taken() => {
+                Err(NetworkError::Taken(block.interface()))
+            }
+            Some(network) => Ok(network),
+            None => Err(NetworkError::Other(match tap {
+                OwnTap::Auto => "auto",
+                OwnTap::User => "user",
+            })),
         }
     }
 
@@ -131,6 +164,19 @@ impl Block {
         Ipv4Addr::from_bits(POOL + self.0 * PER_GUEST + role as u32)
     }
 
+    /// The one whose guest has this MAC address.
+    fn of_mac(mac: Mac) -> Option<Block> {
+        let [_, _, a, b, c, d] = mac.0;
+        let offset = u32::from_be_bytes([a, b, c, d]).checked_sub(POOL)?;
+        let block = Block(offset / PER_GUEST);
+        (block.0 < BLOCKS).then_some(block)
+    }
+
+    /// Whether a microVM of this host has it, as far as can be seen.
+    fn is_taken(self) -> bool {
+        Path::new("/sys/class/net").join(self.interface()).exists()
+    }
+
     /// Name of the host's end of the cable; that it exists once is what makes the block ours.
     fn interface(self) -> String {
         format!("mf{}", self.0)
@@ -141,7 +187,7 @@ impl Block {
 fn choose_block(seed: u32) -> Block {
     (0..BLOCKS)
         .map(|step| Block::of(seed.wrapping_add(step)))
-        .find(|block| !Path::new("/sys/class/net").join(block.interface()).exists())
+        .find(|block| !block.is_taken())
         .unwrap_or(Block::of(seed))
 }
 
@@ -261,5 +307,25 @@ mod tests {
         );
         assert_eq!(network.mac().to_string(), "06:00:c6:12:00:06");
         assert!(last.interface().len() < 16);
+        for block in [first, last] {
+            assert_eq!(Block::of_mac(Network::Auto(block).mac()), Some(block));
+        }
+    }
+
+    #[test]
+    fn guest_that_was_saved_keeps_its_address_or_has_no_such_network() {
+        let auto = Network::Auto(Block::of(BLOCKS - 1));
+        let user = Network::User;
+        let found = |tap, mac: Network| Network::of_saved(tap, Some(mac.mac())).ok();
+        assert_eq!(found(OwnTap::Auto, auto), Some(auto));
+        assert_eq!(found(OwnTap::User, user), Some(user));
+        assert_eq!(found(OwnTap::User, auto), None);
+        assert_eq!(found(OwnTap::Auto, user), None);
+        for tap in [OwnTap::Auto, OwnTap::User] {
+            assert!(Network::of_saved(tap, None).is_err());
+            // In the pool, and no guest's.
+            let other = Some(Mac([6, 0, 198, 18, 0, 5]));
+            assert!(Network::of_saved(tap, other).is_err());
+        }
     }
 }

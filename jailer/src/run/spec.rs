@@ -1,12 +1,13 @@
 //! What `mayfly-jailer run` is to do, in one value: the options, the configuration in the monitor's own
 //! types, and everything that they name, opened. `options` reads words, `vm` the configuration,
-//! `inherited` takes descriptors that were passed, `resources` opens paths.
+//! `snapshot` what was saved, `inherited` takes descriptors that were passed, `resources` opens paths.
 //!
 //! Nothing is made on the host here but files to append to.
 
 pub mod inherited;
 pub mod options;
 pub mod resources;
+pub mod snapshot;
 pub mod vm;
 
 use std::fs::File;
@@ -48,8 +49,8 @@ pub enum OwnTap {
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
     #[error(
-        "cannot run a microVM: there is nothing to run; give --kernel, --config, or --api-sock for \
-         a client that configures it"
+        "cannot run a microVM: there is nothing to run; give --kernel, --config, --snapshot, or \
+         --api-sock for a client that configures it"
     )]
     NothingToRun,
     #[error("cannot use --api-sock: an API socket was passed (LISTEN_FDS)")]

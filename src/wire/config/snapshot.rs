@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cpu::CpuConfig;
 use super::json::{JsonError, object, objects, optional_object};
-use super::{Logger, Metrics, Serial, Source};
+use super::{BootSource, Devices, Logger, MachineConfig, Metrics, Serial, Source};
 
 /// Which kind of snapshot to take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -57,6 +58,21 @@ impl TryFrom<CreateBody> for SnapshotCreate {
             mem_file_path,
         })
     }
+}
+
+/// What of a configuration lasts longer than its process: a snapshot's state has it under `config`.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedConfig {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// What it booted from. Nothing of it is opened again.
+    pub boot_source: Option<BootSource>,
+    /// CPUID and MSR masks. The registers have them; CPUID is compared with the host's by them.
+    #[serde(default)]
+    pub cpu: Option<CpuConfig>,
+    /// Disks and network interfaces.
+    pub devices: Devices,
 }
 
 /// How guest memory gets its content after a load.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
+use super::snapshot::Restoring;
 use super::{LEAST_OPEN_FILES, OWN_TAP, OwnTap};
 use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, resource_limits};
 use crate::cgroup::exclusive::Wanted;
@@ -65,6 +66,8 @@ pub enum Machine {
     Config(PathBuf),
     /// From the command line, with a tap that is made in the jail.
     Plain(Box<VmConfig>, Option<OwnTap>),
+    /// From a snapshot, with a tap that is made in the jail.
+    Snapshot(Restoring, Option<OwnTap>),
 }
 
 /// Where the console goes.
@@ -90,8 +93,8 @@ impl Console {
 }
 
 const KNOWN: Known = Known {
-    flags: "--with-parent --quiet",
-    once: "--config --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
+    flags: "--with-parent --quiet --same-disks --ignore-cpu-differences",
+    once: "--config --snapshot --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report",
     repeatable: "--drive --net --limit --cgroup --resource-limit",
     text: "--cmdline",
@@ -140,16 +143,109 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
     }))
 }
 
+/// Those that a snapshot has its own of.
+const SAVED: &str = "--config --kernel --initrd --cmdline --vcpus --memory";
+/// Those that say something of a snapshot.
+const OF_SNAPSHOT: [&str; 2] = ["--same-disks", "--ignore-cpu-differences"];
+
+fn refuse<T>(name: &'static str, words: &mut Words, why: &'static str) -> Result<T, ArgsError> {
+    let value = words.one(name).unwrap_or_default();
+    let value = value.display().to_string();
+    Err(ArgsError::Value(name, value, why.into()))
+}
+
 fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
-    let plain = OF_MACHINE.split(' ').find(|name| words.has(name));
-    let refuse = |name, words: &mut Words, why: &'static str| {
-        let value = words.one(name).unwrap_or_default();
-        Err(ArgsError::Value(
-            name,
-            value.display().to_string(),
-            why.into(),
-        ))
+    let folder = words.path("--snapshot");
+    let of_snapshot = OF_SNAPSHOT.into_iter().find(|name| words.has(name));
+    if let (None, Some(name)) = (&folder, of_snapshot) {
+        return refuse(name, words, "it needs --snapshot");
+    }
+    match folder {
+        Some(folder) => saved_machine(folder, words),
+        None => new_machine(words),
+    }
+}
+
+/// One that was saved, with files and taps for what it has.
+fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsError> {
+    if let Some(name) = SAVED.split(' ').find(|name| words.has(name)) {
+        let why = "--snapshot has the machine already, as it was saved; leave it out";
+        return refuse(name, words, why);
+    }
+    let mut restoring = Restoring {
+        folder,
+        same_disks: words.has("--same-disks"),
+        ignore_cpu_differences: words.has("--ignore-cpu-differences"),
+        ..Restoring::default()
     };
+    let mut unnamed = 0..;
+    for (id, text) in words.all("--drive", |text| Ok(split_id(text)))? {
+        let (source, read_only) = drive(&text);
+        let id = id.unwrap_or_else(|| drive_id(unnamed.next().unwrap_or(0)));
+        if restoring.drives.iter().any(|(other, ..)| *other == id) {
+            return Err(ArgsError::Value("--drive", id, TWICE.into()));
+        }
+        restoring.drives.push((id, source, read_only));
+    }
+    let mut own_tap = None;
+    let mut unnamed = 0..;
+    let nets = words.all("--net", |text| {
+        let (id, text) = split_id(text);
+        Ok((id, net(&text)?))
+    })?;
+    for (id, (tap, own)) in nets {
+        own_tap = one_own_tap(own_tap, own)?;
+        let id = id.unwrap_or_else(|| interface_id(unnamed.next().unwrap_or(0)));
+        if restoring.taps.iter().any(|(other, _)| *other == id) {
+            return Err(ArgsError::Value("--net", id, TWICE.into()));
+        }
+        restoring.taps.push((id, tap));
+    }
+    Ok(Machine::Snapshot(restoring, own_tap))
+}
+
+const TWICE: &str = "it is given twice";
+
+/// The id that the `index`th `--drive` gives its disk.
+fn drive_id(index: usize) -> String {
+    match index {
+        0 => "root".to_owned(),
+        _ => format!("disk{index}"),
+    }
+}
+
+/// The id that the `index`th `--net` gives its interface.
+fn interface_id(index: usize) -> String {
+    format!("eth{index}")
+}
+
+/// The id in `ID=WHAT`, if there is one, and the rest. A path that begins like this can be written
+/// with `./` before it.
+fn split_id(text: &str) -> (Option<String>, String) {
+    let is_id = |id: &str| {
+        let mut bytes = id.bytes();
+        !id.is_empty() && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    };
+    match text.split_once('=').filter(|(id, _)| is_id(id)) {
+        Some((id, rest)) => (Some(id.to_owned()), rest.to_owned()),
+        None => (None, text.to_owned()),
+    }
+}
+
+/// The only tap of the jail's own that there may be.
+fn one_own_tap(
+    before: Option<OwnTap>,
+    another: Option<OwnTap>,
+) -> Result<Option<OwnTap>, ArgsError> {
+    if before.is_some() && another.is_some() {
+        let why = "it is given twice; one such interface is what a jail has; give taps for others";
+        return Err(ArgsError::Value("--net", "auto or user".into(), why.into()));
+    }
+    Ok(another.or(before))
+}
+
+fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
+    let plain = OF_MACHINE.split(' ').find(|name| words.has(name));
     let config = words.path("--config");
     if let (Some(_), Some(name)) = (&config, plain) {
         let why = "--config describes the machine already; write it into that file";
@@ -179,26 +275,18 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
         }),
         ..VmConfig::default()
     };
-    for (index, (path, read_only)) in words.all("--drive", drive)?.into_iter().enumerate() {
-        let id = match index {
-            0 => "root".to_owned(),
-            _ => format!("disk{index}"),
-        };
+    let drives = words.all("--drive", |text| Ok(drive(text)))?;
+    for (index, (path, read_only)) in drives.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             is_root_device: index == 0 && !has_root,
             is_read_only: Some(read_only),
-            ..Drive::new(id, path)
+            ..Drive::new(drive_id(index), path)
         });
     }
     let mut own_tap = None;
     for (index, (tap, own)) in words.all("--net", net)?.into_iter().enumerate() {
-        if own.is_some() && own_tap.is_some() {
-            let why =
-                "it is given twice; one such interface is what a jail has; give taps for others";
-            return Err(ArgsError::Value("--net", "auto or user".into(), why.into()));
-        }
-        own_tap = own.or(own_tap);
-        let interface = NetworkInterface::new(format!("eth{index}"), tap);
+        own_tap = one_own_tap(own_tap, own)?;
+        let interface = NetworkInterface::new(interface_id(index), tap);
         config.devices.network_interfaces.push(interface);
     }
     Ok(Machine::Plain(Box::new(config), own_tap))
@@ -230,9 +318,9 @@ fn vcpus(text: &str) -> Result<u8, Why> {
     count.ok_or("it is not a number from 0 to 255".into())
 }
 
-fn drive(text: &str) -> Result<(Source, bool), Why> {
+fn drive(text: &str) -> (Source, bool) {
     let path = text.strip_suffix(":ro");
-    Ok((source(path.unwrap_or(text))?, path.is_some()))
+    (path.unwrap_or(text).into(), path.is_some())
 }
 
 /// What a network interface is connected to, and whether that is made in the jail.

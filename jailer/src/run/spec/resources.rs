@@ -4,12 +4,14 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use mayfly::wire::config::Backing;
+use mayfly::wire::Source;
+use mayfly::wire::config::{Backing, PassedFd};
 use mayfly::wire::tap::{Tap, TapError};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::SpecError;
+use super::inherited::Passed;
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
 
 /// What a socket for clients of the console is called.
@@ -29,8 +31,33 @@ fn word(backing: Backing) -> &'static str {
     }
 }
 
+/// Opens what `source` names, or takes it from what was passed; and what messages call it. A disk has
+/// its whole path there, by which a snapshot of the microVM finds it again.
+pub fn open_or_take(
+    backing: Backing,
+    source: &Source,
+    passed: &mut Passed,
+) -> Result<(OwnedFd, String), AnyError> {
+    match source {
+        Source::Named(name) => {
+            let file = open(backing, name)?;
+            let absolute = std::path::absolute(name).ok();
+            let is_disk = matches!(backing, Backing::Disk { .. });
+            let whole = absolute.and_then(|path| path.into_os_string().into_string().ok());
+            let called = whole.filter(|_| is_disk).unwrap_or_else(|| name.clone());
+            Ok((file, called))
+        }
+        Source::Fd(PassedFd { fd, name }) => {
+            let called = name.clone().unwrap_or_else(|| format!("descriptor {fd}"));
+            let file = passed.take(*fd)?;
+            examine(backing, file.as_fd(), &called)?;
+            Ok((file, called))
+        }
+    }
+}
+
 /// Opens what `name` names.
-pub fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
+fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
     if backing == Backing::Tap {
         return open_tap(name);
     }

@@ -3,28 +3,35 @@
 //!
 //! Reading comes first and opens nothing else ([`Described`]); then everything is opened ([`Vm`]),
 //! and the configuration refers to it by number, with the user's name for messages. Then it is sent,
-//! in one request that carries all descriptors.
+//! in one request that carries all descriptors. A snapshot takes the same way (`snapshot`).
 
 use std::io::Read as _;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use mayfly::wire::config::{self, Backing, Mac, PassedFd, Serial};
+use mayfly::wire::config::{self, Backing, Mac, PassedFd, Restore, Serial};
 use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
 use mayfly::wire::{Source, VmConfig};
 
 use super::inherited::{Passed, number_in};
 use super::options::{Console, Machine, Options, default_boot_args};
 use super::resources::{self, CONSOLE_SOCKET};
+use super::snapshot::{self, Restoring};
 use super::{OWN_TAP, OwnTap, SpecError};
 use crate::error::{AnyError, Step as _};
 
-/// A configuration, in which descriptors still have the numbers that they were passed with.
+/// What to run, in which descriptors still have the numbers that they were passed with.
 #[derive(Debug)]
 pub struct Described {
-    config: VmConfig,
+    machine: Unopened,
     /// The tap to be made in the jail.
     pub own_tap: Option<OwnTap>,
+}
+
+#[derive(Debug)]
+enum Unopened {
+    Configuration(Box<VmConfig>),
+    Snapshot(Restoring),
 }
 
 impl Described {
@@ -35,6 +42,10 @@ impl Described {
             Machine::Client => return Ok(None),
             Machine::Config(path) => (read(&path)?, None),
             Machine::Plain(config, own_tap) => (*config, own_tap),
+            Machine::Snapshot(restoring, own_tap) => {
+                let machine = Unopened::Snapshot(restoring);
+                return Ok(Some(Described { machine, own_tap }));
+            }
         };
         let logger = config.logger.as_mut();
         let log = take_path(logger.and_then(|it| it.log_path.take()), "log_path")?;
@@ -51,45 +62,63 @@ impl Described {
                 return Err(SpecError::TwoConsoleSockets.into());
             }
         }
-        Ok(Some(Described { config, own_tap }))
+        let machine = Unopened::Configuration(Box::new(config));
+        Ok(Some(Described { machine, own_tap }))
     }
 
     /// The numbers of the passed descriptors that it names, also by their paths.
     pub fn inherited(&mut self) -> Vec<RawFd> {
-        let number = |(_, source): (_, &mut Source)| match source {
+        let number = |source: &mut Source| match source {
             Source::Fd(PassedFd { fd, .. }) => RawFd::try_from(*fd).ok(),
             Source::Named(path) => number_in(path),
         };
-        let sources = self.config.sources().into_iter();
-        sources.filter_map(number).collect()
+        match &mut self.machine {
+            Unopened::Configuration(config) => {
+                let sources = config.sources().into_iter().map(|(_, source)| source);
+                sources.filter_map(number).collect()
+            }
+            Unopened::Snapshot(restoring) => restoring.sources().filter_map(number).collect(),
+        }
     }
 
     /// Opens everything but what is still to be made: a tap in the jail, a socket.
-    pub fn open(mut self, passed: &mut Passed) -> Result<Vm, AnyError> {
-        let mut files = Vec::new();
-        for (backing, source) in self.config.sources() {
-            let (file, name) = match source {
-                Source::Named(name) if backing == Backing::Tap && name == OWN_TAP => continue,
-                Source::Named(name) => (resources::open(backing, name)?, name.clone()),
-                Source::Fd(PassedFd { fd, name }) => {
-                    let called = name.clone().unwrap_or_else(|| format!("descriptor {fd}"));
-                    let file = passed.take(*fd)?;
-                    resources::examine(backing, file.as_fd(), &called)?;
-                    (file, called)
+    pub fn open(self, passed: &mut Passed) -> Result<Vm, AnyError> {
+        let vm = match self.machine {
+            Unopened::Configuration(config) => open(*config, passed)?,
+            Unopened::Snapshot(restoring) => {
+                let snapshot::Opened {
+                    request,
+                    files,
+                    mac,
+                } = restoring.open(passed)?;
+                Vm {
+                    request: Request::Load(Box::new(request), mac),
+                    files,
                 }
-            };
-            *source = Source::passed(files.len() as u32, name);
-            files.push(file);
-        }
+            }
+        };
         // A tap and a socket may be added.
-        if files.len() + 2 > DESCRIPTORS_MAX {
-            return Err(SpecError::TooManyFiles(files.len()).into());
+        if vm.files.len() + 2 > DESCRIPTORS_MAX {
+            return Err(SpecError::TooManyFiles(vm.files.len()).into());
         }
-        Ok(Vm {
-            config: self.config,
-            files,
-        })
+        Ok(vm)
     }
+}
+
+fn open(mut config: VmConfig, passed: &mut Passed) -> Result<Vm, AnyError> {
+    let mut files = Vec::new();
+    for (backing, source) in config.sources() {
+        if backing == Backing::Tap && source.name() == Some(OWN_TAP) {
+            continue;
+        }
+        let (file, name) = resources::open_or_take(backing, source, passed)?;
+        *source = Source::passed(files.len() as u32, name);
+        files.push(file);
+    }
+    Ok(Vm {
+        request: Request::Boot(Box::new(config)),
+        files,
+    })
 }
 
 fn read(path: &Path) -> Result<VmConfig, AnyError> {
@@ -116,9 +145,18 @@ fn take_path(source: Option<Source>, member: &'static str) -> Result<Option<Path
 /// A machine with everything it names opened.
 #[derive(Debug)]
 pub struct Vm {
-    config: VmConfig,
-    /// In the order of the numbers in the configuration.
+    request: Request,
+    /// In the order of the numbers in the request.
     files: Vec<OwnedFd>,
+}
+
+/// What the monitor is to make.
+#[derive(Debug)]
+enum Request {
+    /// A machine that boots.
+    Boot(Box<VmConfig>),
+    /// A machine that was saved, with this MAC address on the tap of the jail's own.
+    Load(Box<Restore>, Option<Mac>),
 }
 
 impl Vm {
@@ -127,28 +165,55 @@ impl Vm {
         Source::passed(self.files.len() as u32 - 1, name)
     }
 
-    fn own_interface(&mut self) -> Option<&mut config::NetworkInterface> {
-        let mut interfaces = self.config.devices.network_interfaces.iter_mut();
-        interfaces.find(|it| it.host_dev_name.name() == Some(OWN_TAP))
+    /// Where the tap of the jail's own is named.
+    fn own_tap(&mut self) -> Option<&mut Source> {
+        let mut taps: Box<dyn Iterator<Item = &mut Source>> = match &mut self.request {
+            Request::Boot(config) => {
+                let interfaces = config.devices.network_interfaces.iter_mut();
+                Box::new(interfaces.map(|it| &mut it.host_dev_name))
+            }
+            Request::Load(restore, _) => {
+                let changes = restore.load.network_overrides.iter_mut();
+                Box::new(changes.map(|it| &mut it.host_dev_name))
+            }
+        };
+        taps.find(|source| source.name() == Some(OWN_TAP))
     }
 
     /// Takes the tap that was made in the jail.
     pub fn set_tap(&mut self, tap: OwnedFd) {
         let source = self.add(tap, OWN_TAP);
-        if let Some(interface) = self.own_interface() {
-            interface.host_dev_name = source;
+        if let Some(tap) = self.own_tap() {
+            *tap = source;
         }
     }
 
     /// Takes the socket that was made for clients of the console.
     pub fn set_console_socket(&mut self, listener: OwnedFd) {
         let source = self.add(listener, CONSOLE_SOCKET);
-        self.config.serial.get_or_insert_default().console_socket = Some(source);
+        let serial = match &mut self.request {
+            Request::Boot(config) => &mut config.serial,
+            Request::Load(restore, _) => &mut restore.serial,
+        };
+        serial.get_or_insert_default().console_socket = Some(source);
     }
 
-    /// Gives the guest its address on the kernel's command line, unless that has one already.
+    /// Whether it is one that was saved; the MAC address on the tap of the jail's own, which says which
+    /// address that guest has.
+    pub fn saved_mac(&self) -> Option<Option<Mac>> {
+        match &self.request {
+            Request::Boot(_) => None,
+            Request::Load(_, mac) => Some(*mac),
+        }
+    }
+
+    /// Gives the guest its address on the kernel's command line, unless that has one already. One that
+    /// was saved has its address.
     pub fn set_guest_address(&mut self, words: &str, mac: Mac) {
-        if let Some(boot) = &mut self.config.boot_source {
+        let Request::Boot(config) = &mut self.request else {
+            return;
+        };
+        if let Some(boot) = &mut config.boot_source {
             let line = boot.boot_args.get_or_insert_with(default_boot_args);
             if !line.split_whitespace().any(|word| word.starts_with("ip=")) {
                 // Before what is for init.
@@ -158,7 +223,8 @@ impl Vm {
                 };
             }
         }
-        if let Some(interface) = self.own_interface() {
+        let mut interfaces = config.devices.network_interfaces.iter_mut();
+        if let Some(interface) = interfaces.find(|it| it.host_dev_name.name() == Some(OWN_TAP)) {
             interface.guest_mac.get_or_insert(mac);
         }
     }
@@ -174,7 +240,10 @@ impl Vm {
 
     /// The body of the request that configures and starts the machine.
     pub fn request(&self) -> String {
-        self.config.to_request(true)
+        match &self.request {
+            Request::Boot(config) => config.to_request(true),
+            Request::Load(restore, _) => restore.to_request(),
+        }
     }
 
     /// The same, with the descriptors that go along.
@@ -190,6 +259,13 @@ mod tests {
 
     fn null() -> OwnedFd {
         std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    fn request_of(described: Described) -> Request {
+        match described.machine {
+            Unopened::Configuration(config) => Request::Boot(config),
+            Unopened::Snapshot(restoring) => panic!("{restoring:?}"),
+        }
     }
 
     /// Reads a configuration from a file of this text.
@@ -238,7 +314,7 @@ mod tests {
         let described = described.unwrap();
         assert_eq!(described.own_tap, Some(OwnTap::User));
         let mut vm = Vm {
-            config: described.config,
+            request: request_of(described),
             files: vec![null()],
         };
         vm.set_guest_address("ip=1", "06:00:00:00:00:01".parse().unwrap());
@@ -267,12 +343,21 @@ mod tests {
         ] {
             let config = r#"{ "boot-source": { "kernel_image_path": "/k" }, "drives": [] }"#;
             let mut vm = Vm {
-                config: described("vm-address", config).unwrap().0.config,
+                request: request_of(described("vm-address", config).unwrap().0),
                 files: Vec::new(),
             };
-            vm.config.boot_source.as_mut().unwrap().boot_args = Some(line.into());
+            let boot_source = |vm: &mut Vm| match &mut vm.request {
+                Request::Boot(config) => config.boot_source.take().unwrap(),
+                Request::Load(..) => unreachable!(),
+            };
+            let mut boot = boot_source(&mut vm);
+            boot.boot_args = Some(line.into());
+            vm.request = Request::Boot(Box::new(VmConfig {
+                boot_source: Some(boot),
+                ..VmConfig::default()
+            }));
             vm.set_guest_address("ip=1", "06:00:00:00:00:01".parse().unwrap());
-            assert_eq!(vm.config.boot_source.unwrap().boot_args.unwrap(), expected);
+            assert_eq!(boot_source(&mut vm).boot_args.unwrap(), expected);
         }
     }
 }

@@ -22,6 +22,7 @@ use crate::run::network::{self, Network};
 use crate::run::outcome::report::Report;
 use crate::run::spec::Spec;
 use crate::run::spec::options::Console as To;
+use crate::run::spec::vm::Vm;
 use crate::sys;
 
 /// Starts it.
@@ -97,7 +98,11 @@ fn make_jail(
     let mut watched = spec.watch;
     // Many that are started at once find each a place of its own.
     let seed = (sys::monotonic_us() as u32).wrapping_mul(0x9e37_79b1) ^ std::process::id();
-    let network = spec.own_tap.map(|tap| Network::choose(tap, seed));
+    let saved_mac = watched.vm.as_ref().and_then(Vm::saved_mac);
+    let network = match (spec.own_tap, saved_mac) {
+        (Some(tap), Some(mac)) => Some(Network::of_saved(tap, mac)?),
+        (tap, _) => tap.map(|tap| Network::choose(tap, seed)),
+    };
     // Without a file for it, the log is for a person: what needs attention.
     let level = spec.log.as_ref().map_or("Warning", |_| "Info");
     let mut more = vec!["--level".to_owned(), level.into(), "--show-level".into()];

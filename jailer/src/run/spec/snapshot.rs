@@ -1,0 +1,254 @@
+//! A snapshot to start from (`run --snapshot`): which files stand for the disks and taps that it was
+//! saved with, and all of them opened, since the empty jail can open nothing.
+//!
+//! The saved configuration is read with the monitor's own reader of state files
+//! ([`mayfly::snapshot`]) and its own type for that part ([`SavedConfig`]): one description of the
+//! format, and what is truncated, altered, foreign or mixed is refused here in the same words,
+//! before there is a jail. The rest of the state stays bytes to this program. It is read here
+//! although the monitor reads it again: only this process can open what it names.
+//!
+//! A disk that the guest writes to has to be named anew, or `--same-disks` given: many microVMs come
+//! from one snapshot, and two that write to one file damage both. What was saved as a descriptor
+//! has no more than a name for messages; that is taken for a path only if it is an absolute one.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use mayfly::snapshot::{self, Header, RawState, Refusal};
+use mayfly::wire::Source;
+use mayfly::wire::config::{
+    Backing, Drive, DriveOverride, Mac, NetworkInterface, NetworkOverride, Restore, SavedConfig,
+    SnapshotLoad,
+};
+use serde::Deserialize;
+
+use super::inherited::{Passed, number_in};
+use super::resources;
+use super::OWN_TAP;
+use crate::error::AnyError;
+
+/// The name of the state file in a snapshot's folder.
+pub const STATE: &str = "state";
+/// The name of the memory file in a snapshot's folder.
+pub const MEMORY: &str = "memory";
+
+/// A snapshot cannot be started from.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("cannot start from a snapshot: the {0} file {1} {2}")]
+    Refused(&'static str, PathBuf, Refusal),
+    #[error("cannot start from this snapshot: it has no {0} {1}, which {2} names; it has {3}")]
+    NoSuch(&'static str, String, &'static str, String),
+    #[error(
+        "cannot start from this snapshot: its disk {id} ({saved}) is writable, and another microVM may \
+         have it; give a copy of it with --drive {id}=FILE, or --same-disks if nothing else uses it"
+    )]
+    Writable { id: String, saved: String },
+    #[error(
+        "cannot use --drive {0}: that disk was saved writable, and a guest is not told of a change; \
+         leave out :ro"
+    )]
+    OnlyToRead(String),
+    #[error(
+        "cannot start from this snapshot: its disk {id} was saved as \"{saved}\", which is not an \
+         absolute path; name its file with --drive {id}=FILE"
+    )]
+    NoPath { id: String, saved: String },
+    #[error(
+        "cannot start from this snapshot: its network interface {id} was saved with \"{saved}\", which \
+         is not a tap of this host; give --net {id}=TAP, or auto or user if it was booted with that"
+    )]
+    NoTap { id: String, saved: String },
+}
+
+/// What the options say of it.
+#[derive(Debug, Default, PartialEq)]
+pub struct Restoring {
+    /// The folder with both files.
+    pub folder: PathBuf,
+    /// Files for its disks, by id, and whether `:ro` was given.
+    pub drives: Vec<(String, Source, bool)>,
+    /// Taps for its network interfaces, by id.
+    pub taps: Vec<(String, Source)>,
+    /// Open writable disks where they were.
+    pub same_disks: bool,
+    /// Start although the host's processor differs.
+    pub ignore_cpu_differences: bool,
+}
+
+/// A state file's content, as far as this program looks at it.
+#[derive(Deserialize)]
+struct Saved {
+    config: SavedConfig,
+}
+
+/// It, opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The request, which refers to the files by number.
+    pub request: Restore,
+    /// In the order of those numbers.
+    pub files: Vec<OwnedFd>,
+    /// The MAC address that the interface on a tap of the jail's was saved with.
+    pub mac: Option<Mac>,
+}
+
+impl Restoring {
+    /// All that the options name.
+    pub fn sources(&mut self) -> impl Iterator<Item = &mut Source> {
+        let disks = self.drives.iter_mut().map(|(_, source, _)| source);
+        disks.chain(self.taps.iter_mut().map(|(_, source)| source))
+    }
+
+    /// Reads the saved configuration and opens everything but a tap still to be made in the jail.
+    pub fn open(mut self, passed: &mut Passed) -> Result<Opened, AnyError> {
+        let (state, header, raw) = self.open_state()?;
+        let memory = self.open_memory(&header)?;
+        let saved: Saved = raw
+            .parse()
+            .map_err(|refusal| SnapshotError::Refused(STATE, self.path(STATE), refusal))?;
+        let name = |file| self.path(file).display().to_string();
+        let load = SnapshotLoad {
+            resume_vm: true,
+            clock_realtime: true,
+            ignore_cpu_differences: self.ignore_cpu_differences,
+            ..SnapshotLoad::new(
+                Source::passed(0, name(STATE)),
+                Source::passed(1, name(MEMORY)),
+            )
+        };
+        let mut opened = Opened {
+            request: Restore::new(load),
+            files: vec![state, memory],
+            mac: None,
+        };
+        let devices = saved.config.devices;
+        for drive in &devices.drives {
+            let backing = Backing::Disk {
+                read_only: drive.read_only(),
+            };
+            let source = self.disk(drive)?;
+            let path_on_host = opened.add(backing, &source, passed)?;
+            opened.request.load.drive_overrides.push(DriveOverride {
+                drive_id: drive.drive_id.clone(),
+                path_on_host,
+            });
+        }
+        for interface in &devices.network_interfaces {
+            let source = self.tap(interface)?;
+            let host_dev_name = match source.name() {
+                Some(OWN_TAP) => {
+                    opened.mac = interface.guest_mac;
+                    source
+                }
+                _ => opened.add(Backing::Tap, &source, passed)?,
+            };
+            let iface_id = interface.iface_id.clone();
+            let change = NetworkOverride {
+                iface_id,
+                host_dev_name,
+            };
+            opened.request.load.network_overrides.push(change);
+        }
+        let drives = devices.drives.iter().map(|it| &*it.drive_id).collect();
+        let left = self.drives.first().map(|(id, ..)| id);
+        check_all_found(("disk", "--drive"), left, drives)?;
+        let interfaces = devices.network_interfaces.iter().map(|it| &*it.iface_id);
+        let left = self.taps.first().map(|(id, _)| id);
+        check_all_found(("network interface", "--net"), left, interfaces.collect())?;
+        Ok(opened)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.folder.join(file)
+    }
+
+    fn open_state(&self) -> Result<(OwnedFd, Header, RawState), SnapshotError> {
+        let path = self.path(STATE);
+        let read = snapshot::open_regular(&path).and_then(|file| {
+            let (header, raw) = snapshot::read(&file)?;
+            header.check_whole()?;
+            Ok((file.into(), header, raw))
+        });
+        read.map_err(|refusal| SnapshotError::Refused(STATE, path, refusal))
+    }
+
+    /// The memory file that belongs to the state: what a writer that was killed left has another name.
+    fn open_memory(&self, header: &Header) -> Result<OwnedFd, SnapshotError> {
+        let path = self.path(MEMORY);
+        let opened = snapshot::open_regular(&path).and_then(|file| {
+            snapshot::check_memory(header, &file)?;
+            Ok(file)
+        });
+        let opened = opened.or_else(|refusal| {
+            let left = snapshot::partial_memory(header, &path);
+            left.ok_or(SnapshotError::Refused(MEMORY, path, refusal))
+        });
+        opened.map(OwnedFd::from)
+    }
+
+    /// What stands for a disk.
+    fn disk(&mut self, drive: &Drive) -> Result<Source, SnapshotError> {
+        let id = drive.drive_id.clone();
+        let given = self.drives.iter().position(|(other, ..)| *other == id);
+        if let Some((_, source, only_to_read)) = given.map(|at| self.drives.swap_remove(at)) {
+            return match only_to_read && !drive.read_only() {
+                true => Err(SnapshotError::OnlyToRead(id)),
+                false => Ok(source),
+            };
+        }
+        let saved = drive.path_on_host.to_string();
+        if !drive.read_only() && !self.same_disks {
+            return Err(SnapshotError::Writable { id, saved });
+        }
+        match Path::new(&saved).is_absolute() && number_in(&saved).is_none() {
+            true => Ok(Source::Named(saved)),
+            false => Err(SnapshotError::NoPath { id, saved }),
+        }
+    }
+
+    /// What stands for the tap of an interface.
+    fn tap(&mut self, interface: &NetworkInterface) -> Result<Source, SnapshotError> {
+        let id = interface.iface_id.clone();
+        let given = self.taps.iter().position(|(other, _)| *other == id);
+        if let Some((_, source)) = given.map(|at| self.taps.swap_remove(at)) {
+            return Ok(source);
+        }
+        let saved = interface.host_dev_name.to_string();
+        // The kernel's rule for names; those of descriptors and of a jail's own have blanks.
+        match saved.contains([' ', '/']) {
+            true => Err(SnapshotError::NoTap { id, saved }),
+            false => Ok(Source::Named(saved)),
+        }
+    }
+}
+
+/// Whether there is no option left over, whose id the snapshot does not have.
+fn check_all_found(
+    (kind, option): (&'static str, &'static str),
+    left: Option<&String>,
+    saved: Vec<&str>,
+) -> Result<(), SnapshotError> {
+    let Some(id) = left else {
+        return Ok(());
+    };
+    let saved = match saved.is_empty() {
+        true => "none".to_owned(),
+        false => saved.join(", "),
+    };
+    Err(SnapshotError::NoSuch(kind, id.clone(), option, saved))
+}
+
+impl Opened {
+    /// Opens `source`; what the request is to call it.
+    fn add(
+        &mut self,
+        backing: Backing,
+        source: &Source,
+        passed: &mut Passed,
+    ) -> Result<Source, AnyError> {
+        let (file, name) = resources::open_or_take(backing, source, passed)?;
+        self.files.push(file);
+        Ok(Source::passed(self.files.len() as u32 - 1, name))
+    }
+}
