@@ -70,6 +70,7 @@ use crate::sys::{process, terminal};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::VcpuEvent;
 use crate::virtio::{Done, WorkerEvent, WorkerReply};
+use crate::wire::BOOTED;
 use crate::{error, exit, info, threads, warn};
 
 /// Events that may wait for control: the 128 requests that the API thread may have under way and
@@ -180,6 +181,8 @@ pub struct Vmm {
     pending: PendingReplies,
     /// What is told how the guest ended, if anything is.
     end: Option<File>,
+    /// The same place, to be told once that the guest has booted.
+    booted: Option<File>,
     /// /dev/kvm as it was passed, until a machine is made.
     kvm: Option<Arc<Kvm>>,
     /// What the first start will need, if it was made ahead of it.
@@ -236,6 +239,7 @@ impl Vmm {
             start_line: None,
             pending: PendingReplies::default(),
             end: None,
+            booted: None,
             kvm: None,
             prepared: None,
             counters: report::Counters::default(),
@@ -402,9 +406,12 @@ impl Vmm {
         Next::GoOn
     }
 
-    /// Logs the guest's boot time, in the words that tools look for.
-    fn guest_booted(&self) {
+    /// Logs the guest's boot time, in the words that tools look for, and tells the jailer.
+    fn guest_booted(&mut self) {
         self.timeline.mark(Moment::BootTimer);
+        if let Some(told) = self.booted.take() {
+            self.write_once("that the guest has booted", told, BOOTED.to_owned());
+        }
         let wall = self.settings.start_time_us.map_or_else(
             || self.timeline.micros(Moment::BootTimer).unwrap_or(0),
             |start| (clock::monotonic_nanos() / 1000).saturating_sub(start),

@@ -301,7 +301,8 @@ impl Vmm {
         }))
     }
 
-    /// Has one word about the guest's end written to inherited descriptor `number`.
+    /// Has one word about the guest's end written to inherited descriptor `number`; before it, if there
+    /// is a boot timer, that the guest has booted.
     ///
     /// # Errors
     /// The message for the person who named it.
@@ -313,6 +314,10 @@ impl Vmm {
                 .context(format_args!("Cannot use descriptor {number} (--end-fd)"))?;
             Ok(file)
         })?;
+        if self.settings.boot_timer {
+            let copy = file.try_clone();
+            self.booted = Some(copy.context("Cannot use the descriptor of --end-fd")?);
+        }
         self.end = Some(file);
         Ok(())
     }

@@ -26,8 +26,8 @@ use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::threads;
 use crate::wire::config::{
-    self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SavedConfig, SnapshotLoad,
-    Source,
+    self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SavedConfig,
+    SnapshotLoad, Source,
 };
 
 const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";

@@ -20,6 +20,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
@@ -475,7 +476,11 @@ impl Vmm {
             },
             taken: clock::realtime_nanos(),
         };
-        let contents = memory.contents(None);
+        let pagemap = saving.request.pagemap.as_ref();
+        let pagemap = pagemap.map(|pagemap| saving.passed.claim(pagemap.fd));
+        let pagemap = pagemap.transpose().context(CREATE_FAILED)?;
+        let pagemap = pagemap.map(|fd| Arc::new(File::from(fd)));
+        let contents = memory.contents(pagemap.clone());
         let mut job = Job {
             request: saving.request.clone(),
             passed: mem::take(&mut saving.passed),
@@ -493,7 +498,7 @@ impl Vmm {
         job.image = ImageSource::Frozen(None);
         let work = Box::new(move |steps: &Steps| {
             steps.begin("freezing guest memory");
-            let frozen = memory.freeze(prepared, &job.stamp, None);
+            let frozen = memory.freeze(prepared, &job.stamp, pagemap);
             FileResult::ForkFrozen(Box::new((memory, frozen, job)))
         });
         Ok((Step::Freezing, self.files.submit(None, work).bare()?))

@@ -2,6 +2,8 @@
 //! jailer reads there and puts into its report. The exit code alone does not tell a reset from a
 //! power-off.
 //!
+//! With `--boot-timer`, [`BOOTED`] stands before that once the guest has said that it has booted.
+//!
 //! The first line is exactly the word. Where the guest did not end itself a second line may follow:
 //! JSON with what is known of the vCPU.
 
@@ -11,6 +13,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::limits::END_REPORT_MAX;
+
+/// What is written there when the guest says that it has booted, the first time.
+pub const BOOTED: &str = "booted\n";
 
 /// How a guest ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +143,7 @@ impl EndReport {
     /// Reads what the monitor wrote; none if that does not begin with a word for an end. A second
     /// line that is not understood is as good as none.
     pub fn parse(bytes: &[u8]) -> Option<EndReport> {
+        let bytes = bytes.strip_prefix(BOOTED.as_bytes()).unwrap_or(bytes);
         let bytes = bytes.get(..END_REPORT_MAX).unwrap_or(bytes);
         let mut lines = std::str::from_utf8(bytes).ok()?.lines();
         let end = lines.next()?.parse().ok()?;
@@ -203,7 +209,9 @@ mod tests {
             crash: None,
         };
         assert_eq!(reset.to_string(), "reset\n");
-        assert_eq!(EndReport::parse(b"reset\n"), Some(reset));
+        assert_eq!(EndReport::parse(b"reset\n"), Some(reset.clone()));
+        assert_eq!(EndReport::parse(b"booted\nreset\n"), Some(reset));
+        assert_eq!(EndReport::parse(BOOTED.as_bytes()), None);
         let crash = EndReport {
             end: End::Crash,
             crash: Some(Crash {

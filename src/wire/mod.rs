@@ -21,7 +21,7 @@ pub mod operations;
 
 pub use client::{Client, ClientError, Response};
 pub use config::{Source, VmConfig};
-pub use end::{Crash, End, EndReport, SOFTWARE_KVM};
+pub use end::{BOOTED, Crash, End, EndReport, SOFTWARE_KVM};
 pub use level::Level;
 pub use operations::{Call, Method, OPERATIONS, Operation, Question};
 

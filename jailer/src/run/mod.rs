@@ -50,6 +50,7 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
         .id
         .take()
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
+    let quiet = options.quiet;
     let prepared = spec::prepare(&mut options, inherited);
     let report = options.exit_report.take();
     let report = match report.as_deref().map(Report::open).transpose() {
@@ -73,6 +74,7 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
     }
     match verdict.message.as_str() {
         "" => verdict.code,
+        _ if verdict.code == 0 && quiet => 0,
         text => complain(text, verdict.code),
     }
 }

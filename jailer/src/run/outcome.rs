@@ -14,6 +14,8 @@ use crate::sys::{self, Ended, Used};
 
 /// The microVM could not be started.
 pub const NOT_STARTED: i32 = 1;
+/// There is no snapshot of it, which was asked for.
+const NO_SNAPSHOT: i32 = 1;
 /// The jailer could not learn how it ended.
 const UNKNOWN: i32 = 1;
 /// As timeout(1) has it.
@@ -156,6 +158,14 @@ impl Verdict {
             ),
         };
         Verdict::new(word, code, text)
+    }
+
+    /// The guest was ended because there is a snapshot of it, or none could be taken.
+    pub fn of_snapshot(outcome: &Result<String, String>) -> Verdict {
+        match outcome {
+            Ok(text) => Verdict::new("snapshot", 0, text),
+            Err(why) => Verdict::new("no-snapshot", NO_SNAPSHOT, why),
+        }
     }
 
     /// How the monitor ended could not be found out.

@@ -2,7 +2,7 @@
 //! types, and everything that they name, opened. `options` reads words, `vm` the configuration,
 //! `snapshot` what was saved, `inherited` takes descriptors that were passed, `resources` opens paths.
 //!
-//! Nothing is made on the host here but files to append to.
+//! Nothing is made on the host here but files to append to, and the folder of a snapshot to be taken.
 
 pub mod inherited;
 pub mod options;
@@ -10,8 +10,9 @@ pub mod resources;
 pub mod snapshot;
 pub mod vm;
 
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Gid, OFlags, Uid};
@@ -23,7 +24,7 @@ use self::options::Options;
 use self::resources::open_to_append;
 use self::vm::{Described, Vm};
 use crate::cgroup::exclusive;
-use crate::error::{Advice as _, AnyError, Step as _};
+use crate::error::{Advice as _, AnyError, Failure, Step as _};
 use crate::monitor::{Executable, ResourceLimits};
 use crate::root::Owner;
 use crate::sys::{self, Inherited};
@@ -208,6 +209,9 @@ impl Spec {
         if own_tap == Some(OwnTap::Auto) && !as_root {
             return Err(SpecError::AutoTakesRoot.into());
         }
+        if let Some(folder) = &options.snapshot_to {
+            make_folder(folder)?;
+        }
         let append =
             |path: Option<&Path>, option| path.map(|it| open_to_append(it, option)).transpose();
         Ok(Spec {
@@ -234,6 +238,16 @@ impl Spec {
             },
         })
     }
+}
+
+/// Makes the folder for a snapshot, for its owner alone: guest memory holds secrets.
+fn make_folder(folder: &Path) -> Result<(), Failure> {
+    let mut builder = DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(folder);
+    made.step(format!(
+        "make the folder {} (--snapshot-to)",
+        folder.display()
+    ))
 }
 
 fn enders(options: &Options, passed: &mut Passed) -> Result<Vec<(OwnedFd, Ender)>, AnyError> {

@@ -4,6 +4,7 @@
 //! configuration is sent, the guest starts) happens as soon as each has been heard of; the console,
 //! the log, signals and the time limit are served all the while.
 
+mod snapshot;
 pub mod start;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +16,7 @@ use mayfly::wire::{Client, ClientError, EndReport, Response};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal};
 
+use self::snapshot::Snapshots;
 use super::channel::Channel;
 use super::console::{Console, LOOK_EVERY, Part, Relay};
 use super::jail;
@@ -34,6 +36,8 @@ const GRACE_US: u64 = 3_000_000;
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 const SPEAK: &str = "speak to the monitor";
+const NO_SNAPSHOT: &str = "cannot take a snapshot (--snapshot-to): the guest ended before it wrote to \
+                           the boot timer, and there was no SIGUSR1";
 
 /// The microVM did not start.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +94,8 @@ pub struct Progress {
     pub times: Times,
     /// The monitor's timeline, where it was asked for.
     pub timeline: Option<Vec<u8>>,
+    /// Snapshots to be taken.
+    snapshots: Snapshots,
     /// The question whose answer is awaited.
     question: Option<Question>,
     /// The monitor has been asked to start the guest, and has; or a client is to ask.
@@ -112,7 +118,16 @@ impl Progress {
                 Verdict::of(*ended, &self.seen)
             }
             (Some(error), _) => Verdict::not_started(message(&**error)),
-            (None, Some(Ok((ended, _)))) => Verdict::of(*ended, &self.seen),
+            (None, Some(Ok((ended, _)))) => {
+                let verdict = Verdict::of(*ended, &self.seen);
+                match &self.snapshots.outcome {
+                    Some(outcome) => Verdict::of_snapshot(outcome),
+                    None if verdict.code == 0 && self.snapshots.is_missing() => {
+                        Verdict::of_snapshot(&Err(NO_SNAPSHOT.into()))
+                    }
+                    None => verdict,
+                }
+            }
             (None, Some(Err(error))) => Verdict::unknown(message(error)),
             (None, None) => Verdict::unknown("the microVM was not watched to its end".into()),
         }
@@ -127,6 +142,7 @@ enum Ready {
     Ender(Ender),
     Jail,
     Api,
+    Booted,
     Console(Part),
     Typed(Part),
     Log(Part),
@@ -141,6 +157,8 @@ enum Question {
     Console,
     /// When it did what.
     Timeline,
+    /// To pause, to write a snapshot, to resume.
+    Snapshot,
 }
 
 impl Watch {
@@ -151,26 +169,32 @@ impl Watch {
             if let Err(error) = self.answer_first_byte() {
                 self.give_up(error.into());
             }
-            self.look_at_clock();
-            let ready = match self.wait() {
-                Ok(ready) => ready,
-                Err(error) => {
-                    self.give_up(error.into());
-                    break;
-                }
-            };
-            for &what in &ready {
-                if let Err(failure) = self.handle(what) {
-                    self.give_up(failure);
-                }
-            }
-            // Last, so that what was said before is heard.
-            if ready.contains(&Ready::Ended) {
+            self.take_snapshot_when_due();
+            if self.serve() {
                 break;
             }
         }
         self.finish();
         (self.progress, self.keeper)
+    }
+
+    /// Waits once, and serves what is ready; whether the monitor has ended.
+    fn serve(&mut self) -> bool {
+        self.look_at_clock();
+        let ready = match self.wait() {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.give_up(error.into());
+                return true;
+            }
+        };
+        for &what in &ready {
+            if let Err(failure) = self.handle(what) {
+                self.give_up(failure);
+            }
+        }
+        // Last, so that what was said before is heard.
+        ready.contains(&Ready::Ended)
     }
 
     fn now_us(&self) -> u64 {
@@ -280,6 +304,9 @@ impl Watch {
             flags.set(PollFlags::OUT, client.is_sending());
             add(Ready::Api, client.as_fd(), flags);
         }
+        if progress.snapshots.is_waiting() {
+            add(Ready::Booted, self.end.as_fd(), PollFlags::IN);
+        }
         self.log
             .interests(|part, fd, flags| add(Ready::Log(part), fd, flags));
         self.console
@@ -324,12 +351,16 @@ impl Watch {
             Ready::Ended => {}
             Ready::Signal => match sys::next_signal(self.signals.as_fd()) {
                 Some(libc::SIGCONT) => self.console.resume(),
+                Some(libc::SIGUSR1) if self.progress.snapshots.is_wanted => {
+                    self.progress.snapshots.is_due = true;
+                }
                 Some(signal) => self.ask_to_end(Asked::Signal(signal)),
                 None => {}
             },
             Ready::Ender(ender) => self.ask_to_end(Asked::Ender(ender)),
             Ready::Jail => self.hear_jail()?,
             Ready::Api => self.hear_monitor()?,
+            Ready::Booted => self.progress.snapshots.hear(self.end.as_fd()),
             Ready::Console(Part::Source) => {
                 self.console.out.take();
                 if self.console.out.has_begun {
@@ -400,8 +431,10 @@ impl Watch {
                 self.client = None;
                 // A guest may be over before the answer to its start is out; how it ended counts.
                 // And what is not the monitor yet is about to say why it never will be.
+                // The same where it ends while it is to give a snapshot.
                 let is_start = question == Some(Question::Start);
-                if !is_start && progress.is_monitor {
+                let is_snapshot = question == Some(Question::Snapshot);
+                if !is_start && !is_snapshot && progress.is_monitor {
                     return Err(Failure::new(SPEAK, error).into());
                 }
                 progress.has_started |= is_start;
@@ -419,6 +452,7 @@ impl Watch {
                     self.console.input.pass_on(reply);
                 }
             }
+            Some(Question::Snapshot) => self.progress.snapshots.answer = Some(answer),
             _ if !answer.is_success() => return Err(WatchError::Refused(answer.fault()).into()),
             Some(Question::Start) => {
                 self.progress.has_started = true;
@@ -464,7 +498,9 @@ impl Watch {
         // A monitor that was taken over may have written anything, but this much is read.
         let mut report = [0; END_REPORT_MAX];
         let count = rustix::io::read(&self.end, &mut report).unwrap_or(0);
-        self.progress.seen.end = report.get(..count).and_then(EndReport::parse);
+        let heard = &mut self.progress.snapshots.heard;
+        heard.extend(report.get(..count).unwrap_or_default());
+        self.progress.seen.end = EndReport::parse(heard);
         self.write_the_rest();
         self.console.close();
         // A socket that is still held here would not count as dead.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cpu::CpuConfig;
 use super::json::{JsonError, object, objects, optional_object};
-use super::{BootSource, Devices, Logger, MachineConfig, Metrics, Serial, Source};
+use super::{BootSource, Devices, Logger, MachineConfig, Metrics, PassedFd, Serial, Source};
 
 /// Which kind of snapshot to take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -29,6 +29,10 @@ pub struct SnapshotCreate {
     /// Where memory goes. There is one unless it is a fork.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mem_file_path: Option<Source>,
+    /// The /proc/PID/pagemap of this process, which tells which pages hold something, where there is
+    /// no /proc.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pagemap: Option<PassedFd>,
 }
 
 #[derive(Deserialize)]
@@ -38,6 +42,7 @@ struct CreateBody {
     snapshot_type: SnapshotType,
     snapshot_path: Source,
     mem_file_path: Option<Source>,
+    pagemap: Option<PassedFd>,
 }
 
 impl TryFrom<CreateBody> for SnapshotCreate {
@@ -48,6 +53,7 @@ impl TryFrom<CreateBody> for SnapshotCreate {
             snapshot_type,
             snapshot_path,
             mem_file_path,
+            pagemap,
         } = body;
         if mem_file_path.is_none() && snapshot_type != SnapshotType::Fork {
             return Err(JsonError::new("missing field `mem_file_path`"));
@@ -56,6 +62,7 @@ impl TryFrom<CreateBody> for SnapshotCreate {
             snapshot_type,
             snapshot_path,
             mem_file_path,
+            pagemap,
         })
     }
 }
@@ -349,6 +356,7 @@ mod tests {
                 snapshot_type: SnapshotType::Full,
                 snapshot_path: "s".into(),
                 mem_file_path: Some("m".into()),
+                pagemap: None,
             }
         );
         let read = r#"{"snapshot_type":"Diff","snapshot_path":{"fd":0},"mem_file_path":{"fd":1}}"#;
@@ -360,6 +368,7 @@ mod tests {
         for text in [
             r#"{"snapshot_type":"Fork","snapshot_path":"s"}"#,
             r#"{"snapshot_type":"Diff","snapshot_path":{"fd":0},"mem_file_path":"m"}"#,
+            r#"{"snapshot_type":"Full","snapshot_path":"s","mem_file_path":"m","pagemap":{"fd":0}}"#,
         ] {
             let read = create(text).unwrap();
             assert_eq!(serde_json::to_string(&read).unwrap(), text);

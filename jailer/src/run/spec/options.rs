@@ -50,6 +50,10 @@ pub struct Options {
     pub with_parent: bool,
     /// End it at the hang-up of this passed descriptor.
     pub end_with_fd: Option<RawFd>,
+    /// The folder to take a snapshot into.
+    pub snapshot_to: Option<PathBuf>,
+    /// Let the guest go on then.
+    pub snapshot_and_continue: bool,
     /// Where to write how it ended.
     pub exit_report: Option<PathBuf>,
     /// Print nothing of our own.
@@ -93,8 +97,9 @@ impl Console {
 }
 
 const KNOWN: Known = Known {
-    flags: "--with-parent --quiet --same-disks --ignore-cpu-differences",
-    once: "--config --snapshot --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
+    flags: "--with-parent --quiet --same-disks --ignore-cpu-differences \
+            --snapshot-and-continue",
+    once: "--config --snapshot --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report",
     repeatable: "--drive --net --limit --cgroup --resource-limit",
     text: "--cmdline",
@@ -111,6 +116,14 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
     }
     let mut words = Words::sort(words, &KNOWN)?;
     let machine = machine(&mut words)?;
+    let snapshot_to = words.path("--snapshot-to");
+    if snapshot_to.is_none() && words.has("--snapshot-and-continue") {
+        return refuse(
+            "--snapshot-and-continue",
+            &mut words,
+            "it needs --snapshot-to",
+        );
+    }
     let limits = resource_limits(&mut words)?;
     let (console, console_socket) = console(words.one("--console"));
     if let Some(count) = limits.open_files.filter(|&count| count < LEAST_OPEN_FILES) {
@@ -138,6 +151,8 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         timeout: words.parsed("--timeout", seconds)?,
         with_parent: words.has("--with-parent"),
         end_with_fd: words.parsed("--end-with-fd", descriptor)?,
+        snapshot_to,
+        snapshot_and_continue: words.has("--snapshot-and-continue"),
         exit_report: words.path("--exit-report"),
         quiet: words.has("--quiet"),
     }))
@@ -492,6 +507,29 @@ mod tests {
     }
 
     #[test]
+    fn parse_of_a_snapshot_names_its_disks_and_taps_as_at_boot() {
+        let options = options(
+            "--snapshot d --drive a --drive data=b:ro --drive ./x=y --net tap0 --net e=user \
+             --same-disks --ignore-cpu-differences --snapshot-to t --snapshot-and-continue",
+        );
+        let expected = Restoring {
+            folder: "d".into(),
+            drives: vec![
+                ("root".into(), "a".into(), false),
+                ("data".into(), "b".into(), true),
+                ("disk1".into(), "./x=y".into(), false),
+            ],
+            taps: vec![("eth0".into(), "tap0".into()), ("e".into(), OWN_TAP.into())],
+            same_disks: true,
+            ignore_cpu_differences: true,
+        };
+        let user = Some(OwnTap::User);
+        assert_eq!(options.machine, Machine::Snapshot(expected, user));
+        assert_eq!(options.snapshot_to, Some("t".into()));
+        assert!(options.snapshot_and_continue);
+    }
+
+    #[test]
     fn parse_of_a_config_or_nothing() {
         assert_eq!(options("--config f").machine, Machine::Config("f".into()));
         assert_eq!(options("--api-sock s").machine, Machine::Client);
@@ -503,6 +541,17 @@ mod tests {
         for (text, expected) in [
             ("--config f --kernel k", "describes the machine already"),
             ("--vcpus 1", "--kernel is missing"),
+            ("--snapshot d --config c", "--config \"c\""),
+            ("--snapshot d --kernel k", "--kernel \"k\""),
+            ("--snapshot d --initrd k", "--initrd \"k\""),
+            ("--snapshot d --cmdline k", "--cmdline \"k\""),
+            ("--snapshot d --vcpus 1", "--vcpus \"1\""),
+            ("--snapshot d --memory 1", "leave it out"),
+            ("--snapshot d --drive a --drive root=b", "given twice"),
+            ("--snapshot d --net a --net eth0=b", "given twice"),
+            ("--kernel k --same-disks", "needs --snapshot"),
+            ("--ignore-cpu-differences", "needs --snapshot"),
+            ("--kernel k --snapshot-and-continue", "needs --snapshot-to"),
             ("--nonsense", "not known"),
             ("--config", "value is missing"),
             ("--kernel k --kernel k", "given twice"),

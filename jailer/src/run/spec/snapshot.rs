@@ -22,9 +22,9 @@ use mayfly::wire::config::{
 };
 use serde::Deserialize;
 
+use super::OWN_TAP;
 use super::inherited::{Passed, number_in};
 use super::resources;
-use super::OWN_TAP;
 use crate::error::AnyError;
 
 /// The name of the state file in a snapshot's folder.

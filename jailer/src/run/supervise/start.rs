@@ -106,6 +106,11 @@ fn make_jail(
     // Without a file for it, the log is for a person: what needs attention.
     let level = spec.log.as_ref().map_or("Warning", |_| "Info");
     let mut more = vec!["--level".to_owned(), level.into(), "--show-level".into()];
+    let mut progress = Progress::default();
+    if watched.options.snapshot_to.is_some() {
+        progress.snapshots.is_wanted = true;
+        more.push("--boot-timer".into());
+    }
     if let Some(vm) = &mut watched.vm {
         if let Some(socket) = sockets.next() {
             vm.set_console_socket(socket);
@@ -126,7 +131,6 @@ fn make_jail(
         console::pipe(reader_waits, !reader_waits).step("make pipes to and from the monitor")
     };
     let (to_guest, from_guest, log, end) = (pipe(true)?, pipe(false)?, pipe(false)?, pipe(false)?);
-    let mut progress = Progress::default();
     progress.times.asked_us = Some(sys::monotonic_us().saturating_sub(watched.began_us));
     let plan = jail::Plan {
         spec: spec.jail,
