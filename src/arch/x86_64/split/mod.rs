@@ -1,8 +1,8 @@
 //! The split interrupt chip: KVM keeps the local APICs, and what else a PC has is here, in the
 //! monitor. The guest's vCPU threads run this code when the guest reads or writes a register; control
-//! makes the chips from their state, and saves them. No thread waits here for another one longer than for a lock, and nothing
-//! here is on the way of an interrupt: devices raise theirs by irqfds, which KVM turns into the
-//! messages that the I/O APIC's table asks for.
+//! makes the chips from their state, and saves them. No thread waits here for another one longer than
+//! for a lock, and nothing here is on the way of an interrupt: devices raise theirs by irqfds, which
+//! KVM turns into the messages that the I/O APIC's table asks for.
 //!
 //! - [`ioapic`]: an I/O APIC, whole;
 //! - [`pic`]: the two 8259s' registers, without interrupts: kernels look for them, and for
@@ -211,7 +211,7 @@ pub struct Missed(AtomicBool);
 
 impl Missed {
     /// The guest waits for interrupts from `what`.
-    fn tell(&self, what: &str) {
+    fn warn_once(&self, what: &str) {
         if !self.0.swap(true, Ordering::Relaxed) {
             warn!(
                 "The guest waits for interrupts from {what}, which the split interrupt controller \
@@ -222,7 +222,7 @@ impl Missed {
     }
 
     #[cfg(test)]
-    fn was_told(&self) -> bool {
+    fn has_warned(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
