@@ -39,7 +39,8 @@ options
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
 
-On a machine with other work, `nice -n -20 tools/bench ...` (root) measures what is started here before that work.
+On a machine with other work, `chrt -r 5 tools/bench ...` (root) measures what is started here before that work; where
+there is no chrt, `nice -n -20` helps a little.
 ";
 
 /// Which measurement.

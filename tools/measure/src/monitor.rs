@@ -299,7 +299,7 @@ impl Running {
     /// it is tried again after giving up the processor.
     pub fn connect(
         &mut self,
-        names: &OwnedFd,
+        names: &impl AsFd,
         socket: &Path,
     ) -> Result<std::os::unix::net::UnixStream> {
         let [appeared, ended] = sys::poll([names.as_fd(), self.pidfd.as_fd()], PATIENCE)

@@ -31,6 +31,8 @@ const MAC: &str = "06:00:ac:10:00:02";
 const BETWEEN: Duration = Duration::from_millis(2);
 /// Between two to one that boots.
 const SELDOM: Duration = Duration::from_millis(200);
+/// Between the first reply of one that boots and its snapshot.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Longer than Linux takes to boot here, and to answer.
 const BOOT: Duration = Duration::from_secs(300);
 const RESTORE: Duration = Duration::from_secs(20);
@@ -114,6 +116,8 @@ fn booted(bench: &Bench<'_>, monitor: &Monitor, config: &Path, pings: &mut Pings
     pings.restart();
     let mut machine = Machine::boot_config(&bench.place, monitor, config)?;
     pings.first_reply(SELDOM, BOOT)?;
+    // What waits in its queues is answered first: a guest at rest is stopped.
+    std::thread::sleep(SETTLE);
     machine.pause()?;
     machine.create("Full", &files)?;
     machine.stop()?;
@@ -163,9 +167,10 @@ impl Pings {
                 }
             }
         }
-        Err(Failure::new(
-            "the restored or booted Linux answered no ping",
-        ))
+        Err(Failure::new(format!(
+            "Linux answered no ping for {} s",
+            patience.as_secs()
+        )))
     }
 }
 

@@ -11,7 +11,6 @@ use super::place::{Files, Guest, Place};
 use crate::failure::{Context, Failure, Result};
 use crate::http::Client;
 use crate::monitor::{Monitor, Running};
-use crate::sys;
 
 /// Longer than a guest takes to write to every page of 4 GiB on a busy host.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -64,12 +63,10 @@ impl Machine {
 
     /// Starts a monitor without a guest.
     pub fn listen(place: &Place<'_>, monitor: &Monitor) -> Result<Self> {
-        let sockets = place.workspace.sockets();
         let socket = place.socket();
-        let names =
-            sys::watch_for_names(&sockets).cannot(|| "watch the directory of sockets".into())?;
+        let names = place.next_name()?;
         let mut running = monitor.listen_with(&socket, &WORDS)?;
-        let client = Client::new(running.connect(&names, &socket)?)?;
+        let client = Client::new(running.connect(names, &socket)?)?;
         Ok(Self {
             running,
             client,

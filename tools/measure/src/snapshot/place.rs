@@ -2,13 +2,15 @@
 
 use std::cell::Cell;
 use std::fs::{self, DirBuilder, File};
+use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::failure::{Context, Result};
+use crate::failure::{Context, Failure, Result};
 use crate::guest::{self, LOAD_AT, PAGE, Task};
+use crate::sys;
 use crate::workspace::Workspace;
 
 /// The tmpfs that every Linux has.
@@ -23,6 +25,8 @@ pub struct Place<'a> {
     pub workspace: &'a Workspace,
     probe: &'a Path,
     folder: PathBuf,
+    /// Becomes readable when a socket is made.
+    names: Option<File>,
     next: Cell<u32>,
 }
 
@@ -53,12 +57,19 @@ impl<'a> Place<'a> {
             .mode(0o700)
             .create(&folder)
             .cannot(|| format!("make the directory {}", folder.display()))?;
-        Ok(Self {
+        let mut place = Self {
             workspace,
             probe,
             folder,
+            names: None,
             next: Cell::new(0),
-        })
+        };
+        let sockets = place.sockets();
+        fs::create_dir(&sockets).cannot(|| "make a directory for sockets".into())?;
+        let names =
+            sys::watch_for_names(&sockets).cannot(|| "watch the directory of sockets".into())?;
+        place.names = Some(File::from(names));
+        Ok(place)
     }
 
     fn number(&self) -> u32 {
@@ -73,9 +84,27 @@ impl<'a> Place<'a> {
         Ok(Files { folder })
     }
 
+    /// What becomes readable when the next socket is made. There is one for all of them: closing one waits in the kernel
+    /// for milliseconds.
+    pub fn next_name(&self) -> Result<&File> {
+        let mut names = self
+            .names
+            .as_ref()
+            .ok_or_else(|| Failure::new("nothing watches the directory of sockets"))?;
+        let mut earlier = [0; 4096];
+        // It is never waited for: at the end of what there is, the read is an error.
+        while names.read(&mut earlier).is_ok_and(|len| len > 0) {}
+        Ok(names)
+    }
+
+    /// Where API sockets go, and nothing else. On a disk, making one may wait for its journal.
+    fn sockets(&self) -> PathBuf {
+        self.folder.join("sockets")
+    }
+
     /// A name for an API socket.
     pub fn socket(&self) -> PathBuf {
-        self.workspace.sockets().join(format!("s{}", self.number()))
+        self.sockets().join(self.number().to_string())
     }
 
     /// A configuration that boots the probe, which then watches.
