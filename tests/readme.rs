@@ -19,6 +19,7 @@ use host::{GID, Host, UID};
 
 const README: &str = include_str!("../README.md");
 const API: &str = include_str!("../docs/api.md");
+const SNAPSHOTS: &str = include_str!("../docs/snapshots.md");
 const SECURITY: &str = include_str!("../SECURITY.md");
 const LIMITS: &str = include_str!("../docs/limits.md");
 
@@ -137,6 +138,7 @@ impl Place {
                 fs::write(made.join("cmdline"), format!("{words}\n")).unwrap();
             }
         }
+        copy(&snapshot_tool(), host.path("work/tools/snapshot"));
         // What the documents build is built.
         for name in ["work/bin/cargo", "work/tools/guest"] {
             copy(Path::new("/bin/true"), host.path(name));
@@ -242,6 +244,13 @@ impl Place {
     }
 }
 
+/// What `tools/snapshot` builds and runs.
+fn snapshot_tool() -> PathBuf {
+    let built = "target/x86_64-unknown-linux-gnu/release/mayfly-snapshot";
+    let given = std::env::var_os("MAYFLY_SNAPSHOT_BIN");
+    given.map_or_else(|| common::root().join(built), PathBuf::from)
+}
+
 /// Pings from the network namespace of process `pid`, a few times: the guest may just be starting.
 fn ping(pid: &str, address: &str, fail: impl Fn(&str)) {
     let output = Command::new("nsenter")
@@ -278,12 +287,20 @@ fn blocks_when_counted_are_those_that_are_run() {
             "One file, no API"
         ]
     );
+    assert_eq!(
+        headings(SNAPSHOTS),
+        [
+            "Boot once, clone many",
+            "Fork a running guest",
+            "Diffs, and merging them"
+        ]
+    );
     for name in documents() {
         let has = fs::read_to_string(common::root().join(&name))
             .unwrap()
             .contains("```sh\n");
         assert!(
-            !has || ["README.md", "docs/api.md"].contains(&name.as_str()),
+            !has || ["README.md", "docs/api.md", "docs/snapshots.md"].contains(&name.as_str()),
             "{name}"
         );
     }
@@ -383,6 +400,28 @@ fn api_page_boots_from_a_file() {
         block(API, "One file, no API", "--config-file"),
         &[],
     );
+}
+
+#[test]
+fn snapshots_page_clones_forks_and_merges() {
+    needs!(kvm, root);
+    let place = Place::new("readme-snapshots", Who::User, Guest::Probe("probe=count"));
+    for (heading, guests, parts) in [
+        ("Boot once, clone many", 3, &[][..]),
+        ("Fork a running guest", 2, &[]),
+        (
+            "Diffs, and merging them",
+            1,
+            &["kind       Full", "whole: snapshot "],
+        ),
+    ] {
+        let said = place.run(Who::User, block(SNAPSHOTS, heading, "start"), &[]);
+        let running = said.matches(r#""state":"Running""#).count();
+        assert_eq!(running, guests, "{heading}: {said}");
+        for part in parts {
+            assert!(said.contains(part), "no {part:?} in:\n{said}");
+        }
+    }
 }
 
 /// README.md, its siblings, and docs/, by their paths in the source.
