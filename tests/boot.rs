@@ -816,6 +816,8 @@ fn interrupt_when_the_caller_ignored_it_is_ignored() {
 fn memory_when_the_host_has_no_more_ends_the_process_in_order() {
     let folder = Folder::new();
     let (mut monitor, api) = Monitor::unconfigured(&folder);
+    // Its threads are there.
+    api.get("/");
     let limit = format!("--as={}", 1 << 20);
     common::run("prlimit", &["--pid", &monitor.pid().to_string(), &limit]);
     let body = " ".repeat(50_000);

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use self::purpose::{
     CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ, FAULT_HANDLER,
-    SNAPSHOT_MEMORY, SNAPSHOT_STATE,
+    SNAPSHOT_MEMORY, SNAPSHOT_STATE, WORKING_SET,
 };
 pub use self::purpose::{CONSOLE_OUTPUT, END, INITRD, KERNEL, LOG, METRICS, Purpose, TAP};
 use crate::error::{ActionError, Context};
@@ -144,6 +144,31 @@ pub fn snapshot_memory(
     let left = source.name().map(Path::new);
     let left = left.and_then(|path| snapshot::partial_memory(header, path));
     left.ok_or_else(|| purpose.wrong(source, refusal))
+}
+
+/// Opens the file of a working set, to read it or to record it: makes it when it is missing.
+///
+/// # Errors
+/// When it cannot be opened so, or is no regular file.
+pub fn working_set(source: &Source, passed: &mut Passed) -> Result<File, ActionError> {
+    let purpose = &WORKING_SET;
+    if let Source::Named(path) = source {
+        purpose.may_wait("making", source);
+        let mut options = OpenOptions::new();
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .custom_flags(flags);
+        let made = options.open(path);
+        made.map_err(|cause| purpose.not_opened(source, &cause))?;
+    }
+    let (file, metadata) = purpose.open(source, passed)?;
+    match metadata.is_file() {
+        true => Ok(file),
+        false => Err(purpose.wrong_kind(source, &metadata)),
+    }
 }
 
 /// Connects to the process that brings in guest memory.

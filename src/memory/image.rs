@@ -200,6 +200,7 @@ impl Contents {
 ///
 /// # Errors
 /// The host's; UnexpectedEof when the file ends before.
+#[cfg(test)]
 pub fn read_id(file: &File, offset: u64) -> io::Result<[u8; ID_LEN]> {
     let mut id = [0; ID_LEN];
     file.read_exact_at(&mut id, offset)?;

@@ -13,10 +13,6 @@
 //! without the hole. A place in it is called an offset, in contrast to a guest address. [`image`]
 //! writes one while the guest is paused, [`Memory::from_image`] maps one.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "for snapshots, which control does not offer yet")
-)]
 
 mod changed;
 mod error;

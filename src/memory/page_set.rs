@@ -22,16 +22,19 @@ impl PageSet {
     }
 
     /// How many pages there are to be in it.
+    #[cfg(test)]
     pub fn len(&self) -> u64 {
         self.len
     }
 
     /// How many are in it.
+    #[cfg(test)]
     pub fn count(&self) -> u64 {
         self.words.iter().map(|w| u64::from(w.count_ones())).sum()
     }
 
     /// Takes all out.
+    #[cfg(test)]
     pub fn clear(&mut self) {
         self.words.fill(0);
     }
@@ -73,6 +76,7 @@ impl PageSet {
     }
 
     /// Whether `page` is in it.
+    #[cfg(test)]
     pub fn contains(&self, page: u64) -> bool {
         let index = usize::try_from(page / BITS).ok();
         let word = index.and_then(|index| self.words.get(index));

@@ -11,8 +11,9 @@
 //! that are not needed.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -114,9 +115,10 @@ impl WorkingSet {
     /// # Errors
     /// InvalidData for a file that is not one, or of another snapshot; else the host's.
     pub fn read(file: &File, id: [u8; ID_LEN], pages: u64) -> io::Result<WorkingSet> {
-        let mut bytes = Vec::new();
-        let mut limited = file.take(FILE_MAX);
-        limited.read_to_end(&mut bytes)?;
+        // Whatever its position: others may have passed the same descriptor.
+        let len = file.metadata()?.len().min(FILE_MAX);
+        let mut bytes = vec![0; len as usize];
+        file.read_exact_at(&mut bytes, 0)?;
         let stored: Stored = serde_json::from_slice(&bytes)?;
         if stored.version != VERSION || stored.id != id {
             return Err(io::Error::new(

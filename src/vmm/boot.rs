@@ -11,6 +11,7 @@ mod vcpus;
 
 use std::cell::OnceCell;
 use std::fmt;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -43,6 +44,7 @@ use crate::error::{ActionError, Context};
 use crate::files;
 use crate::inbox::{Sender, inbox};
 use crate::memory::lazy::Handler;
+use crate::memory::working_set::Prefetch;
 use crate::memory::{Backing, Memory, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, SerialPort, Streams, UartState};
@@ -134,6 +136,10 @@ pub struct Restored {
     pub memory: Memory,
     /// The process that brings in its pages, if one does.
     pub handler: Option<Handler>,
+    /// What brings in pages that it needs first, if that is known.
+    pub prefetch: Option<Prefetch>,
+    /// Where it is to be recorded which these are.
+    pub record: Option<File>,
     /// How its clock goes on.
     pub clock: ClockAfterRestore,
     /// Nanoseconds of the host's wall clock since it was saved.
@@ -479,11 +485,17 @@ fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
         mut state,
         memory,
         handler,
+        prefetch,
+        record: _,
         clock,
         elapsed,
         cpu,
         id: _,
     } = restored;
+    if let Some(prefetch) = prefetch {
+        // Beside all that follows; the thread ends with its work.
+        let _ = parked("prefetch".into())?.ask(move || prefetch.run());
+    }
     let vm = state.vm.take();
     let vm = vm.ok_or_else(|| ActionError("The snapshot has no clock.".into()))?;
     Ok(Begins {

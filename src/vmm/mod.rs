@@ -169,6 +169,8 @@ pub struct Vmm {
     awaited: Vec<(u64, Awaited)>,
     /// A snapshot that is being taken.
     saving: Option<Saving>,
+    /// Where the working set of a restored guest is to be recorded, until its mark.
+    recording: Option<File>,
     /// Control and the files thread have the filter for reading snapshots.
     reads_snapshots: Cell<bool>,
     /// The last snapshot that was taken of this guest, or that it was made of.
@@ -233,6 +235,7 @@ impl Vmm {
             files,
             awaited: Vec::new(),
             saving: None,
+            recording: None,
             reads_snapshots: Cell::new(false),
             last_snapshot: None,
             held: VecDeque::new(),
@@ -408,6 +411,7 @@ impl Vmm {
 
     /// Logs the guest's boot time, in the words that tools look for, and tells the jailer.
     fn guest_booted(&mut self) {
+        self.record_working_set();
         self.timeline.mark(Moment::BootTimer);
         if let Some(told) = self.booted.take() {
             self.write_once("that the guest has booted", told, BOOTED.to_owned());

@@ -43,6 +43,7 @@ pub(super) enum Waiter {
 
 impl Vmm {
     pub(super) fn pause(&mut self, reply: Reply) {
+        self.record_working_set();
         self.advance(Input::Pause(Waiter::Client(reply)));
     }
 

@@ -431,15 +431,19 @@ impl Vmm {
 
     /// The first half of a start; the second comes when the guest has been loaded.
     pub(super) fn begin_start(&mut self, asker: Asker, start: Start) {
-        let Start { origin, then, line } = start;
+        let Start {
+            mut origin,
+            then,
+            line,
+        } = start;
         if self.machine.is_some() {
             return asker.answer(Err(ActionError("The microVM is running already.".into())));
         }
         self.timeline.mark_again(Moment::Configured);
         self.start_line = line;
-        self.last_snapshot = match &origin {
-            Origin::Kernel => None,
-            Origin::Snapshot(restored) => Some(restored.id),
+        (self.last_snapshot, self.recording) = match &mut origin {
+            Origin::Kernel => (None, None),
+            Origin::Snapshot(restored) => (Some(restored.id), restored.record.take()),
         };
         let host = boot::Host {
             settings: &self.settings,

@@ -7,6 +7,7 @@
 //! or load again, after that.
 
 use std::fmt;
+use std::fs::File;
 use std::sync::Arc;
 
 use super::boot::{self, Origin, Restored};
@@ -19,16 +20,17 @@ use crate::arch::vm::state::ClockAfterRestore;
 use crate::error::{ActionError, Context};
 use crate::files::open;
 use crate::memory::lazy::Handler;
-use crate::memory::{Memory, Source as MappedFile};
+use crate::memory::working_set::{Prefetch, WorkingSet};
+use crate::memory::{Memory, PAGE, Source as MappedFile};
 use crate::seccomp::Category;
 use crate::snapshot::Header;
 use crate::sys::clock;
 use crate::sys::passed::Passed;
-use crate::threads;
 use crate::wire::config::{
     self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SavedConfig,
     SnapshotLoad, Source,
 };
+use crate::{threads, warn};
 
 const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";
 
@@ -82,6 +84,10 @@ fn read(
         LoadPages::TwoMib => HugePages::TwoMib,
     };
     let (memory, handler) = open_memory(load, &header, &machine, passed)?;
+    let (prefetch, record) = match &load.working_set {
+        Some(source) => open_working_set(source, &header, &memory, passed)?,
+        None => (None, None),
+    };
     override_sources(&mut devices, load)?;
     let devices = Devices::default().replace(devices)?(passed)?;
     let boot = boot_source.map(Boot::started);
@@ -90,6 +96,8 @@ fn read(
         state,
         memory,
         handler,
+        prefetch,
+        record,
         clock: match load.clock_realtime {
             true => ClockAfterRestore::CatchUp,
             false => ClockAfterRestore::Continue,
@@ -123,6 +131,26 @@ fn open_memory(
             let memory = Memory::from_handler(socket, None, size, pages, tracked);
             let (memory, handler) = memory.context(FAILED)?;
             Ok((memory, Some(handler)))
+        }
+    }
+}
+
+/// What brings in the pages that are recorded in the file, or else the file to record them in.
+fn open_working_set(
+    source: &Source,
+    header: &Header,
+    memory: &Memory,
+    passed: &mut Passed,
+) -> Result<(Option<Prefetch>, Option<File>), ActionError> {
+    let file = open::working_set(source, passed)?;
+    let pages = header.memory.len / PAGE;
+    match WorkingSet::read(&file, header.id.0, pages) {
+        Ok(set) => Ok((Some(Prefetch::new(memory.ram(), set)), None)),
+        Err(cause) => {
+            if file.metadata().is_ok_and(|metadata| metadata.len() > 0) {
+                warn!("The working set `{source}` is recorded anew: {cause}.");
+            }
+            Ok((None, Some(file)))
         }
     }
 }

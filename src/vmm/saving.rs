@@ -19,7 +19,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
@@ -44,7 +44,7 @@ use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::sys::socket::send_with_descriptors;
 use crate::wire::config::{SavedConfig, SnapshotCreate, SnapshotType, Source};
-use crate::{error, exit, info};
+use crate::{error, exit, info, warn};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
@@ -252,6 +252,37 @@ impl Vmm {
         match is_fork {
             true => self.prepare_fork(),
             false => self.collect(),
+        }
+    }
+
+    /// Has the files thread record which pages a restored guest has used up to now, its mark: the first
+    /// write to the boot timer, or the first pause.
+    pub(super) fn record_working_set(&mut self) {
+        let memory = self
+            .machine
+            .as_ref()
+            .and_then(|machine| machine.memory.as_ref());
+        let (Some(memory), Some(id)) = (memory, self.last_snapshot) else {
+            return;
+        };
+        let Some(file) = self.recording.take() else {
+            return;
+        };
+        let contents = memory.contents(None);
+        let work = Box::new(move |steps: &Steps| {
+            steps.begin("recording the working set");
+            let bytes = contents.working_set().and_then(|set| set.encode(id.0));
+            let written = bytes.and_then(|bytes| {
+                file.set_len(0)?;
+                file.write_all_at(&bytes, 0)
+            });
+            if let Err(cause) = written {
+                warn!("The working set was not recorded: {cause}.");
+            }
+            FileResult::Done
+        });
+        if let Ok(token) = self.files.submit(None, work) {
+            self.awaited.push((token, Awaited::Nothing));
         }
     }
 

@@ -96,6 +96,9 @@ pub(super) const SNAPSHOT_MEMORY: Purpose = Purpose {
     ),
     ..purpose("memory file", "Load snapshot error: ", Mode::Read)
 };
+/// Which pages a restored guest needs first.
+pub(super) const WORKING_SET: Purpose =
+    purpose("working set", "Load snapshot error: ", Mode::ReadWrite);
 /// The socket of the process that brings in the memory of a snapshot.
 pub(super) const FAULT_HANDLER: Purpose = Purpose {
     whole: Some(
