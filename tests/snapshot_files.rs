@@ -270,6 +270,9 @@ fn subject(folder: &Folder) -> (Pair, Vec<u8>) {
 /// cannot run it, a thread that cannot go on. Not: a panic, a signal, a call that a filter refuses.
 const ALLOWED: [i32; 4] = [0, 160, 161, 162];
 
+/// A message may list all features of a CPU that a host lacks, and no more than that.
+const MESSAGE: usize = 256 << 10;
+
 /// Loads what was changed. Refused, with one message, the process is as before; else the guest runs,
 /// can be paused and saved again, or ends its machine.
 fn load(subject: &Pair, what: &str, process: &mut Option<(Folder, Monitor, Api)>) -> bool {
@@ -295,7 +298,7 @@ fn load(subject: &Pair, what: &str, process: &mut Option<(Folder, Monitor, Api)>
     let (status, message) = asked("PUT", "/snapshot/load", &body).expect(what);
     if status == 400 {
         assert!(
-            message.contains("fault_message") && message.len() < 2000,
+            message.contains("fault_message") && message.len() < MESSAGE,
             "{what}: {message}"
         );
         let (_, instance) = asked("GET", "/", "").expect(what);
