@@ -2,12 +2,12 @@
 //! memory image so that the pair is the old one or the new one, never a mixture.
 //!
 //! The one module that knows the format (`docs/snapshot-format.md`). It knows bytes and files, not
-//! machines: what the state is made of is its callers' ([`encode`] takes anything that serde can
-//! write, [`RawState::parse`] makes it again), and the memory image is written by a function that
+//! machines: what the state is made of is its callers' (`encode` takes anything that serde can
+//! write, `RawState::parse` makes it again), and the memory image is written by a function that
 //! gets the open file.
 //!
 //! Runs on the files thread, and in tools. It never waits for the other end of a FIFO or a device,
-//! never reads more than [`STATE_MAX`] bytes, and trusts nothing that it reads: what is in a file is
+//! never reads more than `STATE_MAX` bytes, and trusts nothing that it reads: what is in a file is
 //! what a guest or another program may have written. It makes no thread and keeps no state.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
