@@ -1,0 +1,201 @@
+//! Snapshots of a Linux guest: a chain of restores while its disk and its network are used.
+//!
+//! MAYFLY_SNAPSHOT_CHAIN says how many restores the chain has.
+
+mod common;
+#[path = "snapshot/pair.rs"]
+mod pair;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use common::{Api, Folder, LINUX_PATIENCE, Monitor, Netns, needs};
+use pair::{Pair, save_and_end};
+use probe_host::pattern;
+use serde_json::{Value, json};
+
+const GUEST: &str = "172.16.9.2";
+const HOST: &str = "172.16.9.1";
+/// Where the guest takes bytes from, and where it returns them.
+const PORTS: [u16; 2] = [5000, 5001];
+/// Large frames, and so few of them: each one costs an emulated kernel half a millisecond.
+const MTU: &str = "32000";
+/// Bytes that go through the guest in one link of the chain. Its programs take them in small pieces, each
+/// of which is several system calls of an emulated kernel.
+const LINK: usize = 8 << 10;
+
+/// Types a command into the guest's shell; what it put out, up to a word that ends it.
+fn shell(monitor: &mut Monitor, command: &str) -> String {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    // Echoes of what is typed do not have these words.
+    let (begin, end) = (format!("begin-{number}\r\n"), format!("done-{number}\r\n"));
+    let then = if command.ends_with('&') { "" } else { ";" };
+    let line = format!("echo beg''in-{number}; {command}{then} echo do''ne-{number}\n");
+    monitor.type_in(&line);
+    let output = monitor.expect_within(&end, LINUX_PATIENCE);
+    let (_, said) = output.split_once(&begin).expect("the beginning");
+    let (said, _) = said.split_once(&end).expect("the end");
+    said.trim().to_owned()
+}
+
+/// Restores, in the namespace of the guest's tap.
+fn restore(netns: &Netns, own: &Folder, pair: &Pair, more: Value) -> (Monitor, Api) {
+    let mut command = netns.command(common::mayfly());
+    command.arg("--api-sock").arg(own.join("api"));
+    command.arg("--log-path").arg(own.join("log"));
+    let monitor = Monitor::spawn(command);
+    let api = Api::at(own.join("api"));
+    api.put("/snapshot/load", pair.resume(more));
+    (monitor, api)
+}
+
+#[test]
+fn linux_when_restored_in_a_chain_loses_nothing() {
+    needs!(kvm, root, tun);
+    let linux = common::linux();
+    let kernel = linux.kernel.parent().unwrap().join("acpi/vmlinux");
+    assert!(kernel.exists(), "run `tools/guest --with acpi`");
+    let (netns, folder) = (Netns::new(), Folder::new());
+    netns.tap("mftap", &format!("{HOST}/24"));
+    netns.run("ip", &["link", "set", "mftap", "mtu", MTU]);
+    let disk = folder.join("disk");
+    fs::copy(&linux.disk, &disk).unwrap();
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": kernel,
+            "boot_args": format!(
+                "{} ip={GUEST}::{HOST}:255.255.255.0::eth0:off mayfly.run=shell", linux.cmdline
+            ),
+        },
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
+        "drives": [{
+            "drive_id": "rootfs",
+            "path_on_host": disk,
+            "is_root_device": true,
+            "cache_type": "Writeback",
+        }],
+        "network-interfaces": [
+            {"iface_id": "eth0", "host_dev_name": "mftap", "guest_mac": "06:00:AC:10:09:02"},
+        ],
+    });
+    let own = Folder::new();
+    let (mut monitor, api) = Monitor::boot_inside(&netns, &own, &config);
+    monitor.expect_within("mayfly-guest: shell ready", LINUX_PATIENCE);
+    shell(&mut monitor, &format!("ip link set eth0 mtu {MTU}"));
+    chain(&netns, &folder, monitor, &api, &disk);
+}
+
+/// A stream of bytes goes through the guest and, on its way, into a file on its disk. The guest is
+/// saved and restored in the middle of it, again and again.
+fn chain(netns: &Netns, folder: &Folder, mut monitor: Monitor, api: &Api, disk: &Path) {
+    let links = std::env::var("MAYFLY_SNAPSHOT_CHAIN").map_or(8, |it| it.parse().unwrap());
+    let listeners = PORTS.map(|port| netns.inside(|| TcpListener::bind((HOST, port)).unwrap()));
+    let command = format!(
+        "{{ nc {HOST} {} </dev/null | tee /received | nc {HOST} {} >/dev/null; }} &",
+        PORTS[0], PORTS[1]
+    );
+    shell(&mut monitor, &command);
+    let [mut to, mut from] = listeners.map(|listener| {
+        listener.set_nonblocking(true).unwrap();
+        let mut accepted = None;
+        common::wait_until_within(LINUX_PATIENCE, "the guest connects", || {
+            let ended = monitor.child.try_wait().unwrap();
+            assert!(ended.is_none(), "it has ended: {}", monitor.stdout());
+            accepted = listener.accept().ok();
+            accepted.is_some()
+        });
+        let (stream, _) = accepted.unwrap();
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(LINUX_PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(LINUX_PATIENCE)).unwrap();
+        stream
+    });
+    let mut sent = vec![0; (links + 1) * LINK];
+    pattern::fill(11, 0, &mut sent);
+    let (returned, all) = (AtomicUsize::new(0), &sent);
+    thread::scope(|scope| {
+        let progress = &returned;
+        let writer = scope.spawn(move || {
+            // Never all at once: there is always something under way, and something to come.
+            for (number, piece) in all.chunks(LINK / 2).enumerate() {
+                common::wait_until_within(LINUX_PATIENCE, "the stream goes on", || {
+                    progress.load(Ordering::Relaxed) + 2 * LINK > number * LINK / 2
+                });
+                to.write_all(piece).unwrap();
+            }
+            to
+        });
+        let reader = scope.spawn(|| returns(&mut from, all, &returned));
+        let mut here = (Folder::new(), monitor, Api(api.0.clone()));
+        for link in 0..links {
+            // In the middle of it: there is more to come, and something under way.
+            common::wait_until_within(LINUX_PATIENCE, "the stream goes on", || {
+                assert!(!reader.is_finished() || link + 1 == links, "it has ended");
+                returned.load(Ordering::Relaxed) > link * LINK
+            });
+            let pair = Pair::new(folder, &format!("link{}", link % 2));
+            let (_, monitor, api) = here;
+            save_and_end(monitor, &api, &pair);
+            let own = Folder::new();
+            let (monitor, api) = restore(netns, &own, &pair, json!({}));
+            here = (own, monitor, api);
+        }
+        drop(writer.join().unwrap());
+        assert_eq!(reader.join().unwrap(), sent.len());
+        let (own, mut monitor, api) = here;
+        let said = shell(
+            &mut monitor,
+            "sync; sha256sum /received; dmesg | grep -ci -e 'i/o error' -e 'ext4-fs err' -e hung",
+        );
+        folder.file("sent", &sent);
+        let sum = sha256(&folder.join("sent"));
+        assert!(said.starts_with(&sum), "{sum}: {said}");
+        assert!(said.ends_with("\n0"), "{said}");
+        assert_eq!(api.get("/")["state"], "Running");
+        drop(monitor);
+        let log = own.read("log");
+        assert!(
+            !log.contains("needs a reset") && !log.contains("failed"),
+            "{log}"
+        );
+    });
+    let check = std::process::Command::new("e2fsck")
+        .args(["-fp"])
+        .arg(disk)
+        .output()
+        .unwrap();
+    assert!(
+        check.status.code().is_some_and(|code| code < 4),
+        "{check:?}"
+    );
+}
+
+/// Reads what comes back and compares it; how much that was, when it ends.
+fn returns(from: &mut TcpStream, sent: &[u8], returned: &AtomicUsize) -> usize {
+    let mut bytes = vec![0; 64 << 10];
+    loop {
+        let n = from.read(&mut bytes).unwrap();
+        let before = returned.load(Ordering::Relaxed);
+        assert!(
+            sent[before..].starts_with(&bytes[..n]),
+            "other bytes after {before}"
+        );
+        returned.store(before + n, Ordering::Relaxed);
+        if n == 0 || before + n == sent.len() {
+            return before + n;
+        }
+    }
+}
+
+fn sha256(path: &Path) -> String {
+    let output = std::process::Command::new("sha256sum")
+        .arg(path)
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout[..64]).into_owned()
+}
