@@ -117,14 +117,15 @@ fn chain(netns: &Netns, folder: &Folder, mut monitor: Monitor, api: &Api, disk: 
     });
     let mut sent = vec![0; (links + 1) * LINK];
     pattern::fill(11, 0, &mut sent);
-    let (returned, all) = (AtomicUsize::new(0), &sent);
+    // Bytes that came back, links that were begun, and all that is sent.
+    let (returned, begun, all) = (AtomicUsize::new(0), AtomicUsize::new(0), &sent);
     thread::scope(|scope| {
-        let progress = &returned;
+        let begun = &begun;
         let writer = scope.spawn(move || {
-            // Never all at once: there is always something under way, and something to come.
+            // Two links ahead at most: there is always more to come.
             for (number, piece) in all.chunks(LINK / 2).enumerate() {
-                common::wait_until_within(LINUX_PATIENCE, "the stream goes on", || {
-                    progress.load(Ordering::Relaxed) + 2 * LINK > number * LINK / 2
+                common::wait_until_within(LINUX_PATIENCE, "the chain goes on", || {
+                    begun.load(Ordering::Relaxed) + 2 > number / 2
                 });
                 to.write_all(piece).unwrap();
             }
@@ -144,6 +145,7 @@ fn chain(netns: &Netns, folder: &Folder, mut monitor: Monitor, api: &Api, disk: 
             let own = Folder::new();
             let (monitor, api) = restore(netns, &own, &pair, json!({}));
             here = (own, monitor, api);
+            begun.store(link + 1, Ordering::Relaxed);
         }
         drop(writer.join().unwrap());
         assert_eq!(reader.join().unwrap(), sent.len());
