@@ -7,11 +7,11 @@
 
 mod devices;
 mod guest;
+mod origin;
 mod vcpus;
 
 use std::cell::OnceCell;
 use std::fmt;
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -22,18 +22,17 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::devices::{Attach, Attaching, Building, Saved};
+use self::origin::{Begins, boots, goes_on};
+pub use self::origin::{Origin, Restored, pages};
 use self::vcpus::{Making, SavedVcpus, StartState, begin_vcpus, finish_vcpus};
 use super::change::Replaced;
-use super::configuration::{Boot, Configuration, Console};
+use super::configuration::{Configuration, Console};
 use super::cpu;
 use super::devices::bucket;
 use super::machine::Machine;
-use super::saved::MachineState;
 use super::{Event, Settings};
 use crate::arch::boot;
 use crate::arch::boot_timer::{self, BootTimer};
-use crate::arch::chips::{self, Chips};
-use crate::arch::fingerprint::Fingerprint;
 use crate::arch::i8042::I8042;
 use crate::arch::power::Power;
 use crate::arch::split::Lines;
@@ -41,20 +40,16 @@ use crate::arch::vm::state::{ClockAfterRestore, VmState};
 use crate::arch::{self, Vm, cpuid, generation, layout};
 use crate::bus::Overlap;
 use crate::error::{ActionError, Context};
-use crate::files;
 use crate::inbox::{Sender, inbox};
+use crate::memory::Memory;
 use crate::memory::lazy::Handler;
-use crate::memory::working_set::Prefetch;
-use crate::memory::{Backing, Memory, Pages};
 use crate::seccomp::Category;
 use crate::serial::{self, SerialPort, Streams, UartState};
-use crate::snapshot::SnapshotId;
 use crate::sys::{fd, terminal};
 use crate::threads::{self, ParkedThread, ReadyLatch, parked};
 use crate::timeline::{Moment, Timeline};
 use crate::vcpu::{Buses, VcpuHandle};
 use crate::virtio::registers;
-use crate::wire::config::{HugePages, InterruptController, RamBackend};
 use crate::{error, info, log, warn};
 
 /// How long the guest waits for the lines about its start to be written.
@@ -118,36 +113,6 @@ pub fn prepare(passed: Option<&Arc<Kvm>>) -> Result<Prepared, ActionError> {
         serial,
         supported,
     })
-}
-
-/// What a machine begins as.
-pub enum Origin {
-    /// A kernel that boots.
-    Kernel,
-    /// A guest that goes on.
-    Snapshot(Box<Restored>),
-}
-
-/// A guest that was saved.
-pub struct Restored {
-    /// The state of each part.
-    pub state: MachineState,
-    /// Its memory.
-    pub memory: Memory,
-    /// The process that brings in its pages, if one does.
-    pub handler: Option<Handler>,
-    /// What brings in pages that it needs first, if that is known.
-    pub prefetch: Option<Prefetch>,
-    /// Where it is to be recorded which these are.
-    pub record: Option<File>,
-    /// How its clock goes on.
-    pub clock: ClockAfterRestore,
-    /// Nanoseconds of the host's wall clock since it was saved.
-    pub elapsed: u64,
-    /// What the guest depends on of the host's processor, if that is to be checked.
-    pub cpu: Option<Fingerprint>,
-    /// The snapshot's id.
-    pub id: SnapshotId,
 }
 
 /// A machine whose guest is not loaded yet.
@@ -438,114 +403,6 @@ pub fn complete(
 }
 
 const NO_VM: &str = "Making the virtual machine failed";
-
-/// What differs between a machine that boots and one that goes on.
-struct Begins {
-    state: MachineState,
-    memory: Memory,
-    chips: Chips,
-    load: guest::Load,
-    restored: Option<(VmState, ClockAfterRestore)>,
-    handler: Option<Handler>,
-    /// What the guest depends on of the host's processor.
-    cpu: Option<Fingerprint>,
-    elapsed: u64,
-}
-
-/// A machine that boots: all parts are new.
-fn boots(host: &Host<'_>, configuration: &Configuration, kvm: &Kvm) -> Result<Begins, ActionError> {
-    let kernel = configuration.check_start()?;
-    let machine = &configuration.machine;
-    let pages = pages(machine.huge_pages);
-    let backing = match machine.memory_backend {
-        RamBackend::Anonymous => Backing::Anonymous,
-        RamBackend::Shared => Backing::Shared,
-    };
-    let memory = Memory::new(
-        machine.mem_size_mib,
-        pages,
-        backing,
-        machine.track_dirty_pages,
-    );
-    Ok(Begins {
-        state: MachineState::default(),
-        memory: memory.context("Making guest memory failed")?,
-        chips: choose_chips(kvm, configuration, kernel)?,
-        load: guest::load(host, configuration, kernel)?,
-        restored: None,
-        handler: None,
-        cpu: None,
-        elapsed: 0,
-    })
-}
-
-/// A machine that goes on: all parts are as they were saved, but for the generation ID.
-fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
-    let Restored {
-        mut state,
-        memory,
-        handler,
-        prefetch,
-        record: _,
-        clock,
-        elapsed,
-        cpu,
-        id: _,
-    } = restored;
-    if let Some(prefetch) = prefetch {
-        // Beside all that follows; the thread ends with its work.
-        let _ = parked("prefetch".into())?.ask(move || prefetch.run());
-    }
-    let vm = state.vm.take();
-    let vm = vm.ok_or_else(|| ActionError("The snapshot has no clock.".into()))?;
-    Ok(Begins {
-        state,
-        memory,
-        chips: vm.chips.place(),
-        // Guest memory may have to be brought in: the files thread waits for that, not control.
-        load: Box::new(|memory| {
-            files::may_wait("writing the generation ID into guest memory");
-            generation::renew(memory).bare()?;
-            Ok(None)
-        }),
-        restored: Some((vm, clock)),
-        handler,
-        cpu,
-        elapsed,
-    })
-}
-
-/// What guest memory is made of, as the configuration says it.
-pub fn pages(pages: HugePages) -> Pages {
-    match pages {
-        HugePages::None => Pages::Ordinary,
-        HugePages::Transparent => Pages::Transparent,
-        HugePages::TwoMib => Pages::TwoMib,
-    }
-}
-
-/// Where the guest's interrupt chips are to be.
-fn choose_chips(
-    kvm: &Kvm,
-    configuration: &Configuration,
-    kernel: &Boot,
-) -> Result<Chips, ActionError> {
-    match configuration.machine.interrupt_controller {
-        InterruptController::Kernel => Ok(Chips::Kernel),
-        InterruptController::Split if chips::host_can_split(kvm) => Ok(Chips::Split),
-        InterruptController::Split => Err(ActionError(
-            "The interrupt controller cannot be split on this host: KVM lacks KVM_CAP_SPLIT_IRQCHIP \
-             or KVM_CAP_TSC_DEADLINE_TIMER. Leave `interrupt_controller` out of the machine \
-             configuration."
-                .into(),
-        )),
-        InterruptController::Auto => {
-            let masks = configuration.cpu.as_ref().map(cpu::cpuid_masks);
-            let boot_args = kernel.source.boot_args.as_deref().unwrap_or_default();
-            Ok(chips::choose(kvm, boot_args, &masks.unwrap_or_default()))
-        }
-    }
-}
 
 const BAD_CPU: &str = "Cannot apply the CPU configuration";
 const NOT_PLACED: &str = "Placing a device failed";

@@ -17,13 +17,16 @@
 //! One at a time; what clients ask for meanwhile waits in order, but for questions. Whatever fails, a
 //! guest that ran goes on, and the pages that a failed image held are counted as changed again.
 
+mod job;
+
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
+use self::job::{CREATE_FAILED, ImageSource};
+pub use self::job::{Job, Written};
 use super::action::{Outcome, Reply};
 use super::file_work::{Awaited, FileResult};
 use super::lifecycle::Input;
@@ -35,23 +38,19 @@ use crate::arch::fingerprint::Fingerprint;
 use crate::arch::layout;
 use crate::error::{ActionError, Context};
 use crate::files::Steps;
-use crate::memory::fork::{Frozen, Prepare, Prepared, copy_image};
-use crate::memory::image::{Contents, Stamp};
-use crate::memory::page_set::PageSet;
-use crate::memory::{Memory, MemoryError, Source as MappedFile};
-use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId, Target};
+use crate::memory::fork::{Frozen, Prepare, Prepared};
+use crate::memory::image::Stamp;
+use crate::memory::{Memory, MemoryError};
+use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId};
 use crate::sys::clock;
 use crate::sys::passed::Passed;
-use crate::sys::socket::send_with_descriptors;
-use crate::wire::config::{SavedConfig, SnapshotCreate, SnapshotType, Source};
-use crate::{error, exit, info, warn};
+use crate::wire::config::{SavedConfig, SnapshotCreate, SnapshotType};
+use crate::{error, exit, warn};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
 
 const FAILED: &str = "Saving the microVM failed";
-/// How Firecracker begins the message.
-const CREATE_FAILED: &str = "Create snapshot error: Cannot create the snapshot";
 
 /// In a token: that it belongs to a snapshot. The rest is the device's number.
 const SAVE: u64 = 1 << 62;
@@ -83,158 +82,6 @@ enum Step {
     Freezing,
     /// The files thread writes.
     Writing,
-}
-
-/// What the files thread has made of it.
-pub struct Written {
-    /// The pages that had changed since the snapshot before.
-    changed: Option<PageSet>,
-    result: Result<SnapshotId, ActionError>,
-}
-
-/// What the files thread needs to write both files.
-pub struct Job {
-    request: SnapshotCreate,
-    passed: Passed,
-    image: ImageSource,
-    stamp: Stamp,
-    header: Header,
-    saved: SavedMachine,
-}
-
-/// Where a memory image comes from.
-enum ImageSource {
-    /// Guest memory, which stands still; what of it has changed, if that is tracked.
-    Memory(Contents, Option<PageSet>),
-    /// Memory that a fork has frozen.
-    Frozen(Option<Frozen>),
-}
-
-impl Job {
-    fn write(mut self, steps: &Steps) -> Written {
-        let result = self.write_files(steps);
-        let changed = match self.image {
-            ImageSource::Memory(_, changed) => changed,
-            ImageSource::Frozen(_) => None,
-        };
-        Written { changed, result }
-    }
-
-    fn write_files(&mut self, steps: &Steps) -> Result<SnapshotId, ActionError> {
-        let frozen = match &mut self.image {
-            ImageSource::Memory(..) => None,
-            ImageSource::Frozen(frozen) => frozen.take(),
-        };
-        let frozen = frozen.map(Frozen::seal).transpose();
-        let frozen = frozen.context(CREATE_FAILED)?;
-        let wait = |what: &str| steps.begin(what);
-        let state = target(&self.request.snapshot_path, &mut self.passed)?;
-        let memory = self.request.mem_file_path.clone();
-        let memory = memory.map(|memory| target(&memory, &mut self.passed));
-        match (memory.transpose()?, frozen) {
-            (Some(Target::File { file, .. }), Some(frozen)) if is_socket(&file) => {
-                self.write_state(state, &frozen, &wait)?;
-                let sent = send_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
-                sent.context(format_args!("{CREATE_FAILED}: Cannot pass the memory"))?;
-            }
-            (None, Some(frozen)) => {
-                self.write_state(state, &frozen, &wait)?;
-                let fd = frozen.file().as_raw_fd();
-                info!(
-                    "The memory of snapshot {} is descriptor {fd} of this process.",
-                    self.header.id
-                );
-            }
-            (Some(Target::File { file, name }), _) if self.is_below_the_guest(&file) => {
-                return Err(ActionError(format!(
-                    "{CREATE_FAILED}: the memory of this guest is mapped from `{name}`, which would \
-                     change it. Name another file"
-                )));
-            }
-            (Some(memory), frozen) => {
-                let fill = |file: &File| self.fill(file, frozen.as_deref());
-                let encode = |memory| snapshot::encode(&self.header_with(memory), &self.saved);
-                snapshot::write_pair(state, memory, &wait, fill, encode).context(CREATE_FAILED)?;
-            }
-            (None, None) => return Err(ActionError("missing field `mem_file_path`".into())),
-        }
-        Ok(self.header.id)
-    }
-
-    /// Whether guest memory is a mapping of `file`.
-    fn is_below_the_guest(&self, file: &File) -> bool {
-        match &self.image {
-            ImageSource::Memory(contents, _) => contents.is_mapped_from(file),
-            ImageSource::Frozen(_) => false,
-        }
-    }
-
-    /// Writes the memory image.
-    fn fill(&self, file: &File, frozen: Option<&MappedFile>) -> io::Result<MemoryImage> {
-        let stamp = &self.stamp;
-        let (len, written) = match (&self.image, frozen) {
-            (ImageSource::Memory(contents, changed), _) => {
-                let written = match (self.header.kind, changed) {
-                    (Kind::Diff, Some(changed)) => contents.write_diff(file, stamp, changed),
-                    (Kind::Diff, None) => contents.write_private(file, stamp),
-                    _ => contents.write_full(file, stamp),
-                };
-                (contents.len(), written?)
-            }
-            (ImageSource::Frozen(_), Some(frozen)) => {
-                (frozen.len(), copy_image(frozen, stamp, file)?)
-            }
-            (ImageSource::Frozen(_), None) => return Err(io::ErrorKind::InvalidInput.into()),
-        };
-        Ok(MemoryImage {
-            len,
-            check: Some(written.check),
-            id_at: stamp.offset,
-        })
-    }
-
-    /// Writes the state file alone: the memory is where it is.
-    fn write_state(
-        &self,
-        state: Target,
-        frozen: &MappedFile,
-        wait: &dyn Fn(&str),
-    ) -> Result<(), ActionError> {
-        let header = self.header_with(MemoryImage {
-            len: frozen.len(),
-            check: None,
-            id_at: self.stamp.offset,
-        });
-        let bytes = snapshot::encode(&header, &self.saved);
-        let bytes = bytes.context(CREATE_FAILED)?;
-        snapshot::write_state(state, &bytes, wait).context(CREATE_FAILED)
-    }
-
-    fn header_with(&self, memory: MemoryImage) -> Header {
-        Header {
-            memory,
-            ..self.header.clone()
-        }
-    }
-}
-
-fn is_socket(file: &File) -> bool {
-    file.metadata()
-        .is_ok_and(|metadata| metadata.file_type().is_socket())
-}
-
-/// Where a file of the snapshot goes.
-fn target(source: &Source, passed: &mut Passed) -> Result<Target, ActionError> {
-    Ok(match source {
-        Source::Named(path) => Target::Path(path.into()),
-        Source::Fd(passed_fd) => {
-            let fd = passed.claim(passed_fd.fd);
-            let name = source.to_string();
-            let fd = fd.context(format_args!("{CREATE_FAILED}: Cannot use `{name}`"))?;
-            let file = File::from(fd);
-            Target::File { file, name }
-        }
-    })
 }
 
 impl Vmm {
