@@ -6,6 +6,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::tempdir::TempDir;
@@ -337,12 +339,17 @@ fn save_to(state_at: Target, memory_at: Target, id: u8) -> Result<(), WriteError
     )
 }
 
+/// Writes a pair. What another test's child has for a moment, between fork and exec, are copies of
+/// locked descriptors of this process: then it is tried again.
 fn save(state_at: &Path, memory_at: &Path, id: u8) -> Result<(), WriteError> {
-    save_to(
-        Target::Path(state_at.into()),
-        Target::Path(memory_at.into()),
-        id,
-    )
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let (state, memory) = (state_at.into(), memory_at.into());
+        match save_to(Target::Path(state), Target::Path(memory), id) {
+            Err(WriteError::Busy(_)) if Instant::now() < end => thread::yield_now(),
+            written => return written,
+        }
+    }
 }
 
 /// The snapshot that a reader finds: its state, and memory that belongs to it.
@@ -661,7 +668,9 @@ fn create_when_another_is_under_way_at_the_same_place_is_refused() {
             &|_| {},
             |file| {
                 for (at, memory) in [("state", "memory"), ("state", "else"), ("else", "memory")] {
-                    let error = save(&path.join(at), &path.join(memory), 9).unwrap_err();
+                    let (at, memory) = (path.join(at), path.join(memory));
+                    let saved = save_to(Target::Path(at), Target::Path(memory), 9);
+                    let error = saved.unwrap_err();
                     assert!(matches!(error, WriteError::Busy(_)), "{error}");
                 }
                 fill(file, id)

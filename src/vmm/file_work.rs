@@ -123,7 +123,7 @@ pub(super) struct UnderWay<T> {
 }
 
 impl Vmm {
-    fn is_changing(&self) -> bool {
+    pub(super) fn is_changing(&self) -> bool {
         if self.is_saving() {
             return true;
         }

@@ -122,7 +122,8 @@ impl Vmm {
             Action::SendCtrlAltDel => reply.send(self.press_ctrl_alt_del()),
             Action::SnapshotCreate(create) => return self.save(create, passed, reply),
             Action::SnapshotLoad(restore) => {
-                return self.change_for(self.load(*restore), passed, reply);
+                self.change_for(self.load(*restore), passed, reply);
+                return self.prepare_beside_load();
             }
             Action::Configure(part) => return self.change_for(self.check(part), passed, reply),
             Action::PatchDevice(update) => {
@@ -367,6 +368,14 @@ impl Vmm {
         match self.load(restore) {
             Ok(change) => self.open(change, Passed::Inherited, asker),
             Err(error) => asker.answer(Err(error)),
+        }
+        self.prepare_beside_load();
+    }
+
+    /// Makes what every start needs while the files thread reads a snapshot.
+    fn prepare_beside_load(&mut self) {
+        if self.is_changing() && self.prepared.is_none() {
+            self.prepare_start();
         }
     }
 
