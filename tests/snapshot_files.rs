@@ -358,6 +358,42 @@ fn try_request(api: &Api, method: &str, path: &str, body: &str) -> Option<(u16, 
     }
 }
 
+/// Memory files that are not the snapshot's, and working sets that are none: the process can load the
+/// right ones after that, also where a create that was killed has left them.
+#[test]
+fn load_when_files_are_not_what_they_should_be_is_refused_and_can_be_tried_again() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let (pair, state) = subject(&folder);
+    let memory = fs::read(&pair.memory).unwrap();
+    let other = folder.join("other");
+    fs::write(&other, vec![0; memory.len()]).unwrap();
+    let text = folder.file("text", "precious");
+    let own = Folder::new();
+    let (_monitor, api) = Monitor::unconfigured(&own);
+    for wrong in ["/dev/zero".as_ref(), "/".as_ref(), &*other, &*text] {
+        let mut body = pair.load();
+        body["mem_backend"]["backend_path"] = json!(wrong);
+        let message = api.refused("PUT", "/snapshot/load", body);
+        assert!(message.contains(wrong.to_str().unwrap()), "{message}");
+    }
+    for wrong in [&text, &pair.memory, &pair.state] {
+        let mut body = pair.load();
+        body["working_set"] = json!(wrong);
+        let message = api.refused("PUT", "/snapshot/load", body);
+        assert!(message.contains("is not overwritten"), "{message}");
+    }
+    assert_eq!(fs::read(&text).unwrap(), b"precious");
+    assert!(fs::read(&pair.memory).unwrap() == memory);
+    assert!(fs::read(&pair.state).unwrap() == state);
+    // As after a kill between the two renames of a create.
+    let left = folder.join(".subject.memory.mayfly-partial");
+    fs::rename(&pair.memory, left).unwrap();
+    fs::rename(&other, &pair.memory).unwrap();
+    api.put("/snapshot/load", pair.load());
+    assert_eq!(api.get("/")["state"], "Paused");
+}
+
 /// Values of the state, behind a check value that fits: what each part of the machine makes of them.
 #[test]
 fn state_when_values_are_changed_is_refused_or_harmless() {

@@ -110,21 +110,19 @@ impl WorkingSet {
         Ok(serde_json::to_vec(&stored)?)
     }
 
-    /// Reads `file`, which is to be of the snapshot `id` with an image of `pages` pages.
+    /// Reads `file`, which is to be of the snapshot `id` with an image of `pages` pages; none where it is
+    /// of another snapshot, or of another version.
     ///
     /// # Errors
-    /// InvalidData for a file that is not one, or of another snapshot; else the host's.
-    pub fn read(file: &File, id: [u8; ID_LEN], pages: u64) -> io::Result<WorkingSet> {
+    /// InvalidData for a file that is no working set; else the host's.
+    pub fn read(file: &File, id: [u8; ID_LEN], pages: u64) -> io::Result<Option<WorkingSet>> {
         // Whatever its position: others may have passed the same descriptor.
         let len = file.metadata()?.len().min(FILE_MAX);
         let mut bytes = vec![0; len as usize];
         file.read_exact_at(&mut bytes, 0)?;
         let stored: Stored = serde_json::from_slice(&bytes)?;
         if stored.version != VERSION || stored.id != id {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "it is of another snapshot, or of another version",
-            ));
+            return Ok(None);
         }
         let set = |runs: &[(u64, u64)]| {
             let mut set = PageSet::new(pages);
@@ -133,10 +131,10 @@ impl WorkingSet {
             }
             set
         };
-        Ok(WorkingSet {
+        Ok(Some(WorkingSet {
             written: set(&stored.written),
             read: set(&stored.read),
-        })
+        }))
     }
 }
 
@@ -247,7 +245,8 @@ mod tests {
         let file = TempFile::new().unwrap();
         file.as_file().write_all(&set.encode(ID).unwrap()).unwrap();
         let file = File::open(file.as_path()).unwrap();
-        let read = WorkingSet::read(&file, ID, 3076 * MIB / PAGE).unwrap();
+        let read = WorkingSet::read(&file, ID, 3076 * MIB / PAGE);
+        let read = read.unwrap().unwrap();
         assert_eq!(read, set);
 
         // The next guest has pages of its own before it writes them, with what is in the image.
@@ -266,25 +265,30 @@ mod tests {
     }
 
     #[test]
-    fn read_when_a_file_is_not_one_or_of_another_snapshot_refuses() {
+    fn read_when_a_file_is_not_one_refuses_and_of_another_snapshot_is_none() {
         let good = String::from_utf8(WorkingSet::default().encode(ID).unwrap()).unwrap();
         let id = "ab".repeat(16);
         assert_eq!(
             good,
             format!("{{\"version\":1,\"id\":\"{id}\",\"written\":[],\"read\":[]}}")
         );
+        let read = |text: &str| {
+            let file = TempFile::new().unwrap();
+            file.as_file().write_all(text.as_bytes()).unwrap();
+            let file = File::open(file.as_path()).unwrap();
+            WorkingSet::read(&file, ID, 1024)
+        };
+        let version = good.replace("\"version\":1", "\"version\":2");
+        for other in [version, good.replace("abab", "abac")] {
+            assert_eq!(read(&other).unwrap(), None, "{other}");
+        }
         for bad in [
             String::new(),
             good[..good.len() - 1].to_owned(),
-            good.replace("\"version\":1", "\"version\":2"),
-            good.replace("abab", "abac"),
             good.replace("\"read\":[]", "\"read\":[[1]]"),
             good.replace("\"read\":[]", "\"read\":[[1,-1]]"),
         ] {
-            let file = TempFile::new().unwrap();
-            file.as_file().write_all(bad.as_bytes()).unwrap();
-            let file = File::open(file.as_path()).unwrap();
-            let error = WorkingSet::read(&file, ID, 1024).unwrap_err();
+            let error = read(&bad).unwrap_err();
             assert!(
                 matches!(
                     error.kind(),
@@ -306,7 +310,7 @@ mod tests {
         );
         file.as_file().write_all(text.as_bytes()).unwrap();
         let file = File::open(file.as_path()).unwrap();
-        let set = WorkingSet::read(&file, ID, 1024).unwrap();
+        let set = WorkingSet::read(&file, ID, 1024).unwrap().unwrap();
         assert_eq!((set.written.count(), set.read.count()), (24, 0));
         // And are harmless.
         let image = image(4, 0..1);

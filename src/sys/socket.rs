@@ -139,6 +139,28 @@ pub fn send_with_descriptors(
     bytes: &[u8],
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<usize> {
+    send_all(socket, bytes, descriptors, SendFlags::NOSIGNAL)
+}
+
+/// The same, without waiting for room.
+///
+/// # Errors
+/// As above; WouldBlock when there is no room.
+pub fn send_now_with_descriptors(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    send_all(socket, bytes, descriptors, flags)
+}
+
+fn send_all(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<usize> {
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
     let mut control = SendAncillaryBuffer::new(&mut room);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
@@ -146,7 +168,7 @@ pub fn send_with_descriptors(
     }
     loop {
         let pieces = [IoSlice::new(bytes)];
-        match sendmsg(&socket, &pieces, &mut control, SendFlags::NOSIGNAL) {
+        match sendmsg(&socket, &pieces, &mut control, flags) {
             Err(rustix::io::Errno::INTR) => {}
             sent => return Ok(sent?),
         }

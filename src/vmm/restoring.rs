@@ -144,14 +144,20 @@ fn open_working_set(
 ) -> Result<(Option<Prefetch>, Option<File>), ActionError> {
     let file = open::working_set(source, passed)?;
     let pages = header.memory.len / PAGE;
+    if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+        return Ok((None, Some(file)));
+    }
     match WorkingSet::read(&file, header.id.0, pages) {
-        Ok(set) => Ok((Some(Prefetch::new(memory.ram(), set)), None)),
-        Err(cause) => {
-            if file.metadata().is_ok_and(|metadata| metadata.len() > 0) {
-                warn!("The working set `{source}` is recorded anew: {cause}.");
-            }
+        Ok(Some(set)) => Ok((Some(Prefetch::new(memory.ram(), set)), None)),
+        Ok(None) => {
+            warn!("The working set `{source}` is that of another snapshot, and is recorded anew.");
             Ok((None, Some(file)))
         }
+        // It may be anything of the user's.
+        Err(cause) => Err(ActionError(format!(
+            "{FAILED}: the file `{source}` is not empty and no working set, and is not overwritten: \
+             {cause}. Name another"
+        ))),
     }
 }
 

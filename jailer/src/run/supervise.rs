@@ -36,8 +36,9 @@ const GRACE_US: u64 = 3_000_000;
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 const SPEAK: &str = "speak to the monitor";
-const NO_SNAPSHOT: &str = "cannot take a snapshot (--snapshot-to): the guest ended before it wrote to \
-                           the boot timer, and there was no SIGUSR1";
+const NO_SNAPSHOT: &str = "cannot take a snapshot (--snapshot-to): the guest ended before it was \
+                           taken. It is taken when the guest has written to its boot timer, or on \
+                           SIGUSR1: let it run until then";
 
 /// The microVM did not start.
 #[derive(Debug, thiserror::Error)]

@@ -121,7 +121,9 @@ pub(super) fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
         chips: vm.chips.place(),
         // Guest memory may have to be brought in: the files thread waits for that, not control.
         load: Box::new(|memory| {
-            files::may_wait("writing the generation ID into guest memory");
+            files::may_wait(
+                "writing to guest memory (of the backend Uffd: its page fault handler)",
+            );
             generation::renew(memory).bare()?;
             Ok(None)
         }),

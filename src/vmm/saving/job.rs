@@ -16,7 +16,7 @@ use crate::memory::image::{Contents, Stamp};
 use crate::memory::page_set::PageSet;
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId, Target};
 use crate::sys::passed::Passed;
-use crate::sys::socket::send_with_descriptors;
+use crate::sys::socket::send_now_with_descriptors;
 use crate::wire::config::{SnapshotCreate, Source};
 
 /// How Firecracker begins the message.
@@ -66,12 +66,13 @@ impl Job {
         let frozen = frozen.context(CREATE_FAILED)?;
         let wait = |what: &str| steps.begin(what);
         let state = target(&self.request.snapshot_path, &mut self.passed)?;
+        self.check_not_below(&state)?;
         let memory = self.request.mem_file_path.clone();
         let memory = memory.map(|memory| target(&memory, &mut self.passed));
         match (memory.transpose()?, frozen) {
             (Some(Target::File { file, .. }), Some(frozen)) if is_socket(&file) => {
                 self.write_state(state, &frozen, &wait)?;
-                let sent = send_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
+                let sent = send_now_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
                 sent.context(format_args!("{CREATE_FAILED}: Cannot pass the memory"))?;
             }
             (None, Some(frozen)) => {
@@ -82,13 +83,8 @@ impl Job {
                     self.header.id
                 );
             }
-            (Some(Target::File { file, name }), _) if self.is_below_the_guest(&file) => {
-                return Err(ActionError(format!(
-                    "{CREATE_FAILED}: the memory of this guest is mapped from `{name}`, which would \
-                     change it. Name another file"
-                )));
-            }
             (Some(memory), frozen) => {
+                self.check_not_below(&memory)?;
                 let fill = |file: &File| self.fill(file, frozen.as_deref());
                 let encode = |memory| snapshot::encode(&self.header_with(memory), &self.saved);
                 snapshot::write_pair(state, memory, &wait, fill, encode).context(CREATE_FAILED)?;
@@ -98,11 +94,18 @@ impl Job {
         Ok(self.header.id)
     }
 
-    /// Whether guest memory is a mapping of `file`.
-    fn is_below_the_guest(&self, file: &File) -> bool {
-        match &self.image {
-            ImageSource::Memory(contents, _) => contents.is_mapped_from(file),
-            ImageSource::Frozen(_) => false,
+    /// Guest memory must not be a mapping of a descriptor that is written to.
+    fn check_not_below(&self, target: &Target) -> Result<(), ActionError> {
+        match (target, &self.image) {
+            (Target::File { file, name }, ImageSource::Memory(contents, _))
+                if contents.is_mapped_from(file) =>
+            {
+                Err(ActionError(format!(
+                    "{CREATE_FAILED}: the memory of this guest is mapped from `{name}`, which would \
+                     change it. Name another file"
+                )))
+            }
+            _ => Ok(()),
         }
     }
 
