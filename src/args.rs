@@ -18,6 +18,7 @@ use self::given::Given;
 use self::options::EXCLUDE;
 use crate::arch::Protocol;
 use crate::log::{Format, Level};
+use crate::snapshot::{MEMORY_NAME, STATE_NAME};
 use crate::wire::config::SnapshotLoad;
 use crate::wire::limits::BODY_MAX;
 use crate::wire::{Source, id};
@@ -221,7 +222,7 @@ fn snapshot(value: &str) -> Option<SnapshotLoad> {
         _ if value.is_empty() || value.starts_with("fd:") => return None,
         _ => {
             let file = |name| Source::Named(format!("{}/{name}", value.trim_end_matches('/')));
-            (file("state"), file("memory"))
+            (file(STATE_NAME), file(MEMORY_NAME))
         }
     };
     Some(SnapshotLoad {

@@ -137,13 +137,9 @@ pub fn snapshot_memory(
     let purpose = &SNAPSHOT_MEMORY;
     let (file, _) = purpose.open(source, passed)?;
     purpose.may_wait("reading", source);
-    let Err(refusal) = snapshot::check_memory(header, &file) else {
-        return Ok(file);
-    };
-    // A create that was killed may have left the right one beside it.
-    let left = source.name().map(Path::new);
-    let left = left.and_then(|path| snapshot::partial_memory(header, path));
-    left.ok_or_else(|| purpose.wrong(source, refusal))
+    let path = source.name().map(Path::new);
+    let memory = snapshot::memory_of(header, Ok(file), path);
+    memory.map_err(|refusal| purpose.wrong(source, refusal))
 }
 
 /// Opens the file of a working set, to read it or to record it: makes it when it is missing.

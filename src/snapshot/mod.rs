@@ -23,8 +23,13 @@ pub use self::header::{
     Header, Kind, MemoryImage, SnapshotId, VERSION, encode, encode_json, version,
 };
 pub use self::place::{Target, partial_name};
-pub use self::read::{RawState, Refusal, check_memory, open_regular, partial_memory, read};
+pub use self::read::{RawState, Refusal, check_memory, memory_of, open_regular, read};
 pub use self::write::{WriteError, write_pair, write_state};
+
+/// What the state file of a snapshot is called, where only its folder is named.
+pub const STATE_NAME: &str = "state";
+/// What its memory image is called there.
+pub const MEMORY_NAME: &str = "memory";
 
 /// The longest state file that is read. A guest of 32 vCPUs and all its devices has about 1 MiB.
 pub const STATE_MAX: u64 = 64 << 20;

@@ -183,6 +183,11 @@ impl RawState {
         self.bytes.get(self.start..).unwrap_or_default()
     }
 
+    /// The whole state file.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// Makes the state of it.
     ///
     /// # Errors
@@ -373,9 +378,29 @@ pub fn check_memory(header: &Header, image: &File) -> Result<(), Refusal> {
     }
 }
 
+/// The memory image that belongs to the state file with `header`: what was `opened` at `path`, or what a
+/// create that was killed has left beside it.
+///
+/// # Errors
+/// Why what was opened is not taken.
+pub fn memory_of(
+    header: &Header,
+    opened: Result<File, Refusal>,
+    path: Option<&Path>,
+) -> Result<File, Refusal> {
+    let checked = opened.and_then(|image| {
+        check_memory(header, &image)?;
+        Ok(image)
+    });
+    checked.or_else(|refusal| {
+        let left = path.and_then(|path| partial_memory(header, path));
+        left.ok_or(refusal)
+    })
+}
+
 /// The memory image of the snapshot with `header` beside `path`, where a create that was killed has
 /// left it: it had put its own image at `path` and not yet its state file in place.
-pub fn partial_memory(header: &Header, path: &Path) -> Option<File> {
+pub(super) fn partial_memory(header: &Header, path: &Path) -> Option<File> {
     // A symbolic link is followed as it was when the image was written.
     let path = std::fs::canonicalize(path).ok()?;
     let name: &OsStr = path.file_name()?;

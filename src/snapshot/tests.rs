@@ -355,13 +355,7 @@ fn save(state_at: &Path, memory_at: &Path, id: u8) -> Result<(), WriteError> {
 /// The snapshot that a reader finds: its state, and memory that belongs to it.
 fn load(state_at: &Path, memory_at: &Path) -> Result<u8, Refusal> {
     let (header, raw) = read(&open_regular(state_at)?)?;
-    let memory = match open_regular(memory_at).and_then(|file| {
-        check_memory(&header, &file)?;
-        Ok(file)
-    }) {
-        Ok(memory) => memory,
-        Err(refusal) => partial_memory(&header, memory_at).ok_or(refusal)?,
-    };
+    let memory = memory_of(&header, open_regular(memory_at), Some(memory_at))?;
     let id = header.id.0[0];
     assert_eq!(raw.parse::<State>().unwrap(), state(id));
     let mut expected = vec![0; LEN as usize];

@@ -5,7 +5,7 @@
 //! 2. the memory image is written and synced, then the state file;
 //! 3. the memory image is put in place by exchanging it with the old one, which then has the temporary
 //!    name: a reader of the old state file finds it there by its id
-//!    ([`partial_memory`](super::partial_memory));
+//!    ([`memory_of`](super::memory_of));
 //! 4. the state file is renamed into place: from here on the pair is the new one;
 //! 5. the old image is removed.
 //!

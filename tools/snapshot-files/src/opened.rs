@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use mayfly::snapshot::{
-    Header, RawState, Refusal, check_memory, open_regular, partial_memory, read,
+    Header, MEMORY_NAME, RawState, Refusal, STATE_NAME, memory_of, open_regular, read,
 };
 
 /// Why nothing came of it.
@@ -46,8 +46,8 @@ impl Paths {
     /// The files of `folder`, by the names that `mayfly --snapshot` looks for.
     pub fn in_folder(folder: &Path) -> Self {
         Paths {
-            state: folder.join("state"),
-            memory: folder.join("memory"),
+            state: folder.join(STATE_NAME),
+            memory: folder.join(MEMORY_NAME),
         }
     }
 }
@@ -69,15 +69,8 @@ impl Opened {
     pub fn at(paths: &Paths) -> Result<Self, Failure> {
         let (header, state) = read_state(&paths.state)?;
         let refused = |refusal| Failure::of("memory file", &paths.memory, &refusal);
-        let opened = open_regular(&paths.memory).and_then(|memory| {
-            check_memory(&header, &memory)?;
-            Ok(memory)
-        });
-        // A create that was killed may have left the right one beside it.
-        let memory = opened.or_else(|refusal| {
-            let left = partial_memory(&header, &paths.memory);
-            left.ok_or_else(|| refused(refusal))
-        })?;
+        let memory = memory_of(&header, open_regular(&paths.memory), Some(&paths.memory));
+        let memory = memory.map_err(refused)?;
         Ok(Opened {
             paths: paths.clone(),
             header,

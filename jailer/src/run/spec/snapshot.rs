@@ -14,7 +14,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use mayfly::snapshot::{self, Header, RawState, Refusal};
+use mayfly::snapshot::{self, Header, MEMORY_NAME, RawState, Refusal, STATE_NAME};
 use mayfly::wire::Source;
 use mayfly::wire::config::{
     Backing, Drive, DriveOverride, Mac, NetworkInterface, NetworkOverride, Restore, SavedConfig,
@@ -26,11 +26,6 @@ use super::OWN_TAP;
 use super::inherited::{Passed, number_in};
 use super::resources;
 use crate::error::AnyError;
-
-/// The name of the state file in a snapshot's folder.
-pub const STATE: &str = "state";
-/// The name of the memory file in a snapshot's folder.
-pub const MEMORY: &str = "memory";
 
 /// A snapshot cannot be started from.
 #[derive(Debug, thiserror::Error)]
@@ -104,17 +99,17 @@ impl Restoring {
     pub fn open(mut self, passed: &mut Passed) -> Result<Opened, AnyError> {
         let (state, header, raw) = self.open_state()?;
         let memory = self.open_memory(&header)?;
-        let saved: Saved = raw
-            .parse()
-            .map_err(|refusal| SnapshotError::Refused(STATE, self.path(STATE), refusal))?;
+        let saved: Saved = raw.parse().map_err(|refusal| {
+            SnapshotError::Refused(STATE_NAME, self.path(STATE_NAME), refusal)
+        })?;
         let name = |file| self.path(file).display().to_string();
         let load = SnapshotLoad {
             resume_vm: true,
             clock_realtime: true,
             ignore_cpu_differences: self.ignore_cpu_differences,
             ..SnapshotLoad::new(
-                Source::passed(0, name(STATE)),
-                Source::passed(1, name(MEMORY)),
+                Source::passed(0, name(STATE_NAME)),
+                Source::passed(1, name(MEMORY_NAME)),
             )
         };
         let mut opened = Opened {
@@ -164,27 +159,22 @@ impl Restoring {
     }
 
     fn open_state(&self) -> Result<(OwnedFd, Header, RawState), SnapshotError> {
-        let path = self.path(STATE);
+        let path = self.path(STATE_NAME);
         let read = snapshot::open_regular(&path).and_then(|file| {
             let (header, raw) = snapshot::read(&file)?;
             header.check_whole()?;
             Ok((file.into(), header, raw))
         });
-        read.map_err(|refusal| SnapshotError::Refused(STATE, path, refusal))
+        read.map_err(|refusal| SnapshotError::Refused(STATE_NAME, path, refusal))
     }
 
     /// The memory file that belongs to the state: what a writer that was killed left has another name.
     fn open_memory(&self, header: &Header) -> Result<OwnedFd, SnapshotError> {
-        let path = self.path(MEMORY);
-        let opened = snapshot::open_regular(&path).and_then(|file| {
-            snapshot::check_memory(header, &file)?;
-            Ok(file)
-        });
-        let opened = opened.or_else(|refusal| {
-            let left = snapshot::partial_memory(header, &path);
-            left.ok_or(SnapshotError::Refused(MEMORY, path, refusal))
-        });
-        opened.map(OwnedFd::from)
+        let path = self.path(MEMORY_NAME);
+        let opened = snapshot::open_regular(&path);
+        let memory = snapshot::memory_of(header, opened, Some(&path));
+        let memory = memory.map_err(|refusal| SnapshotError::Refused(MEMORY_NAME, path, refusal));
+        memory.map(OwnedFd::from)
     }
 
     /// What stands for a disk.

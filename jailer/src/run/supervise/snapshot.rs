@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use mayfly::snapshot::{self, Header, MemoryImage, Refusal, Target};
+use mayfly::snapshot::{self, Header, MEMORY_NAME, MemoryImage, Refusal, STATE_NAME, Target};
 use mayfly::wire::config::{PassedFd, SnapshotCreate, SnapshotType};
 use mayfly::wire::limits::END_REPORT_MAX;
 use mayfly::wire::{BOOTED, Response, Source};
@@ -28,7 +28,6 @@ use rustix::fs::MemfdFlags;
 
 use super::{Question, Watch};
 use crate::error::{Failure, message};
-use crate::run::spec::snapshot::{MEMORY, STATE};
 use crate::sys;
 
 /// The monitor has not given a snapshot.
@@ -163,7 +162,13 @@ impl Watch {
             state_len = bytes.len();
             Ok::<Vec<u8>, TakeError>(bytes)
         };
-        snapshot::write_pair(target(STATE), target(MEMORY), &|_| {}, fill, encode)?;
+        snapshot::write_pair(
+            target(STATE_NAME),
+            target(MEMORY_NAME),
+            &|_| {},
+            fill,
+            encode,
+        )?;
         self.progress.snapshots.taken += 1;
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         Ok(format!(
@@ -189,8 +194,8 @@ impl Watch {
         let pagemap = File::open(format!("/proc/{number}/pagemap")).ok();
         let request = SnapshotCreate {
             snapshot_type: SnapshotType::Full,
-            snapshot_path: Source::passed(0, STATE),
-            mem_file_path: Some(Source::passed(1, MEMORY)),
+            snapshot_path: Source::passed(0, STATE_NAME),
+            mem_file_path: Some(Source::passed(1, MEMORY_NAME)),
             pagemap: pagemap.as_ref().map(|_| PassedFd { fd: 2, name: None }),
         };
         let body = serde_json::json!(request).to_string();
@@ -203,16 +208,9 @@ impl Watch {
         }
         created?;
         // A monitor that was taken over may have written anything: it is no snapshot then.
-        let (header, _) = snapshot::read(&state).map_err(TakeError::Unfit)?;
+        let (header, raw) = snapshot::read(&state).map_err(TakeError::Unfit)?;
         snapshot::check_memory(&header, memory).map_err(TakeError::Unfit)?;
-        let mut bytes = Vec::new();
-        std::io::Seek::rewind(&mut &state)
-            .and_then(|()| {
-                let mut bounded = std::io::Read::take(&state, snapshot::STATE_MAX);
-                std::io::Read::read_to_end(&mut bounded, &mut bytes)
-            })
-            .map_err(|error| TakeError::Unfit(error.into()))?;
-        Ok((header, bytes))
+        Ok((header, raw.into_bytes()))
     }
 
     /// Asks the monitor and serves everything else until it has answered.
