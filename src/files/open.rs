@@ -142,6 +142,11 @@ pub fn snapshot_memory(
     memory.map_err(|refusal| purpose.wrong(source, refusal))
 }
 
+/// What is wrong with the content of the state file `source`.
+pub fn wrong_state(source: &Source, why: impl std::fmt::Display) -> ActionError {
+    SNAPSHOT_STATE.wrong(source, why)
+}
+
 /// Opens the file of a working set, to read it or to record it: makes it when it is missing.
 ///
 /// # Errors

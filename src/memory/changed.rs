@@ -77,6 +77,7 @@ mod tests {
 
     use kvm_ioctls::{Kvm, VcpuExit};
 
+    use super::super::testing::vcpu_in_real_mode;
     use super::*;
     use crate::memory::{Backing, HIGH_RAM, MIB, Pages};
     use crate::needs;
@@ -103,13 +104,12 @@ mod tests {
     fn run_writes(memory: &Memory, vm: &VmFd) {
         const CODE: [u8; 9] = [0xa2, 0, 0x70, 0x26, 0xa2, 0x10, 0, 0xf4, 0xf4];
         memory.write(0x1000, &CODE).unwrap();
-        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let mut vcpu = vcpu_in_real_mode(vm);
         let mut sregs = vcpu.get_sregs().unwrap();
-        (sregs.cs.base, sregs.cs.selector) = (0, 0);
         (sregs.es.base, sregs.es.selector) = (0x20000, 0x2000);
         vcpu.set_sregs(&sregs).unwrap();
         let mut regs = vcpu.get_regs().unwrap();
-        (regs.rip, regs.rax, regs.rflags) = (0x1000, 0x5a, 2);
+        regs.rax = 0x5a;
         vcpu.set_regs(&regs).unwrap();
         match vcpu.run().unwrap() {
             VcpuExit::Hlt => {}

@@ -21,14 +21,10 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::image::{Contents, Stamp, Writer, Written};
 use super::mapping::{Advice, Over, advise};
-use super::occupied::data_ranges;
-use super::{Base, Memory, MemoryError, PAGE, Pages, Ram, Source, map_all};
+use super::{Base, Memory, MemoryError, Pages, Ram, Source, map_all};
 
 /// How much of the page tables is emptied at a time: a few milliseconds' worth.
 const ZAP_STEP: u64 = 16 << 20;
-
-/// Pages copied at a time when a file is prepared.
-const COPY_PAGES: u64 = 64;
 
 /// How errors call the file in memory.
 const NAME: &str = "guest memory";
@@ -125,31 +121,13 @@ impl Prepare {
         let file = memfd(contents.len())?;
         let below = match &contents.base {
             Base::Image(source) => {
-                copy_data(source.file(), file.file(), contents.len())?;
+                Writer::new(file.file(), false).copy(source.file(), contents.len())?;
                 Some(Arc::clone(source))
             }
             Base::Anonymous | Base::Lazy | Base::Shared(_) => None,
         };
         Ok(Prepared { file, below })
     }
-}
-
-/// Copies what is data in an image.
-fn copy_data(from: &File, to: &File, len: u64) -> io::Result<()> {
-    let chunk = COPY_PAGES.saturating_mul(PAGE);
-    let mut buffer = vec![0; chunk as usize];
-    for data in data_ranges(from, 0..len) {
-        let data = data?;
-        let mut at = data.start;
-        while at < data.end {
-            let count = data.end.saturating_sub(at).min(chunk);
-            let bytes = buffer.get_mut(..count as usize).unwrap_or_default();
-            from.read_exact_at(bytes, at)?;
-            to.write_all_at(bytes, at)?;
-            at = at.saturating_add(count);
-        }
-    }
-    Ok(())
 }
 
 /// Guest memory as it was at a fork, in a file that nothing is to write any more.
@@ -173,10 +151,10 @@ impl Frozen {
 ///
 /// # Errors
 /// The host's; the file is then of no use.
-pub fn copy_image(from: &Source, stamp: &Stamp, file: &File) -> io::Result<Written> {
+pub fn copy_image(from: &Source, file: &File) -> io::Result<Written> {
     file.set_len(0)?;
     file.set_len(from.len())?;
-    let mut writer = Writer::new(file, stamp, false);
+    let mut writer = Writer::new(file, false);
     writer.copy(from.file(), from.len())?;
     Ok(writer.written())
 }
@@ -246,9 +224,9 @@ impl Memory {
             *is_shared = false;
         } else {
             let contents = self.contents(pagemap);
-            let mut writer = Writer::new(file.file(), stamp, true);
+            let mut writer = Writer::new(file.file(), true);
             contents
-                .write_own(&mut writer)
+                .write_own(&mut writer, stamp)
                 .map_err(MemoryError::Freeze)?;
             self.exchange(&file)?;
         }

@@ -116,9 +116,9 @@ impl Contents {
     }
 
     /// Writes the pages that this process has of its own over what is in `writer`'s file.
-    pub(super) fn write_own(&self, writer: &mut Writer<'_>) -> io::Result<()> {
+    pub(super) fn write_own(&self, writer: &mut Writer<'_>, stamp: &Stamp) -> io::Result<()> {
         let mut finder = Finder::new(self.pagemap.as_ref());
-        self.write_over(writer, |place, window, pages| {
+        self.write_over(writer, stamp, |place, window, pages| {
             finder.find_own(self, place, window, pages);
         })
     }
@@ -148,14 +148,15 @@ impl Contents {
         // Of what was there, nothing is left; all is a hole.
         file.set_len(0)?;
         file.set_len(self.len())?;
-        let mut writer = Writer::new(file, stamp, with_zeros);
-        self.write_over(&mut writer, find)?;
+        let mut writer = Writer::new(file, with_zeros);
+        self.write_over(&mut writer, stamp, find)?;
         Ok(writer.written)
     }
 
     fn write_over(
         &self,
         writer: &mut Writer<'_>,
+        stamp: &Stamp,
         mut find: impl FnMut((Piece, u64), Range<u64>, &mut PageSet),
     ) -> io::Result<()> {
         for (piece, host) in self.pieces() {
@@ -166,14 +167,14 @@ impl Contents {
                 let len = window.end.saturating_sub(window.start);
                 let mut pages = PageSet::new(len / PAGE);
                 find((piece, host), window.clone(), &mut pages);
-                if window.contains(&writer.stamp.offset) {
-                    let page = writer.stamp.offset.saturating_sub(window.start) / PAGE;
+                if window.contains(&stamp.offset) {
+                    let page = stamp.offset.saturating_sub(window.start) / PAGE;
                     pages.insert(page..page.saturating_add(1));
                 }
                 for run in pages.runs() {
                     let first = window.start.saturating_add(run.start.saturating_mul(PAGE));
                     let count = run.end.saturating_sub(run.start);
-                    writer.run(&self.ram, &piece, first, count)?;
+                    writer.run(&self.ram, &piece, stamp, first, count)?;
                 }
                 start = window.end;
             }
@@ -210,17 +211,15 @@ pub fn read_id(file: &File, offset: u64) -> io::Result<[u8; ID_LEN]> {
 /// Copies runs of pages into a file, but for those of zeros.
 pub(super) struct Writer<'a> {
     file: &'a File,
-    stamp: &'a Stamp,
     with_zeros: bool,
     buffer: Box<[[u8; check::PAGE]]>,
     written: Written,
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(file: &'a File, stamp: &'a Stamp, with_zeros: bool) -> Self {
+    pub(super) fn new(file: &'a File, with_zeros: bool) -> Self {
         Writer {
             file,
-            stamp,
             with_zeros,
             buffer: vec![[0; check::PAGE]; CHUNK].into(),
             written: Written { check: 0, pages: 0 },
@@ -233,7 +232,14 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes `count` pages from offset `first` on, which lie in `piece`.
-    fn run(&mut self, ram: &Ram, piece: &Piece, first: u64, count: u64) -> io::Result<()> {
+    fn run(
+        &mut self,
+        ram: &Ram,
+        piece: &Piece,
+        stamp: &Stamp,
+        first: u64,
+        count: u64,
+    ) -> io::Result<()> {
         let mut offset = first;
         let mut left = count;
         while left > 0 {
@@ -246,11 +252,11 @@ impl<'a> Writer<'a> {
             ram.read_slice(pages.as_flattened_mut(), address)
                 .map_err(io::Error::other)?;
             let last = offset.saturating_add(now.saturating_mul(PAGE));
-            if (offset..last).contains(&self.stamp.offset) {
-                let at = self.stamp.offset.saturating_sub(offset) as usize;
+            if (offset..last).contains(&stamp.offset) {
+                let at = stamp.offset.saturating_sub(offset) as usize;
                 let bytes = pages.as_flattened_mut().get_mut(at..);
                 if let Some((place, _)) = bytes.and_then(|b| b.split_first_chunk_mut()) {
-                    *place = self.stamp.id;
+                    *place = stamp.id;
                 }
             }
             self.chunk(now as usize, offset)?;

@@ -26,6 +26,8 @@ mod mapping;
 mod occupied;
 pub mod page_set;
 mod source;
+#[cfg(test)]
+mod testing;
 pub mod working_set;
 mod write_log;
 
@@ -214,6 +216,7 @@ impl Memory {
     }
 
     /// Size in MiB.
+    #[cfg(test)]
     pub fn size_mib(&self) -> u64 {
         self.size_mib
     }

@@ -394,7 +394,6 @@ pub fn complete(
         lines,
         vm,
         kvm,
-        memory_mib: memory.size_mib(),
         memory: Some(memory),
         handler,
         msrs: OnceCell::new(),

@@ -88,7 +88,7 @@ impl Vmm {
 
     /// The mapped file that was changed, as far as the files thread finds out in time.
     fn changed_file(&mut self) -> Option<String> {
-        let mapped = self.machine.as_ref()?.memory.as_ref()?.mapped_files();
+        let mapped = self.memory()?.mapped_files();
         let (send, name) = sync_channel(1);
         let work = Box::new(move |steps: &Steps| {
             steps.begin("reading the state of the files that are mapped into the guest");

@@ -42,8 +42,6 @@ pub struct Machine {
     pub memory: Option<Memory>,
     /// The process that brings in its pages, if one does.
     pub handler: Option<Handler>,
-    /// How large it is.
-    pub memory_mib: u64,
     /// Which model-specific registers there are, once they have been asked for.
     pub msrs: OnceCell<MsrList>,
 }

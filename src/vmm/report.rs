@@ -1,6 +1,6 @@
 //! All counters of the process gathered into one report: the one place that knows who has any.
 
-use super::devices::Devices;
+use super::configuration::Configuration;
 use super::machine::Machine;
 use super::rules::State;
 use crate::log;
@@ -109,17 +109,17 @@ pub fn begin(id: &str, state: State, timeline: &Timeline, counters: &Counters) -
 }
 
 /// What a machine's threads have counted.
-pub fn machine(machine: &Machine, devices: &Devices, report: &mut Report) {
+pub fn machine(machine: &Machine, configuration: &Configuration, report: &mut Report) {
     report.gauge(
         "mayfly_guest_memory_bytes",
         "Guest memory.",
         &[],
-        machine.memory_mib.saturating_mul(1 << 20),
+        configuration.machine.mem_size_mib.saturating_mul(1 << 20),
     );
     for vcpu in &machine.vcpus {
         vcpu.read_counters(report);
     }
-    for device in devices.running() {
+    for device in configuration.devices.running() {
         device.read_counters(report);
     }
     machine.console_counters.read(report);

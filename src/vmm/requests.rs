@@ -231,22 +231,34 @@ impl Vmm {
 
     /// Takes up a whole configuration in place of what there was; all of it, or nothing.
     fn put_vm(&self, mut config: VmConfig, start: bool, line: Option<&'static str>) -> Step {
-        let logger = config.logger.take().map(put_logger);
-        let metrics = config.metrics.take();
-        let metrics = metrics
-            .map(|metrics| self.put_metrics(metrics))
-            .transpose()?;
+        let sinks = self.put_sinks(config.logger.take(), config.metrics.take())?;
         let configuration = self.configuration.replace(config)?;
         Ok(Change::new(move |passed| {
             let mut parts = vec![Ready::Configuration(configuration.open(passed)?)];
+            parts.extend(sinks.open(passed)?);
+            parts.extend(start.then(|| Ready::Start(Start::kernel(line))));
+            Ok(Ready::All(parts))
+        }))
+    }
+
+    /// Takes up where metrics and the log go, as far as that is asked for.
+    fn put_sinks(
+        &self,
+        logger: Option<Logger>,
+        metrics: Option<Metrics>,
+    ) -> Result<Change<Vec<Ready>>, ActionError> {
+        let logger = logger.map(put_logger);
+        let metrics = metrics.map(|metrics| self.put_metrics(metrics));
+        let metrics = metrics.transpose()?;
+        Ok(Change::new(move |passed| {
+            let mut parts = Vec::new();
             if let Some(metrics) = metrics {
                 parts.push(Ready::Metrics(metrics.open(passed)?));
             }
             if let Some(logger) = logger {
                 parts.push(Ready::Logger(logger.open(passed)?));
             }
-            parts.extend(start.then(|| Ready::Start(Start::kernel(line))));
-            Ok(Ready::All(parts))
+            Ok(parts)
         }))
     }
 
@@ -259,9 +271,7 @@ impl Vmm {
             serial,
             ..
         } = restore;
-        let logger = logger.map(put_logger);
-        let metrics = metrics.map(|metrics| self.put_metrics(metrics));
-        let metrics = metrics.transpose()?;
+        let sinks = self.put_sinks(logger, metrics)?;
         let serial = serial.map(|serial| self.configuration.check(Part::Serial(serial)));
         let serial = serial.transpose()?;
         // Once: a filter lasts.
@@ -270,13 +280,7 @@ impl Vmm {
         threads::filter_or_end(filter);
         let timeline = self.timeline.clone();
         Ok(Change::new(move |passed| {
-            let mut parts = Vec::new();
-            if let Some(metrics) = metrics {
-                parts.push(Ready::Metrics(metrics.open(passed)?));
-            }
-            if let Some(logger) = logger {
-                parts.push(Ready::Logger(logger.open(passed)?));
-            }
+            let mut parts = sinks.open(passed)?;
             if let Some(serial) = serial {
                 parts.push(Ready::Configuration(serial.open(passed)?));
             }
@@ -433,7 +437,7 @@ impl Vmm {
             reader.read(&mut report);
         }
         if let Some(machine) = &self.machine {
-            report::machine(machine, &self.configuration.devices, &mut report);
+            report::machine(machine, &self.configuration, &mut report);
         }
         report
     }

@@ -3,8 +3,9 @@
 //!
 //! What is read is distrusted like what a guest writes: each part checks its own state when it is
 //! made. Before the first byte is read, this thread and control install a filter that has no more than
-//! making a machine takes ([`Category::Restore`]); the threads that control makes then inherit it. Whatever is wrong is told in one message, and no guest runs; the process can be configured,
-//! or load again, after that.
+//! making a machine takes ([`Category::Restore`]); the threads that control makes then inherit it.
+//! Whatever is wrong is told in one message, and no guest runs; the process can be configured, or load
+//! again, after that.
 
 use std::fmt;
 use std::fs::File;
@@ -34,8 +35,8 @@ use crate::{threads, warn};
 
 const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";
 
-/// The second step of loading a snapshot: reads and opens all of it, behind `filter`. What there is of a configuration
-/// does not matter: the machine takes the place of all of it.
+/// The second step of loading a snapshot: reads and opens all of it, behind `filter`. What there is of a
+/// configuration does not matter: the machine takes the place of all of it.
 ///
 /// # Errors
 /// What is wrong with it; nothing of the attempt is left then.
@@ -63,12 +64,9 @@ fn read(
     passed: &mut Passed,
 ) -> Result<(Edit<Configuration>, Restored), ActionError> {
     let (header, raw) = open::snapshot_state(&load.snapshot_path, passed)?;
-    let wrong = |why: &dyn fmt::Display| {
-        let source = &load.snapshot_path;
-        ActionError(format!("{FAILED}: The state file `{source}` {why}"))
-    };
+    let wrong = |why: &dyn fmt::Display| open::wrong_state(&load.snapshot_path, why);
     let saved: SavedMachine = raw.parse().map_err(|refusal| wrong(&refusal))?;
-    saved.check().map_err(|why| wrong(&why))?;
+    let (vm, saved) = saved.checked().map_err(|refusal| wrong(&refusal))?;
     let SavedMachine { config, cpu, state } = saved;
     let SavedConfig {
         mut machine,
@@ -93,6 +91,7 @@ fn read(
     let boot = boot_source.map(Boot::started);
     let edit = edit(move |whole: &mut Configuration| whole.restore(machine, boot, masks, devices))?;
     let restored = Restored {
+        vm,
         state,
         memory,
         handler,

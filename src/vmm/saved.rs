@@ -2,7 +2,7 @@
 //!
 //! A machine is built of this, always: one that boots has the default, in which every part is new.
 //! Only [`crate::snapshot`] knows the file around it. What is in here was read from a file and is
-//! distrusted: each part checks its own state when it is made, [`SavedMachine::check`] what belongs to
+//! distrusted: each part checks its own state when it is made, [`SavedMachine::checked`] what belongs to
 //! none of them.
 
 use serde::{Deserialize, Serialize};
@@ -14,9 +14,9 @@ use crate::arch::power::PowerState;
 use crate::arch::split::SplitChipsState;
 use crate::arch::vcpu::VcpuState;
 use crate::arch::vm::state::VmState;
-use crate::error::ActionError;
 use crate::serial::UartState;
-use crate::wire::config::SavedConfig;
+use crate::snapshot::Refusal;
+use crate::wire::config::{JsonError, SavedConfig};
 
 /// All that a state file holds beside its header.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,23 +51,19 @@ pub struct MachineState {
 }
 
 impl SavedMachine {
-    /// Checks that the parts belong together.
+    /// The same, if the parts belong together, and KVM's part of it apart.
     ///
     /// # Errors
     /// Which do not.
-    pub fn check(&self) -> Result<(), ActionError> {
-        let wrong = |what: String| {
-            Err(ActionError(format!(
-                "The state file does not hold a machine's state: {what}"
-            )))
-        };
+    pub fn checked(mut self) -> Result<(VmState, Self), Refusal> {
+        let wrong = |what: String| Refusal::Content(JsonError::new(what));
         let (vcpus, count) = (self.state.vcpus.len(), self.config.machine.vcpu_count);
         if vcpus != usize::from(count) {
-            return wrong(format!("it has {vcpus} vCPUs, and the machine {count}"));
+            let what = format!("it has {vcpus} vCPUs, and the machine {count}");
+            return Err(wrong(what));
         }
-        if self.state.vm.is_none() {
-            return wrong("it has no clock".into());
-        }
-        Ok(())
+        let vm = self.state.vm.take();
+        let vm = vm.ok_or_else(|| wrong("it has no clock".into()))?;
+        Ok((vm, self))
     }
 }

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
-use self::job::{CREATE_FAILED, ImageSource};
+use self::job::{CREATE_FAILED, Image};
 pub use self::job::{Job, Written};
 use super::action::{Outcome, Reply};
 use super::file_work::{Awaited, FileResult};
@@ -40,6 +40,7 @@ use crate::error::{ActionError, Context};
 use crate::files::Steps;
 use crate::memory::fork::{Frozen, Prepare, Prepared};
 use crate::memory::image::Stamp;
+use crate::memory::page_set::PageSet;
 use crate::memory::{Memory, MemoryError};
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId};
 use crate::sys::clock;
@@ -84,7 +85,19 @@ enum Step {
     Writing,
 }
 
+/// A job, a descriptor of /proc/self/pagemap where that was passed, and the pages that have changed.
+type NewJob = (Job, Option<Arc<File>>, Option<PageSet>);
+
+fn no_machine() -> ActionError {
+    ActionError("There is no machine.".into())
+}
+
 impl Vmm {
+    /// Guest memory, unless the files thread has it.
+    pub(super) fn memory(&self) -> Option<&Memory> {
+        self.machine.as_ref()?.memory.as_ref()
+    }
+
     /// Begins a snapshot. The rules of state allow it: the guest is paused, unless it is forked.
     pub(super) fn save(&mut self, request: SnapshotCreate, passed: Passed, client: Reply) {
         let is_fork = request.snapshot_type == SnapshotType::Fork;
@@ -105,17 +118,13 @@ impl Vmm {
     /// Has the files thread record which pages a restored guest has used up to now, its mark: the first
     /// write to the boot timer, or the first pause.
     pub(super) fn record_working_set(&mut self) {
-        let memory = self
-            .machine
-            .as_ref()
-            .and_then(|machine| machine.memory.as_ref());
-        let (Some(memory), Some(id)) = (memory, self.last_snapshot) else {
-            return;
-        };
-        let Some(file) = self.recording.take() else {
+        let (Some(memory), Some(id)) = (self.memory(), self.last_snapshot) else {
             return;
         };
         let contents = memory.contents(None);
+        let Some(file) = self.recording.take() else {
+            return;
+        };
         let work = Box::new(move |steps: &Steps| {
             steps.begin("recording the working set");
             let bytes = contents.working_set().and_then(|set| set.encode(id.0));
@@ -166,27 +175,38 @@ impl Vmm {
 
     /// Has the files thread ready guest memory for a fork, while the guest runs.
     fn prepare_fork(&mut self) {
-        let Some(memory) = self
-            .machine
-            .as_ref()
-            .and_then(|machine| machine.memory.as_ref())
-        else {
-            return self.end_saving(Err(ActionError("There is no machine.".into())));
+        let Some(memory) = self.memory() else {
+            return self.end_saving(Err(no_machine()));
         };
         let (mut zap, prepare) = (memory.zap(), memory.prepare());
-        let work = Box::new(move |steps: &Steps| {
+        self.hand_over(Step::Preparing, move |steps| {
             steps.begin("readying guest memory for a fork");
             while !zap.step() {}
             let prepared = prepare.map(Prepare::run).transpose();
             FileResult::ForkPrepared(prepared)
         });
-        match self.files.submit(None, work).bare() {
+    }
+
+    /// Gives the files thread the work of `step`.
+    fn hand_over(&mut self, step: Step, work: impl FnOnce(&Steps) -> FileResult + Send + 'static) {
+        match self.files.submit(None, Box::new(work)).bare() {
             Ok(token) => {
-                self.set_step(Step::Preparing);
+                self.set_step(step);
                 self.awaited.push((token, Awaited::Saving));
             }
-            Err(error) => self.end_saving(Err(error)),
+            Err(error) => {
+                // What has changed before it went with the work: the next diff has to hold all.
+                self.last_snapshot = None;
+                self.end_saving(Err(error));
+            }
         }
+    }
+
+    /// Has the files thread write both files.
+    fn have_written(&mut self, job: Job, image: Image) {
+        self.hand_over(Step::Writing, move |steps| {
+            FileResult::Saved(Box::new(job.write(image, steps)))
+        });
     }
 
     /// The memory of a fork is ready.
@@ -272,7 +292,7 @@ impl Vmm {
     /// The state of the whole machine, which stands still.
     fn gather(&self) -> Result<SavedMachine, ActionError> {
         let machine = self.machine.as_ref();
-        let machine = machine.ok_or_else(|| ActionError("There is no machine.".into()))?;
+        let machine = machine.ok_or_else(no_machine)?;
         let devices = self.configuration.devices.take_saved();
         let devices = devices
             .ok_or_else(|| ActionError(format!("{FAILED}: a device has not given its state")))?;
@@ -304,36 +324,35 @@ impl Vmm {
         })
     }
 
-    /// Gives the files thread what it needs to write both files, or to freeze guest memory before.
+    /// Has both files written, or guest memory frozen before.
     fn write(&mut self, saved: SavedMachine) {
-        match self.begin_write(saved) {
-            Ok((step, token)) => {
-                self.set_step(step);
-                self.awaited.push((token, Awaited::Saving));
-            }
-            Err(error) => self.end_saving(Err(error)),
+        let (job, pagemap, changed) = match self.job(saved) {
+            Ok(job) => job,
+            Err(error) => return self.end_saving(Err(error)),
+        };
+        if job.header.kind == Kind::Fork {
+            return self.freeze(job, pagemap);
+        }
+        match self.memory().map(|memory| memory.contents(pagemap)) {
+            Some(contents) => self.have_written(job, Image::Memory(contents, changed)),
+            None => self.end_saving(Err(no_machine())),
         }
     }
 
-    fn begin_write(&mut self, saved: SavedMachine) -> Result<(Step, u64), ActionError> {
-        let no_machine = || ActionError("There is no machine.".into());
-        let (Some(machine), Some(saving)) = (&mut self.machine, &mut self.saving) else {
-            return Err(no_machine());
-        };
+    /// What is to be written, by which descriptor pages in use are found, and which pages have changed,
+    /// if that is tracked: it is told once, so nothing after it may fail.
+    fn job(&mut self, saved: SavedMachine) -> Result<NewJob, ActionError> {
         if let Some(refused) = self.files.refuses() {
             return Err(ActionError::of(&refused));
         }
-        let id = SnapshotId::random().context("Making the snapshot's id failed")?;
+        let (Some(machine), Some(saving)) = (&self.machine, &mut self.saving) else {
+            return Err(no_machine());
+        };
         let memory = machine.memory.as_ref().ok_or_else(no_machine)?;
+        let id = SnapshotId::random().context("Making the snapshot's id failed")?;
         let stamp = Stamp {
             offset: memory.offset_of(layout::SNAPSHOT_ID).unwrap_or(0),
             id: id.0,
-        };
-        let tracks = self.configuration.machine.track_dirty_pages;
-        // What has changed is asked for in any case: the next diff begins here.
-        let changed = match tracks {
-            true => Some(memory.take_changed(&machine.vm).context(FAILED)?),
-            false => None,
         };
         let kind = saving.request.snapshot_type;
         let parent = self.last_snapshot.filter(|_| kind == SnapshotType::Diff);
@@ -358,28 +377,33 @@ impl Vmm {
         let pagemap = pagemap.map(|pagemap| saving.passed.claim(pagemap.fd));
         let pagemap = pagemap.transpose().context(CREATE_FAILED)?;
         let pagemap = pagemap.map(|fd| Arc::new(File::from(fd)));
-        let contents = memory.contents(pagemap.clone());
-        let mut job = Job {
+        // What has changed is asked for in any case: the next diff begins here.
+        let tracks = self.configuration.machine.track_dirty_pages;
+        let changed = tracks.then(|| memory.take_changed(&machine.vm));
+        let changed = changed.transpose().context(FAILED)?;
+        let job = Job {
             request: saving.request.clone(),
             passed: mem::take(&mut saving.passed),
-            image: ImageSource::Memory(contents, changed),
             stamp,
             header,
             saved,
         };
-        if kind != SnapshotType::Fork {
-            let work = Box::new(move |steps: &Steps| FileResult::Saved(Box::new(job.write(steps))));
-            return Ok((Step::Writing, self.files.submit(None, work).bare()?));
-        }
-        let prepared = saving.prepared.take();
-        let mut memory = machine.memory.take().ok_or_else(no_machine)?;
-        job.image = ImageSource::Frozen(None);
-        let work = Box::new(move |steps: &Steps| {
+        Ok((job, pagemap, changed))
+    }
+
+    /// Gives guest memory to the files thread, which freezes it.
+    fn freeze(&mut self, job: Job, pagemap: Option<Arc<File>>) {
+        let saving = self.saving.as_mut();
+        let prepared = saving.and_then(|saving| saving.prepared.take());
+        let memory = self.machine.as_mut();
+        let Some(mut memory) = memory.and_then(|machine| machine.memory.take()) else {
+            return self.end_saving(Err(no_machine()));
+        };
+        self.hand_over(Step::Freezing, move |steps| {
             steps.begin("freezing guest memory");
             let frozen = memory.freeze(prepared, &job.stamp, pagemap);
             FileResult::ForkFrozen(Box::new((memory, frozen, job)))
         });
-        Ok((Step::Freezing, self.files.submit(None, work).bare()?))
     }
 
     /// The files thread gives guest memory back, frozen or not. The guest goes on, and the files are
@@ -388,7 +412,7 @@ impl Vmm {
         &mut self,
         memory: Memory,
         frozen: Result<Frozen, MemoryError>,
-        mut job: Job,
+        job: Job,
     ) -> Next {
         if let Some(machine) = &mut self.machine {
             machine.memory = Some(memory);
@@ -396,16 +420,7 @@ impl Vmm {
         match frozen {
             Ok(frozen) => {
                 self.resume_after_saving();
-                job.image = ImageSource::Frozen(Some(frozen));
-                let work =
-                    Box::new(move |steps: &Steps| FileResult::Saved(Box::new(job.write(steps))));
-                match self.files.submit(None, work).bare() {
-                    Ok(token) => {
-                        self.set_step(Step::Writing);
-                        self.awaited.push((token, Awaited::Saving));
-                    }
-                    Err(error) => self.end_saving(Err(error)),
-                }
+                self.have_written(job, Image::Frozen(frozen));
             }
             Err(error @ MemoryError::Lost(_)) => {
                 error!("The guest cannot go on: {}.", ActionError::of(&error));
@@ -435,11 +450,7 @@ impl Vmm {
         match &result {
             Ok(id) => self.last_snapshot = Some(*id),
             Err(_) => {
-                let memory = self
-                    .machine
-                    .as_ref()
-                    .and_then(|machine| machine.memory.as_ref());
-                if let (Some(memory), Some(changed)) = (memory, &changed) {
+                if let (Some(memory), Some(changed)) = (self.memory(), &changed) {
                     memory.put_back(changed);
                 }
             }

@@ -281,7 +281,7 @@ impl Fingerprint {
         }
     }
 
-    /// How `host` differs from what the guest depends on: a sentence each.
+    /// How `host` differs from what the guest depends on: one message for each difference.
     pub fn differences(&self, host: &Fingerprint) -> Vec<String> {
         let mut differences = Vec::new();
         if self.vendor != host.vendor {

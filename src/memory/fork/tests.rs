@@ -7,6 +7,8 @@ use kvm_ioctls::{Kvm, VcpuExit};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::PAGE;
+use super::super::testing::vcpu_in_real_mode;
 use super::*;
 use crate::memory::{Backing, HIGH_RAM, MIB};
 use crate::needs;
@@ -247,13 +249,7 @@ fn freeze_when_a_vcpu_runs_before_and_after_keeps_its_writes_to_itself() {
     parent.write(0x1000, &COUNTER).unwrap();
     let vm = Kvm::new().unwrap().create_vm().unwrap();
     parent.register(&vm, false).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let mut sregs = vcpu.get_sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs).unwrap();
-    let mut regs = vcpu.get_regs().unwrap();
-    (regs.rip, regs.rflags) = (0x1000, 2);
-    vcpu.set_regs(&regs).unwrap();
+    let mut vcpu = vcpu_in_real_mode(&vm);
     let mut run = |times: u64| {
         for _ in 0..times {
             match vcpu.run().unwrap() {

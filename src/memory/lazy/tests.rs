@@ -16,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
 
+use super::super::testing::vcpu_in_real_mode;
 use super::*;
 use crate::memory::MIB;
 use crate::memory::image::Stamp;
@@ -179,13 +180,7 @@ fn vcpu_when_its_pages_are_missing_gets_them() {
     memory.write(0x1000, &code).unwrap();
     let vm = Kvm::new().unwrap().create_vm().unwrap();
     memory.register(&vm, false).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let mut sregs = vcpu.get_sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs).unwrap();
-    let mut regs = vcpu.get_regs().unwrap();
-    (regs.rip, regs.rflags) = (0x1000, 2);
-    vcpu.set_regs(&regs).unwrap();
+    let mut vcpu = vcpu_in_real_mode(&vm);
     match vcpu.run().unwrap() {
         VcpuExit::Hlt => {}
         other => panic!("{other:?}"),

@@ -32,7 +32,9 @@ pub enum Origin {
 
 /// A guest that was saved.
 pub struct Restored {
-    /// The state of each part.
+    /// KVM's part of it.
+    pub vm: VmState,
+    /// The state of each other part.
     pub state: MachineState,
     /// Its memory.
     pub memory: Memory,
@@ -99,7 +101,8 @@ pub(super) fn boots(
 /// A machine that goes on: all parts are as they were saved, but for the generation ID.
 pub(super) fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
     let Restored {
-        mut state,
+        vm,
+        state,
         memory,
         handler,
         prefetch,
@@ -113,8 +116,6 @@ pub(super) fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
         // Beside all that follows; the thread ends with its work.
         let _ = parked("prefetch".into())?.ask(move || prefetch.run());
     }
-    let vm = state.vm.take();
-    let vm = vm.ok_or_else(|| ActionError("The snapshot has no clock.".into()))?;
     Ok(Begins {
         state,
         memory,

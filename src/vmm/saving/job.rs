@@ -29,108 +29,108 @@ pub struct Written {
     pub(super) result: Result<SnapshotId, ActionError>,
 }
 
-/// What the files thread needs to write both files.
+/// What the files thread needs to write both files, beside the memory.
 pub struct Job {
     pub(super) request: SnapshotCreate,
     pub(super) passed: Passed,
-    pub(super) image: ImageSource,
     pub(super) stamp: Stamp,
     pub(super) header: Header,
     pub(super) saved: SavedMachine,
 }
 
 /// Where a memory image comes from.
-pub(super) enum ImageSource {
+pub(super) enum Image {
     /// Guest memory, which stands still; what of it has changed, if that is tracked.
     Memory(Contents, Option<PageSet>),
     /// Memory that a fork has frozen.
-    Frozen(Option<Frozen>),
+    Frozen(Frozen),
 }
 
 impl Job {
-    pub(super) fn write(mut self, steps: &Steps) -> Written {
-        let result = self.write_files(steps);
-        let changed = match self.image {
-            ImageSource::Memory(_, changed) => changed,
-            ImageSource::Frozen(_) => None,
+    pub(super) fn write(mut self, image: Image, steps: &Steps) -> Written {
+        let wait = |what: &str| steps.begin(what);
+        let (changed, result) = match image {
+            Image::Memory(contents, changed) => {
+                let result = self.write_memory(&contents, changed.as_ref(), &wait);
+                (changed, result)
+            }
+            Image::Frozen(frozen) => (None, self.write_frozen(frozen, &wait)),
         };
-        Written { changed, result }
+        Written {
+            changed,
+            result: result.map(|()| self.header.id),
+        }
     }
 
-    fn write_files(&mut self, steps: &Steps) -> Result<SnapshotId, ActionError> {
-        let frozen = match &mut self.image {
-            ImageSource::Memory(..) => None,
-            ImageSource::Frozen(frozen) => frozen.take(),
-        };
-        let frozen = frozen.map(Frozen::seal).transpose();
-        let frozen = frozen.context(CREATE_FAILED)?;
-        let wait = |what: &str| steps.begin(what);
+    /// Where both files go; a fork need not have a memory file.
+    fn targets(&mut self) -> Result<(Target, Option<Target>), ActionError> {
         let state = target(&self.request.snapshot_path, &mut self.passed)?;
-        self.check_not_below(&state)?;
-        let memory = self.request.mem_file_path.clone();
-        let memory = memory.map(|memory| target(&memory, &mut self.passed));
-        match (memory.transpose()?, frozen) {
-            (Some(Target::File { file, .. }), Some(frozen)) if is_socket(&file) => {
-                self.write_state(state, &frozen, &wait)?;
+        let memory = self.request.mem_file_path.as_ref();
+        let memory = memory.map(|memory| target(memory, &mut self.passed));
+        Ok((state, memory.transpose()?))
+    }
+
+    /// Writes both files of guest memory that stands still.
+    fn write_memory(
+        &mut self,
+        contents: &Contents,
+        changed: Option<&PageSet>,
+        wait: &dyn Fn(&str),
+    ) -> Result<(), ActionError> {
+        let (state, memory) = self.targets()?;
+        let memory = memory.ok_or_else(|| ActionError("missing field `mem_file_path`".into()))?;
+        for target in [&state, &memory] {
+            check_not_below(target, contents)?;
+        }
+        let stamp = &self.stamp;
+        let fill = |file: &File| {
+            let written = match (self.header.kind, changed) {
+                (Kind::Diff, Some(changed)) => contents.write_diff(file, stamp, changed),
+                (Kind::Diff, None) => contents.write_private(file, stamp),
+                _ => contents.write_full(file, stamp),
+            };
+            Ok(self.image(contents.len(), Some(written?.check)))
+        };
+        self.write_pair(state, memory, wait, fill)
+    }
+
+    /// Writes the state file of a fork, and its memory where that is wanted.
+    fn write_frozen(&mut self, frozen: Frozen, wait: &dyn Fn(&str)) -> Result<(), ActionError> {
+        let frozen = frozen.seal().context(CREATE_FAILED)?;
+        match self.targets()? {
+            (state, Some(Target::File { file, .. })) if is_socket(&file) => {
+                self.write_state(state, &frozen, wait)?;
                 let sent = send_now_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
                 sent.context(format_args!("{CREATE_FAILED}: Cannot pass the memory"))?;
             }
-            (None, Some(frozen)) => {
-                self.write_state(state, &frozen, &wait)?;
+            (state, Some(memory)) => {
+                let fill = |file: &File| {
+                    let written = copy_image(&frozen, file)?;
+                    Ok(self.image(frozen.len(), Some(written.check)))
+                };
+                self.write_pair(state, memory, wait, fill)?;
+            }
+            (state, None) => {
+                self.write_state(state, &frozen, wait)?;
                 let fd = frozen.file().as_raw_fd();
                 info!(
                     "The memory of snapshot {} is descriptor {fd} of this process.",
                     self.header.id
                 );
             }
-            (Some(memory), frozen) => {
-                self.check_not_below(&memory)?;
-                let fill = |file: &File| self.fill(file, frozen.as_deref());
-                let encode = |memory| snapshot::encode(&self.header_with(memory), &self.saved);
-                snapshot::write_pair(state, memory, &wait, fill, encode).context(CREATE_FAILED)?;
-            }
-            (None, None) => return Err(ActionError("missing field `mem_file_path`".into())),
         }
-        Ok(self.header.id)
+        Ok(())
     }
 
-    /// Guest memory must not be a mapping of a descriptor that is written to.
-    fn check_not_below(&self, target: &Target) -> Result<(), ActionError> {
-        match (target, &self.image) {
-            (Target::File { file, name }, ImageSource::Memory(contents, _))
-                if contents.is_mapped_from(file) =>
-            {
-                Err(ActionError(format!(
-                    "{CREATE_FAILED}: the memory of this guest is mapped from `{name}`, which would \
-                     change it. Name another file"
-                )))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Writes the memory image.
-    fn fill(&self, file: &File, frozen: Option<&MappedFile>) -> io::Result<MemoryImage> {
-        let stamp = &self.stamp;
-        let (len, written) = match (&self.image, frozen) {
-            (ImageSource::Memory(contents, changed), _) => {
-                let written = match (self.header.kind, changed) {
-                    (Kind::Diff, Some(changed)) => contents.write_diff(file, stamp, changed),
-                    (Kind::Diff, None) => contents.write_private(file, stamp),
-                    _ => contents.write_full(file, stamp),
-                };
-                (contents.len(), written?)
-            }
-            (ImageSource::Frozen(_), Some(frozen)) => {
-                (frozen.len(), copy_image(frozen, stamp, file)?)
-            }
-            (ImageSource::Frozen(_), None) => return Err(io::ErrorKind::InvalidInput.into()),
-        };
-        Ok(MemoryImage {
-            len,
-            check: Some(written.check),
-            id_at: stamp.offset,
-        })
+    fn write_pair(
+        &self,
+        state: Target,
+        memory: Target,
+        wait: &dyn Fn(&str),
+        fill: impl FnOnce(&File) -> io::Result<MemoryImage>,
+    ) -> Result<(), ActionError> {
+        let encode = |image| snapshot::encode(&self.header_with(image), &self.saved);
+        snapshot::write_pair(state, memory, wait, fill, encode).context(CREATE_FAILED)
     }
 
     /// Writes the state file alone: the memory is where it is.
@@ -140,14 +140,18 @@ impl Job {
         frozen: &MappedFile,
         wait: &dyn Fn(&str),
     ) -> Result<(), ActionError> {
-        let header = self.header_with(MemoryImage {
-            len: frozen.len(),
-            check: None,
-            id_at: self.stamp.offset,
-        });
+        let header = self.header_with(self.image(frozen.len(), None));
         let bytes = snapshot::encode(&header, &self.saved);
         let bytes = bytes.context(CREATE_FAILED)?;
         snapshot::write_state(state, &bytes, wait).context(CREATE_FAILED)
+    }
+
+    fn image(&self, len: u64, check: Option<u64>) -> MemoryImage {
+        MemoryImage {
+            len,
+            check,
+            id_at: self.stamp.offset,
+        }
     }
 
     fn header_with(&self, memory: MemoryImage) -> Header {
@@ -155,6 +159,17 @@ impl Job {
             memory,
             ..self.header.clone()
         }
+    }
+}
+
+/// Guest memory must not be a mapping of a descriptor that is written to.
+fn check_not_below(target: &Target, contents: &Contents) -> Result<(), ActionError> {
+    match target {
+        Target::File { file, name } if contents.is_mapped_from(file) => Err(ActionError(format!(
+            "{CREATE_FAILED}: the memory of this guest is mapped from `{name}`, which would change it. \
+             Name another file"
+        ))),
+        _ => Ok(()),
     }
 }
 
