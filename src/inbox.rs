@@ -5,6 +5,9 @@
 //! inbox gives the message back. That a queue can be full is how a thread that has stopped
 //! listening (a device hanging in `fsync`) is kept from holding up, or growing, any other.
 //!
+//! To look into an empty inbox costs one load of a flag: a thread may do so between any two pieces of
+//! work.
+//!
 //! A thread that waits for nothing but messages has a queue without an eventfd: [`mod@tasks`].
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
@@ -16,6 +19,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::time::Instant;
 
@@ -28,14 +32,23 @@ use crate::sys::fd::{self, Interest};
 #[derive(Debug)]
 pub struct Inbox<T> {
     queue: Receiver<T>,
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
 }
 
 /// The sending end: one for each thread that has something to say.
 #[derive(Debug)]
 pub struct Sender<T> {
     queue: SyncSender<T>,
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
+}
+
+/// How a sender tells the receiver that there is something in the queue.
+#[derive(Debug)]
+struct Bell {
+    /// There may be a message. Set after each, and cleared by the receiver before it finds none.
+    is_pending: AtomicBool,
+    /// For a receiver that sleeps.
+    event: EventFd,
 }
 
 /// A message that could not be delivered, given back.
@@ -53,7 +66,10 @@ impl<T> fmt::Debug for Undelivered<T> {
 /// When the host has no descriptor left for the eventfd.
 pub fn inbox<T>(capacity: usize) -> io::Result<(Sender<T>, Inbox<T>)> {
     let (tx, rx) = mpsc::sync_channel(capacity);
-    let bell = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    let bell = Arc::new(Bell {
+        is_pending: AtomicBool::new(false),
+        event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+    });
     Ok((
         Sender {
             queue: tx,
@@ -69,7 +85,19 @@ impl<T> Inbox<T> {
     /// The bell is silenced by [`Inbox::silence`], once per wake-up and before the first
     /// `next`, so that a message sent in between rings again.
     pub fn next(&self) -> Option<T> {
-        self.queue.try_recv().ok()
+        if !self.bell.is_pending.load(Ordering::Acquire) {
+            return None;
+        }
+        if let Ok(message) = self.queue.try_recv() {
+            return Some(message);
+        }
+        // Read and written in one step, as senders do: all messages whose flag is cleared here are
+        // seen below.
+        self.bell.is_pending.swap(false, Ordering::AcqRel);
+        let message = self.queue.try_recv().ok()?;
+        // There may be more where that came from.
+        self.bell.is_pending.swap(true, Ordering::AcqRel);
+        Some(message)
     }
 
     /// The next message, if one comes until `deadline`.
@@ -90,13 +118,13 @@ impl<T> Inbox<T> {
     /// Acknowledges the wake-up. Call it before fetching, never after.
     pub fn silence(&self) {
         // Nothing to read only means that the wake-up was spurious.
-        let _ = self.bell.read();
+        let _ = self.bell.event.read();
     }
 }
 
 impl<T> AsRawFd for Inbox<T> {
     fn as_raw_fd(&self) -> RawFd {
-        self.bell.as_raw_fd()
+        self.bell.event.as_raw_fd()
     }
 }
 
@@ -108,8 +136,9 @@ impl<T> Sender<T> {
     pub fn send(&self, message: T) -> Result<(), Undelivered<T>> {
         match self.queue.try_send(message) {
             Ok(()) => {
+                self.bell.is_pending.swap(true, Ordering::AcqRel);
                 // An eventfd refuses a write only when its counter is at 2^64 - 2: then it rings anyway.
-                let _ = self.bell.write(1);
+                let _ = self.bell.event.write(1);
                 Ok(())
             }
             Err(TrySendError::Full(m) | TrySendError::Disconnected(m)) => Err(Undelivered(m)),
@@ -191,7 +220,43 @@ mod tests {
         tx.send(1).unwrap();
         rx.silence();
         tx.send(2).unwrap();
-        assert_eq!(rx.bell.read().unwrap(), 1);
+        assert_eq!(rx.bell.event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn messages_when_many_threads_send_all_arrive_without_the_bell() {
+        const EACH: u32 = 20_000;
+        let (tx, rx) = inbox::<u32>(16).unwrap();
+        let senders: Vec<_> = (0..3)
+            .map(|_| {
+                let tx = tx.clone();
+                std::thread::spawn(move || {
+                    for n in 0..EACH {
+                        let mut message = n;
+                        while let Err(Undelivered(back)) = tx.send(message) {
+                            message = back;
+                            std::thread::yield_now();
+                        }
+                    }
+                })
+            })
+            .collect();
+        let (mut count, mut sum) = (0, 0);
+        let until = Instant::now() + std::time::Duration::from_secs(120);
+        while count < 3 * EACH {
+            match rx.next() {
+                Some(n) => {
+                    count += 1;
+                    sum += u64::from(n);
+                }
+                None => assert!(Instant::now() < until, "a message is lost"),
+            }
+        }
+        assert_eq!(sum, 3 * (0..u64::from(EACH)).sum::<u64>());
+        assert_eq!(rx.next(), None);
+        for sender in senders {
+            sender.join().unwrap();
+        }
     }
 
     #[test]

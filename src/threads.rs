@@ -115,11 +115,23 @@ impl ParkedThread {
         latch: &Arc<ReadyLatch>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> JoinHandle<()> {
+        self.start_entered(category, latch, move || work)
+    }
+
+    /// As [`ParkedThread::start`], with what `enter` returns as the work: `enter` itself runs on the
+    /// thread before its filter is installed.
+    pub fn start_entered<W: FnOnce() -> T, T: 'static>(
+        self,
+        category: Option<Category>,
+        latch: &Arc<ReadyLatch>,
+        enter: impl FnOnce() -> W + Send + 'static,
+    ) -> JoinHandle<()> {
         let latch = Arc::clone(latch);
         let filtered = move || {
             if let Some(name) = thread::current().name() {
                 sys::thread::set_name(name);
             }
+            let work = enter();
             filter_or_end(category);
             latch.report();
             // Neither is what it owned taken apart nor does the thread end: no filter has the

@@ -136,6 +136,14 @@ pub trait Device: Send + 'static {
     );
     /// Descriptors to watch, edge-triggered, beside the kicks; open for the device's life.
     fn sources(&self) -> Vec<RawFd>;
+    /// Called once, on the device's own thread, before its filter is installed and before anything
+    /// else is called there.
+    ///
+    /// # Errors
+    /// When the host refuses what the device cannot do without: its thread ends then.
+    fn enter_thread(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// The driver is ready and has accepted `features`.
     ///
@@ -169,6 +177,15 @@ pub trait Device: Send + 'static {
     /// Source number `source` has become ready; the queues that may now have work. Requests that
     /// the host has ended stop being in flight here.
     fn backend(&mut self, source: usize) -> QueueSet;
+    /// Looks, without waiting, whether the host has brought something; the queues that may now have
+    /// work. Called again and again while the worker polls, so it must be cheap.
+    #[expect(
+        dead_code,
+        reason = "for the worker that polls, which is the next step"
+    )]
+    fn poll(&mut self) -> QueueSet {
+        QueueSet::NONE
+    }
     /// Applies what control asked for; nothing is in flight. Runs also when paused.
     fn update(&mut self, update: Self::Update) -> Updated;
     /// A state with room for all that [`Device::save`] writes, made by control.
@@ -188,8 +205,9 @@ pub trait Device: Send + 'static {
 pub enum Progress {
     /// Something was done, and there may be more.
     More,
-    /// The queue is empty (the driver has been asked to kick), or the device itself must become
-    /// ready first. A kick or a [`Device::backend`] call brings the queue back.
+    /// The queue was found empty by [`Queue::pop`], or the device itself must become ready first.
+    /// The driver's next chain in the first case, a [`Device::backend`] or [`Device::poll`] call in
+    /// both, brings the queue back.
     Wait,
 }
 

@@ -84,7 +84,7 @@ impl QueueState {
 /// What [`Queue::pop`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Popped {
-    /// Nothing; the driver will kick when there is.
+    /// Nothing. The driver has not been asked to kick: [`Queue::arm`] does that.
     Empty,
     /// A whole, checked chain.
     Chain,
@@ -100,6 +100,8 @@ pub struct Queue {
     event_idx: bool,
     /// The driver was asked not to kick, because we are looking anyway.
     quiet: bool,
+    /// The last [`Queue::pop`] found nothing.
+    found_empty: bool,
     next_used: u16,
     /// Entries written to the used ring beyond `next_used`, which the driver cannot see yet.
     staged: u16,
@@ -144,6 +146,7 @@ impl Queue {
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx,
             quiet: false,
+            found_empty: false,
             next_used: state.next_used,
             staged: 0,
             unannounced: 0,
@@ -170,22 +173,16 @@ impl Queue {
         self.unannounced = self.ring.size();
     }
 
-    /// Takes the next chain into `chain`. When there is none, the driver has been asked to kick.
+    /// Takes the next chain into `chain`. The driver is left as it is when there is none: as long as we
+    /// look again by ourselves, it need not kick.
     ///
     /// # Errors
     /// When the ring cannot be trusted any more.
     pub fn pop(&mut self, ram: &Ram, chain: &mut Chain) -> Result<Popped, BrokenRing> {
-        let head = loop {
-            match self.next_head(ram)? {
-                Some(head) => break head,
-                None => {
-                    self.quiet = false;
-                    let more = self.ring.enable_notification(ram);
-                    if !more.map_err(|_| BrokenRing::Memory)? {
-                        return Ok(Popped::Empty);
-                    }
-                }
-            }
+        let head = self.next_head(ram)?;
+        self.found_empty = head.is_none();
+        let Some(head) = head else {
+            return Ok(Popped::Empty);
         };
         if !self.quiet {
             self.quiet = true;
@@ -194,6 +191,39 @@ impl Queue {
                 .map_err(|_| BrokenRing::Memory)?;
         }
         self.walk_again(ram, head, chain)
+    }
+
+    /// Asks the driver to kick when it offers the next chain; whether it has offered one meanwhile.
+    ///
+    /// # Errors
+    /// When the ring cannot be reached.
+    pub fn arm(&mut self, ram: &Ram) -> Result<bool, BrokenRing> {
+        self.quiet = false;
+        let more = self.ring.enable_notification(ram);
+        more.map_err(|_| BrokenRing::Memory)
+    }
+
+    /// Whether the driver has offered a chain that was not popped.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "for the worker that polls, which is the next step"
+        )
+    )]
+    pub fn has_chain(&self, ram: &Ram) -> bool {
+        self.load_avail(ram, ring::INDEX)
+            .is_ok_and(|index| index != self.ring.next_avail())
+    }
+
+    /// Forgets what earlier calls of [`Queue::pop`] found.
+    pub(super) fn begin_unit(&mut self) {
+        self.found_empty = false;
+    }
+
+    /// Whether the last [`Queue::pop`] since [`Queue::begin_unit`] found nothing.
+    pub(super) fn was_found_empty(&self) -> bool {
+        self.found_empty
     }
 
     /// Takes the chain `head`, which was popped before and not returned, into `chain`.

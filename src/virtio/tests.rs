@@ -67,6 +67,7 @@ fn rings_when_written_are_marked() {
         // The driver is asked to kick: a flag, or an index behind the used ring.
         let asked = marked_by(&memory, || {
             assert_eq!(queue.pop(ram, &mut chain), Ok(Popped::Empty));
+            assert_eq!(queue.arm(ram), Ok(false));
         });
         assert_eq!(asked, [USED_PAGE]);
         rings.offer_chain(0, &[(DATA, 1, true)]);

@@ -364,7 +364,7 @@ pub fn complete(
     }
     let mut replaced = Vec::new();
     for (device, thread) in attached.into_iter().zip(threads.devices) {
-        let _ = thread.start(host.category(device.category), &latch, device.work);
+        let _ = thread.start_entered(host.category(device.category), &latch, device.enter);
         replaced.push((device.note)(&mut configuration.devices));
     }
     let console_counters = console.counters();

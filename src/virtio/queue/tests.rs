@@ -359,7 +359,7 @@ fn interrupt_when_event_index_is_used_comes_exactly_then() {
 }
 
 #[test]
-fn kicks_when_busy_are_declined_and_when_empty_are_asked_for() {
+fn kicks_when_busy_are_declined_and_when_armed_are_asked_for() {
     let ram = ram();
     let rings = Rings::new(&ram, BASE, 16);
     let mut chain = Chain::new();
@@ -368,11 +368,21 @@ fn kicks_when_busy_are_declined_and_when_empty_are_asked_for() {
     by_flag.pop(&ram, &mut chain).unwrap();
     assert_eq!(rings.used_flags(), 1);
     assert_eq!(by_flag.pop(&ram, &mut chain), Ok(Popped::Empty));
+    assert_eq!(rings.used_flags(), 1);
+    assert_eq!(by_flag.arm(&ram), Ok(false));
     assert_eq!(rings.used_flags(), 0);
     let mut by_index = queue(&rings, feature::EVENT_IDX);
     by_index.pop(&ram, &mut chain).unwrap();
     assert_eq!(by_index.pop(&ram, &mut chain), Ok(Popped::Empty));
+    assert_eq!(rings.avail_event(), 0);
+    assert_eq!(by_index.arm(&ram), Ok(false));
     assert_eq!(rings.avail_event(), 1);
+    // What came between the last look and the arming is not missed.
+    rings.offer_chain(1, &[(DATA, 1, true)]);
+    assert!(by_index.has_chain(&ram));
+    assert_eq!(by_index.arm(&ram), Ok(true));
+    by_index.pop(&ram, &mut chain).unwrap();
+    assert!(!by_index.has_chain(&ram));
 }
 
 #[test]

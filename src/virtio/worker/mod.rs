@@ -51,7 +51,7 @@ mod token {
 }
 
 /// Gives `device` its registers and its worker, which go on from `start`. The worker's thread is the
-/// caller's to make: it installs its filter and calls [`Worker::run`].
+/// caller's to make: it calls [`Worker::enter_thread`], installs its filter and calls [`Worker::run`].
 ///
 /// # Errors
 /// When the host has no descriptors left, will not watch one of the device's, or refuses what the
@@ -115,6 +115,7 @@ pub fn attach<D: Device>(
         manager,
         id,
         events,
+        has_entered: None,
     };
     Ok((registers, worker, handle))
 }
@@ -158,22 +159,41 @@ pub struct Worker<D: Device> {
     manager: EventManager<Subscriber<D>>,
     id: SubscriberId,
     events: Outbox<WorkerEvent>,
+    /// What [`Worker::enter_thread`] came to, once it was called.
+    has_entered: Option<bool>,
 }
 
 impl<D: Device> Worker<D> {
+    /// Lets the device do what only its own thread can do, and only without a filter. Control is told
+    /// when the device cannot go on.
+    pub fn enter_thread(&mut self) {
+        let entered = match self.manager.subscriber_mut(self.id) {
+            Ok(subscriber) => subscriber.body.enter_thread(),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        self.has_entered = Some(entered.is_ok());
+        if let Err(error) = entered {
+            self.fail(error);
+        }
+    }
+
     /// Works until control says stop. Returns itself, so that the thread that joins this one closes
     /// and frees what it holds.
     pub fn run(mut self) -> Self {
+        if self.has_entered.is_none() {
+            self.enter_thread();
+        }
         // Messages from before this call still ring: their edge has not been seen yet.
-        let mut wait = Some(0);
+        let mut wait = (self.has_entered == Some(true)).then_some(0);
         while let Some(millis) = wait {
             let waited = self.manager.run_with_timeout(millis);
             let (Ok(_), Ok(subscriber)) = (&waited, self.manager.subscriber_mut(self.id)) else {
-                self.fail();
+                self.fail(io::Error::last_os_error());
                 break;
             };
             wait = match subscriber.body.turn() {
                 Turn::More => Some(0),
+                Turn::Wait if subscriber.body.arm() => Some(0),
                 Turn::Wait => Some(-1),
                 Turn::Stopped => None,
             };
@@ -181,8 +201,7 @@ impl<D: Device> Worker<D> {
         self
     }
 
-    fn fail(&mut self) {
-        let error = io::Error::last_os_error();
+    fn fail(&mut self, error: io::Error) {
         if let Ok(subscriber) = self.manager.subscriber_mut(self.id) {
             let _ = self.events.post(WorkerEvent::Failed {
                 device: Arc::clone(subscriber.body.name()),

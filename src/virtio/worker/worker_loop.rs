@@ -9,7 +9,9 @@
 //!
 //! Events only note what became ready; work is done in one place, [`WorkerLoop::turn`], in units
 //! that the device bounds, at most [`UNITS_PER_TURN`] of them between two looks at the
-//! descriptors, and with a look at both inboxes between any two. Paused, a worker does no unit at
+//! descriptors, and with a look at both inboxes between any two. Only before the thread sleeps is the
+//! driver asked to kick, for the queues that were found empty ([`WorkerLoop::arm`]): one that waits for
+//! the host needs no kick. Paused, a worker does no unit at
 //! all and so touches no guest memory; messages are still answered.
 //!
 //! **Draining.** A device may have requests in flight: begun, and still using guest memory. A
@@ -26,6 +28,7 @@
 mod saved;
 
 use std::fmt;
+use std::io;
 use std::mem;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -85,6 +88,8 @@ pub(super) struct WorkerLoop<D: Device> {
     queues: Box<[Option<Queue>]>,
     /// Queues that may have work.
     runnable: QueueSet,
+    /// Queues that were found empty when they were served last: their next work comes from the driver.
+    empty: QueueSet,
     /// The queue served last, so that each has its turn.
     last: usize,
     paused: bool,
@@ -129,6 +134,7 @@ impl<D: Device> WorkerLoop<D> {
             layouts: vec![QueueLayout::default(); count].into_boxed_slice(),
             queues: (0..count).map(|_| None).collect(),
             runnable: QueueSet::NONE,
+            empty: QueueSet::NONE,
             last: 0,
             paused: false,
             is_restored: false,
@@ -142,6 +148,11 @@ impl<D: Device> WorkerLoop<D> {
     /// The device's name.
     pub(super) fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    /// The thread is the device's own from now on, and has no filter yet.
+    pub(super) fn enter_thread(&mut self) -> io::Result<()> {
+        self.device.enter_thread()
     }
 
     /// Source number `source` of the device has become ready.
@@ -190,9 +201,37 @@ impl<D: Device> WorkerLoop<D> {
         }
     }
 
+    /// Asks the driver to kick for the queues that were found empty: the thread is about to sleep.
+    /// Whether there is work after all.
+    pub(super) fn arm(&mut self) -> bool {
+        if !self.may_begin() {
+            return false;
+        }
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            let Some(queue) = queue else { continue };
+            if !self.empty.contains(index) {
+                continue;
+            }
+            match queue.arm(&self.ram) {
+                Ok(true) => self.runnable.insert(QueueSet::one(index)),
+                Ok(false) => {}
+                Err(broken) => {
+                    self.break_down(&broken);
+                    return false;
+                }
+            }
+        }
+        self.next_queue().is_some()
+    }
+
+    /// Whether requests may be begun.
+    fn may_begin(&self) -> bool {
+        !self.paused && !self.stopped && self.draining.is_none() && self.phase == Phase::Active
+    }
+
     /// The next queue with work, each in its turn; none when no request may be begun.
     fn next_queue(&self) -> Option<usize> {
-        if self.paused || self.stopped || self.draining.is_some() || self.phase != Phase::Active {
+        if !self.may_begin() {
             return None;
         }
         let after_last = self.last.saturating_add(1);
@@ -207,10 +246,16 @@ impl<D: Device> WorkerLoop<D> {
             self.runnable.remove(QueueSet::one(index));
             return Progress::Wait;
         };
+        let this = QueueSet::one(index);
+        queue.begin_unit();
+        self.empty.remove(this);
         match self.device.process(index, queue, &self.ram) {
             Ok(Progress::More) => Progress::More,
             Ok(Progress::Wait) => {
-                self.runnable.remove(QueueSet::one(index));
+                self.runnable.remove(this);
+                if queue.was_found_empty() {
+                    self.empty.insert(this);
+                }
                 Progress::Wait
             }
             Err(broken) => {
@@ -414,6 +459,7 @@ impl<D: Device> WorkerLoop<D> {
     fn forget_driver(&mut self, phase: Phase) {
         self.phase = phase;
         self.runnable = QueueSet::NONE;
+        self.empty = QueueSet::NONE;
         self.queues.fill_with(|| None);
     }
 }

@@ -24,11 +24,14 @@ use crate::wire::config::DeviceConfig;
 /// A device that was built and waits for its thread.
 pub(super) struct Attached {
     pub category: Category,
-    /// For its thread: the worker's loop.
-    pub work: Box<dyn FnOnce() + Send>,
+    /// For its thread, before its filter: returns the worker's loop.
+    pub enter: Box<dyn FnOnce() -> Work + Send>,
     /// For control: its handle takes its place in the list.
     pub note: Box<dyn FnOnce(&mut Devices) -> Replaced>,
 }
+
+/// What a device's thread does behind its filter.
+pub(super) type Work = Box<dyn FnOnce()>;
 
 /// Gives each device a slot, in order: address, interrupt line, registers on the bus.
 pub(super) struct Attaching<'a> {
@@ -142,13 +145,16 @@ impl Attaching<'_> {
         let for_kvm = irqfd.try_clone()?;
         let events = self.host.events;
         let (ram, answers) = (self.memory.ram().clone(), events.outbox());
-        let (registers, worker, handle) =
+        let (registers, mut worker, handle) =
             virtio::attach(device, &id, start, ram, irqfd, answers, events.outbox())?;
         self.place(registers, &for_kvm)?;
         Ok(Attached {
             category: K::CATEGORY,
-            // No filter has the calls for taking the worker apart.
-            work: Box::new(move || mem::forget(worker.run())),
+            enter: Box::new(move || {
+                worker.enter_thread();
+                // No filter has the calls for taking the worker apart.
+                Box::new(move || mem::forget(worker.run()))
+            }),
             note: Box::new(move |devices| {
                 let list = &mut K::list(devices).0;
                 let entry = list.iter_mut().find(|entry| entry.config.id() == id);

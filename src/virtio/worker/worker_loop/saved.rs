@@ -91,6 +91,7 @@ impl<D: Device> WorkerLoop<D> {
     ) -> Result<(), Unserved> {
         self.phase = Phase::Active;
         self.runnable = QueueSet::ALL;
+        self.empty = QueueSet::NONE;
         let slots = self.queues.iter_mut().zip(D::QUEUES).enumerate();
         for ((index, (slot, max_size)), state) in slots.zip(states) {
             *slot = match state {
