@@ -14,10 +14,13 @@ pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 /// Size of a descriptor.
 pub const DESCRIPTOR: u64 = 16;
-/// Most buffers of one chain.
-pub const CHAIN_MAX: u64 = 32;
+/// Most buffers of one chain: 32 pages, a header and a status byte, and some room.
+pub const CHAIN_MAX: u64 = 40;
 /// Ring flag: no interrupts, or no kicks, please.
 const SUPPRESS: u64 = 1;
+
+/// How far ahead the used event of a driver that polls is set.
+const FAR: u16 = 0x7fff;
 
 /// A piece of memory for the device.
 #[derive(Clone, Copy)]
@@ -129,7 +132,7 @@ impl Queue {
     fn set_used_event(&mut self) {
         if self.event_idx {
             let ahead = match self.interrupts {
-                Interrupts::None => 0x7fff,
+                Interrupts::None => FAR,
                 Interrupts::Next | Interrupts::Each => 0,
             };
             let at = self.avail + 4 + 2 * u64::from(self.size);
@@ -214,14 +217,17 @@ impl Queue {
 
     /// Whether the device wants to hear of what was added since the last call (section 2.7.7.2).
     pub fn should_kick(&mut self) -> bool {
-        fence(Ordering::SeqCst);
         let (old, new) = (self.kicked, self.next_avail);
+        if old == new {
+            return false;
+        }
+        fence(Ordering::SeqCst);
         self.kicked = new;
         if self.event_idx {
             let event = x86::load(self.used + 4 + 8 * u64::from(self.size), 2) as u16;
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            old != new && x86::load(self.used, 2) & SUPPRESS == 0
+            x86::load(self.used, 2) & SUPPRESS == 0
         }
     }
 
@@ -239,8 +245,12 @@ impl Queue {
         let head = x86::load(self.used + 4 + 8 * slot, 4) as u16;
         let written = x86::load(self.used + 8 + 8 * slot, 4) as u32;
         self.next_used = self.next_used.wrapping_add(1);
-        if self.interrupts != Interrupts::Next {
-            self.set_used_event();
+        match self.interrupts {
+            Interrupts::Next => {}
+            Interrupts::Each => self.set_used_event(),
+            // Far ahead stays far ahead for long; each store takes the line from the device.
+            Interrupts::None if self.next_used.is_multiple_of(FAR / 8) => self.set_used_event(),
+            Interrupts::None => {}
         }
         if head < self.size {
             self.release(head);

@@ -9,7 +9,7 @@ use crate::virtio::{BLOCK, Device};
 use crate::{pattern, serial, text, x86};
 
 /// Feature bits (section 5.2.3).
-mod feature {
+pub mod feature {
     pub const SIZE_MAX: u64 = 1 << 1;
     pub const SEG_MAX: u64 = 1 << 2;
     pub const RO: u64 = 1 << 5;
@@ -33,7 +33,7 @@ mod feature {
 }
 
 /// Offsets in the configuration space (section 5.2.4).
-mod config {
+pub mod config {
     pub const CAPACITY: u64 = 0;
     pub const SIZE_MAX: u64 = 8;
     pub const SEG_MAX: u64 = 12;

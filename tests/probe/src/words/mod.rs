@@ -28,6 +28,7 @@
 //! | `blksg:N:SECTOR:COUNT` | reads in one request of many small buffers, compares with a plain read |
 //! | `blkflush:N` `blkdiscard:N:SECTOR:COUNT` `blkzero:N:SECTOR:COUNT` | those requests |
 //! | `blkbench:N:SIZE:OPS:DEPTH[:MODE]` | MODE `read`, `write`, `randread`, `randwrite` |
+//! | `blkload:N[+N...]:MODE:SIZE:DEPTH:MS[:pieces][:interrupts]` | for a time, on all of the disks at once; MODE also `randrw`; `pieces`: buffers of a page each, apart: see [`load`] |
 //! | `netinfo:N` | features, MAC, MTU |
 //! | `netecho:N[:FRAMES]` | sends every frame back, addresses swapped |
 //! | `netcount:N:FRAMES[:MS]` | counts what arrives |
@@ -46,6 +47,7 @@ mod block;
 mod chips;
 mod console;
 mod firmware;
+mod load;
 mod machine;
 mod memory;
 mod net;
@@ -103,6 +105,7 @@ const WORDS: &[(&str, Word)] = &[
     ("blkdiscard", block::discard),
     ("blkzero", block::zero),
     ("blkbench", block::bench),
+    ("blkload", load::block),
     ("netinfo", net::info),
     ("netecho", net::echo),
     ("netcount", net::count),
