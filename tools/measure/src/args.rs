@@ -22,6 +22,7 @@ figures
   density    host memory and PSS per VM of many idle VMs; starts per second
   life       exec to the end of the process, processor time of a life, lives per second
   snapshot   restore to first guest byte and ping reply; pauses for full and diff snapshots and forks; clones (needs root)
+  block      a disk under load: requests and bytes per second, processor time of a request
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
@@ -30,12 +31,15 @@ options
   --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
-  --probe PATH       api-load, limits and snapshot: the probe guest, in place of the one just built
+  --probe PATH       api-load, limits, snapshot and block: the probe guest, in place of the one just built
   --linux DIR        console and snapshot: the folder that tools/guest made (target/guest)
   --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
-                     seconds; api-load and limits: 5; others: 3)
+                     seconds; api-load, limits and block: 5; others: 3)
   --vms N            VMs at once, for density (50) and snapshot (1000)
-  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; may be repeated
+  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block: only the cases
+                     whose names hold NAME ('depth 32'); may be repeated
+  --media DIR        block: where the disk lies (/dev/shm, which is tmpfs)
+  --span MS          block: how long each case takes in each round (400)
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
 
@@ -66,6 +70,8 @@ pub enum Which {
     Snapshot,
     /// See `jail`.
     Jail,
+    /// See `load`.
+    Block,
 }
 
 /// What was asked for.
@@ -79,12 +85,16 @@ pub struct Args {
     pub runs: usize,
     /// VMs at once.
     pub vms: usize,
-    /// What of `snapshot` to measure; all of it if there are none.
+    /// What of `snapshot` or `block` to measure; all of it if there are none.
     pub rows: Vec<String>,
     /// With a drive and a network interface.
     pub devices: bool,
     /// The probe guest, for the figures that need it.
     pub probe: Option<PathBuf>,
+    /// Where disks under load lie.
+    pub media: PathBuf,
+    /// How long each load lasts, in milliseconds.
+    pub span_ms: usize,
     /// Where Linux for the guest lies.
     pub linux: Option<PathBuf>,
     /// The jailers with Firecracker's command line, by the monitor's name.
@@ -102,6 +112,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let (mut which, mut runs, mut json) = (None, None, None);
     let (mut vms, mut devices, mut probe) = (None, false, None);
     let mut rows = Vec::new();
+    let (mut media, mut span_ms) = (PathBuf::from("/dev/shm"), 400);
     let (mut ours, mut with_ours, mut linux) = (None, true, None);
     let mut others = Vec::new();
     let mut extras = Vec::new();
@@ -124,6 +135,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "life" => which = Some(Which::Life),
             "snapshot" => which = Some(Which::Snapshot),
             "jail" => which = Some(Which::Jail),
+            "block" => which = Some(Which::Block),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
             "--jailer" => {
@@ -136,6 +148,8 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "--no-mayfly" => with_ours = false,
             "--runs" => runs = Some(count(&word, &value()?)?),
             "--vms" => vms = Some(count(&word, &value()?)?),
+            "--media" => media = PathBuf::from(value()?),
+            "--span" => span_ms = count(&word, &value()?)?,
             "--row" => rows.push(value()?),
             "--devices" => devices = true,
             "--json" => json = Some(PathBuf::from(value()?)),
@@ -148,7 +162,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot or jail",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail or block",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -181,14 +195,19 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let usual = match which {
         Which::Start | Which::Api | Which::Life | Which::Jail => 30,
         Which::Snapshot => 20,
-        Which::ApiLoad | Which::Limits => 5,
+        Which::ApiLoad | Which::Limits | Which::Block => 5,
         Which::Console | Which::Memory | Which::Density => 3,
     };
-    if !rows.is_empty() && which != Which::Snapshot {
-        return Err(Failure::new("--row goes with snapshot only"));
+    match which {
+        Which::Snapshot => snapshot::check_rows(&rows)?,
+        Which::Block => {}
+        _ if rows.is_empty() => {}
+        _ => return Err(Failure::new("--row goes with snapshot and block only")),
     }
-    snapshot::check_rows(&rows)?;
-    let needs_probe = matches!(which, Which::ApiLoad | Which::Limits | Which::Snapshot);
+    let needs_probe = matches!(
+        which,
+        Which::ApiLoad | Which::Limits | Which::Snapshot | Which::Block
+    );
     if needs_probe && probe.is_none() {
         return Err(Failure::new("say which probe guest: --probe PATH"));
     }
@@ -200,6 +219,8 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         rows,
         devices,
         probe,
+        media,
+        span_ms,
         linux,
         jailers,
         json,

@@ -14,7 +14,7 @@ use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::snapshot::Wanted;
 use mayfly_measure::workspace::Workspace;
 use mayfly_measure::{
-    api, api_load, console, density, jail, life, limits, memory, report, snapshot, start, sys,
+    api, api_load, console, density, jail, life, limits, load, memory, report, snapshot, start, sys,
 };
 use serde_json::json;
 
@@ -112,7 +112,7 @@ fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
-        Which::Console => 0,
+        Which::Console | Which::Block => 0,
     };
     Plan {
         warm_up,
@@ -141,6 +141,16 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
                 ours: OURS,
             };
             return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
+        }
+        Which::Block => {
+            let wanted = load::Wanted {
+                probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
+                media: &args.media,
+                rows: &args.rows,
+                span_ms: args.span_ms,
+                ours: OURS,
+            };
+            return load::measure(workspace, &args.monitors, plan(args), &wanted);
         }
         Which::Jail => {
             let (monitors, jailers) = (&args.monitors, &args.jailers);
@@ -193,7 +203,9 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
-        Which::Life | Which::Snapshot | Which::Jail => unreachable!("their rows are their own"),
+        Which::Life | Which::Snapshot | Which::Jail | Which::Block => {
+            unreachable!("their rows are their own")
+        }
     })
 }
 

@@ -78,6 +78,14 @@ impl Monitor {
         Running::start(&self.name, command)
     }
 
+    /// The same, and only errors in its log, which some monitors write among the guest's output.
+    pub fn boot_config_quietly(&self, config: &Path) -> Result<Running> {
+        let mut command = self.command();
+        command.args(["--level", "Error", "--no-api", "--config-file"]);
+        command.arg(config);
+        Running::start(&self.name, command)
+    }
+
     /// The same with an API socket.
     pub fn boot_config_and_listen(&self, config: &Path, socket: &Path) -> Result<Running> {
         let mut command = self.command();
@@ -253,24 +261,47 @@ impl Running {
         let deadline = Instant::now() + patience;
         while !self.printed.contains(text) {
             let left = deadline.saturating_duration_since(Instant::now());
-            let [spoke] = sys::poll([self.stdout.as_fd()], left)
-                .map_err(|error| self.poll_failure(&error))?;
-            let mut bytes = [0; 4096];
-            let len = if spoke {
-                self.stdout
-                    .read(&mut bytes)
-                    .cannot(|| format!("read what {} prints", self.name))?
-            } else {
-                0
-            };
-            if len == 0 {
-                let printed = self.printed.trim().to_owned();
-                return Err(self.failure(&format!("never said `{text}`, but: {printed}")));
-            }
-            self.printed
-                .push_str(&String::from_utf8_lossy(&bytes[..len]));
+            self.read_more(text, left)?;
         }
         Ok(self.printed.clone())
+    }
+
+    /// Reads once what its guest printed while `text` is waited for.
+    fn read_more(&mut self, text: &str, left: Duration) -> Result<()> {
+        let [spoke] =
+            sys::poll([self.stdout.as_fd()], left).map_err(|error| self.poll_failure(&error))?;
+        let mut bytes = [0; 4096];
+        let len = if spoke {
+            self.stdout
+                .read(&mut bytes)
+                .cannot(|| format!("read what {} prints", self.name))?
+        } else {
+            0
+        };
+        if len == 0 {
+            let printed = self.printed.trim().to_owned();
+            return Err(self.failure(&format!("never said `{text}`, but: {printed}")));
+        }
+        self.printed
+            .push_str(&String::from_utf8_lossy(&bytes[..len]));
+        Ok(())
+    }
+
+    /// Waits for the next line with `text` in it, and forgets all up to its end.
+    pub fn next_line(&mut self, text: &str, patience: Duration) -> Result<String> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(at) = self.printed.find(text)
+                && let Some(rest) = self.printed[at..].find('\n')
+            {
+                let begin = self.printed[..at].rfind('\n').map_or(0, |end| end + 1);
+                let line = self.printed[begin..at + rest].to_owned();
+                self.printed.drain(..=at + rest);
+                return Ok(line);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.read_more(text, left)?;
+        }
     }
 
     /// Reads what its guest prints until `wanted` bytes have come, those that came with its first byte included, or

@@ -4,7 +4,6 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::failure::{Failure, Result};
-use crate::monitor::Monitor;
 use crate::sys;
 
 /// One measured quantity.
@@ -56,11 +55,11 @@ pub struct Plan {
     pub runs: usize,
 }
 
-/// Runs `measure` once for each monitor and round, and gathers the samples.
-pub fn run(
+/// Runs `measure` once for each row (a monitor, or one in one of several ways) and round, and gathers the samples.
+pub fn run<R>(
     plan: Plan,
-    monitors: &[Monitor],
-    mut measure: impl FnMut(&Monitor) -> Result<Vec<Sample>>,
+    monitors: &[R],
+    mut measure: impl FnMut(&R) -> Result<Vec<Sample>>,
 ) -> Result<Vec<Figure>> {
     let mut figures: Vec<Figure> = Vec::new();
     for round in 0..plan.warm_up + plan.runs {
@@ -134,7 +133,7 @@ pub fn in_parallel<T: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::monitor::CommandLine;
+    use crate::monitor::{CommandLine, Monitor};
 
     fn monitors(names: &[&str]) -> Vec<Monitor> {
         let make = |name: &&str| Monitor {

@@ -1,0 +1,243 @@
+//! Disks: the cases, and their floor.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::guest::{Guest, Waits};
+use super::{Row, Wanted};
+use crate::failure::{Context, Result};
+use crate::monitor::CommandLine;
+use crate::rounds::Sample;
+use crate::workspace::{MEMORY_MIB, Workspace};
+
+/// How the figures are counted, for the foot of the tables.
+pub const NOTES: &str = "\
+counted: a bare-metal guest with one vCPU keeps DEPTH requests in flight on one disk of 256 MiB, polls for completions,
+asks for no interrupts, and counts by its time stamp counter. \"floor\" is pread and pwrite of the same sizes at the same
+kind of places by one thread of the host, without a VM. CPU is the processor time of the monitor for each request:
+all its threads (those of io_uring in the kernel too) but the vCPU's, which polls without end.
+";
+
+/// Bytes of the disk: more than caches hold, little enough for a small host.
+const DISK_LEN: u64 = 256 << 20;
+
+/// One kind of work on a disk.
+struct Case {
+    name: &'static str,
+    mode: &'static str,
+    size: u64,
+    depth: u64,
+    /// In MB/s and not in requests per second.
+    in_bytes: bool,
+}
+
+const CASES: [Case; 4] = [
+    requests("randread 4k, depth 1", "randread", 1),
+    requests("randread 4k, depth 32", "randread", 32),
+    requests("randwrite 4k, depth 1", "randwrite", 1),
+    requests("randwrite 4k, depth 32", "randwrite", 32),
+];
+
+const fn requests(name: &'static str, mode: &'static str, depth: u64) -> Case {
+    Case {
+        name,
+        mode,
+        size: 4096,
+        depth,
+        in_bytes: false,
+    }
+}
+
+impl Case {
+    fn word(&self, ms: usize) -> String {
+        let Self {
+            mode, size, depth, ..
+        } = self;
+        format!("blkload:0:{mode}:{size}:{depth}:{ms}")
+    }
+
+    /// The figure of so much work in so much time.
+    fn sample(&self, requests: f64, bytes: f64, seconds: f64) -> Sample {
+        if self.in_bytes {
+            Sample::new(self.name, "MB/s", bytes / seconds / 1e6)
+        } else {
+            Sample::new(self.name, "IOPS", requests / seconds)
+        }
+    }
+}
+
+/// The disk, and what to do with it.
+pub struct Bench<'a> {
+    workspace: &'a Workspace,
+    wanted: Wanted<'a>,
+    disk: Disk,
+}
+
+impl<'a> Bench<'a> {
+    /// Makes the disk.
+    pub fn new(workspace: &'a Workspace, wanted: Wanted<'a>) -> Result<Self> {
+        let disk = Disk::new(wanted.media, DISK_LEN)?;
+        Ok(Self {
+            workspace,
+            wanted,
+            disk,
+        })
+    }
+
+    /// All cases, once, by one row.
+    pub fn round(&self, row: &Row, waits: &mut Waits) -> Result<Vec<Sample>> {
+        let cases = CASES.iter().filter(|case| self.wanted.has(case.name));
+        if row.monitor.command_line == CommandLine::Floor {
+            return cases.map(|case| self.floor(case)).collect();
+        }
+        let config = self.config(row)?;
+        let mut guest = Guest::boot(&row.monitor, &config)?;
+        let mut samples = Vec::new();
+        for case in cases {
+            let work = guest.work(&case.word(self.wanted.span_ms))?;
+            waits.add(work.waited);
+            let requests = work.field("requests")?;
+            samples.push(case.sample(requests, work.field("bytes")?, work.field("ns")? / 1e9));
+            samples.push(Sample::new(
+                format!("{}, CPU", case.name),
+                "us",
+                work.busy.as_secs_f64() * 1e6 / requests.max(1.0),
+            ));
+        }
+        guest.stop()?;
+        Ok(samples)
+    }
+
+    fn config(&self, row: &Row) -> Result<PathBuf> {
+        let mut drive = json!({
+            "drive_id": "disk",
+            "path_on_host": self.disk.path,
+            "is_root_device": false,
+            "is_read_only": false,
+        });
+        if let Some(engine) = row.engine {
+            drive["io_engine"] = engine.into();
+        }
+        let text = json!({
+            "boot-source": {
+                "kernel_image_path": self.wanted.probe,
+                "boot_args": "probe=print:ready,shell",
+            },
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
+            "drives": [drive],
+            "network-interfaces": [],
+        });
+        self.workspace.file("load.json", &text.to_string())
+    }
+
+    /// The same reads or writes by this thread.
+    fn floor(&self, case: &Case) -> Result<Sample> {
+        let file = &self.disk.file;
+        let size = case.size as usize;
+        let mut buffers = vec![vec![1_u8; size]; case.depth as usize];
+        let places = DISK_LEN / case.size;
+        let span = Duration::from_millis(self.wanted.span_ms as u64);
+        let (mut count, mut place) = (0_u64, 1_u64);
+        let began = Instant::now();
+        while began.elapsed() < span {
+            // The clock is no part of the work.
+            for _ in 0..32 {
+                let buffer = &mut buffers[(count % case.depth) as usize];
+                place = if case.mode.starts_with("rand") {
+                    scattered(place)
+                } else {
+                    place + 1
+                };
+                let at = place % places * case.size;
+                let done = if case.mode.ends_with("write") {
+                    file.write_all_at(buffer, at)
+                } else {
+                    file.read_exact_at(buffer, at)
+                };
+                done.cannot(|| format!("use {}", self.disk.path.display()))?;
+                count += 1;
+            }
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(case.sample(count as f64, (count * case.size) as f64, seconds))
+    }
+}
+
+/// The next of a row of numbers without a pattern (xorshift).
+fn scattered(mut state: u64) -> u64 {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^ state << 17
+}
+
+/// A file without holes that is removed at the end.
+struct Disk {
+    path: PathBuf,
+    file: File,
+}
+
+impl Disk {
+    fn new(folder: &Path, len: u64) -> Result<Self> {
+        let path = folder.join(format!("mayfly-bench-{}.disk", std::process::id()));
+        let make = || {
+            let mut file = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&path)?;
+            let mut state = 1;
+            let chunk: Vec<u8> = (0..1 << 20)
+                .map(|_| {
+                    state = scattered(state);
+                    state as u8
+                })
+                .collect();
+            for _ in 0..len / chunk.len() as u64 {
+                file.write_all(&chunk)?;
+            }
+            file.sync_all()?;
+            Ok::<File, std::io::Error>(file)
+        };
+        let file = make().cannot(|| format!("make the disk {}", path.display()))?;
+        Ok(Self { path, file })
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            let path = self.path.display();
+            eprintln!("mayfly-measure: cannot remove {path}: {error}.");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_when_dropped_is_removed() {
+        let disk = Disk::new(&std::env::temp_dir(), 2 << 20).unwrap();
+        let path = disk.path.clone();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 2 << 20);
+        drop(disk);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn case_when_in_bytes_is_counted_in_megabytes() {
+        let mut case = requests("x", "read", 8);
+        case.in_bytes = true;
+        let sample = case.sample(100.0, 13e6, 0.5);
+        assert_eq!(
+            format!("{sample:?}"),
+            format!("{:?}", Sample::new("x", "MB/s", 26.0))
+        );
+    }
+}
