@@ -133,6 +133,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         "_exit from places where nothing else may run, and mallopt, which libc has no safe form of",
     ),
     (
+        "src/sys/ring.rs",
+        3,
+        "io_uring entries that name guest memory, and the lists of its pieces, which must stay while the kernel uses them",
+    ),
+    (
         "src/sys/signal.rs",
         5,
         "handlers of signals: sigaction, and what may be called inside of one",

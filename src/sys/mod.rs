@@ -13,6 +13,11 @@ pub mod landlock;
 pub mod pagemap;
 pub mod passed;
 pub mod process;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the devices are moved to it one by one")
+)]
+pub mod ring;
 pub mod signal;
 pub mod socket;
 pub mod syscalls;
