@@ -137,11 +137,11 @@ pub trait Device: Send + 'static {
     /// Descriptors to watch, edge-triggered, beside the kicks; open for the device's life.
     fn sources(&self) -> Vec<RawFd>;
     /// Called once, on the device's own thread, before its filter is installed and before anything
-    /// else is called there.
+    /// else is called there: it may open, allocate and make threads, as nothing later may. `ram` is guest memory.
     ///
     /// # Errors
     /// When the host refuses what the device cannot do without: its thread ends then.
-    fn enter_thread(&mut self) -> io::Result<()> {
+    fn enter_thread(&mut self, _ram: &Ram) -> io::Result<()> {
         Ok(())
     }
 

@@ -152,7 +152,7 @@ impl<D: Device> WorkerLoop<D> {
 
     /// The thread is the device's own from now on, and has no filter yet.
     pub(super) fn enter_thread(&mut self) -> io::Result<()> {
-        self.device.enter_thread()
+        self.device.enter_thread(&self.ram)
     }
 
     /// Source number `source` of the device has become ready.
