@@ -34,6 +34,7 @@
 //! | `netcount:N:FRAMES[:MS]` | counts what arrives |
 //! | `netsend:N:COUNT:SIZE` | sends numbered broadcast frames |
 //! | `netping:N:IP[:ECHOES]` | answers ARP and ICMP echo for an IPv4 address |
+//! | `netload:N:MODE:SIZE:MS[:interrupts]` | for a time; MODE `tx`, `rx` (counts from the first frame on), `pingpong` (the host answers each frame); above 1514 bytes with segmentation by the host |
 //! | `ports[:SEED[:STEP]]` | reads and writes all ports (above 0x700 every STEPth), in all sizes |
 //! | `chipnoise:SEED:COUNT` | accesses of any size to the I/O APIC |
 //! | `routes:MS` | all processors that `smp` started change a route of the I/O APIC |
@@ -111,6 +112,7 @@ const WORDS: &[(&str, Word)] = &[
     ("netcount", net::count),
     ("netsend", net::send),
     ("netping", net::ping),
+    ("netload", load::net),
     ("ports", noise::ports),
     ("mmionoise", noise::mmio),
     ("chipnoise", chips::noise),

@@ -14,7 +14,7 @@ use crate::virtio::{Device, NET};
 use crate::{serial, text, x86};
 
 /// Feature bits (section 5.1.3).
-mod feature {
+pub mod feature {
     pub const CSUM: u64 = 1 << 0;
     pub const GUEST_CSUM: u64 = 1 << 1;
     pub const MTU: u64 = 1 << 3;
@@ -30,14 +30,14 @@ mod feature {
     pub const OFFLOAD: u64 = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6;
 }
 
-const RECEIVE: u32 = 0;
-const TRANSMIT: u32 = 1;
+pub const RECEIVE: u32 = 0;
+pub const TRANSMIT: u32 = 1;
 /// Size of the header before every frame, with VERSION_1 (section 5.1.6).
-const HEADER: u64 = 12;
+pub const HEADER: u64 = 12;
 /// Its field that says how many buffers a received frame fills.
-const NUM_BUFFERS: u64 = 10;
+pub const NUM_BUFFERS: u64 = 10;
 const MAC: usize = 6;
-const ETHERNET: usize = 14;
+pub const ETHERNET: usize = 14;
 /// Size of each receive buffer: more than an ordinary frame, less than a jumbo frame, so that
 /// those need several.
 const BUFFER: u64 = 2048;
@@ -46,7 +46,7 @@ const LARGE_BUFFER: u64 = 65_562;
 /// Longest frame `netsend` makes.
 const FRAME_MAX: u64 = 65_550;
 const ENTRIES: u32 = 256;
-const BROADCAST: [u8; MAC] = [0xff; MAC];
+pub const BROADCAST: [u8; MAC] = [0xff; MAC];
 
 /// A frame that has been received: its pieces, header included, in order.
 pub struct Frame {
@@ -308,11 +308,11 @@ impl Nic {
 }
 
 /// EtherTypes; the first is for local experiments.
-const EXPERIMENT: u16 = 0x88b5;
+pub const EXPERIMENT: u16 = 0x88b5;
 const IPV4: u16 = 0x0800;
 const ARP: u16 = 0x0806;
 
-fn write_ethernet(frame: &mut [u8], to: &[u8; MAC], from: &[u8; MAC], kind: u16) {
+pub fn write_ethernet(frame: &mut [u8], to: &[u8; MAC], from: &[u8; MAC], kind: u16) {
     frame[..6].copy_from_slice(to);
     frame[6..12].copy_from_slice(from);
     frame[12..14].copy_from_slice(&kind.to_be_bytes());

@@ -6,8 +6,10 @@
 //! been touched, and works for the given time from there on; the figures come with the word's own line.
 
 mod block;
+mod net;
 
 pub use block::load as block;
+pub use net::load as net;
 
 use crate::clock;
 use crate::text::Text;
