@@ -23,6 +23,7 @@ figures
   life       exec to the end of the process, processor time of a life, lives per second
   snapshot   restore to first guest byte and ping reply; pauses for full and diff snapshots and forks; clones (needs root)
   block      a disk under load: requests and bytes per second, processor time of a request
+  net        a network interface under load: frames per second both ways, time to and fro (needs root)
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
@@ -31,15 +32,15 @@ options
   --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
-  --probe PATH       api-load, limits, snapshot and block: the probe guest, in place of the one just built
+  --probe PATH       api-load, limits, snapshot, block and net: the probe guest, in place of the one just built
   --linux DIR        console and snapshot: the folder that tools/guest made (target/guest)
   --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
-                     seconds; api-load, limits and block: 5; others: 3)
+                     seconds; api-load, limits, block and net: 5; others: 3)
   --vms N            VMs at once, for density (50) and snapshot (1000)
-  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block: only the cases
-                     whose names hold NAME ('depth 32'); may be repeated
+  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block and net: only the
+                     cases whose names hold NAME ('depth 32'); may be repeated
   --media DIR        block: where the disk lies (/dev/shm, which is tmpfs)
-  --span MS          block: how long each case takes in each round (400)
+  --span MS          block and net: how long each case takes in each round (400)
   --devices          start and api: with one drive and one network interface (needs root)
   --json FILE        also write every sample to FILE
 
@@ -70,8 +71,10 @@ pub enum Which {
     Snapshot,
     /// See `jail`.
     Jail,
-    /// See `load`.
+    /// Disks: see `load`.
     Block,
+    /// Network interfaces: see `load`.
+    Net,
 }
 
 /// What was asked for.
@@ -85,7 +88,7 @@ pub struct Args {
     pub runs: usize,
     /// VMs at once.
     pub vms: usize,
-    /// What of `snapshot` or `block` to measure; all of it if there are none.
+    /// What of `snapshot`, `block` or `net` to measure; all of it if there are none.
     pub rows: Vec<String>,
     /// With a drive and a network interface.
     pub devices: bool,
@@ -136,6 +139,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "snapshot" => which = Some(Which::Snapshot),
             "jail" => which = Some(Which::Jail),
             "block" => which = Some(Which::Block),
+            "net" => which = Some(Which::Net),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
             "--jailer" => {
@@ -162,7 +166,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail or block",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block or net",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -195,18 +199,18 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let usual = match which {
         Which::Start | Which::Api | Which::Life | Which::Jail => 30,
         Which::Snapshot => 20,
-        Which::ApiLoad | Which::Limits | Which::Block => 5,
+        Which::ApiLoad | Which::Limits | Which::Block | Which::Net => 5,
         Which::Console | Which::Memory | Which::Density => 3,
     };
     match which {
         Which::Snapshot => snapshot::check_rows(&rows)?,
-        Which::Block => {}
+        Which::Block | Which::Net => {}
         _ if rows.is_empty() => {}
-        _ => return Err(Failure::new("--row goes with snapshot and block only")),
+        _ => return Err(Failure::new("--row goes with snapshot, block and net only")),
     }
     let needs_probe = matches!(
         which,
-        Which::ApiLoad | Which::Limits | Which::Snapshot | Which::Block
+        Which::ApiLoad | Which::Limits | Which::Snapshot | Which::Block | Which::Net
     );
     if needs_probe && probe.is_none() {
         return Err(Failure::new("say which probe guest: --probe PATH"));

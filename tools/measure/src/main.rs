@@ -42,7 +42,7 @@ fn run() -> Result<()> {
         return Ok(());
     }
     let host = Host::read();
-    let with_tap = matches!(args.which, Which::Limits | Which::Snapshot);
+    let with_tap = matches!(args.which, Which::Limits | Which::Snapshot | Which::Net);
     let workspace = Workspace::new(args.devices || with_tap)?;
     let filters = filters(&args, &workspace)?;
     let Measured {
@@ -112,7 +112,7 @@ fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
-        Which::Console | Which::Block => 0,
+        Which::Console | Which::Block | Which::Net => 0,
     };
     Plan {
         warm_up,
@@ -142,7 +142,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
             };
             return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
         }
-        Which::Block => {
+        Which::Block | Which::Net => {
             let wanted = load::Wanted {
                 probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
                 media: &args.media,
@@ -150,7 +150,10 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
                 span_ms: args.span_ms,
                 ours: OURS,
             };
-            return load::measure(workspace, &args.monitors, plan(args), &wanted);
+            return match args.which {
+                Which::Net => load::net(workspace, &args.monitors, plan(args), &wanted),
+                _ => load::block(workspace, &args.monitors, plan(args), &wanted),
+            };
         }
         Which::Jail => {
             let (monitors, jailers) = (&args.monitors, &args.jailers);
@@ -203,7 +206,7 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
-        Which::Life | Which::Snapshot | Which::Jail | Which::Block => {
+        Which::Life | Which::Snapshot | Which::Jail | Which::Block | Which::Net => {
             unreachable!("their rows are their own")
         }
     })

@@ -6,7 +6,7 @@
 )]
 
 use std::ffi::CString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -18,9 +18,14 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 
+mod frames;
 mod pages;
 mod passing;
 
+pub use frames::{
+    EXPERIMENT, TAP_HEADER, experiment_socket, frame_socket, limit_sending, limit_waiting,
+    make_tap, open_tap, send_many, with_header,
+};
 pub use passing::{receive_descriptor, send_with_descriptor};
 
 /// One instruction of a filter (`struct sock_filter`).
@@ -281,62 +286,6 @@ pub fn enter_own_network() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// Makes a tap that stays until its network namespace goes.
-pub fn make_tap(name: &str) -> io::Result<()> {
-    let tun = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")?;
-    // SAFETY: all zeroes is a valid ifreq: an empty name and no flags.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= request.ifr_name.len() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "name too long"));
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is.
-    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: TUNSETPERSIST takes an integer.
-    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST as _, 1) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// EtherType for local experiments.
-pub const EXPERIMENT: u16 = 0x88b5;
-
-/// A socket that sends whole Ethernet frames to interface `name`.
-pub fn frame_socket(name: &str) -> io::Result<File> {
-    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: the call has three integer arguments. Protocol 0: it only sends.
-    let socket = owned(i64::from(unsafe { libc::socket(libc::AF_PACKET, kind, 0) }))?;
-    let name = CString::new(name)?;
-    // SAFETY: the name is a C string that outlives the call.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    // SAFETY: all zeroes is a valid sockaddr_ll.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_ifindex = index as libc::c_int;
-    // SAFETY: the address is ours and has the size given.
-    let bound = unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of_val(&address) as u32,
-        )
-    };
-    if index == 0 || bound < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(File::from(socket))
 }
 
 /// A socket that sends ICMP messages to an IPv4 address and receives, with their IPv4 headers, those that it sends.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::guest::{Guest, Waits};
-use super::{Row, Wanted};
+use super::{Row, Wanted, boot_source};
 use crate::failure::{Context, Result};
 use crate::monitor::CommandLine;
 use crate::rounds::Sample;
@@ -124,10 +124,7 @@ impl<'a> Bench<'a> {
             drive["io_engine"] = engine.into();
         }
         let text = json!({
-            "boot-source": {
-                "kernel_image_path": self.wanted.probe,
-                "boot_args": "probe=print:ready,shell",
-            },
+            "boot-source": boot_source(self.wanted.probe),
             "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
             "drives": [drive],
             "network-interfaces": [],

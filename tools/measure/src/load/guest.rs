@@ -53,8 +53,18 @@ impl Guest {
 
     /// Lets the guest do `word`, which says `begun` when its work begins.
     pub fn work(&mut self, word: &str) -> Result<Work> {
+        Ok(self.work_with(word, || Ok(()))?.0)
+    }
+
+    /// The same, and does `at_begin` when the work begins.
+    pub fn work_with<T>(
+        &mut self,
+        word: &str,
+        at_begin: impl FnOnce() -> Result<T>,
+    ) -> Result<(Work, T)> {
         self.running.tell(format!("{word}\n").as_bytes())?;
         self.running.next_line(" begun", PATIENCE)?;
+        let with_it = at_begin()?;
         let begin = Times::read(self.running.pid())?;
         let line = self
             .running
@@ -65,12 +75,13 @@ impl Guest {
         };
         let run = end.vcpu_run.saturating_sub(begin.vcpu_run).as_secs_f64();
         let wait = end.vcpu_wait.saturating_sub(begin.vcpu_wait).as_secs_f64();
-        Ok(Work {
+        let work = Work {
             fields: fields(said),
             word: word.to_owned(),
             busy: end.others.saturating_sub(begin.others),
             waited: wait / (run + wait).max(1e-9),
-        })
+        };
+        Ok((work, with_it))
     }
 
     /// Ends the guest and its monitor.

@@ -1,7 +1,8 @@
-//! `block`: what disks carry, beside the floor of the host and beside other monitors.
+//! `block` and `net`: what disks and network interfaces carry, beside the floor of the host and beside other monitors.
 //!
 //! - `guest`: a probe guest that is told by its console what to do, and what it and the kernel say of the work;
 //! - `block`: the cases of disks, and the same reads and writes by this program itself, which is the floor;
+//! - `net`: the cases of network interfaces, and the same traffic by this program itself at the bare tap;
 //! - `summary`: one line for each case: our monitor beside the better engine of the best peer.
 //!
 //! The guest is bare metal, polls, and keeps a number of requests in flight by itself (tests/probe, words/load), so that
@@ -9,14 +10,17 @@
 
 mod block;
 mod guest;
+mod net;
 mod summary;
 
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use crate::failure::Result;
 use crate::monitor::{CommandLine, Monitor};
 use crate::report::Measured;
-use crate::rounds::{self, Plan};
+use crate::rounds::{self, Figure, Plan};
 use crate::workspace::Workspace;
 
 pub use guest::Waits;
@@ -50,11 +54,11 @@ struct Row {
     engine: Option<&'static str>,
 }
 
-/// The floor, our own monitor, and every other one with each engine.
-fn rows(monitors: &[Monitor], ours: &str) -> Vec<Row> {
+/// The floor, our own monitor, and every other one; with each engine of its disks where that matters.
+fn rows(monitors: &[Monitor], ours: &str, with_engines: bool) -> Vec<Row> {
     let mut rows = Vec::new();
     for monitor in monitors {
-        if monitor.command_line == CommandLine::Floor || monitor.name == ours {
+        if !with_engines || monitor.command_line == CommandLine::Floor || monitor.name == ours {
             rows.push(Row {
                 monitor: monitor.clone(),
                 engine: None,
@@ -74,26 +78,55 @@ fn rows(monitors: &[Monitor], ours: &str) -> Vec<Row> {
 }
 
 /// Measures disks.
-pub fn measure(
+pub fn block(
     workspace: &Workspace,
     monitors: &[Monitor],
     plan: Plan,
     wanted: &Wanted<'_>,
 ) -> Result<Measured> {
-    let rows = rows(monitors, wanted.ours);
+    let rows = rows(monitors, wanted.ours, true);
     let bench = block::Bench::new(workspace, *wanted)?;
     let mut waits = Waits::default();
     let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
+    Ok(measured(rows, figures, wanted, block::NOTES, &waits))
+}
+
+/// Measures network interfaces.
+pub fn net(
+    workspace: &Workspace,
+    monitors: &[Monitor],
+    plan: Plan,
+    wanted: &Wanted<'_>,
+) -> Result<Measured> {
+    let rows = rows(monitors, wanted.ours, false);
+    let bench = net::Bench::new(workspace, *wanted)?;
+    let mut waits = Waits::default();
+    let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
+    Ok(measured(rows, figures, wanted, net::NOTES, &waits))
+}
+
+fn measured(
+    rows: Vec<Row>,
+    figures: Vec<Figure>,
+    wanted: &Wanted<'_>,
+    counted: &str,
+    waits: &Waits,
+) -> Measured {
     let rows: Vec<Monitor> = rows.into_iter().map(|row| row.monitor).collect();
     let mut notes = summary::text(&figures, &rows, wanted.ours);
-    notes.push_str(block::NOTES);
+    notes.push_str(counted);
     notes.push_str(&waits.text());
-    Ok(Measured {
+    Measured {
         rows,
         figures,
         notes,
         has_failures: false,
-    })
+    }
+}
+
+/// The member of a configuration that boots the probe guest, which then waits for words on its console.
+fn boot_source(probe: &Path) -> Value {
+    json!({ "kernel_image_path": probe, "boot_args": "probe=print:ready,shell" })
 }
 
 #[cfg(test)]
@@ -113,7 +146,7 @@ mod tests {
             monitor("mayfly", CommandLine::Firecracker),
             monitor("b", CommandLine::Firecracker),
         ];
-        let names: Vec<String> = rows(&monitors, "mayfly")
+        let names: Vec<String> = rows(&monitors, "mayfly", true)
             .into_iter()
             .map(|row| row.monitor.name)
             .collect();

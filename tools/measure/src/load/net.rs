@@ -1,0 +1,359 @@
+//! A network interface: the cases, what the host's side of them does, and their floor.
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::guest::{Guest, Waits, Work};
+use super::{Row, Wanted, boot_source};
+use crate::failure::{Context, Failure, Result};
+use crate::monitor::CommandLine;
+use crate::rounds::Sample;
+use crate::sys;
+use crate::workspace::{MEMORY_MIB, TAP, Workspace};
+
+/// How the figures are counted, for the foot of the tables.
+pub const NOTES: &str = "\
+counted: a bare-metal guest with one vCPU polls and asks for no interrupts. tx: it keeps its ring full; the host's stack
+drops what comes, and must have seen all of it. rx: a thread of the host sends without end, and the guest counts. 64 KiB
+frames are TCP segments with 65,160 bytes of data for the other side to cut up. Ping-pong: a thread of the host answers
+each frame. \"floor\" is this program in the monitor's place at the bare tap: write, read, or one after the other. CPU is
+the processor time of the monitor for each frame: all its threads (those of io_uring in the kernel too) but the vCPU's,
+which polls without end.
+";
+
+/// Headers of a TCP segment, and the data between two of them after it was cut up.
+const TCP_HEADERS: usize = 54;
+const SEGMENT: usize = 1448;
+/// A frame of TCP of 45 segments.
+const LARGE: usize = TCP_HEADERS + 45 * SEGMENT;
+/// Bytes on their way to the guest before the sending thread sleeps.
+const SENDING: i32 = 512 << 10;
+/// How soon threads of the host notice that they are no longer needed.
+const NOTICE: Duration = Duration::from_millis(50);
+/// The share of sent frames that the host must have seen: others (neighbour discovery) may be counted with them.
+const SEEN: f64 = 0.999;
+
+/// One kind of traffic.
+struct Case {
+    name: &'static str,
+    mode: Mode,
+    size: usize,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Transmit,
+    Receive,
+    PingPong,
+}
+
+const CASES: [Case; 5] = [
+    case("tx 1514 B", Mode::Transmit, 1514),
+    case("tx 64 KiB TSO", Mode::Transmit, LARGE),
+    case("rx 1514 B", Mode::Receive, 1514),
+    case("rx 64 KiB", Mode::Receive, LARGE),
+    case("ping-pong 64 B", Mode::PingPong, 64),
+];
+
+const fn case(name: &'static str, mode: Mode, size: usize) -> Case {
+    Case { name, mode, size }
+}
+
+impl Case {
+    fn word(&self, ms: usize) -> String {
+        let mode = match self.mode {
+            Mode::Transmit => "tx",
+            Mode::Receive => "rx",
+            Mode::PingPong => "pingpong",
+        };
+        format!("netload:0:{mode}:{}:{ms}", self.size)
+    }
+
+    /// The figure of so many frames in so much time.
+    fn sample(&self, frames: f64, seconds: f64) -> Sample {
+        match self.mode {
+            Mode::PingPong => Sample::new(self.name, "us", seconds / frames.max(1.0) * 1e6),
+            _ => Sample::new(self.name, "packets/s", frames / seconds),
+        }
+    }
+}
+
+/// The tap, and what to do with it.
+pub struct Bench<'a> {
+    workspace: &'a Workspace,
+    wanted: Wanted<'a>,
+}
+
+impl<'a> Bench<'a> {
+    /// Brings up the tap of the workspace.
+    pub fn new(workspace: &'a Workspace, wanted: Wanted<'a>) -> Result<Self> {
+        // Where there is no IPv6, nothing has to be turned off.
+        let _ = fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
+        let up = Command::new("ip").args(["link", "set", TAP, "up"]).status();
+        if !up.is_ok_and(|status| status.success()) {
+            return Err(Failure::new(
+                "cannot bring the tap up: is iproute2 installed?",
+            ));
+        }
+        Ok(Self { workspace, wanted })
+    }
+
+    /// All cases, once, by one row.
+    pub fn round(&self, row: &Row, waits: &mut Waits) -> Result<Vec<Sample>> {
+        let cases = CASES.iter().filter(|case| self.wanted.has(case.name));
+        if row.monitor.command_line == CommandLine::Floor {
+            return cases.map(|case| self.floor(case)).collect();
+        }
+        let config = self.config()?;
+        let mut guest = Guest::boot(&row.monitor, &config)?;
+        let mut samples = Vec::new();
+        for case in cases {
+            let work = self.work(&mut guest, case)?;
+            // With a thread of ours on the other side, the guest may wait for that.
+            if case.mode == Mode::Transmit {
+                waits.add(work.waited);
+            }
+            let frames = work.field("frames")?;
+            samples.push(match case.mode {
+                Mode::PingPong => case.sample(1.0, work.field("mean-ns")? / 1e9),
+                _ => case.sample(frames, work.field("ns")? / 1e9),
+            });
+            samples.push(Sample::new(
+                format!("{}, CPU", case.name),
+                "us",
+                work.busy.as_secs_f64() * 1e6 / frames.max(1.0),
+            ));
+        }
+        guest.stop()?;
+        Ok(samples)
+    }
+
+    fn work(&self, guest: &mut Guest, case: &Case) -> Result<Work> {
+        let before = frames_seen()?;
+        let word = case.word(self.wanted.span_ms);
+        let (work, peer) = guest.work_with(&word, || Peer::start(case))?;
+        if let Some(peer) = peer {
+            peer.stop()?;
+        }
+        let seen = frames_seen()?.saturating_sub(before) as f64;
+        let sent = work.field("frames")?;
+        if case.mode == Mode::Transmit && seen < sent * SEEN {
+            return Err(Failure::new(format!(
+                "{}: of {sent} frames sent the host has seen {seen}",
+                case.name
+            )));
+        }
+        Ok(work)
+    }
+
+    fn config(&self) -> Result<PathBuf> {
+        let text = json!({
+            "boot-source": boot_source(self.wanted.probe),
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
+            "drives": [],
+            "network-interfaces": [{ "iface_id": "eth0", "host_dev_name": TAP }],
+        });
+        self.workspace.file("load.json", &text.to_string())
+    }
+
+    /// The same traffic with this thread at the tap.
+    fn floor(&self, case: &Case) -> Result<Sample> {
+        let using = || format!("use the tap {TAP}");
+        let mut tap = sys::open_tap(TAP).cannot(using)?;
+        let span = Duration::from_millis(self.wanted.span_ms as u64);
+        let frame = frame(case.size, sys::TAP_HEADER);
+        let mut space = vec![0; 1 << 17];
+        let peer = Peer::start(case)?;
+        if case.mode == Mode::Receive {
+            tap.read(&mut space).cannot(using)?;
+        }
+        let mut frames = 0_u64;
+        let began = Instant::now();
+        while began.elapsed() < span {
+            if case.mode != Mode::Receive {
+                tap.write_all(&frame).cannot(using)?;
+            }
+            if case.mode != Mode::Transmit {
+                let len = tap.read(&mut space).cannot(using)?;
+                if len != frame.len() {
+                    continue;
+                }
+            }
+            frames += 1;
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        if let Some(peer) = peer {
+            peer.stop()?;
+        }
+        Ok(case.sample(frames as f64, seconds))
+    }
+}
+
+/// Frames that the tap has taken from its reader and writer since it was made.
+fn frames_seen() -> Result<u64> {
+    let path = "/proc/thread-self/net/dev";
+    let text = fs::read_to_string(path).cannot(|| format!("read {path}"))?;
+    parse_frames(&text, TAP)
+        .ok_or_else(|| Failure::new(format!("cannot find {TAP} in what {path} says")))
+}
+
+fn parse_frames(text: &str, name: &str) -> Option<u64> {
+    let line = text
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
+    // Received: bytes, packets.
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// A thread on the other side of the tap.
+struct Peer {
+    enough: Arc<AtomicBool>,
+    thread: JoinHandle<std::io::Result<()>>,
+}
+
+impl Peer {
+    /// Starts what the case needs, if it needs something.
+    fn start(case: &Case) -> Result<Option<Self>> {
+        let opening = || format!("open a socket on {TAP}");
+        let enough = Arc::new(AtomicBool::new(false));
+        let noticed = enough.clone();
+        let thread = match case.mode {
+            Mode::Transmit => return Ok(None),
+            Mode::Receive => {
+                let socket = sys::frame_socket(TAP).cannot(opening)?;
+                sys::with_header(&socket).cannot(opening)?;
+                sys::limit_sending(&socket, SENDING).cannot(opening)?;
+                sys::limit_waiting(&socket, NOTICE).cannot(opening)?;
+                let frame = frame(case.size, SOCKET_HEADER);
+                std::thread::spawn(move || send(&socket, &frame, &noticed))
+            }
+            Mode::PingPong => {
+                let socket = sys::experiment_socket(TAP).cannot(opening)?;
+                sys::limit_waiting(&socket, NOTICE).cannot(opening)?;
+                std::thread::spawn(move || answer(socket, &noticed))
+            }
+        };
+        Ok(Some(Self { enough, thread }))
+    }
+
+    fn stop(self) -> Result<()> {
+        self.enough.store(true, Ordering::Relaxed);
+        let ended = self.thread.join().expect("a peer does not panic");
+        ended.cannot(|| format!("send frames to {TAP}"))
+    }
+}
+
+/// Sends a frame again and again. Writes wait while too much is on its way.
+fn send(socket: &fs::File, frame: &[u8], enough: &AtomicBool) -> std::io::Result<()> {
+    while !enough.load(Ordering::Relaxed) {
+        match sys::send_many(socket, frame) {
+            Ok(()) => {}
+            Err(error) if is_for_now(&error) => {}
+            // The queue of the interface is full.
+            Err(error) if error.raw_os_error() == Some(ENOBUFS) => std::thread::yield_now(),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+const ENOBUFS: i32 = 105;
+
+/// Sends each frame back to where it came from.
+fn answer(mut socket: fs::File, enough: &AtomicBool) -> std::io::Result<()> {
+    let mut frame = [0; 2048];
+    while !enough.load(Ordering::Relaxed) {
+        let len = match socket.read(&mut frame) {
+            Ok(len) => len,
+            Err(error) if is_for_now(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        if len < 14 {
+            continue;
+        }
+        let (to, from) = frame.split_at_mut(6);
+        to.copy_from_slice(&from[..6]);
+        socket.write_all(&frame[..len])?;
+    }
+    Ok(())
+}
+
+fn is_for_now(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+/// Size of the header that a socket takes before a frame.
+const SOCKET_HEADER: usize = 10;
+
+/// A frame of `size` bytes behind a virtio-net header of `header` bytes. A large one is a TCP segment to be cut up.
+fn frame(size: usize, header: usize) -> Vec<u8> {
+    let mut bytes = vec![0; header + size];
+    let (virtio, frame) = bytes.split_at_mut(header);
+    frame[..6].fill(0xff);
+    frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+    if size <= 1514 {
+        frame[12..14].copy_from_slice(&sys::EXPERIMENT.to_be_bytes());
+        return bytes;
+    }
+    // Flags: the checksum is still to be made; then the kind (TCP over IPv4) and sizes.
+    virtio[..2].copy_from_slice(&[1, 1]);
+    for (at, value) in [(2, TCP_HEADERS), (4, SEGMENT), (6, 34), (8, 16)] {
+        virtio[at..at + 2].copy_from_slice(&(value as u16).to_le_bytes());
+    }
+    frame[12..14].copy_from_slice(&[8, 0]);
+    let ip = &mut frame[14..];
+    let length = ip.len() as u16;
+    ip[..2].copy_from_slice(&[0x45, 0]);
+    ip[2..4].copy_from_slice(&length.to_be_bytes());
+    ip[8..10].copy_from_slice(&[64, 6]);
+    // Addresses for measurements (RFC 2544).
+    ip[12..20].copy_from_slice(&[198, 18, 0, 1, 198, 18, 0, 2]);
+    let sum: u32 = ip[..20]
+        .chunks(2)
+        .map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])))
+        .sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    ip[20..24].copy_from_slice(&[0x13, 0x89, 0x13, 0x89]);
+    ip[32..36].copy_from_slice(&[0x50, 0x10, 0xff, 0xff]);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_when_parsed_are_those_of_the_named_interface() {
+        let text = "Inter-|   Receive\n face |bytes    packets\n   mf01:   5      6    0\n    mf0:  1200      3    0    0\n";
+        assert_eq!(parse_frames(text, "mf0"), Some(3));
+        assert_eq!(parse_frames(text, "mf2"), None);
+    }
+
+    #[test]
+    fn frame_when_large_has_a_right_ip_header() {
+        let bytes = frame(LARGE, SOCKET_HEADER);
+        let ip = &bytes[SOCKET_HEADER + 14..];
+        let sum: u32 = ip[..20]
+            .chunks(2)
+            .map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])))
+            .sum();
+        assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff);
+        assert_eq!(u16::from_be_bytes([ip[2], ip[3]]) as usize, LARGE - 14);
+    }
+
+    #[test]
+    fn sample_when_of_a_ping_pong_is_the_time_of_one() {
+        let sample = CASES[4].sample(1000.0, 0.02);
+        let wanted = Sample::new("ping-pong 64 B", "us", 20.0);
+        assert_eq!(format!("{sample:?}"), format!("{wanted:?}"));
+    }
+}
