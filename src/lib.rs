@@ -33,7 +33,7 @@
 //!   5  vmm              the one folder that knows all the others
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
-//!   2  serial   memory   snapshot   files   threads
+//!   2  serial   memory   snapshot   overlay   files   threads
 //!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   error   of each other they see nothing
 //!      state            what the saved states of all parts share
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
@@ -64,6 +64,9 @@ mod metrics;
 #[cfg(test)]
 #[path = "../tests/common/needs.rs"]
 mod needs;
+/// The format of an overlay's file, for the tool that looks at it and commits it.
+#[doc(hidden)]
+pub mod overlay;
 mod program;
 mod rate_limiter;
 mod seccomp;

@@ -26,6 +26,7 @@ const MONITOR: &[(&str, u8)] = &[
     ("memory", 4),
     ("error", 4),
     ("snapshot", 4),
+    ("overlay", 4),
     ("rate_limiter", 3),
     ("bus", 3),
     ("inbox", 3),

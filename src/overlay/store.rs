@@ -1,0 +1,387 @@
+//! An open overlay: where its disk's bytes are, and what has to be done around a write.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::header::Header;
+use super::layout::{Layout, MAP_AT, SECTOR, UNIT};
+use super::map::{Map, State};
+use super::open::{Content, Refusal};
+use super::stale::{InUse, Stale};
+use super::storage::Storage;
+
+/// When the map reaches the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// At a flush, once the data is on the storage: what was flushed survives the host's end, and what was not
+    /// flushed is there or not, unit by unit.
+    Ordered,
+    /// Before a write is complete: what is complete survives the end of this process, but not the host's.
+    Immediate,
+    /// Never: the file is memory, and goes with this process.
+    Volatile,
+}
+
+/// Where bytes of the disk are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the base, where they are on the disk.
+    Base,
+    /// In the overlay's file, at this offset.
+    File(u64),
+    /// Nowhere: they are zeros.
+    Zero,
+}
+
+/// Sectors of the map that are written at once.
+const MAP_RUN: usize = 8;
+
+/// An open overlay. Whoever reads and writes the disk asks it where, and tells it what was written.
+pub struct Overlay<S: Storage> {
+    file: Arc<S>,
+    layout: Layout,
+    header: Header,
+    map: Map,
+    durability: Durability,
+    in_use: InUse,
+    /// The storage may not have the header yet. The next generation but one uses the data region of this one, so it
+    /// must not begin before.
+    is_header_new: bool,
+}
+
+/// Whole units of a range, and the parts of units at its two ends.
+struct Split {
+    first: u64,
+    end: u64,
+    /// Units of which the range has only a part.
+    edges: [Option<u64>; 2],
+}
+
+impl<S: Storage> Overlay<S> {
+    /// Of `content`, that of `file`: reads the map.
+    ///
+    /// # Errors
+    /// When the map is damaged, or cannot be read.
+    pub fn load(file: Arc<S>, content: &Content, durability: Durability) -> Result<Self, Refusal> {
+        let Content { layout, header, .. } = *content;
+        let mut map = Map::new(&layout, header.generation, header.id);
+        if durability != Durability::Volatile {
+            super::open::read_map(&*file, &layout, &mut map)?;
+        }
+        let in_use = Arc::new(Mutex::new(layout.region_at(header.generation)));
+        Ok(Overlay {
+            file,
+            layout,
+            header,
+            map,
+            durability,
+            in_use,
+            is_header_new: true,
+        })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &S {
+        &self.file
+    }
+
+    /// The file, to be kept open or closed by another thread.
+    pub fn shared_file(&self) -> Arc<S> {
+        Arc::clone(&self.file)
+    }
+
+    /// What its first sector says.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.layout.size
+    }
+
+    /// Where the byte `at` of the disk is, and how many bytes from it on lie together there, at most `len`.
+    pub fn locate(&self, at: u64, len: u64) -> (Place, u64) {
+        let first = at / UNIT;
+        let end = at.saturating_add(len).div_ceil(UNIT);
+        let (state, count) = self.map.run(first, end.saturating_sub(first));
+        let bytes = first.saturating_add(count).saturating_mul(UNIT);
+        let place = match state {
+            State::Base => Place::Base,
+            State::Data => Place::File(self.write_at(at)),
+            State::Zero => Place::Zero,
+        };
+        (place, bytes.saturating_sub(at).min(len))
+    }
+
+    /// The state of the unit that begins at byte `at` of the disk or holds it, and of how many whole units from it on.
+    pub fn state(&self, at: u64) -> (State, u64) {
+        let unit = at / UNIT;
+        self.map.run(unit, self.layout.units.saturating_sub(unit))
+    }
+
+    /// Where in the file byte `at` of the disk is written to.
+    pub fn write_at(&self, at: u64) -> u64 {
+        let region = self.layout.region_at(self.map.generation());
+        region.saturating_add(at)
+    }
+
+    /// Makes the file ready for a write of `len` bytes at `at`, after which [`Overlay::wrote`] must be called: units
+    /// of which it leaves a part as it is are brought into the file. No other write may be under way to them.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn before_write(&mut self, base: &impl Storage, at: u64, len: u64) -> io::Result<()> {
+        let split = self.split(at, len);
+        for unit in split.edges.into_iter().flatten() {
+            self.bring_in(base, unit)?;
+        }
+        self.publish()
+    }
+
+    /// `len` bytes at `at` have been written where [`Overlay::write_at`] says.
+    ///
+    /// # Errors
+    /// When the map cannot be written: then the write must count as failed.
+    pub fn wrote(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let Split { first, end, .. } = self.split(at, len);
+        if self.map.set(first, end, State::Data) {
+            return self.publish();
+        }
+        Ok(())
+    }
+
+    /// The guest needs the content of `len` bytes at `at` no longer: what it reads there is zeros from now on, or
+    /// what was there, where it is less than a unit. The space is given back.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let Split { first, end, .. } = self.split(at, len);
+        if first >= end {
+            return Ok(());
+        }
+        let mut held = false;
+        let mut next = first;
+        while next < end && !held {
+            let (state, count) = self.map.run(next, end.saturating_sub(next));
+            held = state == State::Data;
+            next = next.saturating_add(count);
+        }
+        if self.map.set(first, end, State::Zero) {
+            self.publish()?;
+        }
+        if held {
+            let start = self.write_at(first.saturating_mul(UNIT));
+            let past = self.write_at(end.saturating_mul(UNIT));
+            self.file.punch(start..past)?;
+        }
+        Ok(())
+    }
+
+    /// `len` bytes at `at` become zeros, and the space of whole units is given back.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_zeroes(&mut self, base: &impl Storage, at: u64, len: u64) -> io::Result<()> {
+        let end = at.saturating_add(len).min(self.layout.size);
+        for unit in self.split(at, len).edges.into_iter().flatten() {
+            if self.map.state(unit) == State::Zero {
+                continue;
+            }
+            self.bring_in(base, unit)?;
+            let unit_at = unit.saturating_mul(UNIT);
+            let from = at.max(unit_at);
+            let to = end.min(unit_at.saturating_add(UNIT));
+            let mut zeros = [0; UNIT as usize];
+            let len = to.saturating_sub(from) as usize;
+            let zeros = zeros.get_mut(..len).unwrap_or_default();
+            self.file.write_all_at(zeros, self.write_at(from))?;
+        }
+        self.publish()?;
+        self.discard(at, len)
+    }
+
+    /// Writes what of the map the file does not have, in an order in which it may be synced after that; then all
+    /// writes so far survive as [`Durability`] says, once the file is synced.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn flush_map(&mut self) -> io::Result<()> {
+        if self.durability == Durability::Ordered && (self.map.is_dirty() || self.is_header_new) {
+            self.sync()?;
+        }
+        match self.durability {
+            Durability::Ordered | Durability::Immediate => self.write_map(),
+            Durability::Volatile => Ok(()),
+        }
+    }
+
+    /// Makes all writes so far survive as [`Durability`] says.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.flush_map()?;
+        match self.durability {
+            Durability::Ordered => self.sync(),
+            Durability::Immediate | Durability::Volatile => Ok(()),
+        }
+    }
+
+    /// Makes the disk what its base is, in a time that does not depend on what was written. The space is given
+    /// back when what this returns is dropped.
+    ///
+    /// # Errors
+    /// The host's; then nothing has changed.
+    pub fn reset(&mut self) -> io::Result<Stale<S>> {
+        if self.durability == Durability::Ordered && self.is_header_new {
+            self.sync()?;
+        }
+        let before = self.header.generation;
+        let header = Header {
+            generation: before.saturating_add(1),
+            ..self.header
+        };
+        self.write_header(header)?;
+        self.map.reset(header.generation);
+        let region = self.layout.region_at(header.generation);
+        *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = region;
+        Ok(self.stale(before))
+    }
+
+    /// What of the file is not in use, if there is anything in it.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn left_over(&self) -> io::Result<Option<Stale<S>>> {
+        let other = self.header.generation.saturating_add(1);
+        let data = self.file.next_data(self.region(other))?;
+        Ok(data.map(|_| self.stale(other)))
+    }
+
+    /// Notes in the file whether a commit into the base is under way.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn set_committing(&mut self, is_committing: bool) -> io::Result<()> {
+        self.write_header(Header {
+            is_committing,
+            ..self.header
+        })?;
+        self.sync()
+    }
+
+    fn write_header(&mut self, header: Header) -> io::Result<()> {
+        if self.durability != Durability::Volatile {
+            self.file.write_all_at(&mut header.encode(), 0)?;
+        }
+        self.header = header;
+        self.is_header_new = true;
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_data()?;
+        self.is_header_new = false;
+        Ok(())
+    }
+
+    fn region(&self, generation: u64) -> Range<u64> {
+        let start = self.layout.region_at(generation);
+        start..start.saturating_add(self.layout.region)
+    }
+
+    fn stale(&self, generation: u64) -> Stale<S> {
+        Stale {
+            file: Arc::clone(&self.file),
+            region: self.region(generation),
+            in_use: Arc::clone(&self.in_use),
+            is_ordered: self.durability == Durability::Ordered,
+        }
+    }
+
+    fn split(&self, at: u64, len: u64) -> Split {
+        let size = self.layout.size;
+        let past = at.saturating_add(len).min(size);
+        let first = at.div_ceil(UNIT);
+        // The last unit is whole where the disk ends.
+        let end = match past == size {
+            true => self.layout.units,
+            false => past / UNIT,
+        };
+        let in_first = at < past && !at.is_multiple_of(UNIT);
+        let in_last = at < past && past != size && !past.is_multiple_of(UNIT);
+        let head = in_first.then_some(at / UNIT);
+        let tail = in_last
+            .then_some(past / UNIT)
+            .filter(|unit| head != Some(*unit));
+        Split {
+            first,
+            end: end.max(first),
+            edges: [head, tail],
+        }
+    }
+
+    /// Copies `unit` into the file, whole, unless it is there. Its bytes are the same as before, so it may count as
+    /// written at once.
+    fn bring_in(&mut self, base: &impl Storage, unit: u64) -> io::Result<()> {
+        let state = self.map.state(unit);
+        if state == State::Data {
+            return Ok(());
+        }
+        let mut bytes = [0; UNIT as usize];
+        let len = self.layout.unit_len(unit) as usize;
+        let bytes = bytes.get_mut(..len).unwrap_or_default();
+        let at = unit.saturating_mul(UNIT);
+        if state == State::Base {
+            base.read_exact_at(bytes, at)?;
+        }
+        self.file.write_all_at(bytes, self.write_at(at))?;
+        self.map.set(unit, unit.saturating_add(1), State::Data);
+        Ok(())
+    }
+
+    /// The map has changed.
+    fn publish(&mut self) -> io::Result<()> {
+        match self.durability {
+            Durability::Immediate if self.map.is_dirty() => self.write_map(),
+            _ => Ok(()),
+        }
+    }
+
+    fn write_map(&mut self) -> io::Result<()> {
+        while let Some(first) = self.map.first_dirty() {
+            let mut bytes = [0; SECTOR * MAP_RUN];
+            let mut count = 0u64;
+            for place in bytes.as_chunks_mut::<SECTOR>().0 {
+                let index = first.saturating_add(count);
+                if !self.map.is_sector_dirty(index) {
+                    break;
+                }
+                *place = self.map.sector(index);
+                count = count.saturating_add(1);
+            }
+            let len = (count as usize).saturating_mul(SECTOR);
+            let bytes = bytes.get_mut(..len).unwrap_or_default();
+            self.file.write_all_at(bytes, Layout::sector_at(first))?;
+            for index in first..first.saturating_add(count) {
+                self.map.note_written(index);
+            }
+        }
+        Ok(())
+    }
+}
+
+const _: () = assert!(MAP_AT.is_multiple_of(UNIT));
+
+impl<S: Storage> fmt::Debug for Overlay<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Overlay")
+            .field("header", &self.header)
+            .field("durability", &self.durability)
+            .finish_non_exhaustive()
+    }
+}
