@@ -12,6 +12,8 @@ use super::layout::{Layout, MAP_AT, SECTOR};
 use super::map::{BadSector, Map};
 use super::storage::Storage;
 
+const SECTOR_BYTES: u64 = SECTOR as u64;
+
 /// A file that was found to be an overlay.
 #[derive(Clone, Debug)]
 pub struct Content {
@@ -234,8 +236,8 @@ pub(super) fn read_map(file: &impl Storage, layout: &Layout, map: &mut Map) -> R
         .next_data(rest.clone())
         .map_err(io("looking for its map"))?
     {
-        let before = data.start.saturating_sub(MAP_AT) / SECTOR as u64;
-        let past = data.end.saturating_sub(MAP_AT).div_ceil(SECTOR as u64);
+        let before = data.start.saturating_sub(MAP_AT) / SECTOR_BYTES;
+        let past = data.end.saturating_sub(MAP_AT).div_ceil(SECTOR_BYTES);
         let mut index = before;
         let mut bytes = [0; SECTOR * 64];
         while index < past.min(layout.sectors) {

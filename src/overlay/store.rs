@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::header::Header;
+use super::header::{BaseId, Header};
 use super::layout::{Layout, MAP_AT, SECTOR, UNIT};
 use super::map::{Map, State};
 use super::open::{Content, Refusal};
@@ -240,10 +240,29 @@ impl<S: Storage> Overlay<S> {
         if self.durability == Durability::Ordered && self.is_header_new {
             self.sync()?;
         }
+        self.begin(self.header)
+    }
+
+    /// The same after all of it was written into the base, which is `base` now.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn committed(&mut self, base: BaseId) -> io::Result<Stale<S>> {
+        let stale = self.begin(Header {
+            base,
+            is_committing: false,
+            ..self.header
+        })?;
+        self.sync()?;
+        Ok(stale)
+    }
+
+    /// Begins the generation after the present one, with what else `header` says.
+    fn begin(&mut self, header: Header) -> io::Result<Stale<S>> {
         let before = self.header.generation;
         let header = Header {
             generation: before.saturating_add(1),
-            ..self.header
+            ..header
         };
         self.write_header(header)?;
         self.map.reset(header.generation);

@@ -1,11 +1,10 @@
 //! An overlay against a model of its disk: writes of any size, discards, zeros, resets, and ends at any step.
 
-use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
-use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::*;
@@ -48,14 +47,14 @@ type Sectors = BTreeMap<u64, [u8; 512]>;
 /// A change of a file that was not synced.
 #[derive(Clone)]
 enum Change {
-    Write(u64, [u8; 512]),
+    Write(u64, Box<[u8; 512]>),
     Punch(Range<u64>),
 }
 
 fn apply(sectors: &mut Sectors, change: &Change) {
     match change {
         Change::Write(index, bytes) => {
-            sectors.insert(*index, *bytes);
+            sectors.insert(*index, **bytes);
         }
         Change::Punch(range) => {
             let inside: Vec<u64> = sectors
@@ -81,37 +80,42 @@ struct Content {
 /// A file that ends its user's work at a chosen step.
 #[derive(Clone, Default)]
 struct Fake {
-    content: Rc<RefCell<Content>>,
+    content: Arc<Mutex<Content>>,
     /// Steps that still succeed.
-    steps: Rc<Cell<u64>>,
+    steps: Arc<AtomicU64>,
 }
 
 impl Fake {
     fn new() -> Self {
         let fake = Fake::default();
-        fake.steps.set(u64::MAX);
+        fake.allow(u64::MAX);
         fake
     }
 
+    /// So many steps succeed from now on.
+    fn allow(&self, steps: u64) {
+        self.steps.store(steps, Ordering::Relaxed);
+    }
+
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap()
+    }
+
     fn step(&self) -> io::Result<()> {
-        let left = self
-            .steps
-            .get()
-            .checked_sub(1)
-            .ok_or(io::Error::other("killed"))?;
-        self.steps.set(left);
+        let left = self.steps.load(Ordering::Relaxed).checked_sub(1);
+        self.allow(left.ok_or(io::Error::other("killed"))?);
         Ok(())
     }
 
     fn change(&self, change: Change) {
-        let mut content = self.content.borrow_mut();
+        let mut content = self.content();
         apply(&mut content.sectors, &change);
         content.since.push(change);
     }
 
     /// The host ends: of what was not synced, each sector is there or not.
     fn lose_power(&self, random: &mut Random) {
-        let mut content = self.content.borrow_mut();
+        let mut content = self.content();
         let mut sectors = content.synced.clone();
         for change in std::mem::take(&mut content.since) {
             match change {
@@ -131,14 +135,14 @@ impl Fake {
     }
 
     fn bytes(&self) -> u64 {
-        self.content.borrow().sectors.len() as u64 * SECTOR
+        self.content().sectors.len() as u64 * SECTOR
     }
 }
 
 impl Storage for Fake {
     fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
         assert_eq!((at % SECTOR, bytes.len() as u64 % SECTOR), (0, 0));
-        let content = self.content.borrow();
+        let content = self.content();
         if at + bytes.len() as u64 > content.size {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -150,7 +154,7 @@ impl Storage for Fake {
 
     fn write_all_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
         assert_eq!((at % SECTOR, bytes.len() as u64 % SECTOR), (0, 0));
-        assert!(at + bytes.len() as u64 <= self.content.borrow().size);
+        assert!(at + bytes.len() as u64 <= self.content().size);
         let pages = at / 4096..(at + bytes.len() as u64).div_ceil(4096);
         for page in pages {
             // Bytes reach a file page by page: a kill comes between two.
@@ -159,7 +163,7 @@ impl Storage for Fake {
             let to = (at + bytes.len() as u64).min((page + 1) * 4096) - at;
             let part = &bytes[from as usize..to as usize];
             for (index, sector) in ((at + from) / SECTOR..).zip(part.as_chunks::<512>().0) {
-                self.change(Change::Write(index, *sector));
+                self.change(Change::Write(index, Box::new(*sector)));
             }
         }
         Ok(())
@@ -167,7 +171,7 @@ impl Storage for Fake {
 
     fn sync_data(&self) -> io::Result<()> {
         self.step()?;
-        let mut content = self.content.borrow_mut();
+        let mut content = self.content();
         let mut synced = std::mem::take(&mut content.synced);
         for change in content.since.drain(..) {
             apply(&mut synced, &change);
@@ -184,17 +188,17 @@ impl Storage for Fake {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.content.borrow().size)
+        Ok(self.content().size)
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
         self.step()?;
-        self.content.borrow_mut().size = size;
+        self.content().size = size;
         Ok(())
     }
 
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
-        let content = self.content.borrow();
+        let content = self.content();
         let sectors = range.start / SECTOR / 8 * 8..range.end.div_ceil(SECTOR);
         let first = content.sectors.range(sectors).next();
         Ok(first.map(|(index, _)| {
@@ -452,7 +456,7 @@ fn run(how: Durability, sectors: u64, rounds: u64, seed: u64) {
     let mut next_tag = 0;
     for round in 0..rounds {
         // Also opening may be what is killed.
-        file.steps.set(random.below(200));
+        file.allow(random.below(200));
         let killed = (|| {
             let id = BaseId::of(&base, base.len() as u64, (1, 2)).unwrap();
             let content = super::Content::open(&file, &id, ID)?;
@@ -480,7 +484,7 @@ fn run(how: Durability, sectors: u64, rounds: u64, seed: u64) {
             matches!(killed, Err(Refusal::Io(..))),
             "seed {seed} round {round}: {killed:?}"
         );
-        file.steps.set(u64::MAX);
+        file.allow(u64::MAX);
         if how == Durability::Ordered && random.below(2) == 0 {
             file.lose_power(&mut random);
         }
@@ -575,9 +579,9 @@ fn space_when_its_region_is_in_use_again_is_left_and_found_at_the_next_opening()
     drop(first);
     assert_eq!(disk.read(4096 * 3, 4096), [3; 4096]);
     // Killed before it was given back.
-    file.steps.set(0);
+    file.allow(0);
     drop(second);
-    file.steps.set(u64::MAX);
+    file.allow(u64::MAX);
     let before = file.bytes();
     let disk = Disk::new(&file, &base, Durability::Immediate);
     drop(
@@ -632,7 +636,7 @@ fn file_when_it_is_not_the_overlay_of_this_base_is_refused() {
     other.truncate(8 * 99 * 512);
     assert!(refused(&other).contains("belongs to a disk of 409600 bytes"));
     let alter = |at: u64, value: u8| {
-        let mut content = file.content.borrow_mut();
+        let mut content = file.content();
         let sector = content.sectors.entry(at / 512).or_insert([0; 512]);
         std::mem::replace(&mut sector[(at % 512) as usize], value)
     };
@@ -662,9 +666,9 @@ fn file_when_it_is_not_the_overlay_of_this_base_is_refused() {
     }
     file.set_size(size).unwrap();
     // An earlier header beside a later map: what no order of writes leaves.
-    let header = file.content.borrow().sectors[&0];
+    let header = file.content().sectors[&0];
     drop(disk.overlay.reset().unwrap());
     disk.write(0, vec![1; 4096]).unwrap();
-    file.content.borrow_mut().sectors.insert(0, header);
+    file.content().sectors.insert(0, header);
     assert!(refused(&bytes).contains("newer than its header"));
 }

@@ -1,5 +1,6 @@
-//! Disks for guests: from other hypervisors and back (`import`, `export`), and root disks from
-//! folders, archives and container images (`rootfs`). `tools/guest` passes these subcommands here.
+//! Disks for guests: from other hypervisors and back (`import`, `export`), root disks from
+//! folders, archives and container images (`rootfs`), and overlays (`overlay`). `tools/guest` passes these
+//! subcommands here.
 //!
 //! One thread and other programs do the work: qemu-img reads and writes foreign formats, mke2fs and
 //! mkfs.erofs make file systems, gzip, xz and zstd unpack. This program decides what they may open:
@@ -16,6 +17,7 @@ mod failure;
 mod formats;
 mod import;
 mod output;
+mod overlay;
 mod progress;
 mod qemu;
 mod rootfs;
@@ -42,6 +44,8 @@ enum Command {
     Export(export::Export),
     /// Make a root disk of a folder, an archive, a container image or Debian's packages
     Rootfs(rootfs::Rootfs),
+    /// Show what an overlay holds, or write it into its base
+    Overlay(overlay::OverlayArgs),
     /// Remove the folder of a run once it is gone
     #[command(hide = true)]
     Clean(cleaner::Clean),
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         Command::Import(args) => import::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Rootfs(args) => rootfs::run(&args),
+        Command::Overlay(args) => overlay::run(&args),
         Command::Clean(args) => {
             cleaner::run(&args);
             Ok(())
