@@ -5,13 +5,59 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use rustix::io::{Errno, ReadWriteFlags};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+
+use super::fd;
+
+/// How reads and writes of a file behave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// All of it is in memory (tmpfs, a memfd, hugetlbfs): no call waits for storage.
+    InMemory,
+    /// It has a page cache, and reads can be told not to wait for what is not in that.
+    Cached,
+    /// Any call may wait for as long as it likes.
+    MayWait,
+    /// Past the page cache (O_DIRECT): every call waits for storage.
+    Direct,
+}
+
+impl Access {
+    /// That of `file`, open for reading, and a regular file or a block device.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn of(file: &File) -> io::Result<Self> {
+        if fd::access(file)?.direct {
+            return Ok(Access::Direct);
+        }
+        match rustix::fs::fstatfs(file)?.f_type {
+            libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC | RAMFS_MAGIC
+                if file.metadata()?.is_file() =>
+            {
+                return Ok(Access::InMemory);
+            }
+            _ => {}
+        }
+        let mut byte = [0];
+        let to = &mut [IoSliceMut::new(&mut byte)];
+        match rustix::io::preadv2(file, to, 0, ReadWriteFlags::NOWAIT) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(Access::Cached),
+            // It has no such reads, or cannot be read: then later calls tell.
+            Err(_) => Ok(Access::MayWait),
+        }
+    }
+}
+
+/// `RAMFS_MAGIC` of linux/magic.h.
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
 
 /// The most pieces given to the kernel at once.
 const PIECES: usize = 256;

@@ -41,8 +41,8 @@ mod tests;
 mod throttle;
 pub mod worker;
 
+use std::any::Any;
 use std::fmt;
-use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -211,13 +211,17 @@ pub enum Progress {
     Wait,
 }
 
+/// What a device has no more use for, in the box that its replacement came in: a worker may neither
+/// close nor free.
+pub type Replaced = Box<dyn Any + Send>;
+
 /// The outcome of [`Device::update`].
 #[derive(Debug, Default)]
 pub struct Updated {
     /// The configuration space, when it has changed.
     pub config: Option<ConfigSpace>,
     /// What control is to close: a worker may not.
-    pub replaced: Option<File>,
+    pub replaced: Option<Replaced>,
     /// Queues that may now have work.
     pub runnable: QueueSet,
 }

@@ -83,6 +83,26 @@ pub fn copy_out(ram: &Ram, segments: impl Iterator<Item = Segment>, data: &[u8])
     rest.is_empty()
 }
 
+/// Makes all bytes of `segments` 0; whether all could be.
+pub fn clear(ram: &Ram, segments: impl Iterator<Item = Segment>) -> bool {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    for segment in segments {
+        let (mut at, mut left) = (segment.addr, segment.len as usize);
+        while left > 0 {
+            let step = left.min(ZEROS.len());
+            let Some(zeros) = ZEROS.get(..step) else {
+                return false;
+            };
+            if ram.write_slice(zeros, at).is_err() {
+                return false;
+            }
+            at = at.unchecked_add(step as u64);
+            left = left.saturating_sub(step);
+        }
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::testing::ram;

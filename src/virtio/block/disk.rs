@@ -1,21 +1,111 @@
-//! What a block device stores its sectors in: a file of fixed size.
+//! What a block device stores its sectors in.
+//!
+//! A [`Disk`] says where bytes are, as [`Extent`]s of its files, and keeps what has to be kept about
+//! that; it moves no data of the guest's itself: the block device does, by the way that suits each file
+//! ([`Access`]). So what a kind of disk has to know of requests in flight is only when a write is about
+//! to begin ([`Disk::before_write`]) and when it has been done ([`Disk::wrote`]).
+//!
+//! Made on the files thread, used on the device's: nothing but [`Disk::new`] allocates or opens.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 
-use super::super::segment::Slice;
-use crate::sys;
+use crate::sys::io::Access;
 
 /// Bytes of a sector, whatever the disk (virtio 1.2, 5.2.4).
 pub const SECTOR: u64 = 512;
 
+/// Which of a disk's files, or none of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileIndex(u8);
+
+impl FileIndex {
+    /// The disk, or what a guest wrote.
+    pub const DATA: FileIndex = FileIndex(0);
+    /// No file: the bytes are 0.
+    pub const ZERO: FileIndex = FileIndex(u8::MAX);
+}
+
+/// Bytes of a disk that lie side by side in one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Which file.
+    pub file: FileIndex,
+    /// The first byte's place in it.
+    pub at: u64,
+    /// How many.
+    pub len: u32,
+}
+
+/// The extents of part of a disk, in the order of its bytes; a list of bounded length.
+#[derive(Debug)]
+pub struct Extents {
+    list: [Extent; Extents::MAX],
+    len: usize,
+}
+
+impl Extents {
+    const MAX: usize = 16;
+    const NONE: Extent = Extent {
+        file: FileIndex::ZERO,
+        at: 0,
+        len: 0,
+    };
+
+    /// No extents.
+    pub fn new() -> Self {
+        Extents {
+            list: [Extents::NONE; Extents::MAX],
+            len: 0,
+        }
+    }
+
+    /// Takes all out.
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Adds `extent` at the end, as part of the last one where it goes on from that; whether there
+    /// was room.
+    pub fn push(&mut self, extent: Extent) -> bool {
+        let last = self.len.checked_sub(1).and_then(|i| self.list.get_mut(i));
+        if let Some(last) = last
+            && last.file == extent.file
+            && (last.file == FileIndex::ZERO
+                || last.at.checked_add(u64::from(last.len)) == Some(extent.at))
+            && let Some(len) = last.len.checked_add(extent.len)
+        {
+            last.len = len;
+            return true;
+        }
+        let Some(place) = self.list.get_mut(self.len) else {
+            return false;
+        };
+        *place = extent;
+        self.len = self.len.saturating_add(1);
+        true
+    }
+
+    /// All of them.
+    pub fn as_slice(&self) -> &[Extent] {
+        self.list.get(..self.len).unwrap_or_default()
+    }
+}
+
 /// A file, or a block device of the host, that is a disk.
 #[derive(Debug)]
 pub struct Disk {
-    file: File,
+    store: Store,
     sectors: u64,
     read_only: bool,
+}
+
+/// Where the bytes of a disk are.
+#[derive(Debug)]
+enum Store {
+    /// All in one file, each where it is on the disk.
+    Plain { file: File, access: Access },
 }
 
 /// Why a file cannot be used as a disk.
@@ -23,20 +113,23 @@ pub struct Disk {
 pub enum DiskError {
     /// Its size cannot be determined.
     Size(io::Error),
+    /// What kind of file it is cannot be determined.
+    Kind(io::Error),
 }
 
 impl fmt::Display for DiskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DiskError::Size(_) => f.write_str("cannot determine the size of the disk"),
-        }
+        f.write_str(match self {
+            DiskError::Size(_) => "cannot determine the size of the disk",
+            DiskError::Kind(_) => "cannot determine the file system of the disk",
+        })
     }
 }
 
 impl std::error::Error for DiskError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            DiskError::Size(error) => Some(error),
+            DiskError::Size(error) | DiskError::Kind(error) => Some(error),
         }
     }
 }
@@ -46,7 +139,7 @@ impl Disk {
     /// `read_only`.
     ///
     /// # Errors
-    /// When its size cannot be determined.
+    /// When its size or its file system cannot be determined.
     pub fn new(mut file: File, read_only: bool) -> Result<Self, DiskError> {
         // Also right for block devices, whose metadata says 0.
         let size = file.seek(SeekFrom::End(0)).map_err(DiskError::Size)?;
@@ -58,8 +151,9 @@ impl Disk {
                  are not visible to the guest"
             );
         }
+        let access = Access::of(&file).map_err(DiskError::Kind)?;
         Ok(Disk {
-            file,
+            store: Store::Plain { file, access },
             sectors,
             read_only,
         })
@@ -75,9 +169,9 @@ impl Disk {
         self.read_only
     }
 
-    /// Where sector `first` is in the file, if it and all of `len` bytes from it on are on the disk.
-    pub fn locate(&self, first: u64, len: u32) -> Option<u64> {
-        let len = u64::from(len);
+    /// Where sector `first` is on the disk, in bytes, if it and all of `len` bytes from it on are on
+    /// it.
+    pub fn locate(&self, first: u64, len: u64) -> Option<u64> {
         if len & (SECTOR - 1) != 0 {
             return None;
         }
@@ -88,24 +182,93 @@ impl Disk {
         first.checked_mul(SECTOR)
     }
 
-    /// Reads from byte `at` on.
-    pub fn read<'a>(&self, slices: impl Iterator<Item = Slice<'a>>, at: u64) -> io::Result<()> {
-        sys::io::read_exact_at(&self.file, slices, at)
+    /// File number `file`.
+    pub fn file(&self, file: FileIndex) -> Option<(&File, Access)> {
+        match &self.store {
+            Store::Plain { file: it, access } if file == FileIndex::DATA => Some((it, *access)),
+            Store::Plain { .. } => None,
+        }
     }
 
-    /// Writes from byte `at` on.
-    pub fn write<'a>(&self, slices: impl Iterator<Item = Slice<'a>>, at: u64) -> io::Result<()> {
-        sys::io::write_all_at(&self.file, slices, at)
+    /// Adds to `out`, which is empty, where the `len` bytes from `at` on are to be read: at least the
+    /// first of them.
+    pub fn read_extents(&self, at: u64, len: u32, out: &mut Extents) {
+        match &self.store {
+            Store::Plain { .. } => {
+                out.push(Extent {
+                    file: FileIndex::DATA,
+                    at,
+                    len,
+                });
+            }
+        }
     }
 
-    /// Makes all writes so far last.
-    pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+    /// Adds to `out`, which is empty, where the `len` bytes from `at` on are to be written: at least
+    /// the first of them.
+    pub fn write_extents(&self, at: u64, len: u32, out: &mut Extents) {
+        match &self.store {
+            Store::Plain { .. } => {
+                out.push(Extent {
+                    file: FileIndex::DATA,
+                    at,
+                    len,
+                });
+            }
+        }
     }
 
-    /// The file, to be closed by another thread.
-    pub fn into_file(self) -> File {
-        self.file
+    /// The `len` bytes from `at` on will be written, or made 0, where [`Disk::write_extents`] says.
+    ///
+    /// # Errors
+    /// The host's: they cannot be.
+    pub fn before_write(&mut self, _at: u64, _len: u64) -> io::Result<()> {
+        match &self.store {
+            Store::Plain { .. } => Ok(()),
+        }
+    }
+
+    /// The `len` bytes from `at` on have been written.
+    pub fn wrote(&mut self, _at: u64, _len: u64) {
+        match &self.store {
+            Store::Plain { .. } => {}
+        }
+    }
+
+    /// Where space can be given back for the `len` bytes from `at` on, which the guest needs no more:
+    /// a file, a place in it, and a length.
+    #[expect(dead_code, reason = "the requests that free space come next")]
+    pub fn discard_extent(&self, at: u64, len: u64) -> Option<(FileIndex, u64, u64)> {
+        match &self.store {
+            Store::Plain { .. } => Some((FileIndex::DATA, at, len)),
+        }
+    }
+
+    /// Space for the `len` bytes from `at` on has been given back.
+    #[expect(dead_code, reason = "the requests that free space come next")]
+    pub fn discarded(&mut self, _at: u64, _len: u64) {
+        match &self.store {
+            Store::Plain { .. } => {}
+        }
+    }
+
+    /// The `len` bytes from `at` on have been made 0 where [`Disk::write_extents`] says.
+    #[expect(dead_code, reason = "the requests that free space come next")]
+    pub fn zeroed(&mut self, _at: u64, _len: u64) {
+        match &self.store {
+            Store::Plain { .. } => {}
+        }
+    }
+
+    /// What has to reach the host's storage together with the data does, as far as an fdatasync of
+    /// [`FileIndex::DATA`] that follows does not see to it.
+    ///
+    /// # Errors
+    /// The host's: what was written since the last time may be lost.
+    pub fn flush_metadata(&mut self) -> io::Result<()> {
+        match &self.store {
+            Store::Plain { .. } => Ok(()),
+        }
     }
 }
 
@@ -144,5 +307,37 @@ mod tests {
         ] {
             assert_eq!(disk.locate(first, len), at, "{first} {len}");
         }
+    }
+
+    #[test]
+    fn extents_when_they_go_on_from_each_other_are_one() {
+        let extent = |file, at, len| Extent { file, at, len };
+        let (data, zero) = (FileIndex::DATA, FileIndex::ZERO);
+        let mut extents = Extents::new();
+        for part in [
+            extent(data, 0, 10),
+            extent(data, 10, 5),
+            extent(data, 20, 5),
+            extent(zero, 0, 7),
+            extent(zero, 0, 3),
+            extent(data, 25, u32::MAX),
+            extent(data, 25 + u64::from(u32::MAX), 1),
+        ] {
+            assert!(extents.push(part));
+        }
+        assert_eq!(
+            extents.as_slice(),
+            [
+                extent(data, 0, 15),
+                extent(data, 20, 5),
+                extent(zero, 0, 10),
+                extent(data, 25, u32::MAX),
+                extent(data, 25 + u64::from(u32::MAX), 1),
+            ]
+        );
+        while extents.push(extent(data, 0, 1)) {}
+        assert_eq!(extents.as_slice().len(), Extents::MAX);
+        extents.clear();
+        assert!(extents.as_slice().is_empty());
     }
 }

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use self::counters::BlockCounters;
 pub use self::disk::Disk;
 
+use self::disk::Extents;
 #[cfg(test)]
 use self::request::status;
 use self::request::{Outcome, Request};
@@ -79,7 +80,7 @@ pub const SERIAL_LEN: usize = 20;
 #[derive(Debug, Default)]
 pub struct Update {
     /// Another disk in place of the present one; it must be as writable.
-    pub disk: Option<Disk>,
+    pub disk: Option<Box<Disk>>,
     /// Other limits.
     pub limits: RateLimiterUpdate,
 }
@@ -103,6 +104,7 @@ pub struct Block {
     writeback: bool,
     throttle: Throttle,
     chain: Chain,
+    extents: Extents,
     flush_accepted: bool,
     counters: Arc<BlockCounters>,
 }
@@ -136,16 +138,23 @@ impl Block {
             writeback,
             throttle: Throttle::new(limiter.restore(&state.limiter, elapsed))?,
             chain: Chain::new(),
+            extents: Extents::new(),
             flush_accepted: false,
             counters: Arc::new(BlockCounters::default()),
         })
     }
 
     /// Serves the chain at hand and returns the number of bytes written to it.
-    fn serve(&self, ram: &Ram, request: Result<Request, u8>) -> u32 {
+    fn serve(&mut self, ram: &Ram, request: Result<Request, u8>) -> u32 {
         let since = Instant::now();
         let outcome = match request {
-            Ok(request) => request.run(ram, &self.chain, &self.disk, &self.serial),
+            Ok(request) => request.run(
+                ram,
+                &self.chain,
+                &mut self.disk,
+                &self.serial,
+                &mut self.extents,
+            ),
             Err(status) => Outcome::invalid(status),
         };
         let counters = &*self.counters;
@@ -268,9 +277,9 @@ impl Device for Block {
             runnable: QueueSet::ALL,
             ..Updated::default()
         };
-        if let Some(disk) = update.disk {
-            let old = std::mem::replace(&mut self.disk, disk);
-            updated.replaced = Some(old.into_file());
+        if let Some(mut disk) = update.disk {
+            std::mem::swap(&mut *disk, &mut self.disk);
+            updated.replaced = Some(disk);
             updated.config = Some(self.config());
         }
         updated

@@ -4,9 +4,10 @@ use std::io;
 
 use super::super::Ram;
 use super::super::queue::Chain;
-use super::super::segment::{copy_in, copy_out, slices, window};
-use super::disk::Disk;
+use super::super::segment::{clear, copy_in, copy_out, slices, window};
+use super::disk::{Disk, Extents, FileIndex};
 use super::{REQUEST_MAX, SERIAL_LEN};
+use crate::sys;
 
 /// Request types (virtio 1.2, 5.2.6).
 mod kind {
@@ -95,7 +96,7 @@ impl Request {
             if len > REQUEST_MAX || other != 0 {
                 return Err(status::IOERR);
             }
-            disk.locate(sector, len).ok_or(status::IOERR)
+            disk.locate(sector, u64::from(len)).ok_or(status::IOERR)
         };
         match kind {
             kind::IN => Ok(Request::Read {
@@ -123,19 +124,22 @@ impl Request {
     }
 
     /// Does it.
-    pub fn run(self, ram: &Ram, chain: &Chain, disk: &Disk, serial: &[u8; SERIAL_LEN]) -> Outcome {
+    pub fn run(
+        self,
+        ram: &Ram,
+        chain: &Chain,
+        disk: &mut Disk,
+        serial: &[u8; SERIAL_LEN],
+        extents: &mut Extents,
+    ) -> Outcome {
         let done = match self {
             Request::Read { at, len } => {
-                let data = window(chain.writable().iter().copied(), 0, len);
-                disk.read(slices(ram, data), at)
-                    .map(|()| Outcome::Read(len))
+                read(ram, chain, disk, (at, len), extents).map(|()| Outcome::Read(len))
             }
             Request::Write { at, len } => {
-                let data = window(chain.readable().iter().copied(), HEADER, len);
-                disk.write(slices(ram, data), at)
-                    .map(|()| Outcome::Written(len))
+                write(ram, chain, disk, (at, len), extents).map(|()| Outcome::Written(len))
             }
-            Request::Flush => disk.flush().map(|()| Outcome::Flushed),
+            Request::Flush => flush(disk).map(|()| Outcome::Flushed),
             Request::GetId => {
                 if copy_out(ram, chain.writable().iter().copied(), serial) {
                     Ok(Outcome::Identified)
@@ -145,5 +149,63 @@ impl Request {
             }
         };
         done.unwrap_or_else(Outcome::Failed)
+    }
+}
+
+fn read(
+    ram: &Ram,
+    chain: &Chain,
+    disk: &Disk,
+    (at, len): (u64, u32),
+    extents: &mut Extents,
+) -> io::Result<()> {
+    let mut done: u32 = 0;
+    while done < len {
+        extents.clear();
+        let from = at.saturating_add(u64::from(done));
+        disk.read_extents(from, len.saturating_sub(done), extents);
+        for extent in extents.as_slice() {
+            let data = window(chain.writable().iter().copied(), done, extent.len);
+            match disk.file(extent.file) {
+                Some((file, _)) => sys::io::read_exact_at(file, slices(ram, data), extent.at)?,
+                None if clear(ram, data) => {}
+                None => return Err(io::ErrorKind::InvalidInput.into()),
+            }
+            done = done.saturating_add(extent.len);
+        }
+    }
+    Ok(())
+}
+
+fn write(
+    ram: &Ram,
+    chain: &Chain,
+    disk: &mut Disk,
+    (at, len): (u64, u32),
+    extents: &mut Extents,
+) -> io::Result<()> {
+    disk.before_write(at, u64::from(len))?;
+    let mut done: u32 = 0;
+    while done < len {
+        extents.clear();
+        let to = at.saturating_add(u64::from(done));
+        disk.write_extents(to, len.saturating_sub(done), extents);
+        for extent in extents.as_slice() {
+            let skip = HEADER.saturating_add(done);
+            let data = window(chain.readable().iter().copied(), skip, extent.len);
+            let (file, _) = disk.file(extent.file).ok_or(io::ErrorKind::InvalidInput)?;
+            sys::io::write_all_at(file, slices(ram, data), extent.at)?;
+            done = done.saturating_add(extent.len);
+        }
+    }
+    disk.wrote(at, u64::from(len));
+    Ok(())
+}
+
+fn flush(disk: &mut Disk) -> io::Result<()> {
+    disk.flush_metadata()?;
+    match disk.file(FileIndex::DATA) {
+        Some((file, _)) => file.sync_data(),
+        None => Ok(()),
     }
 }

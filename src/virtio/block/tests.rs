@@ -306,12 +306,20 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
 fn update_when_disk_is_new_tells_its_capacity_and_gives_back_the_old() {
     let mut bench = bench(8, false);
     let updated = bench.block.update(Update {
-        disk: Some(Disk::new(file(3), false).unwrap()),
+        disk: Some(Box::new(Disk::new(file(3), false).unwrap())),
         limits: RateLimiterUpdate::default(),
     });
     let mut capacity = [0; 8];
     updated.config.unwrap().read(field::CAPACITY, &mut capacity);
     assert_eq!(u64::from_le_bytes(capacity), 3);
-    assert_eq!(updated.replaced.unwrap().metadata().unwrap().len(), 8 * 512);
+    assert_eq!(
+        updated
+            .replaced
+            .unwrap()
+            .downcast::<Disk>()
+            .unwrap()
+            .sectors(),
+        8
+    );
     assert_eq!(bench.request(IN, 3, 512, true), (1, status::IOERR));
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::state::StateBuffer;
-use crate::virtio::{ConfigSpace, Device};
+use crate::virtio::{ConfigSpace, Device, Replaced};
 
 /// What control asks of a worker. The number comes back in the answer.
 pub(in crate::virtio) enum ControlMsg<D: Device> {
@@ -46,13 +46,13 @@ pub enum Done {
     Saved,
     /// The state was not saved: the worker is not paused.
     NotSaved,
-    /// The update holds. Pass a changed configuration space to `Registers::set_config`; close
-    /// what was replaced.
+    /// The update holds. Pass a changed configuration space to `Registers::set_config`; drop what was
+    /// replaced.
     Updated {
         /// The configuration space, when it has changed.
         config: Option<ConfigSpace>,
-        /// The old file, when it has been replaced.
-        replaced: Option<std::fs::File>,
+        /// What the device has no more use for.
+        replaced: Option<Replaced>,
     },
 }
 

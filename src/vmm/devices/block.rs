@@ -109,7 +109,7 @@ impl Kind for Block {
         let disk = match &update.path_on_host {
             Some(source) => {
                 let file = open_disk(source, drive.read_only(), passed)?;
-                Some(Disk::new(file, drive.read_only()).bare()?)
+                Some(Box::new(Disk::new(file, drive.read_only()).bare()?))
             }
             None => None,
         };

@@ -325,7 +325,7 @@ fn update_when_applied_answers_with_config_and_the_old_file() {
     let mut rings = Rings::new(&bench.ram, BASE, 16);
     start(&bench.registers, 0, &[rings.layout()]);
     let update = block::Update {
-        disk: Some(disk(5)),
+        disk: Some(Box::new(disk(5))),
         limits: RateLimiterUpdate {
             ops: BucketUpdate::Replace(TokenBucket::new(1, 0, 100)),
             ..RateLimiterUpdate::default()
@@ -335,7 +335,8 @@ fn update_when_applied_answers_with_config_and_the_old_file() {
     let Done::Updated { config, replaced } = next(&bench.replies).done else {
         panic!("no update");
     };
-    assert_eq!(replaced.unwrap().metadata().unwrap().len(), 64 * 512);
+    let replaced = replaced.unwrap().downcast::<Disk>().unwrap();
+    assert_eq!(replaced.sectors(), 64);
     bench.registers.set_config(config.unwrap());
     let mut capacity = [0; 8];
     bench.registers.read(0x100, &mut capacity);
@@ -387,7 +388,7 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
         rings.wait();
         handle.pause(round).unwrap();
         let update = block::Update {
-            disk: Some(disk(8)),
+            disk: Some(Box::new(disk(8))),
             limits: RateLimiterUpdate {
                 bandwidth: BucketUpdate::Replace(TokenBucket::new(1000, 0, 10)),
                 ..RateLimiterUpdate::default()
