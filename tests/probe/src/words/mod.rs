@@ -28,7 +28,7 @@
 //! | `blksg:N:SECTOR:COUNT` | reads in one request of many small buffers, compares with a plain read |
 //! | `blkflush:N` `blkdiscard:N:SECTOR:COUNT` `blkzero:N:SECTOR:COUNT` | those requests |
 //! | `blkbench:N:SIZE:OPS:DEPTH[:MODE]` | MODE `read`, `write`, `randread`, `randwrite` |
-//! | `blkload:N[+N...]:MODE:SIZE:DEPTH:MS[:pieces][:interrupts]` | for a time, on all of the disks at once; MODE also `randrw`; `pieces`: buffers of a page each, apart: see [`load`] |
+//! | `blkload:N[+N...]:MODE:SIZE:DEPTH:MS[:pieces][:interrupts][:queues=K]` | for a time, on K queues of all of the disks at once; MODE also `randrw`; `pieces`: buffers of a page each, apart: see [`load`] |
 //! | `netinfo:N` | features, MAC, MTU |
 //! | `netecho:N[:FRAMES]` | sends every frame back, addresses swapped |
 //! | `netcount:N:FRAMES[:MS]` | counts what arrives |

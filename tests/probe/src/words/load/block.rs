@@ -1,4 +1,6 @@
-//! `blkload`: requests in flight on one or more disks.
+//! `blkload`: requests in flight on one or more queues of one or more disks.
+//!
+//! A lane is one queue with its requests; all lanes are driven by the one processor, in turn.
 
 use super::{Latency, indices, interrupts, per_second};
 use crate::arena::{self, Arena};
@@ -30,6 +32,8 @@ struct Load {
     /// Operations in flight on each queue.
     depth: u64,
     interrupts: Interrupts,
+    /// Queues of each disk.
+    queues: u64,
 }
 
 impl Load {
@@ -56,6 +60,7 @@ impl Load {
             piece: size,
             depth,
             interrupts: Interrupts::None,
+            queues: 1,
         })
     }
 
@@ -64,6 +69,10 @@ impl Load {
             match (option, interrupts(option)) {
                 ("pieces", _) => self.piece = self.size.min(PAGE),
                 (_, Some(wanted)) => self.interrupts = wanted,
+                _ if option.starts_with("queues=") => {
+                    let count = crate::words::number(&option["queues=".len()..]);
+                    self.queues = count.filter(|n| *n > 0).ok_or("no number of queues")?;
+                }
                 _ => return Err(text!("no option {option}")),
             }
         }
@@ -82,7 +91,8 @@ struct Slot {
 
 /// One queue of one disk.
 struct Lane {
-    device: Device,
+    /// Which of the disks, and which of its queues.
+    disk: usize,
     index: u32,
     queue: Queue,
     slots: [Slot; SLOTS],
@@ -103,12 +113,20 @@ struct Lane {
     latency: Latency,
 }
 
-impl Lane {
-    fn open(arena: &mut Arena, index: u64, load: &Load) -> Result<Self, Text> {
-        let mut device = Device::find_type(index, BLOCK)?;
-        device.negotiate(feature::ALL)?;
-        let mut queue = device.queue(arena, 0, ENTRIES)?;
-        queue.ask_for_interrupts(load.interrupts);
+/// What a disk's features say of requests.
+struct Limits {
+    /// Bytes of a request, of each of its buffers, and the number of those.
+    size: u64,
+    piece: u64,
+    pieces: u64,
+    /// Requests in flight on one queue that make up the operations asked for.
+    depth: u64,
+    /// Requests that fit on the disk.
+    places: u64,
+}
+
+impl Limits {
+    fn read(device: &Device, load: &Load) -> Result<Self, Text> {
         let limit = |bit, offset, without: u64| match device.features & bit {
             0 => without,
             _ => device.config(offset, 4).max(1),
@@ -120,19 +138,44 @@ impl Lane {
         let pieces = load.size.div_ceil(piece).min(pieces_max);
         let size = (pieces * piece).min(load.size);
         let depth = load.depth.saturating_mul(load.size.div_ceil(size));
-        device.driver_ok();
         let places = (device.config(config::CAPACITY, 8) * SECTOR) / size;
         if places == 0 || !load.size.is_multiple_of(size) {
             return Err(text!("requests of {size} bytes do not fit"));
         }
+        Ok(Limits {
+            size,
+            piece,
+            pieces,
+            depth: depth.min(SLOTS as u64),
+            places,
+        })
+    }
+}
+
+impl Lane {
+    fn new(
+        arena: &mut Arena,
+        (disk, device): (usize, &Device),
+        index: u32,
+        load: &Load,
+    ) -> Result<Self, Text> {
+        let Limits {
+            size,
+            piece,
+            pieces,
+            depth,
+            places,
+        } = Limits::read(device, load)?;
+        let mut queue = device.queue(arena, index, ENTRIES)?;
+        queue.ask_for_interrupts(load.interrupts);
         let mut lane = Lane {
-            device,
-            index: 0,
+            disk,
+            index,
             queue,
             slots: [Slot::default(); SLOTS],
             owner: [0; ENTRIES as usize],
             idle: [0; SLOTS],
-            idle_count: depth.min(SLOTS as u64) as usize,
+            idle_count: depth as usize,
             in_flight: 0,
             size,
             piece,
@@ -156,7 +199,7 @@ impl Lane {
     }
 
     /// Publishes requests up to the depth, and tells the device if it wants that.
-    fn submit(&mut self, load: &Load) {
+    fn submit(&mut self, device: &Device, load: &Load) {
         while let Some(last) = self.idle_count.checked_sub(1) {
             let index = self.idle[last];
             if !self.publish(load, index) {
@@ -167,7 +210,7 @@ impl Lane {
             self.in_flight += 1;
         }
         if self.queue.should_kick() {
-            self.device.kick(self.index);
+            device.kick(self.index);
             self.kicks += 1;
         }
     }
@@ -176,7 +219,7 @@ impl Lane {
     fn publish(&mut self, load: &Load, index: u16) -> bool {
         let slot = &mut self.slots[usize::from(index)];
         let place = match load.random {
-            true => pattern::word(1, self.submitted) % self.places,
+            true => pattern::word(u64::from(self.index), self.submitted) % self.places,
             false => self.submitted % self.places,
         };
         let kind = match load.mixed && self.submitted % 2 == 1 {
@@ -249,12 +292,26 @@ pub fn load(arguments: &mut Arguments) -> Outcome {
     let ms = arguments.number("MS")?;
     load.options(arguments)?;
     let mut arena = Arena::new();
+    let mut devices = [const { None }; super::LANES];
     let mut lanes = [const { None }; super::LANES];
-    for (lane, disk) in lanes.iter_mut().zip(&disks[..count]) {
-        *lane = Some(Lane::open(&mut arena, *disk, &load)?);
+    let mut free = lanes.iter_mut();
+    for (place, index) in disks[..count].iter().enumerate() {
+        let mut device = Device::find_type(*index, BLOCK)?;
+        device.negotiate(feature::ALL)?;
+        for queue in 0..load.queues {
+            let lane = free.next().ok_or("too many queues")?;
+            *lane = Some(Lane::new(
+                &mut arena,
+                (place, &device),
+                queue as u32,
+                &load,
+            )?);
+        }
+        device.driver_ok();
+        devices[place] = Some(device);
     }
     serial::line(format_args!("  blkload begun"));
-    let ticks = drive(&mut lanes, &load, ms)?;
+    let ticks = drive(&devices, &mut lanes, &load, ms)?;
     let (mut requests, mut bytes, mut kicks) = (0, 0, 0);
     let mut latency = Latency::new();
     for lane in lanes.iter().flatten() {
@@ -273,7 +330,12 @@ pub fn load(arguments: &mut Arguments) -> Outcome {
 }
 
 /// Keeps all lanes busy for `ms` milliseconds, then waits for what is in flight; the ticks that took.
-fn drive(lanes: &mut [Option<Lane>], load: &Load, ms: u64) -> Result<u64, Text> {
+fn drive(
+    devices: &[Option<Device>],
+    lanes: &mut [Option<Lane>],
+    load: &Load,
+    ms: u64,
+) -> Result<u64, Text> {
     let start = x86::rdtsc();
     let end = super::end_of_span(ms);
     let mut patience = Deadline::in_ms(clock::patience_ms());
@@ -281,8 +343,8 @@ fn drive(lanes: &mut [Option<Lane>], load: &Load, ms: u64) -> Result<u64, Text> 
         let going_on = x86::rdtsc() < end;
         let (mut progress, mut in_flight) = (false, 0);
         for lane in lanes.iter_mut().flatten() {
-            if going_on {
-                lane.submit(load);
+            if going_on && let Some(device) = &devices[lane.disk] {
+                lane.submit(device, load);
             }
             progress |= lane.reap()?;
             in_flight += lane.in_flight;
