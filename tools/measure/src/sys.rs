@@ -175,6 +175,32 @@ pub fn time_of_process(pid: u32) -> io::Result<Duration> {
     Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
+/// Reads into the first, third, fifth... page of `space`: half as many bytes as that has.
+pub fn read_scattered(file: &File, space: &mut [u8], at: u64) -> io::Result<()> {
+    const PAGE: usize = 4096;
+    let pieces: Vec<libc::iovec> = space
+        .chunks_exact_mut(2 * PAGE)
+        .map(|pages| libc::iovec {
+            iov_base: pages.as_mut_ptr().cast(),
+            iov_len: PAGE,
+        })
+        .collect();
+    // SAFETY: the pieces lie apart in `space`, which this function has for itself.
+    let done = unsafe {
+        libc::preadv(
+            file.as_raw_fd(),
+            pieces.as_ptr(),
+            pieces.len() as libc::c_int,
+            at as libc::off_t,
+        )
+    };
+    match usize::try_from(done) {
+        Ok(done) if done == pieces.len() * PAGE => Ok(()),
+        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
 extern "C" fn note_interrupt(_signal: libc::c_int) {
     INTERRUPTED.store(true, Ordering::Relaxed);
 }

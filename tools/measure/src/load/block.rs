@@ -13,14 +13,17 @@ use super::{Row, Wanted, boot_source};
 use crate::failure::{Context, Result};
 use crate::monitor::CommandLine;
 use crate::rounds::Sample;
+use crate::sys;
 use crate::workspace::{MEMORY_MIB, Workspace};
 
 /// How the figures are counted, for the foot of the tables.
 pub const NOTES: &str = "\
-counted: a bare-metal guest with one vCPU keeps DEPTH requests in flight on one disk of 256 MiB, polls for completions,
-asks for no interrupts, and counts by its time stamp counter. \"floor\" is pread and pwrite of the same sizes at the same
-kind of places by one thread of the host, without a VM. CPU is the processor time of the monitor for each request:
-all its threads (those of io_uring in the kernel too) but the vCPU's, which polls without end.
+counted: a bare-metal guest with one vCPU keeps DEPTH requests in flight on each disk (256 MiB), polls for completions,
+asks for no interrupts unless the case says so, and counts by its time stamp counter. Where a monitor offers requests of
+one buffer only (no SEG_MAX), a scattered read is as many requests as it has pages. \"floor\" is
+pread and pwrite of the same sizes at the same kind of places by one thread of the host for each disk, without a VM. CPU
+is the processor time of the monitor for each read or write: all its threads (those of io_uring in the kernel too) but the
+vCPU's, which polls without end.
 ";
 
 /// Bytes of the disk: more than caches hold, little enough for a small host.
@@ -34,13 +37,31 @@ struct Case {
     depth: u64,
     /// In MB/s and not in requests per second.
     in_bytes: bool,
+    /// Indices of disks, with `+` between them.
+    disks: &'static str,
+    /// More words for the guest.
+    options: &'static str,
 }
 
-const CASES: [Case; 4] = [
+const CASES: [Case; 9] = [
     requests("randread 4k, depth 1", "randread", 1),
     requests("randread 4k, depth 32", "randread", 32),
     requests("randwrite 4k, depth 1", "randwrite", 1),
     requests("randwrite 4k, depth 32", "randwrite", 32),
+    Case {
+        options: ":pieces",
+        ..bytes("read 128k over 4k pages, depth 8", "read")
+    },
+    bytes("read 128k, depth 8", "read"),
+    bytes("write 128k, depth 8", "write"),
+    Case {
+        options: ":interrupts",
+        ..requests("randread 4k, depth 32, interrupts", "randread", 32)
+    },
+    Case {
+        disks: "0+1",
+        ..requests("randread 4k, depth 32, two disks", "randread", 32)
+    },
 ];
 
 const fn requests(name: &'static str, mode: &'static str, depth: u64) -> Case {
@@ -50,15 +71,30 @@ const fn requests(name: &'static str, mode: &'static str, depth: u64) -> Case {
         size: 4096,
         depth,
         in_bytes: false,
+        disks: "0",
+        options: "",
+    }
+}
+
+const fn bytes(name: &'static str, mode: &'static str) -> Case {
+    Case {
+        size: 128 << 10,
+        in_bytes: true,
+        ..requests(name, mode, 8)
     }
 }
 
 impl Case {
     fn word(&self, ms: usize) -> String {
         let Self {
-            mode, size, depth, ..
+            mode,
+            size,
+            depth,
+            disks,
+            options,
+            ..
         } = self;
-        format!("blkload:0:{mode}:{size}:{depth}:{ms}")
+        format!("blkload:{disks}:{mode}:{size}:{depth}:{ms}{options}")
     }
 
     /// The figure of so much work in so much time.
@@ -75,17 +111,18 @@ impl Case {
 pub struct Bench<'a> {
     workspace: &'a Workspace,
     wanted: Wanted<'a>,
-    disk: Disk,
+    disks: [Disk; 2],
 }
 
 impl<'a> Bench<'a> {
     /// Makes the disk.
     pub fn new(workspace: &'a Workspace, wanted: Wanted<'a>) -> Result<Self> {
-        let disk = Disk::new(wanted.media, DISK_LEN)?;
+        let disk = |number| Disk::new(wanted.media, number, DISK_LEN);
+        let disks = [disk(0)?, disk(1)?];
         Ok(Self {
             workspace,
             wanted,
-            disk,
+            disks,
         })
     }
 
@@ -101,12 +138,12 @@ impl<'a> Bench<'a> {
         for case in cases {
             let work = guest.work(&case.word(self.wanted.span_ms))?;
             waits.add(work.waited);
-            let requests = work.field("requests")?;
-            samples.push(case.sample(requests, work.field("bytes")?, work.field("ns")? / 1e9));
+            let (requests, bytes) = (work.field("requests")?, work.field("bytes")?);
+            samples.push(case.sample(requests, bytes, work.field("ns")? / 1e9));
             samples.push(Sample::new(
                 format!("{}, CPU", case.name),
                 "us",
-                work.busy.as_secs_f64() * 1e6 / requests.max(1.0),
+                work.busy.as_secs_f64() * 1e6 / (bytes / case.size as f64).max(1.0),
             ));
         }
         guest.stop()?;
@@ -114,29 +151,57 @@ impl<'a> Bench<'a> {
     }
 
     fn config(&self, row: &Row) -> Result<PathBuf> {
-        let mut drive = json!({
-            "drive_id": "disk",
-            "path_on_host": self.disk.path,
-            "is_root_device": false,
-            "is_read_only": false,
+        let drives = [0, 1].map(|number| {
+            let mut drive = json!({
+                "drive_id": format!("disk{number}"),
+                "path_on_host": self.disks[number].path,
+                "is_root_device": false,
+                "is_read_only": false,
+            });
+            if let Some(engine) = row.engine {
+                drive["io_engine"] = engine.into();
+            }
+            drive
         });
-        if let Some(engine) = row.engine {
-            drive["io_engine"] = engine.into();
-        }
         let text = json!({
             "boot-source": boot_source(self.wanted.probe),
             "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
-            "drives": [drive],
+            "drives": drives,
             "network-interfaces": [],
         });
         self.workspace.file("load.json", &text.to_string())
     }
 
-    /// The same reads or writes by this thread.
+    /// The same reads or writes by a thread for each disk.
     fn floor(&self, case: &Case) -> Result<Sample> {
-        let file = &self.disk.file;
+        let rates = std::thread::scope(|scope| {
+            let disks = self.disks.iter().take(case.disks.split('+').count());
+            let threads: Vec<_> = disks
+                .map(|disk| scope.spawn(|| self.rate(case, disk)))
+                .collect();
+            let ended = threads.into_iter().map(|thread| thread.join());
+            ended
+                .map(|rate| rate.expect("a thread of the floor does not panic"))
+                .collect::<Result<Vec<f64>>>()
+        })?;
+        let requests: f64 = rates.iter().sum();
+        Ok(case.sample(requests, requests * case.size as f64, 1.0))
+    }
+
+    /// Requests per second of this thread.
+    fn rate(&self, case: &Case, disk: &Disk) -> Result<f64> {
+        let file = &disk.file;
         let size = case.size as usize;
         let mut buffers = vec![vec![1_u8; size]; case.depth as usize];
+        // Every other page of some more memory.
+        let mut pages = vec![
+            1_u8;
+            if case.options == ":pieces" {
+                2 * size
+            } else {
+                0
+            }
+        ];
         let places = DISK_LEN / case.size;
         let span = Duration::from_millis(self.wanted.span_ms as u64);
         let (mut count, mut place) = (0_u64, 1_u64);
@@ -151,17 +216,18 @@ impl<'a> Bench<'a> {
                     place + 1
                 };
                 let at = place % places * case.size;
-                let done = if case.mode.ends_with("write") {
+                let done = if !pages.is_empty() {
+                    sys::read_scattered(file, &mut pages, at)
+                } else if case.mode.ends_with("write") {
                     file.write_all_at(buffer, at)
                 } else {
                     file.read_exact_at(buffer, at)
                 };
-                done.cannot(|| format!("use {}", self.disk.path.display()))?;
+                done.cannot(|| format!("use {}", disk.path.display()))?;
                 count += 1;
             }
         }
-        let seconds = began.elapsed().as_secs_f64();
-        Ok(case.sample(count as f64, (count * case.size) as f64, seconds))
+        Ok(count as f64 / began.elapsed().as_secs_f64())
     }
 }
 
@@ -179,8 +245,8 @@ struct Disk {
 }
 
 impl Disk {
-    fn new(folder: &Path, len: u64) -> Result<Self> {
-        let path = folder.join(format!("mayfly-bench-{}.disk", std::process::id()));
+    fn new(folder: &Path, number: u32, len: u64) -> Result<Self> {
+        let path = folder.join(format!("mayfly-bench-{}.disk{number}", std::process::id()));
         let make = || {
             let mut file = File::options()
                 .read(true)
@@ -220,7 +286,7 @@ mod tests {
 
     #[test]
     fn disk_when_dropped_is_removed() {
-        let disk = Disk::new(&std::env::temp_dir(), 2 << 20).unwrap();
+        let disk = Disk::new(&std::env::temp_dir(), 7, 2 << 20).unwrap();
         let path = disk.path.clone();
         assert_eq!(fs::metadata(&path).unwrap().len(), 2 << 20);
         drop(disk);
