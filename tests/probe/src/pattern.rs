@@ -29,6 +29,21 @@ pub fn first_difference(seed: u64, sector: u64, bytes: &[u8]) -> Option<usize> {
     })
 }
 
+/// The greatest number of sectors of one write of an epoch.
+pub const EPOCH_SECTORS: u64 = 64;
+
+/// Sector and number of sectors of a write of `blkepochs`, on a disk of `sectors`.
+pub fn epoch_place(seed: u64, epoch: u64, write: u64, sectors: u64) -> (u64, u64) {
+    let number = word(epoch_seed(seed, epoch), write);
+    let count = (1 + (number >> 48) % EPOCH_SECTORS).min(sectors);
+    ((number & 0xffff_ffff) % (sectors - count + 1), count)
+}
+
+/// The seed of what an epoch writes.
+pub fn epoch_seed(seed: u64, epoch: u64) -> u64 {
+    word(seed, epoch)
+}
+
 /// Where a sum starts.
 pub const SUM_START: u64 = 0xcbf2_9ce4_8422_2325;
 

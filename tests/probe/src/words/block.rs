@@ -39,6 +39,8 @@ pub mod config {
     pub const SEG_MAX: u64 = 12;
     pub const BLK_SIZE: u64 = 20;
     pub const NUM_QUEUES: u64 = 34;
+    pub const MAX_DISCARD: u64 = 36;
+    pub const MAX_ZEROES: u64 = 48;
 }
 
 /// Request types (section 5.2.6).

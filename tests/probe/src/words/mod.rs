@@ -28,7 +28,9 @@
 //! | `blksg:N:SECTOR:COUNT` | reads in one request of many small buffers, compares with a plain read |
 //! | `blkflush:N` `blkdiscard:N:SECTOR:COUNT` `blkzero:N:SECTOR:COUNT` | those requests |
 //! | `blkbench:N:SIZE:OPS:DEPTH[:MODE]` | MODE `read`, `write`, `randread`, `randwrite` |
-//! | `blkload:N[+N...]:MODE:SIZE:DEPTH:MS[:pieces][:interrupts][:queues=K]` | for a time, on K queues of all of the disks at once; MODE also `randrw`; `pieces`: buffers of a page each, apart: see [`load`] |
+//! | `blkload:N[+N...]:MODE:SIZE:DEPTH:MS[:pieces][:interrupts][:queues=K][:check]` | for a time, on K queues of all of the disks at once; MODE also `randrw`; `pieces`: buffers of a page each, apart; `check`: compares what is read with what was written: see [`load`] |
+//! | `blkfuzz:N:SEED:OPS:DEPTH[:framed]` | random requests of all kinds in chains cut anywhere (`framed`: in the usual three buffers), compared with a model of the disk: see [`fuzz`] |
+//! | `blkepochs:N:SEED:WRITES:DEPTH[:EPOCHS]` | epochs of writes, a flush and a line after each, for a host that kills the monitor: see [`epochs`] |
 //! | `netinfo:N` | features, MAC, MTU |
 //! | `netecho:N[:FRAMES]` | sends every frame back, addresses swapped |
 //! | `netcount:N:FRAMES[:MS]` | counts what arrives |
@@ -47,7 +49,9 @@ mod attack;
 mod block;
 mod chips;
 mod console;
+mod epochs;
 mod firmware;
+mod fuzz;
 mod load;
 mod machine;
 mod memory;
@@ -107,6 +111,8 @@ const WORDS: &[(&str, Word)] = &[
     ("blkzero", block::zero),
     ("blkbench", block::bench),
     ("blkload", load::block),
+    ("blkfuzz", fuzz::fuzz),
+    ("blkepochs", epochs::epochs),
     ("netinfo", net::info),
     ("netecho", net::echo),
     ("netcount", net::count),

@@ -1,6 +1,8 @@
 //! `blkload`: requests in flight on one or more queues of one or more disks.
 //!
-//! A lane is one queue with its requests; all lanes are driven by the one processor, in turn.
+//! A lane is one queue with its requests; all lanes are driven by the one processor, in turn. With the option `check`
+//! each write has bytes of its own, no two requests in flight have the same place, and what is read is compared with what
+//! was last written there: a proof and no measurement. Queues of one disk then have a share of its places each.
 
 use super::{Latency, indices, interrupts, per_second};
 use crate::arena::{self, Arena};
@@ -34,6 +36,7 @@ struct Load {
     interrupts: Interrupts,
     /// Queues of each disk.
     queues: u64,
+    check: bool,
 }
 
 impl Load {
@@ -61,12 +64,14 @@ impl Load {
             depth,
             interrupts: Interrupts::None,
             queues: 1,
+            check: false,
         })
     }
 
     fn options(&mut self, arguments: &mut Arguments) -> Result<(), Text> {
         while let Some(option) = arguments.text() {
             match (option, interrupts(option)) {
+                ("check", _) => self.check = true,
                 ("pieces", _) => self.piece = self.size.min(PAGE),
                 (_, Some(wanted)) => self.interrupts = wanted,
                 _ if option.starts_with("queues=") => {
@@ -87,6 +92,9 @@ struct Slot {
     /// First buffer; the others follow at the lane's stride.
     data: u64,
     started: u64,
+    /// What it does and where.
+    kind: u32,
+    place: u64,
 }
 
 /// One queue of one disk.
@@ -107,11 +115,19 @@ struct Lane {
     stride: u64,
     /// Requests that fit on the disk.
     places: u64,
+    /// The first of them.
+    first_place: u64,
+    /// With `check`, for each place how often it was written, or 0 if that is not known; 0: no check.
+    generations: u64,
+    checked: u64,
     submitted: u64,
     completed: u64,
     kicks: u64,
     latency: Latency,
 }
+
+/// Bit of a generation: a request for the place is in flight.
+const BUSY: u64 = 1 << 31;
 
 /// What a disk's features say of requests.
 struct Limits {
@@ -182,11 +198,21 @@ impl Lane {
             // Buffers that belong together do not follow one another in memory, unless there is one.
             stride: if pieces > 1 { 2 * piece } else { piece },
             places,
+            first_place: 0,
+            generations: 0,
+            checked: 0,
             submitted: 0,
             completed: 0,
             kicks: 0,
             latency: Latency::new(),
         };
+        if load.check {
+            lane.places /= load.queues;
+            lane.first_place = u64::from(index) * lane.places;
+            lane.generations = arena.take(4 * lane.places, 4096)?;
+            // Each needs a place to itself.
+            lane.idle_count = lane.idle_count.min(lane.places as usize);
+        }
         for i in 0..lane.idle_count {
             let slot = &mut lane.slots[i];
             slot.header = arena.take(HEADER + 1, 64)?;
@@ -217,8 +243,7 @@ impl Lane {
 
     /// False when the ring is full.
     fn publish(&mut self, load: &Load, index: u16) -> bool {
-        let slot = &mut self.slots[usize::from(index)];
-        let place = match load.random {
+        let mut place = match load.random {
             true => pattern::word(u64::from(self.index), self.submitted) % self.places,
             false => self.submitted % self.places,
         };
@@ -226,6 +251,12 @@ impl Lane {
             true => request::WRITE,
             false => load.kind,
         };
+        if self.generations != 0 {
+            place = self.take_place(place, kind, index);
+        }
+        let place = self.first_place + place;
+        let slot = &mut self.slots[usize::from(index)];
+        (slot.kind, slot.place) = (kind, place);
         x86::store(slot.header, 8, u64::from(kind));
         x86::store(slot.header + 8, 8, place * (self.size / SECTOR));
         x86::store(slot.header + HEADER, 1, u64::from(UNTOUCHED));
@@ -260,6 +291,72 @@ impl Lane {
         true
     }
 
+    /// With `check`: the next place that no request in flight has, and for a write its next generation's bytes.
+    fn take_place(&mut self, wanted: u64, kind: u32, index: u16) -> u64 {
+        let mut place = wanted;
+        while self.generation(place) & BUSY != 0 {
+            place = (place + 1) % self.places;
+        }
+        let mut generation = self.generation(place);
+        if kind == request::WRITE {
+            generation += 1;
+            let seed = self.seed(place, generation);
+            self.pieces(index, |sector, bytes| {
+                pattern::fill(seed, sector, bytes);
+                Ok(())
+            })
+            .unwrap_or_default();
+        }
+        x86::store(self.generations + 4 * place, 4, generation | BUSY);
+        place
+    }
+
+    fn generation(&self, place: u64) -> u64 {
+        x86::load(self.generations + 4 * place, 4)
+    }
+
+    /// The seed of what is written to a place.
+    fn seed(&self, place: u64, generation: u64) -> u64 {
+        pattern::word(self.first_place + place, generation)
+    }
+
+    /// Compares what was read, and gives the place back.
+    fn check(&mut self, index: u16) -> Result<(), Text> {
+        let Slot { kind, place, .. } = self.slots[usize::from(index)];
+        let at = place - self.first_place;
+        let generation = self.generation(at) & !BUSY;
+        x86::store(self.generations + 4 * at, 4, generation);
+        if kind == request::READ && generation != 0 {
+            let seed = self.seed(at, generation);
+            self.pieces(index, |sector, bytes| {
+                let wrong = pattern::first_difference(seed, sector, bytes);
+                wrong.map_or(Ok(()), |offset| {
+                    Err(text!(
+                        "place {place}: byte {offset} of sector {sector} is not what was written"
+                    ))
+                })
+            })?;
+            self.checked += 1;
+        }
+        Ok(())
+    }
+
+    /// The buffers of a request, each with the sector of the request that it begins with.
+    fn pieces(
+        &self,
+        index: u16,
+        mut each: impl FnMut(u64, &mut [u8]) -> Result<(), Text>,
+    ) -> Result<(), Text> {
+        let (mut at, mut done) = (self.slots[usize::from(index)].data, 0);
+        while done < self.size {
+            let size = self.piece.min(self.size - done);
+            each(done / SECTOR, arena::bytes(at, size))?;
+            done += size;
+            at += self.stride;
+        }
+        Ok(())
+    }
+
     /// Takes completions; says whether there were some.
     fn reap(&mut self) -> Result<bool, Text> {
         let before = self.completed;
@@ -274,6 +371,9 @@ impl Lane {
                 return Err(text!("status {status} after {} requests", self.completed));
             }
             self.latency.add(x86::rdtsc() - slot.started);
+            if self.generations != 0 {
+                self.check(index)?;
+            }
             *self
                 .idle
                 .get_mut(self.idle_count)
@@ -312,16 +412,17 @@ pub fn load(arguments: &mut Arguments) -> Outcome {
     }
     serial::line(format_args!("  blkload begun"));
     let ticks = drive(&devices, &mut lanes, &load, ms)?;
-    let (mut requests, mut bytes, mut kicks) = (0, 0, 0);
+    let (mut requests, mut bytes, mut kicks, mut checked) = (0, 0, 0, 0);
     let mut latency = Latency::new();
     for lane in lanes.iter().flatten() {
         requests += lane.completed;
         bytes += lane.completed * lane.size;
         kicks += lane.kicks;
+        checked += lane.checked;
         latency.join(&lane.latency);
     }
     Ok(text!(
-        "requests={requests} bytes={bytes} ns={} iops={} kb/s={} kicks={kicks} {}",
+        "requests={requests} bytes={bytes} ns={} iops={} kb/s={} kicks={kicks} checked={checked} {}",
         clock::ns(ticks),
         per_second(requests, ticks),
         per_second(bytes, ticks) / 1000,
