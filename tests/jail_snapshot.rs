@@ -275,6 +275,39 @@ fn clones_at_the_same_time_have_disks_of_their_own() {
 }
 
 #[test]
+fn working_set_when_it_is_new_is_recorded_and_then_used() {
+    let place = place!("sworkingset");
+    for who in BOTH {
+        let folder = place.path(&format!("templates/{who:?}"));
+        place.ends(template(&place, who, "timer,shell,reset", &folder, &[]), 0);
+        let file = place.path(&format!("templates/{who:?}.pages"));
+        let run = || {
+            let words = ["run", "--snapshot", &folder, "--working-set", &file];
+            let mut guest = Running::start(place.jailer(who, &words));
+            guest.send("timer\nmem\n");
+            guest.read_until("timer");
+            guest
+        };
+        let mut first = run();
+        wait_until("the working set has been recorded", || {
+            fs::metadata(&file).is_ok_and(|it| it.len() > 0)
+        });
+        first.send("end\n");
+        assert_eq!(first.end().0, Some(0));
+        let recorded = fs::read(&file).unwrap();
+        let mut second = run();
+        second.send("end\n");
+        assert_eq!(second.end().0, Some(0));
+        assert_eq!(fs::read(&file).unwrap(), recorded);
+        place.nothing_is_left();
+        // What is something else is not overwritten.
+        fs::write(&file, "a file of the user's").unwrap();
+        let words = ["run", "--snapshot", &folder, "--working-set", &file];
+        place.refuses(place.jailer(who, &words), "not overwritten");
+    }
+}
+
+#[test]
 fn what_does_not_go_with_a_snapshot_is_refused_by_name() {
     let place = place!("srefused");
     let folder = place.path("templates/one");

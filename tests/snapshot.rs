@@ -280,7 +280,8 @@ fn create_when_refused_says_why_and_the_guest_goes_on() {
         before,
         "The requested operation is not supported before starting the microVM."
     );
-    let mut config = probe_vm("shell");
+    let disk = folder.disk("disk", 1 << 20);
+    let mut config = probe_vm_with_disks("shell", &[&disk]);
     config["start"] = json!(true);
     api.put("/vm", config);
     monitor.expect("shell ready");
@@ -308,6 +309,18 @@ fn create_when_refused_says_why_and_the_guest_goes_on() {
         assert!(message.contains(words), "{}: {message}", path.display());
         assert_eq!(fs::read(&pair.state).unwrap(), b"");
     }
+    let link = folder.join("link to the disk");
+    symlink(&disk, &link).unwrap();
+    for member in ["snapshot_path", "mem_file_path"] {
+        for path in [&disk, &link] {
+            let mut body = pair.create("Full");
+            body[member] = json!(path);
+            let message = refused(body);
+            let words = "is the disk `disk0` of this guest";
+            assert!(message.contains(words), "{message}");
+        }
+    }
+    assert!(fs::symlink_metadata(&disk).unwrap().is_file());
     let message = refused(json!({"snapshot_path": pair.state}));
     assert!(
         message.contains("missing field `mem_file_path`"),
@@ -459,7 +472,7 @@ fn load_when_refused_says_why_and_the_process_can_go_on() {
                 "drive_overrides",
                 json!([{"drive_id": "disk0", "path_on_host": folder.join("none")}]),
             ),
-            "No such file or directory",
+            "Load snapshot error: Failed to restore from snapshot: ",
         ),
         (
             with(

@@ -193,7 +193,7 @@ impl RawState {
     /// # Errors
     /// When it is not one: the member, and the reason.
     pub fn parse<S: DeserializeOwned>(&self) -> Result<S, Refusal> {
-        json::parse(self.json()).map_err(Refusal::Content)
+        json::parse_written(self.json()).map_err(Refusal::Content)
     }
 }
 
@@ -256,7 +256,7 @@ fn decode(bytes: &[u8]) -> Result<(Header, usize), Refusal> {
         .and_then(|header_len| FIXED.checked_add(header_len))
         .filter(|start| *start <= bytes.len())
         .ok_or_else(|| wrong("its header ends outside of it"))?;
-    let header = json::parse::<Header>(bytes.get(FIXED..start).unwrap_or_default());
+    let header = json::parse_written::<Header>(bytes.get(FIXED..start).unwrap_or_default());
     let header = header.map_err(Refusal::Content)?;
     Ok((Header { version, ..header }, start))
 }

@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::devices::{Attach, Attaching, Building, Saved};
 use self::origin::{Begins, boots, goes_on};
-pub use self::origin::{Origin, Restored, pages};
+pub use self::origin::{Origin, Record, Restored, pages};
 use self::vcpus::{Making, SavedVcpus, StartState, begin_vcpus, finish_vcpus};
 use super::change::Replaced;
 use super::configuration::{Configuration, Console};
@@ -69,6 +69,8 @@ pub struct Host<'a> {
     pub timeline: &'a Timeline,
     /// A line for the log once the guest is about to run.
     pub line: Option<&'static str>,
+    /// Whether the guest can say that it has booted.
+    pub has_boot_timer: bool,
 }
 
 impl Host<'_> {
@@ -268,7 +270,7 @@ pub fn begin(
         .ports
         .insert(layout::POWER_PORT, layout::POWER_PORTS, power.clone())
         .context(NOT_PLACED)?;
-    if host.settings.boot_timer {
+    if host.has_boot_timer {
         place_boot_timer(host, &mut buses).context(NOT_PLACED)?;
     }
     let begun = Begun {

@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 
 use self::action::{Command, Outcome, PendingReplies, Reply};
-use self::boot::Prepared;
+use self::boot::{Prepared, Record};
 use self::configuration::Configuration;
 use self::file_work::{Awaited, FileResult};
 use self::lifecycle::{Input, Lifecycle};
@@ -170,7 +170,7 @@ pub struct Vmm {
     /// A snapshot that is being taken.
     saving: Option<Saving>,
     /// Where the working set of a restored guest is to be recorded, until its mark.
-    recording: Option<File>,
+    recording: Option<Record>,
     /// Control and the files thread have the filter for reading snapshots.
     reads_snapshots: Cell<bool>,
     /// The last snapshot that was taken of this guest, or that it was made of.

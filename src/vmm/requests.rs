@@ -463,6 +463,7 @@ impl Vmm {
             events: &self.events,
             timeline: &self.timeline,
             line,
+            has_boot_timer: self.settings.boot_timer || self.recording.is_some(),
         };
         let (prepared, kvm) = (self.prepared.take(), self.kvm.as_ref());
         let prepare = || prepared.map_or_else(|| boot::prepare(kvm), Ok);
@@ -492,6 +493,7 @@ impl Vmm {
             events: &self.events,
             timeline: &self.timeline,
             line: self.start_line,
+            has_boot_timer: self.settings.boot_timer || self.recording.is_some(),
         };
         let files = &mut self.files;
         let seal = |category, latch: &Arc<ReadyLatch>| seal(files, category, latch);

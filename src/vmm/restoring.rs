@@ -11,7 +11,7 @@ use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 
-use super::boot::{self, Origin, Restored};
+use super::boot::{self, Origin, Record, Restored};
 use super::change::{Edit, edit};
 use super::configuration::{Boot, Configuration};
 use super::devices::Devices;
@@ -86,8 +86,23 @@ fn read(
         Some(source) => open_working_set(source, &header, &memory, passed)?,
         None => (None, None),
     };
+    let record = match record {
+        Some(file) => {
+            let pagemap = load
+                .pagemap
+                .as_ref()
+                .map(|passed_fd| passed.claim(passed_fd.fd));
+            let pagemap = pagemap.transpose().context(FAILED)?;
+            let pagemap = pagemap.map(|fd| Arc::new(File::from(fd)));
+            Some(Record { file, pagemap })
+        }
+        None => None,
+    };
     override_sources(&mut devices, load)?;
-    let devices = Devices::default().replace(devices)?(passed)?;
+    let opened = Devices::default()
+        .replace(devices)
+        .and_then(|open| open(passed));
+    let devices = opened.context(FAILED)?;
     let boot = boot_source.map(Boot::started);
     let edit = edit(move |whole: &mut Configuration| whole.restore(machine, boot, masks, devices))?;
     let restored = Restored {

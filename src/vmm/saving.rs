@@ -28,6 +28,7 @@ use std::{io, mem};
 use self::job::{CREATE_FAILED, Image};
 pub use self::job::{Job, Written};
 use super::action::{Outcome, Reply};
+use super::boot::Record;
 use super::file_work::{Awaited, FileResult};
 use super::lifecycle::Input;
 use super::pausing::Waiter;
@@ -118,13 +119,13 @@ impl Vmm {
     /// Has the files thread record which pages a restored guest has used up to now, its mark: the first
     /// write to the boot timer, or the first pause.
     pub(super) fn record_working_set(&mut self) {
+        let Some(Record { file, pagemap }) = self.recording.take() else {
+            return;
+        };
         let (Some(memory), Some(id)) = (self.memory(), self.last_snapshot) else {
             return;
         };
-        let contents = memory.contents(None);
-        let Some(file) = self.recording.take() else {
-            return;
-        };
+        let contents = memory.contents(pagemap);
         let work = Box::new(move |steps: &Steps| {
             steps.begin("recording the working set");
             let bytes = contents.working_set().and_then(|set| set.encode(id.0));

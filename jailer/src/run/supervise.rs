@@ -16,7 +16,7 @@ use mayfly::wire::{Client, ClientError, EndReport, Response};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal};
 
-use self::snapshot::Snapshots;
+use self::snapshot::{Snapshots, pagemap_of};
 use super::channel::Channel;
 use super::console::{Console, LOOK_EVERY, Part, Relay};
 use super::jail;
@@ -226,9 +226,18 @@ impl Watch {
             return;
         };
         let spec = &mut self.spec;
+        // Before it is the monitor, its table of pages is another.
+        if !self.progress.is_monitor && spec.vm.as_ref().is_some_and(Vm::may_record) {
+            return;
+        }
         // The monitor has its own then: a tap or disk is not held open here.
         let (path, (body, files)) = match (spec.vm.take(), spec.console_socket.take()) {
-            (Some(vm), _) => ("/vm", vm.into_request()),
+            (Some(mut vm), _) => {
+                if vm.may_record() {
+                    vm.set_pagemap(pagemap_of(self.pid));
+                }
+                ("/vm", vm.into_request())
+            }
             (None, Some(socket)) => ("/serial", Vm::console_request(socket)),
             (None, None) => {
                 // A client of its own configures and starts it, unless the above is under way.

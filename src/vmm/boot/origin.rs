@@ -2,6 +2,7 @@
 //! parts: the rest of a start is the same for both.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
@@ -43,7 +44,7 @@ pub struct Restored {
     /// What brings in pages that it needs first, if that is known.
     pub prefetch: Option<Prefetch>,
     /// Where it is to be recorded which these are.
-    pub record: Option<File>,
+    pub record: Option<Record>,
     /// How its clock goes on.
     pub clock: ClockAfterRestore,
     /// Nanoseconds of the host's wall clock since it was saved.
@@ -52,6 +53,15 @@ pub struct Restored {
     pub cpu: Option<Fingerprint>,
     /// The snapshot's id.
     pub id: SnapshotId,
+}
+
+/// What takes the record of the pages that a restored guest needs first.
+#[derive(Debug)]
+pub struct Record {
+    /// Where it goes.
+    pub file: File,
+    /// A /proc/PID/pagemap of this process, where it cannot open one itself.
+    pub pagemap: Option<Arc<File>>,
 }
 
 /// What differs between a machine that boots and one that goes on.

@@ -4,7 +4,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
 use super::super::saved::SavedMachine;
 use crate::error::{ActionError, Context};
@@ -67,7 +68,35 @@ impl Job {
         let state = target(&self.request.snapshot_path, &mut self.passed)?;
         let memory = self.request.mem_file_path.as_ref();
         let memory = memory.map(|memory| target(memory, &mut self.passed));
-        Ok((state, memory.transpose()?))
+        let memory = memory.transpose()?;
+        for target in [Some(&state), memory.as_ref()].into_iter().flatten() {
+            self.check_is_no_disk(target)?;
+        }
+        Ok((state, memory))
+    }
+
+    /// A file of the snapshot must not take the place of a disk of this guest, or be written into it.
+    fn check_is_no_disk(&self, target: &Target) -> Result<(), ActionError> {
+        let (found, name) = match target {
+            Target::Path(path) => (path.metadata(), path.display().to_string()),
+            Target::File { file, name } => (file.metadata(), name.clone()),
+        };
+        // One that is still to be made is none.
+        let Ok(found) = found else { return Ok(()) };
+        let is_it = |disk: &Source| match disk.name() {
+            Some(path) => Path::new(path)
+                .metadata()
+                .is_ok_and(|disk| (disk.dev(), disk.ino()) == (found.dev(), found.ino())),
+            None => false,
+        };
+        let mut drives = self.saved.config.devices.drives.iter();
+        match drives.find(|drive| is_it(&drive.path_on_host)) {
+            Some(drive) => Err(ActionError(format!(
+                "{CREATE_FAILED}: `{name}` is the disk `{}` of this guest. Name another file",
+                drive.drive_id
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Writes both files of guest memory that stands still.

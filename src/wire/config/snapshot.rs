@@ -167,6 +167,9 @@ pub struct SnapshotLoad {
     /// Which pages the guest needs first: brought in at once if this file is there, else recorded in it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub working_set: Option<Source>,
+    /// The /proc/PID/pagemap of this process, for that record, where there is no /proc.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pagemap: Option<PassedFd>,
     /// Load it on a host whose CPU differs from the one it was saved on, at the risk of the guest.
     pub ignore_cpu_differences: bool,
     /// Members were used that clients should stop using.
@@ -197,6 +200,7 @@ struct LoadBody {
     #[serde(default)]
     huge_pages: LoadPages,
     working_set: Option<Source>,
+    pagemap: Option<PassedFd>,
     #[serde(default)]
     ignore_cpu_differences: bool,
 }
@@ -243,6 +247,7 @@ impl TryFrom<LoadBody> for SnapshotLoad {
             clock_realtime: body.clock_realtime,
             huge_pages: body.huge_pages,
             working_set: body.working_set,
+            pagemap: body.pagemap,
             ignore_cpu_differences: body.ignore_cpu_differences,
             is_deprecated: by_path || body.enable_diff_snapshots,
         })
@@ -265,6 +270,7 @@ impl SnapshotLoad {
             clock_realtime: false,
             huge_pages: LoadPages::default(),
             working_set: None,
+            pagemap: None,
             ignore_cpu_differences: false,
             is_deprecated: false,
         }

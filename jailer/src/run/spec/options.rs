@@ -99,7 +99,7 @@ impl Console {
 const KNOWN: Known = Known {
     flags: "--with-parent --quiet --same-disks --ignore-cpu-differences \
             --snapshot-and-continue",
-    once: "--config --snapshot --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
+    once: "--config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report",
     repeatable: "--drive --net --limit --cgroup --resource-limit",
     text: "--cmdline",
@@ -161,7 +161,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
 /// Those that a snapshot has its own of.
 const SAVED: &str = "--config --kernel --initrd --cmdline --vcpus --memory";
 /// Those that say something of a snapshot.
-const OF_SNAPSHOT: [&str; 2] = ["--same-disks", "--ignore-cpu-differences"];
+const OF_SNAPSHOT: [&str; 3] = ["--same-disks", "--ignore-cpu-differences", "--working-set"];
 
 fn refuse<T>(name: &'static str, words: &mut Words, why: &'static str) -> Result<T, ArgsError> {
     let value = words.one(name).unwrap_or_default();
@@ -189,6 +189,7 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     }
     let mut restoring = Restoring {
         folder,
+        working_set: words.path("--working-set"),
         same_disks: words.has("--same-disks"),
         ignore_cpu_differences: words.has("--ignore-cpu-differences"),
         ..Restoring::default()
@@ -510,7 +511,8 @@ mod tests {
     fn parse_of_a_snapshot_names_its_disks_and_taps_as_at_boot() {
         let options = options(
             "--snapshot d --drive a --drive data=b:ro --drive ./x=y --net tap0 --net e=user \
-             --same-disks --ignore-cpu-differences --snapshot-to t --snapshot-and-continue",
+             --same-disks --ignore-cpu-differences --working-set w --snapshot-to t \
+             --snapshot-and-continue",
         );
         let expected = Restoring {
             folder: "d".into(),
@@ -520,6 +522,7 @@ mod tests {
                 ("disk1".into(), "./x=y".into(), false),
             ],
             taps: vec![("eth0".into(), "tap0".into()), ("e".into(), OWN_TAP.into())],
+            working_set: Some("w".into()),
             same_disks: true,
             ignore_cpu_differences: true,
         };
@@ -551,6 +554,7 @@ mod tests {
             ("--snapshot d --net a --net eth0=b", "given twice"),
             ("--kernel k --same-disks", "needs --snapshot"),
             ("--ignore-cpu-differences", "needs --snapshot"),
+            ("--kernel k --working-set w", "needs --snapshot"),
             ("--kernel k --snapshot-and-continue", "needs --snapshot-to"),
             ("--nonsense", "not known"),
             ("--config", "value is missing"),

@@ -11,7 +11,9 @@
 //! from one snapshot, and two that write to one file damage both. What was saved as a descriptor
 //! has no more than a name for messages; that is taken for a path only if it is an absolute one.
 
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use mayfly::snapshot::{self, Header, MEMORY_NAME, RawState, Refusal, STATE_NAME};
@@ -20,12 +22,13 @@ use mayfly::wire::config::{
     Backing, Drive, DriveOverride, Mac, NetworkInterface, NetworkOverride, Restore, SavedConfig,
     SnapshotLoad,
 };
+use rustix::fs::OFlags;
 use serde::Deserialize;
 
 use super::OWN_TAP;
 use super::inherited::{Passed, number_in};
 use super::resources;
-use crate::error::AnyError;
+use crate::error::{AnyError, Step};
 
 /// A snapshot cannot be started from.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,8 @@ pub enum SnapshotError {
 pub struct Restoring {
     /// The folder with both files.
     pub folder: PathBuf,
+    /// The file that says which of its memory is used first, or is to.
+    pub working_set: Option<PathBuf>,
     /// Files for its disks, by id, and whether `:ro` was given.
     pub drives: Vec<(String, Source, bool)>,
     /// Taps for its network interfaces, by id.
@@ -117,6 +122,9 @@ impl Restoring {
             files: vec![state, memory],
             mac: None,
         };
+        if let Some(path) = &self.working_set {
+            opened.request.load.working_set = Some(opened.add_working_set(path)?);
+        }
         let devices = saved.config.devices;
         for drive in &devices.drives {
             let backing = Backing::Disk {
@@ -230,6 +238,21 @@ fn check_all_found(
 }
 
 impl Opened {
+    /// Opens the file of a working set, which is recorded into it if it is new; what the request is to
+    /// call it.
+    fn add_working_set(&mut self, path: &Path) -> Result<Source, AnyError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        // A FIFO must not hold up the start; the monitor refuses all but regular files.
+        options
+            .mode(0o600)
+            .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
+        let name = path.display().to_string();
+        let opened = options.open(path);
+        let file = opened.step(format!("open the working set {name} (--working-set)"))?;
+        Ok(self.push(file.into(), name))
+    }
+
     /// Opens `source`; what the request is to call it.
     fn add(
         &mut self,
@@ -238,7 +261,11 @@ impl Opened {
         passed: &mut Passed,
     ) -> Result<Source, AnyError> {
         let (file, name) = resources::open_or_take(backing, source, passed)?;
+        Ok(self.push(file, name))
+    }
+
+    fn push(&mut self, file: OwnedFd, name: String) -> Source {
         self.files.push(file);
-        Ok(Source::passed(self.files.len() as u32 - 1, name))
+        Source::passed(self.files.len() as u32 - 1, name)
     }
 }

@@ -97,8 +97,8 @@ impl Described {
                 }
             }
         };
-        // A tap and a socket may be added.
-        if vm.files.len() + 2 > DESCRIPTORS_MAX {
+        // A tap, a socket and a pagemap may be added.
+        if vm.files.len() + 3 > DESCRIPTORS_MAX {
             return Err(SpecError::TooManyFiles(vm.files.len()).into());
         }
         Ok(vm)
@@ -196,6 +196,20 @@ impl Vm {
             Request::Load(restore, _) => &mut restore.serial,
         };
         serial.get_or_insert_default().console_socket = Some(source);
+    }
+
+    /// Whether the monitor may have a working set to record.
+    pub fn may_record(&self) -> bool {
+        matches!(&self.request, Request::Load(restore, _) if restore.load.working_set.is_some())
+    }
+
+    /// Takes the monitor's own /proc/PID/pagemap, which the jail does not have: it records by it.
+    pub fn set_pagemap(&mut self, pagemap: Option<OwnedFd>) {
+        if let (Request::Load(restore, _), Some(pagemap)) = (&mut self.request, pagemap) {
+            self.files.push(pagemap);
+            let fd = self.files.len() as u32 - 1;
+            restore.load.pagemap = Some(PassedFd { fd, name: None });
+        }
     }
 
     /// Whether it is one that was saved; the MAC address on the tap of the jail's own, which says which

@@ -16,7 +16,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -25,6 +25,7 @@ use mayfly::wire::config::{PassedFd, SnapshotCreate, SnapshotType};
 use mayfly::wire::limits::END_REPORT_MAX;
 use mayfly::wire::{BOOTED, Response, Source};
 use rustix::fs::MemfdFlags;
+use rustix::process::Pid;
 
 use super::{Question, Watch};
 use crate::error::{Failure, message};
@@ -88,6 +89,13 @@ impl Snapshots {
     pub fn is_missing(&self) -> bool {
         self.is_wanted && self.taken == 0 && self.outcome.is_none()
     }
+}
+
+/// A process's table of pages, where this host lets it be read.
+pub(super) fn pagemap_of(pid: Pid) -> Option<OwnedFd> {
+    let number = pid.as_raw_nonzero();
+    let opened = File::open(format!("/proc/{number}/pagemap"));
+    opened.ok().map(OwnedFd::from)
 }
 
 impl Watch {
@@ -190,8 +198,7 @@ impl Watch {
         goes_on: bool,
     ) -> Result<(Header, Vec<u8>), TakeError> {
         let state = File::from(rustix::fs::memfd_create("state", MemfdFlags::CLOEXEC)?);
-        let number = self.pid.as_raw_nonzero();
-        let pagemap = File::open(format!("/proc/{number}/pagemap")).ok();
+        let pagemap = pagemap_of(self.pid);
         let request = SnapshotCreate {
             snapshot_type: SnapshotType::Full,
             snapshot_path: Source::passed(0, STATE_NAME),
