@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 
 use rustix::io::{Errno, ReadWriteFlags};
 use vm_memory::VolatileSlice;
@@ -144,25 +144,23 @@ impl<'a> Vectors<'a> {
         start.and_then(|at| filled.get(at..)).unwrap_or_default()
     }
 
-    /// Has the kernel fill or write out what is left, by one call, from `offset` of the file on or
-    /// from where the descriptor is; how many bytes it moved.
+    /// Has the kernel fill or write out what is left, by one call, from `offset` of the file on; how many
+    /// bytes it moved.
     fn pass(
         &mut self,
-        fd: BorrowedFd<'_>,
+        file: &File,
         direction: Direction,
-        offset: Option<libc::off_t>,
+        offset: libc::off_t,
     ) -> io::Result<usize> {
         let rest = self.rest();
-        let (fd, pieces, count) = (fd.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int);
+        let (fd, pieces, count) = (file.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int);
         // SAFETY: `pieces` are `count` in number, and each lies in a slice whose lifetime keeps it
         // mapped, and writable, across the call; `advance` moves none beyond its end. Nothing else
         // has a reference to that memory.
         let n = unsafe {
-            match (direction, offset) {
-                (Direction::In, Some(at)) => libc::preadv(fd, pieces, count, at),
-                (Direction::Out, Some(at)) => libc::pwritev(fd, pieces, count, at),
-                (Direction::In, None) => libc::readv(fd, pieces, count),
-                (Direction::Out, None) => libc::writev(fd, pieces, count),
+            match direction {
+                Direction::In => libc::preadv(fd, pieces, count, offset),
+                Direction::Out => libc::pwritev(fd, pieces, count, offset),
             }
         };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
@@ -220,7 +218,7 @@ fn transfer<'a, B: BitmapSlice + 'a>(
         while !vectors.rest().is_empty() {
             let at = libc::off_t::try_from(offset)
                 .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-            let done = match vectors.pass(file.as_fd(), direction, Some(at)) {
+            let done = match vectors.pass(file, direction, at) {
                 Ok(0) if direction == Direction::In => {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -238,45 +236,11 @@ fn transfer<'a, B: BitmapSlice + 'a>(
     }
 }
 
-/// Reads one packet into `slices` and then, should it be longer, into `spill`; its length.
-///
-/// # Errors
-/// WouldBlock when there is no packet; InvalidInput when there are too many slices; else the
-/// host's.
-pub fn read_packet<'a, B: BitmapSlice + 'a>(
-    fd: impl AsFd,
-    mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
-    spill: &mut [u8],
-) -> io::Result<usize> {
-    let mut vectors = Vectors::new();
-    if !vectors.fill(&mut slices, Direction::In) || vectors.len >= PIECES {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    vectors.push(&VolatileSlice::from(spill));
-    vectors.pass(fd.as_fd(), Direction::In, None)
-}
-
-/// Writes one packet that consists of `slices`; the length taken.
-///
-/// # Errors
-/// InvalidInput when there are too many slices; else the host's.
-pub fn write_packet<'a, B: BitmapSlice + 'a>(
-    fd: impl AsFd,
-    mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
-) -> io::Result<usize> {
-    let mut vectors = Vectors::new();
-    if !vectors.fill(&mut slices, Direction::Out) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    vectors.pass(fd.as_fd(), Direction::Out, None)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::testing::allocator_calls;
     use super::*;
     use std::io::{Seek, Write};
-    use std::os::unix::net::UnixDatagram;
     use vmm_sys_util::tempfile::TempFile;
 
     #[test]
@@ -366,22 +330,5 @@ mod tests {
         assert_eq!((rest[0].iov_len, rest[1].iov_len), (3, 2));
         vectors.advance(5);
         assert!(vectors.rest().is_empty());
-    }
-
-    #[test]
-    fn packet_when_longer_than_the_slices_goes_on_in_the_spill() {
-        let (a, b) = UnixDatagram::pair().unwrap();
-        let mut out = *b"0123456789";
-        let sent = write_packet(&a, pieces(&mut out, 3).into_iter()).unwrap();
-        assert_eq!(sent, 10);
-        let mut memory = [0; 6];
-        let mut spill = [0; 100];
-        let n = read_packet(&b, pieces(&mut memory, 4).into_iter(), &mut spill);
-        assert_eq!(n.unwrap(), 10);
-        assert_eq!(&memory, b"012345");
-        assert_eq!(&spill[..5], b"6789\0");
-        b.set_nonblocking(true).unwrap();
-        let error = read_packet(&b, pieces(&mut memory, 4).into_iter(), &mut spill);
-        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 }

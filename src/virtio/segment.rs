@@ -1,5 +1,6 @@
 //! Pieces of guest memory that have been found to lie in RAM, and what is done with them.
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::Ram;
@@ -19,18 +20,20 @@ pub fn window(
     skip: u32,
     len: u32,
 ) -> impl Iterator<Item = Segment> {
-    let mut skip = skip;
-    let mut left = len;
-    segments.filter_map(move |segment| {
-        let skipped = skip.min(segment.len);
-        skip = skip.saturating_sub(skipped);
-        let taken = segment.len.saturating_sub(skipped).min(left);
-        left = left.saturating_sub(taken);
-        if taken == 0 {
-            return None;
+    let (mut segments, mut skip, mut left) = (segments, skip, len);
+    std::iter::from_fn(move || {
+        while left > 0 {
+            let segment = segments.next()?;
+            let skipped = skip.min(segment.len);
+            skip = skip.saturating_sub(skipped);
+            let taken = segment.len.saturating_sub(skipped).min(left);
+            left = left.saturating_sub(taken);
+            if taken > 0 {
+                let addr = segment.addr.checked_add(u64::from(skipped))?;
+                return Some(Segment { addr, len: taken });
+            }
         }
-        let addr = segment.addr.checked_add(u64::from(skipped))?;
-        Some(Segment { addr, len: taken })
+        None
     })
 }
 
@@ -47,6 +50,13 @@ pub fn slices<'a>(
         ram.get_slices(segment.addr, segment.len as usize)
             .filter_map(Result::ok)
     })
+}
+
+/// Marks the host memory behind `segments` as written.
+pub fn mark_written(ram: &Ram, segments: impl Iterator<Item = Segment>) {
+    for slice in slices(ram, segments) {
+        slice.bitmap().mark_dirty(0, slice.len());
+    }
 }
 
 /// Copies from `segments` into all of `data`; whether there was enough.

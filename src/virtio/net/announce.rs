@@ -3,8 +3,8 @@
 //! Nothing answers it.
 
 use super::{HEADER, Net};
-use crate::sys;
 use crate::sys::io::ErrorText;
+use crate::sys::packets::write_packet;
 use vm_memory::VolatileSlice;
 
 /// The shortest frame that Ethernet has, without its checksum.
@@ -27,7 +27,7 @@ impl Net {
         }
         let mut packet = announcement(mac);
         let packet = VolatileSlice::from(&mut packet[..]);
-        match sys::io::write_packet(&self.tap, std::iter::once(packet)) {
+        match write_packet(&self.tap, std::iter::once(packet)) {
             Ok(_) => self.counters.announcements.one(),
             Err(error) => {
                 crate::warn!(

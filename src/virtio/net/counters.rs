@@ -23,7 +23,7 @@ pub struct NetCounters {
     pub tx_frames: Counter,
     /// Bytes of these, headers not counted.
     pub tx_bytes: Counter,
-    /// How long the tap took for each.
+    /// How long each batch of them took.
     pub tx_times: TimeSummary,
     /// Frames from the guest that the host did not take.
     pub tx_dropped: Counter,

@@ -1,9 +1,10 @@
 //! The network device (virtio 1.2, 5.1): a receive queue and a transmit queue on a [`Tap`].
 //!
-//! Frames go between guest memory and the tap without a copy of ours: one `readv` or `writev` for
-//! each.
+//! Frames go between guest memory and the tap without a copy of ours, in batches: `mod@receive` and
+//! `mod@transmit`.
 
 mod announce;
+mod batch;
 mod buffers;
 mod counters;
 mod receive;
@@ -210,7 +211,8 @@ impl Device for Net {
     const ID: u32 = 1;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE, QUEUE_SIZE];
     const FEATURES: &'static [(u64, &'static str)] = bit::NAMES;
-    const UNITS_MAY_WAIT: bool = false;
+    // A batch of large frames takes some 100 us.
+    const UNITS_MAY_WAIT: bool = true;
     type Update = Update;
     type State = NetState;
     type Counters = NetCounters;

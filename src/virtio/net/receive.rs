@@ -1,17 +1,20 @@
 //! From the tap to the guest.
 //!
 //! A frame is read straight into as many of the guest's buffers as the largest frame may need; those
-//! it did not need stay at hand, parsed, for the next one. Only when the guest has run out of
+//! it did not need stay at hand, parsed, for the next one. Frames come in batches: one system call for
+//! each, but the used index is published once, and the memory of the buffers at hand is looked up once. Only when the guest has run out of
 //! buffers in the middle of a frame does its end wait, for a moment and in memory of ours, for the
 //! guest to bring more.
 
 use std::io;
 
+use super::batch::Batch;
 use super::buffers::Buffers;
 use super::{FRAME_MAX, HEADER, NUM_BUFFERS, Net};
-use crate::sys::{self, clock};
+use crate::sys::clock;
+use crate::sys::packets::Incoming;
 use crate::virtio::queue::Popped;
-use crate::virtio::segment::{copy_out, slices};
+use crate::virtio::segment::{copy_out, mark_written};
 use crate::virtio::{BrokenRing, Progress, Queue, Ram};
 
 /// How long the end of a frame waits for the guest's buffers before the frame is dropped.
@@ -45,71 +48,126 @@ impl UnfinishedFrame {
 }
 
 /// What came of gathering buffers.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Gathered {
     /// There are some, as many as there is a use for.
     Ready,
     /// There are none.
     None,
-    /// One was refused: that was this unit's work.
+    /// One was refused, and returned to the driver.
     Refused,
 }
 
 impl Net {
-    /// Passes one frame from the tap to the guest.
+    /// Passes a batch of frames from the tap to the guest.
     pub(super) fn receive(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
-        if !self.held.is_empty() {
-            self.walk_held(queue, ram)?;
-        }
-        if let Some(frame) = self.unfinished {
-            return self.receive_end(frame, queue, ram);
-        }
-        if !self.readable {
+        let has_frame = self.unfinished.is_some() || self.readable;
+        if !has_frame && self.held.is_empty() {
             return Ok(Progress::Wait);
         }
-        match self.gather(self.room_wanted, queue, ram)? {
-            Gathered::Ready => {}
-            Gathered::None => return Ok(Progress::Wait),
-            Gathered::Refused => return Ok(Progress::More),
-        }
-        // How long it is will only be known when it has been read; the limiter takes a debt.
-        if !self.rx_throttle.permits(1) {
-            self.counters.rx_throttled.one();
+        let mut incoming = self.buffers.incoming(ram);
+        self.walk_held(queue, ram, &mut incoming)?;
+        if !has_frame {
             return Ok(Progress::Wait);
         }
-        let room = if self.mergeable {
-            self.buffers.room()
-        } else {
-            self.buffers.next_room()
-        };
-        let slices = slices(ram, self.buffers.place(0, room));
-        match sys::io::read_packet(&self.tap, slices, &mut self.spill) {
-            Ok(len) => {
-                let len = u32::try_from(len).unwrap_or(u32::MAX);
-                if self.mergeable && room < len && len <= FRAME_MAX {
+        let mut batch = Batch::new();
+        let result = self.receive_batch(&mut batch, queue, ram, &mut incoming);
+        if batch.is_staged {
+            queue.publish_used(ram)?;
+        }
+        self.counters.rx_frames.add(batch.frames);
+        self.counters.rx_bytes.add(batch.bytes);
+        result
+    }
+
+    fn receive_batch<'a>(
+        &mut self,
+        batch: &mut Batch,
+        queue: &mut Queue,
+        ram: &'a Ram,
+        incoming: &mut Incoming<'a>,
+    ) -> Result<Progress, BrokenRing> {
+        while batch.goes_on() {
+            let unfinished = self.unfinished;
+            let wanted = unfinished.map_or(self.room_wanted, |frame| frame.len);
+            let gathered = self.gather(wanted, queue, ram, incoming)?;
+            if gathered == Gathered::Refused {
+                batch.step();
+                continue;
+            }
+            if let Some(frame) = unfinished {
+                if !self.receive_end(frame, batch, queue, ram, incoming)? {
+                    return Ok(batch.progress());
+                }
+                continue;
+            }
+            if gathered == Gathered::None {
+                return Ok(batch.progress());
+            }
+            // How long it is will only be known when it has been read; the limiter takes a debt.
+            if !self.rx_throttle.permits(1) {
+                if batch.progress() == Progress::Wait {
+                    self.counters.rx_throttled.one();
+                }
+                return Ok(batch.progress());
+            }
+            match self.read(ram, incoming) {
+                Ok((len, room)) if self.mergeable && room < len && len <= FRAME_MAX => {
                     self.unfinished = Some(UnfinishedFrame::new(len, room));
-                    return Ok(Progress::More);
+                    batch.step();
                 }
-                self.deliver(len, room, queue, ram)
-            }
-            Err(error) => {
-                // The next frame makes a new edge.
-                self.readable = false;
-                if error.kind() != io::ErrorKind::WouldBlock {
-                    self.counters.rx_failed.one();
-                    self.note_if_gone(&error);
+                Ok((len, room)) => self.deliver(len, room, batch, queue, ram, incoming)?,
+                Err(error) => {
+                    // The next frame makes a new edge.
+                    self.readable = false;
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        self.counters.rx_failed.one();
+                        self.note_if_gone(&error);
+                    }
+                    return Ok(batch.progress());
                 }
-                Ok(Progress::Wait)
             }
         }
+        Ok(Progress::More)
+    }
+
+    /// Reads the next frame into the buffers at hand; its length, and how much of it they can take.
+    fn read(&mut self, ram: &Ram, incoming: &mut Incoming<'_>) -> io::Result<(u32, u32)> {
+        let (room, pieces) = if self.mergeable {
+            self.buffers.all()
+        } else {
+            self.buffers.next()
+        };
+        let spill = if room < FRAME_MAX {
+            &mut self.spill[..]
+        } else {
+            &mut []
+        };
+        let read = incoming.read(&self.tap, pieces, spill);
+        // The log of writes is only looked into while the worker is paused: between two batches.
+        match &read {
+            Ok(len) => {
+                let len = u32::try_from(*len).unwrap_or(u32::MAX);
+                mark_written(ram, self.buffers.place(0, len.min(room)));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => mark_written(ram, self.buffers.place(0, room)),
+        }
+        Ok((u32::try_from(read?).unwrap_or(u32::MAX), room))
     }
 
     /// Takes the buffers at hand that a saved state names. Whatever the guest has made of them since, no
     /// more than what it could have offered anew comes of it.
-    fn walk_held(&mut self, queue: &mut Queue, ram: &Ram) -> Result<(), BrokenRing> {
+    fn walk_held<'a>(
+        &mut self,
+        queue: &mut Queue,
+        ram: &'a Ram,
+        incoming: &mut Incoming<'a>,
+    ) -> Result<(), BrokenRing> {
         for head in &self.held {
             let found = queue.walk_again(ram, *head, &mut self.chain)?;
             let usable = found == Popped::Chain && Buffers::can_hold(&self.chain);
-            if !usable || !self.buffers.push(&self.chain) {
+            if !usable || !self.buffers.push(&self.chain, ram, incoming) {
                 self.counters.rx_invalid.one();
                 queue.add_used(ram, *head, 0)?;
             }
@@ -118,26 +176,27 @@ impl Net {
         Ok(())
     }
 
-    /// Brings the end of a frame to the guest once there is room for it.
+    /// Brings the end of a frame to the guest if there is room for it, or drops the frame after a while;
+    /// `false` if it has to wait.
     fn receive_end(
         &mut self,
         frame: UnfinishedFrame,
+        batch: &mut Batch,
         queue: &mut Queue,
         ram: &Ram,
-    ) -> Result<Progress, BrokenRing> {
-        if let Gathered::Refused = self.gather(frame.len, queue, ram)? {
-            return Ok(Progress::More);
-        }
-        let room = self.buffers.room();
+        incoming: &mut Incoming<'_>,
+    ) -> Result<bool, BrokenRing> {
+        let (room, _) = self.buffers.all();
         if room < frame.len {
             let left = frame.until.saturating_sub(clock::monotonic_nanos());
             if left > 0 {
                 self.rx_throttle.wake_in(left);
-                return Ok(Progress::Wait);
+                return Ok(false);
             }
             self.unfinished = None;
             self.counters.rx_dropped.one();
-            return Ok(Progress::More);
+            batch.step();
+            return Ok(true);
         }
         self.unfinished = None;
         let rest = frame.len.saturating_sub(frame.in_guest);
@@ -146,7 +205,8 @@ impl Net {
         if !copy_out(ram, place, end) {
             return Err(BrokenRing::Memory);
         }
-        self.deliver(frame.len, room, queue, ram)
+        self.deliver(frame.len, room, batch, queue, ram, incoming)?;
+        Ok(true)
     }
 
     /// Passes the frame of `len` bytes, which the tap has just written, to the guest.
@@ -154,13 +214,16 @@ impl Net {
         &mut self,
         len: u32,
         room: u32,
+        batch: &mut Batch,
         queue: &mut Queue,
         ram: &Ram,
-    ) -> Result<Progress, BrokenRing> {
+        incoming: &mut Incoming<'_>,
+    ) -> Result<(), BrokenRing> {
+        batch.step();
         if len <= HEADER || len > room {
             // It did not fit; its buffers take the next one.
             self.counters.rx_dropped.one();
-            return Ok(Progress::More);
+            return Ok(());
         }
         let payload = u64::from(len.saturating_sub(HEADER));
         self.rx_throttle.charge(payload);
@@ -175,40 +238,43 @@ impl Net {
             let Some(buffer) = self.buffers.pop() else {
                 break;
             };
+            incoming.consume(buffer.pieces);
             let used = left.min(buffer.len);
             left = left.saturating_sub(used);
             queue.stage_used(ram, buffer.head, used)?;
         }
-        queue.publish_used(ram)?;
-        self.counters.rx_frames.one();
-        self.counters.rx_bytes.add(payload);
-        Ok(Progress::More)
+        batch.add(payload);
+        Ok(())
     }
 
     /// Gets buffers of `wanted` bytes ready, or as many as there are.
-    fn gather(
+    fn gather<'a>(
         &mut self,
         wanted: u32,
         queue: &mut Queue,
-        ram: &Ram,
+        ram: &'a Ram,
+        incoming: &mut Incoming<'a>,
     ) -> Result<Gathered, BrokenRing> {
-        while self.buffers.room() < wanted {
-            match queue.pop(ram, &mut self.chain)? {
-                Popped::Empty => break,
-                Popped::Chain if Buffers::can_hold(&self.chain) => {
-                    if !self.buffers.push(&self.chain) {
-                        queue.rewind(1);
-                        break;
-                    }
+        while self.buffers.all().0 < wanted {
+            let popped = queue.pop(ram, &mut self.chain)?;
+            if popped == Popped::Empty {
+                break;
+            }
+            if popped == Popped::Chain && Buffers::can_hold(&self.chain) {
+                if self.buffers.push(&self.chain, ram, incoming) {
+                    continue;
                 }
-                Popped::Chain | Popped::Malformed(_) => {
-                    self.counters.rx_invalid.one();
-                    queue.add_used(ram, self.chain.head(), 0)?;
-                    return Ok(Gathered::Refused);
+                if !self.buffers.is_empty() {
+                    // There is place once those at hand are used.
+                    queue.rewind(1);
+                    break;
                 }
             }
+            self.counters.rx_invalid.one();
+            queue.stage_used(ram, self.chain.head(), 0)?;
+            return Ok(Gathered::Refused);
         }
-        Ok(if self.buffers.room() == 0 {
+        Ok(if self.buffers.is_empty() {
             Gathered::None
         } else {
             Gathered::Ready

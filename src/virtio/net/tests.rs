@@ -172,9 +172,7 @@ fn receive_when_one_buffer_is_enough_uses_one() {
         for payload in [100, 1514] {
             bench.peer.send(&frame(payload)).unwrap();
         }
-        for _ in 0..2 {
-            assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
-        }
+        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::Wait));
         assert_eq!(rings.take(), Some((0, 112)));
         assert_eq!(rings.take(), Some((2, 1526)));
@@ -195,7 +193,6 @@ fn receive_when_mergeable_spreads_over_as_many_buffers_as_needed() {
     }
     let sent = frame(65000);
     bench.peer.send(&sent).unwrap();
-    bench.peer.send(&frame(60)).unwrap();
     let before = allocator_calls();
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(allocator_calls(), before);
@@ -211,6 +208,8 @@ fn receive_when_mergeable_spreads_over_as_many_buffers_as_needed() {
     assert_eq!(total, sent.len());
     assert_eq!(guest(&ram, DATA + 12, 65000), sent[12..]);
     // Buffers that were gathered and not needed take the next frame.
+    bench.peer.send(&frame(60)).unwrap();
+    bench.net.backend(source::TAP);
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(rings.take(), Some((u32::from(used), 72)));
 }
@@ -268,7 +267,6 @@ fn receive_when_no_more_buffers_come_drops_the_frame_and_goes_on() {
     std::thread::sleep(Duration::from_nanos(PATIENCE_NANOS));
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(bench.net.counters.rx_dropped.get(), 1);
-    assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(rings.take(), Some((0, 512)));
     assert_eq!(guest(&ram, DATA + 12, 500), frame(500)[12..]);
 }
@@ -283,8 +281,6 @@ fn receive_when_not_mergeable_and_too_long_drops_and_keeps_the_buffer() {
     for payload in [989, 988] {
         bench.peer.send(&frame(payload)).unwrap();
     }
-    assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
-    assert_eq!(rings.used_index(), 0);
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(rings.take(), Some((0, 1000)));
     assert_eq!(bench.net.counters.rx_dropped.get(), 1);
@@ -302,11 +298,10 @@ fn receive_when_buffers_are_unusable_returns_them_empty() {
     rings.offer_chain(4, &[(1 << 20, 2000, true)]);
     rings.offer_chain(5, &[(DATA, 2000, true)]);
     bench.peer.send(&frame(60)).unwrap();
+    assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     for head in [0, 1, 2, 4] {
-        assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
         assert_eq!(rings.take(), Some((head, 0)));
     }
-    assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(rings.take(), Some((5, 72)));
     assert_eq!(bench.net.counters.rx_invalid.get(), 4);
 }
@@ -332,11 +327,10 @@ fn receive_when_buffers_are_in_many_pieces_keeps_to_its_places() {
         bench.peer.send(&frame(payload)).unwrap();
     }
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
-    assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     offer(0, 193, 0);
     offer(200, 50, 0);
     bench.peer.send(&frame(60)).unwrap();
-    assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
+    bench.net.backend(source::TAP);
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(
         guest(&ram, DATA + 1812, 1000)[..988],
