@@ -124,6 +124,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         "the three calls of Landlock, which libc gives no wrappers for",
     ),
     (
+        "src/sys/packets.rs",
+        2,
+        "packets read into and written out of guest memory, by one piece or by vectors",
+    ),
+    (
         "src/sys/pagemap.rs",
         2,
         "PAGEMAP_SCAN and mincore, with structures and a buffer of ours, to find the pages that hold something",

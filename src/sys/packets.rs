@@ -55,10 +55,10 @@ impl<'a> Incoming<'a> {
             self.end -= self.first;
             self.first = 0;
         }
-        if self.end == PIECES {
-            return false;
-        }
-        self.vectors[self.end].write(vector(slice));
+        match self.vectors.get_mut(self.end) {
+            Some(place) if self.end < PIECES => place.write(vector(slice)),
+            _ => return false,
+        };
         self.end += 1;
         true
     }
@@ -80,14 +80,18 @@ impl<'a> Incoming<'a> {
     /// WouldBlock when there is no packet; else the host's.
     pub fn read(&mut self, fd: impl AsFd, count: usize, spill: &mut [u8]) -> io::Result<usize> {
         let end = self.first.saturating_add(count).min(self.end);
+        let Some(behind) = self.vectors.get_mut(end) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
         // What is behind the last piece makes place for the spill.
-        let replaced = self.vectors[end];
-        self.vectors[end].write(libc::iovec {
+        let replaced = *behind;
+        behind.write(libc::iovec {
             iov_base: spill.as_mut_ptr().cast(),
             iov_len: spill.len(),
         });
         let len = end - self.first + usize::from(!spill.is_empty());
-        let (fd, vectors) = (fd.as_fd().as_raw_fd(), &self.vectors[self.first..][..len]);
+        let vectors = self.vectors.get(self.first..self.first + len);
+        let (fd, vectors) = (fd.as_fd().as_raw_fd(), vectors.unwrap_or_default());
         // SAFETY: `push` has written the vectors from `first` to `end`, and this function the one behind
         // them, which is given to the kernel only if it is the spill's. Each is a part of a slice whose
         // lifetime keeps it mapped and writable across the call, or the spill, which is borrowed
@@ -98,11 +102,13 @@ impl<'a> Incoming<'a> {
                     let one = one.assume_init();
                     libc::read(fd, one.iov_base, one.iov_len)
                 }
-                _ => libc::readv(fd, vectors.as_ptr().cast(), len as libc::c_int),
+                _ => libc::readv(fd, vectors.as_ptr().cast(), vectors.len() as libc::c_int),
             }
         };
         let result = usize::try_from(n).map_err(|_| io::Error::last_os_error());
-        self.vectors[end] = replaced;
+        if let Some(behind) = self.vectors.get_mut(end) {
+            *behind = replaced;
+        }
         result
     }
 }

@@ -41,6 +41,8 @@ pub struct Offloads {
     pub ecn: bool,
     /// UDP fragmentation.
     pub ufo: bool,
+    /// UDP segmentation over IPv4 and IPv6: a tap takes both or neither ([`Tap::takes_uso`]).
+    pub uso: bool,
 }
 
 /// Why a tap cannot be had.
@@ -221,6 +223,7 @@ impl Tap {
                     libc::TUN_F_TSO_ECN,
                 ),
                 (offloads.ufo, libc::TUN_F_UFO),
+                (offloads.uso, USO),
             ] {
                 if wanted {
                     bits |= bit;
@@ -228,6 +231,17 @@ impl Tap {
             }
         }
         self.set(libc::TUNSETOFFLOAD, libc::c_ulong::from(bits))
+    }
+
+    /// Whether the host's kernel knows UDP segmentation (Linux 6.2 does). TUNGETFEATURES does not tell:
+    /// it is tried, which leaves the tap without offloads.
+    pub fn takes_uso(&self) -> bool {
+        #[cfg(test)]
+        if self.fake {
+            return true;
+        }
+        let uso = libc::c_ulong::from(libc::TUN_F_CSUM | USO);
+        self.set(libc::TUNSETOFFLOAD, uso).is_ok() && self.set(libc::TUNSETOFFLOAD, 0).is_ok()
     }
 
     /// Changes a setting of the tap.
@@ -290,6 +304,9 @@ pub fn is_gone(error: &io::Error) -> bool {
         Some(libc::EBADFD | libc::ENODEV | libc::ENXIO | libc::EBADF)
     )
 }
+
+/// UDP segmentation over both versions of IP; with only one of them, or without checksums, EINVAL.
+const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 const FLAGS: libc::c_short =
     (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
@@ -395,13 +412,15 @@ mod tests {
     #[test]
     fn set_offloads_when_any_combination_is_taken() {
         let Some(tap) = tap("mf-t-off") else { return };
-        for bits in 0..32 {
+        let takes_uso = tap.takes_uso();
+        for bits in 0..64 {
             tap.set_offloads(Offloads {
                 checksum: bits & 1 != 0,
                 tso4: bits & 2 != 0,
                 tso6: bits & 4 != 0,
                 ecn: bits & 8 != 0,
                 ufo: bits & 16 != 0,
+                uso: takes_uso && bits & 32 != 0,
             })
             .unwrap();
         }

@@ -59,6 +59,12 @@ mod bit {
     pub const HOST_UFO: u64 = 1 << 14;
     /// VIRTIO_NET_F_MRG_RXBUF: a frame may take several buffers.
     pub const MRG_RXBUF: u64 = 1 << 15;
+    /// VIRTIO_NET_F_GUEST_USO4: the guest takes unsegmented UDP (virtio 1.3, 5.1.3).
+    pub const GUEST_USO4: u64 = 1 << 54;
+    /// VIRTIO_NET_F_GUEST_USO6
+    pub const GUEST_USO6: u64 = 1 << 55;
+    /// VIRTIO_NET_F_HOST_USO: we take unsegmented UDP.
+    pub const HOST_USO: u64 = 1 << 56;
 
     pub const NAMES: &[(u64, &str)] = &[
         (CSUM, "VIRTIO_NET_F_CSUM"),
@@ -74,6 +80,9 @@ mod bit {
         (HOST_ECN, "VIRTIO_NET_F_HOST_ECN"),
         (HOST_UFO, "VIRTIO_NET_F_HOST_UFO"),
         (MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
+        (GUEST_USO4, "VIRTIO_NET_F_GUEST_USO4"),
+        (GUEST_USO6, "VIRTIO_NET_F_GUEST_USO6"),
+        (HOST_USO, "VIRTIO_NET_F_HOST_USO"),
     ];
 
     /// What is offered always.
@@ -88,8 +97,12 @@ mod bit {
         | HOST_ECN
         | HOST_UFO
         | MRG_RXBUF;
+    /// What is offered where the tap takes it.
+    pub const USO: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
+    /// A tap takes these together or not at all.
+    pub const GUEST_USO: u64 = GUEST_USO4 | GUEST_USO6;
     /// With any of these, frames may be as large as [`super::FRAME_MAX`].
-    pub const GUEST_LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO;
+    pub const GUEST_LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO;
 }
 
 /// Offsets in the configuration space (virtio 1.2, 5.1.4).
@@ -138,6 +151,7 @@ pub struct Net {
     tap: Tap,
     mac: Option<[u8; 6]>,
     mtu: Option<u16>,
+    takes_uso: bool,
     rx_throttle: Throttle,
     tx_throttle: Throttle,
     /// The tap may have a frame: true from an edge until it said that there is none.
@@ -178,6 +192,7 @@ impl Net {
             *to = *from;
         }
         Ok(Net {
+            takes_uso: tap.takes_uso(),
             tap,
             mac,
             mtu,
@@ -224,6 +239,9 @@ impl Device for Net {
         }
         if self.mtu.is_some() {
             features |= bit::MTU;
+        }
+        if self.takes_uso {
+            features |= bit::USO;
         }
         features
     }
@@ -275,6 +293,7 @@ impl Device for Net {
             tso6: has(bit::GUEST_TSO6),
             ecn: has(bit::GUEST_ECN),
             ufo: has(bit::GUEST_UFO),
+            uso: features & bit::GUEST_USO == bit::GUEST_USO,
         };
         match self.tap.set_offloads(offloads) {
             // Without a tap the device works like one without a cable.
@@ -307,6 +326,15 @@ impl Device for Net {
             source::RECEIVE_TIMER => QueueSet::one(queue::RECEIVE),
             _ => QueueSet::one(queue::TRANSMIT),
         }
+    }
+
+    fn poll(&mut self) -> QueueSet {
+        if self.gone {
+            return QueueSet::NONE;
+        }
+        // To try and read costs less than to ask.
+        self.readable = true;
+        QueueSet::one(queue::RECEIVE)
     }
 
     fn update(&mut self, update: Update) -> Updated {

@@ -86,6 +86,7 @@ fn features_when_options_are_given_follow() {
     };
     let plain = with(None, None);
     assert_eq!(plain.features() & (bit::MAC | bit::MTU), 0);
+    assert_eq!(plain.features() & bit::USO, bit::USO);
     let full = with(Some([2, 3, 4, 5, 6, 7]), Some(9000));
     assert_eq!(full.features() & (bit::MAC | bit::MTU), bit::MAC | bit::MTU);
     let mut config = [0; 12];
