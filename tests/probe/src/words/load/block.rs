@@ -151,7 +151,11 @@ impl Limits {
         let pieces_max = limit(feature::SEG_MAX, config::SEG_MAX, 1).min(PIECES as u64);
         let piece_max = limit(feature::SIZE_MAX, config::SIZE_MAX, u64::MAX);
         let piece = load.piece.min(piece_max);
-        let pieces = load.size.div_ceil(piece).min(pieces_max);
+        // An operation is cut into requests of the same size.
+        let pieces = match load.size.div_ceil(piece) {
+            all if all <= pieces_max => all,
+            _ => 1 << pieces_max.ilog2(),
+        };
         let size = (pieces * piece).min(load.size);
         let depth = load.depth.saturating_mul(load.size.div_ceil(size));
         let places = (device.config(config::CAPACITY, 8) * SECTOR) / size;
