@@ -23,6 +23,7 @@ figures
   life       exec to the end of the process, processor time of a life, lives per second
   snapshot   restore to first guest byte and ping reply; pauses for full and diff snapshots and forks; clones (needs root)
   block      a disk under load: requests and bytes per second, processor time of a request
+  all        block and net
   net        a network interface under load: frames per second both ways, time to and fro (needs root)
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
@@ -32,16 +33,18 @@ options
   --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
-  --probe PATH       api-load, limits, snapshot, block and net: the probe guest, in place of the one just built
+  --probe PATH       api-load, limits, snapshot, block, net and all: the probe guest, in place of the one just built
   --linux DIR        console and snapshot: the folder that tools/guest made (target/guest)
   --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
-                     seconds; api-load, limits, block and net: 5; others: 3)
+                     seconds; api-load, limits, block, net and all: 5; others: 3)
   --vms N            VMs at once, for density (50) and snapshot (1000)
-  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block and net: only the
+  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block, net and all: only the
                      cases whose names hold NAME ('depth 32'); may be repeated
   --media DIR        block: where the disk lies (/dev/shm, which is tmpfs)
-  --span MS          block and net: how long each case takes in each round (400)
+  --span MS          block, net and all: how long each case takes in each round (400)
   --devices          start and api: with one drive and one network interface (needs root)
+  --svg FILE         block, net and all: also draw the comparison to FILE
+  --commit TEXT      the commit that was built, for --json and --svg (tools/bench gives it)
   --json FILE        also write every sample to FILE
 
 On a machine with other work, `chrt -r 5 tools/bench ...` (root) measures what is started here before that work; where
@@ -75,6 +78,8 @@ pub enum Which {
     Block,
     /// Network interfaces: see `load`.
     Net,
+    /// Both.
+    All,
 }
 
 /// What was asked for.
@@ -102,6 +107,10 @@ pub struct Args {
     pub linux: Option<PathBuf>,
     /// The jailers with Firecracker's command line, by the monitor's name.
     pub jailers: Vec<(String, PathBuf)>,
+    /// Where the picture goes.
+    pub svg: Option<PathBuf>,
+    /// The commit that was built.
+    pub commit: Option<String>,
     /// Where the samples go.
     pub json: Option<PathBuf>,
 }
@@ -115,6 +124,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let (mut which, mut runs, mut json) = (None, None, None);
     let (mut vms, mut devices, mut probe) = (None, false, None);
     let mut rows = Vec::new();
+    let (mut svg, mut commit) = (None, None);
     let (mut media, mut span_ms) = (PathBuf::from("/dev/shm"), 400);
     let (mut ours, mut with_ours, mut linux) = (None, true, None);
     let mut others = Vec::new();
@@ -140,6 +150,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "jail" => which = Some(Which::Jail),
             "block" => which = Some(Which::Block),
             "net" => which = Some(Which::Net),
+            "all" => which = Some(Which::All),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
             "--jailer" => {
@@ -156,6 +167,8 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "--span" => span_ms = count(&word, &value()?)?,
             "--row" => rows.push(value()?),
             "--devices" => devices = true,
+            "--svg" => svg = Some(PathBuf::from(value()?)),
+            "--commit" => commit = Some(value()?),
             "--json" => json = Some(PathBuf::from(value()?)),
             _ => {
                 return Err(Failure::new(format!(
@@ -166,7 +179,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block or net",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block, net or all",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -199,19 +212,20 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let usual = match which {
         Which::Start | Which::Api | Which::Life | Which::Jail => 30,
         Which::Snapshot => 20,
-        Which::ApiLoad | Which::Limits | Which::Block | Which::Net => 5,
+        Which::ApiLoad | Which::Limits | Which::Block | Which::Net | Which::All => 5,
         Which::Console | Which::Memory | Which::Density => 3,
     };
     match which {
         Which::Snapshot => snapshot::check_rows(&rows)?,
-        Which::Block | Which::Net => {}
+        Which::Block | Which::Net | Which::All => {}
         _ if rows.is_empty() => {}
         _ => return Err(Failure::new("--row goes with snapshot, block and net only")),
     }
-    let needs_probe = matches!(
-        which,
-        Which::ApiLoad | Which::Limits | Which::Snapshot | Which::Block | Which::Net
-    );
+    let has_load = matches!(which, Which::Block | Which::Net | Which::All);
+    if svg.is_some() && !has_load {
+        return Err(Failure::new("--svg goes with block, net and all only"));
+    }
+    let needs_probe = has_load || matches!(which, Which::ApiLoad | Which::Limits | Which::Snapshot);
     if needs_probe && probe.is_none() {
         return Err(Failure::new("say which probe guest: --probe PATH"));
     }
@@ -227,6 +241,8 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         span_ms,
         linux,
         jailers,
+        svg,
+        commit,
         json,
     }))
 }
@@ -303,6 +319,8 @@ mod tests {
             "snapshot --no-mayfly",
             "snapshot --no-mayfly --probe p --row what",
             "start --no-mayfly --row fork",
+            "start --no-mayfly --svg x",
+            "block --no-mayfly",
             "start --no-mayfly --with b=/proc/self/exe --jailer b=/proc/self/exe",
             "jail --no-mayfly --jailer b=/proc/self/exe",
         ] {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -19,6 +20,7 @@ pub struct Host {
     /// Load average of the last minute when the measurement began.
     pub load: f64,
     began: Option<Ticks>,
+    read_at: SystemTime,
 }
 
 /// Processor time used since boot, in the kernel's ticks, by all processors together.
@@ -57,6 +59,7 @@ impl Host {
             cpu: cpu.to_owned(),
             load: load(),
             began: ticks(),
+            read_at: SystemTime::now(),
         }
     }
 
@@ -71,15 +74,26 @@ impl Host {
         }
     }
 
+    /// The day, in UTC.
+    pub fn date(&self) -> String {
+        let since = self.read_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        date(since.as_secs() / 86_400)
+    }
+
+    /// The machine in a few words.
+    pub fn line(&self) -> String {
+        format!(
+            "Linux {}, {} cores ({}), KVM: {}",
+            self.kernel, self.cores, self.cpu, self.kvm
+        )
+    }
+
     /// One paragraph for people.
     pub fn text(&self) -> String {
         let others = self.others() * 100.0;
         let mut text = format!(
-            "host: Linux {}, {} cores ({}), KVM: {}\n      load average {:.2} at the start, {:.2} at the end; others used {others:.0}% of the processors meanwhile\n",
-            self.kernel,
-            self.cores,
-            self.cpu,
-            self.kvm,
+            "host: {}\n      load average {:.2} at the start, {:.2} at the end; others used {others:.0}% of the processors meanwhile\n",
+            self.line(),
             self.load,
             load(),
         );
@@ -103,6 +117,22 @@ impl Host {
             "others_share": self.others(),
         })
     }
+}
+
+/// A day of the Gregorian calendar by its number since 1970-01-01.
+fn date(days: u64) -> String {
+    // Counted in years that begin in March, so that the leap day is a year's last.
+    let days = days + 719_468;
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (year, month) = match month {
+        0..=9 => (era * 400 + year, month + 3),
+        _ => (era * 400 + year + 1, month - 9),
+    };
+    format!("{year:04}-{month:02}-{day:02}")
 }
 
 fn ticks() -> Option<Ticks> {
@@ -140,6 +170,19 @@ fn load() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn date_when_of_known_days_is_theirs() {
+        let known = [
+            (0, "1970-01-01"),
+            (59, "1970-03-01"),
+            (11_016, "2000-02-29"),
+            (20_786, "2026-11-29"),
+        ];
+        for (days, text) in known {
+            assert_eq!(date(days), text);
+        }
+    }
 
     #[test]
     fn ticks_when_parsed_leave_out_waiting_and_what_is_counted_twice() {

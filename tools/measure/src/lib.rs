@@ -29,6 +29,7 @@ pub mod load;
 pub mod memory;
 pub mod monitor;
 pub mod proc;
+pub mod progress;
 pub mod report;
 pub mod rounds;
 pub mod snapshot;

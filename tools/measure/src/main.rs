@@ -8,6 +8,7 @@ use mayfly_measure::failure::{Context, Failure, Result};
 use mayfly_measure::filter::Filters;
 use mayfly_measure::guest::{Size, Task};
 use mayfly_measure::host::Host;
+use mayfly_measure::load::picture::{self, Heading};
 use mayfly_measure::monitor::{CommandLine, Monitor};
 use mayfly_measure::report::Measured;
 use mayfly_measure::rounds::{Figure, Plan};
@@ -42,7 +43,10 @@ fn run() -> Result<()> {
         return Ok(());
     }
     let host = Host::read();
-    let with_tap = matches!(args.which, Which::Limits | Which::Snapshot | Which::Net);
+    let with_tap = matches!(
+        args.which,
+        Which::Limits | Which::Snapshot | Which::Net | Which::All
+    );
     let workspace = Workspace::new(args.devices || with_tap)?;
     let filters = filters(&args, &workspace)?;
     let Measured {
@@ -50,6 +54,7 @@ fn run() -> Result<()> {
         figures,
         notes,
         has_failures,
+        is_too_busy,
     } = measured(&args, &workspace)?;
 
     print!("{}", host.text());
@@ -95,10 +100,18 @@ fn run() -> Result<()> {
             "host": host.json(),
             "monitors": monitors,
             "runs": args.runs,
+            "date": host.date(),
+            "commit": args.commit,
+            "too_busy": is_too_busy,
             "devices": args.devices,
             "figures": figures,
         });
         fs::write(path, format!("{all:#}\n")).cannot(|| format!("write {}", path.display()))?;
+    }
+    if let Some(path) = &args.svg {
+        let heading = heading(&args, &host, is_too_busy);
+        let text = picture::svg(&figures, &rows, OURS, &heading);
+        fs::write(path, text).cannot(|| format!("write {}", path.display()))?;
     }
     if has_failures {
         return Err(Failure::new(
@@ -108,11 +121,37 @@ fn run() -> Result<()> {
     Ok(())
 }
 
+/// What stands above the picture.
+fn heading(args: &Args, host: &Host, is_too_busy: bool) -> Heading {
+    let monitors: Vec<String> = args
+        .monitors
+        .iter()
+        .filter_map(|monitor| Some(format!("{}: {}", monitor.name, monitor.version()?)))
+        .collect();
+    let commit = args.commit.as_deref().unwrap_or("unknown");
+    let mut lines = vec![
+        format!(
+            "{}; commit {commit}; medians of {} rounds",
+            host.date(),
+            args.runs
+        ),
+        host.line(),
+        monitors.join("; "),
+    ];
+    if is_too_busy {
+        lines.push("THE MACHINE WAS TOO BUSY for these figures to be believed".to_owned());
+    }
+    Heading {
+        title: "mayfly beside others: a bare-metal guest under load".to_owned(),
+        lines,
+    }
+}
+
 fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
-        Which::Console | Which::Block | Which::Net => 0,
+        Which::Console | Which::Block | Which::Net | Which::All => 0,
     };
     Plan {
         warm_up,
@@ -142,7 +181,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
             };
             return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
         }
-        Which::Block | Which::Net => {
+        Which::Block | Which::Net | Which::All => {
             let wanted = load::Wanted {
                 probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
                 media: &args.media,
@@ -151,6 +190,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
                 ours: OURS,
             };
             return match args.which {
+                Which::All => load::all(workspace, &args.monitors, plan(args), &wanted),
                 Which::Net => load::net(workspace, &args.monitors, plan(args), &wanted),
                 _ => load::block(workspace, &args.monitors, plan(args), &wanted),
             };
@@ -175,6 +215,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
         figures,
         notes: notes.to_owned(),
         has_failures: false,
+        is_too_busy: false,
     })
 }
 
@@ -206,7 +247,7 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
-        Which::Life | Which::Snapshot | Which::Jail | Which::Block | Which::Net => {
+        Which::Life | Which::Snapshot | Which::Jail | Which::Block | Which::Net | Which::All => {
             unreachable!("their rows are their own")
         }
     })

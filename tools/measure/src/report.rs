@@ -19,6 +19,8 @@ pub struct Measured {
     pub notes: String,
     /// A monitor failed and was left out of a figure.
     pub has_failures: bool,
+    /// The machine was too busy for the figures to be believed.
+    pub is_too_busy: bool,
 }
 
 const BAR_CELLS: f64 = 48.0;

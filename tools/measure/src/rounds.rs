@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::failure::{Failure, Result};
+use crate::progress::Progress;
 use crate::sys;
 
 /// One measured quantity.
@@ -62,6 +63,7 @@ pub fn run<R>(
     mut measure: impl FnMut(&R) -> Result<Vec<Sample>>,
 ) -> Result<Vec<Figure>> {
     let mut figures: Vec<Figure> = Vec::new();
+    let mut progress = Progress::new((plan.warm_up + plan.runs) * monitors.len());
     for round in 0..plan.warm_up + plan.runs {
         for index in order(round, monitors.len()) {
             if sys::interrupted() {
@@ -72,6 +74,7 @@ pub fn run<R>(
                     gather(&mut figures, monitors.len(), index, sample);
                 }
             }
+            progress.step();
         }
     }
     Ok(figures)

@@ -3,6 +3,7 @@
 //! - `guest`: a probe guest that is told by its console what to do, and what it and the kernel say of the work;
 //! - `block`: the cases of disks, and the same reads and writes by this program itself, which is the floor;
 //! - `net`: the cases of network interfaces, and the same traffic by this program itself at the bare tap;
+//! - `picture`: the same as a chart;
 //! - `summary`: one line for each case: our monitor beside the better engine of the best peer.
 //!
 //! The guest is bare metal, polls, and keeps a number of requests in flight by itself (tests/probe, words/load), so that
@@ -11,6 +12,7 @@
 mod block;
 mod guest;
 mod net;
+pub mod picture;
 mod summary;
 
 use std::path::Path;
@@ -105,6 +107,42 @@ pub fn net(
     Ok(measured(rows, figures, wanted, net::NOTES, &waits))
 }
 
+/// Measures both. Rows that only one of them has are empty in the figures of the other.
+pub fn all(
+    workspace: &Workspace,
+    monitors: &[Monitor],
+    plan: Plan,
+    wanted: &Wanted<'_>,
+) -> Result<Measured> {
+    let disks = block(workspace, monitors, plan, wanted)?;
+    let interfaces = net(workspace, monitors, plan, wanted)?;
+    let mut rows = disks.rows;
+    let mut figures = disks.figures;
+    for row in &interfaces.rows {
+        if !rows.iter().any(|known| known.name == row.name) {
+            rows.push(row.clone());
+        }
+    }
+    for figure in &mut figures {
+        figure.samples.resize(rows.len(), Vec::new());
+    }
+    for mut figure in interfaces.figures {
+        let mut samples = vec![Vec::new(); rows.len()];
+        for (row, taken) in interfaces.rows.iter().zip(&mut figure.samples) {
+            let place = rows.iter().position(|known| known.name == row.name);
+            samples[place.expect("each row was added")] = std::mem::take(taken);
+        }
+        figures.push(Figure { samples, ..figure });
+    }
+    Ok(Measured {
+        rows,
+        figures,
+        notes: format!("{}\n{}", disks.notes, interfaces.notes),
+        has_failures: false,
+        is_too_busy: disks.is_too_busy || interfaces.is_too_busy,
+    })
+}
+
 fn measured(
     rows: Vec<Row>,
     figures: Vec<Figure>,
@@ -121,6 +159,7 @@ fn measured(
         figures,
         notes,
         has_failures: false,
+        is_too_busy: waits.too_busy(),
     }
 }
 

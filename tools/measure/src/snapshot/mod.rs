@@ -131,6 +131,7 @@ pub fn measure(
         rows: bench.rows,
         figures,
         notes,
+        is_too_busy: false,
         has_failures: reasons.any(|reason| matches!(reason, Reason::Failed(_))),
     })
 }
