@@ -26,7 +26,7 @@ const LARGE_BUFFER: u64 = 65_562;
 const BATCH: u32 = 16;
 /// How long no frame may come before a span of work begins, and how long a frame may be on its way.
 const QUIET_MS: u64 = 20;
-const LOST_MS: u64 = 200;
+const LOST_MS: u64 = 50;
 /// Headers of a TCP segment: Ethernet, IPv4, TCP.
 const TCP_HEADERS: u64 = 54;
 const SEGMENT: u64 = 1448;
@@ -398,15 +398,16 @@ fn receive(port: &mut Port, size: u64, ms: u64) -> Outcome {
     Ok(tally.text(port, text!("others={strange}")))
 }
 
-/// Sends a frame and waits for the host's answer to it, again and again.
+/// Sends a frame and waits for the host's answer to it, again and again, for `ms` milliseconds from the first answer on: the
+/// host may begin to answer a little later.
 fn ping_pong(port: &mut Port, size: u64, ms: u64) -> Outcome {
     let frame = Prepared::new(port, size)?;
     let number_at = frame.frame() + ETHERNET as u64;
     let mut latency = Latency::new();
     let (mut number, mut lost) = (0u64, 0u64);
     begun();
-    let start = x86::rdtsc();
-    let end = super::end_of_span(ms);
+    let (mut start, mut end) = (0, u64::MAX);
+    let patience = Deadline::in_ms(clock::patience_ms());
     while x86::rdtsc() < end {
         number += 1;
         x86::store(number_at, 8, number.to_be());
@@ -433,7 +434,13 @@ fn ping_pong(port: &mut Port, size: u64, ms: u64) -> Outcome {
             }
         }
         match answered {
+            true if start == 0 => {
+                start = x86::rdtsc();
+                end = super::end_of_span(ms);
+            }
             true => latency.add(x86::rdtsc() - sent),
+            false if start == 0 && patience.passed() => return Err("no answer ever came".into()),
+            false if start == 0 => {}
             false => lost += 1,
         }
         let limit = Deadline::in_ms(clock::patience_ms());
