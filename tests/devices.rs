@@ -531,6 +531,63 @@ fn frames_when_echoed_come_back_as_they_were() {
     }
 }
 
+/// Frame number `n` of a flood: of any size, its content follows from its number.
+fn flood_frame(n: u64, content: &[u8], frame: &mut Vec<u8>) {
+    let size = 60 + (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize % (9014 - 60 + 1);
+    frame.clear();
+    frame.extend([6, 0, 0xac, 0x10, 9, 2, 2, 0, 0, 0, 0, 1]);
+    frame.extend(EXPERIMENT.to_be_bytes());
+    frame.extend(n.to_le_bytes());
+    let from = n as usize % 4093;
+    frame.extend(&content[from..from + size - frame.len()]);
+}
+
+/// MAYFLY_NET_MIB makes it a long run: how much goes each way, 16 MiB without it.
+#[test]
+fn frames_when_many_are_echoed_come_back_whole_and_in_order() {
+    needs!(kvm, root);
+    // So many that no buffer on the way is full: none may be lost.
+    const ON_THE_WAY: u64 = 10;
+    let mib = std::env::var("MAYFLY_NET_MIB").map_or(16, |mib| mib.parse().unwrap());
+    let (netns, folder) = (Netns::new(), Folder::new());
+    let quiet = "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6";
+    netns.run("sh", &["-c", quiet]);
+    netns.tap("mftap", "172.16.9.1/24");
+    netns.run("ip", &["link", "set", "mftap", "mtu", "9000"]);
+    let mut content = vec![0; 9014 + 4093];
+    pattern::fill(7, 0, &mut content);
+    let (mut count, mut bytes, mut frame) = (0, 0, Vec::new());
+    while bytes < mib << 20 {
+        flood_frame(count, &content, &mut frame);
+        (count, bytes) = (count + 1, bytes + frame.len());
+    }
+    let word = format!("netecho:0:{count}:offload");
+    let (mut monitor, _) = with_card(&netns, &folder, &word);
+    monitor.expect("probe: netecho ready mac=06:00:ac:10:09:02");
+    netns.inside(|| {
+        let mut socket = sys::frames("mftap", EXPERIMENT);
+        let (mut sent, mut expected, mut received) = (0, Vec::new(), vec![0; 1 << 16]);
+        for n in 0..count {
+            while sent < count.min(n + ON_THE_WAY) {
+                flood_frame(sent, &content, &mut frame);
+                socket.write_all(&frame).unwrap();
+                sent += 1;
+            }
+            let len = socket
+                .read(&mut received)
+                .unwrap_or_else(|e| panic!("frame {n} of {count}: {e}: {}", monitor.stdout()));
+            flood_frame(n, &content, &mut expected);
+            let (to, from) = expected[..12].split_at_mut(6);
+            to.swap_with_slice(from);
+            assert!(received[..len] == expected[..], "frame {n} of {count}");
+        }
+    });
+    monitor.exits_with(0);
+    let told = format!("frames={count} bytes={bytes} ");
+    let output = monitor.stdout();
+    assert!(line(&output, &word).contains(&told), "{output}");
+}
+
 #[test]
 fn frames_when_sent_by_the_guest_all_reach_the_host() {
     needs!(kvm, root);

@@ -1,3 +1,5 @@
+mod batches;
+
 use super::super::queue::QueueState;
 use super::super::testing::{Rings, ram};
 use super::receive::PATIENCE_NANOS;
