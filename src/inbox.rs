@@ -85,7 +85,7 @@ impl<T> Inbox<T> {
     /// The bell is silenced by [`Inbox::silence`], once per wake-up and before the first
     /// `next`, so that a message sent in between rings again.
     pub fn next(&self) -> Option<T> {
-        if !self.bell.is_pending.load(Ordering::Acquire) {
+        if !self.is_pending() {
             return None;
         }
         if let Ok(message) = self.queue.try_recv() {
@@ -98,6 +98,11 @@ impl<T> Inbox<T> {
         // There may be more where that came from.
         self.bell.is_pending.swap(true, Ordering::AcqRel);
         Some(message)
+    }
+
+    /// Whether there may be a message.
+    pub fn is_pending(&self) -> bool {
+        self.bell.is_pending.load(Ordering::Acquire)
     }
 
     /// The next message, if one comes until `deadline`.

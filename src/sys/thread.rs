@@ -1,5 +1,5 @@
-//! The name of the calling thread: in its log lines, and in the last line of a thread that ends
-//! the process.
+//! The calling thread: its name, which is in its log lines and in the last line of a thread that ends
+//! the process, and the CPUs it may use.
 
 use std::cell::Cell;
 
@@ -24,6 +24,16 @@ pub fn with_name<R>(with: impl FnOnce(&str) -> R) -> R {
     let (bytes, len) = NAME.get();
     let name = bytes.get(..len).unwrap_or_default();
     with(std::str::from_utf8(name).unwrap_or("?"))
+}
+
+/// How many CPUs the calling thread may run on. One when the host does not tell.
+pub fn allowed_cpus() -> u32 {
+    rustix::thread::sched_getaffinity(None).map_or(1, |cpus| cpus.count())
+}
+
+/// Lets threads that wait for this CPU run first.
+pub fn yield_now() {
+    std::thread::yield_now();
 }
 
 #[cfg(test)]

@@ -58,7 +58,9 @@ pub use interrupt::Interrupt;
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
 pub use state::{DeviceState, Start, StateError};
-pub use worker::{Done, WorkerCounters, WorkerEvent, WorkerReply, attach};
+pub use worker::{
+    DEFAULT_MICROS as POLL_DEFAULT_MICROS, Done, WorkerCounters, WorkerEvent, WorkerReply, attach,
+};
 
 /// Device status bits (virtio 1.2, 2.1).
 pub mod status {
@@ -179,10 +181,6 @@ pub trait Device: Send + 'static {
     fn backend(&mut self, source: usize) -> QueueSet;
     /// Looks, without waiting, whether the host has brought something; the queues that may now have
     /// work. Called again and again while the worker polls, so it must be cheap.
-    #[expect(
-        dead_code,
-        reason = "for the worker that polls, which is the next step"
-    )]
     fn poll(&mut self) -> QueueSet {
         QueueSet::NONE
     }

@@ -204,13 +204,6 @@ impl Queue {
     }
 
     /// Whether the driver has offered a chain that was not popped.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "for the worker that polls, which is the next step"
-        )
-    )]
     pub fn has_chain(&self, ram: &Ram) -> bool {
         self.load_avail(ram, ring::INDEX)
             .is_ok_and(|index| index != self.ring.next_avail())

@@ -17,6 +17,9 @@ pub const TAP_NAME_MAX: usize = 15;
 /// The least MTU that IPv4 allows.
 pub const MTU_MIN: u16 = 68;
 
+/// The longest that a device's thread may be told to look for work before it sleeps, in microseconds.
+pub const POLL_US_MAX: u16 = 1000;
+
 /// Longest `--id` in bytes.
 pub const INSTANCE_ID_MAX: usize = 64;
 

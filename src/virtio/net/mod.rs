@@ -329,7 +329,8 @@ impl Device for Net {
     }
 
     fn poll(&mut self) -> QueueSet {
-        if self.gone {
+        if self.readable || self.gone {
+            // What is waited for then is buffers, or the limiter's timer.
             return QueueSet::NONE;
         }
         // To try and read costs less than to ask.

@@ -1,5 +1,6 @@
 //! What every worker counts, for any device.
 
+use super::polling::Outcome;
 use crate::metrics::{Counter, Report};
 
 /// What every worker counts.
@@ -15,6 +16,12 @@ pub struct WorkerCounters {
     kicks: Box<[Counter]>,
     /// Interrupts for used buffers.
     pub interrupts: Counter,
+    /// Waits for work whose polling found some.
+    pub polls_paid: Counter,
+    /// Waits for work whose polling found none.
+    pub polls_vain: Counter,
+    /// Waits for work whose polling ended because the thread lost its CPU.
+    pub polls_preempted: Counter,
 }
 
 impl WorkerCounters {
@@ -26,12 +33,24 @@ impl WorkerCounters {
             broken: Counter::new(),
             kicks: (0..queues).map(|_| Counter::new()).collect(),
             interrupts: Counter::new(),
+            polls_paid: Counter::new(),
+            polls_vain: Counter::new(),
+            polls_preempted: Counter::new(),
         }
     }
 
     pub(super) fn kicked(&self, queue: usize) {
         if let Some(kicks) = self.kicks.get(queue) {
             kicks.one();
+        }
+    }
+
+    pub(super) fn polled(&self, outcome: Option<Outcome>) {
+        match outcome {
+            None => {}
+            Some(Outcome::Paid) => self.polls_paid.one(),
+            Some(Outcome::Vain) => self.polls_vain.one(),
+            Some(Outcome::Preempted) => self.polls_preempted.one(),
         }
     }
 
@@ -73,6 +92,18 @@ impl WorkerCounters {
             &device,
             self.interrupts.get(),
         );
+        for (result, polls) in [
+            ("work", &self.polls_paid),
+            ("nothing", &self.polls_vain),
+            ("preempted", &self.polls_preempted),
+        ] {
+            report.counter(
+                "mayfly_device_polls_total",
+                "Waits for work in which the device's thread polled, by what ended the polling.",
+                &[("device", name), ("result", result)],
+                polls.get(),
+            );
+        }
         for (queue, kicks) in self.kicks.iter().enumerate() {
             report.counter(
                 "mayfly_device_kicks_total",

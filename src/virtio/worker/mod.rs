@@ -13,6 +13,7 @@
 
 mod counters;
 pub(super) mod messages;
+mod polling;
 pub(super) mod state;
 #[cfg(test)]
 mod tests;
@@ -30,14 +31,17 @@ use event_manager::{
 use vmm_sys_util::eventfd::EventFd;
 
 use self::messages::ControlMsg;
+use self::polling::Polling;
 use self::worker_loop::{Turn, WorkerLoop};
 use super::registers::{DriverMsg, Offer, RegistersState, driver_messages};
 use super::state::feature_names;
 use super::status::DRIVER_OK;
 use super::{Device, DeviceHandle, Interrupt, QueueSet, Ram, Registers, Start, StateError};
 use crate::inbox::{Inbox, Outbox, inbox};
+use crate::sys::clock;
 pub use counters::WorkerCounters;
 pub use messages::{Done, WorkerEvent, WorkerReply};
+pub use polling::DEFAULT_MICROS;
 pub use state::{Phase, WorkerState};
 
 /// Control waits for an answer before it asks again, but it may give up on one that is late.
@@ -164,6 +168,14 @@ pub struct Worker<D: Device> {
 }
 
 impl<D: Device> Worker<D> {
+    /// Has it poll for up to `micros` microseconds before it sleeps; without this call it never does.
+    pub fn poll_up_to(&mut self, micros: u16) {
+        if let Ok(subscriber) = self.manager.subscriber_mut(self.id) {
+            let polling = Polling::up_to(micros);
+            subscriber.body.set_polling(polling, clock::monotonic_nanos);
+        }
+    }
+
     /// Lets the device do what only its own thread can do, and only without a filter. Control is told
     /// when the device cannot go on.
     pub fn enter_thread(&mut self) {
@@ -191,9 +203,11 @@ impl<D: Device> Worker<D> {
                 self.fail(io::Error::last_os_error());
                 break;
             };
-            wait = match subscriber.body.turn() {
+            if millis != 0 {
+                subscriber.body.woke();
+            }
+            wait = match subscriber.body.work() {
                 Turn::More => Some(0),
-                Turn::Wait if subscriber.body.arm() => Some(0),
                 Turn::Wait => Some(-1),
                 Turn::Stopped => None,
             };

@@ -11,7 +11,8 @@
 //! that the device bounds, at most [`UNITS_PER_TURN`] of them between two looks at the
 //! descriptors, and with a look at both inboxes between any two. Only before the thread sleeps is the
 //! driver asked to kick, for the queues that were found empty ([`WorkerLoop::arm`]): one that waits for
-//! the host needs no kick. Paused, a worker does no unit at
+//! the host needs no kick. Before it sleeps it may poll (`polling`): it then looks at the same things as
+//! the descriptors stand for, without a system call of its own. Paused, a worker does no unit at
 //! all and so touches no guest memory; messages are still answered.
 //!
 //! **Draining.** A device may have requests in flight: begun, and still using guest memory. A
@@ -28,6 +29,7 @@
 mod saved;
 
 use std::fmt;
+use std::hint;
 use std::io;
 use std::mem;
 use std::sync::Arc;
@@ -35,11 +37,12 @@ use std::sync::mpsc::SyncSender;
 
 use super::counters::WorkerCounters;
 use super::messages::{ControlMsg, Done, WorkerReply};
+use super::polling::Polling;
 use super::state::{Phase, StateBuffer};
 use crate::bus::Completer;
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox};
-use crate::sys::clock;
+use crate::sys::{clock, thread};
 use crate::virtio::queue::QueueState;
 use crate::virtio::registers::DriverMsg;
 use crate::virtio::{Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, Updated};
@@ -50,10 +53,13 @@ const UNITS_PER_TURN: u32 = 64;
 /// How long the driver may be left without an interrupt while units go on.
 const LATE_NANOS: u64 = 100_000;
 
+/// Turns without a look at the descriptors, while polling finds work: the timers are among them.
+const TURNS_UNSEEN: u32 = 64;
+
 /// What the thread does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// There is work left.
+    /// There is work left, or may be: look at the descriptors.
     More,
     /// Nothing to do before the next event.
     Wait,
@@ -101,6 +107,10 @@ pub(super) struct WorkerLoop<D: Device> {
     pauses: Vec<u64>,
     /// Taken from the inbox while a pause waited, and to be done after it.
     put_off: Option<ControlMsg<D>>,
+    polling: Polling,
+    /// Something was done since the present wait for work began.
+    has_worked: bool,
+    clock: fn() -> u64,
 }
 
 impl<D: Device> WorkerLoop<D> {
@@ -142,6 +152,9 @@ impl<D: Device> WorkerLoop<D> {
             draining: None,
             pauses: Vec::with_capacity(super::CONTROL_MESSAGES),
             put_off: None,
+            polling: Polling::off(),
+            has_worked: false,
+            clock: clock::monotonic_nanos,
         }
     }
 
@@ -150,8 +163,22 @@ impl<D: Device> WorkerLoop<D> {
         &self.name
     }
 
+    /// Polls as `polling` says from now on, by the time that `clock` tells.
+    pub(super) fn set_polling(&mut self, polling: Polling, clock: fn() -> u64) {
+        self.polling = polling;
+        self.clock = clock;
+    }
+
+    #[cfg(test)]
+    pub(super) fn device_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
+
     /// The thread is the device's own from now on, and has no filter yet.
     pub(super) fn enter_thread(&mut self) -> io::Result<()> {
+        if self.polling.is_on() && thread::allowed_cpus() < 2 {
+            self.polling = Polling::off();
+        }
         self.device.enter_thread(&self.ram)
     }
 
@@ -167,7 +194,68 @@ impl<D: Device> WorkerLoop<D> {
         self.runnable.insert(QueueSet::one(index));
     }
 
-    pub(super) fn turn(&mut self) -> Turn {
+    /// The thread has slept.
+    pub(super) fn woke(&mut self) {
+        if self.polling.is_on() {
+            self.polling.woke((self.clock)());
+        }
+    }
+
+    /// Works until there is nothing left to do, or the descriptors have to be looked at; polls in
+    /// between. With [`Turn::Wait`], the driver has been asked to kick.
+    pub(super) fn work(&mut self) -> Turn {
+        for _ in 0..TURNS_UNSEEN {
+            match self.turn() {
+                Turn::Wait if self.poll() => {}
+                Turn::Wait if self.arm() => return Turn::More,
+                turn => return turn,
+            }
+        }
+        Turn::More
+    }
+
+    /// Looks for work for as long as polling is worth it; whether there is a message or a runnable queue.
+    fn poll(&mut self) -> bool {
+        if !self.polling.is_on() || !self.may_begin() {
+            return false;
+        }
+        if mem::take(&mut self.has_worked) {
+            let outcome = self.polling.begin((self.clock)());
+            self.counters.polled(outcome);
+        } else if self.polling.is_wanted() {
+            // What the last look found was none.
+            let outcome = self.polling.looked((self.clock)());
+            self.counters.polled(outcome);
+        }
+        while self.polling.is_wanted() {
+            if self.look() {
+                return true;
+            }
+            if self.polling.is_long() {
+                thread::yield_now();
+            }
+            hint::spin_loop();
+            let outcome = self.polling.looked((self.clock)());
+            self.counters.polled(outcome);
+        }
+        false
+    }
+
+    /// Looks, without a system call of its own, for a message or work; whether there is any.
+    fn look(&mut self) -> bool {
+        for (index, queue) in self.queues.iter().enumerate() {
+            if let Some(queue) = queue
+                && self.empty.contains(index)
+                && queue.has_chain(&self.ram)
+            {
+                self.runnable.insert(QueueSet::one(index));
+            }
+        }
+        self.runnable.insert(self.device.poll());
+        self.driver.is_pending() || self.control.is_pending() || self.next_queue().is_some()
+    }
+
+    fn turn(&mut self) -> Turn {
         self.take_messages();
         let mut index = self.next_queue();
         // When the driver was last interrupted, or had been for everything.
@@ -203,7 +291,7 @@ impl<D: Device> WorkerLoop<D> {
 
     /// Asks the driver to kick for the queues that were found empty: the thread is about to sleep.
     /// Whether there is work after all.
-    pub(super) fn arm(&mut self) -> bool {
+    fn arm(&mut self) -> bool {
         if !self.may_begin() {
             return false;
         }
@@ -250,7 +338,10 @@ impl<D: Device> WorkerLoop<D> {
         queue.begin_unit();
         self.empty.remove(this);
         match self.device.process(index, queue, &self.ram) {
-            Ok(Progress::More) => Progress::More,
+            Ok(Progress::More) => {
+                self.has_worked = true;
+                Progress::More
+            }
             Ok(Progress::Wait) => {
                 self.runnable.remove(this);
                 if queue.was_found_empty() {

@@ -16,7 +16,7 @@ use crate::files;
 use crate::memory::Memory;
 use crate::seccomp::Category;
 use crate::vcpu::Buses;
-use crate::virtio::{self, DeviceState, Start, registers};
+use crate::virtio::{self, DeviceState, POLL_DEFAULT_MICROS, Start, registers};
 use crate::vmm::change::Replaced;
 use crate::vmm::devices::{Backing, Devices, Entry, Listed, SavedDevices, StateOf, Visit};
 use crate::wire::config::DeviceConfig;
@@ -125,7 +125,7 @@ impl Visit for Building {
             let device = K::build(&config, opened, &state, elapsed);
             Box::new(move |attaching: &mut Attaching<'_>| {
                 let attached =
-                    device.and_then(|device| attaching.attach::<K>(config.id(), device, &start));
+                    device.and_then(|device| attaching.attach::<K>(&config, device, &start));
                 attached.context(what)
             })
         }));
@@ -136,17 +136,18 @@ impl Visit for Building {
 impl Attaching<'_> {
     fn attach<K: Listed>(
         &mut self,
-        id: &str,
+        config: &K::Config,
         device: K::Device,
         start: &Start,
     ) -> io::Result<Attached> {
-        let id = id.to_owned();
+        let id = config.id().to_owned();
         let irqfd = event()?;
         let for_kvm = irqfd.try_clone()?;
         let events = self.host.events;
         let (ram, answers) = (self.memory.ram().clone(), events.outbox());
         let (registers, mut worker, handle) =
             virtio::attach(device, &id, start, ram, irqfd, answers, events.outbox())?;
+        worker.poll_up_to(K::poll_us(config).unwrap_or(POLL_DEFAULT_MICROS));
         self.place(registers, &for_kvm)?;
         Ok(Attached {
             category: K::CATEGORY,

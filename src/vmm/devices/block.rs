@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io;
 
-use super::Kind;
 use super::limits::{limiter, limiter_update};
+use super::{Kind, check_poll_us};
 use crate::error::{ActionError, Context};
 use crate::files::open::open_disk;
 use crate::seccomp::Category;
@@ -33,6 +33,7 @@ impl Kind for Block {
                 "Drive config error: `{id}` has a `socket`: vhost-user devices are out of scope"
             )));
         }
+        check_poll_us("Drive config error: ", id, drive.poll_us)?;
         let root = others.find(|other| other.is_root_device && other.drive_id != *id);
         if let Some(root) = root.filter(|_| drive.is_root_device) {
             return Err(ActionError(format!(
@@ -45,6 +46,10 @@ impl Kind for Block {
         drive.io_engine = Some(drive.io_engine.unwrap_or(IoEngine::Sync));
         drive.rate_limiter = RateLimiterConfig::in_force(drive.rate_limiter);
         Ok(())
+    }
+
+    fn poll_us(drive: &Drive) -> Option<u16> {
+        drive.poll_us
     }
 
     fn is_first(drive: &Drive) -> bool {

@@ -20,7 +20,7 @@ use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::virtio::{Device, DeviceControl, DeviceHandle, DeviceState};
 use crate::wire::config::{self as wire, AnyDevice, AnyUpdate, DeviceConfig, each_device_kind};
-use crate::wire::limits::DEVICES_MAX;
+use crate::wire::limits::{DEVICES_MAX, POLL_US_MAX};
 
 /// One kind of device, as control handles it. Of these steps only the two that open may wait for
 /// the host: they have all they need, and may run on another thread.
@@ -44,6 +44,9 @@ pub trait Kind: Sized + 'static {
         config: &mut Self::Config,
         others: impl Iterator<Item = &'a Self::Config>,
     ) -> Result<(), ActionError>;
+
+    /// How long its thread polls, if the client has said so, in microseconds.
+    fn poll_us(config: &Self::Config) -> Option<u16>;
 
     /// Whether it comes before the others of its kind, as the guest counts them.
     fn is_first(_config: &Self::Config) -> bool {
@@ -112,6 +115,19 @@ pub trait Kind: Sized + 'static {
 
     /// Notes `update` in `config`.
     fn note_update(config: &mut Self::Config, update: <Self::Config as DeviceConfig>::Update);
+}
+
+/// Checks the `poll_us` of the device `id`.
+///
+/// # Errors
+/// It is out of range; `section` comes before that.
+fn check_poll_us(section: &str, id: &str, poll_us: Option<u16>) -> Result<(), ActionError> {
+    match poll_us {
+        Some(micros) if micros > POLL_US_MAX => Err(ActionError(format!(
+            "{section}poll_us {micros} of `{id}` is out of range [0, {POLL_US_MAX}]"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// What is saved of a device of kind `K` itself.

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use super::Kind;
 use super::limits::{limiter, limiter_update};
+use super::{Kind, check_poll_us};
 use crate::error::{ActionError, Context};
 use crate::files::open::{TAP, tap_from};
 use crate::seccomp::Category;
@@ -49,6 +49,7 @@ impl Kind for Net {
                 "MTU {mtu} of `{id}` is out of range [68, 65535]"
             )));
         }
+        check_poll_us(TAP.section, id, network.poll_us)?;
         for other in others.filter(|other| other.iface_id != *id) {
             let used_by = &other.iface_id;
             // An empty name, or one with a `%d`, lets the host choose.
@@ -71,6 +72,10 @@ impl Kind for Net {
         network.rx_rate_limiter = RateLimiterConfig::in_force(network.rx_rate_limiter);
         network.tx_rate_limiter = RateLimiterConfig::in_force(network.tx_rate_limiter);
         Ok(())
+    }
+
+    fn poll_us(network: &NetworkInterface) -> Option<u16> {
+        network.poll_us
     }
 
     // A tap can be attached only once.
@@ -190,6 +195,9 @@ mod tests {
             ("a/b", "", false),
             ("a b", "", false),
             ("", "", true),
+            ("t", r#","poll_us":0"#, true),
+            ("t", r#","poll_us":1000"#, true),
+            ("t", r#","poll_us":1001"#, false),
         ] {
             let result = check(&[], network("a", tap, rest));
             assert_eq!(result.is_ok(), taken, "{tap} {rest}");

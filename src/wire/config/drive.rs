@@ -54,6 +54,10 @@ pub struct Drive {
     /// A vhost-user socket: out of scope, so null.
     #[serde(default)]
     pub socket: Option<String>,
+    /// How long its thread looks for work before it sleeps, in microseconds: at most
+    /// [`POLL_US_MAX`](crate::wire::limits::POLL_US_MAX), 0 for not at all. Reported when it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub poll_us: Option<u16>,
 }
 
 impl DeviceConfig for Drive {
@@ -86,6 +90,7 @@ impl Drive {
             rate_limiter: None,
             io_engine: None,
             socket: None,
+            poll_us: None,
         }
     }
 

@@ -26,6 +26,10 @@ pub struct NetworkInterface {
     /// Limits on what the guest sends.
     #[serde(default, deserialize_with = "optional_object")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
+    /// How long its thread looks for work before it sleeps, in microseconds: at most
+    /// [`POLL_US_MAX`](crate::wire::limits::POLL_US_MAX), 0 for not at all. Reported when it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub poll_us: Option<u16>,
 }
 
 impl NetworkInterface {
@@ -38,6 +42,7 @@ impl NetworkInterface {
             mtu: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
+            poll_us: None,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The loop with the block device, whose units end what they begin. `delayed` has the loop with
-//! requests in flight, `slow` with units that take long, `saved` with workers that are saved and made
+//! requests in flight, `polling` with a clock of the test's, `slow` with units that take long, `saved` with workers that are saved and made
 //! anew, `hostile` with states that were spoilt.
 
 mod delayed;
 mod hostile;
+mod polling;
 mod saved;
 mod slow;
 
@@ -363,7 +364,7 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
     let (to_replies, replies) = mailbox();
     let (to_events, _events) = mailbox();
     let line = bench.line.try_clone().unwrap();
-    let (registers, worker, handle) = attach(
+    let (registers, mut worker, handle) = attach(
         block,
         "disk",
         &Start::default(),
@@ -373,6 +374,8 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
         to_events,
     )
     .unwrap();
+    worker.poll_up_to(50);
+    worker.enter_thread();
     let thread = thread::spawn(move || {
         let before = allocator_calls();
         let worker = worker.run();
