@@ -10,11 +10,13 @@ mod host;
 mod run;
 
 use std::fs::{self, File, Permissions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use common::needs;
 use host::{Host, wait_until};
@@ -89,19 +91,46 @@ impl Running {
     }
 
     fn signal(&self, name: &str) {
+        assert!(self.try_signal(name));
+    }
+
+    fn try_signal(&self, name: &str) -> bool {
         let pid = self.child.id().to_string();
-        let status = Command::new("kill")
-            .arg(format!("-{name}"))
-            .arg(pid)
-            .status();
-        assert!(status.unwrap().success());
+        let name = format!("-{name}");
+        let status = Command::new("kill").args([name, pid]).status();
+        status.is_ok_and(|status| status.success())
     }
 
     /// The exit code, and what the jailer said.
-    fn end(self) -> (Option<i32>, String) {
-        let output = self.child.wait_with_output().unwrap();
-        let err = String::from_utf8_lossy(&output.stderr).into_owned();
-        (output.status.code(), err)
+    fn end(mut self) -> (Option<i32>, String) {
+        drop(self.child.stdin.take());
+        let mut err = Vec::new();
+        // What the guest still writes is read beside it: a full pipe would hold it up.
+        let mut console = self.child.stdout.take().unwrap();
+        let reader = thread::spawn(move || io::copy(&mut console, &mut io::sink()));
+        let stderr = self.child.stderr.as_mut().unwrap();
+        stderr.read_to_end(&mut err).unwrap();
+        let code = self.child.wait().unwrap().code();
+        reader.join().unwrap().unwrap();
+        (code, String::from_utf8_lossy(&err).into_owned())
+    }
+}
+
+impl Drop for Running {
+    /// A test that failed leaves no microVM: it ends as at SIGTERM, or else is killed.
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            self.try_signal("TERM");
+            let by = Instant::now() + Duration::from_secs(10);
+            while let Ok(None) = self.child.try_wait() {
+                if Instant::now() > by {
+                    let _ = self.child.kill();
+                    break;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            let _ = self.child.wait();
+        }
     }
 }
 
