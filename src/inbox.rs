@@ -6,7 +6,8 @@
 //! listening (a device hanging in `fsync`) is kept from holding up, or growing, any other.
 //!
 //! To look into an empty inbox costs one load of a flag: a thread may do so between any two pieces of
-//! work.
+//! work. The room for messages is memory that is not touched before it is needed: control's inbox has
+//! place for hundreds, and mostly holds one.
 //!
 //! A thread that waits for nothing but messages has a queue without an eventfd: [`mod@tasks`].
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
@@ -15,12 +16,12 @@ mod tasks;
 
 pub use tasks::{TaskReceiver, TaskSender, tasks};
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -29,26 +30,44 @@ use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 
 /// The receiving end: owned by one thread.
-#[derive(Debug)]
-pub struct Inbox<T> {
-    queue: Receiver<T>,
-    bell: Arc<Bell>,
-}
+pub struct Inbox<T>(Arc<Shared<T>>);
 
 /// The sending end: one for each thread that has something to say.
-#[derive(Debug)]
-pub struct Sender<T> {
-    queue: SyncSender<T>,
-    bell: Arc<Bell>,
-}
+pub struct Sender<T>(Arc<Shared<T>>);
 
-/// How a sender tells the receiver that there is something in the queue.
-#[derive(Debug)]
-struct Bell {
-    /// There may be a message. Set after each, and cleared by the receiver before it finds none.
+struct Shared<T> {
+    /// Locked for no longer than it takes to put a message in or to take one out.
+    queue: Mutex<Waiting<T>>,
+    /// There is a message. Changed with the queue locked.
     is_pending: AtomicBool,
     /// For a receiver that sleeps.
-    event: EventFd,
+    bell: EventFd,
+}
+
+struct Waiting<T> {
+    messages: VecDeque<T>,
+    limit: usize,
+    /// There is no receiver any more.
+    is_closed: bool,
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, Waiting<T>> {
+        // A panic ends the process, so a poisoned lock is never seen.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> fmt::Debug for Inbox<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Inbox")
+    }
+}
+
+impl<T> fmt::Debug for Sender<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sender")
+    }
 }
 
 /// A message that could not be delivered, given back.
@@ -65,18 +84,16 @@ impl<T> fmt::Debug for Undelivered<T> {
 /// # Errors
 /// When the host has no descriptor left for the eventfd.
 pub fn inbox<T>(capacity: usize) -> io::Result<(Sender<T>, Inbox<T>)> {
-    let (tx, rx) = mpsc::sync_channel(capacity);
-    let bell = Arc::new(Bell {
+    let shared = Arc::new(Shared {
+        queue: Mutex::new(Waiting {
+            messages: VecDeque::with_capacity(capacity),
+            limit: capacity,
+            is_closed: false,
+        }),
         is_pending: AtomicBool::new(false),
-        event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
     });
-    Ok((
-        Sender {
-            queue: tx,
-            bell: Arc::clone(&bell),
-        },
-        Inbox { queue: rx, bell },
-    ))
+    Ok((Sender(Arc::clone(&shared)), Inbox(shared)))
 }
 
 impl<T> Inbox<T> {
@@ -88,21 +105,19 @@ impl<T> Inbox<T> {
         if !self.is_pending() {
             return None;
         }
-        if let Ok(message) = self.queue.try_recv() {
-            return Some(message);
+        let mut queue = self.0.lock();
+        let message = queue.messages.pop_front();
+        if queue.messages.is_empty() {
+            // The next ones go to the beginning again, which has been touched already.
+            queue.messages.clear();
+            self.0.is_pending.store(false, Ordering::Release);
         }
-        // Read and written in one step, as senders do: all messages whose flag is cleared here are
-        // seen below.
-        self.bell.is_pending.swap(false, Ordering::AcqRel);
-        let message = self.queue.try_recv().ok()?;
-        // There may be more where that came from.
-        self.bell.is_pending.swap(true, Ordering::AcqRel);
-        Some(message)
+        message
     }
 
-    /// Whether there may be a message.
+    /// Whether there is a message.
     pub fn is_pending(&self) -> bool {
-        self.bell.is_pending.load(Ordering::Acquire)
+        self.0.is_pending.load(Ordering::Acquire)
     }
 
     /// The next message, if one comes until `deadline`.
@@ -123,13 +138,13 @@ impl<T> Inbox<T> {
     /// Acknowledges the wake-up. Call it before fetching, never after.
     pub fn silence(&self) {
         // Nothing to read only means that the wake-up was spurious.
-        let _ = self.bell.event.read();
+        let _ = self.0.bell.read();
     }
 }
 
 impl<T> AsRawFd for Inbox<T> {
     fn as_raw_fd(&self) -> RawFd {
-        self.bell.event.as_raw_fd()
+        self.0.bell.as_raw_fd()
     }
 }
 
@@ -139,15 +154,16 @@ impl<T> Sender<T> {
     /// # Errors
     /// [`Undelivered`] holds the message.
     pub fn send(&self, message: T) -> Result<(), Undelivered<T>> {
-        match self.queue.try_send(message) {
-            Ok(()) => {
-                self.bell.is_pending.swap(true, Ordering::AcqRel);
-                // An eventfd refuses a write only when its counter is at 2^64 - 2: then it rings anyway.
-                let _ = self.bell.event.write(1);
-                Ok(())
-            }
-            Err(TrySendError::Full(m) | TrySendError::Disconnected(m)) => Err(Undelivered(m)),
+        let mut queue = self.0.lock();
+        if queue.is_closed || queue.messages.len() >= queue.limit {
+            return Err(Undelivered(message));
         }
+        queue.messages.push_back(message);
+        self.0.is_pending.store(true, Ordering::Release);
+        drop(queue);
+        // An eventfd refuses a write only when its counter is at 2^64 - 2: then it rings anyway.
+        let _ = self.0.bell.write(1);
+        Ok(())
     }
 
     /// The same inbox seen by a module that knows only its own kind of message.
@@ -167,10 +183,19 @@ impl<T> Sender<T> {
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        Sender {
-            queue: self.queue.clone(),
-            bell: Arc::clone(&self.bell),
-        }
+        Sender(Arc::clone(&self.0))
+    }
+}
+
+impl<T> Drop for Inbox<T> {
+    /// Frees what will not be read, also while there are senders.
+    fn drop(&mut self) {
+        let mut queue = self.0.lock();
+        queue.is_closed = true;
+        let left = std::mem::take(&mut queue.messages);
+        // Without the lock: a message may own a sender.
+        drop(queue);
+        drop(left);
     }
 }
 
@@ -225,7 +250,7 @@ mod tests {
         tx.send(1).unwrap();
         rx.silence();
         tx.send(2).unwrap();
-        assert_eq!(rx.bell.event.read().unwrap(), 1);
+        assert_eq!(rx.0.bell.read().unwrap(), 1);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! - [`Registers`] belongs to the vCPUs. It is what the guest's driver negotiates with, behind one
 //!   mutex, and it never touches guest memory.
 //! - [`Worker`](worker::Worker) is a thread of its own, resident before the first guest instruction. It owns the
-//!   device, its live queues and its view of guest memory, and takes no lock, ever.
+//!   device, its live queues and its view of guest memory, and takes no lock but that of an inbox, for as
+//!   long as one message takes.
 //! - [`DeviceHandle`] is control's end: pause, resume, update, stop, counters.
 //!
 //! ```text
