@@ -312,3 +312,56 @@ fn tap_when_it_goes_down_or_vanishes_during_batches_costs_frames_only() {
     });
     in_namespace.join().unwrap();
 }
+
+/// A UDP packet over IPv4 that the host is to cut up, with its virtio-net header.
+fn unsegmented_udp(payload: usize, segment: u16) -> Vec<u8> {
+    const NEEDS_CSUM: u8 = 1;
+    const GSO_UDP_L4: u8 = 5;
+    let mut frame = frame(14 + 20 + 8 + payload);
+    let (header, ethernet) = frame.split_at_mut(12);
+    header[..2].copy_from_slice(&[NEEDS_CSUM, GSO_UDP_L4]);
+    for (at, value) in [(2, 42), (4, segment), (6, 34), (8, 6)] {
+        header[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    ethernet[12..14].copy_from_slice(&[8, 0]);
+    let (ip, udp) = ethernet[14..].split_at_mut(20);
+    let len = |bytes: usize| u16::try_from(bytes).unwrap().to_be_bytes();
+    ip.copy_from_slice(&[
+        0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+    ]);
+    ip[2..4].copy_from_slice(&len(28 + payload));
+    udp[4..6].copy_from_slice(&len(8 + payload));
+    frame
+}
+
+#[test]
+fn udp_segmentation_when_offered_is_taken_by_the_tap() {
+    let in_namespace = thread::spawn(|| {
+        let name = "mf-t-uso";
+        let Some(mut net) = on_a_tap(name) else {
+            return;
+        };
+        if net.features() & bit::USO == 0 {
+            return crate::needs::skip("udp_segmentation", "this kernel's taps lack it");
+        }
+        // A driver may take one version of IP alone: the tap then cuts up both.
+        for one in [bit::GUEST_USO4, bit::GUEST_USO6] {
+            net.activate(feature::COMMON | bit::GUEST_CSUM | one)
+                .unwrap();
+        }
+        net.activate(net.features()).unwrap();
+        if !ip(&["link", "set", name, "up"]) {
+            return crate::needs::skip("udp_segmentation", "no ip command here");
+        }
+        let ram = ram();
+        let rings = Rings::new(&ram, BASE, 256);
+        let mut queue = queue(&rings);
+        let packet = unsegmented_udp(8000, 1000);
+        ram.write_slice(&packet, GuestAddress(DATA)).unwrap();
+        rings.offer_chain(0, &[(DATA, packet.len() as u32, false)]);
+        assert_eq!(net.process(1, &mut queue, &ram), Ok(Progress::More));
+        assert_eq!(net.counters.tx_frames.get(), 1);
+        assert_eq!(net.counters.tx_dropped.get(), 0);
+    });
+    in_namespace.join().unwrap();
+}
