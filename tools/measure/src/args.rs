@@ -41,7 +41,7 @@ options
   --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block, net and all: only the
                      cases whose names hold NAME ('depth 32'); may be repeated
   --media DIR        block: where the disk lies (/dev/shm, which is tmpfs)
-  --span MS          block, net and all: how long each case takes in each round (400)
+  --span MS          block, net and all: how long each case takes in each round (1000)
   --devices          start and api: with one drive and one network interface (needs root)
   --svg FILE         block, net and all: also draw the comparison to FILE
   --commit TEXT      the commit that was built, for --json and --svg (tools/bench gives it)
@@ -125,7 +125,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let (mut vms, mut devices, mut probe) = (None, false, None);
     let mut rows = Vec::new();
     let (mut svg, mut commit) = (None, None);
-    let (mut media, mut span_ms) = (PathBuf::from("/dev/shm"), 400);
+    let (mut media, mut span_ms) = (PathBuf::from("/dev/shm"), 1000);
     let (mut ours, mut with_ours, mut linux) = (None, true, None);
     let mut others = Vec::new();
     let mut extras = Vec::new();
