@@ -144,6 +144,20 @@ pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK).map(drop)
 }
 
+/// Lets reads and writes of the open file behind `fd` wait, whichever descriptor they use: io_uring would
+/// answer EAGAIN instead.
+///
+/// # Errors
+/// None for a descriptor that is open and can be read or written.
+pub fn set_blocking(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    let flags = fcntl(fd, libc::F_GETFL, 0)?;
+    if flags & libc::O_NONBLOCK == 0 {
+        return Ok(());
+    }
+    fcntl(fd, libc::F_SETFL, flags & !libc::O_NONBLOCK).map(drop)
+}
+
 /// What a thread waits for on one descriptor, and what came.
 #[derive(Clone, Copy)]
 #[repr(transparent)]

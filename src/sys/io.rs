@@ -5,12 +5,13 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -35,23 +36,30 @@ impl Access {
     /// # Errors
     /// The host's.
     pub fn of(file: &File) -> io::Result<Self> {
+        let is_file = file.metadata()?.is_file();
+        // A file system that does not say what it is may wait (FUSE asks a process).
+        let kind = rustix::fs::fstatfs(file).map_or(0, |system| system.f_type);
+        let in_memory = matches!(
+            kind,
+            libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC | RAMFS_MAGIC
+        );
+        if is_file && in_memory {
+            return Ok(Access::InMemory);
+        }
         if fd::access(file)?.direct {
             return Ok(Access::Direct);
         }
-        match rustix::fs::fstatfs(file)?.f_type {
-            libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC | RAMFS_MAGIC
-                if file.metadata()?.is_file() =>
-            {
-                return Ok(Access::InMemory);
-            }
-            _ => {}
-        }
-        let mut byte = [0];
-        let to = &mut [IoSliceMut::new(&mut byte)];
-        match rustix::io::preadv2(file, to, 0, ReadWriteFlags::NOWAIT) {
-            Ok(_) | Err(Errno::AGAIN) => Ok(Access::Cached),
-            // It has no such reads, or cannot be read: then later calls tell.
-            Err(_) => Ok(Access::MayWait),
+        // That of a block device is not where its content is.
+        let has_cache = matches!(
+            kind,
+            libc::EXT4_SUPER_MAGIC
+                | libc::XFS_SUPER_MAGIC
+                | libc::BTRFS_SUPER_MAGIC
+                | libc::F2FS_SUPER_MAGIC
+        );
+        match !is_file || has_cache {
+            true => Ok(Access::Cached),
+            false => Ok(Access::MayWait),
         }
     }
 }
@@ -234,6 +242,84 @@ fn transfer<'a, B: BitmapSlice + 'a>(
             return Ok(());
         }
     }
+}
+
+/// Reads into `slices` from `file`, from `offset` on, what is there without waiting for storage; how many
+/// bytes that was.
+///
+/// # Errors
+/// WouldBlock when it would have to wait for the first of them; UnexpectedEof at the end of the file;
+/// else the host's.
+pub fn read_now_at<'a, B: BitmapSlice + 'a>(
+    file: &File,
+    mut slices: impl Iterator<Item = VolatileSlice<'a, B>>,
+    offset: u64,
+) -> io::Result<usize> {
+    let mut vectors = Vectors::new();
+    vectors.fill(&mut slices, Direction::In);
+    let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let pieces = vectors.rest();
+    let (fd, count) = (file.as_raw_fd(), pieces.len() as libc::c_int);
+    // SAFETY: as in `Vectors::pass`.
+    let n = unsafe { libc::preadv2(fd, pieces.as_ptr(), count, at, libc::RWF_NOWAIT) };
+    match usize::try_from(n) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(n) => Ok(n),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// How space of a file is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// The bytes become 0, and their space is given back.
+    Punched,
+    /// The bytes become 0, and keep their space.
+    Zeroed,
+}
+
+impl Space {
+    fn flags(self) -> FallocateFlags {
+        FallocateFlags::KEEP_SIZE
+            | match self {
+                Space::Punched => FallocateFlags::PUNCH_HOLE,
+                Space::Zeroed => FallocateFlags::ZERO_RANGE,
+            }
+    }
+
+    /// As the kernel has it: the mode of fallocate.
+    pub fn mode(self) -> i32 {
+        self.flags().bits().cast_signed()
+    }
+}
+
+/// Changes the space of the `len` bytes of `file` from `offset` on.
+///
+/// # Errors
+/// The host's, EOPNOTSUPP when the file has no such operation.
+pub fn change_space(file: &File, space: Space, offset: u64, len: u64) -> io::Result<()> {
+    Ok(rustix::fs::fallocate(file, space.flags(), offset, len)?)
+}
+
+/// Writes `len` zeros to `file`, from `offset` on.
+///
+/// # Errors
+/// WriteZero when the file takes no more; else the host's.
+pub fn write_zeros_at(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    static ZEROS: [u8; 16384] = [0; 16384];
+    let end = offset.saturating_add(len);
+    let mut at = offset;
+    while at < end {
+        let step = usize::try_from(end - at).unwrap_or(usize::MAX);
+        let zeros = ZEROS.get(..step).unwrap_or(&ZEROS);
+        match rustix::io::pwritev(file, &[IoSlice::new(zeros)], at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(done) => at = at.saturating_add(done as u64),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -177,6 +177,11 @@ pub trait Device: Send + 'static {
     fn complete(&mut self, _: usize, _: &mut Queue, _: &Ram) -> Result<Progress, BrokenRing> {
         Ok(Progress::Wait)
     }
+    /// The worker's turn ends: what was begun and not given to the host yet is given to it now. The
+    /// queues that may now have work: requests may have ended already.
+    fn end_turn(&mut self) -> QueueSet {
+        QueueSet::NONE
+    }
     /// Source number `source` has become ready; the queues that may now have work. Requests that
     /// the host has ended stop being in flight here.
     fn backend(&mut self, source: usize) -> QueueSet;

@@ -16,6 +16,10 @@ pub struct BlockCounters {
     pub write_bytes: Counter,
     /// Flushes that were served.
     pub flushes: Counter,
+    /// Discards that were served.
+    pub discards: Counter,
+    /// Requests to write zeros that were served.
+    pub write_zeroes: Counter,
     /// Requests that could not be parsed, or asked for what is not there.
     pub invalid: Counter,
     /// Requests that the host failed.
@@ -66,6 +70,8 @@ impl BlockCounters {
             ("read", &self.reads),
             ("write", &self.writes),
             ("flush", &self.flushes),
+            ("discard", &self.discards),
+            ("write_zeroes", &self.write_zeroes),
         ];
         for (operation, count) in reads {
             report.counter(

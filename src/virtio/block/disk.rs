@@ -10,7 +10,9 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 
+use crate::sys;
 use crate::sys::io::Access;
 
 /// Bytes of a sector, whatever the disk (virtio 1.2, 5.2.4).
@@ -23,8 +25,15 @@ pub struct FileIndex(u8);
 impl FileIndex {
     /// The disk, or what a guest wrote.
     pub const DATA: FileIndex = FileIndex(0);
+    /// What a guest has not written, for a disk that has it in a file of its own.
+    pub const BASE: FileIndex = FileIndex(1);
     /// No file: the bytes are 0.
     pub const ZERO: FileIndex = FileIndex(u8::MAX);
+
+    /// Its number among the disk's files.
+    pub fn number(self) -> u32 {
+        u32::from(self.0)
+    }
 }
 
 /// Bytes of a disk that lie side by side in one file.
@@ -93,12 +102,22 @@ impl Extents {
     }
 }
 
+/// The blocks that a guest is told of, in bytes; both powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// The smallest piece that can be read or written.
+    pub logical: u32,
+    /// The smallest piece that is written without reading what is around it.
+    pub physical: u32,
+}
+
 /// A file, or a block device of the host, that is a disk.
 #[derive(Debug)]
 pub struct Disk {
     store: Store,
     sectors: u64,
     read_only: bool,
+    blocks: Blocks,
 }
 
 /// Where the bytes of a disk are.
@@ -151,17 +170,41 @@ impl Disk {
                  are not visible to the guest"
             );
         }
+        sys::fd::set_blocking(&file).map_err(DiskError::Kind)?;
         let access = Access::of(&file).map_err(DiskError::Kind)?;
+        let blocks = blocks_of(&file).map_err(DiskError::Kind)?;
         Ok(Disk {
             store: Store::Plain { file, access },
             sectors,
             read_only,
+            blocks,
         })
     }
 
     /// Its size in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
         self.sectors
+    }
+
+    /// Its blocks.
+    pub fn blocks(&self) -> Blocks {
+        self.blocks
+    }
+
+    /// All files, by their numbers; one that there is none of is another one once more.
+    pub fn files(&self) -> Option<[&File; 2]> {
+        let (data, _) = self.file(FileIndex::DATA)?;
+        let (base, _) = self
+            .file(FileIndex::BASE)
+            .unwrap_or((data, Access::InMemory));
+        Some([data, base])
+    }
+
+    /// Whether any of it may be in storage that has to be waited for.
+    pub fn may_wait(&self) -> bool {
+        let files = [FileIndex::DATA, FileIndex::BASE];
+        let mut access = files.into_iter().filter_map(|file| self.file(file));
+        access.any(|(_, access)| access != Access::InMemory)
     }
 
     /// Whether it refuses writes.
@@ -237,7 +280,6 @@ impl Disk {
 
     /// Where space can be given back for the `len` bytes from `at` on, which the guest needs no more:
     /// a file, a place in it, and a length.
-    #[expect(dead_code, reason = "the requests that free space come next")]
     pub fn discard_extent(&self, at: u64, len: u64) -> Option<(FileIndex, u64, u64)> {
         match &self.store {
             Store::Plain { .. } => Some((FileIndex::DATA, at, len)),
@@ -245,7 +287,6 @@ impl Disk {
     }
 
     /// Space for the `len` bytes from `at` on has been given back.
-    #[expect(dead_code, reason = "the requests that free space come next")]
     pub fn discarded(&mut self, _at: u64, _len: u64) {
         match &self.store {
             Store::Plain { .. } => {}
@@ -253,7 +294,6 @@ impl Disk {
     }
 
     /// The `len` bytes from `at` on have been made 0 where [`Disk::write_extents`] says.
-    #[expect(dead_code, reason = "the requests that free space come next")]
     pub fn zeroed(&mut self, _at: u64, _len: u64) {
         match &self.store {
             Store::Plain { .. } => {}
@@ -270,6 +310,23 @@ impl Disk {
             Store::Plain { .. } => Ok(()),
         }
     }
+}
+
+/// The blocks of a disk that is `file`: a block device has its own; a file on a file system can be written
+/// by the sector, and best by that system's blocks.
+fn blocks_of(file: &File) -> io::Result<Blocks> {
+    const LARGEST: u32 = 64 * 1024;
+    let sector = SECTOR as u32;
+    let metadata = file.metadata()?;
+    let preferred = u32::try_from(metadata.blksize()).unwrap_or(sector);
+    let physical = match preferred.is_power_of_two() {
+        true => preferred.clamp(sector, LARGEST),
+        false => sector,
+    };
+    Ok(Blocks {
+        logical: sector,
+        physical,
+    })
 }
 
 #[cfg(test)]

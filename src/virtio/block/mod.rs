@@ -1,38 +1,48 @@
 //! The block device (virtio 1.2, 5.2): one queue of requests on a [`Disk`].
 //!
-//! One call of `process` serves one request from its parsing to its place in the used ring, so
-//! nothing is ever in flight between two calls, and a reset or a pause has nothing to wait for
-//! but the one system call under way.
+//! A request is begun by `process`, and ends there too if nothing has to wait: what lies in the host's
+//! memory is read and written by plain calls, which are told not to wait where the file knows how
+//! (`steps`). What would wait goes to the [`Engine`], and the request into a slot of the [`Jobs`] until
+//! the host has answered; so other requests go on meanwhile, and each is returned to the driver as it
+//! ends. A flush covers the writes that had ended when it was begun (5.2.6.2): it goes the same way.
+//!
+//! What is pushed to the engine is submitted at the end of the worker's turn. Pause, update, reset and
+//! stop find nothing in flight: the worker waits until the host has answered to everything.
 
 mod counters;
 mod disk;
+mod engine;
+mod job;
 mod request;
+mod steps;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use vm_memory::Bytes;
 
 pub use self::counters::BlockCounters;
 pub use self::disk::Disk;
-
 use self::disk::Extents;
+use self::engine::Engine;
+use self::job::{Job, Jobs};
 #[cfg(test)]
 use self::request::status;
-use self::request::{Outcome, Request};
+use self::request::{Outcome, Request, status_place};
+use self::steps::Step;
 use super::queue::{Chain, MAX_SEGMENTS, Popped};
-use super::segment::{copy_out, window};
 use super::throttle::Throttle;
 use super::{
     BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, StateError, Updated,
     WorkerCounters, feature,
 };
-use crate::metrics::{Report, micros_since};
+use crate::metrics::Report;
 use crate::rate_limiter::{LimiterState, RateLimiter, RateLimiterUpdate};
+use crate::sys::clock;
 use crate::sys::io::ErrorText;
 
 /// Feature bits (virtio 1.2, 5.2.3).
@@ -43,14 +53,26 @@ mod bit {
     pub const SEG_MAX: u64 = 1 << 2;
     /// VIRTIO_BLK_F_RO
     pub const RO: u64 = 1 << 5;
+    /// VIRTIO_BLK_F_BLK_SIZE
+    pub const BLK_SIZE: u64 = 1 << 6;
     /// VIRTIO_BLK_F_FLUSH
     pub const FLUSH: u64 = 1 << 9;
+    /// VIRTIO_BLK_F_TOPOLOGY
+    pub const TOPOLOGY: u64 = 1 << 10;
+    /// VIRTIO_BLK_F_DISCARD
+    pub const DISCARD: u64 = 1 << 13;
+    /// VIRTIO_BLK_F_WRITE_ZEROES
+    pub const WRITE_ZEROES: u64 = 1 << 14;
 
     pub const NAMES: &[(u64, &str)] = &[
         (SIZE_MAX, "VIRTIO_BLK_F_SIZE_MAX"),
         (SEG_MAX, "VIRTIO_BLK_F_SEG_MAX"),
         (RO, "VIRTIO_BLK_F_RO"),
+        (BLK_SIZE, "VIRTIO_BLK_F_BLK_SIZE"),
         (FLUSH, "VIRTIO_BLK_F_FLUSH"),
+        (TOPOLOGY, "VIRTIO_BLK_F_TOPOLOGY"),
+        (DISCARD, "VIRTIO_BLK_F_DISCARD"),
+        (WRITE_ZEROES, "VIRTIO_BLK_F_WRITE_ZEROES"),
     ];
 }
 
@@ -59,6 +81,15 @@ mod field {
     pub const CAPACITY: usize = 0;
     pub const SIZE_MAX: usize = 8;
     pub const SEG_MAX: usize = 12;
+    pub const BLK_SIZE: usize = 20;
+    pub const PHYSICAL_BLOCK_EXP: usize = 24;
+    pub const MIN_IO_SIZE: usize = 26;
+    pub const MAX_DISCARD_SECTORS: usize = 36;
+    pub const MAX_DISCARD_SEG: usize = 40;
+    pub const DISCARD_SECTOR_ALIGNMENT: usize = 44;
+    pub const MAX_WRITE_ZEROES_SECTORS: usize = 48;
+    pub const MAX_WRITE_ZEROES_SEG: usize = 52;
+    pub const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 }
 
 const QUEUE_SIZE: u16 = 256;
@@ -72,6 +103,11 @@ const SIZE_MAX: u32 = 128 * 1024;
 /// The most data one request may have; a larger one is refused.
 const REQUEST_MAX: u32 = 16 * 1024 * 1024;
 const _: () = assert!(SEG_MAX * SIZE_MAX <= REQUEST_MAX);
+
+/// Sectors of one request to discard: 1 GiB.
+const DISCARD_MAX: u32 = 1 << 21;
+/// Sectors of one request to write zeros, which may have to be written one by one: 16 MiB.
+const ZEROES_MAX: u32 = 1 << 15;
 
 /// Bytes of the serial number (virtio 1.2, 5.2.6).
 pub const SERIAL_LEN: usize = 20;
@@ -95,17 +131,27 @@ pub struct BlockState {
     pub limiter: LimiterState,
 }
 
+/// Requests that the driver may make, by the features that it has accepted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Served {
+    flush: bool,
+    discard: bool,
+    write_zeroes: bool,
+}
+
 /// A block device.
 #[derive(Debug)]
 pub struct Block {
     disk: Disk,
+    engine: Engine,
+    jobs: Jobs,
     serial: [u8; SERIAL_LEN],
     /// Flushes are offered, and reach the disk.
     writeback: bool,
     throttle: Throttle,
     chain: Chain,
     extents: Extents,
-    flush_accepted: bool,
+    served: Served,
     counters: Arc<BlockCounters>,
 }
 
@@ -132,65 +178,141 @@ impl Block {
         for (to, from) in serial.iter_mut().zip(id.bytes()) {
             *to = from;
         }
+        let engine = match disk.files() {
+            Some(files) if disk.may_wait() => Engine::new(&files),
+            _ => Engine::Absent,
+        };
         Ok(Block {
             disk,
+            engine,
+            jobs: Jobs::new(),
             serial,
             writeback,
             throttle: Throttle::new(limiter.restore(&state.limiter, elapsed))?,
             chain: Chain::new(),
             extents: Extents::new(),
-            flush_accepted: false,
+            served: Served::default(),
             counters: Arc::new(BlockCounters::default()),
         })
     }
 
-    /// Serves the chain at hand and returns the number of bytes written to it.
-    fn serve(&mut self, ram: &Ram, request: Result<Request, u8>) -> u32 {
-        let since = Instant::now();
-        let outcome = match request {
-            Ok(request) => request.run(
-                ram,
-                &self.chain,
-                &mut self.disk,
-                &self.serial,
-                &mut self.extents,
-            ),
-            Err(status) => Outcome::invalid(status),
+    /// Takes what the host has ended out of the engine; whether there is anything to go on with.
+    fn reap(&mut self) -> QueueSet {
+        while let Some((slot, result)) = self.engine.reap() {
+            self.jobs.note(slot, result);
+        }
+        if self.jobs.has_answered() {
+            QueueSet::one(0)
+        } else {
+            QueueSet::NONE
+        }
+    }
+
+    /// Goes on with one request that the host has answered to, if there is one.
+    fn go_on(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        if !self.jobs.has_answered() && self.engine.has_completions() {
+            self.reap();
+        }
+        let Some((slot, mut job, result)) = self.jobs.take_answered() else {
+            return Ok(Progress::Wait);
         };
+        let outcome = match job.answered(result) {
+            Some(outcome) => outcome,
+            None => match self.step(ram, &mut job, Some(slot)) {
+                Step::Ended(outcome) => outcome,
+                Step::Pushed(slot) => {
+                    self.jobs.put(slot, job);
+                    return Ok(Progress::More);
+                }
+            },
+        };
+        self.jobs.free(slot);
+        self.end(queue, ram, &job, &outcome)?;
+        Ok(Progress::More)
+    }
+
+    /// Begins the request of the chain at hand; the driver may see its end at once.
+    fn begin(
+        &mut self,
+        queue: &mut Queue,
+        ram: &Ram,
+        request: Result<Request, u8>,
+    ) -> Result<(), BrokenRing> {
+        let since = clock::monotonic_nanos();
+        let place = status_place(&self.chain);
+        let (head, writable) = (self.chain.head(), self.chain.writable_len());
+        let job = |request| Job::new(request, head, place, writable, since);
+        let (job, outcome) = match request {
+            Err(status) => (job(Request::GetId), Outcome::Invalid(status)),
+            Ok(request) => {
+                let mut job = job(request);
+                match self.step(ram, &mut job, None) {
+                    Step::Ended(outcome) => (job, outcome),
+                    Step::Pushed(slot) => {
+                        self.jobs.put(slot, job);
+                        return Ok(());
+                    }
+                }
+            }
+        };
+        self.end(queue, ram, &job, &outcome)
+    }
+
+    /// Returns a request to the driver.
+    fn end(
+        &mut self,
+        queue: &mut Queue,
+        ram: &Ram,
+        job: &Job,
+        outcome: &Outcome,
+    ) -> Result<(), BrokenRing> {
+        self.count(job, outcome);
+        let mut written = match job.status {
+            Some(at) if ram.write_obj(outcome.status(), at).is_ok() => 1,
+            _ => 0,
+        };
+        if job.writable > 1 {
+            // What comes before the status was written whole, or not at all.
+            written = match (outcome, &job.request) {
+                (Outcome::Done, Request::Read { .. } | Request::GetId) => job.writable,
+                _ => 0,
+            };
+        }
+        queue.add_used(ram, job.head, written)
+    }
+
+    fn count(&self, job: &Job, outcome: &Outcome) {
         let counters = &*self.counters;
-        match &outcome {
-            Outcome::Read(bytes) => {
-                counters.reads.one();
-                counters.read_bytes.add(u64::from(*bytes));
-                counters.read_times.observe(micros_since(since));
-            }
-            Outcome::Written(bytes) => {
-                counters.writes.one();
-                counters.write_bytes.add(u64::from(*bytes));
-                counters.write_times.observe(micros_since(since));
-            }
-            Outcome::Flushed => counters.flushes.one(),
-            Outcome::Identified => {}
+        match outcome {
             Outcome::Invalid(_) => counters.invalid.one(),
             Outcome::Failed(error) => {
                 counters.failed.one();
                 crate::guest_warn!("a request failed on the host: {}", ErrorText(error));
             }
-        }
-        // The status is the last byte the device may write (5.2.6).
-        let Some(at) = self.chain.writable_len().checked_sub(1) else {
-            return 0;
-        };
-        let place = window(self.chain.writable().iter().copied(), at, 1);
-        if !copy_out(ram, place, &[outcome.status()]) {
-            return 0;
-        }
-        match outcome {
-            // All of it was written, the status too.
-            Outcome::Read(_) | Outcome::Identified => self.chain.writable_len(),
-            _ => 1,
+            Outcome::Done => match job.request {
+                Request::Read { len, .. } => {
+                    counters.reads.one();
+                    counters.read_bytes.add(u64::from(len));
+                    counters.read_times.observe(micros_since(job.since));
+                }
+                Request::Write { len, .. } => {
+                    counters.writes.one();
+                    counters.write_bytes.add(u64::from(len));
+                    counters.write_times.observe(micros_since(job.since));
+                }
+                Request::Flush => counters.flushes.one(),
+                Request::Discard { .. } => counters.discards.one(),
+                Request::WriteZeroes { .. } => counters.write_zeroes.one(),
+                Request::GetId => {}
+            },
         }
     }
+}
+
+/// Microseconds since `then`, in nanoseconds.
+fn micros_since(then: u64) -> u64 {
+    let nanos = clock::monotonic_nanos().saturating_sub(then);
+    nanos.checked_div(1000).unwrap_or(0)
 }
 
 impl Device for Block {
@@ -204,9 +326,12 @@ impl Device for Block {
     type Counters = BlockCounters;
 
     fn features(&self) -> u64 {
-        let mut features = feature::COMMON | bit::SEG_MAX | bit::SIZE_MAX;
+        let always = bit::SEG_MAX | bit::SIZE_MAX | bit::BLK_SIZE | bit::TOPOLOGY;
+        let mut features = feature::COMMON | always;
         if self.disk.is_read_only() {
             features |= bit::RO;
+        } else {
+            features |= bit::DISCARD | bit::WRITE_ZEROES;
         }
         if self.writeback {
             features |= bit::FLUSH;
@@ -215,10 +340,27 @@ impl Device for Block {
     }
 
     fn config(&self) -> ConfigSpace {
+        let blocks = self.disk.blocks();
+        let physical_in_logical = blocks.physical.checked_div(blocks.logical).unwrap_or(1);
+        let exponent = physical_in_logical.checked_ilog2().unwrap_or(0) as u8;
+        let granularity = blocks.physical.checked_div(512).unwrap_or(1);
+        let one: u32 = 1;
         ConfigSpace::new()
             .with(field::CAPACITY, &self.disk.sectors().to_le_bytes())
             .with(field::SIZE_MAX, &SIZE_MAX.to_le_bytes())
             .with(field::SEG_MAX, &SEG_MAX.to_le_bytes())
+            .with(field::BLK_SIZE, &blocks.logical.to_le_bytes())
+            .with(field::PHYSICAL_BLOCK_EXP, &[exponent])
+            .with(
+                field::MIN_IO_SIZE,
+                &(physical_in_logical as u16).to_le_bytes(),
+            )
+            .with(field::MAX_DISCARD_SECTORS, &DISCARD_MAX.to_le_bytes())
+            .with(field::MAX_DISCARD_SEG, &one.to_le_bytes())
+            .with(field::DISCARD_SECTOR_ALIGNMENT, &granularity.to_le_bytes())
+            .with(field::MAX_WRITE_ZEROES_SECTORS, &ZEROES_MAX.to_le_bytes())
+            .with(field::MAX_WRITE_ZEROES_SEG, &one.to_le_bytes())
+            .with(field::WRITE_ZEROES_MAY_UNMAP, &[1])
     }
 
     fn counters(&self) -> Arc<BlockCounters> {
@@ -235,15 +377,33 @@ impl Device for Block {
     }
 
     fn sources(&self) -> Vec<RawFd> {
-        vec![self.throttle.as_raw_fd()]
+        let mut sources = vec![self.throttle.as_raw_fd()];
+        sources.extend(self.engine.source());
+        sources
+    }
+
+    fn enter_thread(&mut self, ram: &Ram) -> io::Result<()> {
+        self.engine.enter(ram)
     }
 
     fn activate(&mut self, features: u64) -> io::Result<()> {
-        self.flush_accepted = features & bit::FLUSH != 0;
+        self.served = Served {
+            flush: features & bit::FLUSH != 0,
+            discard: features & bit::DISCARD != 0,
+            write_zeroes: features & bit::WRITE_ZEROES != 0,
+        };
         Ok(())
     }
 
     fn process(&mut self, _: usize, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        if self.jobs.under_way() > 0 || self.jobs.has_answered() {
+            if self.go_on(queue, ram)? == Progress::More {
+                return Ok(Progress::More);
+            }
+            if !self.jobs.has_room() {
+                return Ok(Progress::Wait);
+            }
+        }
         match queue.pop(ram, &mut self.chain)? {
             Popped::Empty => return Ok(Progress::Wait),
             Popped::Malformed(_) => {
@@ -253,7 +413,7 @@ impl Device for Block {
             }
             Popped::Chain => {}
         }
-        let request = Request::parse(ram, &self.chain, &self.disk, self.flush_accepted);
+        let request = Request::parse(ram, &self.chain, &self.disk, self.served);
         let bytes = request.as_ref().map_or(0, Request::limited_bytes);
         if !self.throttle.permits(bytes) {
             self.counters.throttled.one();
@@ -261,13 +421,40 @@ impl Device for Block {
             return Ok(Progress::Wait);
         }
         self.throttle.charge(bytes);
-        let written = self.serve(ram, request);
-        queue.add_used(ram, self.chain.head(), written)?;
+        self.begin(queue, ram, request)?;
         Ok(Progress::More)
     }
 
+    fn in_flight(&self) -> usize {
+        self.jobs.under_way()
+    }
+
+    fn complete(&mut self, _: usize, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
+        self.go_on(queue, ram)
+    }
+
+    fn end_turn(&mut self) -> QueueSet {
+        if self.jobs.under_way() == 0 {
+            return QueueSet::NONE;
+        }
+        let all = self.engine.submit();
+        let mut runnable = self.reap();
+        if !all {
+            runnable.insert(QueueSet::one(0));
+        }
+        runnable
+    }
+
     fn backend(&mut self, _: usize) -> QueueSet {
+        self.reap();
         QueueSet::one(0)
+    }
+
+    fn poll(&mut self) -> QueueSet {
+        if self.engine.has_completions() {
+            return self.reap();
+        }
+        QueueSet::NONE
     }
 
     fn update(&mut self, update: Update) -> Updated {
@@ -278,6 +465,12 @@ impl Device for Block {
             ..Updated::default()
         };
         if let Some(mut disk) = update.disk {
+            if let Some(files) = disk.files()
+                && let Err(error) = self.engine.replace(&files)
+            {
+                let error = ErrorText(&error);
+                crate::warn!("the disk is served without io_uring from now on: {error}");
+            }
             std::mem::swap(&mut *disk, &mut self.disk);
             updated.replaced = Some(disk);
             updated.config = Some(self.config());
@@ -297,6 +490,7 @@ impl Device for Block {
     }
 
     fn reset(&mut self) {
-        self.flush_accepted = false;
+        self.served = Served::default();
+        self.jobs.clear();
     }
 }

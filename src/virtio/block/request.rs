@@ -1,13 +1,12 @@
-//! One request to a block device (virtio 1.2, 5.2.6): parsed, then run. No eventfds, no queue.
+//! What a driver asks of a block device: parsed, checked against the disk, and what came of it.
 
 use std::io;
 
 use super::super::Ram;
 use super::super::queue::Chain;
-use super::super::segment::{clear, copy_in, copy_out, slices, window};
-use super::disk::{Disk, Extents, FileIndex};
-use super::{REQUEST_MAX, SERIAL_LEN};
-use crate::sys;
+use super::super::segment::{Segment, copy_in, window};
+use super::disk::Disk;
+use super::{DISCARD_MAX, REQUEST_MAX, SERIAL_LEN, Served, ZEROES_MAX};
 
 /// Request types (virtio 1.2, 5.2.6).
 mod kind {
@@ -15,6 +14,8 @@ mod kind {
     pub const OUT: u32 = 1;
     pub const FLUSH: u32 = 4;
     pub const GET_ID: u32 = 8;
+    pub const DISCARD: u32 = 11;
+    pub const WRITE_ZEROES: u32 = 13;
 }
 
 /// The last byte of a request (virtio 1.2, 5.2.6).
@@ -28,7 +29,11 @@ pub mod status {
 }
 
 /// `struct virtio_blk_req` up to its data: type, reserved, sector.
-const HEADER: u32 = 16;
+pub const HEADER: u32 = 16;
+/// `struct virtio_blk_discard_write_zeroes`: sector, count of sectors, flags.
+const RANGE: u32 = 16;
+/// Its flag "the space may be given back".
+const UNMAP: u32 = 1;
 
 /// What is asked for, checked against the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,19 +46,17 @@ pub enum Request {
     Flush,
     /// Tell the serial number.
     GetId,
+    /// The `len` bytes from `at` on are needed no more.
+    Discard { at: u64, len: u64 },
+    /// Make the `len` bytes from `at` on 0; with `unmap`, their space may be given back.
+    WriteZeroes { at: u64, len: u64, unmap: bool },
 }
 
 /// What came of a request.
 #[derive(Debug)]
 pub enum Outcome {
-    /// This many bytes were read.
-    Read(u32),
-    /// This many bytes were written.
-    Written(u32),
-    /// All writes will last.
-    Flushed,
-    /// The serial number was told.
-    Identified,
+    /// It was done.
+    Done,
     /// It was refused with this status.
     Invalid(u8),
     /// The host failed it.
@@ -61,15 +64,9 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    pub fn invalid(status: u8) -> Self {
-        Outcome::Invalid(status)
-    }
-
     pub fn status(&self) -> u8 {
         match self {
-            Outcome::Read(_) | Outcome::Written(_) | Outcome::Flushed | Outcome::Identified => {
-                status::OK
-            }
+            Outcome::Done => status::OK,
             Outcome::Invalid(status) => *status,
             Outcome::Failed(_) => status::IOERR,
         }
@@ -81,7 +78,7 @@ impl Request {
     ///
     /// # Errors
     /// The status to refuse it with.
-    pub fn parse(ram: &Ram, chain: &Chain, disk: &Disk, flush: bool) -> Result<Self, u8> {
+    pub fn parse(ram: &Ram, chain: &Chain, disk: &Disk, served: Served) -> Result<Self, u8> {
         let mut header = [0; HEADER as usize];
         if !copy_in(ram, chain.readable().iter().copied(), &mut header) {
             return Err(status::IOERR);
@@ -90,7 +87,7 @@ impl Request {
         let kind = u32::from_le_bytes([a, b, c, d]);
         let sector = u64::from_le_bytes(sector);
         let to_disk = chain.readable_len().saturating_sub(HEADER);
-        // Without room for a status there is no telling the guest; serve answers that.
+        // Without room for a status there is no telling the guest; its end answers that.
         let from_disk = chain.writable_len().checked_sub(1).ok_or(status::IOERR)?;
         let checked = |len: u32, other: u32| {
             if len > REQUEST_MAX || other != 0 {
@@ -108,9 +105,25 @@ impl Request {
                 at: checked(to_disk, from_disk)?,
                 len: to_disk,
             }),
-            kind::FLUSH if flush => Ok(Request::Flush),
+            kind::FLUSH if served.flush => Ok(Request::Flush),
             kind::GET_ID if from_disk as usize >= SERIAL_LEN => Ok(Request::GetId),
             kind::GET_ID => Err(status::IOERR),
+            kind::DISCARD if served.discard => {
+                let (at, len, flags) = range(ram, chain, disk, DISCARD_MAX)?;
+                // No flag has a meaning here (5.2.6.2).
+                if flags != 0 {
+                    return Err(status::UNSUPP);
+                }
+                Ok(Request::Discard { at, len })
+            }
+            kind::WRITE_ZEROES if served.write_zeroes => {
+                let (at, len, flags) = range(ram, chain, disk, ZEROES_MAX)?;
+                if flags & !UNMAP != 0 {
+                    return Err(status::UNSUPP);
+                }
+                let unmap = flags & UNMAP != 0;
+                Ok(Request::WriteZeroes { at, len, unmap })
+            }
             _ => Err(status::UNSUPP),
         }
     }
@@ -119,93 +132,35 @@ impl Request {
     pub fn limited_bytes(&self) -> u64 {
         match self {
             Request::Read { len, .. } | Request::Write { len, .. } => u64::from(*len),
-            Request::Flush | Request::GetId => 0,
+            _ => 0,
         }
-    }
-
-    /// Does it.
-    pub fn run(
-        self,
-        ram: &Ram,
-        chain: &Chain,
-        disk: &mut Disk,
-        serial: &[u8; SERIAL_LEN],
-        extents: &mut Extents,
-    ) -> Outcome {
-        let done = match self {
-            Request::Read { at, len } => {
-                read(ram, chain, disk, (at, len), extents).map(|()| Outcome::Read(len))
-            }
-            Request::Write { at, len } => {
-                write(ram, chain, disk, (at, len), extents).map(|()| Outcome::Written(len))
-            }
-            Request::Flush => flush(disk).map(|()| Outcome::Flushed),
-            Request::GetId => {
-                if copy_out(ram, chain.writable().iter().copied(), serial) {
-                    Ok(Outcome::Identified)
-                } else {
-                    Ok(Outcome::Invalid(status::IOERR))
-                }
-            }
-        };
-        done.unwrap_or_else(Outcome::Failed)
     }
 }
 
-fn read(
-    ram: &Ram,
-    chain: &Chain,
-    disk: &Disk,
-    (at, len): (u64, u32),
-    extents: &mut Extents,
-) -> io::Result<()> {
-    let mut done: u32 = 0;
-    while done < len {
-        extents.clear();
-        let from = at.saturating_add(u64::from(done));
-        disk.read_extents(from, len.saturating_sub(done), extents);
-        for extent in extents.as_slice() {
-            let data = window(chain.writable().iter().copied(), done, extent.len);
-            match disk.file(extent.file) {
-                Some((file, _)) => sys::io::read_exact_at(file, slices(ram, data), extent.at)?,
-                None if clear(ram, data) => {}
-                None => return Err(io::ErrorKind::InvalidInput.into()),
-            }
-            done = done.saturating_add(extent.len);
-        }
+/// The one range of a request that has them: where it begins, its length, and its flags.
+fn range(ram: &Ram, chain: &Chain, disk: &Disk, max_sectors: u32) -> Result<(u64, u64, u32), u8> {
+    let mut range = [0; RANGE as usize];
+    let place = window(chain.readable().iter().copied(), HEADER, RANGE);
+    if chain.readable_len() != HEADER.saturating_add(RANGE)
+        || chain.writable_len() != 1
+        || !copy_in(ram, place, &mut range)
+        || disk.is_read_only()
+    {
+        return Err(status::IOERR);
     }
-    Ok(())
+    let [a, b, c, d, e, f, g, h, s, t, u, v, flags @ ..] = range;
+    let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let sectors = u32::from_le_bytes([s, t, u, v]);
+    if sectors > max_sectors {
+        return Err(status::IOERR);
+    }
+    let len = u64::from(sectors).saturating_mul(super::disk::SECTOR);
+    let at = disk.locate(sector, len).ok_or(status::IOERR)?;
+    Ok((at, len, u32::from_le_bytes(flags)))
 }
 
-fn write(
-    ram: &Ram,
-    chain: &Chain,
-    disk: &mut Disk,
-    (at, len): (u64, u32),
-    extents: &mut Extents,
-) -> io::Result<()> {
-    disk.before_write(at, u64::from(len))?;
-    let mut done: u32 = 0;
-    while done < len {
-        extents.clear();
-        let to = at.saturating_add(u64::from(done));
-        disk.write_extents(to, len.saturating_sub(done), extents);
-        for extent in extents.as_slice() {
-            let skip = HEADER.saturating_add(done);
-            let data = window(chain.readable().iter().copied(), skip, extent.len);
-            let (file, _) = disk.file(extent.file).ok_or(io::ErrorKind::InvalidInput)?;
-            sys::io::write_all_at(file, slices(ram, data), extent.at)?;
-            done = done.saturating_add(extent.len);
-        }
-    }
-    disk.wrote(at, u64::from(len));
-    Ok(())
-}
-
-fn flush(disk: &mut Disk) -> io::Result<()> {
-    disk.flush_metadata()?;
-    match disk.file(FileIndex::DATA) {
-        Some((file, _)) => file.sync_data(),
-        None => Ok(()),
-    }
+/// The last byte that the device may write: the status (5.2.6).
+pub fn status_place(chain: &Chain) -> Option<Segment> {
+    let at = chain.writable_len().checked_sub(1)?;
+    window(chain.writable().iter().copied(), at, 1).next()
 }

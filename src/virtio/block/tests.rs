@@ -16,6 +16,8 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
 /// Sectors filled with their number plus one.
 fn file(sectors: u8) -> File {
@@ -44,12 +46,10 @@ fn bench(sectors: u8, read_only: bool) -> Bench {
         0,
     )
     .unwrap();
+    let ram = ram();
+    block.enter_thread(&ram).unwrap();
     block.activate(block.features()).unwrap();
-    Bench {
-        ram: ram(),
-        file,
-        block,
-    }
+    Bench { ram, file, block }
 }
 
 impl Bench {
@@ -73,11 +73,22 @@ impl Bench {
         )
         .unwrap();
         rings.offer_chain(0, parts);
-        assert_eq!(self.block.process(0, &mut queue, &ram), Ok(Progress::More));
-        assert_eq!(self.block.process(0, &mut queue, &ram), Ok(Progress::Wait));
-        let (head, len) = rings.take().expect("not used");
+        let (head, len) = self.until_used(&mut queue, &mut rings);
         assert_eq!(head, 0);
         (len, ram.read_obj(GuestAddress(STATUS)).unwrap())
+    }
+
+    /// Works until something has been returned.
+    fn until_used(&mut self, queue: &mut Queue, rings: &mut Rings<'_>) -> (u32, u32) {
+        let ram = self.ram.clone();
+        loop {
+            while self.block.process(0, queue, &ram).unwrap() == Progress::More {}
+            self.block.end_turn();
+            self.block.backend(1);
+            if let Some(used) = rings.take() {
+                return used;
+            }
+        }
     }
 
     fn request(&mut self, kind: u32, sector: u64, len: u32, writable: bool) -> (u32, u8) {
@@ -138,14 +149,16 @@ fn requests_when_not_allowed_are_refused_and_change_nothing() {
         (GET_ID, 0, 19, true, status::IOERR),
         (GET_ID, 0, 20, false, status::IOERR),
         (2, 0, 512, true, status::UNSUPP),
-        (11, 0, 16, false, status::UNSUPP),
+        (12, 0, 16, false, status::UNSUPP),
         (u32::MAX, 0, 512, true, status::UNSUPP),
     ];
     for (kind, sector, len, writable, status) in cases {
         let mut bench = bench(4, false);
         let before = bench.on_disk();
         let served = bench.request(*kind, *sector, *len, *writable);
-        assert_eq!(served, (1, *status), "{kind} {sector} {len}");
+        // A status behind bytes that were not written is not among those that were.
+        let used = u32::from(!writable);
+        assert_eq!(served, (used, *status), "{kind} {sector} {len}");
         assert_eq!(bench.on_disk(), before, "{kind} {sector} {len}");
         assert_eq!(bench.block.counters.invalid.get(), 1);
     }
@@ -159,7 +172,7 @@ fn request_when_larger_than_we_take_is_refused() {
     let mut parts = vec![(HEAD, 16, false)];
     parts.extend((0..33).map(|_| (DATA, 0x80000, true)));
     parts.push((STATUS, 1, true));
-    assert_eq!(bench.serve(&parts), (1, status::IOERR));
+    assert_eq!(bench.serve(&parts), (0, status::IOERR));
 }
 
 #[test]
@@ -257,8 +270,8 @@ fn disk_when_shrunk_fails_the_request() {
     let mut bench = bench(8, false);
     bench.file.set_len(1000).unwrap();
     assert_eq!(bench.request(IN, 0, 512, true), (513, status::OK));
-    assert_eq!(bench.request(IN, 1, 512, true), (1, status::IOERR));
-    assert_eq!(bench.request(IN, 7, 512, true), (1, status::IOERR));
+    assert_eq!(bench.request(IN, 1, 512, true), (0, status::IOERR));
+    assert_eq!(bench.request(IN, 7, 512, true), (0, status::IOERR));
     assert_eq!(bench.block.counters.failed.get(), 2);
 }
 
@@ -285,11 +298,10 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
     for first in [0, 2] {
         rings.offer_chain(first, &[(HEAD, 16, false), (STATUS, 1, true)]);
     }
-    assert_eq!(bench.block.process(0, &mut queue, &ram), Ok(Progress::More));
+    assert_eq!(bench.until_used(&mut queue, &mut rings), (0, 1));
     for _ in 0..3 {
         assert_eq!(bench.block.process(0, &mut queue, &ram), Ok(Progress::Wait));
     }
-    assert_eq!(rings.take(), Some((0, 1)));
     assert_eq!(rings.take(), None);
     bench.block.update(Update {
         disk: None,
@@ -298,8 +310,7 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
             ..RateLimiterUpdate::default()
         },
     });
-    assert_eq!(bench.block.process(0, &mut queue, &ram), Ok(Progress::More));
-    assert_eq!(rings.take(), Some((2, 1)));
+    assert_eq!(bench.until_used(&mut queue, &mut rings), (2, 1));
 }
 
 #[test]
@@ -321,5 +332,80 @@ fn update_when_disk_is_new_tells_its_capacity_and_gives_back_the_old() {
             .sectors(),
         8
     );
-    assert_eq!(bench.request(IN, 3, 512, true), (1, status::IOERR));
+    assert_eq!(bench.request(IN, 3, 512, true), (0, status::IOERR));
+}
+
+impl Bench {
+    /// A request with one range.
+    fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> (u32, u8) {
+        self.header(kind, 0);
+        let mut range = [0; 16];
+        range[..8].copy_from_slice(&sector.to_le_bytes());
+        range[8..12].copy_from_slice(&sectors.to_le_bytes());
+        range[12..].copy_from_slice(&flags.to_le_bytes());
+        self.ram.write_slice(&range, GuestAddress(DATA)).unwrap();
+        self.serve(&[(HEAD, 16, false), (DATA, 16, false), (STATUS, 1, true)])
+    }
+
+    /// Blocks of 512 bytes that the file takes on the host.
+    fn allocated(&self) -> u64 {
+        std::os::unix::fs::MetadataExt::blocks(&self.file.metadata().unwrap())
+    }
+}
+
+#[test]
+fn ranges_when_discarded_or_zeroed_leave_holes_and_zeros() {
+    for kind in [DISCARD, WRITE_ZEROES] {
+        let mut bench = bench(64, false);
+        bench.file.sync_all().unwrap();
+        let before = bench.allocated();
+        let flags = u32::from(kind == WRITE_ZEROES);
+        assert_eq!(bench.range(kind, 8, 16, flags), (1, status::OK));
+        let disk = bench.on_disk();
+        assert_eq!(disk.len(), 64 * 512);
+        assert_eq!(disk[8 * 512..24 * 512], [0; 16 * 512]);
+        assert_eq!((disk[8 * 512 - 1], disk[24 * 512]), (8, 25));
+        assert_eq!(bench.allocated(), before - 16);
+    }
+    // Without leave to give the space back it is kept.
+    let mut bench = bench(64, false);
+    bench.file.sync_all().unwrap();
+    let before = bench.allocated();
+    assert_eq!(bench.range(WRITE_ZEROES, 8, 16, 0), (1, status::OK));
+    assert_eq!(bench.on_disk()[8 * 512..24 * 512], [0; 16 * 512]);
+    assert_eq!(bench.allocated(), before);
+    assert_eq!(bench.block.counters.write_zeroes.get(), 1);
+}
+
+#[test]
+fn ranges_when_wrong_are_refused_and_change_nothing() {
+    for (kind, sector, sectors, flags, status) in [
+        (DISCARD, 60, 5, 0, status::IOERR),
+        (DISCARD, u64::MAX, 1, 0, status::IOERR),
+        (DISCARD, 0, DISCARD_MAX + 1, 0, status::IOERR),
+        (DISCARD, 0, 8, 1, status::UNSUPP),
+        (WRITE_ZEROES, 64, 1, 0, status::IOERR),
+        (WRITE_ZEROES, 0, ZEROES_MAX + 1, 0, status::IOERR),
+        (WRITE_ZEROES, 0, 8, 2, status::UNSUPP),
+    ] {
+        let mut bench = bench(64, false);
+        let before = bench.on_disk();
+        let served = bench.range(kind, sector, sectors, flags);
+        assert_eq!(served, (1, status), "{kind} {sector} {sectors} {flags}");
+        assert_eq!(bench.on_disk(), before);
+    }
+    let mut read_only = bench(64, true);
+    assert_eq!(
+        read_only.block.features() & (bit::DISCARD | bit::WRITE_ZEROES),
+        0
+    );
+    read_only.block.activate(u64::MAX).unwrap();
+    assert_eq!(read_only.range(DISCARD, 0, 8, 0), (1, status::IOERR));
+    let mut not_accepted = bench(64, false);
+    not_accepted.block.activate(feature::COMMON).unwrap();
+    assert_eq!(not_accepted.range(DISCARD, 0, 8, 0), (1, status::UNSUPP));
+    assert_eq!(
+        not_accepted.range(WRITE_ZEROES, 0, 8, 0),
+        (1, status::UNSUPP)
+    );
 }

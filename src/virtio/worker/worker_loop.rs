@@ -279,10 +279,14 @@ impl<D: Device> WorkerLoop<D> {
                 }
             }
         }
+        let ended = self.device.end_turn();
+        self.runnable.insert(ended);
         self.announce();
+        // A message that waits is looked at again once requests have ended.
+        let may_be_drained = self.draining.is_some() && ended != QueueSet::NONE;
         if self.stopped {
             Turn::Stopped
-        } else if self.next_queue().is_some() {
+        } else if may_be_drained || self.next_queue().is_some() {
             Turn::More
         } else {
             Turn::Wait

@@ -1,0 +1,343 @@
+//! What is done for a request between two answers of the host: plain calls as long as nothing waits,
+//! then one push to the engine.
+
+use std::io;
+
+use super::super::Ram;
+use super::super::segment::{Segment, clear, copy_out, slices, window};
+use super::Block;
+use super::disk::{Extent, FileIndex};
+use super::job::{Job, is_unsupported};
+use super::request::{HEADER, Outcome, Request, status};
+use crate::sys;
+use crate::sys::io::{Access, Space};
+use crate::sys::ring::Transfer;
+
+/// How far a step came.
+pub enum Step {
+    /// The request has ended.
+    Ended(Outcome),
+    /// The engine has it, in this slot.
+    Pushed(u16),
+}
+
+/// What was done for one extent.
+enum Moved {
+    /// This many bytes of it are done.
+    Bytes(u64),
+    /// The engine has it, in this slot.
+    Pushed(u16),
+}
+
+impl Block {
+    /// Goes on with `job`, whose memory is that of the chain at hand, or is kept in `slot`.
+    pub(super) fn step(&mut self, ram: &Ram, job: &mut Job, slot: Option<u16>) -> Step {
+        let stepped = match job.request {
+            Request::Read { at, len } => {
+                self.parts(ram, job, slot, (at, u64::from(len)), Block::read)
+            }
+            Request::Write { at, len } => self
+                .before_write(job, at, u64::from(len))
+                .and_then(|()| self.parts(ram, job, slot, (at, u64::from(len)), Block::write)),
+            Request::WriteZeroes { at, len, .. } => self
+                .before_write(job, at, len)
+                .and_then(|()| self.parts(ram, job, slot, (at, len), Block::write_zeroes)),
+            Request::Flush => self.flush(slot),
+            Request::Discard { at, len } => self.discard(slot, at, len),
+            Request::GetId => {
+                let place = self.chain.writable().iter().copied();
+                let told = copy_out(ram, place, &self.serial);
+                let refused = Outcome::Invalid(status::IOERR);
+                return Step::Ended(if told { Outcome::Done } else { refused });
+            }
+        };
+        match stepped {
+            Ok(Some(slot)) => Step::Pushed(slot),
+            Ok(None) => Step::Ended(Outcome::Done),
+            Err(error) => Step::Ended(Outcome::Failed(error)),
+        }
+    }
+
+    fn before_write(&mut self, job: &Job, at: u64, len: u64) -> io::Result<()> {
+        if job.done > 0 {
+            return Ok(());
+        }
+        self.disk.before_write(at, len)
+    }
+
+    /// Does `one` for each extent that is left of the request's `len` bytes from `at` on; the slot, when
+    /// the engine has one of them.
+    fn parts(
+        &mut self,
+        ram: &Ram,
+        job: &mut Job,
+        slot: Option<u16>,
+        (at, len): (u64, u64),
+        one: impl Fn(&mut Block, &Ram, &mut Job, Option<u16>, Extent) -> io::Result<Moved>,
+    ) -> io::Result<Option<u16>> {
+        let is_read = matches!(job.request, Request::Read { .. });
+        while job.done < len {
+            let from = at.saturating_add(job.done);
+            let left = u32::try_from(len.saturating_sub(job.done)).unwrap_or(1 << 30);
+            self.extents.clear();
+            if is_read {
+                self.disk.read_extents(from, left, &mut self.extents);
+            } else {
+                self.disk.write_extents(from, left, &mut self.extents);
+            }
+            let mut number = 0usize;
+            while let Some(extent) = self.extents.as_slice().get(number).copied() {
+                number = number.saturating_add(1);
+                match one(self, ram, job, slot, extent)? {
+                    Moved::Bytes(done) => {
+                        job.done = job.done.saturating_add(done);
+                        if done < u64::from(extent.len) {
+                            // The rest of it, and where that is.
+                            break;
+                        }
+                    }
+                    Moved::Pushed(slot) => return Ok(Some(slot)),
+                }
+            }
+            if number == 0 {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+        }
+        match job.request {
+            Request::Write { .. } => self.disk.wrote(at, len),
+            Request::WriteZeroes { .. } => self.disk.zeroed(at, len),
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    fn read(
+        &mut self,
+        ram: &Ram,
+        job: &mut Job,
+        slot: Option<u16>,
+        extent: Extent,
+    ) -> io::Result<Moved> {
+        let skip = offset(job)?;
+        if let Some(moved) = self.read_what_is_there(ram, slot, extent, skip)? {
+            return Ok(moved);
+        }
+        if let Some(slot) = self.push(slot, Transfer::Read, extent, skip) {
+            return Ok(Moved::Pushed(slot));
+        }
+        let (file, data) = self.plain(slot, Transfer::Read, extent, skip)?;
+        sys::io::read_exact_at(file, slices(ram, data), extent.at)?;
+        Ok(Moved::Bytes(u64::from(extent.len)))
+    }
+
+    /// Reads what needs no waiting; none if that is nothing.
+    fn read_what_is_there(
+        &self,
+        ram: &Ram,
+        slot: Option<u16>,
+        extent: Extent,
+        skip: u32,
+    ) -> io::Result<Option<Moved>> {
+        let all = Some(Moved::Bytes(u64::from(extent.len)));
+        if extent.file == FileIndex::ZERO {
+            let memory = match slot {
+                Some(slot) => self.jobs.memory(slot),
+                None => self.chain.writable(),
+            };
+            let cleared = clear(ram, window(memory.iter().copied(), skip, extent.len));
+            return match cleared {
+                true => Ok(all),
+                false => Err(io::ErrorKind::InvalidInput.into()),
+            };
+        }
+        let access = self.disk.file(extent.file).map(|(_, access)| access);
+        match access {
+            Some(Access::InMemory) => {
+                let (file, data) = self.plain(slot, Transfer::Read, extent, skip)?;
+                sys::io::read_exact_at(file, slices(ram, data), extent.at)?;
+                Ok(all)
+            }
+            Some(Access::Cached) if slot.is_none() && !self.engine.is_absent() => {
+                let (file, data) = self.plain(slot, Transfer::Read, extent, skip)?;
+                match sys::io::read_now_at(file, slices(ram, data), extent.at) {
+                    Ok(done) => Ok(Some(Moved::Bytes(done as u64))),
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(Some(Moved::Bytes(0))),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+                    Err(e) if is_unsupported(&e) => Ok(None),
+                    Err(e) => Err(e),
+                }
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn write(
+        &mut self,
+        ram: &Ram,
+        job: &mut Job,
+        slot: Option<u16>,
+        extent: Extent,
+    ) -> io::Result<Moved> {
+        let skip = HEADER.saturating_add(offset(job)?);
+        let access = self.disk.file(extent.file).map(|(_, access)| access);
+        if matches!(access, Some(Access::MayWait | Access::Direct))
+            && let Some(slot) = self.push(slot, Transfer::Write, extent, skip)
+        {
+            return Ok(Moved::Pushed(slot));
+        }
+        // To the page cache: io_uring is slower there.
+        let (file, data) = self.plain(slot, Transfer::Write, extent, skip)?;
+        sys::io::write_all_at(file, slices(ram, data), extent.at)?;
+        Ok(Moved::Bytes(u64::from(extent.len)))
+    }
+
+    /// The file of `extent`, and the part of the request's memory from byte `skip` on that goes there.
+    fn plain(
+        &self,
+        slot: Option<u16>,
+        transfer: Transfer,
+        extent: Extent,
+        skip: u32,
+    ) -> io::Result<(&std::fs::File, impl Iterator<Item = Segment>)> {
+        let memory = match (slot, transfer) {
+            (Some(slot), _) => self.jobs.memory(slot),
+            (None, Transfer::Read) => self.chain.writable(),
+            (None, Transfer::Write) => self.chain.readable(),
+        };
+        let (file, _) = self
+            .disk
+            .file(extent.file)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        Ok((file, window(memory.iter().copied(), skip, extent.len)))
+    }
+
+    /// Gives the engine a transfer; the slot, unless it cannot be given.
+    fn push(
+        &mut self,
+        slot: Option<u16>,
+        transfer: Transfer,
+        extent: Extent,
+        skip: u32,
+    ) -> Option<u16> {
+        if self.engine.is_absent() {
+            return None;
+        }
+        let kept = match (slot, transfer) {
+            (Some(slot), _) => slot,
+            (None, Transfer::Read) => self.jobs.keep(self.chain.writable())?,
+            (None, Transfer::Write) => self.jobs.keep(self.chain.readable())?,
+        };
+        let memory = self.jobs.memory(kept).iter().copied();
+        let data = window(memory, skip, extent.len);
+        let place = (extent.file, extent.at);
+        match self.engine.push(kept, transfer, place, data) {
+            Ok(()) => Some(kept),
+            Err(_) => {
+                self.give_back(slot, kept);
+                None
+            }
+        }
+    }
+
+    /// A slot that was taken for what could not be pushed is free again.
+    fn give_back(&mut self, before: Option<u16>, taken: u16) {
+        if before.is_none() {
+            self.jobs.free(taken);
+        }
+    }
+
+    fn flush(&mut self, slot: Option<u16>) -> io::Result<Option<u16>> {
+        self.disk.flush_metadata()?;
+        let file = FileIndex::DATA;
+        let Some((_, access)) = self.disk.file(file) else {
+            return Ok(None);
+        };
+        if access != Access::InMemory
+            && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
+        {
+            match self.engine.push_sync(kept, file) {
+                Ok(()) => return Ok(Some(kept)),
+                Err(_) => self.give_back(slot, kept),
+            }
+        }
+        match self.disk.file(file) {
+            Some((file, _)) => file.sync_data().map(|()| None),
+            None => Ok(None),
+        }
+    }
+
+    fn discard(&mut self, slot: Option<u16>, at: u64, len: u64) -> io::Result<Option<u16>> {
+        let Some((index, place, space)) = self.disk.discard_extent(at, len) else {
+            return Ok(None);
+        };
+        let Some((_, access)) = self.disk.file(index) else {
+            return Ok(None);
+        };
+        if space == 0 {
+            return Ok(None);
+        }
+        // Before the hole is there: what lay there is given up by the guest from now on.
+        self.disk.discarded(at, len);
+        if access != Access::InMemory
+            && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
+        {
+            let mode = Space::Punched.mode();
+            match self.engine.push_allocate(kept, (index, place, space), mode) {
+                Ok(()) => return Ok(Some(kept)),
+                Err(_) => self.give_back(slot, kept),
+            }
+        }
+        let Some((file, _)) = self.disk.file(index) else {
+            return Ok(None);
+        };
+        match sys::io::change_space(file, Space::Punched, place, space) {
+            Err(e) if is_unsupported(&e) => Ok(None),
+            done => done.map(|()| None),
+        }
+    }
+
+    fn write_zeroes(
+        &mut self,
+        _: &Ram,
+        job: &mut Job,
+        slot: Option<u16>,
+        extent: Extent,
+    ) -> io::Result<Moved> {
+        let Request::WriteZeroes { unmap, .. } = job.request else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let len = u64::from(extent.len);
+        let space = if unmap { Space::Punched } else { Space::Zeroed };
+        let access = self.disk.file(extent.file).map(|(_, access)| access);
+        if access != Some(Access::InMemory)
+            && !job.by_writing
+            && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
+        {
+            let place = (extent.file, extent.at, len);
+            match self.engine.push_allocate(kept, place, space.mode()) {
+                Ok(()) => {
+                    job.step = len;
+                    return Ok(Moved::Pushed(kept));
+                }
+                Err(_) => self.give_back(slot, kept),
+            }
+        }
+        let (file, _) = self
+            .disk
+            .file(extent.file)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        if !job.by_writing {
+            match sys::io::change_space(file, space, extent.at, len) {
+                Err(e) if is_unsupported(&e) => job.by_writing = true,
+                done => return done.map(|()| Moved::Bytes(len)),
+            }
+        }
+        sys::io::write_zeros_at(file, extent.at, len)?;
+        Ok(Moved::Bytes(len))
+    }
+}
+
+/// Bytes of a transfer that are done.
+fn offset(job: &Job) -> io::Result<u32> {
+    u32::try_from(job.done).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
