@@ -168,6 +168,35 @@ fn process_limit_that_is_too_low_is_an_end_and_not_a_spin() {
 }
 
 #[test]
+fn overlay_takes_what_the_guest_writes_and_the_disk_stays_as_it_was() {
+    let place = place!("goverlay");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (kernel, disk) = (place.path("probe"), place.path("disk"));
+    for who in BOTH {
+        let overlay = place.shared("overlay");
+        let runs = |drive: &str, words: &str| {
+            let cmdline = format!("probe={words},reset");
+            let machine = ["run", "--kernel", &kernel, "--cmdline", &cmdline];
+            let words = [&machine[..], &["--drive", drive]].concat();
+            let ended = place.ends(place.jailer(who, &words), 0);
+            assert!(!ended.out.contains("FAILED"), "{who:?}: {ended:?}");
+            assert!(ended.out.contains(" ok "), "{who:?}: {ended:?}");
+        };
+        let in_file = format!("{disk}:overlay={overlay}");
+        runs(&in_file, "blkwrite:0:1:2:5");
+        runs(&in_file, "blkverify:0:1:2:5");
+        runs(
+            &format!("{disk}:overlay=memory"),
+            "blkwrite:0:1:2:6,blkverify:0:1:2:6",
+        );
+        runs(&in_file, "blkverify:0:1:2:5");
+        assert_eq!(fs::read(&disk).unwrap(), [0; 4096]);
+        fs::remove_file(overlay).unwrap();
+        place.nothing_is_left();
+    }
+}
+
+#[test]
 fn configuration_in_a_file_has_its_paths_opened_outside() {
     let place = place!("gconfig");
     copy_readable(&common::probe(), &place.path("probe"));

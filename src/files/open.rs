@@ -2,6 +2,7 @@
 //! does not hold up control) and taken only if it can be what it is said to be. A descriptor that was
 //! passed takes the place of opening, and must be as good.
 
+mod overlay;
 mod purpose;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -11,6 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+pub use self::overlay::OpenOverlay;
 use self::purpose::{
     CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ, FAULT_HANDLER,
     SNAPSHOT_MEMORY, SNAPSHOT_STATE, WORKING_SET,
@@ -106,6 +108,18 @@ pub fn open_disk(
     }
 }
 
+/// Makes the file at `path`, unless there is one.
+fn made_if_missing(path: &str) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    options
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(flags);
+    options.open(path).map(drop)
+}
+
 /// Reads the state file of a snapshot that a machine can be made of.
 ///
 /// # Errors
@@ -155,14 +169,7 @@ pub fn working_set(source: &Source, passed: &mut Passed) -> Result<File, ActionE
     let purpose = &WORKING_SET;
     if let Source::Named(path) = source {
         purpose.may_wait("making", source);
-        let mut options = OpenOptions::new();
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        options
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .custom_flags(flags);
-        let made = options.open(path);
+        let made = made_if_missing(path);
         made.map_err(|cause| purpose.not_opened(source, &cause))?;
     }
     let (file, metadata) = purpose.open(source, passed)?;

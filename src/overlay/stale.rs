@@ -29,7 +29,7 @@ impl<S: Storage> Stale<S> {
     /// Gives space back, until all is done or the region is in use again.
     fn give_back(&self) -> io::Result<()> {
         if self.is_ordered {
-            self.file.sync_data()?;
+            self.file.sync_all()?;
         }
         let mut rest = self.region.clone();
         while let Some(data) = self.file.next_data(rest.clone())? {

@@ -30,6 +30,14 @@ pub trait Storage {
     /// The host's.
     fn sync_data(&self) -> io::Result<()>;
 
+    /// The same by the call that the files thread may make.
+    ///
+    /// # Errors
+    /// The host's.
+    fn sync_all(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
     /// Gives the space of `range` back, where the file system can; what is read there is zeros then, or else
     /// what was there.
     ///
@@ -67,6 +75,10 @@ impl Storage for File {
 
     fn sync_data(&self) -> io::Result<()> {
         File::sync_data(self)
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        File::sync_all(self)
     }
 
     fn punch(&self, range: Range<u64>) -> io::Result<()> {

@@ -153,55 +153,23 @@ impl<S: Storage> Overlay<S> {
         Ok(())
     }
 
-    /// The guest needs the content of `len` bytes at `at` no longer: what it reads there is zeros from now on, or
-    /// what was there, where it is less than a unit. The space is given back.
-    ///
-    /// # Errors
-    /// The host's.
-    pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
+    /// What of `len` bytes at `at` is whole units: where it begins, and how long it is.
+    pub fn whole_units(&self, at: u64, len: u64) -> (u64, u64) {
         let Split { first, end, .. } = self.split(at, len);
-        if first >= end {
-            return Ok(());
-        }
-        let mut held = false;
-        let mut next = first;
-        while next < end && !held {
-            let (state, count) = self.map.run(next, end.saturating_sub(next));
-            held = state == State::Data;
-            next = next.saturating_add(count);
-        }
-        if self.map.set(first, end, State::Zero) {
-            self.publish()?;
-        }
-        if held {
-            let start = self.write_at(first.saturating_mul(UNIT));
-            let past = self.write_at(end.saturating_mul(UNIT));
-            self.file.punch(start..past)?;
-        }
-        Ok(())
+        let count = end.saturating_sub(first);
+        (first.saturating_mul(UNIT), count.saturating_mul(UNIT))
     }
 
-    /// `len` bytes at `at` become zeros, and the space of whole units is given back.
+    /// The whole units of `len` bytes at `at` are zeros from now on, whatever the file has in their place.
     ///
     /// # Errors
-    /// The host's.
-    pub fn write_zeroes(&mut self, base: &impl Storage, at: u64, len: u64) -> io::Result<()> {
-        let end = at.saturating_add(len).min(self.layout.size);
-        for unit in self.split(at, len).edges.into_iter().flatten() {
-            if self.map.state(unit) == State::Zero {
-                continue;
-            }
-            self.bring_in(base, unit)?;
-            let unit_at = unit.saturating_mul(UNIT);
-            let from = at.max(unit_at);
-            let to = end.min(unit_at.saturating_add(UNIT));
-            let mut zeros = [0; UNIT as usize];
-            let len = to.saturating_sub(from) as usize;
-            let zeros = zeros.get_mut(..len).unwrap_or_default();
-            self.file.write_all_at(zeros, self.write_at(from))?;
+    /// When the map cannot be written.
+    pub fn set_zero(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let Split { first, end, .. } = self.split(at, len);
+        if self.map.set(first, end, State::Zero) {
+            return self.publish();
         }
-        self.publish()?;
-        self.discard(at, len)
+        Ok(())
     }
 
     /// Writes what of the map the file does not have, in an order in which it may be synced after that; then all

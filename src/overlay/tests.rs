@@ -182,8 +182,17 @@ impl Storage for Fake {
 
     fn punch(&self, range: Range<u64>) -> io::Result<()> {
         self.step()?;
-        assert_eq!((range.start % 4096, range.end % 4096), (0, 0));
-        self.change(Change::Punch(range.start / SECTOR..range.end / SECTOR));
+        assert_eq!((range.start % SECTOR, range.end % SECTOR), (0, 0));
+        // Only whole pages are given back; parts of others become zeros.
+        let whole = range.start.next_multiple_of(4096) / SECTOR..range.end / 4096 * 8;
+        for index in range.start / SECTOR..range.end / SECTOR {
+            if !whole.contains(&index) {
+                self.change(Change::Write(index, Box::new([0; 512])));
+            }
+        }
+        if !whole.is_empty() {
+            self.change(Change::Punch(whole));
+        }
         Ok(())
     }
 
@@ -367,6 +376,22 @@ impl Disk {
         self.overlay.file().write_all_at(&mut bytes, place)?;
         self.overlay.wrote(at, len)
     }
+
+    fn write_zeroes(&mut self, at: u64, len: u64) -> io::Result<()> {
+        self.overlay.before_write(&self.base, at, len)?;
+        let place = self.overlay.write_at(at);
+        self.overlay.file().punch(place..place + len)?;
+        self.overlay.set_zero(at, len)
+    }
+
+    fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let (at, len) = self.overlay.whole_units(at, len);
+        if len > 0 {
+            let place = self.overlay.write_at(at);
+            self.overlay.file().punch(place..place + len)?;
+        }
+        self.overlay.set_zero(at, len)
+    }
 }
 
 /// Sectors from and to, with a liking for whole units and for what lies close together.
@@ -410,7 +435,7 @@ fn step(
         }
         20..25 => {
             (start..end).for_each(|index| model.put(index, 0));
-            disk.overlay.write_zeroes(&disk.base, at, len)?;
+            disk.write_zeroes(at, len)?;
         }
         25..29 => {
             // Whole units become zeros; of others nothing changes.
@@ -422,7 +447,7 @@ fn step(
             for unit in start.div_ceil(8)..past / 8 {
                 (unit * 8..(unit * 8 + 8).min(sectors)).for_each(|index| model.put(index, 0));
             }
-            disk.overlay.discard(at, len)?;
+            disk.discard(at, len)?;
         }
         29..33 => {
             disk.overlay.flush()?;
@@ -551,11 +576,9 @@ fn space_when_discarded_or_reset_is_given_back() {
     disk.write(0, vec![1; 4096 * 50]).unwrap();
     let full = file.bytes();
     assert!(full >= empty + 4096 * 50);
-    disk.overlay.discard(4096, 4096 * 20).unwrap();
+    disk.discard(4096, 4096 * 20).unwrap();
     assert_eq!(file.bytes(), full - 4096 * 20);
-    disk.overlay
-        .write_zeroes(&disk.base, 4096 * 30 + 512, 4096 * 10)
-        .unwrap();
+    disk.write_zeroes(4096 * 30 + 512, 4096 * 10).unwrap();
     assert_eq!(file.bytes(), full - 4096 * 29);
     let stale = disk.overlay.reset().unwrap();
     assert_eq!(disk.tags(), (BASE..BASE + 800).collect::<Vec<_>>());

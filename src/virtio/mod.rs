@@ -194,6 +194,14 @@ pub trait Device: Send + 'static {
     fn update(&mut self, update: Self::Update) -> Updated;
     /// A state with room for all that [`Device::save`] writes, made by control.
     fn state_buffer() -> Self::State;
+    /// It is paused, and nothing is in flight: what it keeps of files reaches them, so that they can be copied, or
+    /// opened together with its saved state.
+    ///
+    /// # Errors
+    /// The host's. It is tried again at the next pause, and before it is saved.
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     /// Writes its state into `state`, a [`Device::state_buffer`]. The device is paused, nothing is in flight,
     /// and nothing may be allocated.
     fn save(&self, state: &mut Self::State);
@@ -226,6 +234,8 @@ pub struct Updated {
     pub config: Option<ConfigSpace>,
     /// What control is to close: a worker may not.
     pub replaced: Option<Replaced>,
+    /// Why the change was not made, if it was not.
+    pub failed: Option<io::Error>,
     /// Queues that may now have work.
     pub runnable: QueueSet,
 }

@@ -63,6 +63,8 @@ pub enum StateError {
     Features(String),
     /// The disk is read-only now.
     ReadOnly,
+    /// What the guest wrote is in an overlay, and this is not it, nor a copy of it.
+    OtherOverlay,
     /// The value of this member of the state cannot be.
     Value(&'static str),
     /// This queue cannot be served.
@@ -79,6 +81,10 @@ impl fmt::Display for StateError {
             ),
             StateError::ReadOnly => f.write_str(
                 "its guest uses a writable disk, and the disk is read-only here; use a writable one",
+            ),
+            StateError::OtherOverlay => f.write_str(
+                "what its guest wrote is in an overlay, of which neither that nor a copy is used here; name it, or a copy \
+                 of it as it was when the guest was saved",
             ),
             StateError::Value(member) => {
                 write!(f, "its saved state is invalid: the value of `{member}`")

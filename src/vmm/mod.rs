@@ -447,7 +447,15 @@ impl Vmm {
         }
         if let Some(at) = self.updates.iter().position(|(t, ..)| *t == reply.token) {
             let (_, client, _) = self.updates.swap_remove(at);
-            client.send(Ok(Outcome::Done));
+            client.send(match &reply.done {
+                Done::Updated {
+                    failed: Some(error),
+                    ..
+                } => Err(ActionError(format!(
+                    "The host failed the change of the device, and nothing was changed: {error}"
+                ))),
+                _ => Ok(Outcome::Done),
+            });
         }
         if let Done::Updated {
             replaced: Some(file),

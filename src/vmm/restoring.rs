@@ -28,8 +28,8 @@ use crate::snapshot::Header;
 use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::wire::config::{
-    self as wire, HugePages, LoadPages, MachineConfig, MemoryBackendType, SavedConfig,
-    SnapshotLoad, Source,
+    self as wire, DriveOverlay, DriveOverride, HugePages, LoadPages, MachineConfig,
+    MemoryBackendType, SavedConfig, SnapshotLoad, Source,
 };
 use crate::{threads, warn};
 
@@ -179,13 +179,42 @@ fn open_working_set(
 /// must be named anew.
 fn override_sources(devices: &mut wire::Devices, load: &SnapshotLoad) -> Result<(), ActionError> {
     let mut named = Vec::new();
+    let mut overlays = Vec::new();
     for change in &load.drive_overrides {
-        named.push((&*change.drive_id, &change.path_on_host, "drive"));
+        let DriveOverride {
+            drive_id,
+            path_on_host,
+            overlay,
+        } = change;
+        named.extend(
+            path_on_host
+                .as_ref()
+                .map(|source| (&**drive_id, source, "drive")),
+        );
+        overlays.extend(overlay.as_ref().map(|overlay| (&**drive_id, overlay)));
     }
     for drive in &mut devices.drives {
         let place = (&*drive.drive_id, "drive", "drive_overrides");
         take_over(&mut drive.path_on_host, place, &mut named)?;
+        let id = &drive.drive_id;
+        let given = overlays.iter().position(|(other, _)| other == id);
+        if let Some(at) = given {
+            drive.overlay = Some(overlays.swap_remove(at).1.clone());
+        } else if let Some(DriveOverlay::File {
+            path_on_host: Source::Fd(_),
+        }) = drive.overlay
+        {
+            return Err(ActionError(format!(
+                "{FAILED}: the overlay of the drive `{id}` was saved with a passed descriptor: name \
+                 what it is to use now in `drive_overrides`"
+            )));
+        }
     }
+    named.extend(
+        overlays
+            .first()
+            .map(|(id, _)| (*id, &load.snapshot_path, "drive")),
+    );
     for change in &load.network_overrides {
         named.push((
             &*change.iface_id,

@@ -3,7 +3,7 @@
 
 use super::action::{Action, Part};
 use crate::error::ActionError;
-use crate::wire::config::SnapshotType;
+use crate::wire::config::{AnyUpdate, SnapshotType};
 
 /// How far a VM has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,7 @@ const fn when(action: &Action) -> When {
             SnapshotType::Full | SnapshotType::Diff => When::WhilePaused,
             SnapshotType::Fork => When::AfterStart,
         },
+        Action::PatchDevice(AnyUpdate::Drive(update)) if update.reset_overlay => When::WhilePaused,
         // Pause and resume are idempotent, so both are for either state after the start.
         Action::PatchDevice(_)
         | Action::SendCtrlAltDel
@@ -90,6 +91,11 @@ pub fn allow(action: &Action, state: State, was_configured: bool) -> Result<(), 
         (When::Always, _)
         | (When::AfterStart, State::Running | State::Paused)
         | (When::WhilePaused, State::Paused) => Ok(()),
+        (When::WhilePaused, State::Running) if matches!(action, Action::PatchDevice(_)) => {
+            Err(ActionError(
+                "Drive config error: An overlay is reset while the microVM is paused: pause it first".into(),
+            ))
+        }
         (When::WhilePaused, State::Running) => Err(ActionError(
             "Create snapshot error: Cannot save the microVM state: Operation not allowed: \
              save/restore unavailable while running"
@@ -108,7 +114,7 @@ pub fn allow(action: &Action, state: State, was_configured: bool) -> Result<(), 
 mod tests {
     use super::*;
     use crate::vmm::action::Question;
-    use crate::wire::config::{self, AnyDevice, AnyUpdate, Restore, json};
+    use crate::wire::config::{self, AnyDevice, Restore, json};
 
     fn from<T: serde::de::DeserializeOwned>(text: &str) -> T {
         json::parse(text.as_bytes()).unwrap()
@@ -186,6 +192,16 @@ mod tests {
     fn load() -> Action {
         let load = from(r#"{"snapshot_path":"s","mem_file_path":"m"}"#);
         Action::SnapshotLoad(Box::new(Restore::new(load)))
+    }
+
+    #[test]
+    fn overlay_when_reset_needs_a_paused_machine() {
+        let update = from(r#"{"drive_id":"a","reset_overlay":true}"#);
+        let reset = Action::PatchDevice(AnyUpdate::Drive(update));
+        assert!(allow(&reset, State::Paused, true).is_ok());
+        let refused = |state| allow(&reset, state, true).unwrap_err().0;
+        assert!(refused(State::Running).ends_with("pause it first"));
+        assert!(refused(State::NotStarted).contains("before starting"));
     }
 
     #[test]

@@ -46,7 +46,7 @@ use crate::memory::{Memory, MemoryError};
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId};
 use crate::sys::clock;
 use crate::sys::passed::Passed;
-use crate::wire::config::{SavedConfig, SnapshotCreate, SnapshotType};
+use crate::wire::config::{Drive, DriveOverlay, SavedConfig, SnapshotCreate, SnapshotType};
 use crate::{error, exit, warn};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.
@@ -101,6 +101,10 @@ impl Vmm {
 
     /// Begins a snapshot. The rules of state allow it: the guest is paused, unless it is forked.
     pub(super) fn save(&mut self, request: SnapshotCreate, passed: Passed, client: Reply) {
+        if let Err(error) = self.check_overlays() {
+            client.send(Err(error));
+            return self.close_passed(passed);
+        }
         let is_fork = request.snapshot_type == SnapshotType::Fork;
         self.saving = Some(Saving {
             request,
@@ -113,6 +117,21 @@ impl Vmm {
         match is_fork {
             true => self.prepare_fork(),
             false => self.collect(),
+        }
+    }
+
+    /// An overlay in memory goes with this process: a snapshot would be of a guest without its disk.
+    fn check_overlays(&self) -> Result<(), ActionError> {
+        let drives = self.configuration.devices.drives.0.iter();
+        let mut configs = drives.map(|entry| &entry.config);
+        let is_memory = |drive: &&Drive| matches!(drive.overlay, Some(DriveOverlay::Memory { .. }));
+        match configs.find(is_memory) {
+            None => Ok(()),
+            Some(drive) => Err(ActionError(format!(
+                "{FAILED}: the overlay of the drive `{}` is in memory and would be missing in it; a guest to be \
+                 saved needs an overlay in a file",
+                drive.drive_id
+            ))),
         }
     }
 

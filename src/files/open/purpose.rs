@@ -63,6 +63,7 @@ pub(super) const DISK_TO_READ: Purpose = Purpose {
     mode: Mode::Read,
     ..DISK
 };
+pub(super) const OVERLAY: Purpose = purpose("overlay", "Drive config error: ", Mode::ReadWrite);
 /// A tap.
 pub const TAP: Purpose = purpose(
     "tap",

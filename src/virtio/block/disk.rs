@@ -12,6 +12,8 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 
+use super::overlay::{Layers, Reset};
+use crate::overlay::Overlay;
 use crate::sys;
 use crate::sys::io::Access;
 
@@ -125,6 +127,8 @@ pub struct Disk {
 enum Store {
     /// All in one file, each where it is on the disk.
     Plain { file: File, access: Access },
+    /// In a base, or in an overlay over it.
+    Layered(Box<Layers>),
 }
 
 /// Why a file cannot be used as a disk.
@@ -181,6 +185,53 @@ impl Disk {
         })
     }
 
+    /// A disk that has what is in `overlay`, and else what is in `base`.
+    ///
+    /// # Errors
+    /// When the file system of either cannot be determined.
+    pub fn with_overlay(base: File, overlay: Overlay<File>) -> Result<Self, DiskError> {
+        let layers = Layers::new(base, overlay)?;
+        Ok(Disk {
+            sectors: layers.size().checked_div(SECTOR).unwrap_or(0),
+            blocks: Blocks {
+                logical: SECTOR as u32,
+                physical: crate::overlay::UNIT as u32,
+            },
+            store: Store::Layered(Box::new(layers)),
+            read_only: false,
+        })
+    }
+
+    /// The id of its overlay, if it has one.
+    pub fn overlay_id(&self) -> Option<[u8; 16]> {
+        match &self.store {
+            Store::Plain { .. } => None,
+            Store::Layered(layers) => Some(layers.id()),
+        }
+    }
+
+    /// Forgets what its overlay has. What has to be dropped then comes in `reset`.
+    ///
+    /// # Errors
+    /// The host's, or when it has no overlay: then nothing has changed.
+    pub fn reset(&mut self, reset: &mut Reset) -> io::Result<()> {
+        match &mut self.store {
+            Store::Plain { .. } => Err(io::ErrorKind::Unsupported.into()),
+            Store::Layered(layers) => layers.reset(reset),
+        }
+    }
+
+    /// Nothing is in flight, and another process may open the files next.
+    ///
+    /// # Errors
+    /// The host's: it would not find all that was written.
+    pub fn settle(&mut self) -> io::Result<()> {
+        match &mut self.store {
+            Store::Plain { .. } => Ok(()),
+            Store::Layered(layers) => layers.settle(),
+        }
+    }
+
     /// Its size in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
         self.sectors
@@ -230,6 +281,7 @@ impl Disk {
         match &self.store {
             Store::Plain { file: it, access } if file == FileIndex::DATA => Some((it, *access)),
             Store::Plain { .. } => None,
+            Store::Layered(layers) => layers.file(file),
         }
     }
 
@@ -244,6 +296,7 @@ impl Disk {
                     len,
                 });
             }
+            Store::Layered(layers) => layers.read_extents(at, len, out),
         }
     }
 
@@ -258,6 +311,9 @@ impl Disk {
                     len,
                 });
             }
+            Store::Layered(layers) => {
+                out.push(layers.write_extent(at, len));
+            }
         }
     }
 
@@ -265,16 +321,21 @@ impl Disk {
     ///
     /// # Errors
     /// The host's: they cannot be.
-    pub fn before_write(&mut self, _at: u64, _len: u64) -> io::Result<()> {
-        match &self.store {
+    pub fn before_write(&mut self, at: u64, len: u64) -> io::Result<()> {
+        match &mut self.store {
             Store::Plain { .. } => Ok(()),
+            Store::Layered(layers) => layers.before_write(at, len),
         }
     }
 
     /// The `len` bytes from `at` on have been written.
-    pub fn wrote(&mut self, _at: u64, _len: u64) {
-        match &self.store {
-            Store::Plain { .. } => {}
+    ///
+    /// # Errors
+    /// The host's: the write has failed.
+    pub fn wrote(&mut self, at: u64, len: u64) -> io::Result<()> {
+        match &mut self.store {
+            Store::Plain { .. } => Ok(()),
+            Store::Layered(layers) => layers.wrote(at, len),
         }
     }
 
@@ -283,20 +344,29 @@ impl Disk {
     pub fn discard_extent(&self, at: u64, len: u64) -> Option<(FileIndex, u64, u64)> {
         match &self.store {
             Store::Plain { .. } => Some((FileIndex::DATA, at, len)),
+            Store::Layered(layers) => layers.discard_extent(at, len),
         }
     }
 
     /// Space for the `len` bytes from `at` on has been given back.
-    pub fn discarded(&mut self, _at: u64, _len: u64) {
-        match &self.store {
-            Store::Plain { .. } => {}
+    ///
+    /// # Errors
+    /// The host's: the request has failed.
+    pub fn discarded(&mut self, at: u64, len: u64) -> io::Result<()> {
+        match &mut self.store {
+            Store::Plain { .. } => Ok(()),
+            Store::Layered(layers) => layers.set_zero(at, len),
         }
     }
 
     /// The `len` bytes from `at` on have been made 0 where [`Disk::write_extents`] says.
-    pub fn zeroed(&mut self, _at: u64, _len: u64) {
-        match &self.store {
-            Store::Plain { .. } => {}
+    ///
+    /// # Errors
+    /// The host's: the request has failed.
+    pub fn zeroed(&mut self, at: u64, len: u64) -> io::Result<()> {
+        match &mut self.store {
+            Store::Plain { .. } => Ok(()),
+            Store::Layered(layers) => layers.set_zero(at, len),
         }
     }
 
@@ -306,8 +376,9 @@ impl Disk {
     /// # Errors
     /// The host's: what was written since the last time may be lost.
     pub fn flush_metadata(&mut self) -> io::Result<()> {
-        match &self.store {
+        match &mut self.store {
             Store::Plain { .. } => Ok(()),
+            Store::Layered(layers) => layers.flush_metadata(),
         }
     }
 }

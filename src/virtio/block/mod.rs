@@ -13,6 +13,7 @@ mod counters;
 mod disk;
 mod engine;
 mod job;
+mod overlay;
 mod request;
 mod steps;
 #[cfg(test)]
@@ -27,6 +28,8 @@ use vm_memory::Bytes;
 
 pub use self::counters::BlockCounters;
 pub use self::disk::Disk;
+pub use self::overlay::Reset;
+
 use self::disk::Extents;
 use self::engine::Engine;
 use self::job::{Job, Jobs};
@@ -117,6 +120,8 @@ pub const SERIAL_LEN: usize = 20;
 pub struct Update {
     /// Another disk in place of the present one; it must be as writable.
     pub disk: Option<Box<Disk>>,
+    /// Forget what the overlay of the disk has.
+    pub reset: Option<Box<Reset>>,
     /// Other limits.
     pub limits: RateLimiterUpdate,
 }
@@ -127,6 +132,9 @@ pub struct Update {
 pub struct BlockState {
     /// The disk took writes.
     pub is_writable: bool,
+    /// The id of the overlay that has what was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<[u8; 16]>,
     /// What the limits have let through.
     pub limiter: LimiterState,
 }
@@ -173,6 +181,9 @@ impl Block {
     ) -> io::Result<Self> {
         if state.is_writable && disk.is_read_only() {
             return Err(io::Error::other(StateError::ReadOnly));
+        }
+        if state.overlay.is_some() && state.overlay != disk.overlay_id() {
+            return Err(io::Error::other(StateError::OtherOverlay));
         }
         let mut serial = [0; SERIAL_LEN];
         for (to, from) in serial.iter_mut().zip(id.bytes()) {
@@ -475,6 +486,10 @@ impl Device for Block {
             updated.replaced = Some(disk);
             updated.config = Some(self.config());
         }
+        if let Some(mut reset) = update.reset {
+            updated.failed = self.disk.reset(&mut reset).err();
+            updated.replaced = Some(reset);
+        }
         updated
     }
 
@@ -485,8 +500,13 @@ impl Device for Block {
     fn save(&self, state: &mut BlockState) {
         *state = BlockState {
             is_writable: !self.disk.is_read_only(),
+            overlay: self.disk.overlay_id(),
             limiter: self.throttle.save(),
         };
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.disk.settle()
     }
 
     fn reset(&mut self) {

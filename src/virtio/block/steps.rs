@@ -104,8 +104,8 @@ impl Block {
             }
         }
         match job.request {
-            Request::Write { .. } => self.disk.wrote(at, len),
-            Request::WriteZeroes { .. } => self.disk.zeroed(at, len),
+            Request::Write { .. } => self.disk.wrote(at, len)?,
+            Request::WriteZeroes { .. } => self.disk.zeroed(at, len)?,
             _ => {}
         }
         Ok(None)
@@ -277,7 +277,7 @@ impl Block {
             return Ok(None);
         }
         // Before the hole is there: what lay there is given up by the guest from now on.
-        self.disk.discarded(at, len);
+        self.disk.discarded(at, len)?;
         if access != Access::InMemory
             && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
         {

@@ -280,6 +280,7 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
     let mut bench = bench(8, false);
     bench.block.update(Update {
         disk: None,
+        reset: None,
         limits: RateLimiterUpdate {
             ops: BucketUpdate::Replace(TokenBucket::new(1, 0, 3_600_000)),
             ..RateLimiterUpdate::default()
@@ -305,6 +306,7 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
     assert_eq!(rings.take(), None);
     bench.block.update(Update {
         disk: None,
+        reset: None,
         limits: RateLimiterUpdate {
             ops: BucketUpdate::Replace(None),
             ..RateLimiterUpdate::default()
@@ -318,6 +320,7 @@ fn update_when_disk_is_new_tells_its_capacity_and_gives_back_the_old() {
     let mut bench = bench(8, false);
     let updated = bench.block.update(Update {
         disk: Some(Box::new(Disk::new(file(3), false).unwrap())),
+        reset: None,
         limits: RateLimiterUpdate::default(),
     });
     let mut capacity = [0; 8];

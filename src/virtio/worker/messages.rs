@@ -53,6 +53,8 @@ pub enum Done {
         config: Option<ConfigSpace>,
         /// What the device has no more use for.
         replaced: Option<Replaced>,
+        /// Why the change was not made, if it was not.
+        failed: Option<io::Error>,
     },
 }
 

@@ -42,6 +42,7 @@ use super::state::{Phase, StateBuffer};
 use crate::bus::Completer;
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox};
+use crate::sys::io::ErrorText;
 use crate::sys::{clock, thread};
 use crate::virtio::queue::QueueState;
 use crate::virtio::registers::DriverMsg;
@@ -491,6 +492,12 @@ impl<D: Device> WorkerLoop<D> {
             }
         }
         self.announce();
+        if let Err(error) = self.device.settle() {
+            guest_warn!(
+                "what the device keeps did not reach its file: {}",
+                ErrorText(&error)
+            );
+        }
         self.paused = true;
         for token in &self.pauses {
             self.reply(*token, Done::Paused);
@@ -510,10 +517,18 @@ impl<D: Device> WorkerLoop<D> {
         let Updated {
             config,
             replaced,
+            failed,
             runnable,
         } = self.device.update(update);
         self.runnable.insert(runnable);
-        self.reply(token, Done::Updated { config, replaced });
+        self.reply(
+            token,
+            Done::Updated {
+                config,
+                replaced,
+                failed,
+            },
+        );
     }
 
     fn reply(&self, token: u64, done: Done) {

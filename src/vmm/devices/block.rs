@@ -6,19 +6,44 @@ use std::io;
 use super::limits::{limiter, limiter_update};
 use super::{Kind, check_poll_us};
 use crate::error::{ActionError, Context};
-use crate::files::open::open_disk;
+use crate::files::open::{OpenOverlay, open_disk};
+use crate::overlay::Durability;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::virtio::block::{self, BlockState, Disk};
-use crate::wire::config::{CacheType, Drive, DriveUpdate, IoEngine, RateLimiterConfig};
+use crate::wire::config::{
+    CacheType, Drive, DriveOverlay, DriveUpdate, IoEngine, RateLimiterConfig,
+};
 
 /// Disks.
 #[derive(Debug)]
 pub struct Block;
 
+/// The files of a disk.
+#[derive(Debug)]
+pub struct Opened {
+    /// Of the drive with this id.
+    id: String,
+    /// The image, or the base of the overlay.
+    file: File,
+    /// What takes the guest's writes, where the image does not.
+    overlay: Option<OpenOverlay>,
+}
+
+impl Opened {
+    fn try_clone(&self) -> io::Result<Self> {
+        let overlay = self.overlay.as_ref().map(OpenOverlay::try_clone);
+        Ok(Opened {
+            id: self.id.clone(),
+            file: self.file.try_clone()?,
+            overlay: overlay.transpose()?,
+        })
+    }
+}
+
 impl Kind for Block {
     type Config = Drive;
-    type Opened = File;
+    type Opened = Opened;
     type Device = block::Block;
     const CATEGORY: Category = Category::Block;
     const THREAD: &'static str = "block";
@@ -42,6 +67,12 @@ impl Kind for Block {
                 root.drive_id
             )));
         }
+        if drive.overlay.is_some() && drive.read_only() {
+            return Err(ActionError(format!(
+                "Drive config error: `{id}` has an overlay, which takes what the guest writes, and is read-only: \
+                 leave one of them out"
+            )));
+        }
         drive.is_read_only = Some(drive.read_only());
         drive.io_engine = Some(drive.io_engine.unwrap_or(IoEngine::Sync));
         drive.rate_limiter = RateLimiterConfig::in_force(drive.rate_limiter);
@@ -56,25 +87,62 @@ impl Kind for Block {
         drive.is_root_device
     }
 
-    fn open(
-        drive: &mut Drive,
-        _: &mut Vec<File>,
-        passed: &mut Passed,
-    ) -> Result<File, ActionError> {
-        open_disk(&drive.path_on_host, drive.read_only(), passed)
+    /// An overlay is locked as long as it is open: a new configuration of its drive takes it over.
+    fn reopen(opened: &Opened) -> io::Result<Option<Opened>> {
+        match opened.overlay {
+            Some(_) => opened.try_clone().map(Some),
+            None => Ok(None),
+        }
     }
 
-    fn copy(file: &File) -> io::Result<File> {
-        file.try_clone()
+    fn open(
+        drive: &mut Drive,
+        before: &mut Vec<Opened>,
+        passed: &mut Passed,
+    ) -> Result<Opened, ActionError> {
+        let read_only = drive.read_only() || drive.overlay.is_some();
+        let file = open_disk(&drive.path_on_host, read_only, passed)?;
+        let base = (&drive.path_on_host, &file);
+        let overlay = match &drive.overlay {
+            None => None,
+            Some(DriveOverlay::Memory { .. }) => Some(OpenOverlay::memory(base)?),
+            Some(DriveOverlay::File { path_on_host }) => {
+                let own = before.iter().find(|other| other.id == drive.drive_id);
+                let own = own.and_then(|other| other.overlay.as_ref());
+                Some(OpenOverlay::file(path_on_host, base, own, passed)?)
+            }
+        };
+        Ok(Opened {
+            id: drive.drive_id.clone(),
+            file,
+            overlay,
+        })
+    }
+
+    fn copy(opened: &Opened) -> io::Result<Opened> {
+        opened.try_clone()
     }
 
     fn build(
         drive: &Drive,
-        file: File,
+        opened: Opened,
         state: &BlockState,
         elapsed: u64,
     ) -> io::Result<block::Block> {
-        let disk = Disk::new(file, drive.read_only()).map_err(io::Error::other)?;
+        let Opened { file, overlay, .. } = opened;
+        let disk = match overlay {
+            None => Disk::new(file, drive.read_only()),
+            Some(open) => {
+                let durability = match (&drive.overlay, drive.cache_type) {
+                    (Some(DriveOverlay::Memory { .. }), _) => Durability::Volatile,
+                    (_, CacheType::Unsafe) => Durability::Immediate,
+                    (_, CacheType::Writeback) => Durability::Ordered,
+                };
+                let overlay = open.load(durability).map_err(io::Error::other)?;
+                Disk::with_overlay(file, overlay)
+            }
+        };
+        let disk = disk.map_err(io::Error::other)?;
         block::Block::new(
             disk,
             &drive.drive_id,
@@ -87,10 +155,24 @@ impl Kind for Block {
 
     fn check_update(drive: Option<&Drive>, update: &DriveUpdate) -> Result<(), ActionError> {
         let id = &update.drive_id;
-        if drive.is_none() {
+        let Some(drive) = drive else {
             return Err(ActionError(format!(
                 "Drive config error: Unable to patch the block device: Device not found: `{id}`"
             )));
+        };
+        if update.reset_overlay && drive.overlay.is_none() {
+            return Err(ActionError(format!(
+                "Drive config error: `{id}` has no overlay that `reset_overlay` could reset"
+            )));
+        }
+        if update.path_on_host.is_some() && drive.overlay.is_some() {
+            return Err(ActionError(format!(
+                "Drive config error: `{id}` has an overlay, which belongs to the disk that it was made over: \
+                 `path_on_host` of such a drive cannot be changed"
+            )));
+        }
+        if update.reset_overlay {
+            return Ok(());
         }
         if update.path_on_host.is_none() && update.rate_limiter.is_none() {
             // "Running method expected different backend" is how Firecracker says it.
@@ -103,7 +185,8 @@ impl Kind for Block {
     }
 
     fn update_opens(update: &DriveUpdate) -> bool {
-        update.path_on_host.is_some()
+        // The space that an earlier reset gives back is waited for on the files thread.
+        update.path_on_host.is_some() || update.reset_overlay
     }
 
     fn open_update(
@@ -119,7 +202,12 @@ impl Kind for Block {
             None => None,
         };
         let limits = limiter_update(update.rate_limiter);
-        Ok(block::Update { disk, limits })
+        let reset = update.reset_overlay.then(Box::<block::Reset>::default);
+        Ok(block::Update {
+            disk,
+            reset,
+            limits,
+        })
     }
 
     fn note_update(drive: &mut Drive, update: DriveUpdate) {

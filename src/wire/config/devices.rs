@@ -40,6 +40,8 @@ pub enum Backing {
         /// Whether the guest only reads it.
         read_only: bool,
     },
+    /// The file of an overlay, made when it is missing.
+    Overlay,
     /// A tap of the host.
     Tap,
     /// A configuration of the CPU in JSON.

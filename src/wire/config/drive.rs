@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::json::optional_object;
+use super::json::{JsonError, optional_object};
 use super::{Backing, DeviceConfig, RateLimiterConfig, Source};
 
 /// How far a guest's flush reaches.
@@ -25,6 +25,45 @@ pub enum IoEngine {
     Async,
 }
 
+/// Where what a guest writes goes: its disk image is only read then, and may be that of others too.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "OverlayBody", untagged)]
+pub enum DriveOverlay {
+    /// To a file, which keeps it.
+    File {
+        /// It is made if it is missing.
+        path_on_host: Source,
+    },
+    /// To memory, which goes with the process.
+    Memory {
+        /// Always true.
+        memory: bool,
+    },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OverlayBody {
+    #[serde(default, alias = "fd")]
+    path_on_host: Option<Source>,
+    #[serde(default)]
+    memory: bool,
+}
+
+impl TryFrom<OverlayBody> for DriveOverlay {
+    type Error = JsonError;
+
+    fn try_from(body: OverlayBody) -> Result<Self, JsonError> {
+        match (body.path_on_host, body.memory) {
+            (Some(path_on_host), false) => Ok(DriveOverlay::File { path_on_host }),
+            (None, true) => Ok(DriveOverlay::Memory { memory: true }),
+            _ => Err(JsonError::new(
+                "an overlay has either `path_on_host` (or `fd`), or `memory`, which is true",
+            )),
+        }
+    }
+}
+
 /// `PUT /drives/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -45,6 +84,10 @@ pub struct Drive {
     /// The disk image.
     #[serde(alias = "fd")]
     pub path_on_host: Source,
+    /// Takes what the guest writes in place of the image.
+    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<DriveOverlay>,
     /// Limits on operations and bandwidth.
     #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
@@ -72,8 +115,13 @@ impl DeviceConfig for Drive {
     }
 
     fn sources(&mut self) -> Vec<(Backing, &mut Source)> {
-        let read_only = self.read_only();
-        vec![(Backing::Disk { read_only }, &mut self.path_on_host)]
+        // Under an overlay it is a base, which is only read.
+        let read_only = self.read_only() || self.overlay.is_some();
+        let mut sources = vec![(Backing::Disk { read_only }, &mut self.path_on_host)];
+        if let Some(DriveOverlay::File { path_on_host }) = &mut self.overlay {
+            sources.push((Backing::Overlay, path_on_host));
+        }
+        sources
     }
 }
 
@@ -87,6 +135,7 @@ impl Drive {
             cache_type: CacheType::default(),
             is_read_only: None,
             path_on_host,
+            overlay: None,
             rate_limiter: None,
             io_engine: None,
             socket: None,
@@ -109,7 +158,85 @@ pub struct DriveUpdate {
     /// A new disk image.
     #[serde(default, alias = "fd")]
     pub path_on_host: Option<Source>,
+    /// Forget what its overlay holds: the disk is what its base is.
+    #[serde(default)]
+    pub reset_overlay: bool,
     /// New limits.
     #[serde(default, deserialize_with = "optional_object")]
     pub rate_limiter: Option<RateLimiterConfig>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::json::parse;
+    use super::*;
+
+    fn overlay(text: &str) -> Result<Option<DriveOverlay>, JsonError> {
+        let drive =
+            r#"{"drive_id":"a","is_root_device":true,"path_on_host":"p","overlay":OVERLAY}"#;
+        parse::<Drive>(drive.replace("OVERLAY", text).as_bytes()).map(|drive| drive.overlay)
+    }
+
+    #[test]
+    fn overlay_when_parsed_is_a_file_or_memory() {
+        let file = |path_on_host| Some(DriveOverlay::File { path_on_host });
+        let memory = Some(DriveOverlay::Memory { memory: true });
+        for (text, expected) in [
+            (r#"{"path_on_host":"/o"}"#, file("/o".into())),
+            (r#"{"fd":3}"#, file(Source::fd(3))),
+            (
+                r#"{"path_on_host":{"fd":3,"name":"o"}}"#,
+                file(Source::passed(3, "o")),
+            ),
+            (r#"{"path_on_host":"/o","memory":false}"#, file("/o".into())),
+            (r#"{"memory":true}"#, memory),
+            ("null", None),
+        ] {
+            let read = overlay(text).unwrap();
+            assert_eq!(read, expected, "{text}");
+            let Some(read) = read else { continue };
+            let written = serde_json::to_string(&read).unwrap();
+            assert_eq!(overlay(&written).unwrap(), Some(read));
+        }
+        let drive = Drive::new("a", "p".into());
+        assert!(!serde_json::to_string(&drive).unwrap().contains("overlay"));
+    }
+
+    #[test]
+    fn overlay_when_wrong_says_why() {
+        for (text, reason) in [
+            ("{}", "either `path_on_host`"),
+            (r#"{"memory":false}"#, "either `path_on_host`"),
+            (
+                r#"{"memory":true,"path_on_host":"o"}"#,
+                "either `path_on_host`",
+            ),
+            (r#"{"path":"o"}"#, "unknown field `path`"),
+            (r#"{"memory":1}"#, "invalid type"),
+            (r#"["o"]"#, "expected an object"),
+            (r#""o""#, "expected an object"),
+        ] {
+            let error = overlay(text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn sources_when_there_is_an_overlay_are_a_base_to_read_and_its_file() {
+        let mut drive = Drive::new("a", "p".into());
+        let kinds = |drive: &mut Drive| {
+            let sources = drive.sources().into_iter();
+            sources.map(|(backing, _)| backing).collect::<Vec<_>>()
+        };
+        assert_eq!(kinds(&mut drive), [Backing::Disk { read_only: false }]);
+        drive.overlay = Some(DriveOverlay::Memory { memory: true });
+        assert_eq!(kinds(&mut drive), [Backing::Disk { read_only: true }]);
+        drive.overlay = Some(DriveOverlay::File {
+            path_on_host: "o".into(),
+        });
+        assert_eq!(
+            kinds(&mut drive),
+            [Backing::Disk { read_only: true }, Backing::Overlay]
+        );
+    }
 }

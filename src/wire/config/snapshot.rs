@@ -4,7 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::cpu::CpuConfig;
 use super::json::{JsonError, object, objects, optional_object};
-use super::{BootSource, Devices, Logger, MachineConfig, Metrics, PassedFd, Serial, Source};
+use super::{
+    BootSource, Devices, DriveOverlay, Logger, MachineConfig, Metrics, PassedFd, Serial, Source,
+};
 
 /// Which kind of snapshot to take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -111,15 +113,43 @@ pub struct NetworkOverride {
     pub host_dev_name: Source,
 }
 
-/// A disk that gets another image than the one it was saved with.
+/// A disk that gets another image, or another overlay, than it was saved with; one of them is there.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "OverrideBody")]
 pub struct DriveOverride {
     /// Which disk.
     pub drive_id: String,
     /// Its image: of the same content, or the guest will find its file system damaged.
-    #[serde(alias = "fd")]
-    pub path_on_host: Source,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<Source>,
+    /// Its overlay: a copy of the one it was saved with; or a new one, over a disk that was saved without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<DriveOverlay>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OverrideBody {
+    drive_id: String,
+    #[serde(default, alias = "fd")]
+    path_on_host: Option<Source>,
+    #[serde(default, deserialize_with = "optional_object")]
+    overlay: Option<DriveOverlay>,
+}
+
+impl TryFrom<OverrideBody> for DriveOverride {
+    type Error = JsonError;
+
+    fn try_from(body: OverrideBody) -> Result<Self, JsonError> {
+        if body.path_on_host.is_none() && body.overlay.is_none() {
+            return Err(JsonError::new("missing field `path_on_host`"));
+        }
+        Ok(DriveOverride {
+            drive_id: body.drive_id,
+            path_on_host: body.path_on_host,
+            overlay: body.overlay,
+        })
+    }
 }
 
 /// What pages guest memory is made of after a load.
@@ -443,7 +473,7 @@ mod tests {
         .unwrap();
         assert_eq!(all.mem_backend.backend_type, MemoryBackendType::Uffd);
         assert_eq!(all.network_overrides[1].host_dev_name, Source::fd(2));
-        assert_eq!(all.drive_overrides[2].path_on_host, Source::fd(4));
+        assert_eq!(all.drive_overrides[2].path_on_host, Some(Source::fd(4)));
         assert_eq!(all.huge_pages, LoadPages::TwoMib);
         assert!(all.track_dirty_pages && all.resume_vm && all.clock_realtime);
         assert!(all.ignore_cpu_differences && !all.is_deprecated);

@@ -55,7 +55,10 @@ fn made(folder: &Folder) -> Vec<u8> {
         overlay.wrote(at as u64, len as u64).unwrap();
     }
     let (at, len) = (2 << 20, (1 << 20) + 1024);
-    overlay.write_zeroes(&base, at as u64, len as u64).unwrap();
+    overlay.before_write(&base, at as u64, len as u64).unwrap();
+    let place = overlay.write_at(at as u64);
+    overlay.file().punch(place..place + len as u64).unwrap();
+    overlay.set_zero(at as u64, len as u64).unwrap();
     disk[at..at + len].fill(0);
     disk
 }

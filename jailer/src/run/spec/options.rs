@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
+use mayfly::wire::config::{BootSource, Drive, DriveOverlay, MachineConfig, NetworkInterface};
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
 use super::snapshot::Restoring;
@@ -196,12 +196,12 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     };
     let mut unnamed = 0..;
     for (id, text) in words.all("--drive", |text| Ok(split_id(text)))? {
-        let (source, read_only) = drive(&text);
+        let given = drive(&text);
         let id = id.unwrap_or_else(|| drive_id(unnamed.next().unwrap_or(0)));
         if restoring.drives.iter().any(|(other, ..)| *other == id) {
             return Err(ArgsError::Value("--drive", id, TWICE.into()));
         }
-        restoring.drives.push((id, source, read_only));
+        restoring.drives.push((id, given));
     }
     let mut own_tap = None;
     let mut unnamed = 0..;
@@ -292,11 +292,12 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
         ..VmConfig::default()
     };
     let drives = words.all("--drive", |text| Ok(drive(text)))?;
-    for (index, (path, read_only)) in drives.into_iter().enumerate() {
+    for (index, given) in drives.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             is_root_device: index == 0 && !has_root,
-            is_read_only: Some(read_only),
-            ..Drive::new(drive_id(index), path)
+            is_read_only: Some(given.read_only),
+            overlay: given.overlay,
+            ..Drive::new(drive_id(index), given.image)
         });
     }
     let mut own_tap = None;
@@ -334,9 +335,38 @@ fn vcpus(text: &str) -> Result<u8, Why> {
     count.ok_or("it is not a number from 0 to 255".into())
 }
 
-fn drive(text: &str) -> (Source, bool) {
-    let path = text.strip_suffix(":ro");
-    (path.unwrap_or(text).into(), path.is_some())
+/// What a `--drive` says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GivenDrive {
+    /// The image, or the base of the overlay.
+    pub image: Source,
+    /// The guest may only read it.
+    pub read_only: bool,
+    /// What takes the guest's writes.
+    pub overlay: Option<DriveOverlay>,
+}
+
+/// Reads `FILE`, `FILE:ro`, `FILE:overlay=FILE` or `FILE:overlay=memory`; a file of the name memory is
+/// written `./memory`.
+fn drive(text: &str) -> GivenDrive {
+    let given = |image: &str, read_only, overlay| GivenDrive {
+        image: image.into(),
+        read_only,
+        overlay,
+    };
+    if let Some((image, place)) = text.split_once(":overlay=") {
+        let overlay = match place {
+            "memory" => DriveOverlay::Memory { memory: true },
+            path => DriveOverlay::File {
+                path_on_host: path.into(),
+            },
+        };
+        return given(image, false, Some(overlay));
+    }
+    match text.strip_suffix(":ro") {
+        Some(image) => given(image, true, None),
+        None => given(text, false, None),
+    }
 }
 
 /// What a network interface is connected to, and whether that is made in the jail.
@@ -508,18 +538,41 @@ mod tests {
     }
 
     #[test]
+    fn drive_when_it_has_an_overlay_says_where_that_is() {
+        let parsed = options("--kernel k --drive a:overlay=b --drive c:ro:overlay=memory").machine;
+        let Machine::Plain(config, _) = parsed else {
+            panic!("{parsed:?}")
+        };
+        let [first, second] = &config.devices.drives[..] else {
+            panic!("{config:?}")
+        };
+        let file = |path: &str| DriveOverlay::File {
+            path_on_host: path.into(),
+        };
+        assert_eq!(
+            (&first.path_on_host, &first.overlay),
+            (&"a".into(), &Some(file("b")))
+        );
+        assert_eq!(second.path_on_host, "c:ro".into());
+        assert_eq!(second.overlay, Some(DriveOverlay::Memory { memory: true }));
+        assert!(!first.read_only() && !second.read_only());
+        assert_eq!(drive("a:overlay=./memory").overlay, Some(file("./memory")));
+    }
+
+    #[test]
     fn parse_of_a_snapshot_names_its_disks_and_taps_as_at_boot() {
         let options = options(
-            "--snapshot d --drive a --drive data=b:ro --drive ./x=y --net tap0 --net e=user \
+            "--snapshot d --drive a --drive data=b:ro --drive ./x=y --drive more=c:overlay=o --net tap0 --net e=user \
              --same-disks --ignore-cpu-differences --working-set w --snapshot-to t \
              --snapshot-and-continue",
         );
         let expected = Restoring {
             folder: "d".into(),
             drives: vec![
-                ("root".into(), "a".into(), false),
-                ("data".into(), "b".into(), true),
-                ("disk1".into(), "./x=y".into(), false),
+                ("root".into(), drive("a")),
+                ("data".into(), drive("b:ro")),
+                ("disk1".into(), drive("./x=y")),
+                ("more".into(), drive("c:overlay=o")),
             ],
             taps: vec![("eth0".into(), "tap0".into()), ("e".into(), OWN_TAP.into())],
             working_set: Some("w".into()),

@@ -22,6 +22,7 @@ fn word(backing: Backing) -> &'static str {
         Backing::Kernel => "kernel",
         Backing::Initrd => "initrd",
         Backing::Disk { .. } => "disk image",
+        Backing::Overlay => "overlay",
         Backing::Tap => "tap",
         Backing::CpuConfig => "CPU configuration",
         Backing::Log => "log",
@@ -42,7 +43,7 @@ pub fn open_or_take(
         Source::Named(name) => {
             let file = open(backing, name)?;
             let absolute = std::path::absolute(name).ok();
-            let is_disk = matches!(backing, Backing::Disk { .. });
+            let is_disk = matches!(backing, Backing::Disk { .. } | Backing::Overlay);
             let whole = absolute.and_then(|path| path.into_os_string().into_string().ok());
             let called = whole.filter(|_| is_disk).unwrap_or_else(|| name.clone());
             Ok((file, called))
@@ -65,6 +66,7 @@ fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
     let common = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let flags = match backing {
         Backing::Disk { read_only: false } => OFlags::RDWR,
+        Backing::Overlay => OFlags::RDWR | OFlags::CREATE,
         Backing::Log | Backing::Metrics | Backing::ConsoleOutput => {
             OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE
         }
@@ -103,6 +105,7 @@ pub fn examine(backing: Backing, fd: BorrowedFd<'_>, name: &str) -> Result<(), S
             kind.is_file() || kind.is_block_device(),
             access == OFlags::RDWR || (read_only && access == OFlags::RDONLY),
         ),
+        Backing::Overlay => (kind.is_file(), access == OFlags::RDWR),
         Backing::ConsoleSocket => (kind.is_socket(), true),
         Backing::Log | Backing::Metrics | Backing::ConsoleOutput => {
             (kind.is_file() || kind.is_fifo(), access != OFlags::RDONLY)

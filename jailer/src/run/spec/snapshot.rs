@@ -19,14 +19,15 @@ use std::path::{Path, PathBuf};
 use mayfly::snapshot::{self, Header, MEMORY_NAME, RawState, Refusal, STATE_NAME};
 use mayfly::wire::Source;
 use mayfly::wire::config::{
-    Backing, Drive, DriveOverride, Mac, NetworkInterface, NetworkOverride, Restore, SavedConfig,
-    SnapshotLoad,
+    Backing, Drive, DriveOverlay, DriveOverride, Mac, NetworkInterface, NetworkOverride, Restore,
+    SavedConfig, SnapshotLoad,
 };
 use rustix::fs::OFlags;
 use serde::Deserialize;
 
 use super::OWN_TAP;
 use super::inherited::{Passed, number_in};
+use super::options::GivenDrive;
 use super::resources;
 use crate::error::{AnyError, Step};
 
@@ -53,6 +54,11 @@ pub enum SnapshotError {
     )]
     NoPath { id: String, saved: String },
     #[error(
+        "cannot start from this snapshot: what the guest wrote to its disk {id} is in the overlay \
+         \"{saved}\"; copy that, and give --drive {id}=BASE:overlay=COPY, or --same-disks if nothing else uses it"
+    )]
+    NoOverlay { id: String, saved: String },
+    #[error(
         "cannot start from this snapshot: its network interface {id} was saved with \"{saved}\", which \
          is not a tap of this host; give --net {id}=TAP, or auto or user if it was booted with that"
     )]
@@ -66,8 +72,8 @@ pub struct Restoring {
     pub folder: PathBuf,
     /// The file that says which of its memory is used first, or is to.
     pub working_set: Option<PathBuf>,
-    /// Files for its disks, by id, and whether `:ro` was given.
-    pub drives: Vec<(String, Source, bool)>,
+    /// What is given for its disks, by id.
+    pub drives: Vec<(String, GivenDrive)>,
     /// Taps for its network interfaces, by id.
     pub taps: Vec<(String, Source)>,
     /// Open writable disks where they were.
@@ -96,7 +102,13 @@ pub struct Opened {
 impl Restoring {
     /// All that the options name.
     pub fn sources(&mut self) -> impl Iterator<Item = &mut Source> {
-        let disks = self.drives.iter_mut().map(|(_, source, _)| source);
+        let disks = self.drives.iter_mut().flat_map(|(_, given)| {
+            let overlay = match &mut given.overlay {
+                Some(DriveOverlay::File { path_on_host }) => Some(path_on_host),
+                _ => None,
+            };
+            std::iter::once(&mut given.image).chain(overlay)
+        });
         disks.chain(self.taps.iter_mut().map(|(_, source)| source))
     }
 
@@ -127,14 +139,21 @@ impl Restoring {
         }
         let devices = saved.config.devices;
         for drive in &devices.drives {
+            let GivenDrive { image, overlay, .. } = self.disk(drive)?;
             let backing = Backing::Disk {
-                read_only: drive.read_only(),
+                read_only: drive.read_only() || overlay.is_some(),
             };
-            let source = self.disk(drive)?;
-            let path_on_host = opened.add(backing, &source, passed)?;
+            let path_on_host = Some(opened.add(backing, &image, passed)?);
+            let overlay = match overlay {
+                Some(DriveOverlay::File { path_on_host }) => Some(DriveOverlay::File {
+                    path_on_host: opened.add(Backing::Overlay, &path_on_host, passed)?,
+                }),
+                other => other,
+            };
             opened.request.load.drive_overrides.push(DriveOverride {
                 drive_id: drive.drive_id.clone(),
                 path_on_host,
+                overlay,
             });
         }
         for interface in &devices.network_interfaces {
@@ -186,23 +205,50 @@ impl Restoring {
     }
 
     /// What stands for a disk.
-    fn disk(&mut self, drive: &Drive) -> Result<Source, SnapshotError> {
+    fn disk(&mut self, drive: &Drive) -> Result<GivenDrive, SnapshotError> {
         let id = drive.drive_id.clone();
         let given = self.drives.iter().position(|(other, ..)| *other == id);
-        if let Some((_, source, only_to_read)) = given.map(|at| self.drives.swap_remove(at)) {
-            return match only_to_read && !drive.read_only() {
-                true => Err(SnapshotError::OnlyToRead(id)),
-                false => Ok(source),
+        let saved_overlay = match &drive.overlay {
+            Some(DriveOverlay::File { path_on_host }) => Some(path_on_host.to_string()),
+            _ => None,
+        };
+        if let Some((_, given)) = given.map(|at| self.drives.swap_remove(at)) {
+            if given.read_only && !drive.read_only() {
+                return Err(SnapshotError::OnlyToRead(id));
+            }
+            return match saved_overlay {
+                Some(saved) if given.overlay.is_none() => {
+                    Err(SnapshotError::NoOverlay { id, saved })
+                }
+                _ => Ok(given),
             };
         }
         let saved = drive.path_on_host.to_string();
         if !drive.read_only() && !self.same_disks {
-            return Err(SnapshotError::Writable { id, saved });
+            return Err(match saved_overlay {
+                Some(overlay) => SnapshotError::NoOverlay { id, saved: overlay },
+                None => SnapshotError::Writable { id, saved },
+            });
         }
-        match Path::new(&saved).is_absolute() && number_in(&saved).is_none() {
-            true => Ok(Source::Named(saved)),
-            false => Err(SnapshotError::NoPath { id, saved }),
-        }
+        let source =
+            |saved: String| match Path::new(&saved).is_absolute() && number_in(&saved).is_none() {
+                true => Ok(Source::Named(saved)),
+                false => Err(SnapshotError::NoPath {
+                    id: id.clone(),
+                    saved,
+                }),
+            };
+        let overlay = match saved_overlay {
+            Some(saved) => Some(DriveOverlay::File {
+                path_on_host: source(saved)?,
+            }),
+            None => None,
+        };
+        Ok(GivenDrive {
+            image: source(saved)?,
+            read_only: drive.read_only(),
+            overlay,
+        })
     }
 
     /// What stands for the tap of an interface.

@@ -327,13 +327,17 @@ fn update_when_applied_answers_with_config_and_the_old_file() {
     start(&bench.registers, 0, &[rings.layout()]);
     let update = block::Update {
         disk: Some(Box::new(disk(5))),
+        reset: None,
         limits: RateLimiterUpdate {
             ops: BucketUpdate::Replace(TokenBucket::new(1, 0, 100)),
             ..RateLimiterUpdate::default()
         },
     };
     bench.handle.update(1, update).unwrap();
-    let Done::Updated { config, replaced } = next(&bench.replies).done else {
+    let Done::Updated {
+        config, replaced, ..
+    } = next(&bench.replies).done
+    else {
         panic!("no update");
     };
     let replaced = replaced.unwrap().downcast::<Disk>().unwrap();
@@ -393,6 +397,7 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
         handle.pause(round).unwrap();
         let update = block::Update {
             disk: Some(Box::new(disk(8))),
+            reset: None,
             limits: RateLimiterUpdate {
                 bandwidth: BucketUpdate::Replace(TokenBucket::new(1000, 0, 10)),
                 ..RateLimiterUpdate::default()

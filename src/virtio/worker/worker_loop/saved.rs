@@ -9,6 +9,7 @@ use std::io;
 use super::super::messages::Done;
 use super::super::state::{Phase, StateBuffer, WorkerState};
 use super::WorkerLoop;
+use crate::guest_warn;
 use crate::sys::io::ErrorText;
 use crate::virtio::queue::QueueState;
 use crate::virtio::{BrokenRing, Device, Queue, QueueSet, StateError};
@@ -59,7 +60,7 @@ impl<D: Device> WorkerLoop<D> {
 
     /// Writes the state into `buffer`, which goes back to control in any case.
     pub(super) fn save(&mut self, token: u64, mut buffer: Box<StateBuffer<D::State>>) {
-        buffer.is_filled = self.paused && self.device.in_flight() == 0;
+        buffer.is_filled = self.paused && self.device.in_flight() == 0 && self.settle();
         let done = if buffer.is_filled {
             if self.phase != Phase::Active {
                 // What it may still have of a ring that broke.
@@ -78,6 +79,14 @@ impl<D: Device> WorkerLoop<D> {
         // There is a place for each message.
         let _ = self.saved.try_send(buffer);
         self.reply(token, done);
+    }
+
+    fn settle(&mut self) -> bool {
+        let settled = self.device.settle();
+        if let Err(error) = &settled {
+            guest_warn!("the device cannot be saved: {}", ErrorText(error));
+        }
+        settled.is_ok()
     }
 
     /// Serves queues in these states from now on.
