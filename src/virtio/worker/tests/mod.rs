@@ -379,7 +379,6 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
     )
     .unwrap();
     worker.poll_up_to(50);
-    worker.enter_thread();
     let thread = thread::spawn(move || {
         worker.enter_thread();
         let before = allocator_calls();
