@@ -13,15 +13,15 @@
 //!
 //! **Order.** The bytes of a unit are in the file before the map says so. A kill at any moment leaves
 //! each unit as it was before or after a write, never a mixture with what the file held before. What
-//! of it survives the host's own end is [`Durability`]'s to say.
+//! of it survives the host's own end is `Durability`'s to say.
 //!
 //! **Generations.** Each sector of the map names the generation that it belongs to, and the header names
 //! the present one: a new number there makes all units those of the base at once. The two data regions
-//! take turns, so that [`Stale`] space is given back by another thread while new data is written.
+//! take turns, so that `Stale` space is given back by another thread while new data is written.
 //!
 //! Runs on the files thread when it is opened, then on the thread of its disk. Makes no thread; after it
 //! was opened it allocates nothing. A file is distrusted like what a guest writes: what it says is
-//! checked, and the memory of the map is two bits for each unit of a disk of at most [`SIZE_MAX`] bytes.
+//! checked, and the memory of the map is two bits for each unit of a disk of at most `SIZE_MAX` bytes.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 mod header;
