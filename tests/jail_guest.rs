@@ -12,6 +12,7 @@ mod host;
 mod run;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -172,8 +173,12 @@ fn overlay_takes_what_the_guest_writes_and_the_disk_stays_as_it_was() {
     let place = place!("goverlay");
     copy_readable(&common::probe(), &place.path("probe"));
     let (kernel, disk) = (place.path("probe"), place.path("disk"));
+    // Where every user may make a file, and one is no fault.
+    let folder = place.path("overlays");
+    fs::create_dir(&folder).unwrap();
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
     for who in BOTH {
-        let overlay = place.shared("overlay");
+        let overlay = format!("{folder}/overlay");
         let runs = |drive: &str, words: &str| {
             let cmdline = format!("probe={words},reset");
             let machine = ["run", "--kernel", &kernel, "--cmdline", &cmdline];
