@@ -14,10 +14,6 @@ pub mod packets;
 pub mod pagemap;
 pub mod passed;
 pub mod process;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the devices are moved to it one by one")
-)]
 pub mod ring;
 pub mod signal;
 pub mod socket;

@@ -104,12 +104,8 @@ struct Slots {
 #[derive(Clone, Copy, Default)]
 struct Slot {
     is_busy: bool,
-    /// The first piece that is not done with, and the end.
-    first: u16,
-    end: u16,
-    file: u32,
-    at: u64,
-    is_write: bool,
+    /// Pieces of memory that it has.
+    filled: u16,
 }
 
 // SAFETY: the pieces point into guest memory, which any thread may use; each is used by the thread that
@@ -167,6 +163,7 @@ impl<B: Bitmap + 'static> Ring<B> {
     }
 
     /// Requests pushed, and not reaped yet.
+    #[cfg(test)]
     pub fn in_flight(&self) -> u16 {
         self.in_flight
     }
@@ -188,21 +185,7 @@ impl<B: Bitmap + 'static> Ring<B> {
         let memory = self.memory.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         let is_write = transfer == Transfer::Write;
         self.slots.fill(slot, memory, is_write, pieces)?;
-        self.slots.place(slot, file, at, is_write)?;
-        self.push_transfer(slot)
-    }
-
-    /// Asks for what is left of the transfer that ended in `slot`, after `done` more bytes; whether
-    /// anything is.
-    ///
-    /// # Errors
-    /// As [`Ring::push`].
-    pub fn push_rest(&mut self, slot: u16, done: u32) -> io::Result<bool> {
-        if !self.slots.advance(slot, done)? {
-            return Ok(false);
-        }
-        self.push_transfer(slot)?;
-        Ok(true)
+        self.push_transfer(slot, types::Fixed(file), at, is_write)
     }
 
     /// Asks for an fdatasync of file number `file`.
@@ -318,11 +301,13 @@ impl<B: Bitmap + 'static> Ring<B> {
         Some(Completion { slot, result })
     }
 
-    fn push_transfer(&mut self, slot: u16) -> io::Result<()> {
-        let Slot {
-            file, at, is_write, ..
-        } = self.slots.slot(slot)?;
-        let file = types::Fixed(file);
+    fn push_transfer(
+        &mut self,
+        slot: u16,
+        file: types::Fixed,
+        at: u64,
+        is_write: bool,
+    ) -> io::Result<()> {
         let pieces = self.slots.pieces(slot)?;
         let entry = match (pieces, is_write) {
             ([one], false) => {
@@ -442,7 +427,7 @@ impl Slots {
             }
         }
         if let Some(slot) = self.slots.get_mut(usize::from(number)) {
-            slot.end = filled;
+            slot.filled = filled;
         }
         Ok(())
     }
@@ -455,48 +440,17 @@ impl Slots {
         Ok(())
     }
 
-    fn place(&mut self, number: u16, file: u32, at: u64, is_write: bool) -> io::Result<()> {
-        let slot = self.slots.get_mut(usize::from(number));
-        let slot = slot.ok_or(io::ErrorKind::InvalidInput)?;
-        (slot.file, slot.at, slot.is_write) = (file, at, is_write);
-        Ok(())
-    }
-
-    /// The pieces of a free slot that are not done with.
+    /// The pieces of a free slot.
     fn pieces(&mut self, number: u16) -> io::Result<&mut [libc::iovec]> {
         let slot = self.slot(number)?;
         let base = usize::from(number).saturating_mul(self.pieces_each);
-        let (first, end) = (usize::from(slot.first), usize::from(slot.end));
-        let pieces = self
-            .pieces
-            .get_mut(base.saturating_add(first)..base.saturating_add(end));
+        let end = base.saturating_add(usize::from(slot.filled));
+        let pieces = self.pieces.get_mut(base..end);
         let pieces = pieces.ok_or(io::ErrorKind::InvalidInput)?;
         let (start, count) = (pieces.as_mut_ptr().cast(), pieces.len());
-        // SAFETY: `fill`, the only place that raises `end`, has written all pieces before it, and
+        // SAFETY: `fill`, the only place that raises `filled`, has written that many pieces, and
         // `MaybeUninit` has the layout of what is in it. The borrow of `self` is kept.
         Ok(unsafe { std::slice::from_raw_parts_mut(start, count) })
-    }
-
-    /// Leaves out the first `done` bytes of a free slot's pieces; whether anything is left.
-    fn advance(&mut self, number: u16, done: u32) -> io::Result<bool> {
-        let mut left = done as usize;
-        let mut ended: u16 = 0;
-        let pieces = self.pieces(number)?;
-        for piece in pieces.iter_mut() {
-            let step = left.min(piece.iov_len);
-            piece.iov_base = piece.iov_base.wrapping_byte_add(step);
-            piece.iov_len = piece.iov_len.saturating_sub(step);
-            left = left.saturating_sub(step);
-            if piece.iov_len > 0 {
-                break;
-            }
-            ended = ended.saturating_add(1);
-        }
-        let slot = self.slots.get_mut(usize::from(number));
-        let slot = slot.ok_or(io::ErrorKind::InvalidInput)?;
-        slot.first = slot.first.saturating_add(ended);
-        slot.at = slot.at.saturating_add(u64::from(done));
-        Ok(slot.first < slot.end)
     }
 }
 

@@ -110,26 +110,6 @@ fn transfers_when_in_pieces_over_regions_move_all_bytes() {
 }
 
 #[test]
-fn transfer_when_it_ended_short_goes_on_where_it_stopped() {
-    let memory = memory();
-    let data = pattern(0x1000);
-    let file = file_of(&data);
-    let mut ring = ring(&file, ALL, &memory);
-    let pieces = [(GuestAddress(0), 0x800), (GuestAddress(0x2000), 0x1000)];
-    ring.push(0, Transfer::Read, 0, 0, pieces.into_iter())
-        .unwrap();
-    assert_eq!(moved(&mut ring, 0), 0x1000);
-    file.write_all_at(&[0xbb; 0x800], 0x1000).unwrap();
-    assert!(ring.push_rest(0, 0x1000).unwrap());
-    assert_eq!(moved(&mut ring, 0), 0x800);
-    assert!(!ring.push_rest(0, 0x800).unwrap());
-    let mut back = vec![0; 0x1000];
-    memory.read_slice(&mut back, GuestAddress(0x2000)).unwrap();
-    assert_eq!(back[..0x800], data[0x800..]);
-    assert_eq!(back[0x800..], [0xbb; 0x800]);
-}
-
-#[test]
 fn push_when_slot_is_taken_or_memory_is_not_there_is_refused() {
     let memory = memory();
     let (reader, _writer) = UnixStream::pair().unwrap();
