@@ -316,7 +316,7 @@ fn create_when_refused_says_why_and_the_guest_goes_on() {
             let mut body = pair.create("Full");
             body[member] = json!(path);
             let message = refused(body);
-            let words = "is the disk `disk0` of this guest";
+            let words = "is a file of the disk `disk0` of this guest";
             assert!(message.contains(words), "{message}");
         }
     }

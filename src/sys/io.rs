@@ -26,8 +26,6 @@ pub enum Access {
     Cached,
     /// Any call may wait for as long as it likes.
     MayWait,
-    /// Past the page cache (O_DIRECT): every call waits for storage.
-    Direct,
 }
 
 impl Access {
@@ -47,7 +45,7 @@ impl Access {
             return Ok(Access::InMemory);
         }
         if fd::access(file)?.direct {
-            return Ok(Access::Direct);
+            return Ok(Access::MayWait);
         }
         // That of a block device is not where its content is.
         let has_cache = matches!(

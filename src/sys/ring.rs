@@ -2,9 +2,9 @@
 //! for.
 //!
 //! io_uring goes past seccomp, so a ring is made disabled, restricted to the operations that it is for,
-//! on the files that are registered with it, and enabled by the thread that will use it, before that
-//! thread's filter takes away all ways to change it: what was not allowed ends with EACCES, whichever
-//! way the thread is led astray. The thread that enables a ring owns it for good: requests from
+//! on the files that are registered with it (unless it may replace those), and enabled by the thread that
+//! will use it, before that thread's filter takes away all ways to change it: what was not allowed ends
+//! with EACCES, also when the thread is compromised. The thread that enables a ring owns it for good: requests from
 //! others are refused by the kernel (kernels before 6.0 do not check).
 //!
 //! **Memory.** A ring reads and writes guest memory, and nothing else: it keeps the mapping as long as the
@@ -243,7 +243,8 @@ impl<B: Bitmap + 'static> Ring<B> {
     /// [`Ring::reap`], which the eventfd does not tell of.
     ///
     /// # Errors
-    /// When the kernel takes nothing now, for want of memory or of reaping; it can be tried again.
+    /// When the kernel takes nothing now, because memory or room for completions is short; it can be tried
+    /// again.
     pub fn submit(&mut self) -> io::Result<()> {
         let (submitter, mut submissions, completions) = self.ring.split();
         if submissions.is_empty() {
@@ -263,7 +264,10 @@ impl<B: Bitmap + 'static> Ring<B> {
         completions.enable_eventfd();
         // What completes from here on rings, and what has before is seen by the caller's look.
         fence(Ordering::SeqCst);
-        submitted.map(drop)
+        match submitted {
+            Ok(_) if !submissions.is_empty() => Err(io::ErrorKind::WouldBlock.into()),
+            other => other.map(drop),
+        }
     }
 
     /// Whether [`Ring::reap`] would find something, as far as can be seen without a system call.

@@ -19,6 +19,14 @@ use crate::sys::ring::{Design, Operation, Ring, Transfer};
 /// Threads that the kernel may use for one device.
 const WORKERS: u32 = 16;
 
+/// What a ring may do; the last only where files can be replaced.
+const ALL: [Operation; 4] = [
+    Operation::Transfer,
+    Operation::Sync,
+    Operation::Allocate,
+    Operation::ReplaceFile,
+];
+
 /// What does the waiting.
 #[derive(Debug)]
 pub enum Engine {
@@ -34,25 +42,29 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// One for `files`, by their numbers; none where the host has none.
-    pub fn new(files: &[&File]) -> Self {
+    /// One for `files`, by their numbers, which [`Engine::replace`] can put others in the place of only
+    /// if `is_replaceable`; none where the host has none.
+    pub fn new(files: &[&File], is_replaceable: bool) -> Self {
         let mut fds = Vec::with_capacity(files.len());
         fds.extend(files.iter().map(|file| file.as_fd()));
         let ring = Ring::new(&Design {
             slots: SLOTS,
             pieces: KEPT as u16,
-            operations: &[
-                Operation::Transfer,
-                Operation::Sync,
-                Operation::Allocate,
-                Operation::ReplaceFile,
-            ],
+            operations: match is_replaceable {
+                true => &ALL,
+                false => ALL.get(..3).unwrap_or_default(),
+            },
             files: &fds,
             workers: WORKERS,
         });
         match ring {
             Ok(ring) => Engine::Ring(Box::new(ring)),
-            Err(_) => Engine::Absent,
+            Err(error) => {
+                crate::info!(
+                    "This host has no io_uring for a disk, which is served without: {error}."
+                );
+                Engine::Absent
+            }
         }
     }
 

@@ -12,7 +12,7 @@ pub const SLOTS: u16 = 128;
 /// Parts of guest memory kept for each; longer chains are served without being kept.
 pub const KEPT: usize = 256;
 
-/// Times that the host may say "again" to one step, before the request fails.
+/// Times that the host may say "again" to the engine, before the request is done without it.
 const AGAIN_MAX: u8 = 8;
 
 /// A request that has been begun.
@@ -33,6 +33,8 @@ pub struct Job {
     pub step: u64,
     /// The file does not make bytes 0 by itself: zeros have to be written.
     pub by_writing: bool,
+    /// The engine cannot do it now: it is done by calls that wait.
+    pub by_calls: bool,
     /// The host said "again" this often.
     again: u8,
 }
@@ -54,6 +56,7 @@ impl Job {
             done: 0,
             step: 0,
             by_writing: false,
+            by_calls: false,
             again: 0,
         }
     }
@@ -61,8 +64,9 @@ impl Job {
     /// What the host answered to the step under way: the outcome, when that was the last.
     pub fn answered(&mut self, result: io::Result<u32>) -> Option<Outcome> {
         match (self.request, result) {
-            (_, Err(e)) if may_try_again(&e) && self.again < AGAIN_MAX => {
+            (_, Err(e)) if may_try_again(&e) && !self.by_calls => {
                 self.again = self.again.saturating_add(1);
+                self.by_calls = self.again >= AGAIN_MAX;
                 None
             }
             (Request::Read { .. }, Ok(0)) => {

@@ -95,6 +95,11 @@ mod field {
     pub const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 }
 
+/// The numbers of what is watched, in the order of [`Device::sources`]; then comes the engine.
+mod source {
+    pub const TIMER: usize = 0;
+}
+
 const QUEUE_SIZE: u16 = 256;
 const _: () = assert!(QUEUE_SIZE as usize <= MAX_SEGMENTS);
 
@@ -157,6 +162,8 @@ pub struct Block {
     /// Flushes are offered, and reach the disk.
     writeback: bool,
     throttle: Throttle,
+    /// The next request waits for the limiter's timer.
+    is_held: bool,
     chain: Chain,
     extents: Extents,
     served: Served,
@@ -190,7 +197,8 @@ impl Block {
             *to = from;
         }
         let engine = match disk.files() {
-            Some(files) if disk.may_wait() => Engine::new(&files),
+            // The files of an overlay stay what they are.
+            Some(files) if disk.may_wait() => Engine::new(&files, disk.overlay_id().is_none()),
             _ => Engine::Absent,
         };
         Ok(Block {
@@ -203,20 +211,20 @@ impl Block {
             chain: Chain::new(),
             extents: Extents::new(),
             served: Served::default(),
+            is_held: false,
             counters: Arc::new(BlockCounters::default()),
         })
     }
 
-    /// Takes what the host has ended out of the engine; whether there is anything to go on with.
+    /// Takes what the host has ended out of the engine; whether there is anything new to go on with.
+    /// What was there before may have to wait, and must not wake the thread again.
     fn reap(&mut self) -> QueueSet {
+        let mut found = QueueSet::NONE;
         while let Some((slot, result)) = self.engine.reap() {
             self.jobs.note(slot, result);
+            found = QueueSet::one(0);
         }
-        if self.jobs.has_answered() {
-            QueueSet::one(0)
-        } else {
-            QueueSet::NONE
-        }
+        found
     }
 
     /// Goes on with one request that the host has answered to, if there is one.
@@ -415,6 +423,9 @@ impl Device for Block {
                 return Ok(Progress::Wait);
             }
         }
+        if self.is_held {
+            return Ok(Progress::Wait);
+        }
         match queue.pop(ram, &mut self.chain)? {
             Popped::Empty => return Ok(Progress::Wait),
             Popped::Malformed(_) => {
@@ -427,6 +438,7 @@ impl Device for Block {
         let request = Request::parse(ram, &self.chain, &self.disk, self.served);
         let bytes = request.as_ref().map_or(0, Request::limited_bytes);
         if !self.throttle.permits(bytes) {
+            self.is_held = true;
             self.counters.throttled.one();
             queue.rewind(1);
             return Ok(Progress::Wait);
@@ -456,8 +468,11 @@ impl Device for Block {
         runnable
     }
 
-    fn backend(&mut self, _: usize) -> QueueSet {
-        self.reap();
+    fn backend(&mut self, source: usize) -> QueueSet {
+        match source {
+            source::TIMER => self.is_held = false,
+            _ => drop(self.reap()),
+        }
         QueueSet::one(0)
     }
 
@@ -471,6 +486,7 @@ impl Device for Block {
     fn update(&mut self, update: Update) -> Updated {
         self.counters.updates.one();
         self.throttle.update(update.limits);
+        self.is_held = false;
         let mut updated = Updated {
             runnable: QueueSet::ALL,
             ..Updated::default()
@@ -511,6 +527,7 @@ impl Device for Block {
 
     fn reset(&mut self) {
         self.served = Served::default();
+        self.is_held = false;
         self.jobs.clear();
     }
 }

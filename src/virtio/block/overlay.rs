@@ -9,6 +9,7 @@ use std::io;
 
 use super::disk::{DiskError, Extent, Extents, FileIndex};
 use crate::overlay::{Overlay, Place, Stale};
+use crate::sys;
 use crate::sys::io::Access;
 
 /// The two files.
@@ -27,6 +28,9 @@ pub struct Reset(pub Option<Stale<File>>);
 
 impl Layers {
     pub fn new(base: File, overlay: Overlay<File>) -> Result<Self, DiskError> {
+        for file in [&base, overlay.file()] {
+            sys::fd::set_blocking(file).map_err(DiskError::Kind)?;
+        }
         Ok(Layers {
             base_access: Access::of(&base).map_err(DiskError::Kind)?,
             access: Access::of(overlay.file()).map_err(DiskError::Kind)?,

@@ -42,8 +42,8 @@ impl Block {
             Request::WriteZeroes { at, len, .. } => self
                 .before_write(job, at, len)
                 .and_then(|()| self.parts(ram, job, slot, (at, len), Block::write_zeroes)),
-            Request::Flush => self.flush(slot),
-            Request::Discard { at, len } => self.discard(slot, at, len),
+            Request::Flush => self.flush(job, slot),
+            Request::Discard { at, len } => self.discard(job, slot, at, len),
             Request::GetId => {
                 let place = self.chain.writable().iter().copied();
                 let told = copy_out(ram, place, &self.serial);
@@ -122,7 +122,9 @@ impl Block {
         if let Some(moved) = self.read_what_is_there(ram, slot, extent, skip)? {
             return Ok(moved);
         }
-        if let Some(slot) = self.push(slot, Transfer::Read, extent, skip) {
+        if !job.by_calls
+            && let Some(slot) = self.push(slot, Transfer::Read, extent, skip)
+        {
             return Ok(Moved::Pushed(slot));
         }
         let (file, data) = self.plain(slot, Transfer::Read, extent, skip)?;
@@ -180,7 +182,8 @@ impl Block {
     ) -> io::Result<Moved> {
         let skip = HEADER.saturating_add(offset(job)?);
         let access = self.disk.file(extent.file).map(|(_, access)| access);
-        if matches!(access, Some(Access::MayWait | Access::Direct))
+        if access == Some(Access::MayWait)
+            && !job.by_calls
             && let Some(slot) = self.push(slot, Transfer::Write, extent, skip)
         {
             return Ok(Moved::Pushed(slot));
@@ -246,13 +249,14 @@ impl Block {
         }
     }
 
-    fn flush(&mut self, slot: Option<u16>) -> io::Result<Option<u16>> {
+    fn flush(&mut self, job: &Job, slot: Option<u16>) -> io::Result<Option<u16>> {
         self.disk.flush_metadata()?;
         let file = FileIndex::DATA;
         let Some((_, access)) = self.disk.file(file) else {
             return Ok(None);
         };
         if access != Access::InMemory
+            && !job.by_calls
             && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
         {
             match self.engine.push_sync(kept, file) {
@@ -266,7 +270,13 @@ impl Block {
         }
     }
 
-    fn discard(&mut self, slot: Option<u16>, at: u64, len: u64) -> io::Result<Option<u16>> {
+    fn discard(
+        &mut self,
+        job: &Job,
+        slot: Option<u16>,
+        at: u64,
+        len: u64,
+    ) -> io::Result<Option<u16>> {
         let Some((index, place, space)) = self.disk.discard_extent(at, len) else {
             return Ok(None);
         };
@@ -279,6 +289,7 @@ impl Block {
         // Before the hole is there: what lay there is given up by the guest from now on.
         self.disk.discarded(at, len)?;
         if access != Access::InMemory
+            && !job.by_calls
             && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
         {
             let mode = Space::Punched.mode();
@@ -311,6 +322,7 @@ impl Block {
         let access = self.disk.file(extent.file).map(|(_, access)| access);
         if access != Some(Access::InMemory)
             && !job.by_writing
+            && !job.by_calls
             && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
         {
             let place = (extent.file, extent.at, len);

@@ -225,21 +225,25 @@ impl<D: Device> WorkerLoop<D> {
             self.counters.polled(outcome);
         } else if self.polling.is_wanted() {
             // What the last look found was none.
-            let outcome = self.polling.looked((self.clock)());
-            self.counters.polled(outcome);
+            self.found_nothing();
         }
         while self.polling.is_wanted() {
             if self.look() {
                 return true;
             }
-            if self.polling.is_long() {
-                thread::yield_now();
-            }
-            hint::spin_loop();
-            let outcome = self.polling.looked((self.clock)());
-            self.counters.polled(outcome);
+            self.found_nothing();
         }
         false
+    }
+
+    /// A look has found nothing. Offers the CPU to threads that wait for it, if that was some time ago.
+    fn found_nothing(&mut self) {
+        if self.polling.is_long() {
+            thread::yield_now();
+        }
+        hint::spin_loop();
+        let outcome = self.polling.looked((self.clock)());
+        self.counters.polled(outcome);
     }
 
     /// Looks, without a system call of its own, for a message or work; whether there is any.

@@ -171,6 +171,12 @@ impl Kind for Block {
                  `path_on_host` of such a drive cannot be changed"
             )));
         }
+        if update.reset_overlay && update.rate_limiter.is_some() {
+            return Err(ActionError(format!(
+                "Drive config error: `reset_overlay` of `{id}` goes without a `rate_limiter`: make two \
+                 requests of it"
+            )));
+        }
         if update.reset_overlay {
             return Ok(());
         }

@@ -18,7 +18,7 @@ use crate::memory::page_set::PageSet;
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId, Target};
 use crate::sys::passed::Passed;
 use crate::sys::socket::send_now_with_descriptors;
-use crate::wire::config::{SnapshotCreate, Source};
+use crate::wire::config::{Drive, DriveOverlay, SnapshotCreate, Source};
 
 /// How Firecracker begins the message.
 pub(super) const CREATE_FAILED: &str = "Create snapshot error: Cannot create the snapshot";
@@ -89,10 +89,14 @@ impl Job {
                 .is_ok_and(|disk| (disk.dev(), disk.ino()) == (found.dev(), found.ino())),
             None => false,
         };
+        let overlay = |drive: &Drive| match &drive.overlay {
+            Some(DriveOverlay::File { path_on_host }) => is_it(path_on_host),
+            Some(DriveOverlay::Memory { .. }) | None => false,
+        };
         let mut drives = self.saved.config.devices.drives.iter();
-        match drives.find(|drive| is_it(&drive.path_on_host)) {
+        match drives.find(|drive| is_it(&drive.path_on_host) || overlay(drive)) {
             Some(drive) => Err(ActionError(format!(
-                "{CREATE_FAILED}: `{name}` is the disk `{}` of this guest. Name another file",
+                "{CREATE_FAILED}: `{name}` is a file of the disk `{}` of this guest. Name another",
                 drive.drive_id
             ))),
             None => Ok(()),
