@@ -116,6 +116,8 @@ fn made_if_missing(path: &str) -> io::Result<()> {
         .write(true)
         .create(true)
         .truncate(false)
+        // What a guest has in memory, or writes, is its own.
+        .mode(0o600)
         .custom_flags(flags);
     options.open(path).map(drop)
 }

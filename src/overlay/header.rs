@@ -11,7 +11,8 @@
 //!   52   4  1 while a commit into the base is under way, else 0
 //!   56   8  modification time of the base when the overlay was made: seconds
 //!   64   4  and nanoseconds
-//!   68      zeros
+//!   68   8  inode of that base while a commit into it is under way, else 0
+//!   76      zeros
 //!   508  4  CRC-32 of all before it
 //! ```
 //!
@@ -81,8 +82,8 @@ pub struct Header {
     pub generation: u64,
     /// Random; copies of the file have the same.
     pub id: [u8; 16],
-    /// A commit into the base is under way: the base is a mixture until it has ended.
-    pub is_committing: bool,
+    /// A commit into the base is under way: the base, by its inode, is a mixture until it has ended.
+    pub committing: Option<u64>,
 }
 
 /// Why the first bytes of a file are no header.
@@ -109,9 +110,10 @@ impl Header {
             (24, &self.generation.to_le_bytes()),
             (32, &self.id),
             (48, &self.base.samples.to_le_bytes()),
-            (52, &u32::from(self.is_committing).to_le_bytes()),
+            (52, &u32::from(self.committing.is_some()).to_le_bytes()),
             (56, &seconds.to_le_bytes()),
             (64, &nanos.to_le_bytes()),
+            (68, &self.committing.unwrap_or(0).to_le_bytes()),
         ] {
             put(&mut bytes, at, field);
         }
@@ -150,7 +152,10 @@ impl Header {
             },
             generation,
             id: get(bytes, 32),
-            is_committing: u32::from_le_bytes(get(bytes, 52)) != 0,
+            committing: match u32::from_le_bytes(get(bytes, 52)) {
+                0 => None,
+                _ => Some(u64::from_le_bytes(get(bytes, 68))),
+            },
         })
     }
 }
@@ -178,7 +183,7 @@ mod tests {
         },
         generation: 77,
         id: *b"0123456789abcdef",
-        is_committing: true,
+        committing: Some(77),
     };
 
     #[test]

@@ -122,7 +122,7 @@ impl Content {
         if header.base.size != base.size {
             return Err(Refusal::Size(header.base.size, base.size));
         }
-        if header.is_committing {
+        if header.committing.is_some() {
             return Err(Refusal::Committing);
         }
         if header.base.samples != base.samples {
@@ -203,7 +203,7 @@ fn first_header(base: &BaseId, id: [u8; 16]) -> Header {
         base: *base,
         generation: 1,
         id,
-        is_committing: false,
+        committing: None,
     }
 }
 

@@ -218,7 +218,7 @@ impl<S: Storage> Overlay<S> {
     pub fn committed(&mut self, base: BaseId) -> io::Result<Stale<S>> {
         let stale = self.begin(Header {
             base,
-            is_committing: false,
+            committing: None,
             ..self.header
         })?;
         self.sync()?;
@@ -249,13 +249,13 @@ impl<S: Storage> Overlay<S> {
         Ok(data.map(|_| self.stale(other)))
     }
 
-    /// Notes in the file whether a commit into the base is under way.
+    /// Notes in the file that a commit into the base, the file with this inode, is under way.
     ///
     /// # Errors
     /// The host's.
-    pub fn set_committing(&mut self, is_committing: bool) -> io::Result<()> {
+    pub fn set_committing(&mut self, base: u64) -> io::Result<()> {
         self.write_header(Header {
-            is_committing,
+            committing: Some(base),
             ..self.header
         })?;
         self.sync()

@@ -52,6 +52,12 @@ impl OpenOverlay {
         if !metadata.is_file() {
             return Err(purpose.wrong_kind(source, &metadata));
         }
+        if is_same(base, &metadata) {
+            return Err(ActionError(format!(
+                "{}The overlay `{source}` is the disk `{base_source}` itself. Name another file",
+                purpose.section
+            )));
+        }
         let own = before.filter(|other| is_same(&other.file, &metadata));
         match own.map(|other| other.file.try_clone()) {
             // This process has the lock.
@@ -103,6 +109,12 @@ impl OpenOverlay {
             );
             with_cause(text, &refusal)
         })
+    }
+
+    /// Whether both are in one file.
+    pub fn is_in_file_of(&self, other: &OpenOverlay) -> bool {
+        let metadata = other.file.metadata();
+        metadata.is_ok_and(|metadata| is_same(&self.file, &metadata))
     }
 
     /// It once more.

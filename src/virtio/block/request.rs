@@ -132,6 +132,8 @@ impl Request {
     pub fn limited_bytes(&self) -> u64 {
         match self {
             Request::Read { len, .. } | Request::Write { len, .. } => u64::from(*len),
+            // Where the file system cannot do it by itself, that many bytes are written.
+            Request::WriteZeroes { len, .. } => *len,
             _ => 0,
         }
     }

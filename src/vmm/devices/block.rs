@@ -109,7 +109,19 @@ impl Kind for Block {
             Some(DriveOverlay::File { path_on_host }) => {
                 let own = before.iter().find(|other| other.id == drive.drive_id);
                 let own = own.and_then(|other| other.overlay.as_ref());
-                Some(OpenOverlay::file(path_on_host, base, own, passed)?)
+                let opened = OpenOverlay::file(path_on_host, base, own, passed)?;
+                // A lock does not tell: two descriptors may be one that was opened once.
+                let others = before.iter().filter(|other| other.id != drive.drive_id);
+                let mut others =
+                    others.filter_map(|other| Some((&other.id, other.overlay.as_ref()?)));
+                if let Some((id, _)) = others.find(|(_, other)| other.is_in_file_of(&opened)) {
+                    return Err(ActionError(format!(
+                        "Drive config error: the overlay `{path_on_host}` of `{}` is that of `{id}` as well. \
+                         Name another",
+                        drive.drive_id
+                    )));
+                }
+                Some(opened)
             }
         };
         Ok(Opened {
@@ -138,7 +150,9 @@ impl Kind for Block {
                     (_, CacheType::Unsafe) => Durability::Immediate,
                     (_, CacheType::Writeback) => Durability::Ordered,
                 };
-                let overlay = open.load(durability).map_err(io::Error::other)?;
+                let overlay = open.load(durability).map_err(|refusal| {
+                    io::Error::other(format!("the overlay of `{}` {refusal}", drive.drive_id))
+                })?;
                 Disk::with_overlay(file, overlay)
             }
         };

@@ -53,12 +53,16 @@ struct Commit {
     /// The disk to make: a copy of the base with what the overlay holds
     #[arg(required_unless_present = "into_base")]
     out: Option<PathBuf>,
-    /// Change the base itself and empty the overlay; other overlays over this base cannot be used any more
+    /// Change the base itself and empty the overlay; what other overlays over this base show is a
+    /// mixture from then on
     #[arg(long, conflicts_with = "out")]
     into_base: bool,
     /// Replace the output if it exists
     #[arg(long)]
     force: bool,
+    /// The base has another modification time than when the overlay was made, but the same content
+    #[arg(long)]
+    changed_base: bool,
 }
 
 pub fn run(args: &OverlayArgs) -> Result<()> {
@@ -107,7 +111,7 @@ fn info(args: &Info) -> Result<()> {
     println!("  generation    {}", header.generation);
     let allocated = file.metadata().cannot("read", path)?.blocks() * SECTOR;
     println!("  space in use  {}", bytes::size(allocated));
-    if header.is_committing {
+    if header.committing.is_some() {
         println!("  commit        under way, or interrupted");
     }
     // While another process writes the map it cannot be read.
@@ -180,7 +184,7 @@ fn commit(args: &Commit) -> Result<()> {
     lock(&base, !args.into_base).of(&args.base)?;
     let content = Content::read(&file).of(path)?;
     let header = *content.header();
-    if header.is_committing && !args.into_base {
+    if header.committing.is_some() && !args.into_base {
         return Err(Failure::new(
             path,
             "a commit into its base was interrupted",
@@ -191,8 +195,24 @@ fn commit(args: &Commit) -> Result<()> {
     if header.base.size != size {
         return Err(Refusal::Size(header.base.size, size)).of(path);
     }
-    if !header.is_committing && header.base.samples != id.samples {
-        return Err(Refusal::OtherBase).of(path);
+    match header.committing {
+        // It is a mixture then, by which it cannot be told.
+        Some(inode) if inode != base.metadata().cannot("read", &args.base)?.ino() => {
+            return Err(Failure::new(
+                path,
+                "a commit into another base was interrupted",
+                "name that base",
+            ));
+        }
+        None if header.base.samples != id.samples => return Err(Refusal::OtherBase).of(path),
+        None if header.base.modified != id.modified && !args.changed_base => {
+            return Err(Failure::new(
+                path,
+                "its base may have been written to since the overlay was made: it has another modification time",
+                "if it has not been, --changed-base commits all the same",
+            ));
+        }
+        _ => {}
     }
     let mut overlay = Overlay::load(Arc::new(file), &content, Durability::Immediate).of(path)?;
     let Some(out) = &args.out else {
@@ -221,7 +241,8 @@ fn into_base(
     (base, size, base_path): (&File, u64, &Path),
     path: &Path,
 ) -> Result<()> {
-    overlay.set_committing(true).cannot("write", path)?;
+    let inode = base.metadata().cannot("read", base_path)?.ino();
+    overlay.set_committing(inode).cannot("write", path)?;
     let (data, zeros) = apply(overlay, base, base_path)?;
     base.sync_all().cannot("write", base_path)?;
     let id = base_id(base, size, base_path)?;

@@ -130,7 +130,8 @@ fn commit_into_the_base_changes_it_and_empties_the_overlay() {
 fn commit_that_was_interrupted_is_ended_by_the_next_and_nothing_else_uses_the_overlay() {
     let folder = Folder::new();
     let disk = made(&folder);
-    open(&folder).set_committing(true).unwrap();
+    let inode = fs::metadata(folder.join("base")).unwrap().ino();
+    open(&folder).set_committing(inode).unwrap();
     // Half of it was written.
     file(&folder.join("base"))
         .write_all_at(&mut vec![0xee; 4096], 0)
@@ -144,9 +145,38 @@ fn commit_that_was_interrupted_is_ended_by_the_next_and_nothing_else_uses_the_ov
     let (code, _, message) = folder.disks(&["overlay", "commit", "overlay", "base", "out"]);
     assert_eq!(code, 1);
     assert!(message.contains("run that again"), "{message}");
+    // Another disk of the same size is not what it has to be ended with.
+    let other = vec![0x55; fs::metadata(folder.join("base")).unwrap().len() as usize];
+    fs::write(folder.join("other"), &other).unwrap();
+    let (code, _, message) =
+        folder.disks(&["overlay", "commit", "overlay", "other", "--into-base"]);
+    assert_eq!(code, 1);
+    assert!(message.contains("another base"), "{message}");
+    assert!(fs::read(folder.join("other")).unwrap() == other);
     folder.succeeds(&["overlay", "commit", "overlay", "base", "--into-base"]);
     assert!(fs::read(folder.join("base")).unwrap() == disk);
     open(&folder);
+}
+
+#[test]
+fn commit_when_the_base_was_written_to_since_takes_a_word() {
+    let folder = Folder::new();
+    let disk = made(&folder);
+    // The same content, at another time.
+    let base = fs::read(folder.join("base")).unwrap();
+    fs::write(folder.join("base"), &base).unwrap();
+    let (code, _, message) = folder.disks(&["overlay", "commit", "overlay", "base", "out"]);
+    assert_eq!(code, 1);
+    assert!(message.contains("--changed-base"), "{message}");
+    folder.succeeds(&[
+        "overlay",
+        "commit",
+        "overlay",
+        "base",
+        "out",
+        "--changed-base",
+    ]);
+    assert!(fs::read(folder.join("out")).unwrap() == disk);
 }
 
 #[test]

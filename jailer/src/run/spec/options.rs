@@ -195,8 +195,11 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
         ..Restoring::default()
     };
     let mut unnamed = 0..;
-    for (id, text) in words.all("--drive", |text| Ok(split_id(text)))? {
-        let given = drive(&text);
+    let drives = words.all("--drive", |text| {
+        let (id, text) = split_id(text);
+        Ok((id, drive(&text)?))
+    })?;
+    for (id, given) in drives {
         let id = id.unwrap_or_else(|| drive_id(unnamed.next().unwrap_or(0)));
         if restoring.drives.iter().any(|(other, ..)| *other == id) {
             return Err(ArgsError::Value("--drive", id, TWICE.into()));
@@ -291,7 +294,7 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
         }),
         ..VmConfig::default()
     };
-    let drives = words.all("--drive", |text| Ok(drive(text)))?;
+    let drives = words.all("--drive", drive)?;
     for (index, given) in drives.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             is_root_device: index == 0 && !has_root,
@@ -348,7 +351,7 @@ pub struct GivenDrive {
 
 /// Reads `FILE`, `FILE:ro`, `FILE:overlay=FILE` or `FILE:overlay=memory`; a file of the name memory is
 /// written `./memory`.
-fn drive(text: &str) -> GivenDrive {
+fn drive(text: &str) -> Result<GivenDrive, Why> {
     let given = |image: &str, read_only, overlay| GivenDrive {
         image: image.into(),
         read_only,
@@ -357,16 +360,19 @@ fn drive(text: &str) -> GivenDrive {
     if let Some((image, place)) = text.split_once(":overlay=") {
         let overlay = match place {
             "memory" => DriveOverlay::Memory { memory: true },
+            path if path.starts_with("fd:") || path.ends_with(":ro") => {
+                return Err("an overlay is memory, or a file by its path; write ./ before one of such a name".into());
+            }
             path => DriveOverlay::File {
                 path_on_host: path.into(),
             },
         };
-        return given(image, false, Some(overlay));
+        return Ok(given(image, false, Some(overlay)));
     }
-    match text.strip_suffix(":ro") {
+    Ok(match text.strip_suffix(":ro") {
         Some(image) => given(image, true, None),
         None => given(text, false, None),
-    }
+    })
 }
 
 /// What a network interface is connected to, and whether that is made in the jail.
@@ -556,7 +562,10 @@ mod tests {
         assert_eq!(second.path_on_host, "c:ro".into());
         assert_eq!(second.overlay, Some(DriveOverlay::Memory { memory: true }));
         assert!(!first.read_only() && !second.read_only());
-        assert_eq!(drive("a:overlay=./memory").overlay, Some(file("./memory")));
+        assert_eq!(
+            drive("a:overlay=./memory").unwrap().overlay,
+            Some(file("./memory"))
+        );
     }
 
     #[test]
@@ -569,10 +578,10 @@ mod tests {
         let expected = Restoring {
             folder: "d".into(),
             drives: vec![
-                ("root".into(), drive("a")),
-                ("data".into(), drive("b:ro")),
-                ("disk1".into(), drive("./x=y")),
-                ("more".into(), drive("c:overlay=o")),
+                ("root".into(), drive("a").unwrap()),
+                ("data".into(), drive("b:ro").unwrap()),
+                ("disk1".into(), drive("./x=y").unwrap()),
+                ("more".into(), drive("c:overlay=o").unwrap()),
             ],
             taps: vec![("eth0".into(), "tap0".into()), ("e".into(), OWN_TAP.into())],
             working_set: Some("w".into()),
