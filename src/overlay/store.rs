@@ -71,7 +71,7 @@ impl<S: Storage> Overlay<S> {
             super::open::read_map(&*file, &layout, &mut map)?;
         }
         let in_use = Arc::new(Mutex::new(layout.region_at(header.generation)));
-        Ok(Overlay {
+        let mut overlay = Overlay {
             file,
             layout,
             header,
@@ -79,7 +79,13 @@ impl<S: Storage> Overlay<S> {
             durability,
             in_use,
             is_header_new: true,
-        })
+        };
+        if durability == Durability::Ordered && content.is_new {
+            // Data without a header, after an end of the host, would be a file of another kind.
+            let synced = overlay.sync();
+            synced.map_err(|cause| Refusal::Io("syncing its header", cause))?;
+        }
+        Ok(overlay)
     }
 
     /// The file.
