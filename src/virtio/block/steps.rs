@@ -7,6 +7,7 @@ use super::super::Ram;
 use super::super::segment::{Segment, clear, copy_out, slices, window};
 use super::Block;
 use super::disk::{Extent, FileIndex};
+use super::engine::Engine;
 use super::job::{Job, is_unsupported};
 use super::request::{HEADER, Outcome, Request, status};
 use crate::sys;
@@ -122,9 +123,7 @@ impl Block {
         if let Some(moved) = self.read_what_is_there(ram, slot, extent, skip)? {
             return Ok(moved);
         }
-        if !job.by_calls
-            && let Some(slot) = self.push(slot, Transfer::Read, extent, skip)
-        {
+        if let Some(slot) = self.push(job, slot, Transfer::Read, extent, skip) {
             return Ok(Moved::Pushed(slot));
         }
         let (file, data) = self.plain(slot, Transfer::Read, extent, skip)?;
@@ -142,11 +141,8 @@ impl Block {
     ) -> io::Result<Option<Moved>> {
         let all = Some(Moved::Bytes(u64::from(extent.len)));
         if extent.file == FileIndex::ZERO {
-            let memory = match slot {
-                Some(slot) => self.jobs.memory(slot),
-                None => self.chain.writable(),
-            };
-            let cleared = clear(ram, window(memory.iter().copied(), skip, extent.len));
+            let memory = self.memory(slot, Transfer::Read).iter().copied();
+            let cleared = clear(ram, window(memory, skip, extent.len));
             return match cleared {
                 true => Ok(all),
                 false => Err(io::ErrorKind::InvalidInput.into()),
@@ -183,8 +179,7 @@ impl Block {
         let skip = HEADER.saturating_add(offset(job)?);
         let access = self.disk.file(extent.file).map(|(_, access)| access);
         if access == Some(Access::MayWait)
-            && !job.by_calls
-            && let Some(slot) = self.push(slot, Transfer::Write, extent, skip)
+            && let Some(slot) = self.push(job, slot, Transfer::Write, extent, skip)
         {
             return Ok(Moved::Pushed(slot));
         }
@@ -202,51 +197,67 @@ impl Block {
         extent: Extent,
         skip: u32,
     ) -> io::Result<(&std::fs::File, impl Iterator<Item = Segment>)> {
-        let memory = match (slot, transfer) {
-            (Some(slot), _) => self.jobs.memory(slot),
-            (None, Transfer::Read) => self.chain.writable(),
-            (None, Transfer::Write) => self.chain.readable(),
-        };
+        let memory = self.memory(slot, transfer).iter().copied();
         let (file, _) = self
             .disk
             .file(extent.file)
             .ok_or(io::ErrorKind::InvalidInput)?;
-        Ok((file, window(memory.iter().copied(), skip, extent.len)))
+        Ok((file, window(memory, skip, extent.len)))
+    }
+
+    /// The request's memory for a transfer: kept in `slot`, or that of the chain at hand.
+    fn memory(&self, slot: Option<u16>, transfer: Transfer) -> &[Segment] {
+        match (slot, transfer) {
+            (Some(slot), _) => self.jobs.memory(slot),
+            (None, Transfer::Read) => self.chain.writable(),
+            (None, Transfer::Write) => self.chain.readable(),
+        }
     }
 
     /// Gives the engine a transfer; the slot, unless it cannot be given.
     fn push(
         &mut self,
+        job: &Job,
         slot: Option<u16>,
         transfer: Transfer,
         extent: Extent,
         skip: u32,
     ) -> Option<u16> {
-        if self.engine.is_absent() {
-            return None;
-        }
-        let kept = match (slot, transfer) {
-            (Some(slot), _) => slot,
-            (None, Transfer::Read) => self.jobs.keep(self.chain.writable())?,
-            (None, Transfer::Write) => self.jobs.keep(self.chain.readable())?,
-        };
-        let memory = self.jobs.memory(kept).iter().copied();
-        let data = window(memory, skip, extent.len);
         let place = (extent.file, extent.at);
-        match self.engine.push(kept, transfer, place, data) {
-            Ok(()) => Some(kept),
-            Err(_) => {
-                self.give_back(slot, kept);
-                None
-            }
-        }
+        self.give(job, slot, Some(transfer), |engine, slot, memory| {
+            let data = window(memory.iter().copied(), skip, extent.len);
+            engine.push(slot, transfer, place, data)
+        })
     }
 
-    /// A slot that was taken for what could not be pushed is free again.
-    fn give_back(&mut self, before: Option<u16>, taken: u16) {
-        if before.is_none() {
-            self.jobs.free(taken);
+    /// Has the engine do what `push` asks it for, in `slot` or in one that keeps the memory for
+    /// `transfer`; the slot, unless it cannot be given and has to be done by calls.
+    fn give(
+        &mut self,
+        job: &Job,
+        slot: Option<u16>,
+        transfer: Option<Transfer>,
+        push: impl FnOnce(&mut Engine, u16, &[Segment]) -> io::Result<()>,
+    ) -> Option<u16> {
+        if job.by_calls || self.engine.is_absent() {
+            return None;
         }
+        let memory = match transfer {
+            Some(Transfer::Read) => self.chain.writable(),
+            Some(Transfer::Write) => self.chain.readable(),
+            None => &[],
+        };
+        let kept = match slot {
+            Some(slot) => slot,
+            None => self.jobs.keep(memory)?,
+        };
+        if push(&mut self.engine, kept, self.jobs.memory(kept)).is_ok() {
+            return Some(kept);
+        }
+        if slot.is_none() {
+            self.jobs.free(kept);
+        }
+        None
     }
 
     fn flush(&mut self, job: &Job, slot: Option<u16>) -> io::Result<Option<u16>> {
@@ -255,14 +266,11 @@ impl Block {
         let Some((_, access)) = self.disk.file(file) else {
             return Ok(None);
         };
+        let push = |engine: &mut Engine, slot, _: &[Segment]| engine.push_sync(slot, file);
         if access != Access::InMemory
-            && !job.by_calls
-            && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
+            && let Some(slot) = self.give(job, slot, None, push)
         {
-            match self.engine.push_sync(kept, file) {
-                Ok(()) => return Ok(Some(kept)),
-                Err(_) => self.give_back(slot, kept),
-            }
+            return Ok(Some(slot));
         }
         match self.disk.file(file) {
             Some((file, _)) => file.sync_data().map(|()| None),
@@ -288,15 +296,13 @@ impl Block {
         }
         // Before the hole is there: what lay there is given up by the guest from now on.
         self.disk.discarded(at, len)?;
+        let push = |engine: &mut Engine, slot, _: &[Segment]| {
+            engine.push_allocate(slot, (index, place, space), Space::Punched.mode())
+        };
         if access != Access::InMemory
-            && !job.by_calls
-            && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
+            && let Some(slot) = self.give(job, slot, None, push)
         {
-            let mode = Space::Punched.mode();
-            match self.engine.push_allocate(kept, (index, place, space), mode) {
-                Ok(()) => return Ok(Some(kept)),
-                Err(_) => self.give_back(slot, kept),
-            }
+            return Ok(Some(slot));
         }
         let Some((file, _)) = self.disk.file(index) else {
             return Ok(None);
@@ -320,19 +326,16 @@ impl Block {
         let len = u64::from(extent.len);
         let space = if unmap { Space::Punched } else { Space::Zeroed };
         let access = self.disk.file(extent.file).map(|(_, access)| access);
+        let place = (extent.file, extent.at, len);
+        let push = |engine: &mut Engine, slot, _: &[Segment]| {
+            engine.push_allocate(slot, place, space.mode())
+        };
         if access != Some(Access::InMemory)
             && !job.by_writing
-            && !job.by_calls
-            && let Some(kept) = slot.or_else(|| self.jobs.keep(&[]))
+            && let Some(slot) = self.give(job, slot, None, push)
         {
-            let place = (extent.file, extent.at, len);
-            match self.engine.push_allocate(kept, place, space.mode()) {
-                Ok(()) => {
-                    job.step = len;
-                    return Ok(Moved::Pushed(kept));
-                }
-                Err(_) => self.give_back(slot, kept),
-            }
+            job.step = len;
+            return Ok(Moved::Pushed(slot));
         }
         let (file, _) = self
             .disk

@@ -157,7 +157,7 @@ impl Waits {
         stats::summary(&self.0).is_some_and(|waits| waits.median > Self::TOO_MUCH)
     }
 
-    /// A sentence for the foot of the tables.
+    /// A line for below the tables.
     pub fn text(&self) -> String {
         let Some(waits) = stats::summary(&self.0) else {
             return String::new();

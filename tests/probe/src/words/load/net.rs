@@ -252,8 +252,8 @@ impl Prepared {
     }
 }
 
-/// Headers of a TCP segment of `size` bytes for the host to cut up (section 5.1.6.2). It goes from one address that
-/// nobody has to another.
+/// Headers of a TCP segment of `size` bytes for the host to cut up (section 5.1.6.2). It goes from one unused
+/// address to another.
 fn segmented(address: u64, size: u64) {
     const NEEDS_CSUM: u8 = 1;
     const TCPV4: u8 = 1;
