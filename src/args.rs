@@ -54,6 +54,8 @@ pub struct Args {
     pub kvm_fd: Option<u32>,
     /// The descriptor that is told how the guest ended.
     pub end_fd: Option<u32>,
+    /// End with the exit code that the guest wrote.
+    pub guest_exit_code: bool,
     /// Give up the file system, and what else Landlock can deny, before anything else.
     pub landlock: bool,
     /// A configuration to boot from at once.
@@ -99,6 +101,7 @@ impl Default for Args {
             api_fd: None,
             kvm_fd: None,
             end_fd: None,
+            guest_exit_code: false,
             landlock: false,
             config_file: None,
             snapshot: None,
@@ -165,6 +168,7 @@ where
         api_fd,
         kvm_fd: given.number("kvm-fd")?,
         end_fd: given.number("end-fd")?,
+        guest_exit_code: given.has("guest-exit-code"),
         landlock: given.has("landlock"),
         config_file: given.path("config-file"),
         snapshot: given.parsed(

@@ -75,6 +75,7 @@ fn run(args: Args, timeline: Timeline) -> ! {
         start_time_us: args.start_time_us,
         start_time_cpu_us: args.start_time_cpu_us,
         parent_cpu_time_us: args.parent_cpu_time_us,
+        guest_exit_code: args.guest_exit_code,
         protocol: args.boot_protocol,
     };
     let mut vmm = Vmm::new(settings, timeline).unwrap_or_else(|e| fail(&e.0, exit::ERROR));

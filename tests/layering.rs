@@ -178,6 +178,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         28,
         "fork, clone3, exec and what happens between them; mounts, ioctls and prctl that rustix does not offer",
     ),
+    (
+        "jailer/exit/src/sys.rs",
+        18,
+        "the guest's helper has no standard library: system calls, two port instructions, the stack at its start",
+    ),
 ];
 
 /// A crate, as its files and the module that each of them is.
@@ -188,10 +193,16 @@ struct Crate {
 
 impl Crate {
     fn read(folder: &str) -> Self {
+        let all = Self::read_any(folder);
+        assert!(all.files.len() > 10, "{folder}: {} files", all.files.len());
+        all
+    }
+
+    /// Of any number of files.
+    fn read_any(folder: &str) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
         let mut texts = BTreeMap::new();
         read(&root, &mut texts);
-        assert!(texts.len() > 10, "{folder}: {} files", texts.len());
         let texts = texts.iter().map(|(path, text)| {
             let inside = path.strip_prefix(&root).unwrap().to_str().unwrap();
             (inside.to_owned(), text.as_str())
@@ -512,8 +523,8 @@ fn jailer_when_it_sees_more_of_the_monitor_than_it_may_is_found() {
 #[test]
 fn unsafe_code_when_counted_is_what_is_listed() {
     let mut found = BTreeMap::new();
-    for folder in ["src", "jailer/src"] {
-        for (file, _, source) in Crate::read(folder).files {
+    for folder in ["src", "jailer/src", "jailer/exit/src"] {
+        for (file, _, source) in Crate::read_any(folder).files {
             if source.unsafe_items() > 0 {
                 found.insert(file, source.unsafe_items());
             }

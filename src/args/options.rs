@@ -51,6 +51,11 @@ pub(super) const OPTIONS: &[Opt] = &[
         "fd",
         "Write how the guest ended, in a word, to this inherited pipe or file.",
     ),
+    option(
+        "guest-exit-code",
+        "",
+        "End with the exit code that the guest wrote to port 0x610, if it then resets or powers off.",
+    ),
     option("help", "", "Print this."),
     option(
         "http-api-max-payload-size",

@@ -9,6 +9,15 @@ use crate::exit;
 use crate::sys::kvm;
 use crate::wire::{self, EndReport, SOFTWARE_KVM};
 
+/// What the guest said before it ended, by the ports it has for that.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GuestStatus {
+    /// Its kernel panicked.
+    pub panicked: bool,
+    /// Its exit code.
+    pub exit_code: Option<u8>,
+}
+
 impl End {
     /// Whether it is what a guest ends with on purpose.
     pub const fn is_orderly(self) -> bool {
@@ -21,11 +30,14 @@ impl End {
         self,
         index: u8,
         crash: Option<&Crash>,
-        panicked: bool,
+        status: GuestStatus,
         changed: impl FnOnce() -> Option<String>,
     ) -> String {
-        if self.is_orderly() && panicked {
-            return "The guest's kernel panicked, and then ended its machine.".into();
+        let code = status.exit_code.map_or(String::new(), |code| {
+            format!("; the exit code that it wrote is {code}")
+        });
+        if self.is_orderly() && status.panicked {
+            return format!("The guest's kernel panicked, and then ended its machine{code}.");
         }
         let what = self.failure(index, changed);
         let crash = crash.map_or(String::new(), |crash| format!(": {crash}"));
@@ -33,18 +45,19 @@ impl End {
             true => format!("; {SOFTWARE_KVM}"),
             false => String::new(),
         };
-        format!("{what}{crash}{why}.")
+        format!("{what}{crash}{why}{code}.")
     }
 
     /// For programs.
-    pub fn report(self, index: u8, crash: Option<&Crash>, panicked: bool) -> EndReport {
+    pub fn report(self, index: u8, crash: Option<&Crash>, status: GuestStatus) -> EndReport {
         EndReport {
-            end: self.word(panicked),
+            end: self.word(status.panicked),
             crash: crash.map(|crash| detail(index, self, crash)),
+            guest_code: status.exit_code,
         }
     }
 
-    /// The process's exit code for it; the guest's kernel may have told of a panic before.
+    /// The process's exit code for it, without the guest's own; its kernel may have told of a panic before.
     pub const fn exit_code(self, panicked: bool) -> i32 {
         match self {
             End::Reset | End::PowerOff | End::TripleFault if panicked => exit::GUEST_PANICKED,

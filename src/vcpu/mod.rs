@@ -32,6 +32,7 @@ use kvm_ioctls::Kvm;
 
 pub use self::crash::Crash;
 use self::crash::LastExits;
+pub use self::end::GuestStatus;
 pub use self::exits::End;
 use self::exits::{Access, Outcome, Ran, run_once};
 use crate::arch::vcpu::{MsrList, VcpuError, VcpuState};

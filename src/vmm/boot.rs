@@ -34,7 +34,7 @@ use super::{Event, Settings};
 use crate::arch::boot;
 use crate::arch::boot_timer::{self, BootTimer};
 use crate::arch::i8042::I8042;
-use crate::arch::power::Power;
+use crate::arch::power::{self, Power};
 use crate::arch::split::Lines;
 use crate::arch::vm::state::{ClockAfterRestore, VmState};
 use crate::arch::{self, Vm, cpuid, generation, layout};
@@ -269,6 +269,11 @@ pub fn begin(
     buses
         .ports
         .insert(layout::POWER_PORT, layout::POWER_PORTS, power.clone())
+        .context(NOT_PLACED)?;
+    let (port, ports) = (layout::EXIT_CODE_PORT, layout::EXIT_CODE_PORTS);
+    buses
+        .ports
+        .insert_part(port, ports, power::EXIT_CODE, power.clone())
         .context(NOT_PLACED)?;
     if host.has_boot_timer {
         place_boot_timer(host, &mut buses).context(NOT_PLACED)?;

@@ -11,7 +11,7 @@ use super::{Event, Vmm, file_work};
 use crate::files::Steps;
 use crate::serial::SerialEvent;
 use crate::sys::fd;
-use crate::vcpu::End;
+use crate::vcpu::{End, GuestStatus};
 use crate::{error, info, log};
 
 /// How long clients' last answers may take to be written. As a rule they are at once; on a busy host
@@ -72,18 +72,25 @@ impl Vmm {
     pub(super) fn guest_ended(&mut self, index: u8, end: End) -> i32 {
         let machine = self.machine.as_ref();
         let crash = machine.and_then(|machine| machine.crash(index)).copied();
-        let panicked = machine.is_some_and(|machine| machine.power.has_panicked());
+        let status = machine.map_or_else(GuestStatus::default, |machine| GuestStatus {
+            panicked: machine.power.has_panicked(),
+            exit_code: machine.power.exit_code(),
+        });
         if let Some(told) = self.end.take() {
-            let report = end.report(index, crash.as_ref(), panicked);
+            let report = end.report(index, crash.as_ref(), status);
             // The exit code says the most important part if nothing reads this.
             self.write_once("how the guest ended", told, report.to_string());
         }
-        let message = end.message(index, crash.as_ref(), panicked, || self.changed_file());
-        match end.is_orderly() && !panicked {
+        let message = end.message(index, crash.as_ref(), status, || self.changed_file());
+        let is_orderly = end.is_orderly() && !status.panicked;
+        match is_orderly {
             true => info!("{message}"),
             false => error!("{message}"),
         }
-        end.exit_code(panicked)
+        match status.exit_code {
+            Some(code) if is_orderly && self.settings.guest_exit_code => i32::from(code),
+            _ => end.exit_code(status.panicked),
+        }
     }
 
     /// The mapped file that was changed, as far as the files thread finds out in time.

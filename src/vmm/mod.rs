@@ -140,6 +140,8 @@ pub struct Settings {
     pub start_time_cpu_us: Option<u64>,
     /// CPU time that the jailer used, in microseconds.
     pub parent_cpu_time_us: Option<u64>,
+    /// End with the exit code that the guest wrote, if it then ends in an orderly way.
+    pub guest_exit_code: bool,
     /// Boot by this protocol, whatever the kernel offers.
     pub protocol: Option<crate::arch::Protocol>,
 }

@@ -4,8 +4,8 @@
 //!
 //! With `--boot-timer`, [`BOOTED`] stands before that once the guest has said that it has booted.
 //!
-//! The first line is exactly the word. Where the guest did not end itself a second line may follow:
-//! JSON with what is known of the vCPU.
+//! The first line is exactly the word. Lines of JSON may follow: where the guest did not end itself, what
+//! is known of the vCPU; where it has written an exit code, `{"guest_code":N}`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -137,31 +137,57 @@ pub struct EndReport {
     pub end: End,
     /// More about a crash.
     pub crash: Option<Crash>,
+    /// The exit code that the guest wrote to its port.
+    pub guest_code: Option<u8>,
+}
+
+/// The line of the guest's exit code.
+#[derive(Deserialize)]
+struct GuestCode {
+    guest_code: u8,
 }
 
 impl EndReport {
-    /// Reads what the monitor wrote; none if that does not begin with a word for an end. A second
-    /// line that is not understood is as good as none.
+    /// Reads what the monitor wrote; none if that does not begin with a word for an end. Another line
+    /// that is not understood is as good as none.
     pub fn parse(bytes: &[u8]) -> Option<EndReport> {
         let bytes = bytes.strip_prefix(BOOTED.as_bytes()).unwrap_or(bytes);
         let bytes = bytes.get(..END_REPORT_MAX).unwrap_or(bytes);
         let mut lines = std::str::from_utf8(bytes).ok()?.lines();
         let end = lines.next()?.parse().ok()?;
-        let crash = lines
-            .next()
-            .and_then(|line| serde_json::from_str(line).ok());
-        Some(EndReport { end, crash })
+        let mut report = EndReport::of(end);
+        for line in lines.take(2) {
+            if let Ok(GuestCode { guest_code }) = serde_json::from_str(line) {
+                report.guest_code = Some(guest_code);
+            } else if report.crash.is_none() {
+                report.crash = serde_json::from_str(line).ok();
+            }
+        }
+        Some(report)
+    }
+
+    /// No more than the word.
+    const fn of(end: End) -> EndReport {
+        EndReport {
+            end,
+            crash: None,
+            guest_code: None,
+        }
     }
 }
 
 impl fmt::Display for EndReport {
-    /// As it is written; a second line that would not fit is left out.
+    /// As it is written; the line of a crash that would not fit is left out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.end)?;
         let detail = self.crash.as_ref().map(serde_json::to_string);
         match detail {
-            Some(Ok(line)) if line.len() < END_REPORT_MAX / 2 => writeln!(f, "{line}"),
-            _ => Ok(()),
+            Some(Ok(line)) if line.len() < END_REPORT_MAX / 2 => writeln!(f, "{line}")?,
+            _ => {}
+        }
+        match self.guest_code {
+            Some(code) => writeln!(f, "{{\"guest_code\":{code}}}"),
+            None => Ok(()),
         }
     }
 }
@@ -204,10 +230,7 @@ mod tests {
 
     #[test]
     fn report_when_parsed_is_what_was_written() {
-        let reset = EndReport {
-            end: End::Reset,
-            crash: None,
-        };
+        let reset = EndReport::of(End::Reset);
         assert_eq!(reset.to_string(), "reset\n");
         assert_eq!(EndReport::parse(b"reset\n"), Some(reset.clone()));
         assert_eq!(EndReport::parse(b"booted\nreset\n"), Some(reset));
@@ -222,6 +245,7 @@ mod tests {
                 last_exits: vec!["io out 0x3f8".into()],
                 ..Crash::default()
             }),
+            guest_code: None,
         };
         let text = crash.to_string();
         assert_eq!(
@@ -229,7 +253,16 @@ mod tests {
             "crash\n{\"vcpu\":1,\"rip\":\"0xffff800000001234\",\"cr2\":null,\
              \"instruction\":\"0f 0b\",\"last_exits\":[\"io out 0x3f8\"]}\n"
         );
-        assert_eq!(EndReport::parse(text.as_bytes()), Some(crash));
+        assert_eq!(EndReport::parse(text.as_bytes()), Some(crash.clone()));
+        let coded = EndReport {
+            guest_code: Some(7),
+            ..crash
+        };
+        assert_eq!(coded.to_string(), text + "{\"guest_code\":7}\n");
+        assert_eq!(
+            EndReport::parse(coded.to_string().as_bytes()),
+            Some(coded.clone())
+        );
         let stopped = EndReport {
             end: End::NotRunnable,
             crash: Some(Crash {
@@ -239,11 +272,32 @@ mod tests {
                 software_kvm: true,
                 ..Crash::default()
             }),
+            guest_code: None,
         };
         let text = stopped.to_string();
         assert!(text.contains("\"suberror\":1,"), "{text}");
         assert!(text.contains("\"instruction_name\":\"popcnt\",\"software_kvm\":true"));
         assert_eq!(EndReport::parse(text.as_bytes()), Some(stopped));
+    }
+
+    #[test]
+    fn report_when_the_guest_wrote_a_code_has_it_in_a_line_of_its_own() {
+        for code in [0, 7, 255] {
+            let report = EndReport {
+                guest_code: Some(code),
+                ..EndReport::of(End::Shutdown)
+            };
+            let text = report.to_string();
+            assert_eq!(text, format!("shutdown\n{{\"guest_code\":{code}}}\n"));
+            assert_eq!(EndReport::parse(text.as_bytes()), Some(report.clone()));
+            let text = BOOTED.to_owned() + &text;
+            assert_eq!(EndReport::parse(text.as_bytes()), Some(report));
+        }
+        for bad in ["256", "-1", "null", "\"7\"", "[]"] {
+            let text = format!("reset\n{{\"guest_code\":{bad}}}\n");
+            let report = EndReport::parse(text.as_bytes());
+            assert_eq!(report, Some(EndReport::of(End::Reset)), "{bad}");
+        }
     }
 
     #[test]
@@ -261,7 +315,8 @@ mod tests {
                 last_exits: vec!["x".repeat(END_REPORT_MAX)],
                 ..Crash::default()
             }),
+            guest_code: Some(1),
         };
-        assert_eq!(long.to_string(), "crash\n");
+        assert_eq!(long.to_string(), "crash\n{\"guest_code\":1}\n");
     }
 }

@@ -122,11 +122,7 @@ impl Verdict {
 
     fn of_code(code: i32, seen: &Seen) -> Verdict {
         let (word, text) = match code {
-            exit::GUEST_ENDED => {
-                let end = seen.end.as_ref().map(|report| report.end);
-                let orderly = end.filter(|end| end.is_orderly());
-                (orderly.map_or("ended", |end| end.word()), String::new())
-            }
+            exit::GUEST_ENDED => return Verdict::orderly(seen),
             exit::ERROR => ("error", "the monitor failed; its log says why".into()),
             exit::BAD_SYSCALL => (
                 "seccomp",
@@ -158,6 +154,15 @@ impl Verdict {
             ),
         };
         Verdict::new(word, code, text)
+    }
+
+    /// The guest reset or powered off its machine: with the code that it wrote, if it wrote one.
+    fn orderly(seen: &Seen) -> Verdict {
+        let report = seen.end.as_ref();
+        let report = report.filter(|report| report.end.is_orderly());
+        let word = report.map_or("ended", |report| report.end.word());
+        let code = report.and_then(|report| report.guest_code);
+        Verdict::new(word, code.map_or(exit::GUEST_ENDED, i32::from), "")
     }
 
     /// The guest was ended because there is a snapshot of it, or none could be taken.
@@ -264,10 +269,12 @@ pub fn facts(
     };
     let used = ended.map(|(_, used)| used).unwrap_or_default();
     let crash = seen.end.as_ref().and_then(|report| report.crash.as_ref());
+    let guest_code = seen.end.as_ref().and_then(|report| report.guest_code);
     json!({
         "id": id,
         "ended": verdict.word,
         "exit_code": verdict.code,
+        "guest_code": guest_code,
         "sentence": verdict.message,
         "monitor": { "exit_code": exit_code, "signal": signal },
         "ended_at_unix_ms": began.as_millis() as u64,
@@ -308,6 +315,39 @@ mod tests {
             (Ended::Exited(0), told("shutdown\n"), ("shutdown", 0)),
             (Ended::Exited(0), told("reset\n"), ("reset", 0)),
             (Ended::Exited(0), told("crash\n"), ("ended", 0)),
+            (Ended::Exited(0), told(&with_code("reset", 7)), ("reset", 7)),
+            (
+                Ended::Exited(0),
+                told(&with_code("shutdown", 165)),
+                ("shutdown", 165),
+            ),
+            (
+                Ended::Exited(0),
+                told(&with_code("shutdown", 0)),
+                ("shutdown", 0),
+            ),
+            // A monitor that says one thing and does another is not believed.
+            (Ended::Exited(0), told(&with_code("crash", 7)), ("ended", 0)),
+            (
+                Ended::Exited(160),
+                told(&with_code("crash", 7)),
+                ("crash", 160),
+            ),
+            (
+                Ended::Exited(165),
+                told(&with_code("panic", 7)),
+                ("panic", 165),
+            ),
+            (
+                Ended::Exited(160),
+                told(&with_code("reset", 7)),
+                ("crash", 160),
+            ),
+            (
+                Ended::Killed(9),
+                told(&with_code("reset", 7)),
+                ("killed", 137),
+            ),
             (Ended::Exited(0), seen(), ("ended", 0)),
             (Ended::Exited(1), seen(), ("error", 1)),
             (Ended::Exited(148), seen(), ("seccomp", 148)),
@@ -356,6 +396,28 @@ mod tests {
         }
         for (ended, seen, expected) in cases {
             assert_eq!(word(ended, seen), expected, "{ended:?}");
+        }
+    }
+
+    /// What the monitor writes of a guest that wrote a code and ended like this.
+    fn with_code(word: &str, code: u8) -> String {
+        format!("{word}\n{{\"guest_code\":{code}}}\n")
+    }
+
+    #[test]
+    fn code_of_the_guest_is_in_the_report_and_none_is_told_apart_from_zero() {
+        for (report, expected) in [
+            ("reset\n".to_owned(), Value::Null),
+            (with_code("reset", 0), json!(0)),
+            (with_code("crash", 7), json!(7)),
+        ] {
+            let seen = Seen {
+                end: EndReport::parse(report.as_bytes()),
+                ..Seen::default()
+            };
+            let verdict = Verdict::of(Ended::Exited(0), &seen);
+            let facts = facts("x", &verdict, None, &seen, &Times::default());
+            assert_eq!(facts["guest_code"], expected, "{report}");
         }
     }
 

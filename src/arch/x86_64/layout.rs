@@ -141,6 +141,13 @@ pub const POWER_PORT: u64 = 0x600;
 /// How many they are.
 pub const POWER_PORTS: u64 = 4;
 
+/// The port for the guest's exit code. No driver that probes for a device of a PC writes here: sound
+/// cards are looked for at 0x604, and what QEMU has at 0x600 and 0x604 ends a machine.
+pub const EXIT_CODE_PORT: u64 = 0x610;
+
+/// So many, of which the first one counts: a wide access begins there.
+pub const EXIT_CODE_PORTS: u64 = 4;
+
 /// Address and interrupt line of the virtio device number `index`, counted from 0;
 /// `None` from number [`VIRTIO_DEVICES_MAX`] on.
 pub fn virtio_device(index: usize) -> Option<(u64, u32)> {

@@ -22,6 +22,7 @@
 //! | `smp[:CPUS]` | starts the other processors and lets them count |
 //! | `reset` `acpireset` `triple` `poweroff` `fault` `panic` | ways for the machine to end |
 //! | `tellpanic` | says that a kernel panicked |
+//! | `exitcode:CODE[:SIZE[:COUNT]]` | writes its exit code in an access of SIZE bytes, COUNT times |
 //! | `blkinfo:N` | features, capacity, id, read-only |
 //! | `blkread:N:SECTOR:COUNT` | sum and first bytes |
 //! | `blkwrite:N:SECTOR:COUNT:SEED` `blkverify:...` | the pattern of `crate::pattern` |
@@ -99,6 +100,7 @@ const WORDS: &[(&str, Word)] = &[
     ("poweroff", power::poweroff),
     ("acpireset", power::acpi_reset),
     ("tellpanic", power::tell_panic),
+    ("exitcode", power::exit_code),
     ("fault", power::fault),
     ("panic", power::panic),
     ("blkinfo", block::info),

@@ -69,6 +69,26 @@ pub fn tell_panic(_: &mut Arguments) -> Outcome {
     Ok(text!("understood={understood:#x}"))
 }
 
+/// Writes the exit code; the bits above a byte go into the other bytes of a wider access.
+pub fn exit_code(arguments: &mut Arguments) -> Outcome {
+    const PORT: u16 = 0x610;
+    let code = arguments.number("the code")? as u32;
+    let size = arguments.number_or("the size", 1)?;
+    let count = arguments.number_or("the count", 1)?;
+    if x86::inb(PORT) != 0 {
+        return Err("there is no port for it".into());
+    }
+    for _ in 0..count {
+        match size {
+            1 => x86::outb(PORT, code as u8),
+            2 => x86::outw(PORT, code as u16),
+            4 => x86::outl(PORT, code),
+            _ => return Err(text!("no access has {size} bytes")),
+        }
+    }
+    Ok(text!("inb={}", x86::inb(PORT)))
+}
+
 /// A page fault that is reported: tests of src/fault.rs.
 pub fn fault(_: &mut Arguments) -> Outcome {
     x86::load(0x7f00_0000_1000, 8);

@@ -1,0 +1,273 @@
+//! The guest's own exit code: written to its port, told on `--end-fd` and in the log, kept in a snapshot, and
+//! what `mayfly-jailer run` ends with.
+
+#[path = "common/mod.rs"]
+mod common;
+#[path = "jail/host.rs"]
+mod host;
+#[path = "snapshot/pair.rs"]
+mod pair;
+#[path = "jail/run.rs"]
+mod run;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::{Folder, Monitor, needs, probe_vm};
+use pair::{Pair, save_and_end};
+use run::{BOTH, Ended, Place, Who};
+use serde_json::{Value, json};
+
+/// How a guest ended, as the monitor tells it.
+struct Told {
+    code: Option<i32>,
+    /// What `--end-fd` was told.
+    report: String,
+    log: String,
+    output: String,
+}
+
+/// Runs the monitor with `more` arguments to the end of its guest.
+fn end_of(config: &Value, more: &[&str], patience: Duration) -> Told {
+    let folder = Folder::new();
+    let end: PathBuf = folder.file("end", "");
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", "exec \"$@\" 9>>\"$0\""])
+        .arg(&end)
+        .arg(common::mayfly())
+        .args(common::boot_args(&folder, config))
+        .args(["--end-fd", "9"])
+        .args(more);
+    let mut monitor = Monitor::spawn(command);
+    Told {
+        code: monitor.wait_within(patience).code(),
+        report: folder.read("end"),
+        log: folder.read("log"),
+        output: monitor.stdout(),
+    }
+}
+
+/// Words of the probe; the report; the end of the line in the log; the exit code of the monitor with
+/// `--guest-exit-code`, and without.
+const ENDS: &[(&str, &str, &str, i32, i32)] = &[
+    ("reset", "reset\n", "reset its machine.", 0, 0),
+    (
+        "exitcode:7,reset",
+        "reset\n{\"guest_code\":7}\n",
+        "reset its machine; the exit code that it wrote is 7.",
+        7,
+        0,
+    ),
+    (
+        "exitcode:0,reset",
+        "reset\n{\"guest_code\":0}\n",
+        "the exit code that it wrote is 0.",
+        0,
+        0,
+    ),
+    (
+        "exitcode:255,poweroff",
+        "shutdown\n{\"guest_code\":255}\n",
+        "powered its machine off; the exit code that it wrote is 255.",
+        255,
+        0,
+    ),
+    // The last one counts.
+    (
+        "exitcode:7,exitcode:8,acpireset",
+        "reset\n{\"guest_code\":8}\n",
+        "is 8.",
+        8,
+        0,
+    ),
+    // Of a wide access the first byte does.
+    (
+        "exitcode:0x1122:2,reset",
+        "reset\n{\"guest_code\":34}\n",
+        "is 34.",
+        34,
+        0,
+    ),
+    (
+        "exitcode:0x11223344:4,reset",
+        "reset\n{\"guest_code\":68}\n",
+        "is 68.",
+        68,
+        0,
+    ),
+    // A guest that did not end in an orderly way keeps the code for that.
+    (
+        "tellpanic,exitcode:7,reset",
+        "panic\n{\"guest_code\":7}\n",
+        "kernel panicked, and then ended its machine; the exit code that it wrote is 7.",
+        165,
+        165,
+    ),
+];
+
+#[test]
+fn code_when_written_is_told_beside_the_reason() {
+    needs!(kvm);
+    for (words, report, log, with, without) in ENDS {
+        for (more, code) in [(&["--guest-exit-code"][..], with), (&[], without)] {
+            let told = end_of(&probe_vm(words), more, common::PATIENCE);
+            assert_eq!(told.code, Some(*code), "{words} {more:?}: {}", told.log);
+            assert_eq!(told.report, *report, "{words}");
+            assert!(told.log.contains(log), "{words}: {}", told.log);
+            assert!(!told.output.contains("FAILED"), "{}", told.output);
+            let last = format!("exit_code={code}");
+            assert!(told.log.contains(&last), "{words}: {}", told.log);
+        }
+    }
+}
+
+#[test]
+fn code_when_the_guest_then_crashes_is_told_and_does_not_hide_that() {
+    needs!(kvm);
+    let config = probe_vm("exitcode:7,triple");
+    let told = end_of(&config, &["--guest-exit-code"], common::PATIENCE);
+    assert_eq!(told.code, Some(160), "{}", told.log);
+    let lines: Vec<&str> = told.report.lines().collect();
+    let [word, crash, code] = lines[..] else {
+        panic!("{}", told.report)
+    };
+    assert_eq!((word, code), ("crash", "{\"guest_code\":7}"));
+    let crash: Value = serde_json::from_str(crash).unwrap();
+    assert_eq!(crash["vcpu"], 0, "{crash}");
+}
+
+#[test]
+fn code_when_written_without_end_costs_no_line_and_no_memory() {
+    needs!(kvm);
+    let lines = |words: &str| {
+        let told = end_of(&probe_vm(words), &[], common::PATIENCE);
+        assert_eq!(told.code, Some(0), "{}", told.log);
+        assert_eq!(told.report, "reset\n{\"guest_code\":7}\n", "{words}");
+        told.log.lines().count()
+    };
+    assert_eq!(lines("exitcode:7:1:20000,reset"), lines("exitcode:7,reset"));
+}
+
+#[test]
+fn code_when_a_snapshot_is_between_it_and_the_end_is_that_of_the_restored_guest() {
+    needs!(kvm);
+    for (first, then, expected) in [("exitcode:7,", "", 7), ("exitcode:7,", "exitcode:8\n", 8)] {
+        let (folder, other) = (Folder::new(), Folder::new());
+        let (monitor, api) = Monitor::boot_with_api(&folder, &probe_vm(&format!("{first}shell")));
+        monitor.expect("shell ready");
+        let pair = Pair::new(&folder, "snapshot");
+        save_and_end(monitor, &api, &pair);
+
+        let (mut monitor, _api) = pair.restore(&other, json!({}));
+        monitor.type_in(&format!("{then}reset\n"));
+        monitor.exits_with(0);
+        let log = other.read("log");
+        let told = format!("the exit code that it wrote is {expected}.");
+        assert!(log.contains(&told), "{log}");
+    }
+}
+
+// In a jail
+
+#[test]
+fn jailer_when_its_guest_wrote_a_code_ends_with_it() {
+    needs!(root, kvm);
+    let place = Place::real("exitcode", &common::mayfly());
+    let kernel = place.path("probe");
+    fs::copy(common::probe(), &kernel).unwrap();
+    fs::set_permissions(&kernel, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = place.shared("report.json");
+    let ends = ENDS.iter().map(|(words, report, .., with, _)| {
+        let word = report.lines().next().unwrap();
+        (*words, word, code_of(report), *with)
+    });
+    let crash = ("exitcode:7,triple", "crash", json!(7), 160);
+    // Codes of other ends are the guest's own here: the word tells them apart, and nothing is said.
+    let own = ("exitcode:165,reset", "reset", json!(165), 165);
+    for (words, word, guest_code, code) in ends.chain([crash, own]) {
+        // An ordinary user's jail gets it by the same way: once is enough there.
+        let all = BOTH.into_iter();
+        for who in all.filter(|who| *who == Who::Root || code == 7) {
+            let cmdline = format!("probe={words}");
+            let machine = ["run", "--kernel", &kernel, "--cmdline", &cmdline];
+            let more = [&machine[..], &["--exit-report", &path]].concat();
+            let output = place.jailer(who, &more).output().unwrap();
+            let ended = Ended::of(&output);
+            assert_eq!(ended.code, Some(code), "{who:?} {words}: {ended:?}");
+            let report = fs::read_to_string(&path).unwrap();
+            let report: Value = serde_json::from_str(&report).unwrap();
+            assert_eq!(report["ended"], word, "{words}: {report}");
+            assert_eq!(report["exit_code"], code, "{words}: {report}");
+            assert_eq!(report["guest_code"], guest_code, "{words}: {report}");
+            let is_silent = ended.err.is_empty();
+            assert_eq!(is_silent, !["crash", "panic"].contains(&word), "{ended:?}");
+            fs::remove_file(&path).unwrap();
+            place.nothing_is_left();
+        }
+    }
+}
+
+/// The code in what `--end-fd` is told.
+fn code_of(report: &str) -> Value {
+    let line = report.lines().nth(1);
+    line.map_or(Value::Null, |line| {
+        serde_json::from_str::<Value>(line).unwrap()["guest_code"].clone()
+    })
+}
+
+// The helper
+
+/// The helper: MAYFLY_EXIT_BIN, else the one that `cargo build --release` made.
+fn mayfly_exit() -> PathBuf {
+    let built = "target/x86_64-unknown-linux-gnu/release/mayfly-exit";
+    let path = std::env::var_os("MAYFLY_EXIT_BIN");
+    let path = path.map_or_else(|| common::root().join(built), PathBuf::from);
+    assert!(
+        path.exists(),
+        "{} is missing: build it with `cargo build --release -p mayfly-exit`",
+        path.display()
+    );
+    path
+}
+
+#[test]
+fn helper_when_started_on_the_host_or_with_bad_words_refuses_and_is_small() {
+    let helper = mayfly_exit();
+    assert!(fs::metadata(&helper).unwrap().len() < 8 << 10);
+    let run = |words: &[&str]| {
+        let mut command = Command::new(&helper);
+        let output = command.args(words).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.stdout.is_empty());
+        (output.status.code(), said)
+    };
+    for (words, expected) in [
+        (&[][..], "the exit code is missing"),
+        (&["--reboot"], "the exit code is missing"),
+        (&["256"], "`256` is no exit code"),
+        (&["-1"], "`-1` is no exit code"),
+        (&["+1"], "`+1` is no exit code"),
+        (&[""], "`` is no exit code"),
+        (&["--halt"], "`--halt` is no exit code"),
+        (&["1", "2"], "unexpected argument `2`"),
+        (&["--reboot", "--poweroff", "1"], "`--poweroff` is no exit"),
+    ] {
+        let (code, said) = run(words);
+        assert_eq!(code, Some(2), "{words:?}: {said}");
+        assert!(said.starts_with("mayfly-exit: "), "{said}");
+        assert!(said.contains(expected), "{words:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    let (code, said) = run(&["--help"]);
+    assert!(code == Some(0) && said.starts_with("usage: mayfly-exit"));
+    // Only where this is no guest of ours.
+    if !Path::new("/dev/port").exists() {
+        let (code, said) = run(&["1"]);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("CONFIG_DEVPORT"), "{said}");
+    }
+}
