@@ -6,7 +6,7 @@ mod overlay;
 mod purpose;
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Read, Seek};
+use std::io::{self, ErrorKind, Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,12 +14,14 @@ use std::path::Path;
 
 pub use self::overlay::OpenOverlay;
 use self::purpose::{
-    CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_TO_READ, FAULT_HANDLER,
-    SNAPSHOT_MEMORY, SNAPSHOT_STATE, WORKING_SET,
+    CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_DIRECT, DISK_DIRECT_TO_READ,
+    DISK_TO_READ, FAULT_HANDLER, SNAPSHOT_MEMORY, SNAPSHOT_STATE, WORKING_SET,
 };
 pub use self::purpose::{CONSOLE_OUTPUT, END, INITRD, KERNEL, LOG, METRICS, Purpose, TAP};
 use crate::error::{ActionError, Context};
 use crate::snapshot::{self, Header, RawState};
+use crate::sys::fd;
+use crate::sys::io::Access;
 use crate::sys::passed::Passed;
 use crate::sys::socket;
 use crate::sys::tap::Tap;
@@ -91,6 +93,34 @@ fn stamp(metadata: &Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
+/// Opens the disk image that `source` names, for writing too unless `read_only`, so that it is read and written past
+/// the host's page cache.
+///
+/// # Errors
+/// As [`open_disk`]; when it cannot be read and written so.
+pub fn open_direct_disk(
+    source: &Source,
+    read_only: bool,
+    passed: &mut Passed,
+) -> Result<File, ActionError> {
+    let purpose = match read_only {
+        true => &DISK_DIRECT_TO_READ,
+        false => &DISK_DIRECT,
+    };
+    let file = open_disk_as(purpose, source, passed)?;
+    purpose.may_wait("reading", source);
+    let alignment = fd::set_direct(&file).and_then(|()| Access::of(&file)?.alignment(&file));
+    match alignment {
+        Ok(_) => Ok(file),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) || e.kind() == ErrorKind::Unsupported => {
+            let why = "cannot be used with `\"cache\": \"none\"`: its file system cannot go past the page cache \
+                       (O_DIRECT). Leave `cache` out, or put the disk on another file system";
+            Err(purpose.wrong(source, why))
+        }
+        Err(cause) => Err(purpose.not_opened(source, &cause)),
+    }
+}
+
 /// Opens the disk image that `source` names, for writing too unless `read_only`.
 ///
 /// # Errors
@@ -101,6 +131,14 @@ pub fn open_disk(
     passed: &mut Passed,
 ) -> Result<File, ActionError> {
     let purpose = if read_only { &DISK_TO_READ } else { &DISK };
+    open_disk_as(purpose, source, passed)
+}
+
+fn open_disk_as(
+    purpose: &Purpose,
+    source: &Source,
+    passed: &mut Passed,
+) -> Result<File, ActionError> {
     let (file, metadata) = purpose.open(source, passed)?;
     match metadata.is_file() || metadata.file_type().is_block_device() {
         true => Ok(file),
@@ -465,8 +503,15 @@ mod tests {
             (tap(read()), "not opened for writing"),
         ];
         // Not every file system has it.
-        if let Ok(direct) = direct() {
-            bad.push((disk(direct, false), "O_DIRECT"));
+        if let Ok(opened) = direct() {
+            bad.push((disk(opened, false), "O_DIRECT"));
+            let for_direct = |file| open_direct_disk(&fd0, false, &mut passed(file));
+            for file in [direct().unwrap(), both()] {
+                let access = fd::access(for_direct(file).unwrap()).unwrap();
+                assert!(access.direct);
+            }
+            bad.push((for_direct(read()).map(drop), "not opened for writing"));
+            bad.push((for_direct(append()).map(drop), "O_APPEND"));
         }
         for (outcome, reason) in bad {
             let error = outcome.unwrap_err().to_string();

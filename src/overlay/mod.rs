@@ -32,7 +32,7 @@ mod stale;
 mod storage;
 mod store;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 pub use self::header::{BaseId, Header};
 pub use self::layout::{SIZE_MAX, UNIT};

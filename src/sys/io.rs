@@ -9,8 +9,9 @@ use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -61,6 +62,74 @@ impl Access {
         }
     }
 }
+
+impl Access {
+    /// What reads and writes of `file`, which is accessed so, have to be multiples of.
+    ///
+    /// # Errors
+    /// As [`Alignment::of`].
+    pub fn alignment(self, file: &File) -> io::Result<Alignment> {
+        match self {
+            Access::MayWait if fd::access(file)?.direct => Alignment::of(file),
+            _ => Ok(Alignment::NONE),
+        }
+    }
+}
+
+/// What reads and writes of a file that goes past the page cache (O_DIRECT) have to be multiples of, in bytes; both
+/// are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// The address of each piece of memory.
+    pub memory: u32,
+    /// The place in the file, and the length of each piece of memory.
+    pub file: u32,
+}
+
+impl Alignment {
+    /// No more than any address and any length is.
+    pub const NONE: Alignment = Alignment { memory: 1, file: 1 };
+
+    /// That of `file`, which was opened with O_DIRECT or made so, for reading at least. Where the kernel does not tell
+    /// (before Linux 6.1, and for some file systems) it is found out by reading the first bytes.
+    ///
+    /// # Errors
+    /// Unsupported when the file cannot be read so; else the host's.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let told = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+        if let Ok(told) = told
+            && told.stx_mask & StatxFlags::DIOALIGN.bits() != 0
+        {
+            return Alignment::new(told.stx_dio_mem_align, told.stx_dio_offset_align);
+        }
+        for size in [512, Alignment::MOST] {
+            let mut first = AlignedPage([0; Alignment::MOST as usize]);
+            let bytes = first.0.get_mut(Alignment::MOST as usize - size as usize..);
+            match file.read_at(bytes.unwrap_or_default(), 0) {
+                Ok(_) => return Alignment::new(size, size),
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The largest that is served: a page, which guest memory and buffers are aligned to.
+    const MOST: u32 = 4096;
+
+    fn new(memory: u32, file: u32) -> io::Result<Self> {
+        let is_served = |of: u32| of.is_power_of_two() && of <= Alignment::MOST;
+        match is_served(memory) && is_served(file) {
+            true => Ok(Alignment { memory, file }),
+            // 0 says that there is no such access.
+            false => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+/// A page that lies where pages do.
+#[repr(align(4096))]
+struct AlignedPage([u8; 4096]);
 
 /// `RAMFS_MAGIC` of linux/magic.h.
 const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;

@@ -23,6 +23,8 @@ pub struct Purpose {
     /// Where clients match all that comes before the cause: Firecracker's words for that.
     whole: Option<&'static str>,
     mode: Mode,
+    /// A descriptor that was opened with O_DIRECT serves as well.
+    is_direct: bool,
 }
 
 /// What is to be done with a file.
@@ -41,6 +43,7 @@ const fn purpose(what: &'static str, section: &'static str, mode: Mode) -> Purpo
         refused: "",
         whole: None,
         mode,
+        is_direct: false,
     }
 }
 
@@ -62,6 +65,14 @@ pub(super) const DISK: Purpose = Purpose {
 pub(super) const DISK_TO_READ: Purpose = Purpose {
     mode: Mode::Read,
     ..DISK
+};
+pub(super) const DISK_DIRECT: Purpose = Purpose {
+    is_direct: true,
+    ..DISK
+};
+pub(super) const DISK_DIRECT_TO_READ: Purpose = Purpose {
+    mode: Mode::Read,
+    ..DISK_DIRECT
 };
 pub(super) const OVERLAY: Purpose = purpose("overlay", "Drive config error: ", Mode::ReadWrite);
 /// A tap.
@@ -172,12 +183,30 @@ impl Purpose {
             Source::Fd(passed_fd) => {
                 let fd = self.claim(passed_fd, passed)?;
                 let access = fd::access(&fd).map_err(not_opened)?;
-                check_access(access, self.mode).map_err(|why| self.wrong(source, why))?;
+                self.check_access(access)
+                    .map_err(|why| self.wrong(source, why))?;
                 File::from(fd)
             }
         };
         let metadata = file.metadata().map_err(not_opened)?;
         Ok((file, metadata))
+    }
+
+    /// Whether a descriptor that another program opened serves.
+    fn check_access(&self, access: fd::Access) -> Result<(), &'static str> {
+        match self.mode {
+            Mode::Read | Mode::ReadWrite if !access.read => Err("was not opened for reading"),
+            Mode::ReadWrite | Mode::Append if !access.write => Err("was not opened for writing"),
+            // The file would grow, and nothing would be where it was written to.
+            Mode::ReadWrite if access.append => {
+                Err("was opened with O_APPEND, but random-access writes are needed")
+            }
+            // Buffers are where the guest has them.
+            Mode::Read | Mode::ReadWrite if access.direct && !self.is_direct => {
+                Err("was opened with O_DIRECT, but unaligned reads and writes are needed")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What follows may wait for the file.
@@ -234,21 +263,4 @@ fn open_path(path: &str, mode: Mode) -> io::Result<File> {
     options
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)
-}
-
-/// Whether a descriptor that another program opened serves for `mode`.
-fn check_access(access: fd::Access, mode: Mode) -> Result<(), &'static str> {
-    match mode {
-        Mode::Read | Mode::ReadWrite if !access.read => Err("was not opened for reading"),
-        Mode::ReadWrite | Mode::Append if !access.write => Err("was not opened for writing"),
-        // The file would grow, and nothing would be where it was written to.
-        Mode::ReadWrite if access.append => {
-            Err("was opened with O_APPEND, but random-access writes are needed")
-        }
-        // Buffers are where the guest has them.
-        Mode::Read | Mode::ReadWrite if access.direct => {
-            Err("was opened with O_DIRECT, but unaligned reads and writes are needed")
-        }
-        _ => Ok(()),
-    }
 }

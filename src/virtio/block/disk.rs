@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use super::overlay::{Layers, Reset};
 use crate::overlay::Overlay;
 use crate::sys;
-use crate::sys::io::Access;
+use crate::sys::io::{Access, Alignment};
 
 /// Bytes of a sector, whatever the disk (virtio 1.2, 5.2.4).
 pub const SECTOR: u64 = 512;
@@ -120,6 +120,8 @@ pub struct Disk {
     sectors: u64,
     read_only: bool,
     blocks: Blocks,
+    is_direct: bool,
+    alignment: Alignment,
 }
 
 /// Where the bytes of a disk are.
@@ -166,22 +168,26 @@ impl Disk {
     pub fn new(mut file: File, read_only: bool) -> Result<Self, DiskError> {
         // Also right for block devices, whose metadata says 0.
         let size = file.seek(SeekFrom::End(0)).map_err(DiskError::Size)?;
-        let sectors = size.checked_div(SECTOR).unwrap_or(0);
-        let rest = size.checked_rem(SECTOR).unwrap_or(0);
+        sys::fd::set_blocking(&file).map_err(DiskError::Kind)?;
+        let access = Access::of(&file).map_err(DiskError::Kind)?;
+        let alignment = access.alignment(&file).map_err(DiskError::Kind)?;
+        let blocks = blocks_of(&file, alignment).map_err(DiskError::Kind)?;
+        let block = u64::from(blocks.logical);
+        let rest = size.checked_rem(block).unwrap_or(0);
         if rest != 0 {
             crate::warn!(
-                "the disk's size of {size} bytes is not a multiple of 512 bytes; the last {rest} bytes \
+                "the disk's size of {size} bytes is not a multiple of {block} bytes; the last {rest} bytes \
                  are not visible to the guest"
             );
         }
-        sys::fd::set_blocking(&file).map_err(DiskError::Kind)?;
-        let access = Access::of(&file).map_err(DiskError::Kind)?;
-        let blocks = blocks_of(&file).map_err(DiskError::Kind)?;
+        let sectors = size.saturating_sub(rest).checked_div(SECTOR).unwrap_or(0);
         Ok(Disk {
             store: Store::Plain { file, access },
             sectors,
             read_only,
             blocks,
+            is_direct: false,
+            alignment,
         })
     }
 
@@ -199,6 +205,8 @@ impl Disk {
             },
             store: Store::Layered(Box::new(layers)),
             read_only: false,
+            is_direct: false,
+            alignment: Alignment::NONE,
         })
     }
 
@@ -240,6 +248,29 @@ impl Disk {
     /// Its blocks.
     pub fn blocks(&self) -> Blocks {
         self.blocks
+    }
+
+    /// Its file, and those that may take its place, go past the host's page cache.
+    #[must_use]
+    pub fn past_cache(mut self) -> Self {
+        self.is_direct = true;
+        self
+    }
+
+    /// It must be used as if its file system wanted this.
+    #[cfg(test)]
+    pub fn set_alignment(&mut self, alignment: Alignment) {
+        self.alignment = alignment;
+    }
+
+    /// Whether its file goes past the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct
+    }
+
+    /// What reads and writes have to be multiples of.
+    pub fn alignment(&self) -> Alignment {
+        self.alignment
     }
 
     /// All files, by their numbers; one that there is none of is another one once more.
@@ -384,10 +415,10 @@ impl Disk {
 }
 
 /// The blocks of a disk that is `file`: a block device has its own; a file on a file system can be written
-/// by the sector, and best by that system's blocks.
-fn blocks_of(file: &File) -> io::Result<Blocks> {
+/// by the sector, or what `alignment` says, and best by that system's blocks.
+fn blocks_of(file: &File, alignment: Alignment) -> io::Result<Blocks> {
     const LARGEST: u32 = 64 * 1024;
-    let sector = SECTOR as u32;
+    let sector = (SECTOR as u32).max(alignment.file);
     let metadata = file.metadata()?;
     let preferred = u32::try_from(metadata.blksize()).unwrap_or(sector);
     let physical = match preferred.is_power_of_two() {

@@ -5,6 +5,7 @@ use std::io;
 use vm_memory::GuestAddress;
 
 use super::super::segment::Segment;
+use super::bounce::Bounced;
 use super::request::{Outcome, Request};
 
 /// Requests that may be under way at once. More wait in the ring.
@@ -35,6 +36,8 @@ pub struct Job {
     pub by_writing: bool,
     /// The engine cannot do it now: it is done by calls that wait.
     pub by_calls: bool,
+    /// The buffer that it goes by, if it has to.
+    pub bounced: Option<Bounced>,
     /// The host said "again" this often.
     again: u8,
 }
@@ -57,6 +60,7 @@ impl Job {
             step: 0,
             by_writing: false,
             by_calls: false,
+            bounced: None,
             again: 0,
         }
     }

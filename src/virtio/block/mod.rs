@@ -9,6 +9,7 @@
 //! What is pushed to the engine is submitted at the end of the worker's turn. Pause, update, reset and
 //! stop find nothing in flight: the worker waits until the host has answered to everything.
 
+mod bounce;
 mod counters;
 mod disk;
 mod engine;
@@ -30,6 +31,7 @@ pub use self::counters::BlockCounters;
 pub use self::disk::Disk;
 pub use self::overlay::Reset;
 
+use self::bounce::{Bounce, Bounced, NoBuffer};
 use self::disk::Extents;
 use self::engine::Engine;
 use self::job::{Job, Jobs};
@@ -166,6 +168,8 @@ pub struct Block {
     is_held: bool,
     chain: Chain,
     extents: Extents,
+    /// For what a disk that goes past the page cache cannot do with the guest's memory.
+    bounce: Option<Box<Bounce>>,
     served: Served,
     counters: Arc<BlockCounters>,
 }
@@ -210,6 +214,7 @@ impl Block {
             throttle: Throttle::new(limiter.restore(&state.limiter, elapsed))?,
             chain: Chain::new(),
             extents: Extents::new(),
+            bounce: None,
             served: Served::default(),
             is_held: false,
             counters: Arc::new(BlockCounters::default()),
@@ -235,7 +240,17 @@ impl Block {
         let Some((slot, mut job, result)) = self.jobs.take_answered() else {
             return Ok(Progress::Wait);
         };
-        let outcome = match job.answered(result) {
+        let ended = match result {
+            Ok(moved) if job.is_in_buffer() => {
+                let done = self.bounced_moved(ram, &mut job, Some(slot), moved);
+                done.err().map(Outcome::Failed)
+            }
+            other => {
+                job.repeat_bounced();
+                job.answered(other)
+            }
+        };
+        let outcome = match ended {
             Some(outcome) => outcome,
             None => match self.step(ram, &mut job, Some(slot)) {
                 Step::Ended(outcome) => outcome,
@@ -256,6 +271,7 @@ impl Block {
         queue: &mut Queue,
         ram: &Ram,
         request: Result<Request, u8>,
+        bounced: Option<Bounced>,
     ) -> Result<(), BrokenRing> {
         let since = clock::monotonic_nanos();
         let place = status_place(&self.chain);
@@ -265,6 +281,7 @@ impl Block {
             Err(status) => (job(Request::GetId), Outcome::Invalid(status)),
             Ok(request) => {
                 let mut job = job(request);
+                job.bounced = bounced;
                 match self.step(ram, &mut job, None) {
                     Step::Ended(outcome) => (job, outcome),
                     Step::Pushed(slot) => {
@@ -286,6 +303,9 @@ impl Block {
         outcome: &Outcome,
     ) -> Result<(), BrokenRing> {
         self.count(job, outcome);
+        if let (Some(bounced), Some(bounce)) = (&job.bounced, &mut self.bounce) {
+            bounce.give_back(bounced);
+        }
         let mut written = match job.status {
             Some(at) if ram.write_obj(outcome.status(), at).is_ok() => 1,
             _ => 0,
@@ -402,6 +422,12 @@ impl Device for Block {
     }
 
     fn enter_thread(&mut self, ram: &Ram) -> io::Result<()> {
+        if self.disk.is_direct() {
+            let bounce = Box::new(Bounce::new(ram)?);
+            self.engine.enter(bounce.view())?;
+            self.bounce = Some(bounce);
+            return Ok(());
+        }
         self.engine.enter(ram)
     }
 
@@ -443,8 +469,17 @@ impl Device for Block {
             queue.rewind(1);
             return Ok(Progress::Wait);
         }
+        let bounced = match request.as_ref().map(|request| self.take_buffer(request)) {
+            Ok(Ok(bounced)) => bounced,
+            Err(_) => None,
+            Ok(Err(NoBuffer)) => {
+                // Those that have them are under way.
+                queue.rewind(1);
+                return Ok(Progress::Wait);
+            }
+        };
         self.throttle.charge(bytes);
-        self.begin(queue, ram, request)?;
+        self.begin(queue, ram, request, bounced)?;
         Ok(Progress::More)
     }
 
@@ -529,5 +564,8 @@ impl Device for Block {
         self.served = Served::default();
         self.is_held = false;
         self.jobs.clear();
+        if let Some(bounce) = &mut self.bounce {
+            bounce.clear();
+        }
     }
 }

@@ -34,6 +34,9 @@ impl Block {
     /// Goes on with `job`, whose memory is that of the chain at hand, or is kept in `slot`.
     pub(super) fn step(&mut self, ram: &Ram, job: &mut Job, slot: Option<u16>) -> Step {
         let stepped = match job.request {
+            Request::Read { .. } | Request::Write { .. } if job.bounced.is_some() => {
+                self.step_bounced(ram, job, slot)
+            }
             Request::Read { at, len } => {
                 self.parts(ram, job, slot, (at, u64::from(len)), Block::read)
             }
@@ -206,7 +209,7 @@ impl Block {
     }
 
     /// The request's memory for a transfer: kept in `slot`, or that of the chain at hand.
-    fn memory(&self, slot: Option<u16>, transfer: Transfer) -> &[Segment] {
+    pub(super) fn memory(&self, slot: Option<u16>, transfer: Transfer) -> &[Segment] {
         match (slot, transfer) {
             (Some(slot), _) => self.jobs.memory(slot),
             (None, Transfer::Read) => self.chain.writable(),
@@ -232,7 +235,7 @@ impl Block {
 
     /// Has the engine do what `push` asks it for, in `slot` or in one that keeps the memory for
     /// `transfer`; the slot, unless it cannot be given and has to be done by calls.
-    fn give(
+    pub(super) fn give(
         &mut self,
         job: &Job,
         slot: Option<u16>,
@@ -315,7 +318,7 @@ impl Block {
 
     fn write_zeroes(
         &mut self,
-        _: &Ram,
+        ram: &Ram,
         job: &mut Job,
         slot: Option<u16>,
         extent: Extent,
@@ -337,22 +340,31 @@ impl Block {
             job.step = len;
             return Ok(Moved::Pushed(slot));
         }
-        let (file, _) = self
-            .disk
-            .file(extent.file)
-            .ok_or(io::ErrorKind::InvalidInput)?;
         if !job.by_writing {
+            let (file, _) = self
+                .disk
+                .file(extent.file)
+                .ok_or(io::ErrorKind::InvalidInput)?;
             match sys::io::change_space(file, space, extent.at, len) {
                 Err(e) if is_unsupported(&e) => job.by_writing = true,
                 done => return done.map(|()| Moved::Bytes(len)),
             }
         }
+        if job.bounced.is_some() {
+            // All that is left.
+            let pushed = self.step_bounced(ram, job, slot)?;
+            return Ok(pushed.map_or(Moved::Bytes(0), Moved::Pushed));
+        }
+        let (file, _) = self
+            .disk
+            .file(extent.file)
+            .ok_or(io::ErrorKind::InvalidInput)?;
         sys::io::write_zeros_at(file, extent.at, len)?;
         Ok(Moved::Bytes(len))
     }
 }
 
 /// Bytes of a transfer that are done.
-fn offset(job: &Job) -> io::Result<u32> {
+pub fn offset(job: &Job) -> io::Result<u32> {
     u32::try_from(job.done).map_err(|_| io::ErrorKind::InvalidInput.into())
 }

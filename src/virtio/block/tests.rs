@@ -1,3 +1,5 @@
+mod direct;
+
 use super::super::queue::QueueState;
 use super::super::testing::{Rings, ram};
 use super::*;

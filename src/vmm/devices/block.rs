@@ -6,7 +6,7 @@ use std::io;
 use super::limits::{limiter, limiter_update};
 use super::{Kind, check_poll_us};
 use crate::error::{ActionError, Context};
-use crate::files::open::{OpenOverlay, open_disk};
+use crate::files::open::{OpenOverlay, open_direct_disk, open_disk};
 use crate::overlay::Durability;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
@@ -73,6 +73,12 @@ impl Kind for Block {
                  leave one of them out"
             )));
         }
+        if drive.overlay.is_some() && drive.is_direct() {
+            return Err(ActionError(format!(
+                "Drive config error: `{id}` has an overlay, which needs the host's page cache, and `cache` none: leave \
+                 one of them out"
+            )));
+        }
         drive.is_read_only = Some(drive.read_only());
         drive.io_engine = Some(drive.io_engine.unwrap_or(IoEngine::Sync));
         drive.rate_limiter = RateLimiterConfig::in_force(drive.rate_limiter);
@@ -101,7 +107,12 @@ impl Kind for Block {
         passed: &mut Passed,
     ) -> Result<Opened, ActionError> {
         let read_only = drive.read_only() || drive.overlay.is_some();
-        let file = open_disk(&drive.path_on_host, read_only, passed)?;
+        let open = if drive.is_direct() {
+            open_direct_disk
+        } else {
+            open_disk
+        };
+        let file = open(&drive.path_on_host, read_only, passed)?;
         let base = (&drive.path_on_host, &file);
         let overlay = match &drive.overlay {
             None => None,
@@ -143,6 +154,7 @@ impl Kind for Block {
     ) -> io::Result<block::Block> {
         let Opened { file, overlay, .. } = opened;
         let disk = match overlay {
+            None if drive.is_direct() => Disk::new(file, drive.read_only()).map(Disk::past_cache),
             None => Disk::new(file, drive.read_only()),
             Some(open) => {
                 let durability = match (&drive.overlay, drive.cache_type) {
@@ -160,7 +172,7 @@ impl Kind for Block {
         block::Block::new(
             disk,
             &drive.drive_id,
-            drive.cache_type == CacheType::Writeback,
+            drive.has_flush(),
             limiter(drive.rate_limiter),
             state,
             elapsed,
@@ -216,7 +228,12 @@ impl Kind for Block {
     ) -> Result<block::Update, ActionError> {
         let disk = match &update.path_on_host {
             Some(source) => {
-                let file = open_disk(source, drive.read_only(), passed)?;
+                let open = if drive.is_direct() {
+                    open_direct_disk
+                } else {
+                    open_disk
+                };
+                let file = open(source, drive.read_only(), passed)?;
                 Some(Box::new(Disk::new(file, drive.read_only()).bare()?))
             }
             None => None,

@@ -15,6 +15,14 @@ pub enum CacheType {
     Writeback,
 }
 
+/// Whether the host's page cache has a part in reads and writes of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub enum Cache {
+    /// It has none (O_DIRECT). Flushes are offered, whatever the [`CacheType`] is.
+    #[serde(rename = "none")]
+    Bypassed,
+}
+
 /// The engine a client asks for; reported back as asked, whatever serves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub enum IoEngine {
@@ -78,6 +86,9 @@ pub struct Drive {
     /// Flush semantics.
     #[serde(default)]
     pub cache_type: CacheType,
+    /// Go past the host's page cache. Reported when it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
     /// Refuse writes.
     #[serde(default)]
     pub is_read_only: Option<bool>,
@@ -133,6 +144,7 @@ impl Drive {
             partuuid: None,
             is_root_device: false,
             cache_type: CacheType::default(),
+            cache: None,
             is_read_only: None,
             path_on_host,
             overlay: None,
@@ -141,6 +153,16 @@ impl Drive {
             socket: None,
             poll_us: None,
         }
+    }
+
+    /// Whether a guest's flush is offered, and reaches the host's storage.
+    pub fn has_flush(&self) -> bool {
+        self.cache_type == CacheType::Writeback || self.is_direct()
+    }
+
+    /// Whether the host's page cache is gone past.
+    pub fn is_direct(&self) -> bool {
+        self.cache == Some(Cache::Bypassed)
     }
 
     /// Whether the guest may only read.
@@ -200,6 +222,28 @@ mod tests {
         }
         let drive = Drive::new("a", "p".into());
         assert!(!serde_json::to_string(&drive).unwrap().contains("overlay"));
+    }
+
+    #[test]
+    fn cache_when_parsed_is_none_or_absent_and_brings_flushes() {
+        let drive = |text: &str| {
+            let drive = r#"{"drive_id":"a","is_root_device":true,"path_on_host":"p","cache_type":"Unsafe"MORE}"#;
+            parse::<Drive>(drive.replace("MORE", text).as_bytes())
+        };
+        let none = drive(r#","cache":"none""#).unwrap();
+        assert!(none.is_direct() && none.has_flush());
+        let written = serde_json::to_string(&none).unwrap();
+        assert!(written.contains(r#""cache":"none""#), "{written}");
+        assert!(written.contains(r#""cache_type":"Unsafe""#), "{written}");
+        for absent in ["", r#","cache":null"#] {
+            let absent = drive(absent).unwrap();
+            assert!(!absent.is_direct() && !absent.has_flush());
+            let written = serde_json::to_string(&absent).unwrap();
+            assert!(!written.contains(r#""cache":"#), "{written}");
+        }
+        for wrong in ["None", "unsafe", "writeback", ""] {
+            assert!(drive(&format!(r#","cache":"{wrong}""#)).is_err(), "{wrong}");
+        }
     }
 
     #[test]
