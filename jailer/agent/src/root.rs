@@ -1,0 +1,200 @@
+//! The root file system of the guest's programs: from the root disk, with what they expect around it.
+
+use core::ffi::CStr;
+
+use mayfly_agent_protocol::{Fields, Malformed, fields};
+
+use crate::sys::{
+    self, Errno, MOUNT_MOVE, MOUNT_NO_DEV, MOUNT_NO_EXEC, MOUNT_NO_SUID, MOUNT_READ_ONLY,
+    MOUNT_REMOUNT,
+};
+use crate::text::Text;
+
+const DISK: &CStr = c"/dev/vda";
+
+/// What the guest is to be.
+pub struct Setup<'a> {
+    hostname: &'a [u8],
+    kind: &'a CStr,
+    mode: u8,
+}
+
+impl<'a> Setup<'a> {
+    pub fn read(body: &'a [u8]) -> Result<Self, Malformed> {
+        let mut setup = Setup {
+            hostname: b"",
+            kind: c"",
+            mode: fields::OVERLAY,
+        };
+        for field in Fields(body) {
+            let field = field?;
+            match field.tag {
+                fields::HOSTNAME => setup.hostname = field.bytes(),
+                fields::ROOT_TYPE => setup.kind = field.text()?,
+                fields::ROOT_MODE => match field.bytes() {
+                    [mode @ (fields::READ_ONLY | fields::READ_WRITE | fields::OVERLAY)] => {
+                        setup.mode = *mode;
+                    }
+                    _ => return Err(Malformed::Field(field.tag)),
+                },
+                tag => return Err(Malformed::Field(tag)),
+            }
+        }
+        Ok(setup)
+    }
+
+    /// Whether what programs write is on the root disk.
+    pub fn is_written(&self) -> bool {
+        self.mode == fields::READ_WRITE
+    }
+
+    /// Mounts everything, and makes it the root of this process.
+    pub fn enter(&self) -> Result<(), Text> {
+        let step =
+            |what: &[u8], result: sys::Result<()>| result.map_err(|error| Text::of(what, error));
+        step(
+            b"mount /dev (CONFIG_DEVTMPFS)",
+            sys::mount(
+                c"dev",
+                c"/dev",
+                c"devtmpfs",
+                MOUNT_NO_SUID | MOUNT_NO_EXEC,
+                c"",
+            ),
+        )?;
+        self.mount_disk()?;
+        step(b"enter the root", sys::change_folder(c"/root"))?;
+        if self.mode != fields::READ_ONLY {
+            for name in [c"dev", c"proc", c"sys", c"tmp", c"run"] {
+                let mode = if name == c"tmp" { 0o1777 } else { 0o755 };
+                let _ = sys::make_folder(name, mode);
+            }
+        }
+        step(
+            b"mount /dev in the root, which must have that folder",
+            sys::mount(c"/dev", c"dev", c"", MOUNT_MOVE, c""),
+        )?;
+        let safe = MOUNT_NO_SUID | MOUNT_NO_DEV | MOUNT_NO_EXEC;
+        step(
+            b"mount /proc in the root, which must have that folder",
+            sys::mount(c"proc", c"proc", c"proc", safe, c""),
+        )?;
+        // Programs of a root without the folder do not expect it.
+        let _ = sys::mount(c"sysfs", c"sys", c"sysfs", safe, c"");
+        let _ = sys::make_folder(c"dev/pts", 0o755);
+        let _ = sys::make_folder(c"dev/shm", 0o1777);
+        let options = c"ptmxmode=0666,mode=0620,gid=5";
+        let no_exec = MOUNT_NO_SUID | MOUNT_NO_EXEC;
+        let _ = sys::mount(c"devpts", c"dev/pts", c"devpts", no_exec, options);
+        let safe_memory = MOUNT_NO_SUID | MOUNT_NO_DEV;
+        let _ = sys::mount(c"shm", c"dev/shm", c"tmpfs", safe_memory, c"mode=1777");
+        if self.mode == fields::READ_ONLY {
+            let _ = sys::mount(c"tmp", c"tmp", c"tmpfs", safe_memory, c"mode=1777");
+            let _ = sys::mount(c"run", c"run", c"tmpfs", safe_memory, c"mode=0755");
+        }
+        step(
+            b"change the root",
+            sys::mount(c".", c"/", c"", MOUNT_MOVE, c"")
+                .and_then(|()| sys::change_root(c"."))
+                .and_then(|()| sys::change_folder(c"/")),
+        )?;
+        make_links();
+        step(b"name the host", sys::set_hostname(self.hostname))
+    }
+
+    fn mount_disk(&self) -> Result<(), Text> {
+        let mount = |at: &CStr, flags| {
+            sys::mount(DISK, at, self.kind, flags, c"").map_err(|error| {
+                let mut text = Text::new();
+                text.add(b"mount the root disk ").add(DISK.to_bytes());
+                text.add(b" as ").add(self.kind.to_bytes());
+                Text::of(text.bytes(), error)
+            })
+        };
+        match self.mode {
+            fields::READ_ONLY => mount(c"/root", MOUNT_READ_ONLY),
+            fields::READ_WRITE => mount(c"/root", 0),
+            _ => {
+                mount(c"/lower", MOUNT_READ_ONLY)?;
+                let options = c"lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work";
+                sys::mount(c"memory", c"/memory", c"tmpfs", 0, c"mode=0755")
+                    .and_then(|()| sys::make_folder(c"/memory/upper", 0o755))
+                    .and_then(|()| sys::make_folder(c"/memory/work", 0o755))
+                    .and_then(|()| sys::mount(c"overlay", c"/root", c"overlay", 0, options))
+                    .map_err(|error| {
+                        Text::of(
+                            b"mount the overlay (CONFIG_OVERLAY_FS, CONFIG_TMPFS)",
+                            error,
+                        )
+                    })
+            }
+        }
+    }
+}
+
+/// What shells and programs look for in /dev, and the kernel does not make.
+fn make_links() {
+    let Ok(dev) = sys::open_folder(c"/dev") else {
+        return;
+    };
+    for (name, to) in [
+        (c"fd", c"/proc/self/fd"),
+        (c"stdin", c"/proc/self/fd/0"),
+        (c"stdout", c"/proc/self/fd/1"),
+        (c"stderr", c"/proc/self/fd/2"),
+    ] {
+        let _ = sys::make_link_in(&dev, name, to);
+    }
+}
+
+/// Makes a file of the message of this body, in place of what is there.
+pub fn make_file(body: &[u8]) -> Result<(), Text> {
+    let (mut path, mut content) = (None, None);
+    for field in Fields(body) {
+        match field {
+            Ok(field) if field.tag == fields::PATH => path = field.text().ok(),
+            Ok(field) if field.tag == fields::CONTENT => content = Some(field.bytes()),
+            _ => path = None,
+        }
+    }
+    let (Some(path), Some(content)) = (path, content) else {
+        let mut text = Text::new();
+        text.add(b"cannot make a file: the message is malformed");
+        return Err(text);
+    };
+    let made = sys::open(path, sys::CREATE, 0o644).and_then(|file| write_all(&file, content));
+    made.map_err(|error| {
+        let mut text = Text::new();
+        text.add(b"make ").add(path.to_bytes());
+        Text::of(text.bytes(), error)
+    })
+}
+
+/// Writes all of `bytes` to a file that waits.
+pub fn write_all(file: &sys::Fd, mut bytes: &[u8]) -> sys::Result<()> {
+    while !bytes.is_empty() {
+        match sys::write(file, bytes) {
+            Ok(count) => bytes = &bytes[count.min(bytes.len())..],
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Ends all other processes and brings what they wrote to the root disk.
+pub fn leave() {
+    let _ = sys::kill(-1, 9);
+    while sys::wait(true).is_some() {}
+    sys::sync();
+    let _ = sys::mount(c"", c"/", c"", MOUNT_REMOUNT | MOUNT_READ_ONLY, c"");
+}
+
+/// Writes the exit code to the monitor's port for that (docs/guests.md), where the kernel lets programs
+/// reach it: the report then has it even if the supervisor is killed.
+pub fn tell_port(code: u8) {
+    const PORT: usize = 0x610;
+    if let Ok(port) = sys::open(c"/dev/port", sys::READ_WRITE, 0) {
+        let _ = sys::write_at(&port, code, PORT);
+    }
+}

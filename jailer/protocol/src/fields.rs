@@ -1,0 +1,130 @@
+//! Bodies of several values: each a tag, a length, the bytes, and a zero behind them, so that a text can be
+//! given to the kernel where it lies.
+//!
+//! ```text
+//!   field   tag (1) | length (2) | bytes | 0 (1)
+//! ```
+
+use crate::{Malformed, u16_at};
+
+/// Of a setup: the name of the host.
+pub const HOSTNAME: u8 = 1;
+/// Of a setup: the type of the root disk's file system, as mount(2) takes it.
+pub const ROOT_TYPE: u8 = 2;
+/// Of a setup: [`READ_ONLY`], [`READ_WRITE`] or [`OVERLAY`].
+pub const ROOT_MODE: u8 = 3;
+
+/// Of a file: where it is to be. With [`CONTENT`] behind it.
+pub const PATH: u8 = 16;
+/// Of a file: what is to be in it.
+pub const CONTENT: u8 = 17;
+
+/// Of a process: its words, in order.
+pub const ARGUMENT: u8 = 32;
+/// Of a process: NAME=VALUE of its environment.
+pub const VARIABLE: u8 = 33;
+/// Of a process: its working folder.
+pub const FOLDER: u8 = 34;
+/// Of a process: its user, and its group behind a colon: names of the guest's, or numbers.
+pub const USER: u8 = 35;
+/// Of a process: it has a terminal of so many rows and columns, 2 bytes each.
+pub const TERMINAL: u8 = 36;
+/// Of a process: there is an input for it; without this it has none.
+pub const HAS_INPUT: u8 = 37;
+/// Of a process: it is the agent itself, which writes the file or folder of this path to its output as an
+/// archive ([`crate::archive`]).
+pub const PACK: u8 = 38;
+/// Of a process: it is the agent itself, which makes the file or folder of this path from the archive in
+/// its input.
+pub const UNPACK: u8 = 39;
+
+/// The root is only read, and nothing can be written but in /tmp and /run.
+pub const READ_ONLY: u8 = 0;
+/// What is written goes to the root disk.
+pub const READ_WRITE: u8 = 1;
+/// What is written goes to the guest's memory, and is lost with it.
+pub const OVERLAY: u8 = 2;
+
+/// A value of a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field<'a> {
+    /// What it is.
+    pub tag: u8,
+    /// Its bytes with the zero behind them.
+    with_zero: &'a [u8],
+}
+
+impl<'a> Field<'a> {
+    /// Its bytes.
+    pub fn bytes(&self) -> &'a [u8] {
+        let end = self.with_zero.len().saturating_sub(1);
+        self.with_zero.get(..end).unwrap_or_default()
+    }
+
+    /// A text for the kernel, unless there is a zero in it.
+    pub fn text(&self) -> Result<&'a core::ffi::CStr, Malformed> {
+        core::ffi::CStr::from_bytes_with_nul(self.with_zero).map_err(|_| Malformed::Field(self.tag))
+    }
+}
+
+/// The fields of a body, in turn. It ends with the first one that is malformed.
+#[derive(Clone, Copy, Debug)]
+pub struct Fields<'a>(pub &'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn first(self) -> Result<(Field<'a>, &'a [u8]), Malformed> {
+        let tag = *self.0.first().ok_or(Malformed::Short)?;
+        let length = u16_at(self.0, 1).ok_or(Malformed::Field(tag))?;
+        let rest = self.0.get(3..).ok_or(Malformed::Field(tag))?;
+        let length = usize::from(length).saturating_add(1);
+        let (with_zero, rest) = rest.split_at_checked(length).ok_or(Malformed::Field(tag))?;
+        if with_zero.last() != Some(&0) {
+            return Err(Malformed::Field(tag));
+        }
+        Ok((Field { tag, with_zero }, rest))
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Result<Field<'a>, Malformed>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        match self.first() {
+            Ok((field, rest)) => {
+                self.0 = rest;
+                Some(Ok(field))
+            }
+            Err(error) => {
+                self.0 = &[];
+                Some(Err(error))
+            }
+        }
+    }
+}
+
+/// Makes sure that a body can be that of a [`crate::Message::Start`].
+///
+/// # Errors
+/// When a field is malformed, or not one of a process.
+pub fn check_process(body: &[u8]) -> Result<(), Malformed> {
+    for field in Fields(body) {
+        let field = field?;
+        match field.tag {
+            ARGUMENT | VARIABLE | FOLDER | PACK | UNPACK => drop(field.text()?),
+            TERMINAL if field.bytes().len() == 4 => {}
+            USER | HAS_INPUT => {}
+            tag => return Err(Malformed::Field(tag)),
+        }
+    }
+    Ok(())
+}
+
+/// The header of a field, which the bytes and a zero follow; none if there are too many of them.
+pub fn header(tag: u8, bytes: &[u8]) -> Option<[u8; 3]> {
+    let length = u16::try_from(bytes.len()).ok()?;
+    let [low, high] = length.to_le_bytes();
+    Some([tag, low, high])
+}
