@@ -40,12 +40,20 @@ pub enum Written {
     PowerOff,
 }
 
-/// Where the tickets of one register block come from. Their order is the order in which they are
-/// completed. Issuing and completing allocate and free nothing.
-#[derive(Debug, Default)]
+/// Where the tickets of one register block come from. Each of the threads that complete them does so in
+/// their order. Issuing and completing allocate and free nothing.
+#[derive(Debug)]
 pub struct Tickets {
     issued: u64,
-    completed: Arc<AtomicU64>,
+    /// The last number that each of those threads has completed.
+    completed: Arc<[AtomicU64]>,
+}
+
+impl Default for Tickets {
+    /// Tickets that one thread completes.
+    fn default() -> Self {
+        Tickets::completed_by(1)
+    }
 }
 
 /// The waiting half of a write that another thread completes.
@@ -54,7 +62,7 @@ pub struct Tickets {
 #[derive(Clone, Debug)]
 pub struct Ticket {
     number: u64,
-    completed: Arc<AtomicU64>,
+    completed: Arc<[AtomicU64]>,
 }
 
 /// The completing half. Completed when dropped, so that a worker that ends cannot leave a vCPU
@@ -62,39 +70,52 @@ pub struct Ticket {
 #[derive(Debug)]
 pub struct Completer {
     number: u64,
-    completed: Arc<AtomicU64>,
+    completed: Arc<[AtomicU64]>,
+    /// Which of the threads that complete tickets has it.
+    thread: usize,
     waiter: Thread,
 }
 
 impl Tickets {
-    /// A ticket for the calling thread, and what completes it.
-    pub fn issue(&mut self) -> (Ticket, Completer) {
+    /// Tickets that are done when each of `threads` threads has completed them.
+    pub fn completed_by(threads: usize) -> Self {
+        Tickets {
+            issued: 0,
+            completed: (0..threads).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// A ticket for the calling thread, and what completes it, for each thread that has to.
+    pub fn issue(&mut self) -> (Ticket, impl Iterator<Item = Completer> + use<>) {
         self.issued = self.issued.saturating_add(1);
         let number = self.issued;
-        (
-            Ticket {
-                number,
-                completed: Arc::clone(&self.completed),
-            },
-            Completer {
-                number,
-                completed: Arc::clone(&self.completed),
-                waiter: std::thread::current(),
-            },
-        )
+        let completed = Arc::clone(&self.completed);
+        let ticket = Ticket { number, completed };
+        let completed = Arc::clone(&self.completed);
+        let waiter = std::thread::current();
+        let completers = (0..completed.len()).map(move |thread| Completer {
+            number,
+            completed: Arc::clone(&completed),
+            thread,
+            waiter: waiter.clone(),
+        });
+        (ticket, completers)
     }
 }
 
 impl Ticket {
     /// Whether the guest may go on.
     pub fn is_done(&self) -> bool {
-        self.completed.load(Ordering::Acquire) >= self.number
+        let mut completed = self.completed.iter();
+        completed.all(|last| last.load(Ordering::Acquire) >= self.number)
     }
 }
 
 impl Drop for Completer {
     fn drop(&mut self) {
-        self.completed.fetch_max(self.number, Ordering::AcqRel);
+        if let Some(last) = self.completed.get(self.thread) {
+            last.fetch_max(self.number, Ordering::AcqRel);
+        }
         self.waiter.unpark();
     }
 }
@@ -312,12 +333,28 @@ mod tests {
     #[test]
     fn ticket_when_completer_is_dropped_is_done() {
         let mut tickets = Tickets::default();
-        let (first, first_completer) = tickets.issue();
-        let (second, second_completer) = tickets.issue();
+        let (first, mut first_completer) = tickets.issue();
+        let (second, mut second_completer) = tickets.issue();
         assert!(!first.is_done() && !second.is_done());
-        drop(first_completer);
+        drop(first_completer.next());
         assert!(first.is_done() && !second.is_done());
-        drop(second_completer);
+        drop(second_completer.next());
+        assert!(second.is_done());
+        assert!(first_completer.next().is_none());
+    }
+
+    #[test]
+    fn ticket_when_several_threads_complete_it_waits_for_the_last() {
+        let mut tickets = Tickets::completed_by(2);
+        let (first, mut of_first) = tickets.issue();
+        let (second, mut of_second) = tickets.issue();
+        // One thread is ahead of the other.
+        drop(of_first.next());
+        drop(of_second.next());
+        assert!(!first.is_done() && !second.is_done());
+        drop(of_first.next());
+        assert!(first.is_done() && !second.is_done());
+        drop(of_second.next());
         assert!(second.is_done());
     }
 }

@@ -166,6 +166,12 @@ impl<T> Sender<T> {
         Ok(())
     }
 
+    /// Whether a message would be delivered now.
+    pub fn has_room(&self) -> bool {
+        let queue = self.0.lock();
+        !queue.is_closed && queue.messages.len() < queue.limit
+    }
+
     /// The same inbox seen by a module that knows only its own kind of message.
     ///
     /// Modules below `vmm` may not name its `Event`; they say `Outbox<OwnEvent>` instead.

@@ -100,6 +100,16 @@ impl TimeSummary {
         self.sum.add(micros);
     }
 
+    /// Adds what another thread has observed, to a summary that no thread writes.
+    pub fn add(&self, other: &TimeSummary) {
+        let (least, most) = (other.least.get(), other.most.get());
+        if self.least.get() == 0 || (least != 0 && least < self.least.get()) {
+            self.least.set(least);
+        }
+        self.most.set(self.most.get().max(most));
+        self.sum.add(other.sum());
+    }
+
     /// The sum, in microseconds.
     pub fn sum(&self) -> u64 {
         self.sum.get()

@@ -42,8 +42,8 @@ impl Registers for Device {
     }
 
     fn write(&self, _: u64, _: &[u8]) -> Written {
-        let (ticket, completer) = self.tickets.lock().unwrap().issue();
-        self.waiting.lock().unwrap().push(completer);
+        let (ticket, completers) = self.tickets.lock().unwrap().issue();
+        self.waiting.lock().unwrap().extend(completers);
         Written::After(ticket)
     }
 }

@@ -22,6 +22,9 @@
 //! Each part is made of its state, and a new one of the default state; a paused device can be saved
 //! ([`DeviceState`]). A saved state is distrusted like what a guest writes.
 //!
+//! A device of which the driver may use several queues is several workers behind one set of registers, each
+//! with a device and queues of its own: `share` tells how they are one device to all others.
+//!
 //! What the guest does wrong costs only the guest: a bad request is failed, a broken ring marks
 //! the device NEEDS_RESET, and both are counted. Nothing here panics on what a guest wrote.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
@@ -34,6 +37,7 @@ pub mod net;
 pub mod queue;
 pub mod registers;
 mod segment;
+mod share;
 mod state;
 #[cfg(test)]
 mod testing;
@@ -54,13 +58,15 @@ use serde::de::DeserializeOwned;
 use crate::memory::Ram;
 pub use crate::metrics::Counter;
 use crate::metrics::Report;
-pub use handle::{DeviceControl, DeviceHandle};
+pub use handle::{DeviceControl, DeviceHandle, Gathered};
 pub use interrupt::Interrupt;
 pub use queue::{Queue, QueueLayout};
 pub use registers::Registers;
+pub use share::PerWorker;
 pub use state::{DeviceState, Start, StateError};
 pub use worker::{
-    DEFAULT_MICROS as POLL_DEFAULT_MICROS, Done, WorkerCounters, WorkerEvent, WorkerReply, attach,
+    DEFAULT_MICROS as POLL_DEFAULT_MICROS, Done, WorkerCounters, WorkerEvent, WorkerReply,
+    attach_all,
 };
 
 /// Device status bits (virtio 1.2, 2.1).
@@ -98,11 +104,12 @@ pub mod feature {
 }
 
 /// What a device is to its worker. All of it runs on the worker's thread once that is running;
-/// the first four are asked before, by [`attach`].
+/// the first four are asked before, by [`attach_all`].
 pub trait Device: Send + 'static {
     /// The kind of device (virtio 1.2, 5).
     const ID: u32;
-    /// The largest size of each queue; powers of two, at most [`QueueSet::LIMIT`] of them.
+    /// The largest size of each queue of a device with one worker; powers of two, fewer than
+    /// [`QueueSet::LIMIT`] of them. Each of several workers has as many.
     const QUEUES: &'static [u16];
     /// The names of its features, those of [`feature`] left out.
     const FEATURES: &'static [(u64, &'static str)];
@@ -121,7 +128,14 @@ pub trait Device: Send + 'static {
         + DeserializeOwned
         + 'static;
     /// What the device counts.
-    type Counters: Send + Sync + 'static;
+    type Counters: Default + Send + Sync + 'static;
+
+    /// The largest size of each queue of a device with `workers` workers, of which there is more than one; at
+    /// the end there may be one more queue than those of [`Device::QUEUES`] for each, which is the first
+    /// worker's. None when the kind of device has not so many.
+    fn queues_of_several(_workers: usize) -> Option<&'static [u16]> {
+        None
+    }
 
     /// All features offered, [`feature::COMMON`] included.
     fn features(&self) -> u64;
@@ -129,6 +143,8 @@ pub trait Device: Send + 'static {
     fn config(&self) -> ConfigSpace;
     /// The counters, for the thread that reads them.
     fn counters(&self) -> Arc<Self::Counters>;
+    /// Adds what was counted in `from` to `to`, which no thread counts in.
+    fn add_counters(to: &Self::Counters, from: &Self::Counters);
     /// Writes `counters`, and what of `worker` belongs to the same line of Firecracker's
     /// metrics, into `report`, for the device `name`.
     fn read_counters(

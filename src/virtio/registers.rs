@@ -1,5 +1,8 @@
 //! The virtio-mmio register block, version 2 (virtio 1.2, 4.2.2): what the guest's driver sees.
 //!
+//! There is one for a device, however many workers it has; each is told of its own queues, and a reset is
+//! complete when all of them have reset.
+//!
 //! It belongs to the vCPUs, behind one mutex that is never held while anything waits. Control
 //! takes it too when an update has changed the configuration space. It knows what the device
 //! offers and what the driver chose; it never touches guest memory, and what becomes of the
@@ -20,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::QueueLayout;
+use super::share::{Division, PerWorker};
 use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use super::{ConfigSpace, Counter, Interrupt, feature};
 use crate::bus::{self, Completer, Ticket, Tickets, Written};
@@ -89,7 +93,7 @@ const STEPS: [(u32, u32); 5] = [
 pub enum DriverMsg {
     /// A queue that the activation that follows is to serve.
     Queue {
-        /// Its number.
+        /// Its place among those of the worker.
         index: usize,
         /// As described, and unchecked.
         layout: QueueLayout,
@@ -111,13 +115,13 @@ pub(super) struct Offer {
     pub features: u64,
     /// Their names, for messages.
     pub feature_names: fn(u64) -> String,
-    /// The largest size of each queue.
-    pub max_sizes: &'static [u16],
+    /// Its queues, and whose they are.
+    pub division: Division,
     /// The configuration space.
     pub config: ConfigSpace,
 }
 
-/// How many messages can be under way for a device with `queues` queues: each vCPU (32) waits for
+/// How many messages can be under way for a worker with `queues` queues: each vCPU (32) waits for
 /// its own reset, and one activation precedes a reset.
 pub(super) const fn driver_messages(queues: usize) -> usize {
     queues.saturating_add(40)
@@ -127,10 +131,10 @@ pub(super) const fn driver_messages(queues: usize) -> usize {
 pub struct Registers {
     device_id: u32,
     offered: u64,
-    max_sizes: &'static [u16],
+    division: Division,
     kicks: Vec<EventFd>,
     interrupt: Arc<Interrupt>,
-    driver: Sender<DriverMsg>,
+    workers: PerWorker<Sender<DriverMsg>>,
     /// Accesses that no driver should have made.
     ignored: Counter,
     block: Mutex<RegisterBlock>,
@@ -162,32 +166,33 @@ impl Registers {
         offer: Offer,
         state: &RegistersState,
         interrupt: Arc<Interrupt>,
-        driver: Sender<DriverMsg>,
+        workers: PerWorker<Sender<DriverMsg>>,
     ) -> io::Result<Self> {
         let Offer {
             device_id,
             features: offered,
             feature_names,
-            max_sizes,
+            division,
             config,
         } = offer;
+        let queues = division.sizes().len();
         state
-            .check(offered, max_sizes.len(), feature_names)
+            .check(offered, queues, feature_names)
             .map_err(io::Error::other)?;
-        let (block, config_has_changed) = RegisterBlock::new(state, config, max_sizes.len());
+        let tickets = Tickets::completed_by(division.workers());
+        let (block, config_has_changed) = RegisterBlock::new(state, config, queues, tickets);
         let tell = config_has_changed && block.has_driver();
         interrupt.restore(state.interrupt_status, state.needs_reset, tell);
-        let kicks = max_sizes
-            .iter()
+        let kicks = (0..queues)
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
         Ok(Registers {
             device_id,
             offered,
-            max_sizes,
+            division,
             kicks,
             interrupt,
-            driver,
+            workers,
             ignored: Counter::default(),
             block: Mutex::new(block),
         })
@@ -259,7 +264,7 @@ impl Registers {
             },
             reg::QUEUE_NUM_MAX => block
                 .selected()
-                .and_then(|i| self.max_sizes.get(i))
+                .and_then(|i| self.division.sizes().get(i))
                 .map_or(0, |size| u32::from(*size)),
             reg::QUEUE_READY => block
                 .selected()
@@ -316,7 +321,7 @@ impl Registers {
                 if !block.is_between(FEATURES_OK, DRIVER_OK) {
                     return None;
                 }
-                let index = block.selected().filter(|i| *i < self.max_sizes.len())?;
+                let index = block.selected().filter(|i| *i < self.kicks.len())?;
                 let layout = block.layouts.get_mut(index)?;
                 match offset {
                     reg::QUEUE_NUM => layout.size = value,
@@ -368,15 +373,20 @@ impl Registers {
         Some(Written::Done)
     }
 
-    /// Tells the worker of each queue and to serve them; whether that reached it.
+    /// Tells each worker of its queues and to serve them; whether that reached all.
     fn activate(&self, block: &RegisterBlock) -> bool {
         let described = block.layouts.iter().copied().enumerate();
         let mut queues = described.filter(|(_, layout)| layout.ready);
         let features = block.accepted;
-        queues.all(|(index, layout)| {
-            let queue = DriverMsg::Queue { index, layout };
-            self.driver.send(queue).is_ok()
-        }) && self.driver.send(DriverMsg::Activate { features }).is_ok()
+        queues.all(|(queue, layout)| {
+            let (worker, index) = self.division.owner(queue);
+            let message = DriverMsg::Queue { index, layout };
+            let worker = self.workers.get(worker);
+            worker.is_some_and(|worker| worker.send(message).is_ok())
+        }) && self
+            .workers
+            .iter()
+            .all(|worker| worker.send(DriverMsg::Activate { features }).is_ok())
     }
 
     fn reset(&self, block: &mut RegisterBlock) -> Written {
@@ -384,9 +394,14 @@ impl Registers {
             self.finish_reset(block);
             return Written::Done;
         }
-        let (ticket, completer) = block.tickets.issue();
-        if self.driver.send(DriverMsg::Reset(completer)).is_err() {
-            // The worker is gone, and with it everything that was in flight.
+        let (ticket, completers) = block.tickets.issue();
+        let mut reached_any = false;
+        for (worker, completer) in self.workers.iter().zip(completers) {
+            // What does not reach a worker is completed at once: it is gone, and with it everything that
+            // was in flight.
+            reached_any |= worker.send(DriverMsg::Reset(completer)).is_ok();
+        }
+        if !reached_any {
             self.finish_reset(block);
             return Written::Done;
         }

@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::PerWorker;
 use super::registers::RegistersState;
 use super::worker::WorkerState;
 use super::{BrokenRing, feature};
@@ -22,22 +23,35 @@ pub struct DeviceState<S> {
     pub worker: WorkerState,
     /// What only its kind has.
     pub device: S,
+    /// Of a device with several workers: the others.
+    #[serde(default = "Vec::new", skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<ShareState<S>>,
+}
+
+/// What one of several workers has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareState<S> {
+    /// Its queues.
+    pub worker: WorkerState,
+    /// What only its kind of device has.
+    pub device: S,
 }
 
 /// What registers and worker begin with; by default those of a new device.
 #[derive(Debug, Default)]
 pub struct Start {
     registers: RegistersState,
-    worker: WorkerState,
+    workers: PerWorker<WorkerState>,
     is_saved: bool,
 }
 
 impl Start {
     /// As they were saved: paused, until control resumes them.
-    pub fn saved(registers: RegistersState, worker: WorkerState) -> Self {
+    pub fn saved(registers: RegistersState, workers: PerWorker<WorkerState>) -> Self {
         Start {
             registers,
-            worker,
+            workers,
             is_saved: true,
         }
     }
@@ -46,8 +60,21 @@ impl Start {
         &self.registers
     }
 
-    pub(super) fn worker(&self) -> &WorkerState {
-        &self.worker
+    /// What worker number `worker` begins with.
+    pub(super) fn worker(&self, worker: usize) -> WorkerState {
+        let saved = self.workers.get(worker);
+        saved.cloned().unwrap_or_default()
+    }
+
+    /// Checks that it is for `workers` workers.
+    ///
+    /// # Errors
+    /// As many were not saved.
+    pub(super) fn check(&self, workers: usize) -> Result<(), StateError> {
+        match self.is_saved && self.workers.count() != workers {
+            true => Err(StateError::Value("others")),
+            false => Ok(()),
+        }
     }
 
     /// Whether they were saved.

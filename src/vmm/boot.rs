@@ -370,8 +370,13 @@ pub fn complete(
         vcpu_handles.push(VcpuHandle::new(link, thread));
     }
     let mut replaced = Vec::new();
-    for (device, thread) in attached.into_iter().zip(threads.devices) {
-        let _ = thread.start_entered(host.category(device.category), &latch, device.enter);
+    // As many for each device as it has workers.
+    let mut device_threads = threads.devices.into_iter();
+    for device in attached {
+        let category = host.category(device.category);
+        for (enter, thread) in device.enter.into_all().zip(device_threads.by_ref()) {
+            let _ = thread.start_entered(category, &latch, enter);
+        }
         replaced.push((device.note)(&mut configuration.devices));
     }
     let console_counters = console.counters();

@@ -431,6 +431,14 @@ impl Vmm {
     }
 
     fn worker_answered(&mut self, reply: WorkerReply) {
+        // A device answers when the last of its workers has.
+        if let Some(reply) = self.configuration.devices.gather(reply) {
+            self.device_answer(reply);
+        }
+        self.tell_again();
+    }
+
+    fn device_answer(&mut self, reply: WorkerReply) {
         match reply.done {
             Done::Paused => self.device_answered(reply.token),
             Done::Saved | Done::NotSaved => self.device_saved(reply.token),
@@ -467,7 +475,6 @@ impl Vmm {
             // A worker may not close what it gives back.
             self.close(file);
         }
-        self.tell_again();
     }
 
     fn new_token(&mut self) -> u64 {

@@ -8,6 +8,10 @@ pub const VCPUS_MAX: u8 = 32;
 /// Most devices of one VM: the interrupt lines 5 to 23.
 pub const DEVICES_MAX: usize = 19;
 
+/// Most queues of a drive, and pairs of queues of a network interface. Each is a thread and some ten
+/// descriptors of the monitor's, and one processor of the host at most: more than that help none.
+pub const QUEUES_MAX: usize = 16;
+
 /// Bytes of a kernel command line, without the zero that ends it.
 pub const COMMAND_LINE_MAX: usize = 2047;
 

@@ -35,6 +35,28 @@ pub struct BlockCounters {
 }
 
 impl BlockCounters {
+    /// Adds what one of several workers has counted.
+    pub(super) fn add(&self, one: &BlockCounters) {
+        for (to, from) in [
+            (&self.reads, &one.reads),
+            (&self.read_bytes, &one.read_bytes),
+            (&self.writes, &one.writes),
+            (&self.write_bytes, &one.write_bytes),
+            (&self.flushes, &one.flushes),
+            (&self.discards, &one.discards),
+            (&self.write_zeroes, &one.write_zeroes),
+            (&self.invalid, &one.invalid),
+            (&self.failed, &one.failed),
+            (&self.throttled, &one.throttled),
+        ] {
+            to.add(from.get());
+        }
+        // Each change is made by all.
+        self.updates.set(self.updates.get().max(one.updates.get()));
+        self.read_times.add(&one.read_times);
+        self.write_times.add(&one.write_times);
+    }
+
     /// Writes them, and what of `worker` belongs to them, into `report`, for the device `name`.
     pub(super) fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
         self.read_for_prometheus(name, report);

@@ -1,4 +1,7 @@
-//! The block device (virtio 1.2, 5.2): one queue of requests on a [`Disk`].
+//! The block device (virtio 1.2, 5.2): a queue of requests on a [`Disk`]. With several queues there are as
+//! many of it ([`super::share`]), each with a [`Disk`] of its own over the same file; what they share is the rate
+//! limiter. A flush covers what was written by way of the others too: their writes have reached the file
+//! when they end, and the file is what is flushed. An overlay has its map in one thread, and so one queue.
 //!
 //! A request is begun by `process`, and ends there too if nothing has to wait: what lies in the host's
 //! memory is read and written by plain calls, which are told not to wait where the file knows how
@@ -42,13 +45,14 @@ use self::steps::Step;
 use super::queue::{Chain, MAX_SEGMENTS, Popped};
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, StateError, Updated,
-    WorkerCounters, feature,
+    BrokenRing, ConfigSpace, Device, PerWorker, Progress, Queue, QueueSet, Ram, StateError,
+    Updated, WorkerCounters, feature,
 };
 use crate::metrics::Report;
 use crate::rate_limiter::{LimiterState, RateLimiter, RateLimiterUpdate};
 use crate::sys::clock;
 use crate::sys::io::ErrorText;
+use crate::wire::limits::QUEUES_MAX;
 
 /// Feature bits (virtio 1.2, 5.2.3).
 mod bit {
@@ -64,6 +68,8 @@ mod bit {
     pub const FLUSH: u64 = 1 << 9;
     /// VIRTIO_BLK_F_TOPOLOGY
     pub const TOPOLOGY: u64 = 1 << 10;
+    /// VIRTIO_BLK_F_MQ: the driver may use several queues.
+    pub const MQ: u64 = 1 << 12;
     /// VIRTIO_BLK_F_DISCARD
     pub const DISCARD: u64 = 1 << 13;
     /// VIRTIO_BLK_F_WRITE_ZEROES
@@ -76,6 +82,7 @@ mod bit {
         (BLK_SIZE, "VIRTIO_BLK_F_BLK_SIZE"),
         (FLUSH, "VIRTIO_BLK_F_FLUSH"),
         (TOPOLOGY, "VIRTIO_BLK_F_TOPOLOGY"),
+        (MQ, "VIRTIO_BLK_F_MQ"),
         (DISCARD, "VIRTIO_BLK_F_DISCARD"),
         (WRITE_ZEROES, "VIRTIO_BLK_F_WRITE_ZEROES"),
     ];
@@ -89,6 +96,7 @@ mod field {
     pub const BLK_SIZE: usize = 20;
     pub const PHYSICAL_BLOCK_EXP: usize = 24;
     pub const MIN_IO_SIZE: usize = 26;
+    pub const NUM_QUEUES: usize = 34;
     pub const MAX_DISCARD_SECTORS: usize = 36;
     pub const MAX_DISCARD_SEG: usize = 40;
     pub const DISCARD_SECTOR_ALIGNMENT: usize = 44;
@@ -103,6 +111,8 @@ mod source {
 }
 
 const QUEUE_SIZE: u16 = 256;
+/// Those of a device with as many queues as there may be.
+const QUEUE_SIZES: [u16; QUEUES_MAX] = [QUEUE_SIZE; QUEUES_MAX];
 const _: () = assert!(QUEUE_SIZE as usize <= MAX_SEGMENTS);
 
 /// Segments and bytes per segment that we ask drivers to stay within: together [`REQUEST_MAX`],
@@ -131,6 +141,8 @@ pub struct Update {
     pub reset: Option<Box<Reset>>,
     /// Other limits.
     pub limits: RateLimiterUpdate,
+    /// Numbers changes of limits, for workers that share them.
+    pub number: u64,
 }
 
 /// What is saved of a block device; by default of a new one. No request is ever in flight when it is.
@@ -163,6 +175,8 @@ pub struct Block {
     serial: [u8; SERIAL_LEN],
     /// Flushes are offered, and reach the disk.
     writeback: bool,
+    /// How many queues the driver may use, each with such a device.
+    queues: u16,
     throttle: Throttle,
     /// The next request waits for the limiter's timer.
     is_held: bool,
@@ -175,13 +189,34 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device over `disk`. The first 20 bytes of `id` are its serial number. With `writeback`,
-    /// the guest is offered flushes, and a flush is an fdatasync on the host. It goes on from `state`,
-    /// which was saved `elapsed` nanoseconds ago.
+    /// A device over each of `disks`, which are the same: one for each queue. The first 20 bytes of `id` are the
+    /// serial number. With `writeback`, the guest is offered flushes, and a flush is an fdatasync on the host. They
+    /// go on from `states`, which were saved `elapsed` nanoseconds ago.
     ///
     /// # Errors
-    /// When the host has no descriptor left for the rate limiter's timer, or the disk takes no writes
+    /// When the host has no descriptor left for the rate limiter's timers, or the disk takes no writes
     /// any more.
+    pub fn for_queues(
+        disks: PerWorker<Disk>,
+        id: &str,
+        writeback: bool,
+        limiter: RateLimiter,
+        states: &PerWorker<BlockState>,
+        elapsed: u64,
+    ) -> io::Result<PerWorker<Self>> {
+        let queues = u16::try_from(disks.count()).unwrap_or(u16::MAX);
+        let limiter = limiter.restore(&states.first.limiter, elapsed);
+        let throttles = Throttle::for_workers(limiter, disks.count())?;
+        let mut states = states.iter();
+        disks.zip(throttles).try_map(|(disk, throttle)| {
+            let new = BlockState::default();
+            let state = states.next().unwrap_or(&new);
+            Block::of_queue(disk, id, writeback, queues, throttle, state)
+        })
+    }
+
+    /// [`Block::for_queues`] with one.
+    #[cfg(test)]
     pub fn new(
         disk: Disk,
         id: &str,
@@ -189,6 +224,19 @@ impl Block {
         limiter: RateLimiter,
         state: &BlockState,
         elapsed: u64,
+    ) -> io::Result<Self> {
+        let state = PerWorker::from(state.clone());
+        let blocks = Block::for_queues(disk.into(), id, writeback, limiter, &state, elapsed)?;
+        Ok(blocks.first)
+    }
+
+    fn of_queue(
+        disk: Disk,
+        id: &str,
+        writeback: bool,
+        queues: u16,
+        throttle: Throttle,
+        state: &BlockState,
     ) -> io::Result<Self> {
         if state.is_writable && disk.is_read_only() {
             return Err(io::Error::other(StateError::ReadOnly));
@@ -211,7 +259,8 @@ impl Block {
             jobs: Jobs::new(),
             serial,
             writeback,
-            throttle: Throttle::new(limiter.restore(&state.limiter, elapsed))?,
+            queues,
+            throttle,
             chain: Chain::new(),
             extents: Extents::new(),
             bounce: None,
@@ -364,6 +413,10 @@ impl Device for Block {
     type State = BlockState;
     type Counters = BlockCounters;
 
+    fn queues_of_several(workers: usize) -> Option<&'static [u16]> {
+        QUEUE_SIZES.get(..workers)
+    }
+
     fn features(&self) -> u64 {
         let always = bit::SEG_MAX | bit::SIZE_MAX | bit::BLK_SIZE | bit::TOPOLOGY;
         let mut features = feature::COMMON | always;
@@ -375,6 +428,9 @@ impl Device for Block {
         if self.writeback {
             features |= bit::FLUSH;
         }
+        if self.queues > 1 {
+            features |= bit::MQ;
+        }
         features
     }
 
@@ -384,7 +440,10 @@ impl Device for Block {
         let exponent = physical_in_logical.checked_ilog2().unwrap_or(0) as u8;
         let granularity = blocks.physical.checked_div(512).unwrap_or(1);
         let one: u32 = 1;
+        // Not there without the feature.
+        let queues = if self.queues > 1 { self.queues } else { 0 };
         ConfigSpace::new()
+            .with(field::NUM_QUEUES, &queues.to_le_bytes())
             .with(field::CAPACITY, &self.disk.sectors().to_le_bytes())
             .with(field::SIZE_MAX, &SIZE_MAX.to_le_bytes())
             .with(field::SEG_MAX, &SEG_MAX.to_le_bytes())
@@ -404,6 +463,10 @@ impl Device for Block {
 
     fn counters(&self) -> Arc<BlockCounters> {
         Arc::clone(&self.counters)
+    }
+
+    fn add_counters(to: &BlockCounters, from: &BlockCounters) {
+        to.add(from);
     }
 
     fn read_counters(
@@ -520,7 +583,7 @@ impl Device for Block {
 
     fn update(&mut self, update: Update) -> Updated {
         self.counters.updates.one();
-        self.throttle.update(update.limits);
+        self.throttle.update(update.limits, update.number);
         self.is_held = false;
         let mut updated = Updated {
             runnable: QueueSet::ALL,

@@ -287,6 +287,7 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
             ops: BucketUpdate::Replace(TokenBucket::new(1, 0, 3_600_000)),
             ..RateLimiterUpdate::default()
         },
+        number: 0,
     });
     let ram = bench.ram.clone();
     let mut rings = Rings::new(&ram, BASE, 256);
@@ -313,6 +314,7 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
             ops: BucketUpdate::Replace(None),
             ..RateLimiterUpdate::default()
         },
+        number: 0,
     });
     assert_eq!(bench.until_used(&mut queue, &mut rings), (2, 1));
 }
@@ -324,6 +326,7 @@ fn update_when_disk_is_new_tells_its_capacity_and_gives_back_the_old() {
         disk: Some(Box::new(Disk::new(file(3), false).unwrap())),
         reset: None,
         limits: RateLimiterUpdate::default(),
+        number: 0,
     });
     let mut capacity = [0; 8];
     updated.config.unwrap().read(field::CAPACITY, &mut capacity);

@@ -40,6 +40,34 @@ pub struct NetCounters {
 }
 
 impl NetCounters {
+    /// Adds what one of several workers has counted.
+    pub(super) fn add(&self, one: &NetCounters) {
+        for (to, from) in [
+            (&self.rx_frames, &one.rx_frames),
+            (&self.rx_bytes, &one.rx_bytes),
+            (&self.rx_dropped, &one.rx_dropped),
+            (&self.rx_invalid, &one.rx_invalid),
+            (&self.rx_failed, &one.rx_failed),
+            (&self.rx_throttled, &one.rx_throttled),
+            (&self.tx_frames, &one.tx_frames),
+            (&self.tx_bytes, &one.tx_bytes),
+            (&self.tx_dropped, &one.tx_dropped),
+            (&self.tx_invalid, &one.tx_invalid),
+            (&self.tx_throttled, &one.tx_throttled),
+            (&self.announcements, &one.announcements),
+        ] {
+            to.add(from.get());
+        }
+        // Each change is made by all, and the tap goes for all.
+        for (to, from) in [
+            (&self.updates, &one.updates),
+            (&self.tap_gone, &one.tap_gone),
+        ] {
+            to.set(to.get().max(from.get()));
+        }
+        self.tx_times.add(&one.tx_times);
+    }
+
     /// Writes them, and what of `worker` belongs to them, into `report`, for the device `name`.
     pub(super) fn read(&self, worker: &WorkerCounters, name: &str, report: &mut Report) {
         self.read_for_prometheus(name, report);

@@ -143,6 +143,8 @@ pub struct Update {
     pub rx_limits: RateLimiterUpdate,
     /// Other limits on what the guest sends.
     pub tx_limits: RateLimiterUpdate,
+    /// Numbers changes of limits, for workers that share them.
+    pub number: u64,
 }
 
 /// A network device.
@@ -256,6 +258,10 @@ impl Device for Net {
         Arc::clone(&self.counters)
     }
 
+    fn add_counters(to: &NetCounters, from: &NetCounters) {
+        to.add(from);
+    }
+
     fn read_counters(
         counters: &NetCounters,
         worker: &WorkerCounters,
@@ -340,8 +346,8 @@ impl Device for Net {
 
     fn update(&mut self, update: Update) -> Updated {
         self.counters.updates.one();
-        self.rx_throttle.update(update.rx_limits);
-        self.tx_throttle.update(update.tx_limits);
+        self.rx_throttle.update(update.rx_limits, update.number);
+        self.tx_throttle.update(update.tx_limits, update.number);
         Updated {
             runnable: QueueSet::ALL,
             ..Updated::default()

@@ -6,6 +6,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 use super::{RegisterBlock, Registers, STEPS};
+use crate::bus::Tickets;
 use crate::virtio::interrupt::STATUS_BITS;
 use crate::virtio::queue::QueueLayout;
 use crate::virtio::state::StateError;
@@ -91,7 +92,12 @@ impl RegistersState {
 impl RegisterBlock {
     /// The registers of a device whose configuration space is `config`, in a `state` that was
     /// checked; whether `config` is not what the driver has seen.
-    pub(super) fn new(state: &RegistersState, config: ConfigSpace, queues: usize) -> (Self, bool) {
+    pub(super) fn new(
+        state: &RegistersState,
+        config: ConfigSpace,
+        queues: usize,
+        tickets: Tickets,
+    ) -> (Self, bool) {
         let mut layouts = vec![QueueLayout::default(); queues].into_boxed_slice();
         for (layout, saved) in layouts.iter_mut().zip(&state.queues) {
             *layout = *saved;
@@ -100,7 +106,7 @@ impl RegisterBlock {
         let block = RegisterBlock {
             status: state.status,
             resetting: None,
-            tickets: crate::bus::Tickets::default(),
+            tickets,
             device_features_sel: state.device_features_sel,
             driver_features_sel: state.driver_features_sel,
             accepted: state.accepted,

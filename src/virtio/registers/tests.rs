@@ -11,7 +11,7 @@ fn offer() -> Offer {
         device_id: 2,
         features: OFFERED,
         feature_names: |features| format!("{features:#x}"),
-        max_sizes: SIZES,
+        division: Division::whole(SIZES),
         config: ConfigSpace::new().with(0, &[1, 2, 3, 4, 5, 6, 7, 8, 9]),
     }
 }
@@ -20,7 +20,13 @@ fn registers() -> (Registers, Inbox<DriverMsg>) {
     let (sender, inbox) = inbox(driver_messages(SIZES.len())).unwrap();
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let interrupt = Arc::new(Interrupt::new(line));
-    let registers = Registers::new(offer(), &RegistersState::default(), interrupt, sender).unwrap();
+    let registers = Registers::new(
+        offer(),
+        &RegistersState::default(),
+        interrupt,
+        sender.into(),
+    )
+    .unwrap();
     (registers, inbox)
 }
 

@@ -2,6 +2,7 @@
 
 use super::polling::Outcome;
 use crate::metrics::{Counter, Report};
+use crate::virtio::share::Share;
 
 /// What every worker counts.
 #[derive(Debug)]
@@ -12,8 +13,10 @@ pub struct WorkerCounters {
     pub resets: Counter,
     /// Times the device had to be marked NEEDS_RESET.
     pub broken: Counter,
-    /// Wake-ups by the driver, by queue.
+    /// Wake-ups by the driver, by the worker's queues.
     kicks: Box<[Counter]>,
+    /// The numbers of these, of a device with several workers.
+    numbers: Box<[usize]>,
     /// Interrupts for used buffers.
     pub interrupts: Counter,
     /// Waits for work whose polling found some.
@@ -25,17 +28,56 @@ pub struct WorkerCounters {
 }
 
 impl WorkerCounters {
-    /// Of a device with `queues` queues.
-    pub(super) fn new(queues: usize) -> Self {
+    /// Of the worker that has `share`.
+    pub(super) fn new(share: &Share) -> Self {
+        let numbers = match share.has_others() {
+            true => share.queues().collect(),
+            false => Box::default(),
+        };
+        WorkerCounters::of(share.queues().count(), numbers)
+    }
+
+    /// For the sum of what several workers count, of a device with `queues` queues.
+    pub(in crate::virtio) fn of_all(queues: usize) -> Self {
+        WorkerCounters::of(queues, Box::default())
+    }
+
+    fn of(queues: usize, numbers: Box<[usize]>) -> Self {
         WorkerCounters {
             activations: Counter::new(),
             resets: Counter::new(),
             broken: Counter::new(),
             kicks: (0..queues).map(|_| Counter::new()).collect(),
+            numbers,
             interrupts: Counter::new(),
             polls_paid: Counter::new(),
             polls_vain: Counter::new(),
             polls_preempted: Counter::new(),
+        }
+    }
+
+    /// Adds what `one` of several workers has counted to these. Activations and resets of the device are as many
+    /// as those of any of its workers.
+    pub(in crate::virtio) fn add(&self, one: &WorkerCounters) {
+        for (to, from) in [
+            (&self.activations, &one.activations),
+            (&self.resets, &one.resets),
+        ] {
+            to.set(to.get().max(from.get()));
+        }
+        for (to, from) in [
+            (&self.broken, &one.broken),
+            (&self.interrupts, &one.interrupts),
+            (&self.polls_paid, &one.polls_paid),
+            (&self.polls_vain, &one.polls_vain),
+            (&self.polls_preempted, &one.polls_preempted),
+        ] {
+            to.add(from.get());
+        }
+        for (number, kicks) in one.numbers.iter().zip(&one.kicks) {
+            if let Some(sum) = self.kicks.get(*number) {
+                sum.add(kicks.get());
+            }
         }
     }
 

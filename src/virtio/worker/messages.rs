@@ -29,6 +29,8 @@ pub(in crate::virtio) enum ControlMsg<D: Device> {
 pub struct WorkerReply {
     /// Whose answer it is: the name given to `attach`.
     pub device: Arc<str>,
+    /// Which of the device's workers it is of.
+    pub worker: usize,
     /// The number that came with the question.
     pub token: u64,
     /// The answer.

@@ -8,7 +8,7 @@
 //! be taken out of the epoll set, and nothing can make it spin. Kicks from before the activation
 //! need no keeping: an activation looks into every queue.
 //!
-//! Everything is made by [`attach`], before the thread exists: [`Worker::run`] opens nothing,
+//! Everything is made by [`attach_all`], before the thread exists: [`Worker::run`] opens nothing,
 //! watches nothing new, and allocates nothing.
 
 mod counters;
@@ -33,16 +33,23 @@ use vmm_sys_util::eventfd::EventFd;
 use self::messages::ControlMsg;
 use self::polling::Polling;
 use self::worker_loop::{Turn, WorkerLoop};
+use super::handle::Link;
 use super::registers::{DriverMsg, Offer, RegistersState, driver_messages};
+use super::share::{Division, Share};
 use super::state::feature_names;
 use super::status::DRIVER_OK;
-use super::{Device, DeviceHandle, Interrupt, QueueSet, Ram, Registers, Start, StateError};
+use super::{
+    Device, DeviceHandle, Interrupt, PerWorker, QueueSet, Ram, Registers, Start, StateError,
+};
 use crate::inbox::{Inbox, Outbox, inbox};
 use crate::sys::clock;
 pub use counters::WorkerCounters;
 pub use messages::{Done, WorkerEvent, WorkerReply};
 pub use polling::DEFAULT_MICROS;
 pub use state::{Phase, WorkerState};
+
+/// The most workers of a device: the handle has a bit for each.
+const WORKERS_MAX: usize = u32::BITS as usize;
 
 /// Control waits for an answer before it asks again, but it may give up on one that is late.
 const CONTROL_MESSAGES: usize = 16;
@@ -54,12 +61,87 @@ mod token {
     pub const SOURCES: u32 = 0x100;
 }
 
-/// Gives `device` its registers and its worker, which go on from `start`. The worker's thread is the
-/// caller's to make: it calls [`Worker::enter_thread`], installs its filter and calls [`Worker::run`].
+/// A device in front of the guest: its registers, its workers, and control's end of it.
+pub type Attached<D> = (Arc<Registers>, PerWorker<Worker<D>>, DeviceHandle<D>);
+
+/// Gives `devices`, of which each serves its share of one, their registers and each its worker, which go on
+/// from `start`. The workers' threads are the caller's to make: each calls [`Worker::enter_thread`], installs
+/// its filter and calls [`Worker::run`].
 ///
 /// # Errors
 /// When the host has no descriptors left, will not watch one of the device's, or refuses what the
 /// driver has chosen; or when `start` cannot be.
+pub fn attach_all<D: Device>(
+    devices: PerWorker<D>,
+    name: &str,
+    start: &Start,
+    ram: &Ram,
+    irqfd: EventFd,
+    replies: &Outbox<WorkerReply>,
+    events: &Outbox<WorkerEvent>,
+) -> io::Result<Attached<D>> {
+    const { assert!(D::QUEUES.len() < QueueSet::LIMIT) };
+    let workers = devices.count();
+    let division = Division::of::<D>(workers)
+        .filter(|_| workers <= WORKERS_MAX)
+        .ok_or_else(|| io::Error::other(format!("a device cannot have {workers} of its queues")))?;
+    start.check(workers).map_err(io::Error::other)?;
+    let name: Arc<str> = Arc::from(name);
+    let interrupt = Arc::new(Interrupt::new(irqfd));
+    let inboxes = PerWorker::try_make(workers, |worker| {
+        inbox(driver_messages(division.queues(worker).count()))
+    })?;
+    let (to_workers, inboxes) = inboxes.unzip();
+    let registers = Arc::new(Registers::new(
+        Offer {
+            device_id: D::ID,
+            features: devices.first.features(),
+            feature_names: |features| feature_names(features, D::FEATURES),
+            division,
+            config: devices.first.config(),
+        },
+        start.registers(),
+        Arc::clone(&interrupt),
+        to_workers,
+    )?);
+    let mut number = 0usize;
+    let made = devices.zip(inboxes).try_map(|(device, driver)| {
+        let share = Share { number, division };
+        number = number.saturating_add(1);
+        let (to_inbox, control) = inbox(CONTROL_MESSAGES)?;
+        let (to_handle, saved) = sync_channel(CONTROL_MESSAGES);
+        let link = Link {
+            control: to_inbox,
+            counters: device.counters(),
+            worker_counters: Arc::new(WorkerCounters::new(&share)),
+            saved,
+        };
+        let watched = watched(&registers, share, &driver, &control, &device);
+        let mut body = WorkerLoop::new(
+            Arc::clone(&name),
+            share,
+            device,
+            ram.clone(),
+            Arc::clone(&interrupt),
+            Arc::clone(&link.worker_counters),
+            driver,
+            control,
+            replies.clone(),
+            to_handle,
+        );
+        let state = start.worker(share.number);
+        check_phase(start.registers(), &state).map_err(io::Error::other)?;
+        let features = start.registers().negotiated().unwrap_or(0);
+        body.begin(&state, features, start.is_saved())?;
+        Ok::<_, io::Error>((Worker::new(body, watched, events.clone())?, link))
+    })?;
+    let (workers, links) = made.unzip();
+    let handle = DeviceHandle::new(name, Arc::clone(&registers), division, links);
+    Ok((registers, workers, handle))
+}
+
+/// [`attach_all`] for a device with one worker.
+#[cfg(test)]
 pub fn attach<D: Device>(
     device: D,
     name: &str,
@@ -69,59 +151,10 @@ pub fn attach<D: Device>(
     replies: Outbox<WorkerReply>,
     events: Outbox<WorkerEvent>,
 ) -> io::Result<(Arc<Registers>, Worker<D>, DeviceHandle<D>)> {
-    const { assert!(D::QUEUES.len() <= QueueSet::LIMIT) };
-    check_phase(start.registers(), start.worker()).map_err(io::Error::other)?;
-    let name: Arc<str> = Arc::from(name);
-    let interrupt = Arc::new(Interrupt::new(irqfd));
-    let (to_driver_inbox, driver) = inbox(driver_messages(D::QUEUES.len()))?;
-    let (to_control_inbox, control) = inbox(CONTROL_MESSAGES)?;
-    let registers = Arc::new(Registers::new(
-        Offer {
-            device_id: D::ID,
-            features: device.features(),
-            feature_names: |features| feature_names(features, D::FEATURES),
-            max_sizes: D::QUEUES,
-            config: device.config(),
-        },
-        start.registers(),
-        Arc::clone(&interrupt),
-        to_driver_inbox,
-    )?);
-    let counters = Arc::new(WorkerCounters::new(D::QUEUES.len()));
-    let (to_handle, saved) = sync_channel(CONTROL_MESSAGES);
-    let handle = DeviceHandle::new(
-        Arc::clone(&name),
-        to_control_inbox,
-        Arc::clone(&registers),
-        device.counters(),
-        Arc::clone(&counters),
-        saved,
-    );
-    let watched = watched(&registers, &driver, &control, &device);
-    let events_at_once = watched.len();
-    let mut body = WorkerLoop::new(
-        name, device, ram, interrupt, counters, driver, control, replies, to_handle,
-    );
-    let features = start.registers().negotiated().unwrap_or(0);
-    body.begin(start.worker(), features, start.is_saved())?;
-    let subscriber = Subscriber {
-        body,
-        watched,
-        unwatched: None,
-    };
-    let mut manager = EventManager::new_with_capacity(events_at_once).map_err(io::Error::other)?;
-    let id = manager.add_subscriber(subscriber);
-    let subscriber = manager.subscriber_mut(id).map_err(io::Error::other)?;
-    if let Some(error) = subscriber.unwatched.take() {
-        return Err(io::Error::other(error));
-    }
-    let worker = Worker {
-        manager,
-        id,
-        events,
-        has_entered: None,
-    };
-    Ok((registers, worker, handle))
+    let devices = PerWorker::from(device);
+    let attached = attach_all(devices, name, start, &ram, irqfd, &replies, &events)?;
+    let (registers, workers, handle) = attached;
+    Ok((registers, workers.first, handle))
 }
 
 /// Checks that registers and worker tell the same: a driver that has none on the one side and some on
@@ -143,11 +176,15 @@ fn check_phase(registers: &RegistersState, worker: &WorkerState) -> Result<(), S
 /// All that a worker watches, with its numbers.
 fn watched<D: Device>(
     registers: &Registers,
+    share: Share,
     driver: &Inbox<DriverMsg>,
     control: &Inbox<ControlMsg<D>>,
     device: &D,
 ) -> Vec<(RawFd, u32)> {
-    let kicks = registers.kicks().iter().map(AsRawFd::as_raw_fd);
+    let kicks = share
+        .queues()
+        .filter_map(|queue| registers.kicks().get(queue));
+    let kicks = kicks.map(AsRawFd::as_raw_fd);
     let sources = device.sources();
     let mut all = vec![
         (driver.as_raw_fd(), token::INBOX),
@@ -168,6 +205,34 @@ pub struct Worker<D: Device> {
 }
 
 impl<D: Device> Worker<D> {
+    /// # Errors
+    /// When the host will not watch one of `watched`.
+    fn new(
+        body: WorkerLoop<D>,
+        watched: Vec<(RawFd, u32)>,
+        events: Outbox<WorkerEvent>,
+    ) -> io::Result<Self> {
+        let events_at_once = watched.len();
+        let subscriber = Subscriber {
+            body,
+            watched,
+            unwatched: None,
+        };
+        let mut manager =
+            EventManager::new_with_capacity(events_at_once).map_err(io::Error::other)?;
+        let id = manager.add_subscriber(subscriber);
+        let subscriber = manager.subscriber_mut(id).map_err(io::Error::other)?;
+        if let Some(error) = subscriber.unwatched.take() {
+            return Err(io::Error::other(error));
+        }
+        Ok(Worker {
+            manager,
+            id,
+            events,
+            has_entered: None,
+        })
+    }
+
     /// Has it poll for up to `micros` microseconds before it sleeps; without this call it never does.
     pub fn poll_up_to(&mut self, micros: u16) {
         if let Ok(subscriber) = self.manager.subscriber_mut(self.id) {

@@ -46,6 +46,7 @@ use crate::sys::io::ErrorText;
 use crate::sys::{clock, thread};
 use crate::virtio::queue::QueueState;
 use crate::virtio::registers::DriverMsg;
+use crate::virtio::share::Share;
 use crate::virtio::{Device, Interrupt, Progress, Queue, QueueLayout, QueueSet, Ram, Updated};
 
 /// Units of work between two looks at the descriptors; interrupts are sent at its end.
@@ -80,6 +81,7 @@ enum Draining<U> {
 /// The state of a worker.
 pub(super) struct WorkerLoop<D: Device> {
     name: Arc<str>,
+    share: Share,
     device: D,
     ram: Ram,
     interrupt: Arc<Interrupt>,
@@ -121,6 +123,7 @@ impl<D: Device> WorkerLoop<D> {
     )]
     pub(super) fn new(
         name: Arc<str>,
+        share: Share,
         device: D,
         ram: Ram,
         interrupt: Arc<Interrupt>,
@@ -130,9 +133,10 @@ impl<D: Device> WorkerLoop<D> {
         replies: Outbox<WorkerReply>,
         saved: SyncSender<Box<StateBuffer<D::State>>>,
     ) -> Self {
-        let count = D::QUEUES.len();
+        let count = share.queues().count();
         WorkerLoop {
             name,
+            share,
             device,
             ram,
             interrupt,
@@ -262,6 +266,7 @@ impl<D: Device> WorkerLoop<D> {
 
     fn turn(&mut self) -> Turn {
         self.take_messages();
+        self.break_with_others();
         let mut index = self.next_queue();
         // When the driver was last interrupted, or had been for everything.
         let mut announced = if D::UNITS_MAY_WAIT && index.is_some() {
@@ -323,7 +328,23 @@ impl<D: Device> WorkerLoop<D> {
 
     /// Whether requests may be begun.
     fn may_begin(&self) -> bool {
-        !self.paused && !self.stopped && self.draining.is_none() && self.phase == Phase::Active
+        !self.paused
+            && !self.stopped
+            && self.draining.is_none()
+            && self.phase == Phase::Active
+            && !self.is_broken_elsewhere()
+    }
+
+    /// Whether another worker of the device has found that it needs a reset.
+    fn is_broken_elsewhere(&self) -> bool {
+        self.share.has_others() && self.interrupt.needs_reset()
+    }
+
+    /// Serves nothing either, where another worker of the device has found that it needs a reset.
+    pub(super) fn break_with_others(&mut self) {
+        if self.phase == Phase::Active && self.is_broken_elsewhere() {
+            self.forget_driver(Phase::Broken);
+        }
     }
 
     /// The next queue with work, each in its turn; none when no request may be begun.
@@ -332,7 +353,7 @@ impl<D: Device> WorkerLoop<D> {
             return None;
         }
         let after_last = self.last.saturating_add(1);
-        let queues = || 0..D::QUEUES.len();
+        let queues = || 0..self.queues.len();
         let mut in_turn = queues().skip(after_last).chain(queues().take(after_last));
         in_turn.find(|index| self.runnable.contains(*index))
     }
@@ -496,6 +517,7 @@ impl<D: Device> WorkerLoop<D> {
             }
         }
         self.announce();
+        self.break_with_others();
         if let Err(error) = self.device.settle() {
             guest_warn!(
                 "what the device keeps did not reach its file: {}",
@@ -539,6 +561,7 @@ impl<D: Device> WorkerLoop<D> {
         // Control's inbox being full means that it has given up on this answer.
         let _ = self.replies.post(WorkerReply {
             device: Arc::clone(&self.name),
+            worker: self.share.number,
             token,
             done,
         });

@@ -16,7 +16,7 @@ use crate::files;
 use crate::memory::Memory;
 use crate::seccomp::Category;
 use crate::vcpu::Buses;
-use crate::virtio::{self, DeviceState, POLL_DEFAULT_MICROS, Start, registers};
+use crate::virtio::{self, DeviceState, POLL_DEFAULT_MICROS, PerWorker, Start, registers};
 use crate::vmm::change::Replaced;
 use crate::vmm::devices::{Backing, Devices, Entry, Listed, SavedDevices, StateOf, Visit};
 use crate::wire::config::DeviceConfig;
@@ -24,8 +24,8 @@ use crate::wire::config::DeviceConfig;
 /// A device that was built and waits for its thread.
 pub(super) struct Attached {
     pub category: Category,
-    /// For its thread, before its filter: returns the worker's loop.
-    pub enter: Box<dyn FnOnce() -> Work + Send>,
+    /// For each of its threads, before its filter: returns the worker's loop.
+    pub enter: PerWorker<Box<dyn FnOnce() -> Work + Send>>,
     /// For control: its handle takes its place in the list.
     pub note: Box<dyn FnOnce(&mut Devices) -> Replaced>,
 }
@@ -90,9 +90,12 @@ impl Building {
     }
 
     /// What the device `id` of kind `K` begins with, and how many nanoseconds ago that was saved.
-    fn state<K: Listed>(&mut self, id: &str) -> Result<(Start, StateOf<K>, u64), ActionError> {
+    fn state<K: Listed>(
+        &mut self,
+        id: &str,
+    ) -> Result<(Start, PerWorker<StateOf<K>>, u64), ActionError> {
         let Some(saved) = &mut self.saved else {
-            return Ok((Start::default(), StateOf::<K>::default(), 0));
+            return Ok((Start::default(), PerWorker::default(), 0));
         };
         let list = K::saved(&mut saved.devices);
         let at = list.iter().position(|device| device.id == id);
@@ -105,8 +108,15 @@ impl Building {
             registers,
             worker,
             device,
+            others,
         } = list.remove(at).state;
-        Ok((Start::saved(registers, worker), device, saved.elapsed))
+        let others = others.into_iter().map(|share| (share.worker, share.device));
+        let saved_workers = PerWorker {
+            first: (worker, device),
+            others: others.collect(),
+        };
+        let (workers, devices) = saved_workers.unzip();
+        Ok((Start::saved(registers, workers), devices, saved.elapsed))
     }
 }
 
@@ -122,10 +132,10 @@ impl Visit for Building {
         let (start, state, elapsed) = self.state::<K>(config.id())?;
         self.builds.push(Box::new(move || {
             files::may_wait(format_args!("making the device `{}`", config.id()));
-            let device = K::build(&config, opened, &state, elapsed);
+            let devices = K::build(&config, opened, &state, elapsed);
             Box::new(move |attaching: &mut Attaching<'_>| {
                 let attached =
-                    device.and_then(|device| attaching.attach::<K>(&config, device, &start));
+                    devices.and_then(|devices| attaching.attach::<K>(&config, devices, &start));
                 attached.context(what)
             })
         }));
@@ -137,25 +147,30 @@ impl Attaching<'_> {
     fn attach<K: Listed>(
         &mut self,
         config: &K::Config,
-        device: K::Device,
+        devices: PerWorker<K::Device>,
         start: &Start,
     ) -> io::Result<Attached> {
         let id = config.id().to_owned();
         let irqfd = event()?;
         let for_kvm = irqfd.try_clone()?;
         let events = self.host.events;
-        let (ram, answers) = (self.memory.ram().clone(), events.outbox());
-        let (registers, mut worker, handle) =
-            virtio::attach(device, &id, start, ram, irqfd, answers, events.outbox())?;
-        worker.poll_up_to(K::poll_us(config).unwrap_or(POLL_DEFAULT_MICROS));
+        let (answers, failures) = (events.outbox(), events.outbox());
+        let ram = self.memory.ram();
+        let (registers, workers, handle) =
+            virtio::attach_all(devices, &id, start, ram, irqfd, &answers, &failures)?;
         self.place(registers, &for_kvm)?;
-        Ok(Attached {
-            category: K::CATEGORY,
-            enter: Box::new(move || {
+        let micros = K::poll_us(config).unwrap_or(POLL_DEFAULT_MICROS);
+        let enter = workers.map(|mut worker| {
+            worker.poll_up_to(micros);
+            Box::new(move || {
                 worker.enter_thread();
                 // No filter has the calls for taking the worker apart.
-                Box::new(move || mem::forget(worker.run()))
-            }),
+                Box::new(move || mem::forget(worker.run())) as Work
+            }) as Box<dyn FnOnce() -> Work + Send>
+        });
+        Ok(Attached {
+            category: K::CATEGORY,
+            enter,
             note: Box::new(move |devices| {
                 let list = &mut K::list(devices).0;
                 let entry = list.iter_mut().find(|entry| entry.config.id() == id);

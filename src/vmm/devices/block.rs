@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io;
 
-use super::limits::{limiter, limiter_update};
-use super::{Kind, check_poll_us};
+use super::limits::{change_number, limiter, limiter_update};
+use super::{Kind, check_poll_us, check_queues};
 use crate::error::{ActionError, Context};
 use crate::files::open::{OpenOverlay, open_direct_disk, open_disk};
 use crate::overlay::Durability;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
+use crate::virtio::PerWorker;
 use crate::virtio::block::{self, BlockState, Disk};
 use crate::wire::config::{
     CacheType, Drive, DriveOverlay, DriveUpdate, IoEngine, RateLimiterConfig,
@@ -41,6 +42,21 @@ impl Opened {
     }
 }
 
+/// The disk in `file` for each queue of `drive`.
+fn disks(drive: &Drive, file: File) -> io::Result<PerWorker<Disk>> {
+    let mut files = PerWorker::from(file);
+    for _ in 1..Block::queues(drive) {
+        files.others.push(files.first.try_clone()?);
+    }
+    files.try_map(|file| {
+        let disk = Disk::new(file, drive.read_only()).map_err(io::Error::other)?;
+        Ok(match drive.is_direct() {
+            true => disk.past_cache(),
+            false => disk,
+        })
+    })
+}
+
 impl Kind for Block {
     type Config = Drive;
     type Opened = Opened;
@@ -59,6 +75,14 @@ impl Kind for Block {
             )));
         }
         check_poll_us("Drive config error: ", id, drive.poll_us)?;
+        check_queues("Drive config error: ", id, drive.queues)?;
+        if drive.overlay.is_some() && Self::queues(drive) > 1 {
+            return Err(ActionError(format!(
+                "Drive config error: `{id}` has an overlay, whose map is kept by one thread, and {} queues: leave \
+                 out `queues` or the overlay",
+                Self::queues(drive)
+            )));
+        }
         let root = others.find(|other| other.is_root_device && other.drive_id != *id);
         if let Some(root) = root.filter(|_| drive.is_root_device) {
             return Err(ActionError(format!(
@@ -83,6 +107,10 @@ impl Kind for Block {
         drive.io_engine = Some(drive.io_engine.unwrap_or(IoEngine::Sync));
         drive.rate_limiter = RateLimiterConfig::in_force(drive.rate_limiter);
         Ok(())
+    }
+
+    fn queues(drive: &Drive) -> usize {
+        drive.queues.unwrap_or(1).into()
     }
 
     fn poll_us(drive: &Drive) -> Option<u16> {
@@ -149,13 +177,12 @@ impl Kind for Block {
     fn build(
         drive: &Drive,
         opened: Opened,
-        state: &BlockState,
+        states: &PerWorker<BlockState>,
         elapsed: u64,
-    ) -> io::Result<block::Block> {
+    ) -> io::Result<PerWorker<block::Block>> {
         let Opened { file, overlay, .. } = opened;
-        let disk = match overlay {
-            None if drive.is_direct() => Disk::new(file, drive.read_only()).map(Disk::past_cache),
-            None => Disk::new(file, drive.read_only()),
+        let disks = match overlay {
+            None => disks(drive, file)?,
             Some(open) => {
                 let durability = match (&drive.overlay, drive.cache_type) {
                     (Some(DriveOverlay::Memory { .. }), _) => Durability::Volatile,
@@ -165,16 +192,16 @@ impl Kind for Block {
                 let overlay = open.load(durability).map_err(|refusal| {
                     io::Error::other(format!("the overlay of `{}` {refusal}", drive.drive_id))
                 })?;
-                Disk::with_overlay(file, overlay)
+                let disk = Disk::with_overlay(file, overlay);
+                disk.map_err(io::Error::other)?.into()
             }
         };
-        let disk = disk.map_err(io::Error::other)?;
-        block::Block::new(
-            disk,
+        block::Block::for_queues(
+            disks,
             &drive.drive_id,
             drive.has_flush(),
             limiter(drive.rate_limiter),
-            state,
+            states,
             elapsed,
         )
     }
@@ -225,8 +252,8 @@ impl Kind for Block {
         drive: &Drive,
         update: &DriveUpdate,
         passed: &mut Passed,
-    ) -> Result<block::Update, ActionError> {
-        let disk = match &update.path_on_host {
+    ) -> Result<PerWorker<block::Update>, ActionError> {
+        let disks = match &update.path_on_host {
             Some(source) => {
                 let open = if drive.is_direct() {
                     open_direct_disk
@@ -234,17 +261,18 @@ impl Kind for Block {
                     open_disk
                 };
                 let file = open(source, drive.read_only(), passed)?;
-                Some(Box::new(Disk::new(file, drive.read_only()).bare()?))
+                disks(drive, file).bare()?.map(Some)
             }
-            None => None,
+            None => PerWorker::try_make(Self::queues(drive), |_| Ok::<_, ActionError>(None))?,
         };
-        let limits = limiter_update(update.rate_limiter);
-        let reset = update.reset_overlay.then(Box::<block::Reset>::default);
-        Ok(block::Update {
-            disk,
-            reset,
-            limits,
-        })
+        let number = change_number();
+        Ok(disks.map(|disk| block::Update {
+            disk: disk.map(Box::new),
+            // Of a drive with an overlay, there is one.
+            reset: update.reset_overlay.then(Box::<block::Reset>::default),
+            limits: limiter_update(update.rate_limiter),
+            number,
+        }))
     }
 
     fn note_update(drive: &mut Drive, update: DriveUpdate) {

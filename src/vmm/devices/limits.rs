@@ -1,5 +1,7 @@
 //! From the limits that clients ask for to those that devices keep.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::rate_limiter::{BucketUpdate, RateLimiter, RateLimiterUpdate, TokenBucket};
 use crate::wire::config::{RateLimiterConfig, TokenBucketConfig};
 
@@ -25,6 +27,13 @@ pub(super) fn limiter_update(config: Option<RateLimiterConfig>) -> RateLimiterUp
         bandwidth: update(config.bandwidth),
         ops: update(config.ops),
     }
+}
+
+/// The number of a change: greater than those of all changes before it. Workers that share limits change them
+/// once.
+pub(super) fn change_number() -> u64 {
+    static CHANGES: AtomicU64 = AtomicU64::new(1);
+    CHANGES.fetch_add(1, Ordering::Relaxed)
 }
 
 /// The bucket that `config` asks for, if it is one.

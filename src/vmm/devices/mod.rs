@@ -18,9 +18,11 @@ use super::change::{Change, Edit, edit};
 use crate::error::ActionError;
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
-use crate::virtio::{Device, DeviceControl, DeviceHandle, DeviceState};
+use crate::virtio::{
+    Device, DeviceControl, DeviceHandle, DeviceState, Gathered, PerWorker, WorkerReply,
+};
 use crate::wire::config::{self as wire, AnyDevice, AnyUpdate, DeviceConfig, each_device_kind};
-use crate::wire::limits::{DEVICES_MAX, POLL_US_MAX};
+use crate::wire::limits::{DEVICES_MAX, POLL_US_MAX, QUEUES_MAX};
 
 /// One kind of device, as control handles it. Of these steps only the two that open may wait for
 /// the host: they have all they need, and may run on another thread.
@@ -35,6 +37,9 @@ pub trait Kind: Sized + 'static {
     const CATEGORY: Category;
     /// Its thread is called this and the device's id.
     const THREAD: &'static str;
+
+    /// How many queues, or pairs of them, the guest may use: each has a worker.
+    fn queues(config: &Self::Config) -> usize;
 
     /// Checks `config` beside the others of its kind, and fills in what it leaves out.
     ///
@@ -77,17 +82,17 @@ pub trait Kind: Sized + 'static {
     /// The host's.
     fn copy(opened: &Self::Opened) -> io::Result<Self::Opened>;
 
-    /// Makes the device of what was opened and of its state, which was saved `elapsed` nanoseconds ago.
-    /// May wait.
+    /// Makes the device of what was opened and of its state, which was saved `elapsed` nanoseconds ago: one for
+    /// each worker, and in `states` as many as were saved. May wait.
     ///
     /// # Errors
-    /// The host's, or why the device cannot go on from `state`.
+    /// The host's, or why the device cannot go on from `states`.
     fn build(
         config: &Self::Config,
         opened: Self::Opened,
-        state: &StateOf<Self>,
+        states: &PerWorker<StateOf<Self>>,
         elapsed: u64,
-    ) -> io::Result<Self::Device>;
+    ) -> io::Result<PerWorker<Self::Device>>;
 
     /// Checks a change to the device of `config`; none if there is no such device.
     ///
@@ -103,7 +108,7 @@ pub trait Kind: Sized + 'static {
         false
     }
 
-    /// Opens what `update` names, for the device of `config`. May wait.
+    /// Opens what `update` names, for each worker of the device of `config`. May wait.
     ///
     /// # Errors
     /// Why it cannot be used.
@@ -111,7 +116,7 @@ pub trait Kind: Sized + 'static {
         config: &Self::Config,
         update: &<Self::Config as DeviceConfig>::Update,
         passed: &mut Passed,
-    ) -> Result<<Self::Device as Device>::Update, ActionError>;
+    ) -> Result<PerWorker<<Self::Device as Device>::Update>, ActionError>;
 
     /// Notes `update` in `config`.
     fn note_update(config: &mut Self::Config, update: <Self::Config as DeviceConfig>::Update);
@@ -130,6 +135,19 @@ fn check_poll_us(section: &str, id: &str, poll_us: Option<u16>) -> Result<(), Ac
     }
 }
 
+/// Checks the `queues` of the device `id`.
+///
+/// # Errors
+/// There are none, or too many; `section` comes before that.
+fn check_queues(section: &str, id: &str, queues: Option<u16>) -> Result<(), ActionError> {
+    match queues {
+        Some(queues) if !(1..=QUEUES_MAX).contains(&usize::from(queues)) => Err(ActionError(
+            format!("{section}queues {queues} of `{id}` is out of range [1, {QUEUES_MAX}]"),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// What is saved of a device of kind `K` itself.
 pub type StateOf<K> = <<K as Kind>::Device as Device>::State;
 
@@ -144,6 +162,10 @@ pub struct Entry<K: Kind> {
 
 /// What there is for a device.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are at most 19, and a box would be an allocation at the start for each"
+)]
 pub enum Backing<K: Kind> {
     /// What was opened for it.
     Opened(K::Opened),
@@ -169,9 +191,13 @@ impl<K: Kind> Default for List<K> {
 }
 
 impl<K: Kind> Entry<K> {
-    /// The name of its thread. Tools know it.
-    fn thread(&self) -> String {
-        format!("{} {}", K::THREAD, self.config.id())
+    /// The names of its threads, of which tools know the first.
+    fn threads(&self) -> impl Iterator<Item = String> {
+        let (kind, id) = (K::THREAD, self.config.id());
+        (0..K::queues(&self.config)).map(move |worker| match worker {
+            0 => format!("{kind} {id}"),
+            _ => format!("{kind}{worker} {id}"),
+        })
     }
 }
 
@@ -404,6 +430,18 @@ macro_rules! declare {
                 std::iter::empty()$(.chain(self.$list.running()))+
             }
 
+            /// What comes of a worker's answer: that of its device, once each of its workers has answered.
+            pub fn gather(&self, mut reply: WorkerReply) -> Option<WorkerReply> {
+                for device in self.running() {
+                    match device.gather(reply) {
+                        Gathered::Other(other) => reply = other,
+                        Gathered::Partly => return None,
+                        Gathered::Whole(whole) => return Some(whole),
+                    }
+                }
+                Some(reply)
+            }
+
             /// Has `visit` see each device, in the order of slots.
             ///
             /// # Errors
@@ -417,7 +455,7 @@ macro_rules! declare {
 
             /// The names of their threads, in the order of slots.
             pub fn threads(&self) -> impl Iterator<Item = String> {
-                std::iter::empty()$(.chain(self.$list.0.iter().map(Entry::thread)))+
+                std::iter::empty()$(.chain(self.$list.0.iter().flat_map(Entry::threads)))+
             }
 
             /// Checks that there are not too many.

@@ -2,13 +2,14 @@
 
 use std::io;
 
-use super::limits::{limiter, limiter_update};
+use super::limits::{change_number, limiter, limiter_update};
 use super::{Kind, check_poll_us};
 use crate::error::{ActionError, Context};
 use crate::files::open::{TAP, tap_from};
 use crate::seccomp::Category;
 use crate::sys::passed::Passed;
 use crate::sys::tap::Tap;
+use crate::virtio::PerWorker;
 use crate::virtio::net::{self, NetState};
 use crate::wire::config::{NetworkInterface, NetworkUpdate, RateLimiterConfig, Source};
 use crate::wire::limits::{MTU_MIN, TAP_NAME_MAX};
@@ -74,6 +75,10 @@ impl Kind for Net {
         Ok(())
     }
 
+    fn queues(_: &NetworkInterface) -> usize {
+        1
+    }
+
     fn poll_us(network: &NetworkInterface) -> Option<u16> {
         network.poll_us
     }
@@ -107,18 +112,19 @@ impl Kind for Net {
     fn build(
         network: &NetworkInterface,
         tap: Tap,
-        state: &NetState,
+        states: &PerWorker<NetState>,
         elapsed: u64,
-    ) -> io::Result<net::Net> {
+    ) -> io::Result<PerWorker<net::Net>> {
         net::Net::new(
             tap,
             network.guest_mac.map(|mac| mac.0),
             network.mtu,
             limiter(network.rx_rate_limiter),
             limiter(network.tx_rate_limiter),
-            state,
+            &states.first,
             elapsed,
         )
+        .map(PerWorker::from)
     }
 
     fn check_update(
@@ -138,11 +144,13 @@ impl Kind for Net {
         _: &NetworkInterface,
         update: &NetworkUpdate,
         _: &mut Passed,
-    ) -> Result<net::Update, ActionError> {
+    ) -> Result<PerWorker<net::Update>, ActionError> {
         Ok(net::Update {
             rx_limits: limiter_update(update.rx_rate_limiter),
             tx_limits: limiter_update(update.tx_rate_limiter),
-        })
+            number: change_number(),
+        }
+        .into())
     }
 
     fn note_update(network: &mut NetworkInterface, update: NetworkUpdate) {

@@ -112,6 +112,10 @@ pub struct Drive {
     /// [`POLL_US_MAX`](crate::wire::limits::POLL_US_MAX), 0 for not at all. Reported when it was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u16>,
+    /// How many queues the guest may use, each with a thread: 1 to
+    /// [`QUEUES_MAX`](crate::wire::limits::QUEUES_MAX). Reported when it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
 }
 
 impl DeviceConfig for Drive {
@@ -152,6 +156,7 @@ impl Drive {
             io_engine: None,
             socket: None,
             poll_us: None,
+            queues: None,
         }
     }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mayfly::wire::config::{BootSource, Drive, DriveOverlay, MachineConfig, NetworkInterface};
+use mayfly::wire::limits::QUEUES_MAX;
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
 use super::snapshot::Restoring;
@@ -197,7 +198,11 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     let mut unnamed = 0..;
     let drives = words.all("--drive", |text| {
         let (id, text) = split_id(text);
-        Ok((id, drive(&text)?))
+        let given = drive(&text)?;
+        match given.queues {
+            None => Ok((id, given)),
+            Some(_) => Err("a guest that was saved keeps its queues; leave out :queues=".into()),
+        }
     })?;
     for (id, given) in drives {
         let id = id.unwrap_or_else(|| drive_id(unnamed.next().unwrap_or(0)));
@@ -300,6 +305,7 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
             is_root_device: index == 0 && !has_root,
             is_read_only: Some(given.read_only),
             overlay: given.overlay,
+            queues: given.queues,
             ..Drive::new(drive_id(index), given.image)
         });
     }
@@ -347,15 +353,32 @@ pub struct GivenDrive {
     pub read_only: bool,
     /// What takes the guest's writes.
     pub overlay: Option<DriveOverlay>,
+    /// How many queues the guest may use.
+    pub queues: Option<u16>,
+}
+
+/// `:queues=N` at the end of what is given, and what is before it.
+fn queues(text: &str) -> Result<(&str, Option<u16>), Why> {
+    let Some((rest, count)) = text.rsplit_once(":queues=") else {
+        return Ok((text, None));
+    };
+    let number = count.parse().ok();
+    let number = number.filter(|number| (1..=QUEUES_MAX).contains(&usize::from(*number)));
+    match number {
+        Some(number) => Ok((rest, Some(number))),
+        None => Err(format!("queues={count} is not a number from 1 to {QUEUES_MAX}").into()),
+    }
 }
 
 /// Reads `FILE`, `FILE:ro`, `FILE:overlay=FILE` or `FILE:overlay=memory`; a file of the name memory is
-/// written `./memory`.
+/// written `./memory`. At the end there may be `:queues=N`.
 fn drive(text: &str) -> Result<GivenDrive, Why> {
+    let (text, queues) = queues(text)?;
     let given = |image: &str, read_only, overlay| GivenDrive {
         image: image.into(),
         read_only,
         overlay,
+        queues,
     };
     if let Some((image, place)) = text.split_once(":overlay=") {
         let overlay = match place {
@@ -566,6 +589,31 @@ mod tests {
             drive("a:overlay=./memory").unwrap().overlay,
             Some(file("./memory"))
         );
+    }
+
+    #[test]
+    fn drive_when_it_has_several_queues_says_how_many() {
+        for (text, image, read_only, queues) in [
+            ("a", "a", false, None),
+            ("a:queues=1", "a", false, Some(1)),
+            ("a:ro:queues=16", "a", true, Some(16)),
+            ("a:queues", "a:queues", false, None),
+        ] {
+            let given = drive(text).unwrap();
+            assert_eq!(given.image, image.into(), "{text}");
+            assert_eq!((given.read_only, given.queues), (read_only, queues));
+        }
+        for text in ["a:queues=0", "a:queues=17", "a:queues=", "a:queues=x"] {
+            assert!(drive(text).is_err(), "{text}");
+        }
+        let parsed = options("--kernel k --drive a:queues=3").machine;
+        let Machine::Plain(config, _) = parsed else {
+            panic!("{parsed:?}")
+        };
+        assert_eq!(config.devices.drives[0].queues, Some(3));
+        let words = "--snapshot d --drive a:queues=3".split(' ');
+        let refused = parse(words.map(Into::into).collect()).unwrap_err();
+        assert!(refused.to_string().contains("leave out :queues="));
     }
 
     #[test]

@@ -248,6 +248,7 @@ impl Restoring {
             image: source(saved)?,
             read_only: drive.read_only(),
             overlay,
+            queues: None,
         })
     }
 

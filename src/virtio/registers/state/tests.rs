@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::super::super::share::Division;
 use super::super::super::testing::{negotiate, read32, set_queue, write32};
 use super::super::{DriverMsg, Offer, driver_messages, reg};
 use super::*;
@@ -23,11 +24,12 @@ fn registers_of(
         device_id: 2,
         features: OFFERED,
         feature_names: |features| format!("{features:#x}"),
-        max_sizes: &[256, 64],
+        division: Division::whole(&[256, 64]),
         config: ConfigSpace::new().with(0, &[config]),
     };
     let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
-    let registers = Registers::new(offer, state, interrupt, sender).map_err(|e| e.to_string())?;
+    let registers =
+        Registers::new(offer, state, interrupt, sender.into()).map_err(|e| e.to_string())?;
     Ok((registers, inbox, line))
 }
 

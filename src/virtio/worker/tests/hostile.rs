@@ -92,7 +92,7 @@ fn try_one<D: Device>(
     let state: DeviceState<D::State> =
         serde_json::from_str(&text).map_err(|error| error.to_string())?;
     let device = make(&state.device).map_err(|error| error.to_string())?;
-    let start = Start::saved(state.registers, state.worker);
+    let start = Start::saved(state.registers, state.worker.into());
     let running = Running::new(device, &start, ram).map_err(|error| error.to_string())?;
     // It can be saved again, goes on, answers, and comes back from a reset.
     let again = running.state();
@@ -211,7 +211,7 @@ fn features_when_the_device_does_not_have_them_are_named() {
     bench.handle.save(2).unwrap();
     next(&bench.replies);
     let saved = bench.handle.take_saved().unwrap();
-    let start = Start::saved(saved.registers, saved.worker);
+    let start = Start::saved(saved.registers, saved.worker.into());
     // Without flushes.
     let limiter = RateLimiter::default();
     let block = Block::new(disk(64), "disk", false, limiter, &saved.device, 0).unwrap();
@@ -245,7 +245,7 @@ fn registers_and_worker_when_they_disagree_are_refused() {
         saved.registers.status = status;
         saved.registers.needs_reset = needs_reset;
         saved.worker.phase = phase;
-        let start = Start::saved(saved.registers, saved.worker);
+        let start = Start::saved(saved.registers, saved.worker.into());
         let made = bench_of(new_block(), &bench.ram, &start);
         let error = made
             .err()

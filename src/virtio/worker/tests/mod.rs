@@ -1,11 +1,12 @@
 //! The loop with the block device, whose units end what they begin. `delayed` has the loop with
-//! requests in flight, `polling` with a clock of the test's, `slow` with units that take long, `saved` with workers that are saved and made
+//! requests in flight, `polling` with a clock of the test's, `slow` with units that take long, `several` with workers that share a device, `saved` with workers that are saved and made
 //! anew, `hostile` with states that were spoilt.
 
 mod delayed;
 mod hostile;
 mod polling;
 mod saved;
+mod several;
 mod slow;
 
 use super::super::block::{self, Block, BlockState, Disk};
@@ -332,6 +333,7 @@ fn update_when_applied_answers_with_config_and_the_old_file() {
             ops: BucketUpdate::Replace(TokenBucket::new(1, 0, 100)),
             ..RateLimiterUpdate::default()
         },
+        number: 0,
     };
     bench.handle.update(1, update).unwrap();
     let Done::Updated {
@@ -401,6 +403,7 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
                 bandwidth: BucketUpdate::Replace(TokenBucket::new(1000, 0, 10)),
                 ..RateLimiterUpdate::default()
             },
+            number: 0,
         };
         handle.update(round, update).unwrap();
         handle.resume(round).unwrap();

@@ -64,6 +64,7 @@ impl Device for Looked {
         Arc::new(())
     }
 
+    fn add_counters((): &(), (): &()) {}
     fn read_counters((): &(), _: &WorkerCounters, _: &str, _: &mut Report) {}
 
     fn sources(&self) -> Vec<RawFd> {

@@ -22,7 +22,10 @@ struct Host {
 fn device(ram: &Ram, file: &File, saved: Option<BlockDevice>) -> io::Result<Bench> {
     let disk = Disk::new(file.try_clone().unwrap(), false).unwrap();
     let (start, state) = match saved {
-        Some(saved) => (Start::saved(saved.registers, saved.worker), saved.device),
+        Some(saved) => (
+            Start::saved(saved.registers, saved.worker.into()),
+            saved.device,
+        ),
         None => (Start::default(), BlockState::default()),
     };
     let block = Block::new(disk, "disk", true, RateLimiter::default(), &state, 0)?;

@@ -47,6 +47,7 @@ impl Device for Slow {
         Arc::new(())
     }
 
+    fn add_counters((): &(), (): &()) {}
     fn read_counters((): &(), _: &WorkerCounters, _: &str, _: &mut Report) {}
 
     fn sources(&self) -> Vec<RawFd> {

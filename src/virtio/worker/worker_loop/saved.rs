@@ -26,7 +26,7 @@ impl<D: Device> WorkerLoop<D> {
         is_saved: bool,
     ) -> io::Result<()> {
         let invalid = |member| io::Error::other(StateError::Value(member));
-        if !state.queues.is_empty() && state.queues.len() != D::QUEUES.len() {
+        if !state.queues.is_empty() && state.queues.len() != self.queues.len() {
             return Err(invalid("queues"));
         }
         self.paused = is_saved;
@@ -62,6 +62,7 @@ impl<D: Device> WorkerLoop<D> {
     pub(super) fn save(&mut self, token: u64, mut buffer: Box<StateBuffer<D::State>>) {
         buffer.is_filled = self.paused && self.device.in_flight() == 0 && self.settle();
         let done = if buffer.is_filled {
+            self.break_with_others();
             if self.phase != Phase::Active {
                 // What it may still have of a ring that broke.
                 self.device.reset();
@@ -101,12 +102,12 @@ impl<D: Device> WorkerLoop<D> {
         self.phase = Phase::Active;
         self.runnable = QueueSet::ALL;
         self.empty = QueueSet::NONE;
-        let slots = self.queues.iter_mut().zip(D::QUEUES).enumerate();
+        let slots = self.queues.iter_mut().zip(self.share.sizes()).enumerate();
         for ((index, (slot, max_size)), state) in slots.zip(states) {
             *slot = match state {
                 Some(state) => {
-                    let queue = Queue::new(&state, *max_size, features, &self.ram);
-                    Some(queue.map_err(|why| Unserved::Ring(index, why))?)
+                    let queue = Queue::new(&state, max_size, features, &self.ram);
+                    Some(queue.map_err(|why| Unserved::Ring(self.share.number_of(index), why))?)
                 }
                 None => None,
             };

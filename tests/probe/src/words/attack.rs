@@ -142,6 +142,7 @@ struct Target {
     arena: Arena,
     queue: Queue,
     number: u32,
+    features: u64,
     /// The device's other queue, which stays as it should be.
     other: Option<(u32, Queue)>,
     /// Some memory for requests: a block header at its start, a status byte at 16, data at 512.
@@ -228,14 +229,17 @@ pub fn health(device: u64) -> Result<(), Text> {
 impl Target {
     fn set_up(device: u64, queue: Option<u64>, count: u64) -> Result<Self, Text> {
         let mut device = Device::find(device)?;
-        let queues = match device.id {
-            BLOCK => 1,
-            NET => 2,
+        let (usual, several) = match device.id {
+            BLOCK => (1, block::feature::MQ),
+            NET => (2, net::feature::MQ | net::feature::CTRL_VQ),
             id => return Err(text!("device of type {id}")),
         };
-        let number = queue.unwrap_or(queues - 1) as u32;
+        let number = queue.unwrap_or(usual - 1) as u32;
+        // Queues beyond the usual ones are there for who has accepted that.
+        let queues = usual.max(u64::from(number) + 1);
+        let features = if queues > usual { several } else { 0 };
         let mut arena = Arena::new();
-        device.negotiate(0)?;
+        device.negotiate(features)?;
         let (mut attacked, mut other) = (None, None);
         for i in 0..queues as u32 {
             let queue = device.queue(&mut arena, i, 256)?;
@@ -252,6 +256,7 @@ impl Target {
             arena,
             queue: attacked.ok_or("no such queue")?,
             number,
+            features,
             other,
             memory,
             count,
@@ -388,7 +393,7 @@ impl Target {
     /// Sets up again as far as FEATURES_OK, with empty rings and with the other queue as it
     /// should be: for attacks on the queue registers.
     fn again(&mut self) -> Result<(), Text> {
-        self.device.negotiate(0)?;
+        self.device.negotiate(self.features)?;
         self.queue.set_avail_index(0);
         x86::store(self.queue.used + 2, 2, 0);
         if let Some((number, queue)) = &self.other {

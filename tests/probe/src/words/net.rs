@@ -24,6 +24,7 @@ pub mod feature {
     pub const HOST_TSO4: u64 = 1 << 11;
     pub const HOST_TSO6: u64 = 1 << 12;
     pub const MRG_RXBUF: u64 = 1 << 15;
+    pub const CTRL_VQ: u64 = 1 << 17;
     pub const MQ: u64 = 1 << 22;
     /// What the words ask for; checksums and segmentation only with `offload`.
     pub const PLAIN: u64 = MTU | MAC | MRG_RXBUF;
