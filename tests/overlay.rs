@@ -8,6 +8,7 @@ mod pair;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -385,6 +386,21 @@ fn refused_or_at_start(api: &Api, base: &Path, overlay: &Path) -> String {
 }
 
 #[test]
+fn overlay_when_refused_leaves_no_file_that_was_made_for_it() {
+    let folder = Folder::new();
+    let base = folder.disk("base", (2 << 40) + 4096);
+    let (overlay, own) = (folder.join("overlay"), folder.disk("own", 0));
+    let (_monitor, api) = Monitor::unconfigured(&folder);
+    for path in [&overlay, &own] {
+        let drive = json!({"drive_id": "d", "path_on_host": base, "is_root_device": false, "overlay": in_file(path)});
+        let why = api.refused("PUT", "/drives/d", drive);
+        assert!(why.contains("cannot be made"), "{why}");
+    }
+    assert!(!overlay.exists());
+    assert!(own.exists());
+}
+
+#[test]
 fn drive_when_put_again_keeps_its_overlay_and_shows_it() {
     needs!(kvm);
     let folder = Folder::new();
@@ -557,6 +573,47 @@ fn clones_when_a_plain_disk_becomes_their_base_share_it() {
     }
     drop(clones);
     assert!(fs::read(&base).unwrap() == before);
+}
+
+/// Without a flush: as on a disk that is a plain file.
+#[test]
+fn writes_when_the_monitor_ends_in_order_are_all_there_at_the_next_start() {
+    needs!(kvm);
+    type End = fn(&mut Monitor, &Api);
+    let ends: [(&str, End); 4] = [
+        ("reset", |monitor, _| ends(monitor)),
+        ("triple", |monitor, _| {
+            monitor.type_in("triple\n");
+            monitor.wait();
+        }),
+        ("SIGTERM", |monitor, _| {
+            common::sys::kill(monitor.pid(), libc::SIGTERM);
+            assert_eq!(monitor.wait().signal(), Some(libc::SIGTERM));
+        }),
+        ("paused, SIGTERM", |monitor, api| {
+            api.patch("/vm", json!({"state": "Paused"}));
+            common::sys::kill(monitor.pid(), libc::SIGTERM);
+            assert_eq!(monitor.wait().signal(), Some(libc::SIGTERM));
+        }),
+    ];
+    for (seed, (name, end)) in (40..).zip(ends) {
+        let folder = Folder::new();
+        let base = base(&folder, 1);
+        let overlay = folder.join("overlay");
+        let mut config = machine("shell", &base, in_file(&overlay));
+        config["drives"][0]["cache_type"] = json!("Writeback");
+        let (mut monitor, api) = boot(&folder, &config);
+        does(
+            &mut monitor,
+            &[&format!("blkwrite:0:8:64:{seed}"), "blkzero:0:800:16"],
+        );
+        end(&mut monitor, &api);
+        let (disk, before) = seen(&base, &overlay);
+        let mut expected = before;
+        pattern::fill(seed, 8, &mut expected[8 * 512..72 * 512]);
+        expected[800 * 512..816 * 512].fill(0);
+        assert!(disk == expected, "{name}");
+    }
 }
 
 /// Kills monitors at random moments while their guests write, and looks at what is left: all that was flushed, or all

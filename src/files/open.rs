@@ -146,18 +146,24 @@ fn open_disk_as(
     }
 }
 
-/// Makes the file at `path`, unless there is one.
-fn made_if_missing(path: &str) -> io::Result<()> {
+/// Makes the file at `path`, unless there is one; whether it was made.
+fn made_if_missing(path: &str) -> io::Result<bool> {
     let mut options = OpenOptions::new();
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     options
         .write(true)
-        .create(true)
         .truncate(false)
         // What a guest has in memory, or writes, is its own.
         .mode(0o600)
         .custom_flags(flags);
-    options.open(path).map(drop)
+    match options.clone().create_new(true).open(path) {
+        Ok(_) => Ok(true),
+        // Also a symbolic link to what is not there yet.
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            options.create(true).open(path).map(|_| false)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// Reads the state file of a snapshot that a machine can be made of.

@@ -12,7 +12,7 @@ use crate::files::Steps;
 use crate::serial::SerialEvent;
 use crate::sys::fd;
 use crate::vcpu::{End, GuestStatus};
-use crate::{error, info, log};
+use crate::{error, info, log, warn};
 
 /// How long clients' last answers may take to be written. As a rule they are at once; on a busy host
 /// the API thread may have to wait for a processor.
@@ -20,7 +20,41 @@ const ANSWERS_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the console and the log may take to be written out.
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
+/// How long devices may take to bring into their files what they keep of these.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Vmm {
+    /// Has every device that keeps something of its files in memory write that to them, in a bounded time: all that
+    /// was complete for the guest is there at the next start, as on a disk that is a plain file.
+    fn settle_devices(&mut self) {
+        let deadline = Instant::now() + SETTLE_PATIENCE;
+        let token = self.new_token();
+        let mut missing: Vec<String> = Vec::new();
+        for device in self.configuration.devices.unsettled() {
+            // What a pause does: nothing new begins, what is in flight ends, and then it settles.
+            if device.pause(token).is_ok() {
+                missing.push(device.name().to_owned());
+            } else {
+                unsettled(device.name());
+            }
+        }
+        while !missing.is_empty() {
+            match self.inbox.next_until(deadline) {
+                Some(Event::Answer(reply)) if reply.token == token => {
+                    if let Some(reply) = self.configuration.devices.gather(reply) {
+                        missing.retain(|name| **name != *reply.device);
+                    }
+                }
+                Some(Event::Files(finished)) => {
+                    self.file_work_finished(finished);
+                }
+                Some(other) => file_work::drop_unclosed(other),
+                None => break,
+            }
+        }
+        missing.iter().for_each(|name| unsettled(name));
+    }
+
     /// Writes out what the guest still had to say, as far as its place takes it; before the lines
     /// about the guest's end, since both may go to one place.
     pub(super) fn finish_console(&mut self) {
@@ -32,6 +66,7 @@ impl Vmm {
     /// The end: the last line of metrics, the last answers and the last lines of the log are
     /// written, as far as that can be done in a bounded time.
     pub(super) fn finish(&mut self) {
+        self.settle_devices();
         self.write_metrics(Vec::new());
         self.await_files(Instant::now() + FINISH_PATIENCE);
         // Clients that wait for a pause or an update are told that the microVM is ending.
@@ -106,4 +141,11 @@ impl Vmm {
         self.files.submit(Some(FINISH_PATIENCE), work).ok()?;
         name.recv_timeout(FINISH_PATIENCE).ok()?
     }
+}
+
+fn unsettled(name: &str) {
+    warn!(
+        "The disk `{name}` does not answer: of what the guest wrote to it and did not flush, some may be missing at the \
+         next start."
+    );
 }

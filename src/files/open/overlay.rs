@@ -31,23 +31,37 @@ fn disk_size(mut disk: &File) -> io::Result<u64> {
 
 impl OpenOverlay {
     /// Opens the overlay that `source` names, or makes it, over the disk `base`, which `base_source` names; or takes it
-    /// from `before`, where it is open in this process already.
+    /// from `before`, where it is open in this process already. What was made for one that is refused goes again.
     ///
     /// # Errors
     /// When it is missing and cannot be made, not permitted, no regular file, the overlay of another disk, damaged, or in
     /// use.
     pub fn file(
         source: &Source,
+        base: (&Source, &File),
+        before: Option<&OpenOverlay>,
+        passed: &mut Passed,
+    ) -> Result<Self, ActionError> {
+        let Source::Named(path) = source else {
+            return OpenOverlay::existing(source, base, before, passed);
+        };
+        OVERLAY.may_wait("making", source);
+        let made = made_if_missing(path).map_err(|cause| OVERLAY.not_opened(source, &cause))?;
+        let opened = OpenOverlay::existing(source, base, before, passed);
+        if made && opened.is_err() {
+            // It is empty: nothing is lost if it stays.
+            let _ = rustix::fs::unlinkat(rustix::fs::CWD, path, rustix::fs::AtFlags::empty());
+        }
+        opened
+    }
+
+    fn existing(
+        source: &Source,
         (base_source, base): (&Source, &File),
         before: Option<&OpenOverlay>,
         passed: &mut Passed,
     ) -> Result<Self, ActionError> {
         let purpose = &OVERLAY;
-        if let Source::Named(path) = source {
-            purpose.may_wait("making", source);
-            let made = made_if_missing(path);
-            made.map_err(|cause| purpose.not_opened(source, &cause))?;
-        }
         let (mut file, metadata) = purpose.open(source, passed)?;
         if !metadata.is_file() {
             return Err(purpose.wrong_kind(source, &metadata));

@@ -117,6 +117,11 @@ impl Kind for Block {
         drive.poll_us
     }
 
+    /// The map of an overlay reaches its file at a flush.
+    fn is_unsettled(drive: &Drive) -> bool {
+        matches!(drive.overlay, Some(DriveOverlay::File { .. })) && drive.has_flush()
+    }
+
     fn is_first(drive: &Drive) -> bool {
         drive.is_root_device
     }

@@ -58,6 +58,11 @@ pub trait Kind: Sized + 'static {
         false
     }
 
+    /// Whether it keeps something of its files that has to be written when the guest ends.
+    fn is_unsettled(_config: &Self::Config) -> bool {
+        false
+    }
+
     /// `opened` once more, for a new configuration of the device, where opening again is not possible.
     ///
     /// # Errors
@@ -255,6 +260,15 @@ impl<K: Listed> List<K> {
         })
     }
 
+    fn unsettled(&self) -> impl Iterator<Item = &dyn DeviceControl> {
+        self.0.iter().filter_map(|entry| match &entry.backing {
+            Backing::Running(handle) if K::is_unsettled(&entry.config) => {
+                Some(handle as &dyn DeviceControl)
+            }
+            _ => None,
+        })
+    }
+
     fn take_saved(&self) -> Option<Vec<SavedDevice<StateOf<K>>>> {
         let saved = self.0.iter().map(|entry| match &entry.backing {
             Backing::Opened(_) => None,
@@ -440,6 +454,11 @@ macro_rules! declare {
                     }
                 }
                 Some(reply)
+            }
+
+            /// Those that run, and keep something of their files that has to be written when the guest ends.
+            pub fn unsettled(&self) -> impl Iterator<Item = &dyn DeviceControl> {
+                std::iter::empty()$(.chain(self.$list.unsettled()))+
             }
 
             /// Has `visit` see each device, in the order of slots.
