@@ -7,6 +7,8 @@ mod common;
 
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use common::{Api, Folder, Monitor, Netns, needs};
 use serde_json::{Value, json};
@@ -275,4 +277,86 @@ impl Guest {
         });
         seconds_in(&self.said())
     }
+}
+
+/// Requests and bytes that the disk has served, between two moments.
+struct Served {
+    asked: Instant,
+    answered: Instant,
+    requests: f64,
+    bytes: f64,
+}
+
+impl Guest {
+    fn served(&self) -> Served {
+        let asked = Instant::now();
+        let (status, text) = self.api.request("GET", "/metrics", "");
+        let answered = Instant::now();
+        assert_eq!(status, 200);
+        let value = |begins: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(begins));
+            value.unwrap().trim().parse().unwrap()
+        };
+        let labels = r#"{device="disk0",operation="read"}"#;
+        Served {
+            asked,
+            answered,
+            requests: value(&format!("mayfly_block_operations_total{labels}")),
+            bytes: value(&format!("mayfly_block_bytes_total{labels}")),
+        }
+    }
+
+    /// The least and the greatest rate that the disk may have had in a time of about this, in what `count` tells of.
+    fn rate_over(&self, time: Duration, count: impl Fn(&Served) -> f64) -> (f64, f64) {
+        let before = self.served();
+        thread::sleep(time);
+        let after = self.served();
+        let done = count(&after) - count(&before);
+        let longest = after.answered - before.asked;
+        let shortest = after.asked - before.answered;
+        (done / longest.as_secs_f64(), done / shortest.as_secs_f64())
+    }
+}
+
+/// Half of what this host can do just now: what the guest is kept from is checked in each window; what it is allowed,
+/// in the best of some, since the host has other work too.
+#[test]
+fn limits_when_the_rate_is_high_are_kept_within_5_percent() {
+    needs!(kvm);
+    const WINDOW: Duration = Duration::from_secs(2);
+    const WINDOWS: usize = 15;
+    let folder = Folder::new();
+    let mut guest = guest_with_disk(&folder, Value::Null);
+    guest.type_word("blkload:0:randread:4096:32:600000");
+    guest
+        .monitor
+        .expect("blkload:0:randread:4096:32:600000 begun");
+    let of_requests: fn(&Served) -> f64 = |served| served.requests;
+    let of_bytes: fn(&Served) -> f64 = |served| served.bytes;
+    for (name, count) in [("ops", of_requests), ("bandwidth", of_bytes)] {
+        let (_, free) = guest.rate_over(Duration::from_secs(1), count);
+        // A bucket of 50 ms, which is 2.5 % of a window.
+        let size = (free / 2.0 * 0.05) as u64;
+        let limit = size as f64 / 0.05;
+        guest.limit_drive(json!({ name: {"size": size, "refill_time": 50} }));
+        let mut best = 0.0f64;
+        for window in 0..WINDOWS {
+            let (least, most) = guest.rate_over(WINDOW, count);
+            // What comes through is never more than the rate allows; the bucket may have been full at the beginning.
+            let allowed = limit * 1.05;
+            assert!(least <= allowed, "{name}: {least:.0} of {limit:.0}");
+            best = best.max(most / limit);
+            eprintln!(
+                "{name}, window {window}: {:.3} to {:.3} of the limit",
+                least / limit,
+                most / limit
+            );
+            if best >= 0.95 {
+                break;
+            }
+        }
+        assert!(best >= 0.95, "{name}: {best:.3} of the limit of {limit:.0}");
+        guest.limit_drive(json!({ name: {"size": 0, "refill_time": 0} }));
+    }
+    guest.monitor.child.kill().unwrap();
 }

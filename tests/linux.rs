@@ -248,3 +248,58 @@ fn linux_when_booted_from_an_initramfs_with_2_vcpus_uses_both_and_reboots() {
     assert_eq!(status.code(), Some(0), "{status}: {}", monitor.stdout());
     assert!(folder.read("log").contains("The guest reset its machine."));
 }
+
+/// The root file system after a guest worked on it: its journal is replayed, as at the next mount, and then it is whole.
+#[test]
+fn ext4_when_its_guest_has_ended_is_whole_whatever_the_end() {
+    needs!(kvm, "e2fsck", "debugfs");
+    let linux = common::linux();
+    for (mode, is_killed) in [
+        (json!({"cache_type": "Writeback"}), true),
+        (json!({"cache": "none"}), true),
+        (json!({"cache": "none"}), false),
+    ] {
+        let folder = Folder::new();
+        let disk = folder.join("rootfs.ext4");
+        fs::copy(&linux.disk, &disk).unwrap();
+        let mut drive = json!({"drive_id": "rootfs", "path_on_host": disk, "is_root_device": true});
+        for (key, value) in mode.as_object().unwrap() {
+            drive[key] = value.clone();
+        }
+        let then = if is_killed { "echo" } else { "reboot" };
+        let config = json!({
+            "boot-source": {
+                "kernel_image_path": linux.kernel,
+                "boot_args": format!("{} mayfly.run=write=synced,{then}", linux.cmdline),
+            },
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
+            "drives": [drive],
+        });
+        let mut monitor = Monitor::boot(&folder, &config);
+        monitor.expect_within("mayfly-guest: write done", LINUX_PATIENCE);
+        if is_killed {
+            monitor.child.kill().unwrap();
+            monitor.wait();
+        } else {
+            let status = monitor.wait_within(LINUX_PATIENCE);
+            assert_eq!(status.code(), Some(0), "{status}: {}", monitor.stdout());
+        }
+        let tool = |name: &str, args: &[&str]| {
+            let mut run = Command::new(name);
+            let run = run.args(args).arg(&disk);
+            run.env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+                .output()
+                .unwrap()
+        };
+        // Without a question; it does no more than replay the journal, or fails.
+        let replayed = tool("e2fsck", &["-p"]);
+        assert!(
+            matches!(replayed.status.code(), Some(0 | 1)),
+            "{mode}: {replayed:?}"
+        );
+        let checked = tool("e2fsck", &["-fn"]);
+        assert_eq!(checked.status.code(), Some(0), "{mode}: {checked:?}");
+        let cat = tool("debugfs", &["-R", "cat /written-by-guest"]);
+        assert_eq!(cat.stdout, b"synced\n", "{mode}: {cat:?}");
+    }
+}
