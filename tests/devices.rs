@@ -220,11 +220,50 @@ fn disk_when_shrunk_gives_errors_and_works_again_when_it_has_grown() {
     assert!(does(&mut monitor, "blkread:0:100:8").contains(" ok "));
 }
 
+/// Runs `test` on a thread of its own with the host as it is, then with one that forbids io_uring, and one that has none:
+/// threads do the work there.
+fn on_each_engine(test: fn()) {
+    for errno in [None, Some(libc::EPERM), Some(libc::ENOSYS)] {
+        let own = std::thread::spawn(move || {
+            if let Some(errno) = errno {
+                sys::forbid_io_uring(errno);
+            }
+            test();
+        });
+        own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+    }
+}
+
+#[test]
+fn completions_when_the_disk_is_slow_are_told_as_they_come() {
+    needs!(kvm, root);
+    on_each_engine(|| {
+        let folder = Folder::new();
+        let slow = Slow::mount(&folder.join("slow"), 1 << 20);
+        let config = probe_vm_with_disks("blktell:0:32", &[&slow.path()]);
+        let held = slow.hold();
+        let mut monitor = Monitor::boot(&folder, &config);
+        let held = held;
+        for told in 1..=32 {
+            // As many as the engine has at the disk at once, out of order.
+            let most = (33 - told).min(8);
+            common::wait_until("requests are at the disk", || held.count() >= most);
+            assert!(!monitor.stdout().contains(&format!("told {told}.")));
+            held.answer_last();
+            monitor.expect(&format!("told {told}."));
+        }
+        drop(held);
+        monitor.exits_with(0);
+        succeeded(&monitor.stdout(), "blktell:0:32");
+        drop(slow);
+    });
+}
+
 #[test]
 fn disk_when_its_fsync_hangs_holds_up_nothing_else() {
     needs!(kvm, root);
     // The disk is mounted for one thread and what it starts.
-    std::thread::spawn(|| {
+    on_each_engine(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
         let other = folder.disk("other", 4096);
@@ -247,9 +286,7 @@ fn disk_when_its_fsync_hangs_holds_up_nothing_else() {
         monitor.exits_with(0);
         // The folder can only be removed once nothing is mounted in it for us.
         drop(slow);
-    })
-    .join()
-    .unwrap_or_else(|e| std::panic::resume_unwind(e));
+    });
 }
 
 /// The value of the sample of `GET /metrics` that begins with `begins`.
@@ -264,7 +301,7 @@ fn metric(api: &Api, begins: &str) -> u64 {
 #[test]
 fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
     needs!(kvm, root);
-    std::thread::spawn(|| {
+    on_each_engine(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
         let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
@@ -298,9 +335,7 @@ fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
         api.patch("/vm", json!({"state": "Resumed"}));
         monitor.type_in("x\n");
         monitor.exits_with(0);
-    })
-    .join()
-    .unwrap_or_else(|e| std::panic::resume_unwind(e));
+    });
 }
 
 /// The part of a test in which the disk hangs. It ends that first of all, also by a panic: a
@@ -332,7 +367,7 @@ fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {
 #[test]
 fn disk_when_it_hangs_through_many_pauses_works_again_afterwards() {
     needs!(kvm, root);
-    std::thread::spawn(|| {
+    on_each_engine(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
         let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
@@ -369,15 +404,13 @@ fn disk_when_it_hangs_through_many_pauses_works_again_afterwards() {
         monitor.type_in("x\n");
         monitor.exits_with(0);
         drop(sent);
-    })
-    .join()
-    .unwrap_or_else(|e| std::panic::resume_unwind(e));
+    });
 }
 
 #[test]
 fn disk_when_its_fsync_hangs_and_the_guest_resets_it_waits_without_holding_up_the_api() {
     needs!(kvm, root);
-    std::thread::spawn(|| {
+    on_each_engine(|| {
         let folder = Folder::new();
         let slow = Slow::mount(&folder.join("slow"), 1 << 20);
         let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
@@ -406,9 +439,7 @@ fn disk_when_its_fsync_hangs_and_the_guest_resets_it_waits_without_holding_up_th
         succeeded(&monitor.stdout(), "blkread:0:0");
         monitor.type_in("x\n");
         monitor.exits_with(0);
-    })
-    .join()
-    .unwrap_or_else(|e| std::panic::resume_unwind(e));
+    });
 }
 
 #[test]

@@ -2,8 +2,16 @@
 
 use std::time::Instant;
 
+#[cfg(test)]
+thread_local! {
+    /// How often the calling thread has looked at the monotonic clock.
+    pub static LOOKS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// Nanoseconds of CLOCK_MONOTONIC.
 pub fn monotonic_nanos() -> u64 {
+    #[cfg(test)]
+    LOOKS.set(LOOKS.get() + 1);
     nanos(libc::CLOCK_MONOTONIC)
 }
 

@@ -25,7 +25,9 @@ pub enum Access {
     InMemory,
     /// It has a page cache, and reads can be told not to wait for what is not in that.
     Cached,
-    /// Any call may wait for as long as it likes.
+    /// It goes past the page cache, on a file system whose calls can be begun without waiting for their end.
+    Direct,
+    /// Any call may wait for as long as it likes, also one that an io_uring is only to begin: FUSE's do.
     MayWait,
 }
 
@@ -45,9 +47,7 @@ impl Access {
         if is_file && in_memory {
             return Ok(Access::InMemory);
         }
-        if fd::access(file)?.direct {
-            return Ok(Access::MayWait);
-        }
+        let is_direct = fd::access(file)?.direct;
         // That of a block device is not where its content is.
         let has_cache = matches!(
             kind,
@@ -56,10 +56,11 @@ impl Access {
                 | libc::BTRFS_SUPER_MAGIC
                 | libc::F2FS_SUPER_MAGIC
         );
-        match !is_file || has_cache {
-            true => Ok(Access::Cached),
-            false => Ok(Access::MayWait),
-        }
+        Ok(match (!is_file || has_cache, is_direct) {
+            (true, false) => Access::Cached,
+            (true, true) => Access::Direct,
+            (false, _) => Access::MayWait,
+        })
     }
 }
 
@@ -70,6 +71,7 @@ impl Access {
     /// As [`Alignment::of`].
     pub fn alignment(self, file: &File) -> io::Result<Alignment> {
         match self {
+            Access::Direct => Alignment::of(file),
             Access::MayWait if fd::access(file)?.direct => Alignment::of(file),
             _ => Ok(Alignment::NONE),
         }
@@ -366,6 +368,15 @@ impl Space {
 /// The host's, EOPNOTSUPP when the file has no such operation.
 pub fn change_space(file: &File, space: Space, offset: u64, len: u64) -> io::Result<()> {
     Ok(rustix::fs::fallocate(file, space.flags(), offset, len)?)
+}
+
+/// The same with a mode of fallocate's.
+///
+/// # Errors
+/// As [`change_space`].
+pub fn change_space_by(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+    let flags = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+    Ok(rustix::fs::fallocate(file, flags, offset, len)?)
 }
 
 /// Writes `len` zeros to `file`, from `offset` on.

@@ -66,6 +66,8 @@ pub struct Design<'a> {
     pub files: &'a [BorrowedFd<'a>],
     /// The most threads the kernel may use for what has to wait; 0 for as many as it likes.
     pub workers: u32,
+    /// Requests can be given to these threads at once ([`Ring::push_aside`]).
+    pub has_aside: bool,
 }
 
 /// A request that has ended.
@@ -131,11 +133,18 @@ impl<B: Bitmap + 'static> Ring<B> {
         submitter.register_files(files.get(..design.files.len()).unwrap_or_default())?;
         submitter.register_eventfd(completed.as_raw_fd())?;
         if design.workers > 0 {
-            // Kernels before 5.15 have no limit to set; the slots are one too.
-            let _ = submitter.register_iowq_max_workers(&mut [design.workers, 1]);
+            // What is pushed aside counts among requests that may take as long as they like: their file is looked up
+            // later (Linux 6.18). Kernels before 5.15 have no limit to set; the slots are one too.
+            let unbound = if design.has_aside { design.workers } else { 1 };
+            let mut limits = [design.workers, unbound];
+            let _ = submitter.register_iowq_max_workers(&mut limits);
         }
+        let flags = match design.has_aside {
+            true => squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC,
+            false => squeue::Flags::FIXED_FILE,
+        };
         let requires_registered = !design.operations.contains(&Operation::ReplaceFile);
-        restrict(&ring, design.operations, requires_registered)?;
+        restrict(&ring, design.operations, flags, requires_registered)?;
         Ok(Ring {
             ring,
             completed,
@@ -182,10 +191,37 @@ impl<B: Bitmap + 'static> Ring<B> {
         at: u64,
         pieces: impl Iterator<Item = (GuestAddress, usize)>,
     ) -> io::Result<()> {
+        self.push_with(squeue::Flags::empty(), slot, transfer, (file, at), pieces)
+    }
+
+    /// As [`Ring::push`], for a file that would have the calling thread wait where requests are begun: one of the
+    /// kernel's threads begins this one. The ring must have been made for it.
+    ///
+    /// # Errors
+    /// As [`Ring::push`].
+    pub fn push_aside(
+        &mut self,
+        slot: u16,
+        transfer: Transfer,
+        file: u32,
+        at: u64,
+        pieces: impl Iterator<Item = (GuestAddress, usize)>,
+    ) -> io::Result<()> {
+        self.push_with(squeue::Flags::ASYNC, slot, transfer, (file, at), pieces)
+    }
+
+    fn push_with(
+        &mut self,
+        flags: squeue::Flags,
+        slot: u16,
+        transfer: Transfer,
+        (file, at): (u32, u64),
+        pieces: impl Iterator<Item = (GuestAddress, usize)>,
+    ) -> io::Result<()> {
         let memory = self.memory.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         let is_write = transfer == Transfer::Write;
         self.slots.fill(slot, memory, is_write, pieces)?;
-        self.push_transfer(slot, types::Fixed(file), at, is_write)
+        self.push_transfer(flags, slot, types::Fixed(file), at, is_write)
     }
 
     /// Asks for an fdatasync of file number `file`.
@@ -307,6 +343,7 @@ impl<B: Bitmap + 'static> Ring<B> {
 
     fn push_transfer(
         &mut self,
+        flags: squeue::Flags,
         slot: u16,
         file: types::Fixed,
         at: u64,
@@ -333,7 +370,7 @@ impl<B: Bitmap + 'static> Ring<B> {
                 .offset(at)
                 .build(),
         };
-        self.push_entry(slot, entry)
+        self.push_entry(slot, entry.flags(flags))
     }
 
     fn push_entry(&mut self, slot: u16, entry: squeue::Entry) -> io::Result<()> {
@@ -496,7 +533,12 @@ fn make(slots: u32) -> io::Result<IoUring> {
 }
 
 /// Takes away all that is not in `operations`.
-fn restrict(ring: &IoUring, operations: &[Operation], requires_registered: bool) -> io::Result<()> {
+fn restrict(
+    ring: &IoUring,
+    operations: &[Operation],
+    flags: squeue::Flags,
+    requires_registered: bool,
+) -> io::Result<()> {
     let mut list: [Restriction; 9] =
         std::array::from_fn(|_| Restriction::sqe_op(opcode::Readv::CODE));
     let registered = squeue::Flags::FIXED_FILE.bits();
@@ -507,7 +549,7 @@ fn restrict(ring: &IoUring, operations: &[Operation], requires_registered: bool)
             used += 1;
         }
     };
-    add(Restriction::sqe_flags_allowed(registered));
+    add(Restriction::sqe_flags_allowed(flags.bits()));
     if requires_registered {
         add(Restriction::sqe_flags_required(registered));
     }

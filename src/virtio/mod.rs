@@ -156,11 +156,12 @@ pub trait Device: Send + 'static {
     /// Descriptors to watch, edge-triggered, beside the kicks; open for the device's life.
     fn sources(&self) -> Vec<RawFd>;
     /// Called once, on the device's own thread, before its filter is installed and before anything
-    /// else is called there: it may open, allocate and make threads, as nothing later may. `ram` is guest memory.
+    /// else is called there: it may open, allocate and make threads, as nothing later may; those get a filter if they
+    /// are to be `filtered`. `ram` is guest memory.
     ///
     /// # Errors
     /// When the host refuses what the device cannot do without: its thread ends then.
-    fn enter_thread(&mut self, _ram: &Ram) -> io::Result<()> {
+    fn enter_thread(&mut self, _ram: &Ram, _filtered: bool) -> io::Result<()> {
         Ok(())
     }
 
@@ -180,6 +181,11 @@ pub trait Device: Send + 'static {
         queue: &mut Queue,
         ram: &Ram,
     ) -> Result<Progress, BrokenRing>;
+    /// Nanoseconds of the monotonic clock when the last call of [`Device::process`] ended, or nearly: a device that has
+    /// looked at the clock for itself spares the worker a look after each unit.
+    fn last_look(&self) -> u64 {
+        crate::sys::clock::monotonic_nanos()
+    }
     /// Requests that have been begun and still use guest memory: the host may read and write it at
     /// any moment. None, for a device whose `process` ends what it begins.
     fn in_flight(&self) -> usize {

@@ -74,7 +74,7 @@ pub struct Host<'a> {
 }
 
 impl Host<'_> {
-    fn category(&self, category: Category) -> Option<Category> {
+    pub(super) fn category(&self, category: Category) -> Option<Category> {
         self.settings.seccomp.then_some(category)
     }
 }

@@ -46,6 +46,10 @@ struct State {
     hanging: bool,
     /// Those that do.
     waiting: Vec<u64>,
+    /// Whether a read is answered only when a test says so.
+    holding: bool,
+    /// Those that have come and were not answered: the request, and the bytes.
+    held: Vec<(u64, Vec<u8>)>,
 }
 
 /// The mounted file system.
@@ -142,10 +146,46 @@ impl Slow {
         self.state.0.lock().unwrap().content.clone()
     }
 
+    /// From now on a read ends when it is said so.
+    pub fn hold(&self) -> Held<'_> {
+        self.state.0.lock().unwrap().holding = true;
+        Held(self)
+    }
+
+    fn answer_read(&self, (unique, bytes): &(u64, Vec<u8>)) {
+        let _ = (&self.connection).write_all(&reply(*unique, 0, bytes));
+    }
+
     /// From now on no fsync ends.
     pub fn hang(&self) -> Hanging<'_> {
         self.state.0.lock().unwrap().hanging = true;
         Hanging(self)
+    }
+}
+
+/// While this exists, reads are answered one by one, as a test says.
+pub struct Held<'a>(&'a Slow);
+
+impl Held<'_> {
+    /// How many reads have come and are not answered.
+    pub fn count(&self) -> usize {
+        self.0.state.0.lock().unwrap().held.len()
+    }
+
+    /// Answers to the one that came last.
+    pub fn answer_last(&self) {
+        let last = self.0.state.0.lock().unwrap().held.pop();
+        self.0.answer_read(&last.expect("no read is held"));
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.0.lock().unwrap_or_else(|e| e.into_inner());
+        state.holding = false;
+        let held = std::mem::take(&mut state.held);
+        drop(state);
+        held.iter().for_each(|read| self.0.answer_read(read));
     }
 }
 
@@ -217,6 +257,11 @@ fn serve(shared: &(Mutex<State>, Condvar), connection: &mut File, request: &[u8]
             answer.extend(DIRECT_IO.to_le_bytes());
             answer.extend([0; 4]);
             reply(unique, 0, &answer)
+        }
+        opcode::READ if state.holding => {
+            let bytes = state.content[range()].to_vec();
+            state.held.push((unique, bytes));
+            return;
         }
         opcode::READ => reply(unique, 0, &state.content[range()]),
         opcode::WRITE => {

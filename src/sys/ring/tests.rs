@@ -42,6 +42,7 @@ fn ring(file: &impl AsFd, operations: &[Operation], memory: &Memory) -> Ring<()>
         operations,
         files: &[file.as_fd()],
         workers: 2,
+        has_aside: false,
     };
     let mut ring = Ring::new(&design).unwrap();
     ring.enable(memory).unwrap();
@@ -308,4 +309,36 @@ fn replaced_file_when_pushed_to_is_the_new_one() {
     let mut new = new;
     new.read_to_end(&mut back).unwrap();
     assert_eq!(back, [0; 512]);
+}
+
+#[test]
+fn request_when_pushed_aside_is_done_by_a_ring_that_was_made_for_it_only() {
+    let memory = memory();
+    let file = file_of(&pattern(512));
+    let mut refusing = ring(&file, ALL, &memory);
+    let piece = || [(GuestAddress(0), 512)].into_iter();
+    refusing
+        .push_aside(0, Transfer::Read, 0, 0, piece())
+        .unwrap();
+    let refused = wait(&mut refusing).result.unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+    let mut ring = Ring::new(&Design {
+        slots: 8,
+        pieces: 4,
+        operations: &[Operation::Transfer],
+        files: &[file.as_fd()],
+        workers: 2,
+        has_aside: true,
+    })
+    .unwrap();
+    ring.enable(&memory).unwrap();
+    ring.push_aside(3, Transfer::Read, 0, 0, piece()).unwrap();
+    assert_eq!(moved(&mut ring, 3), 512);
+    let mut back = [0; 512];
+    memory.read_slice(&mut back, GuestAddress(0)).unwrap();
+    assert_eq!(back[..], pattern(512));
+    // What else was not allowed is not allowed here.
+    let linked = opcode::Read::new(types::Fixed(0), std::ptr::null_mut(), 1).build();
+    let linked = linked.flags(squeue::Flags::IO_LINK | squeue::Flags::FIXED_FILE);
+    assert_eq!(attack(&mut ring, linked), -libc::EACCES);
 }

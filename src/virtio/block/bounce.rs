@@ -7,9 +7,10 @@
 //!
 //! A request takes a buffer before it begins and keeps it to its end; the next one that needs one waits in the ring
 //! until there is one. What is longer than a buffer goes in parts. A write that covers some block in part reads that
-//! first ([`Stage::Filling`]), and no other such write begins meanwhile. Of two writes to the same block that are in
-//! flight at once, one may be lost with more than the bytes that both have: a driver that orders neither has no
-//! promise of either.
+//! first ([`Stage::Filling`]), and no other such write of the same queue begins meanwhile. Of two writes to the same
+//! block that are in flight at once, one may be lost with more than the bytes that both have, and on two queues also
+//! where they have none in common: a driver that knows the size of the blocks and orders neither has no promise of
+//! either.
 //!
 //! Nothing here allocates once [`Bounce::new`] has.
 
@@ -250,6 +251,12 @@ impl Block {
             }
             let moved = self.move_by_call(job, direction)?;
             self.bounced_moved(ram, job, slot, moved)?;
+            if matches!(job.request, Request::WriteZeroes { .. })
+                && job.done < len
+                && let Some(slot) = self.yield_in(job, slot)
+            {
+                return Ok(Some(slot));
+            }
         }
         Ok(None)
     }
@@ -355,8 +362,8 @@ impl Block {
         let bounced = job.bounced.as_ref()?;
         let place = (FileIndex::DATA, bounced.at);
         let memory = bounced.memory(0, bounced.len);
-        self.give(job, slot, Some(kept), |engine, slot, _| {
-            engine.push(slot, direction, place, Some(memory).into_iter())
+        self.give(job, slot, Some(kept), |engine, disk, slot, _| {
+            engine.push(slot, direction, disk, place, Some(memory).into_iter())
         })
     }
 

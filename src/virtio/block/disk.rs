@@ -11,6 +11,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use super::overlay::{Layers, Reset};
 use crate::overlay::Overlay;
@@ -128,7 +129,7 @@ pub struct Disk {
 #[derive(Debug)]
 enum Store {
     /// All in one file, each where it is on the disk.
-    Plain { file: File, access: Access },
+    Plain { file: Arc<File>, access: Access },
     /// In a base, or in an overlay over it.
     Layered(Box<Layers>),
 }
@@ -182,7 +183,10 @@ impl Disk {
         }
         let sectors = size.saturating_sub(rest).checked_div(SECTOR).unwrap_or(0);
         Ok(Disk {
-            store: Store::Plain { file, access },
+            store: Store::Plain {
+                file: Arc::new(file),
+                access,
+            },
             sectors,
             read_only,
             blocks,
@@ -313,6 +317,14 @@ impl Disk {
             Store::Plain { file: it, access } if file == FileIndex::DATA => Some((it, *access)),
             Store::Plain { .. } => None,
             Store::Layered(layers) => layers.file(file),
+        }
+    }
+
+    /// File number `file`, for another thread too.
+    pub fn shared(&self, file: FileIndex) -> Option<Arc<File>> {
+        match &self.store {
+            Store::Plain { file: it, .. } => (file == FileIndex::DATA).then(|| Arc::clone(it)),
+            Store::Layered(layers) => layers.shared(file),
         }
     }
 

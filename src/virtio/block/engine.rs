@@ -1,19 +1,24 @@
-//! Where a block device sends what would hold it up: an io_uring.
+//! Where a block device sends what would hold it up: an io_uring or, on a host that has none or forbids it, a pool of
+//! threads.
 //!
-//! The ring is made with the device and enabled by the device's thread before its filter is installed
-//! ([`crate::sys::ring`]); both are impossible later. Without one, everything is done by calls that
-//! wait.
+//! Either is made with the device; the ring is enabled and the threads are made by the device's thread before its
+//! filter is installed ([`crate::sys::ring`], [`Pool`]): both are impossible later. Without any, everything is done
+//! by calls that wait.
 
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::mem;
 use std::os::fd::{AsFd, RawFd};
+use std::sync::Arc;
 
 use super::super::Ram;
 use super::super::segment::Segment;
-use super::disk::FileIndex;
+use super::disk::{Disk, FileIndex};
 use super::job::{KEPT, SLOTS};
+use super::pool::{Pool, THREADS, Work};
 use crate::memory::WriteLog;
+use crate::sys::io::Access;
 use crate::sys::ring::{Design, Operation, Ring, Transfer};
 
 /// Threads that the kernel may use for one device.
@@ -34,6 +39,8 @@ pub enum Engine {
     Absent,
     /// An io_uring.
     Ring(Box<Ring<WriteLog>>),
+    /// Threads.
+    Pool(Box<Pool>),
     /// One that has lost its files.
     Lost(
         #[expect(dead_code, reason = "no thread with a filter can take a ring apart")]
@@ -43,7 +50,7 @@ pub enum Engine {
 
 impl Engine {
     /// One for `files`, by their numbers, which [`Engine::replace`] can put others in the place of only
-    /// if `is_replaceable`; none where the host has none.
+    /// if `is_replaceable`.
     pub fn new(files: &[&File], is_replaceable: bool) -> Self {
         let mut fds = Vec::with_capacity(files.len());
         fds.extend(files.iter().map(|file| file.as_fd()));
@@ -56,26 +63,37 @@ impl Engine {
             },
             files: &fds,
             workers: WORKERS,
+            has_aside: true,
         });
         match ring {
             Ok(ring) => Engine::Ring(Box::new(ring)),
             Err(error) => {
                 crate::info!(
-                    "This host has no io_uring for a disk, which is served without: {error}."
+                    "This host has no io_uring for a disk, which is served by {THREADS} threads: {error}."
                 );
-                Engine::Absent
+                Pool::new().map_or(Engine::Absent, |pool| Engine::Pool(Box::new(pool)))
             }
         }
     }
 
-    /// The calling thread is the one that uses it.
+    /// The calling thread is the one that uses it. Threads of its own get a filter if they are to be `filtered`.
     ///
     /// # Errors
     /// The host's.
-    pub fn enter(&mut self, ram: &Ram) -> io::Result<()> {
+    pub fn enter(&mut self, ram: &Ram, filtered: bool) -> io::Result<()> {
         match self {
             Engine::Absent | Engine::Lost(_) => Ok(()),
             Engine::Ring(ring) => ring.enable(ram),
+            Engine::Pool(pool) => {
+                if pool.enter(ram, filtered)? == 0 {
+                    crate::warn!(
+                        "No thread can be made for a disk (a limit on processes or memory?): what it waits for holds \
+                         up its other requests"
+                    );
+                    *self = Engine::Absent;
+                }
+                Ok(())
+            }
         }
     }
 
@@ -84,15 +102,16 @@ impl Engine {
         match self {
             Engine::Absent | Engine::Lost(_) => None,
             Engine::Ring(ring) => Some(ring.completed()),
+            Engine::Pool(pool) => Some(pool.source()),
         }
     }
 
     /// Whether anything can be pushed.
     pub fn is_absent(&self) -> bool {
-        !matches!(self, Engine::Ring(_))
+        matches!(self, Engine::Absent | Engine::Lost(_))
     }
 
-    /// Asks for bytes between `file`, from byte `at` on, and `memory`.
+    /// Asks for bytes between file `file` of `disk`, from byte `at` on, and `memory`.
     ///
     /// # Errors
     /// When it cannot be asked for: nothing is under way then.
@@ -100,40 +119,62 @@ impl Engine {
         &mut self,
         slot: u16,
         transfer: Transfer,
+        disk: &Disk,
         (file, at): (FileIndex, u64),
         memory: impl Iterator<Item = Segment>,
     ) -> io::Result<()> {
-        let pieces = memory.map(|segment| (segment.addr, segment.len as usize));
         match self {
             Engine::Absent | Engine::Lost(_) => Err(io::ErrorKind::Unsupported.into()),
-            Engine::Ring(ring) => ring.push(slot, transfer, file.number(), at, pieces),
+            Engine::Ring(ring) => {
+                let pieces = memory.map(|segment| (segment.addr, segment.len as usize));
+                let number = file.number();
+                match disk.file(file) {
+                    Some((_, Access::MayWait)) => {
+                        ring.push_aside(slot, transfer, number, at, pieces)
+                    }
+                    _ => ring.push(slot, transfer, number, at, pieces),
+                }
+            }
+            Engine::Pool(pool) => {
+                let file = shared(disk, file)?;
+                pool.push(slot, Work::Transfer(transfer), (file, at), memory)
+            }
         }
     }
 
-    /// Asks for an fdatasync of `file`.
+    /// Asks for an fdatasync of file `file` of `disk`.
     ///
     /// # Errors
     /// As [`Engine::push`].
-    pub fn push_sync(&mut self, slot: u16, file: FileIndex) -> io::Result<()> {
+    pub fn push_sync(&mut self, slot: u16, disk: &Disk, file: FileIndex) -> io::Result<()> {
         match self {
             Engine::Absent | Engine::Lost(_) => Err(io::ErrorKind::Unsupported.into()),
             Engine::Ring(ring) => ring.push_sync(slot, file.number()),
+            Engine::Pool(pool) => {
+                let file = shared(disk, file)?;
+                pool.push(slot, Work::Sync, (file, 0), iter::empty())
+            }
         }
     }
 
-    /// Asks for an fallocate with `mode` of `len` bytes of `file` from `at` on.
+    /// Asks for an fallocate with `mode` of `len` bytes of file `file` of `disk` from `at` on.
     ///
     /// # Errors
     /// As [`Engine::push`].
     pub fn push_allocate(
         &mut self,
         slot: u16,
+        disk: &Disk,
         (file, at, len): (FileIndex, u64, u64),
         mode: i32,
     ) -> io::Result<()> {
         match self {
             Engine::Absent | Engine::Lost(_) => Err(io::ErrorKind::Unsupported.into()),
             Engine::Ring(ring) => ring.push_allocate(slot, file.number(), mode, at, len),
+            Engine::Pool(pool) => {
+                let file = shared(disk, file)?;
+                pool.push(slot, Work::Allocate(mode, len), (file, at), iter::empty())
+            }
         }
     }
 
@@ -142,6 +183,10 @@ impl Engine {
         match self {
             Engine::Absent | Engine::Lost(_) => true,
             Engine::Ring(ring) => ring.submit().is_ok(),
+            Engine::Pool(pool) => {
+                pool.submit();
+                true
+            }
         }
     }
 
@@ -150,6 +195,7 @@ impl Engine {
         match self {
             Engine::Absent | Engine::Lost(_) => false,
             Engine::Ring(ring) => ring.has_completions(),
+            Engine::Pool(pool) => pool.has_completions(),
         }
     }
 
@@ -161,6 +207,7 @@ impl Engine {
                 let completion = ring.reap()?;
                 Some((completion.slot, completion.result))
             }
+            Engine::Pool(pool) => pool.reap(),
         }
     }
 
@@ -169,11 +216,13 @@ impl Engine {
     /// # Errors
     /// The host's: nothing can be pushed any more.
     pub fn replace(&mut self, with: &[&File]) -> io::Result<()> {
-        if self.is_absent() {
-            return Ok(());
-        }
-        let Engine::Ring(mut ring) = mem::replace(self, Engine::Absent) else {
-            return Ok(());
+        let mut ring = match mem::replace(self, Engine::Absent) {
+            Engine::Ring(ring) => ring,
+            // A task of the pool has its file with it.
+            other => {
+                *self = other;
+                return Ok(());
+            }
         };
         let mut files = (0u32..).zip(with);
         let replaced = files.try_for_each(|(number, file)| ring.replace_file(number, file));
@@ -183,4 +232,8 @@ impl Engine {
         };
         replaced
     }
+}
+
+fn shared(disk: &Disk, file: FileIndex) -> io::Result<Arc<File>> {
+    disk.shared(file).ok_or(io::ErrorKind::InvalidInput.into())
 }

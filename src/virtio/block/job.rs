@@ -36,6 +36,8 @@ pub struct Job {
     pub by_writing: bool,
     /// The engine cannot do it now: it is done by calls that wait.
     pub by_calls: bool,
+    /// It goes on with the next unit of work, without an answer of the host's.
+    pub has_yielded: bool,
     /// The buffer that it goes by, if it has to.
     pub bounced: Option<Bounced>,
     /// The host said "again" this often.
@@ -60,6 +62,7 @@ impl Job {
             step: 0,
             by_writing: false,
             by_calls: false,
+            has_yielded: false,
             bounced: None,
             again: 0,
         }

@@ -18,6 +18,7 @@ mod disk;
 mod engine;
 mod job;
 mod overlay;
+mod pool;
 mod request;
 mod steps;
 #[cfg(test)]
@@ -186,6 +187,9 @@ pub struct Block {
     bounce: Option<Box<Bounce>>,
     served: Served,
     counters: Arc<BlockCounters>,
+    /// Nanoseconds, at the end of the last unit of this turn; 0 before the first. The next one begins there: one look at
+    /// the clock serves the end of a request, the beginning of the next, and the worker.
+    now: u64,
 }
 
 impl Block {
@@ -267,6 +271,7 @@ impl Block {
             served: Served::default(),
             is_held: false,
             counters: Arc::new(BlockCounters::default()),
+            now: 0,
         })
     }
 
@@ -305,6 +310,13 @@ impl Block {
                 Step::Ended(outcome) => outcome,
                 Step::Pushed(slot) => {
                     self.jobs.put(slot, job);
+                    self.now = clock::monotonic_nanos();
+                    return Ok(Progress::More);
+                }
+                Step::Yielded(slot) => {
+                    self.jobs.put(slot, job);
+                    self.jobs.note(slot, Ok(0));
+                    self.now = clock::monotonic_nanos();
                     return Ok(Progress::More);
                 }
             },
@@ -322,7 +334,10 @@ impl Block {
         request: Result<Request, u8>,
         bounced: Option<Bounced>,
     ) -> Result<(), BrokenRing> {
-        let since = clock::monotonic_nanos();
+        if self.now == 0 {
+            self.now = clock::monotonic_nanos();
+        }
+        let since = self.now;
         let place = status_place(&self.chain);
         let (head, writable) = (self.chain.head(), self.chain.writable_len());
         let job = |request| Job::new(request, head, place, writable, since);
@@ -335,6 +350,13 @@ impl Block {
                     Step::Ended(outcome) => (job, outcome),
                     Step::Pushed(slot) => {
                         self.jobs.put(slot, job);
+                        self.now = clock::monotonic_nanos();
+                        return Ok(());
+                    }
+                    Step::Yielded(slot) => {
+                        self.jobs.put(slot, job);
+                        self.jobs.note(slot, Ok(0));
+                        self.now = clock::monotonic_nanos();
                         return Ok(());
                     }
                 }
@@ -351,6 +373,7 @@ impl Block {
         job: &Job,
         outcome: &Outcome,
     ) -> Result<(), BrokenRing> {
+        self.now = clock::monotonic_nanos();
         self.count(job, outcome);
         if let (Some(bounced), Some(bounce)) = (&job.bounced, &mut self.bounce) {
             bounce.give_back(bounced);
@@ -381,12 +404,16 @@ impl Block {
                 Request::Read { len, .. } => {
                     counters.reads.one();
                     counters.read_bytes.add(u64::from(len));
-                    counters.read_times.observe(micros_since(job.since));
+                    counters
+                        .read_times
+                        .observe(micros(self.now.saturating_sub(job.since)));
                 }
                 Request::Write { len, .. } => {
                     counters.writes.one();
                     counters.write_bytes.add(u64::from(len));
-                    counters.write_times.observe(micros_since(job.since));
+                    counters
+                        .write_times
+                        .observe(micros(self.now.saturating_sub(job.since)));
                 }
                 Request::Flush => counters.flushes.one(),
                 Request::Discard { .. } => counters.discards.one(),
@@ -397,9 +424,7 @@ impl Block {
     }
 }
 
-/// Microseconds since `then`, in nanoseconds.
-fn micros_since(then: u64) -> u64 {
-    let nanos = clock::monotonic_nanos().saturating_sub(then);
+fn micros(nanos: u64) -> u64 {
     nanos.checked_div(1000).unwrap_or(0)
 }
 
@@ -484,14 +509,14 @@ impl Device for Block {
         sources
     }
 
-    fn enter_thread(&mut self, ram: &Ram) -> io::Result<()> {
+    fn enter_thread(&mut self, ram: &Ram, filtered: bool) -> io::Result<()> {
         if self.disk.is_direct() {
             let bounce = Box::new(Bounce::new(ram)?);
-            self.engine.enter(bounce.view())?;
+            self.engine.enter(bounce.view(), filtered)?;
             self.bounce = Some(bounce);
             return Ok(());
         }
-        self.engine.enter(ram)
+        self.engine.enter(ram, filtered)
     }
 
     fn activate(&mut self, features: u64) -> io::Result<()> {
@@ -546,6 +571,14 @@ impl Device for Block {
         Ok(Progress::More)
     }
 
+    fn last_look(&self) -> u64 {
+        match self.now {
+            // It only had a malformed chain, or none.
+            0 => clock::monotonic_nanos(),
+            now => now,
+        }
+    }
+
     fn in_flight(&self) -> usize {
         self.jobs.under_way()
     }
@@ -555,6 +588,7 @@ impl Device for Block {
     }
 
     fn end_turn(&mut self) -> QueueSet {
+        self.now = 0;
         if self.jobs.under_way() == 0 {
             return QueueSet::NONE;
         }

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use super::disk::{DiskError, Extent, Extents, FileIndex};
 use crate::overlay::{Overlay, Place, Stale};
@@ -15,7 +16,7 @@ use crate::sys::io::Access;
 /// The two files.
 #[derive(Debug)]
 pub struct Layers {
-    base: File,
+    base: Arc<File>,
     base_access: Access,
     overlay: Overlay<File>,
     access: Access,
@@ -34,7 +35,7 @@ impl Layers {
         Ok(Layers {
             base_access: Access::of(&base).map_err(DiskError::Kind)?,
             access: Access::of(overlay.file()).map_err(DiskError::Kind)?,
-            base,
+            base: Arc::new(base),
             overlay,
         })
     }
@@ -53,6 +54,14 @@ impl Layers {
         match file {
             FileIndex::DATA => Some((self.overlay.file(), self.access)),
             FileIndex::BASE => Some((&self.base, self.base_access)),
+            _ => None,
+        }
+    }
+
+    pub fn shared(&self, file: FileIndex) -> Option<Arc<File>> {
+        match file {
+            FileIndex::DATA => Some(self.overlay.shared_file()),
+            FileIndex::BASE => Some(Arc::clone(&self.base)),
             _ => None,
         }
     }
@@ -87,7 +96,7 @@ impl Layers {
     }
 
     pub fn before_write(&mut self, at: u64, len: u64) -> io::Result<()> {
-        self.overlay.before_write(&self.base, at, len)
+        self.overlay.before_write(&*self.base, at, len)
     }
 
     pub fn wrote(&mut self, at: u64, len: u64) -> io::Result<()> {

@@ -2,11 +2,12 @@
 //! then one push to the engine.
 
 use std::io;
+use std::mem;
 
 use super::super::Ram;
 use super::super::segment::{Segment, clear, copy_out, slices, window};
 use super::Block;
-use super::disk::{Extent, FileIndex};
+use super::disk::{Disk, Extent, FileIndex};
 use super::engine::Engine;
 use super::job::{Job, is_unsupported};
 use super::request::{HEADER, Outcome, Request, status};
@@ -20,7 +21,12 @@ pub enum Step {
     Ended(Outcome),
     /// The engine has it, in this slot.
     Pushed(u16),
+    /// More work than one step may have: it is kept in this slot, to go on with the next one.
+    Yielded(u16),
 }
+
+/// The most zeros that one step writes, in bytes.
+const ZEROS_STEP: u64 = 1 << 20;
 
 /// What was done for one extent.
 enum Moved {
@@ -56,6 +62,7 @@ impl Block {
             }
         };
         match stepped {
+            Ok(Some(slot)) if mem::take(&mut job.has_yielded) => Step::Yielded(slot),
             Ok(Some(slot)) => Step::Pushed(slot),
             Ok(None) => Step::Ended(Outcome::Done),
             Err(error) => Step::Ended(Outcome::Failed(error)),
@@ -95,6 +102,12 @@ impl Block {
                 match one(self, ram, job, slot, extent)? {
                     Moved::Bytes(done) => {
                         job.done = job.done.saturating_add(done);
+                        if job.by_writing
+                            && job.done < len
+                            && let Some(slot) = self.yield_in(job, slot)
+                        {
+                            return Ok(Some(slot));
+                        }
                         if done < u64::from(extent.len) {
                             // The rest of it, and where that is.
                             break;
@@ -113,6 +126,13 @@ impl Block {
             _ => {}
         }
         Ok(None)
+    }
+
+    /// A slot to go on with `job` in with the next unit of work, so that this one has an end.
+    pub(super) fn yield_in(&mut self, job: &mut Job, slot: Option<u16>) -> Option<u16> {
+        let slot = slot.or_else(|| self.jobs.keep(&[]))?;
+        (job.has_yielded, job.step) = (true, 0);
+        Some(slot)
     }
 
     fn read(
@@ -181,7 +201,7 @@ impl Block {
     ) -> io::Result<Moved> {
         let skip = HEADER.saturating_add(offset(job)?);
         let access = self.disk.file(extent.file).map(|(_, access)| access);
-        if access == Some(Access::MayWait)
+        if matches!(access, Some(Access::Direct | Access::MayWait))
             && let Some(slot) = self.push(job, slot, Transfer::Write, extent, skip)
         {
             return Ok(Moved::Pushed(slot));
@@ -227,9 +247,9 @@ impl Block {
         skip: u32,
     ) -> Option<u16> {
         let place = (extent.file, extent.at);
-        self.give(job, slot, Some(transfer), |engine, slot, memory| {
+        self.give(job, slot, Some(transfer), |engine, disk, slot, memory| {
             let data = window(memory.iter().copied(), skip, extent.len);
-            engine.push(slot, transfer, place, data)
+            engine.push(slot, transfer, disk, place, data)
         })
     }
 
@@ -240,7 +260,7 @@ impl Block {
         job: &Job,
         slot: Option<u16>,
         transfer: Option<Transfer>,
-        push: impl FnOnce(&mut Engine, u16, &[Segment]) -> io::Result<()>,
+        push: impl FnOnce(&mut Engine, &Disk, u16, &[Segment]) -> io::Result<()>,
     ) -> Option<u16> {
         if job.by_calls || self.engine.is_absent() {
             return None;
@@ -254,7 +274,8 @@ impl Block {
             Some(slot) => slot,
             None => self.jobs.keep(memory)?,
         };
-        if push(&mut self.engine, kept, self.jobs.memory(kept)).is_ok() {
+        let memory = self.jobs.memory(kept);
+        if push(&mut self.engine, &self.disk, kept, memory).is_ok() {
             return Some(kept);
         }
         if slot.is_none() {
@@ -269,7 +290,9 @@ impl Block {
         let Some((_, access)) = self.disk.file(file) else {
             return Ok(None);
         };
-        let push = |engine: &mut Engine, slot, _: &[Segment]| engine.push_sync(slot, file);
+        let push = |engine: &mut Engine, disk: &Disk, slot, _: &[Segment]| {
+            engine.push_sync(slot, disk, file)
+        };
         if access != Access::InMemory
             && let Some(slot) = self.give(job, slot, None, push)
         {
@@ -299,8 +322,8 @@ impl Block {
         }
         // Before the hole is there: what lay there is given up by the guest from now on.
         self.disk.discarded(at, len)?;
-        let push = |engine: &mut Engine, slot, _: &[Segment]| {
-            engine.push_allocate(slot, (index, place, space), Space::Punched.mode())
+        let push = |engine: &mut Engine, disk: &Disk, slot, _: &[Segment]| {
+            engine.push_allocate(slot, disk, (index, place, space), Space::Punched.mode())
         };
         if access != Access::InMemory
             && let Some(slot) = self.give(job, slot, None, push)
@@ -330,8 +353,8 @@ impl Block {
         let space = if unmap { Space::Punched } else { Space::Zeroed };
         let access = self.disk.file(extent.file).map(|(_, access)| access);
         let place = (extent.file, extent.at, len);
-        let push = |engine: &mut Engine, slot, _: &[Segment]| {
-            engine.push_allocate(slot, place, space.mode())
+        let push = |engine: &mut Engine, disk: &Disk, slot, _: &[Segment]| {
+            engine.push_allocate(slot, disk, place, space.mode())
         };
         if access != Some(Access::InMemory)
             && !job.by_writing
@@ -359,6 +382,7 @@ impl Block {
             .disk
             .file(extent.file)
             .ok_or(io::ErrorKind::InvalidInput)?;
+        let len = len.min(ZEROS_STEP);
         sys::io::write_zeros_at(file, extent.at, len)?;
         Ok(Moved::Bytes(len))
     }

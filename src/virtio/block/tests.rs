@@ -37,7 +37,10 @@ struct Bench {
 }
 
 fn bench(sectors: u8, read_only: bool) -> Bench {
-    let file = file(sectors);
+    bench_of(file(sectors), read_only)
+}
+
+fn bench_of(file: File, read_only: bool) -> Bench {
     let disk = Disk::new(file.try_clone().unwrap(), read_only).unwrap();
     let mut block = Block::new(
         disk,
@@ -49,7 +52,7 @@ fn bench(sectors: u8, read_only: bool) -> Bench {
     )
     .unwrap();
     let ram = ram();
-    block.enter_thread(&ram).unwrap();
+    block.enter_thread(&ram, false).unwrap();
     block.activate(block.features()).unwrap();
     Bench { ram, file, block }
 }
@@ -319,6 +322,34 @@ fn throttle_when_empty_leaves_the_request_in_the_ring() {
     assert_eq!(bench.until_used(&mut queue, &mut rings), (2, 1));
 }
 
+/// One look serves the end of a request, for its metric, the beginning of the next, and the worker.
+#[test]
+fn clock_when_requests_follow_each_other_is_looked_at_once_for_each() {
+    let mut bench = bench(8, false);
+    let ram = bench.ram.clone();
+    let rings = Rings::new(&ram, BASE, 256);
+    let state = QueueState::fresh(rings.layout());
+    let mut queue = Queue::new(&state, 256, feature::COMMON, &ram).unwrap();
+    bench.header(IN, 1);
+    for number in 0..20 {
+        let parts = [(HEAD, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+        rings.offer_chain(number * 3, &parts);
+    }
+    let begun = std::time::Instant::now();
+    let before = clock::LOOKS.get();
+    for _ in 0..20 {
+        let done = bench.block.process(0, &mut queue, &ram);
+        assert_eq!(done, Ok(Progress::More));
+        assert_ne!(bench.block.last_look(), 0);
+    }
+    // And one at the beginning of the first.
+    assert_eq!(clock::LOOKS.get() - before, 21);
+    bench.block.end_turn();
+    let all = bench.block.counters.read_times.sum();
+    assert!(u128::from(all) <= begun.elapsed().as_micros());
+    assert_eq!(bench.block.counters.reads.get(), 20);
+}
+
 #[test]
 fn update_when_disk_is_new_tells_its_capacity_and_gives_back_the_old() {
     let mut bench = bench(8, false);
@@ -383,6 +414,47 @@ fn ranges_when_discarded_or_zeroed_leave_holes_and_zeros() {
     assert_eq!(bench.on_disk()[8 * 512..24 * 512], [0; 16 * 512]);
     assert_eq!(bench.allocated(), before);
     assert_eq!(bench.block.counters.write_zeroes.get(), 1);
+}
+
+#[test]
+fn zeros_when_they_have_to_be_written_are_written_in_bounded_units() {
+    // A file system that gives space back, and does not make bytes 0 by itself.
+    let Ok(temp) = TempFile::new_in(std::path::Path::new("/dev/shm")) else {
+        return;
+    };
+    let file = temp.into_file();
+    (&file).write_all(&[0xff; 6 << 20]).unwrap();
+    let mut bench = bench_of(file, false);
+    bench.header(WRITE_ZEROES, 0);
+    let (sector, sectors) = (1024u64, 8192u32);
+    let mut range = [0; 16];
+    range[..8].copy_from_slice(&sector.to_le_bytes());
+    range[8..12].copy_from_slice(&sectors.to_le_bytes());
+    bench.ram.write_slice(&range, GuestAddress(DATA)).unwrap();
+    let ram = bench.ram.clone();
+    let mut rings = Rings::new(&ram, BASE, 256);
+    let state = QueueState::fresh(rings.layout());
+    let mut queue = Queue::new(&state, 256, feature::COMMON, &ram).unwrap();
+    rings.offer_chain(
+        0,
+        &[(HEAD, 16, false), (DATA, 16, false), (STATUS, 1, true)],
+    );
+    for _ in 0..3 {
+        let done = bench.block.process(0, &mut queue, &ram);
+        assert_eq!((done, rings.used_index()), (Ok(Progress::More), 0));
+        assert_eq!(bench.block.in_flight(), 0);
+    }
+    assert_eq!(bench.until_used(&mut queue, &mut rings), (0, 1));
+    let disk = bench.on_disk();
+    let zeroed = 1024 * 512..9216 * 512;
+    for (at, bytes) in disk.chunks(512).enumerate() {
+        let expected = if zeroed.contains(&(at * 512)) {
+            0
+        } else {
+            0xff
+        };
+        assert!(bytes.iter().all(|byte| *byte == expected), "sector {at}");
+    }
 }
 
 #[test]

@@ -242,10 +242,10 @@ impl<D: Device> Worker<D> {
     }
 
     /// Lets the device do what only its own thread can do, and only without a filter. Control is told
-    /// when the device cannot go on.
-    pub fn enter_thread(&mut self) {
+    /// when the device cannot go on. Threads that the device makes get a filter if this one is to be `filtered`.
+    pub fn enter_thread(&mut self, filtered: bool) {
         let entered = match self.manager.subscriber_mut(self.id) {
-            Ok(subscriber) => subscriber.body.enter_thread(),
+            Ok(subscriber) => subscriber.body.enter_thread(filtered),
             Err(error) => Err(io::Error::other(error)),
         };
         self.has_entered = Some(entered.is_ok());
@@ -258,7 +258,7 @@ impl<D: Device> Worker<D> {
     /// and frees what it holds.
     pub fn run(mut self) -> Self {
         if self.has_entered.is_none() {
-            self.enter_thread();
+            self.enter_thread(false);
         }
         // Messages from before this call still ring: their edge has not been seen yet.
         let mut wait = (self.has_entered == Some(true)).then_some(0);

@@ -179,12 +179,12 @@ impl<D: Device> WorkerLoop<D> {
         &mut self.device
     }
 
-    /// The thread is the device's own from now on, and has no filter yet.
-    pub(super) fn enter_thread(&mut self) -> io::Result<()> {
+    /// The thread is the device's own from now on, and has no filter yet; it gets one if it is to be `filtered`.
+    pub(super) fn enter_thread(&mut self, filtered: bool) -> io::Result<()> {
         if self.polling.is_on() && thread::allowed_cpus() < 2 {
             self.polling = Polling::off();
         }
-        self.device.enter_thread(&self.ram)
+        self.device.enter_thread(&self.ram, filtered)
     }
 
     /// Source number `source` of the device has become ready.
@@ -282,7 +282,7 @@ impl<D: Device> WorkerLoop<D> {
             self.take_messages();
             index = self.next_queue();
             if D::UNITS_MAY_WAIT && progress == Progress::More && index.is_some() {
-                let now = clock::monotonic_nanos();
+                let now = self.device.last_look();
                 if now.saturating_sub(announced) >= LATE_NANOS {
                     self.announce();
                     announced = now;

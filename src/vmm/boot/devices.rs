@@ -159,11 +159,12 @@ impl Attaching<'_> {
         let (registers, workers, handle) =
             virtio::attach_all(devices, &id, start, ram, irqfd, &answers, &failures)?;
         self.place(registers, &for_kvm)?;
+        let filtered = self.host.category(K::CATEGORY).is_some();
         let micros = K::poll_us(config).unwrap_or(POLL_DEFAULT_MICROS);
         let enter = workers.map(|mut worker| {
             worker.poll_up_to(micros);
             Box::new(move || {
-                worker.enter_thread();
+                worker.enter_thread(filtered);
                 // No filter has the calls for taking the worker apart.
                 Box::new(move || mem::forget(worker.run())) as Work
             }) as Box<dyn FnOnce() -> Work + Send>

@@ -27,7 +27,7 @@ fn on_storage(len: usize) -> Option<(File, File)> {
 
 fn bench(file: File, direct: File, alignment: Option<Alignment>) -> Bench {
     let mut disk = Disk::new(direct, false).unwrap().past_cache();
-    assert_eq!(disk.file(disk::FileIndex::DATA).unwrap().1, Access::MayWait);
+    assert_eq!(disk.file(disk::FileIndex::DATA).unwrap().1, Access::Direct);
     assert_ne!(disk.alignment(), Alignment::NONE);
     if let Some(alignment) = alignment {
         disk.set_alignment(alignment);
@@ -35,7 +35,7 @@ fn bench(file: File, direct: File, alignment: Option<Alignment>) -> Bench {
     let (limiter, state) = (RateLimiter::default(), BlockState::default());
     let mut block = Block::new(disk, "direct", true, limiter, &state, 0).unwrap();
     let ram = ram();
-    block.enter_thread(&ram).unwrap();
+    block.enter_thread(&ram, false).unwrap();
     block.activate(block.features()).unwrap();
     Bench { ram, file, block }
 }

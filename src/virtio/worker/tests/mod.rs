@@ -382,7 +382,7 @@ fn worker_when_it_runs_does_not_touch_the_allocator() {
     .unwrap();
     worker.poll_up_to(50);
     let thread = thread::spawn(move || {
-        worker.enter_thread();
+        worker.enter_thread(false);
         let before = allocator_calls();
         let worker = worker.run();
         (allocator_calls() - before, worker)

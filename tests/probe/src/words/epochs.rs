@@ -60,6 +60,23 @@ pub fn epochs(arguments: &mut Arguments) -> Outcome {
     Ok(text!("epochs={last} writes={}", last * writes))
 }
 
+/// Makes COUNT reads at once, and says of each completion that it has come.
+pub fn tell(arguments: &mut Arguments) -> Outcome {
+    let (index, count) = (arguments.number("N")?, arguments.number("COUNT")? as usize);
+    if count == 0 || count > SLOTS {
+        return Err("COUNT out of range".into());
+    }
+    let mut writer = Writer::open(index, count)?;
+    for sector in 0..count {
+        writer.publish(request::READ, sector as u64, 1)?;
+    }
+    for told in 1..=count {
+        writer.wait_for(told)?;
+        serial::line(format_args!("  told {told}."));
+    }
+    Ok(text!("count={count}"))
+}
+
 impl Writer {
     fn open(index: u64, depth: usize) -> Result<Self, Text> {
         let mut device = Device::find_type(index, BLOCK)?;
@@ -106,7 +123,11 @@ impl Writer {
         let head = match count {
             0 => self.queue.add(&[header, status]),
             _ => {
-                let data = Buffer::readable(data, (count * SECTOR) as u32);
+                let len = (count * SECTOR) as u32;
+                let data = match kind {
+                    request::READ => Buffer::writable(data, len),
+                    _ => Buffer::readable(data, len),
+                };
                 self.queue.add(&[header, data, status])
             }
         };

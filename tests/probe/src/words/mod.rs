@@ -32,6 +32,7 @@
 //! | `blkload:N[+N...]:MODE:SIZE:DEPTH:MS[:pieces][:interrupts][:queues=K][:check]` | for a time, on K queues of all of the disks at once; MODE also `randrw`; `pieces`: buffers of a page each, apart; `check`: compares what is read with what was written: see [`load`] |
 //! | `blkfuzz:N:SEED:OPS:DEPTH[:framed]` | random requests of all kinds in chains cut anywhere (`framed`: in the usual three buffers), compared with a model of the disk: see [`fuzz`] |
 //! | `blkepochs:N:SEED:WRITES:DEPTH[:EPOCHS]` | epochs of writes, a flush and a line after each, for a host that kills the monitor: see [`epochs`] |
+//! | `blktell:N:COUNT` | COUNT reads at once, and a line for each completion as it comes |
 //! | `netinfo:N` | features, MAC, MTU |
 //! | `netecho:N[:FRAMES]` | sends every frame back, addresses swapped |
 //! | `netcount:N:FRAMES[:MS]` | counts what arrives |
@@ -115,6 +116,7 @@ const WORDS: &[(&str, Word)] = &[
     ("blkload", load::block),
     ("blkfuzz", fuzz::fuzz),
     ("blkepochs", epochs::epochs),
+    ("blktell", epochs::tell),
     ("netinfo", net::info),
     ("netecho", net::echo),
     ("netcount", net::count),
