@@ -7,7 +7,7 @@
 //!
 //! [`Files`] is control's side. It knows what is under way and until when:
 //! - one thing at a time, in the order of submission, at most [`QUEUE`] waiting;
-//! - work that has not finished by its deadline is *overdue*: control tells the client which
+//! - work that has not finished within its [`Limit`] is *overdue*: control tells the client which
 //!   file did not answer in which operation, and does not use the result when it comes;
 //! - while something is overdue, further work is refused at once.
 //!
@@ -27,7 +27,6 @@
 pub mod open;
 
 use std::any::Any;
-use std::cell::OnceCell;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::inbox::{Outbox, TaskReceiver, TaskSender, tasks};
+use crate::steps::Steps;
 
 /// How much work may wait for the thread.
 pub const QUEUE: usize = 32;
@@ -55,57 +55,6 @@ enum Job<T> {
     Work(u64, Work<T>),
     /// There is something to close.
     Close,
-}
-
-/// What the files thread waits for at the moment; shared with control, which tells clients.
-#[derive(Clone, Debug, Default)]
-pub struct Steps(Arc<Mutex<Option<Step>>>);
-
-#[derive(Clone, Debug)]
-struct Step {
-    /// As messages say it: "opening the disk `/x`".
-    text: String,
-    since: Instant,
-}
-
-thread_local! {
-    /// On the files thread: where its steps are told.
-    static CURRENT: OnceCell<Steps> = const { OnceCell::new() };
-}
-
-/// What follows may wait for `text`: an operation and its file, as in "opening the disk `/x`". Tells
-/// control on the files thread, and does nothing on any other.
-pub fn may_wait(text: impl fmt::Display) {
-    CURRENT.with(|current| {
-        if let Some(steps) = current.get() {
-            steps.begin(text);
-        }
-    });
-}
-
-impl Steps {
-    fn lock(&self) -> MutexGuard<'_, Option<Step>> {
-        // A panic ends the process, so a poisoned lock is never seen.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What follows may wait for `text`: an operation and its file, as in "opening the disk `/x`".
-    pub fn begin(&self, text: impl fmt::Display) {
-        *self.lock() = Some(Step {
-            text: text.to_string(),
-            since: Instant::now(),
-        });
-    }
-
-    fn end(&self) {
-        *self.lock() = None;
-    }
-
-    /// The operation under way, and for how long it has been.
-    fn now(&self) -> Option<(String, Duration)> {
-        let step = self.lock().clone()?;
-        Some((step.text, step.since.elapsed()))
-    }
 }
 
 /// Why work was not accepted.
@@ -136,11 +85,23 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
+/// How long work may take.
+#[derive(Clone, Copy, Debug)]
+pub enum Limit {
+    /// All of it, with what waits before it.
+    Whole(Duration),
+    /// Each of its steps: how many it has depends on how much there is to do.
+    EachStep(Duration),
+    /// As long as it takes: it waits for nothing outside of this process.
+    None,
+}
+
 /// Work that the thread has not finished.
 #[derive(Clone, Copy, Debug)]
 struct Pending {
     token: u64,
-    deadline: Option<Instant>,
+    submitted: Instant,
+    limit: Limit,
     /// Its deadline has passed, and its requester was answered.
     overdue: bool,
 }
@@ -218,11 +179,10 @@ pub fn files<T: Send + 'static>(finished: Outbox<Finished<T>>) -> (Files<T>, Fil
 impl<T> FilesThread<T> {
     /// Works until [`Files`] is gone.
     pub fn run(self) {
-        CURRENT.with(|current| {
-            let _ = current.set(self.steps.clone());
-        });
+        self.steps.adopt();
         while let Some(job) = self.jobs.receive() {
             if let Job::Work(token, work) = job {
+                self.steps.begin("what was asked for");
                 let result = work(&self.steps);
                 self.steps.end();
                 // Control's inbox has room for all that can be pending.
@@ -247,12 +207,12 @@ impl<T> FilesThread<T> {
 }
 
 impl<T: Send + 'static> Files<T> {
-    /// Gives `work` to the thread, to be finished within `limit` (`None`: whenever). The token
-    /// comes back with its result.
+    /// Gives `work` to the thread, to be finished within `limit`. The token comes back with its
+    /// result.
     ///
     /// # Errors
     /// [`Refused`] while the thread hangs, or has too much to do; `work` is dropped by the thread.
-    pub fn submit(&mut self, limit: Option<Duration>, work: Work<T>) -> Result<u64, Refused> {
+    pub fn submit(&mut self, limit: Limit, work: Work<T>) -> Result<u64, Refused> {
         if let Some(refused) = self.refuses() {
             self.close(Box::new(work));
             return Err(refused);
@@ -263,7 +223,8 @@ impl<T: Send + 'static> Files<T> {
                 self.next_token = token.wrapping_add(1);
                 self.pending.push_back(Pending {
                     token,
-                    deadline: limit.and_then(|limit| Instant::now().checked_add(limit)),
+                    submitted: Instant::now(),
+                    limit,
                     overdue: false,
                 });
                 Ok(token)
@@ -283,8 +244,9 @@ impl<T: Send + 'static> Files<T> {
         if !self.pending.iter().any(|pending| pending.overdue) {
             return None;
         }
-        let (text, time) = self.steps.now()?;
-        Some(Refused::Hangs(text, time))
+        let step = self.steps.now()?;
+        let time = step.elapsed();
+        Some(Refused::Hangs(step.text, time))
     }
 
     /// Drops `value` on the thread: what it owns may wait when it is closed.
@@ -312,29 +274,54 @@ impl<T: Send + 'static> Files<T> {
         in_time
     }
 
-    /// When the next work becomes overdue.
+    /// When the next work becomes overdue, as far as can be told now: a step that goes on in time
+    /// moves it.
     pub fn deadline(&self) -> Option<Instant> {
-        let waited_for = self.pending.iter().filter(|pending| !pending.overdue);
-        waited_for.filter_map(|pending| pending.deadline).min()
+        let waited_for = self.pending.iter().enumerate();
+        let waited_for = waited_for.filter(|(_, pending)| !pending.overdue);
+        waited_for
+            .filter_map(|(place, pending)| self.due(place, pending))
+            .min()
+    }
+
+    /// When the work at this place of the order becomes overdue.
+    fn due(&self, place: usize, pending: &Pending) -> Option<Instant> {
+        match pending.limit {
+            Limit::Whole(limit) => pending.submitted.checked_add(limit),
+            // Only the first has begun.
+            Limit::EachStep(limit) if place == 0 => match self.steps.now() {
+                Some(step) => step.since.checked_add(limit.saturating_add(step.more)),
+                // It begins or ends at this moment: to be asked again then.
+                None => Instant::now().checked_add(limit),
+            },
+            Limit::EachStep(_) | Limit::None => None,
+        }
     }
 
     /// The token of work whose deadline has passed, and the message for whom waits for it; each
     /// once.
     pub fn overdue(&mut self, now: Instant) -> Option<(u64, String)> {
-        let is_due = |pending: &&mut Pending| {
-            !pending.overdue && pending.deadline.is_some_and(|deadline| deadline <= now)
+        let is_due = |(place, pending): &(usize, &Pending)| {
+            !pending.overdue && self.due(*place, pending).is_some_and(|due| due <= now)
         };
-        let pending = self.pending.iter_mut().find(is_due)?;
+        let place = self.pending.iter().enumerate().find(is_due)?.0;
+        let pending = self.pending.get_mut(place)?;
         pending.overdue = true;
+        // What goes step by step may have changed something, and may still do so.
+        let changed = match pending.limit {
+            Limit::EachStep(_) => "",
+            Limit::Whole(_) | Limit::None => ", and nothing was changed",
+        };
         let token = pending.token;
         let message = match self.steps.now() {
-            Some((text, time)) => format!(
-                "No answer from a file: {text} has not ended for {} s, and nothing was changed. \
+            Some(step) => format!(
+                "No answer from a file: {} has not ended for {} s{changed}. \
                  Check the file system it is on, and try again",
-                time.as_secs()
+                step.text,
+                step.elapsed().as_secs()
             ),
             // It has ended this moment; its result will not be used.
-            None => "No answer from a file in time, and nothing was changed. Try again".to_owned(),
+            None => format!("No answer from a file in time{changed}. Try again"),
         };
         Some((token, message))
     }
@@ -381,7 +368,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
     use std::thread;
 
-    const LIMIT: Option<Duration> = Some(Duration::from_secs(5));
+    const LIMIT: Limit = Limit::Whole(Duration::from_secs(5));
 
     fn rig() -> (Files<u32>, Inbox<Finished<u32>>) {
         let (sender, events) = inbox(QUEUE * 2).unwrap();
@@ -470,10 +457,58 @@ mod tests {
     }
 
     #[test]
+    fn work_when_its_steps_are_in_time_may_take_as_long_as_it_likes() {
+        const STEP: Duration = Duration::from_secs(5);
+        let (mut files, events) = rig();
+        let (go_on, gone_on) = channel();
+        let (began, begun) = channel();
+        let work: Work<u32> = Box::new(move |steps| {
+            steps.begin("writing");
+            began.send(steps.now().unwrap().since).unwrap();
+            gone_on.recv().unwrap();
+            crate::steps::goes_on();
+            began.send(steps.now().unwrap().since).unwrap();
+            gone_on.recv().unwrap();
+            crate::steps::may_take(STEP);
+            began.send(steps.now().unwrap().since).unwrap();
+            gone_on.recv().unwrap();
+            1
+        });
+        let token = files.submit(Limit::EachStep(STEP), work).unwrap();
+        let behind = files
+            .submit(Limit::EachStep(STEP), Box::new(|_| 2))
+            .unwrap();
+        let first = begun.recv().unwrap();
+        assert_eq!(files.deadline(), Some(first + STEP));
+        assert_eq!(files.overdue(first + STEP - Duration::from_nanos(1)), None);
+        thread::sleep(Duration::from_nanos(1));
+        go_on.send(()).unwrap();
+        let second = begun.recv().unwrap();
+        assert!(second > first);
+        assert_eq!(files.overdue(first + STEP), None);
+        go_on.send(()).unwrap();
+        let third = begun.recv().unwrap();
+        assert_eq!(files.overdue(third + STEP), None);
+        let (overdue, message) = files.overdue(third + 2 * STEP).unwrap();
+        assert_eq!(overdue, token);
+        assert!(
+            message.contains("writing has not ended") && !message.contains("nothing was changed"),
+            "{message}"
+        );
+        // What has not begun waits for its turn.
+        assert_eq!(files.overdue(third + 100 * STEP), None);
+        go_on.send(()).unwrap();
+        for (token, is_in_time) in [(token, false), (behind, true)] {
+            assert_eq!(next(&events).token, token);
+            assert_eq!(files.is_in_time(token), is_in_time);
+        }
+    }
+
+    #[test]
     fn submit_when_queue_is_full_is_refused() {
         let (mut files, events) = rig();
         let (work, release, begun) = hanging("reading");
-        files.submit(None, work).unwrap();
+        files.submit(Limit::None, work).unwrap();
         begun.recv().unwrap();
         for _ in 0..QUEUE {
             files.submit(LIMIT, Box::new(|_| 1)).unwrap();
@@ -491,7 +526,7 @@ mod tests {
     fn submit_when_many_files_are_to_be_closed_still_has_room() {
         let (mut files, events) = rig();
         let (work, release, begun) = hanging("reading");
-        files.submit(None, work).unwrap();
+        files.submit(Limit::None, work).unwrap();
         begun.recv().unwrap();
         for _ in 0..QUEUE * 2 {
             files.close(Box::new(()));
@@ -513,7 +548,7 @@ mod tests {
         }
         let (mut files, _events) = rig();
         let (work, release, begun) = hanging("reading");
-        files.submit(None, work).unwrap();
+        files.submit(Limit::None, work).unwrap();
         begun.recv().unwrap();
         for _ in 0..QUEUE * 2 {
             files.close(Box::new(Value(thread::current().id())));

@@ -34,7 +34,7 @@
 //!   4  vcpu             sees arch and bus; does not know that virtio exists
 //!   3  virtio   arch    neither sees the other
 //!   2  serial   memory   snapshot   overlay   files   threads
-//!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   error   of each other they see nothing
+//!   1  bus   rate_limiter   inbox   seccomp   metrics   timeline   log   error   steps   of each other they see nothing
 //!      state            what the saved states of all parts share
 //!      wire             what the programs that drive the monitor know too: configuration, ids, limits, client
 //!      sys              system calls
@@ -75,6 +75,7 @@ mod serial;
 #[doc(hidden)]
 pub mod snapshot;
 mod state;
+mod steps;
 mod sys;
 mod threads;
 mod timeline;

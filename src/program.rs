@@ -10,10 +10,11 @@ use std::time::Duration;
 use crate::api::{self, Server};
 use crate::args::{self, Args, Asked};
 use crate::error::ActionError;
-use crate::files;
+use crate::files::Limit;
 use crate::log::{self, Writer, firecracker};
 use crate::seccomp::Category;
 use crate::snapshot::{self, Refusal};
+use crate::steps;
 use crate::sys::passed::Passed;
 use crate::sys::{kvm, landlock, process, socket};
 use crate::threads::{self, ReadyLatch};
@@ -133,8 +134,8 @@ fn run(args: Args, timeline: Timeline) -> ! {
         (Some(number), _) => Some(adopt("api-fd", number, socket::listener)),
         (None, Some(path)) => {
             let path = path.clone();
-            let bound = vmm.wait_for_file(Some(BIND_PATIENCE), move || {
-                files::may_wait(format_args!("making the API socket `{}`", path.display()));
+            let bound = vmm.wait_for_file(Limit::Whole(BIND_PATIENCE), move || {
+                steps::may_wait(format_args!("making the API socket `{}`", path.display()));
                 api::bind(&path).map_err(|e| ActionError::of(&e))
             });
             Some(bound.unwrap_or_else(|e| fail(&e.0, exit::ERROR)))
@@ -192,7 +193,7 @@ fn adopt<T>(option: &str, number: u32, kind: impl FnOnce(OwnedFd) -> Result<T, &
 /// Applies Landlock, where the kernel has it, to this thread and the files thread. Threads made later
 /// inherit it.
 fn give_up_files(vmm: &mut Vmm) {
-    let others = vmm.wait_for_file(None, || Ok(landlock::restrict()));
+    let others = vmm.wait_for_file(Limit::None, || Ok(landlock::restrict()));
     let others = others.unwrap_or_else(|e| fail(&e.0, exit::ERROR));
     match others.and_then(|_| landlock::restrict()) {
         Ok(Some(abi)) => info!("Landlock holds the monitor (its version {abi})."),

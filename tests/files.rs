@@ -6,6 +6,7 @@ mod common;
 
 use std::fs;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
@@ -189,6 +190,53 @@ fn metrics_when_clients_ask_while_a_line_is_written_are_written_for_all_of_them(
             assert_eq!(common::read_response(&mut client), (204, String::new()));
         }
         ends_by_sigterm(monitor);
+    });
+}
+
+#[test]
+fn snapshot_when_its_file_hangs_is_refused_and_the_guest_goes_on() {
+    let test = "snapshot_when_its_file_hangs_is_refused_and_the_guest_goes_on";
+    with_slow(test, vec![0; 4096], |folder, slow| {
+        let (monitor, api) = Monitor::boot_with_api(folder, &probe_vm("shell"));
+        monitor.expect("shell ready");
+        api.patch("/vm", json!({"state": "Paused"}));
+        let open = |path: &Path| {
+            let mut options = fs::File::options();
+            let options = options.read(true).write(true).create(true).truncate(false);
+            options.open(path).unwrap()
+        };
+        let (state, memory) = (open(&folder.join("state")), open(&slow.path()));
+        let silent = slow.fall_silent();
+        let asked = Instant::now();
+        let body = json!({
+            "snapshot_path": {"fd": 0},
+            "mem_file_path": {"fd": 1, "name": "the memory"},
+        });
+        let (status, answer) = thread::scope(|scope| {
+            let fds = [state.as_fd(), memory.as_fd()];
+            let (api, body) = (&api, body.to_string());
+            let asking =
+                scope.spawn(move || api.request_with("PUT", "/snapshot/create", &body, &fds));
+            while !asking.is_finished() {
+                api.get("/");
+                thread::sleep(Duration::from_millis(20));
+            }
+            asking.join().unwrap()
+        });
+        assert!(asked.elapsed() > Duration::from_secs(10), "it did not hang");
+        assert_eq!(status, 400, "{answer}");
+        assert!(
+            answer.contains("No answer from a file") && answer.contains("snapshot's files"),
+            "{answer}"
+        );
+        api.patch("/vm", json!({"state": "Resumed"}));
+        let refused = api.refused(
+            "PUT",
+            "/snapshot/create",
+            json!({"snapshot_path": "/x", "mem_file_path": "/y", "snapshot_type": "Fork"}),
+        );
+        assert!(refused.contains("Not tried"), "{refused}");
+        drop((monitor, silent));
     });
 }
 

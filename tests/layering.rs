@@ -34,6 +34,7 @@ const MONITOR: &[(&str, u8)] = &[
     ("metrics", 3),
     ("log", 3),
     ("timeline", 3),
+    ("steps", 3),
     ("wire", 1),
     ("state", 1),
     ("sys", 0),

@@ -6,15 +6,14 @@ mod common;
 mod pair;
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Seek};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{Read, Seek};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use common::{Api, Folder, Monitor, needs, probe_vm_with_disks};
+use common::{Api, Folder, Monitor, needs, probe_vm_with_disks, sys};
 use pair::{Pair, assert_same, await_disk, pause, resume, snapshot_tool};
 use probe_host::pattern;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
 
 /// Size of the disks.
@@ -147,29 +146,7 @@ fn fork(api: &Api, state: &Path) -> File {
     });
     api.put_with("/snapshot/create", body, &[theirs.as_fd()]);
     drop(theirs);
-    received(&ours)
-}
-
-/// The descriptor that waits in a socket.
-fn received(socket: &UnixStream) -> File {
-    let mut byte = [0];
-    let mut space = [std::mem::MaybeUninit::uninit(); 64];
-    let mut messages = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut messages,
-        flags,
-    )
-    .unwrap();
-    let fds = messages.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    let fds: Vec<OwnedFd> = fds.flatten().collect();
-    let [fd] = <[OwnedFd; 1]>::try_from(fds).expect("one descriptor");
-    fd.into()
+    sys::receive_with(&ours, &mut [0]).1.into()
 }
 
 fn content(mut file: &File) -> Vec<u8> {

@@ -19,6 +19,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryReg
 use super::occupied::{Finder, data_ranges};
 use super::page_set::PageSet;
 use super::{Base, MappedPart, Memory, PAGE, Piece, Ram};
+use crate::steps::goes_on;
 use crate::wire::check;
 
 /// Bytes in an id of a snapshot.
@@ -84,6 +85,11 @@ impl Contents {
         let identity = |file: &File| file.metadata().map(|is| (is.dev(), is.ino())).ok();
         let this = identity(file);
         this.is_some() && sources.any(|source| identity(source.file()) == this)
+    }
+
+    /// Whether reading it may wait for the handler of page faults.
+    pub fn may_wait(&self) -> bool {
+        matches!(self.base, Base::Lazy)
     }
 
     /// Bytes in an image.
@@ -286,6 +292,7 @@ impl<'a> Writer<'a> {
 
     /// Writes the first `count` pages of the buffer to `offset`, in as few pieces as can be.
     fn chunk(&mut self, count: usize, offset: u64) -> io::Result<()> {
+        goes_on();
         let mut page = offset / PAGE;
         for pages in self
             .buffer

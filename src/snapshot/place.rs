@@ -63,7 +63,7 @@ pub(super) struct Place {
     pub name: OsString,
     pub partial: OsString,
     /// As the client named it.
-    path: PathBuf,
+    pub path: PathBuf,
     /// What is there.
     pub old: Option<File>,
 }

@@ -325,7 +325,6 @@ fn save_to(state_at: Target, memory_at: Target, id: u8) -> Result<(), WriteError
     write_pair(
         state_at,
         memory_at,
-        &|_| {},
         |file| fill(file, id),
         |memory| {
             encode(
@@ -526,7 +525,6 @@ fn descriptors_when_written_to_hold_the_pair_and_what_cannot_serve_is_refused() 
     let failed = write_pair(
         target(&at),
         target(&memory),
-        &|_| {},
         |_| Err(io::Error::other("planted")),
         |_| encode(&header(3), &state(3)),
     );
@@ -556,7 +554,7 @@ fn state_alone_when_written_is_whole_and_in_place() {
     let (_folder, path) = folder();
     let at = path.join("state");
     for id in [1, 2] {
-        write_state(Target::Path(at.clone()), &whole(id), &|_| {}).unwrap();
+        write_state(Target::Path(at.clone()), &whole(id)).unwrap();
         assert_eq!(fs::read(&at).unwrap(), whole(id));
         assert_eq!(names(&path), ["state"]);
     }
@@ -595,7 +593,6 @@ fn create_when_memory_or_state_fails_leaves_the_old_pair() {
             let failed = write_pair(
                 target(&at),
                 target(&memory),
-                &|_| {},
                 |file| match fails_late {
                     true => fill(file, 2),
                     false => Err(planted()),
@@ -625,7 +622,6 @@ fn create_when_the_state_cannot_be_put_in_place_takes_the_memory_back() {
         let failed = write_pair(
             Target::Path(at.clone()),
             Target::Path(memory.clone()),
-            &|_| {},
             |file| fill(file, 2),
             |memory| {
                 // The temporary state file goes, so that it cannot be renamed.
@@ -659,7 +655,6 @@ fn create_when_another_is_under_way_at_the_same_place_is_refused() {
         write_pair(
             Target::Path(at.clone()),
             Target::Path(memory.clone()),
-            &|_| {},
             |file| {
                 for (at, memory) in [("state", "memory"), ("state", "else"), ("else", "memory")] {
                     let (at, memory) = (path.join(at), path.join(memory));
@@ -741,7 +736,6 @@ fn create_when_killed_at_any_step_leaves_the_old_pair_or_the_new_one() {
             let failed = write_pair(
                 Target::Path(at.clone()),
                 Target::Path(memory.clone()),
-                &|_| {},
                 |_| Err(io::Error::other("planted")),
                 |_| encode(&header(9), &state(9)),
             );

@@ -21,12 +21,17 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::{Display, Path, PathBuf};
+use std::time::Duration;
 
 use super::header::{FIXED, MemoryImage};
 use super::place::{Place, Target, check_passed};
 use super::read::{check_memory, read};
+use crate::steps::{may_take, may_wait};
 use crate::sys::folder::Folder;
+
+/// Bytes that a file system that answers syncs in a second.
+const SLOWEST_SYNC: u64 = 8 << 20;
 
 /// Why a snapshot was not written.
 #[derive(Debug)]
@@ -146,6 +151,13 @@ impl Output {
         match self {
             Output::At { place, .. } => place.error(what, cause),
             Output::In { name, .. } => WriteError::io(what, Path::new(name), cause),
+        }
+    }
+
+    fn name(&self) -> Display<'_> {
+        match self {
+            Output::At { place, .. } => place.path.display(),
+            Output::In { name, .. } => Path::new(name).display(),
         }
     }
 
@@ -356,14 +368,13 @@ fn repair(state: &Site, memory: &mut Site) -> Result<(), WriteError> {
 
 /// Writes a memory image, with `fill`, and then the state file that `encode` puts together for it, and
 /// puts both in place. `fill` gets an empty file, or a passed one as it is, and leaves it with the
-/// length and the id that it returns. `wait` is told what may take long.
+/// length and the id that it returns.
 ///
 /// # Errors
 /// Nothing is changed then, except in what was passed as a descriptor.
 pub fn write_pair<M, S>(
     state: Target,
     memory: Target,
-    wait: &dyn Fn(&str),
     fill: impl FnOnce(&File) -> Result<MemoryImage, M>,
     encode: impl FnOnce(MemoryImage) -> Result<Vec<u8>, S>,
 ) -> Result<(), WriteError>
@@ -371,7 +382,7 @@ where
     M: Into<Box<dyn Error + Send + Sync>>,
     S: Into<Box<dyn Error + Send + Sync>>,
 {
-    wait("looking for the places of the snapshot's files");
+    may_wait("looking for the places of the snapshot's files");
     let state = Site::of(state)?;
     let mut memory = Site::of(memory)?;
     check_differ(&state, &memory)?;
@@ -381,15 +392,22 @@ where
         place.lock_old()?;
     }
     let mut memory = memory.begin()?;
-    wait("writing the snapshot's memory file");
+    may_wait(format_args!(
+        "writing the snapshot's memory file `{}`",
+        memory.name()
+    ));
     step();
     let image = fill(memory.file()).map_err(|cause| WriteError::Memory(cause.into()))?;
-    wait("syncing the snapshot's memory file");
+    may_wait(format_args!(
+        "syncing the snapshot's memory file `{}`",
+        memory.name()
+    ));
+    may_take(Duration::from_secs(image.len / SLOWEST_SYNC));
     memory.sync()?;
     let bytes = encode(image).map_err(|cause| WriteError::State(cause.into()))?;
-    wait("writing the snapshot's state file");
+    may_wait("writing the snapshot's state file");
     state.write(&bytes)?;
-    wait("putting the snapshot's files in place");
+    may_wait("putting the snapshot's files in place");
     if let Err(error) = memory.exchange().and_then(|()| state.commit(&bytes)) {
         if !state.is_committed() {
             memory.undo();
@@ -403,8 +421,8 @@ where
 ///
 /// # Errors
 /// Nothing is changed then, except in what was passed as a descriptor.
-pub fn write_state(state: Target, bytes: &[u8], wait: &dyn Fn(&str)) -> Result<(), WriteError> {
-    wait("writing the snapshot's state file");
+pub fn write_state(state: Target, bytes: &[u8]) -> Result<(), WriteError> {
+    may_wait("writing the snapshot's state file");
     let state = Site::of(state)?;
     state.clear()?;
     let mut state = StateOutput::begin(state, |_| Ok(()))?;

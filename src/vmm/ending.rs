@@ -8,8 +8,9 @@ use super::file_work::FileResult;
 use super::lifecycle::Input;
 use super::machine::Machine;
 use super::{Event, Vmm, file_work};
-use crate::files::Steps;
+use crate::files::Limit;
 use crate::serial::SerialEvent;
+use crate::steps::Steps;
 use crate::sys::fd;
 use crate::vcpu::{End, GuestStatus};
 use crate::{error, info, log, warn};
@@ -138,7 +139,9 @@ impl Vmm {
             let _ = send.send(changed.map(|file| file.name().to_owned()));
             FileResult::Done
         });
-        self.files.submit(Some(FINISH_PATIENCE), work).ok()?;
+        self.files
+            .submit(Limit::Whole(FINISH_PATIENCE), work)
+            .ok()?;
         name.recv_timeout(FINISH_PATIENCE).ok()?
     }
 }

@@ -27,9 +27,10 @@ use super::rules::State;
 use super::saving::{Job, Written};
 use super::{Event, Next, Vmm};
 use crate::error::{ActionError, Context};
-use crate::files::{Finished, Steps};
+use crate::files::{Finished, Limit};
 use crate::memory::fork::{Frozen, Prepared};
 use crate::memory::{Memory, MemoryError};
+use crate::steps::Steps;
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
 use crate::sys::passed::Passed;
@@ -172,7 +173,7 @@ impl Vmm {
         }
         let work =
             Box::new(move |_: &Steps| FileResult::Opened(Box::new(change.open(&mut passed))));
-        match self.files.submit(Some(FILE_PATIENCE), work) {
+        match self.files.submit(Limit::Whole(FILE_PATIENCE), work) {
             Ok(token) => self.awaited.push((token, Awaited::Change(asker))),
             Err(refused) => asker.answer(Err(ActionError::of(&refused))),
         }
@@ -210,7 +211,9 @@ impl Vmm {
                 let started = self.complete_start(*begun, *loaded, then);
                 asker.answer(started.map(|()| Outcome::Done));
             }
-            (FileResult::Saved(written), Some(Awaited::Saving)) => self.snapshot_written(*written),
+            (FileResult::Saved(written), Some(Awaited::Saving)) if is_in_time => {
+                self.snapshot_written(*written);
+            }
             (FileResult::ForkPrepared(prepared), Some(Awaited::Saving)) => {
                 self.fork_prepared(prepared);
             }
@@ -243,7 +246,9 @@ impl Vmm {
                         self.skip_metrics(next, &BEFORE_IT);
                     }
                 }
-                Some(Awaited::Saving | Awaited::Nothing) | None => {}
+                Some(Awaited::Saving) => self.saving_hangs(message),
+                Some(Awaited::Nothing) => warn!("{message}."),
+                None => {}
             }
             self.release_held();
         }
@@ -274,7 +279,7 @@ impl Vmm {
             let result = sink.write(report);
             FileResult::Written(result, sink.missed())
         });
-        match self.files.submit(Some(FILE_PATIENCE), work) {
+        match self.files.submit(Limit::Whole(FILE_PATIENCE), work) {
             Ok(token) => {
                 self.metrics_line = MetricsLine::InTime;
                 self.awaited.push((token, Awaited::Metrics(asked)));
@@ -318,7 +323,7 @@ impl Vmm {
             let _ = fd::write(file.as_raw_fd(), text.as_bytes());
             FileResult::Done
         });
-        if let Ok(token) = self.files.submit(Some(FILE_PATIENCE), work) {
+        if let Ok(token) = self.files.submit(Limit::Whole(FILE_PATIENCE), work) {
             self.awaited.push((token, Awaited::Nothing));
         }
     }
@@ -337,14 +342,13 @@ impl Vmm {
         }
     }
 
-    /// Has `work` done while there are no clients yet, and waits for it; `None` waits as long as it
-    /// takes. A signal ends the process meanwhile.
+    /// Has `work` done while there are no clients yet, and waits for it. A signal ends the process meanwhile.
     ///
     /// # Errors
     /// Which file did not answer, or what `work` gives.
     pub fn wait_for_file<T: Send + 'static>(
         &mut self,
-        limit: Option<Duration>,
+        limit: Limit,
         work: impl FnOnce() -> Result<T, ActionError> + Send + 'static,
     ) -> Result<T, ActionError> {
         let begun = self.begin_file(limit, work)?;
@@ -354,7 +358,7 @@ impl Vmm {
     /// The first half of that: something else can be done before [`Vmm::await_file`].
     pub(super) fn begin_file<T: Send + 'static>(
         &mut self,
-        limit: Option<Duration>,
+        limit: Limit,
         work: impl FnOnce() -> Result<T, ActionError> + Send + 'static,
     ) -> Result<UnderWay<T>, ActionError> {
         let (send, result) = sync_channel(1);

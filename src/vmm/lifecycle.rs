@@ -10,6 +10,10 @@
 //!      '---------------------------- Resume -----------------------------'--------------'
 //! ```
 //!
+//! A vCPU that does not stop (its thread waits in the kernel, for a page fault handler or a file
+//! system that does not answer) makes a pause fail after [`VCPU_PATIENCE`]: who asked is told, the
+//! guest counts as running, and the vCPUs go on once the last has stopped.
+//!
 //! There are two pauses. *Paused* is what clients ask for: no vCPU runs guest code. *Quiescent* is
 //! more: no device has anything in flight either, and none writes guest memory from then on. A pause
 //! is answered when it is quiescent, or after [`PATIENCE`] without: a disk that hangs does not keep a
@@ -24,6 +28,9 @@ use std::time::{Duration, Instant};
 
 /// How long devices may take to finish what is in flight before a pause is answered without them.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long vCPUs may take to stop before a pause has failed.
+pub(super) const VCPU_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What happens. `C` is the way back to a client.
 #[derive(Debug)]
@@ -56,6 +63,10 @@ pub(super) enum Task<C> {
     Paused { took: Duration },
     /// Tell the client that the guest is paused.
     Answer(C),
+    /// Tell the client that the guest cannot be paused, because of these vCPUs.
+    Refuse(C, u32),
+    /// Let vCPUs go on after a pause that has failed.
+    GoOn,
     /// Log that these vCPUs have not answered yet.
     ReportVcpus(u32),
     /// Log that as many devices have not finished; clients are answered nevertheless.
@@ -72,6 +83,8 @@ enum Stage {
         since: Instant,
         deadline: Instant,
         vcpus: u32,
+        /// The pause has failed, and no client wants another so far.
+        has_failed: bool,
     },
     /// Devices have been told to pause; those by bit have not answered.
     Draining {
@@ -164,6 +177,9 @@ impl<C> Lifecycle<C> {
     /// When a [`Input::Tick`] is due.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match self.stage {
+            Stage::StoppingVcpus {
+                has_failed: true, ..
+            } => None,
             Stage::StoppingVcpus { deadline, .. } | Stage::Draining { deadline, .. } => {
                 Some(deadline)
             }
@@ -199,15 +215,26 @@ impl<C> Lifecycle<C> {
     }
 
     fn want_pause(&mut self, client: C, now: Instant, tasks: &mut Vec<Task<C>>) {
-        match self.stage {
+        match &mut self.stage {
             Stage::Running => {
                 self.clients.push(client);
                 self.stage = Stage::StoppingVcpus {
                     since: now,
                     deadline: now + PATIENCE,
                     vcpus: self.vcpus,
+                    has_failed: false,
                 };
                 tasks.push(Task::PauseVcpus);
+            }
+            // vCPUs have been told already.
+            Stage::StoppingVcpus {
+                since,
+                deadline,
+                has_failed,
+                ..
+            } if *has_failed => {
+                (*since, *deadline, *has_failed) = (now, now + PATIENCE, false);
+                self.clients.push(client);
             }
             Stage::StoppingVcpus { .. } | Stage::Draining { .. } if self.then.is_empty() => {
                 self.clients.push(client);
@@ -223,7 +250,10 @@ impl<C> Lifecycle<C> {
     fn want_resume(&mut self, client: C, tasks: &mut Vec<Task<C>>) {
         match self.stage {
             // Resuming what runs is fine.
-            Stage::Running => tasks.push(Task::Answer(client)),
+            Stage::Running
+            | Stage::StoppingVcpus {
+                has_failed: true, ..
+            } => tasks.push(Task::Answer(client)),
             Stage::StoppingVcpus { .. } | Stage::Draining { .. } => {
                 self.then.push_back(Wanted::Resume(client));
             }
@@ -252,10 +282,18 @@ impl<C> Lifecycle<C> {
     fn tick(&mut self, now: Instant, tasks: &mut Vec<Task<C>>) {
         match &mut self.stage {
             Stage::StoppingVcpus {
-                deadline, vcpus, ..
-            } if *deadline <= now => {
+                since,
+                deadline,
+                vcpus,
+                has_failed,
+            } if *deadline <= now && !*has_failed => {
                 *deadline = now + PATIENCE;
                 tasks.push(Task::ReportVcpus(*vcpus));
+                if now.saturating_duration_since(*since) >= VCPU_PATIENCE {
+                    *has_failed = true;
+                    let vcpus = *vcpus;
+                    self.refuse(vcpus, tasks);
+                }
             }
             Stage::Draining {
                 deadline,
@@ -270,12 +308,32 @@ impl<C> Lifecycle<C> {
         }
     }
 
+    /// Tells the clients of a pause that it has failed, and who wanted something after it.
+    fn refuse(&mut self, vcpus: u32, tasks: &mut Vec<Task<C>>) {
+        let refuse = |client| Task::Refuse(client, vcpus);
+        tasks.extend(self.clients.drain(..).map(refuse));
+        tasks.extend(self.then.drain(..).map(|wanted| match wanted {
+            Wanted::Pause(client) => Task::Refuse(client, vcpus),
+            Wanted::Resume(client) => Task::Answer(client),
+        }));
+    }
+
     /// Goes on to the next stage when the last answer has come.
     fn advance(&mut self, now: Instant, tasks: &mut Vec<Task<C>>) {
+        if let Stage::StoppingVcpus {
+            vcpus: 0,
+            has_failed: true,
+            ..
+        } = self.stage
+        {
+            self.stage = Stage::Running;
+            tasks.push(Task::GoOn);
+        }
         if let Stage::StoppingVcpus {
             since,
             deadline,
             vcpus: 0,
+            ..
         } = self.stage
         {
             // No new kick can come: now the devices finish what they have begun.

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::Vmm;
 use super::action::{Outcome, Reply};
-use super::lifecycle::{Input, Lifecycle, Task};
+use super::lifecycle::{Input, Lifecycle, Task, VCPU_PATIENCE};
 use super::machine::Machine;
 use crate::error::{ActionError, Context};
 use crate::metrics::{micros, micros_since};
@@ -39,6 +39,19 @@ pub(super) enum Waiter {
     Saving,
     /// None: a start, or the end of a snapshot.
     None,
+}
+
+/// Why a pause has failed.
+fn does_not_stop(vcpus: u32) -> ActionError {
+    let vcpus = (0..u32::BITS).filter(|number| vcpus & 1 << number != 0);
+    let vcpus: Vec<_> = vcpus.map(|number| number.to_string()).collect();
+    ActionError(format!(
+        "The guest could not be paused, and runs: vCPU {} has not stopped within {} s. It waits for the \
+         host: for a page fault handler, or for the file system of guest memory. Try again when that \
+         answers",
+        vcpus.join(", "),
+        VCPU_PATIENCE.as_secs()
+    ))
 }
 
 impl Vmm {
@@ -90,6 +103,12 @@ impl Vmm {
                 self.counters.resume_us = micros_since(since);
                 self.tell_waiter(waiter, resumed.bare());
             }
+            Task::GoOn => {
+                let resumed = self.machine.as_ref().map_or(Ok(()), Machine::resume_vcpus);
+                info!("The vCPUs have stopped after a pause that had failed, and go on.");
+                self.tell_waiter(Waiter::None, resumed.bare());
+            }
+            Task::Refuse(waiter, vcpus) => self.tell_waiter(waiter, Err(does_not_stop(vcpus))),
             Task::Paused { took } => self.counters.pause_us = micros(took),
             Task::Answer(waiter) => self.tell_waiter(waiter, Ok(())),
             Task::ReportVcpus(vcpus) => warn!("vCPUs {vcpus:#x} have not paused yet."),
@@ -107,7 +126,8 @@ impl Vmm {
     fn tell_waiter(&mut self, waiter: Waiter, result: Result<(), ActionError>) {
         match (waiter, result) {
             (Waiter::Client(client), result) => client.send(result.map(|()| Outcome::Done)),
-            (Waiter::Saving, _) => self.paused_for_saving(),
+            (Waiter::Saving, Ok(())) => self.paused_for_saving(),
+            (Waiter::Saving, Err(error)) => self.not_paused_for_saving(error),
             (Waiter::None, Ok(())) => {}
             (Waiter::None, Err(error)) => error!("The guest cannot run: {error}."),
         }

@@ -16,10 +16,11 @@ use super::lifecycle::{Input, Lifecycle};
 use super::pausing::Waiter;
 use super::{UPDATE_PATIENCE, Vmm, boot, report, restoring, rules};
 use crate::error::{ActionError, Context};
-use crate::files::{Files, Steps, open};
+use crate::files::{Files, Limit, open};
 use crate::log::{self, firecracker};
 use crate::metrics::{Report, Sink};
 use crate::seccomp::Category;
+use crate::steps::Steps;
 use crate::sys::fd;
 use crate::sys::passed::Passed;
 use crate::threads::{self, ReadyLatch};
@@ -223,7 +224,7 @@ impl Vmm {
         let waits = change.waits();
         let open = move || change.open(&mut Passed::Inherited);
         let ready = match waits {
-            true => self.wait_for_file(Some(FILE_PATIENCE), open)?,
+            true => self.wait_for_file(Limit::Whole(FILE_PATIENCE), open)?,
             false => open()?,
         };
         self.commit(ready).map(drop)
@@ -313,7 +314,7 @@ impl Vmm {
     /// The message for the person who named it.
     pub fn set_end(&mut self, number: u32) -> Result<(), ActionError> {
         let place = Source::fd(number);
-        let file = self.wait_for_file(Some(FILE_PATIENCE), move || {
+        let file = self.wait_for_file(Limit::Whole(FILE_PATIENCE), move || {
             let file = open::sink(&open::END, &place, &mut Passed::Inherited)?;
             fd::set_nonblocking(&file)
                 .context(format_args!("Cannot use descriptor {number} (--end-fd)"))?;
@@ -341,7 +342,7 @@ impl Vmm {
             ActionError("The path of the configuration is not valid UTF-8.".into())
         })?;
         let name = path.to_owned();
-        let work = self.begin_file(None, move || open::read_configuration(&name))?;
+        let work = self.begin_file(Limit::None, move || open::read_configuration(&name))?;
         meanwhile(self);
         let bytes = self.await_file(work)?;
         let parsed = config::parse_file(&bytes);
@@ -470,7 +471,7 @@ impl Vmm {
         let files = &mut self.files;
         let submit = |load: boot::Load| {
             let work = Box::new(move |_: &Steps| FileResult::Loaded(Box::new(load())));
-            files.submit(Some(FILE_PATIENCE), work).bare()
+            files.submit(Limit::Whole(FILE_PATIENCE), work).bare()
         };
         match boot::begin(&host, &self.configuration, origin, prepare, submit) {
             Ok((begun, token)) => {
@@ -572,5 +573,5 @@ fn seal(
         latch.report();
         FileResult::Done
     });
-    files.submit(None, work).map(drop).bare()
+    files.submit(Limit::None, work).map(drop).bare()
 }

@@ -29,7 +29,7 @@ use self::job::{CREATE_FAILED, Image};
 pub use self::job::{Job, Written};
 use super::action::{Outcome, Reply};
 use super::boot::Record;
-use super::file_work::{Awaited, FileResult};
+use super::file_work::{Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::Input;
 use super::pausing::Waiter;
 use super::rules::State;
@@ -38,12 +38,13 @@ use super::{Next, Vmm};
 use crate::arch::fingerprint::Fingerprint;
 use crate::arch::layout;
 use crate::error::{ActionError, Context};
-use crate::files::Steps;
+use crate::files::Limit;
 use crate::memory::fork::{Frozen, Prepare, Prepared};
 use crate::memory::image::Stamp;
 use crate::memory::page_set::PageSet;
 use crate::memory::{Memory, MemoryError};
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId};
+use crate::steps::Steps;
 use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::wire::config::{Drive, DriveOverlay, SavedConfig, SnapshotCreate, SnapshotType};
@@ -51,6 +52,9 @@ use crate::{error, exit, warn};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a file may keep a snapshot from going on.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 
 const FAILED: &str = "Saving the microVM failed";
 
@@ -157,7 +161,7 @@ impl Vmm {
             }
             FileResult::Done
         });
-        if let Ok(token) = self.files.submit(None, work) {
+        if let Ok(token) = self.files.submit(Limit::EachStep(FILE_PATIENCE), work) {
             self.awaited.push((token, Awaited::Nothing));
         }
     }
@@ -199,17 +203,26 @@ impl Vmm {
             return self.end_saving(Err(no_machine()));
         };
         let (mut zap, prepare) = (memory.zap(), memory.prepare());
-        self.hand_over(Step::Preparing, move |steps| {
-            steps.begin("readying guest memory for a fork");
-            while !zap.step() {}
-            let prepared = prepare.map(Prepare::run).transpose();
-            FileResult::ForkPrepared(prepared)
-        });
+        self.hand_over(
+            Step::Preparing,
+            Limit::EachStep(WRITE_PATIENCE),
+            move |steps| {
+                steps.begin("readying guest memory for a fork");
+                while !zap.step() {}
+                let prepared = prepare.map(Prepare::run).transpose();
+                FileResult::ForkPrepared(prepared)
+            },
+        );
     }
 
     /// Gives the files thread the work of `step`.
-    fn hand_over(&mut self, step: Step, work: impl FnOnce(&Steps) -> FileResult + Send + 'static) {
-        match self.files.submit(None, Box::new(work)).bare() {
+    fn hand_over(
+        &mut self,
+        step: Step,
+        limit: Limit,
+        work: impl FnOnce(&Steps) -> FileResult + Send + 'static,
+    ) {
+        match self.files.submit(limit, Box::new(work)).bare() {
             Ok(token) => {
                 self.set_step(step);
                 self.awaited.push((token, Awaited::Saving));
@@ -224,8 +237,8 @@ impl Vmm {
 
     /// Has the files thread write both files.
     fn have_written(&mut self, job: Job, image: Image) {
-        self.hand_over(Step::Writing, move |steps| {
-            FileResult::Saved(Box::new(job.write(image, steps)))
+        self.hand_over(Step::Writing, Limit::EachStep(WRITE_PATIENCE), move |_| {
+            FileResult::Saved(Box::new(job.write(image)))
         });
     }
 
@@ -247,6 +260,13 @@ impl Vmm {
     pub(super) fn paused_for_saving(&mut self) {
         if matches!(self.saving.as_ref().map(|s| s.step), Some(Step::Pausing)) {
             self.collect();
+        }
+    }
+
+    /// It does not.
+    pub(super) fn not_paused_for_saving(&mut self, error: ActionError) {
+        if matches!(self.saving.as_ref().map(|s| s.step), Some(Step::Pausing)) {
+            self.end_saving(Err(error));
         }
     }
 
@@ -419,7 +439,7 @@ impl Vmm {
         let Some(mut memory) = memory.and_then(|machine| machine.memory.take()) else {
             return self.end_saving(Err(no_machine()));
         };
-        self.hand_over(Step::Freezing, move |steps| {
+        self.hand_over(Step::Freezing, Limit::None, move |steps| {
             steps.begin("freezing guest memory");
             let frozen = memory.freeze(prepared, &job.stamp, pagemap);
             FileResult::ForkFrozen(Box::new((memory, frozen, job)))
@@ -476,6 +496,14 @@ impl Vmm {
             }
         }
         self.end_saving(result.map(drop));
+    }
+
+    /// A file, or a handler of page faults, does not answer: the client is told, and what comes of it
+    /// later is not used.
+    pub(super) fn saving_hangs(&mut self, message: String) {
+        // What has changed before it went with the work: the next diff has to hold all.
+        self.last_snapshot = None;
+        self.end_saving(Err(ActionError(format!("{CREATE_FAILED}: {message}"))));
     }
 
     /// Answers, and lets a guest run that ran before.

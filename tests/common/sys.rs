@@ -3,13 +3,15 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 fn check(result: i32) -> io::Result<i32> {
     if result < 0 {
@@ -85,6 +87,45 @@ pub fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         libc::sendmsg(stream.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
     };
     assert_eq!(usize::try_from(sent).unwrap(), bytes.len());
+}
+
+/// A message with one descriptor: how many bytes it has, and the descriptor.
+pub fn receive_with(socket: &UnixStream, bytes: &mut [u8]) -> (usize, OwnedFd) {
+    let mut space = [std::mem::MaybeUninit::uninit(); 64];
+    let mut messages = RecvAncillaryBuffer::new(&mut space);
+    let mut pieces = [io::IoSliceMut::new(bytes)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = rustix::net::recvmsg(socket, &mut pieces, &mut messages, flags).unwrap();
+    let fds = messages.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fds: Vec<OwnedFd> = fds.flatten().collect();
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).expect("one descriptor");
+    (received.bytes, fd)
+}
+
+/// The address of the next page fault of a userfaultfd, if there is one within `millis`.
+pub fn next_fault(faults: &File, millis: i32) -> Option<u64> {
+    const PAGEFAULT: u8 = 0x12;
+    // `struct uffd_msg`: the kind of event, and the address of a page fault.
+    let mut event = [0; 32];
+    if !wait_readable(faults, millis) || (&*faults).read(&mut event).ok()? != event.len() {
+        return None;
+    }
+    assert_eq!(event[0], PAGEFAULT);
+    Some(u64::from_le_bytes(event[16..24].try_into().unwrap()))
+}
+
+/// Answers a page fault with a page, `UFFDIO_COPY`, unless it was answered before: a thread that was
+/// interrupted while it waited has its fault twice.
+pub fn answer_fault(faults: &File, address: u64, page: &[u8; 4096]) {
+    let mut copy = [address & !4095, page.as_ptr() as u64, 4096, 0, 0];
+    // SAFETY: the structure is of five numbers, and the source is as long as it says.
+    let result = unsafe { libc::ioctl(faults.as_raw_fd(), 0xc028_aa03, copy.as_mut_ptr()) };
+    if let Err(error) = check(result) {
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists, "{error}");
+    }
 }
 
 /// A new tap as a monitor takes it, attached and up, in the network namespace of this thread.

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use crate::error::{ActionError, Context};
-use crate::files::may_wait;
+use crate::steps::may_wait;
 use crate::sys::fd;
 use crate::sys::passed::Passed;
 use crate::wire::config::{PassedFd, Source};

@@ -12,9 +12,9 @@ use crate::arch::split::Lines;
 use crate::arch::{Vm, layout};
 use crate::bus::Registers;
 use crate::error::{ActionError, Context};
-use crate::files;
 use crate::memory::Memory;
 use crate::seccomp::Category;
+use crate::steps;
 use crate::vcpu::Buses;
 use crate::virtio::{self, DeviceState, POLL_DEFAULT_MICROS, PerWorker, Start, registers};
 use crate::vmm::change::Replaced;
@@ -131,7 +131,7 @@ impl Visit for Building {
         let opened = opened.context(&what)?;
         let (start, state, elapsed) = self.state::<K>(config.id())?;
         self.builds.push(Box::new(move || {
-            files::may_wait(format_args!("making the device `{}`", config.id()));
+            steps::may_wait(format_args!("making the device `{}`", config.id()));
             let devices = K::build(&config, opened, &state, elapsed);
             Box::new(move |attaching: &mut Attaching<'_>| {
                 let attached =

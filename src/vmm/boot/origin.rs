@@ -12,11 +12,11 @@ use crate::arch::fingerprint::Fingerprint;
 use crate::arch::generation;
 use crate::arch::vm::state::{ClockAfterRestore, VmState};
 use crate::error::{ActionError, Context};
-use crate::files;
 use crate::memory::lazy::Handler;
 use crate::memory::working_set::Prefetch;
 use crate::memory::{Backing, Memory, Pages};
 use crate::snapshot::SnapshotId;
+use crate::steps;
 use crate::threads::parked;
 use crate::vmm::configuration::{Boot, Configuration};
 use crate::vmm::cpu;
@@ -132,7 +132,7 @@ pub(super) fn goes_on(restored: Restored) -> Result<Begins, ActionError> {
         chips: vm.chips.place(),
         // Guest memory may have to be brought in: the files thread waits for that, not control.
         load: Box::new(|memory| {
-            files::may_wait(
+            steps::may_wait(
                 "writing to guest memory (of the backend Uffd: its page fault handler)",
             );
             generation::renew(memory).bare()?;

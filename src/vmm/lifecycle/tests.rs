@@ -272,3 +272,78 @@ fn machine_when_made_paused_is_quiescent_until_it_is_resumed() {
     );
     assert_eq!(life.handle(Input::Pause("c"), clock.0), [Task::PauseVcpus]);
 }
+
+/// What ticks bring until the pause has failed, with `life` told to pause at `clock`'s time.
+fn ticks_until_failed(life: &mut Life, clock: &mut Clock) -> Vec<Task<&'static str>> {
+    let mut tasks = Vec::new();
+    for _ in 0..VCPU_PATIENCE.as_secs() / PATIENCE.as_secs() {
+        assert!(!tasks.iter().any(|task| matches!(task, Task::Refuse(..))));
+        clock.pass(PATIENCE);
+        assert!(life.deadline().unwrap() <= clock.0);
+        tasks = life.handle(Input::Tick, clock.0);
+    }
+    tasks
+}
+
+#[test]
+fn vcpu_that_does_not_stop_makes_the_pause_fail_and_goes_on_later() {
+    let mut clock = Clock::new();
+    let mut life = Life::new(2, 1);
+    life.handle(Input::Pause("a"), clock.0);
+    life.handle(Input::VcpuPaused(0), clock.0);
+    life.handle(Input::Resume("b"), clock.0);
+    life.handle(Input::Pause("c"), clock.0);
+    assert_eq!(
+        ticks_until_failed(&mut life, &mut clock),
+        [
+            Task::ReportVcpus(2),
+            Task::Refuse("a", 2),
+            Task::Answer("b"),
+            Task::Refuse("c", 2)
+        ]
+    );
+    assert!(!life.is_paused() && life.deadline().is_none());
+    // It counts as running.
+    assert_eq!(
+        life.handle(Input::Resume("d"), clock.0),
+        [Task::Answer("d")]
+    );
+    assert_eq!(life.handle(Input::VcpuPaused(1), clock.0), [Task::GoOn]);
+    // The next pause is one like others.
+    assert_eq!(life.handle(Input::Pause("e"), clock.0), [Task::PauseVcpus]);
+    life.handle(Input::VcpuPaused(0), clock.0);
+    assert_eq!(
+        life.handle(Input::VcpuPaused(1), clock.0),
+        [Task::PauseDevices(1)]
+    );
+}
+
+#[test]
+fn pause_after_one_that_has_failed_waits_for_the_same_vcpus() {
+    let mut clock = Clock::new();
+    let mut life = Life::new(2, 0);
+    life.handle(Input::Pause("a"), clock.0);
+    life.handle(Input::VcpuPaused(1), clock.0);
+    ticks_until_failed(&mut life, &mut clock);
+    assert_eq!(life.handle(Input::Pause("b"), clock.0), []);
+    clock.pass(Duration::from_millis(5));
+    assert_eq!(
+        life.handle(Input::VcpuPaused(0), clock.0),
+        [
+            Task::PauseDevices(1),
+            Task::Paused {
+                took: Duration::from_millis(5)
+            },
+            Task::Answer("b")
+        ]
+    );
+    // Once more, and this one fails too.
+    let mut life = Life::new(1, 0);
+    life.handle(Input::Pause("a"), clock.0);
+    ticks_until_failed(&mut life, &mut clock);
+    life.handle(Input::Pause("b"), clock.0);
+    let tasks = ticks_until_failed(&mut life, &mut clock);
+    assert_eq!(tasks, [Task::ReportVcpus(1), Task::Refuse("b", 1)]);
+    life.handle(Input::End, clock.0);
+    assert_eq!(life.handle(Input::VcpuPaused(0), clock.0), []);
+}

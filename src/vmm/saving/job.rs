@@ -9,13 +9,13 @@ use std::path::Path;
 
 use super::super::saved::SavedMachine;
 use crate::error::{ActionError, Context};
-use crate::files::Steps;
 use crate::info;
 use crate::memory::Source as MappedFile;
 use crate::memory::fork::{Frozen, copy_image};
 use crate::memory::image::{Contents, Stamp};
 use crate::memory::page_set::PageSet;
 use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId, Target};
+use crate::steps::may_wait;
 use crate::sys::passed::Passed;
 use crate::sys::socket::send_now_with_descriptors;
 use crate::wire::config::{Drive, DriveOverlay, SnapshotCreate, Source};
@@ -48,14 +48,13 @@ pub(super) enum Image {
 }
 
 impl Job {
-    pub(super) fn write(mut self, image: Image, steps: &Steps) -> Written {
-        let wait = |what: &str| steps.begin(what);
+    pub(super) fn write(mut self, image: Image) -> Written {
         let (changed, result) = match image {
             Image::Memory(contents, changed) => {
-                let result = self.write_memory(&contents, changed.as_ref(), &wait);
+                let result = self.write_memory(&contents, changed.as_ref());
                 (changed, result)
             }
-            Image::Frozen(frozen) => (None, self.write_frozen(frozen, &wait)),
+            Image::Frozen(frozen) => (None, self.write_frozen(frozen)),
         };
         Written {
             changed,
@@ -65,6 +64,7 @@ impl Job {
 
     /// Where both files go; a fork need not have a memory file.
     fn targets(&mut self) -> Result<(Target, Option<Target>), ActionError> {
+        may_wait("looking for the places of the snapshot's files");
         let state = target(&self.request.snapshot_path, &mut self.passed)?;
         let memory = self.request.mem_file_path.as_ref();
         let memory = memory.map(|memory| target(memory, &mut self.passed));
@@ -108,7 +108,6 @@ impl Job {
         &mut self,
         contents: &Contents,
         changed: Option<&PageSet>,
-        wait: &dyn Fn(&str),
     ) -> Result<(), ActionError> {
         let (state, memory) = self.targets()?;
         let memory = memory.ok_or_else(|| ActionError("missing field `mem_file_path`".into()))?;
@@ -117,6 +116,9 @@ impl Job {
         }
         let stamp = &self.stamp;
         let fill = |file: &File| {
+            if contents.may_wait() {
+                may_wait("reading guest memory (of the backend Uffd: its page fault handler)");
+            }
             let written = match (self.header.kind, changed) {
                 (Kind::Diff, Some(changed)) => contents.write_diff(file, stamp, changed),
                 (Kind::Diff, None) => contents.write_private(file, stamp),
@@ -124,15 +126,15 @@ impl Job {
             };
             Ok(self.image(contents.len(), Some(written?.check)))
         };
-        self.write_pair(state, memory, wait, fill)
+        self.write_pair(state, memory, fill)
     }
 
     /// Writes the state file of a fork, and its memory where that is wanted.
-    fn write_frozen(&mut self, frozen: Frozen, wait: &dyn Fn(&str)) -> Result<(), ActionError> {
+    fn write_frozen(&mut self, frozen: Frozen) -> Result<(), ActionError> {
         let frozen = frozen.seal().context(CREATE_FAILED)?;
         match self.targets()? {
             (state, Some(Target::File { file, .. })) if is_socket(&file) => {
-                self.write_state(state, &frozen, wait)?;
+                self.write_state(state, &frozen)?;
                 let sent = send_now_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
                 sent.context(format_args!("{CREATE_FAILED}: Cannot pass the memory"))?;
             }
@@ -141,10 +143,10 @@ impl Job {
                     let written = copy_image(&frozen, file)?;
                     Ok(self.image(frozen.len(), Some(written.check)))
                 };
-                self.write_pair(state, memory, wait, fill)?;
+                self.write_pair(state, memory, fill)?;
             }
             (state, None) => {
-                self.write_state(state, &frozen, wait)?;
+                self.write_state(state, &frozen)?;
                 let fd = frozen.file().as_raw_fd();
                 info!(
                     "The memory of snapshot {} is descriptor {fd} of this process.",
@@ -159,24 +161,18 @@ impl Job {
         &self,
         state: Target,
         memory: Target,
-        wait: &dyn Fn(&str),
         fill: impl FnOnce(&File) -> io::Result<MemoryImage>,
     ) -> Result<(), ActionError> {
         let encode = |image| snapshot::encode(&self.header_with(image), &self.saved);
-        snapshot::write_pair(state, memory, wait, fill, encode).context(CREATE_FAILED)
+        snapshot::write_pair(state, memory, fill, encode).context(CREATE_FAILED)
     }
 
     /// Writes the state file alone: the memory is where it is.
-    fn write_state(
-        &self,
-        state: Target,
-        frozen: &MappedFile,
-        wait: &dyn Fn(&str),
-    ) -> Result<(), ActionError> {
+    fn write_state(&self, state: Target, frozen: &MappedFile) -> Result<(), ActionError> {
         let header = self.header_with(self.image(frozen.len(), None));
         let bytes = snapshot::encode(&header, &self.saved);
         let bytes = bytes.context(CREATE_FAILED)?;
-        snapshot::write_state(state, &bytes, wait).context(CREATE_FAILED)
+        snapshot::write_state(state, &bytes).context(CREATE_FAILED)
     }
 
     fn image(&self, len: u64, check: Option<u64>) -> MemoryImage {

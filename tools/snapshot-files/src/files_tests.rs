@@ -85,7 +85,6 @@ impl Machine {
         write_pair(
             Target::Path(paths.state.clone()),
             Target::Path(paths.memory.clone()),
-            &|_| {},
             |file| {
                 file.set_len(LEN)?;
                 let mut check: u64 = 0;

@@ -55,7 +55,6 @@ pub fn run(base: &Paths, diffs: &[Paths], output: &Paths) -> Result<(), Failure>
     let written = write_pair(
         Target::Path(output.state.clone()),
         Target::Path(output.memory.clone()),
-        &|_| {},
         |file| fill(file, &layers, keeps_zeros, header.memory),
         |memory| {
             Ok::<_, io::Error>(encode_json(

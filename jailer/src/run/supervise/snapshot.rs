@@ -170,13 +170,7 @@ impl Watch {
             state_len = bytes.len();
             Ok::<Vec<u8>, TakeError>(bytes)
         };
-        snapshot::write_pair(
-            target(STATE_NAME),
-            target(MEMORY_NAME),
-            &|_| {},
-            fill,
-            encode,
-        )?;
+        snapshot::write_pair(target(STATE_NAME), target(MEMORY_NAME), fill, encode)?;
         self.progress.snapshots.taken += 1;
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         Ok(format!(

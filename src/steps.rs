@@ -1,0 +1,135 @@
+//! What the files thread waits for at the moment, in words and since when: told by the code that is
+//! about to wait, at whatever depth it is, and read by control, which tells clients.
+//!
+//! Only the files thread has a place to tell it ([`Steps::adopt`]): on any other thread
+//! [`may_wait`] and [`goes_on`] do nothing.
+
+use std::cell::OnceCell;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The step under way, if there is one.
+#[derive(Clone, Debug, Default)]
+pub struct Steps(Arc<Mutex<Option<Step>>>);
+
+/// Something that may take for ever where a file system does not answer.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// As messages say it: "opening the disk `/x`".
+    pub text: String,
+    /// When it began, or last went on.
+    pub since: Instant,
+    /// How much longer than others it may take.
+    pub more: Duration,
+}
+
+thread_local! {
+    /// On the files thread: where its steps are told.
+    static CURRENT: OnceCell<Steps> = const { OnceCell::new() };
+}
+
+fn with_current(tell: impl FnOnce(&Steps)) {
+    CURRENT.with(|current| current.get().map(tell));
+}
+
+/// What follows may wait for `text`: an operation and its file, as in "opening the disk `/x`".
+pub fn may_wait(text: impl fmt::Display) {
+    with_current(|steps| steps.begin(text));
+}
+
+/// Some of what was told last has been done: its time begins anew.
+pub fn goes_on() {
+    with_current(|steps| {
+        if let Some(step) = &mut *steps.lock() {
+            step.since = Instant::now();
+        }
+    });
+}
+
+/// What was told last may take `more` time than other steps.
+pub fn may_take(more: Duration) {
+    with_current(|steps| {
+        if let Some(step) = &mut *steps.lock() {
+            step.more = more;
+        }
+    });
+}
+
+impl Steps {
+    fn lock(&self) -> MutexGuard<'_, Option<Step>> {
+        // A panic ends the process, so a poisoned lock is never seen.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What this thread tells goes here from now on.
+    pub fn adopt(&self) {
+        CURRENT.with(|current| {
+            let _ = current.set(self.clone());
+        });
+    }
+
+    /// What follows may wait for `text`.
+    pub fn begin(&self, text: impl fmt::Display) {
+        let text = text.to_string();
+        *self.lock() = Some(Step {
+            text,
+            since: Instant::now(),
+            more: Duration::ZERO,
+        });
+    }
+
+    /// Nothing is under way.
+    pub fn end(&self) {
+        *self.lock() = None;
+    }
+
+    /// The step under way.
+    pub fn now(&self) -> Option<Step> {
+        self.lock().clone()
+    }
+}
+
+impl Step {
+    /// For how long it has been under way, or stands still.
+    pub fn elapsed(&self) -> Duration {
+        self.since.elapsed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn steps_are_told_on_the_thread_that_has_adopted_them_and_on_no_other() {
+        let steps = Steps::default();
+        may_wait("opening");
+        assert!(steps.now().is_none());
+        let its = steps.clone();
+        let told = move || {
+            its.adopt();
+            may_wait(format_args!("opening `{}`", "/x"));
+            let begun = its.now().unwrap();
+            assert_eq!(
+                (begun.text.as_str(), begun.more),
+                ("opening `/x`", Duration::ZERO)
+            );
+            may_take(Duration::from_secs(7));
+            while Instant::now() <= begun.since {
+                thread::yield_now();
+            }
+            goes_on();
+            let now = its.now().unwrap();
+            assert!(now.since > begun.since);
+            assert_eq!((now.text, now.more), (begun.text, Duration::from_secs(7)));
+            may_wait("syncing");
+            assert_eq!(its.now().unwrap().more, Duration::ZERO);
+            its.end();
+            goes_on();
+            assert!(its.now().is_none());
+        };
+        thread::spawn(told).join().unwrap();
+    }
+}
