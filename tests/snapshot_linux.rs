@@ -9,10 +9,11 @@ mod pair;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::{Api, Folder, LINUX_PATIENCE, Monitor, Netns, needs};
 use pair::{Pair, save_and_end};
@@ -55,18 +56,24 @@ fn restore(netns: &Netns, own: &Folder, pair: &Pair, more: Value) -> (Monitor, A
     (monitor, api)
 }
 
-/// A Linux guest with a shell, a disk and a network.
-fn boot(netns: &Netns, folder: &Folder, own: &Folder) -> (Monitor, Api) {
+/// The guest whose kernel reads ACPI tables, by which a restored one learns that it is a clone.
+fn linux() -> common::Linux {
     let linux = common::linux();
     let kernel = linux.kernel.parent().unwrap().join("acpi/vmlinux");
     assert!(kernel.exists(), "run `tools/guest --with acpi`");
+    common::Linux { kernel, ..linux }
+}
+
+/// A Linux guest with a shell, a disk and a network.
+fn boot(netns: &Netns, folder: &Folder, own: &Folder) -> (Monitor, Api) {
+    let linux = linux();
     netns.tap("mftap", &format!("{HOST}/24"));
     netns.run("ip", &["link", "set", "mftap", "mtu", MTU]);
     let disk = folder.join("disk");
     fs::copy(&linux.disk, &disk).unwrap();
     let config = json!({
         "boot-source": {
-            "kernel_image_path": kernel,
+            "kernel_image_path": linux.kernel,
             "boot_args": format!(
                 "{} ip={GUEST}::{HOST}:255.255.255.0::eth0:off mayfly.run=shell", linux.cmdline
             ),
@@ -106,6 +113,68 @@ fn linux_when_restored_again_and_again_answers_its_shell_and_pings() {
         here = (own, monitor, api);
     }
 }
+
+/// How far the guest's clock is behind the host's, between these. A kernel that is emulated loses some
+/// seconds of timer interrupts while it boots.
+fn seconds_behind(monitor: &mut Monitor) -> RangeInclusive<i64> {
+    let now = || {
+        let passed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        i64::try_from(passed.as_secs()).unwrap()
+    };
+    let before = now();
+    let its: i64 = shell(monitor, "date +%s").parse().unwrap();
+    before - its..=now() - its
+}
+
+#[test]
+fn clones_when_two_are_started_have_random_numbers_of_their_own_and_the_right_time() {
+    needs!(kvm);
+    let linux = linux();
+    let (folder, own) = (Folder::new(), Folder::new());
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": linux.kernel,
+            "initrd_path": linux.initrd,
+            "boot_args": format!("{} mayfly.run=shell", linux.cmdline),
+        },
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
+        "drives": [],
+    });
+    let (mut monitor, api) = Monitor::boot_with_api(&own, &config);
+    monitor.expect_within("mayfly-guest: shell ready", LINUX_PATIENCE);
+    // The generator is seeded, and what it would give next is in memory.
+    let first = shell(&mut monitor, RANDOM);
+    let behind = seconds_behind(&mut monitor);
+    let pair = Pair::new(&folder, "template");
+    save_and_end(monitor, &api, &pair);
+    // So far behind would be a clone whose clock went on where it was.
+    thread::sleep(Duration::from_secs(20));
+
+    let folders = [Folder::new(), Folder::new()];
+    let mut clones = folders
+        .iter()
+        .map(|own| pair.restore(own, json!({"clock_realtime": true})).0)
+        .collect::<Vec<_>>();
+    let mut numbers = vec![first];
+    for clone in &mut clones {
+        numbers.push(shell(clone, RANDOM));
+        let now_behind = seconds_behind(clone);
+        assert!(
+            now_behind.start() - 1 <= *behind.end() && behind.start() - 1 <= *now_behind.end(),
+            "{now_behind:?} s behind, and {behind:?} before it was saved"
+        );
+    }
+    assert!(
+        numbers.iter().all(|number| number.len() == 16 * 3 - 1),
+        "{numbers:?}"
+    );
+    numbers.sort();
+    numbers.dedup();
+    assert_eq!(numbers.len(), 3, "{numbers:?}");
+}
+
+/// Prints a random number of the guest's kernel.
+const RANDOM: &str = "od -An -N16 -tx1 /dev/urandom";
 
 /// For long runs: on hosts whose KVM emulates the guest's kernel, programs of the guest end by
 /// segmentation faults now and then, also where it was never saved.
