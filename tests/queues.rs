@@ -7,7 +7,7 @@ mod pair;
 use std::fs;
 use std::time::Duration;
 
-use common::{Api, Folder, LINUX_PATIENCE, Monitor, needs, probe_vm_with_disks};
+use common::{Api, Folder, LINUX_PATIENCE, Monitor, Netns, needs, probe_vm, probe_vm_with_disks};
 use pair::{Pair, save_and_end};
 use serde_json::{Value, json};
 
@@ -35,6 +35,7 @@ fn samples(api: &Api, name: &str) -> Vec<u64> {
 fn device_threads(monitor: &Monitor) -> Vec<String> {
     let names = monitor.threads().into_iter().map(|(_, name)| name);
     let mut names: Vec<_> = names
+        .filter(|name| !name.starts_with("block-pool"))
         .filter(|name| name.starts_with("block") || name.starts_with("net"))
         .collect();
     names.sort();
@@ -169,6 +170,137 @@ fn queues_when_they_cannot_be_are_refused_with_a_message() {
     );
     api.put("/drives/d", drive(json!({"queues": 16})));
     assert_eq!(api.get("/vm/config")["drives"][0]["queues"], 16);
+}
+
+/// A tap with several queues, in a namespace of its own.
+fn multi_queue_tap(netns: &Netns, name: &str) {
+    let quiet = "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6";
+    netns.run("sh", &["-c", quiet]);
+    let add = format!("tuntap add dev {name} mode tap vnet_hdr multi_queue");
+    for words in [
+        add,
+        format!("addr add 172.16.9.1/24 dev {name}"),
+        format!("link set {name} up"),
+        format!("neigh add 172.16.9.2 lladdr 02:00:00:00:00:09 dev {name}"),
+    ] {
+        netns.run("ip", &words.split(' ').collect::<Vec<_>>());
+    }
+}
+
+/// Sends datagrams of many flows to the guest, until `is_over`.
+fn send_flows(netns: &Netns, mut is_over: impl FnMut() -> bool + Send) {
+    netns.inside(|| {
+        let sockets: Vec<_> = (0..64)
+            .map(|_| std::net::UdpSocket::bind("172.16.9.1:0").unwrap())
+            .collect();
+        while !is_over() {
+            for (port, socket) in (2000..).zip(&sockets) {
+                let _ = socket.send_to(&[7; 100], ("172.16.9.2", port));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+}
+
+/// How many frames each pair has received, by the line of the word.
+fn received(output: &str) -> Vec<u64> {
+    let (_, rest) = output.split_once(" received ").expect(output);
+    let counts = rest.lines().next().unwrap().split(' ');
+    counts.map_while(|count| count.parse().ok()).collect()
+}
+
+#[test]
+fn interface_when_it_has_several_pairs_uses_those_that_the_driver_says() {
+    needs!(kvm, root, tun);
+    let (netns, folder) = (Netns::new(), Folder::new());
+    multi_queue_tap(&netns, "mfmq");
+    let words = "netpairs:0:3:3000,attack:0.8:all,netpairs:0:1:500,print:end,stay";
+    let mut config = probe_vm(words);
+    config["network-interfaces"] = json!([{
+        "iface_id": "eth0", "host_dev_name": "mfmq", "queues": 4, "guest_mac": "02:00:00:00:00:09",
+    }]);
+    let (monitor, api) = Monitor::boot_inside(&netns, &folder, &config);
+    monitor.expect("netpairs ready");
+    assert_eq!(device_threads(&monitor).len(), 4);
+    assert_eq!(api.get("/vm/config")["network-interfaces"][0]["queues"], 4);
+    send_flows(&netns, || monitor.stdout().contains("print:end ok"));
+    let output = monitor.stdout();
+    let lines: Vec<_> = output
+        .lines()
+        .filter(|line| line.starts_with("probe: netpairs"))
+        .collect();
+    let (three, one) = (received(lines[0]), received(lines[1]));
+    assert!(three[..3].iter().all(|count| *count > 0), "{three:?}");
+    assert_eq!(three[3], 0, "{three:?}");
+    assert!(one[0] >= 500 && one[1..] == [0, 0, 0], "{one:?}");
+    assert!(output.contains("attack:0.8:all ok"), "{output}");
+}
+
+#[test]
+fn interface_when_saved_with_several_pairs_has_them_again() {
+    needs!(kvm, root, tun);
+    let (netns, folder, own) = (Netns::new(), Folder::new(), Folder::new());
+    multi_queue_tap(&netns, "mfmq");
+    let mut config = probe_vm("netpairs:0:3:6000,poweroff");
+    config["network-interfaces"] = json!([{
+        "iface_id": "eth0", "host_dev_name": "mfmq", "queues": 3, "guest_mac": "02:00:00:00:00:09",
+    }]);
+    let (monitor, api) = Monitor::boot_inside(&netns, &own, &config);
+    monitor.expect("netpairs ready");
+    let mut rounds = 0;
+    send_flows(&netns, || {
+        rounds += 1;
+        rounds > 20
+    });
+    let pair = Pair::new(&folder, "pairs");
+    save_and_end(monitor, &api, &pair);
+
+    let own = Folder::new();
+    let mut command = netns.command(common::mayfly());
+    command.arg("--api-sock").arg(own.join("api"));
+    let monitor = Monitor::spawn(command);
+    let api = Api::at(own.join("api"));
+    api.put("/snapshot/load", pair.resume(json!({})));
+    assert_eq!(
+        netns
+            .run(
+                "sh",
+                &["-c", "ls -d /sys/class/net/mfmq/queues/rx-* | wc -l"]
+            )
+            .trim(),
+        "3"
+    );
+    send_flows(&netns, || monitor.stdout().contains(" received "));
+    let output = monitor.expect("probe: netpairs:0:3:6000 ok");
+    let counts = received(&output);
+    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+}
+
+#[test]
+fn tap_when_it_has_one_queue_and_several_are_asked_for_is_refused_with_its_name() {
+    needs!(root, tun);
+    let (netns, folder) = (Netns::new(), Folder::new());
+    netns.tap("mfone", "172.16.9.1/24");
+    let mut command = netns.command(common::mayfly());
+    command.arg("--api-sock").arg(folder.join("api"));
+    let _monitor = Monitor::spawn(command);
+    let api = Api::at(folder.join("api"));
+    let interface =
+        |queues| json!({"iface_id": "eth0", "host_dev_name": "mfone", "queues": queues});
+    let why = api.refused("PUT", "/network-interfaces/eth0", interface(2));
+    assert!(
+        why.contains("mfone") && why.contains("multi_queue"),
+        "{why}"
+    );
+    let why = api.refused("PUT", "/network-interfaces/eth0", interface(17));
+    assert!(
+        why.contains("queues 17 of `eth0` is out of range [1, 16]"),
+        "{why}"
+    );
+    api.put("/network-interfaces/eth0", interface(1));
+    // One that is missing is made with several.
+    let made = json!({"iface_id": "eth1", "host_dev_name": "mfmade", "queues": 2});
+    api.put("/network-interfaces/eth1", made);
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub const TUN: &str = "/dev/net/tun";
 pub struct Tap {
     file: File,
     name: String,
+    /// Other descriptors may be other queues of it.
+    has_queues: bool,
     #[cfg(test)]
     fake: bool,
 }
@@ -58,6 +60,8 @@ pub enum TapError {
     NotPermitted(String),
     /// There is an interface of this name that cannot be attached to as we need it.
     NotATap(String),
+    /// There is an interface of this name that is no tap with several queues.
+    OneQueue(String),
     /// It could not be attached or made for another reason.
     Attach(String, io::Error),
     /// The descriptor passed is not an attached tap.
@@ -88,6 +92,12 @@ impl fmt::Display for TapError {
                 f,
                 "Invalid TUN/TAP Backend provided by {}: it is no tap with a single queue, or can \
                  not be named so",
+                name.escape_debug()
+            ),
+            TapError::OneQueue(name) => write!(
+                f,
+                "the tap {name:?} has a single queue, or is no tap, and several were asked for; make it with `ip \
+                 tuntap add dev {} mode tap multi_queue`, or let it be made by leaving it out",
                 name.escape_debug()
             ),
             TapError::Attach(name, _) => write!(f, "the tap {name:?} cannot be attached to"),
@@ -125,19 +135,34 @@ impl Tap {
         Tap::attach(open_tun().map_err(TapError::Open)?, name)
     }
 
+    /// Attaches to another queue of the tap `name`, which has several, or is made with several.
+    ///
+    /// # Errors
+    /// As [`Tap::open`]; one more for a tap with a single queue.
+    pub fn open_queue(name: &str) -> Result<Self, TapError> {
+        Request::of(name)?;
+        let tun = open_tun().map_err(TapError::Open)?;
+        Tap::attach_as(tun, name, FLAGS | SEVERAL)
+    }
+
     /// [`Tap::open`] with a tun device that [`open_tun`] opened, and that is attached to nothing yet.
     ///
     /// # Errors
     /// As [`Tap::open`].
     pub fn attach(tun: OwnedFd, name: &str) -> Result<Self, TapError> {
+        Tap::attach_as(tun, name, FLAGS)
+    }
+
+    fn attach_as(tun: OwnedFd, name: &str, flags: libc::c_short) -> Result<Self, TapError> {
         let file = File::from(tun);
         let mut request = Request::of(name)?;
-        request.flags = FLAGS;
+        request.flags = flags;
         interface_ioctl(&file, libc::TUNSETIFF, &mut request).map_err(|e| {
             let name = name.to_owned();
             match e.raw_os_error() {
                 Some(libc::EBUSY) => TapError::Busy(name),
                 Some(libc::EPERM | libc::EACCES) => TapError::NotPermitted(name),
+                Some(libc::EINVAL) if flags & SEVERAL != 0 => TapError::OneQueue(name),
                 Some(libc::EINVAL) => TapError::NotATap(name),
                 _ => TapError::Attach(name, e),
             }
@@ -172,6 +197,7 @@ impl Tap {
         Ok(Tap {
             file,
             name,
+            has_queues: request.flags & SEVERAL != 0,
             #[cfg(test)]
             fake: false,
         })
@@ -193,9 +219,44 @@ impl Tap {
         Ok(Tap {
             file: self.file.try_clone()?,
             name: self.name.clone(),
+            has_queues: self.has_queues,
             #[cfg(test)]
             fake: self.fake,
         })
+    }
+
+    /// Whether other descriptors may be other queues of it.
+    pub fn has_queues(&self) -> bool {
+        self.has_queues
+    }
+
+    /// Attaches this queue of a tap with several, or detaches it: a detached one gets no frames, and drops those that it
+    /// has.
+    ///
+    /// # Errors
+    /// The host's, also when it is so already.
+    pub fn set_attached(&self, attached: bool) -> io::Result<()> {
+        #[cfg(test)]
+        if self.fake {
+            return Ok(());
+        }
+        let mut request = Request::empty();
+        request.flags = match attached {
+            true => libc::IFF_ATTACH_QUEUE as libc::c_short,
+            false => libc::IFF_DETACH_QUEUE as libc::c_short,
+        };
+        interface_ioctl(&self.file, libc::TUNSETQUEUE, &mut request)
+    }
+
+    /// Detaches this queue unless it is detached.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn detach(&self) -> io::Result<()> {
+        match self.set_attached(false) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.has_queues => Ok(()),
+            other => other,
+        }
     }
 
     /// The name the host knows it by.
@@ -261,6 +322,7 @@ impl Tap {
         Tap {
             file: File::from(OwnedFd::from(socket)),
             name: "fake".into(),
+            has_queues: true,
             fake: true,
         }
     }
@@ -311,6 +373,9 @@ const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 const FLAGS: libc::c_short =
     (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
 
+/// A descriptor is one of several queues of a tap.
+const SEVERAL: libc::c_short = libc::IFF_MULTI_QUEUE as libc::c_short;
+
 /// `struct ifreq`, as the requests of a tap use it.
 #[repr(C)]
 struct Request {
@@ -324,15 +389,19 @@ struct Request {
 const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
 
 impl Request {
+    const fn empty() -> Self {
+        Request {
+            name: [0; libc::IFNAMSIZ],
+            flags: 0,
+            unused: [0; 22],
+        }
+    }
+
     fn of(name: &str) -> Result<Self, TapError> {
         if name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0) {
             return Err(TapError::Name(name.to_owned()));
         }
-        let mut request = Request {
-            name: [0; libc::IFNAMSIZ],
-            flags: 0,
-            unused: [0; 22],
-        };
+        let mut request = Request::empty();
         for (to, from) in request.name.iter_mut().zip(name.bytes()) {
             *to = from;
         }
@@ -346,7 +415,7 @@ impl Request {
 }
 
 fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut Request) -> io::Result<()> {
-    // SAFETY: both numbers this is called with take an ifreq, which is what `request` is laid out
+    // SAFETY: all numbers this is called with take an ifreq, which is what `request` is laid out
     // as, and write no more than one; a device that is no tap sees four bytes in them, or refuses.
     if unsafe { libc::ioctl(file.as_raw_fd(), number, ptr::from_mut(request)) } < 0 {
         return Err(io::Error::last_os_error());

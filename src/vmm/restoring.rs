@@ -225,6 +225,10 @@ fn override_sources(devices: &mut wire::Devices, load: &SnapshotLoad) -> Result<
     for network in &mut devices.network_interfaces {
         let place = (&*network.iface_id, "network interface", "network_overrides");
         take_over(&mut network.host_dev_name, place, &mut named)?;
+        let mut changes = load.network_overrides.iter();
+        if let Some(change) = changes.find(|change| change.iface_id == network.iface_id) {
+            network.queue_fds.clone_from(&change.queue_fds);
+        }
     }
     match named.first() {
         Some((id, _, kind)) => Err(ActionError(format!(

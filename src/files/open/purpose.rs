@@ -127,7 +127,7 @@ pub(super) const CPU_CONFIGURATION: Purpose = purpose("CPU configuration", "", M
 
 impl Purpose {
     /// "The kernel `/k` is ..."
-    pub(super) fn wrong(&self, source: &Source, why: impl fmt::Display) -> ActionError {
+    pub fn wrong(&self, source: &Source, why: impl fmt::Display) -> ActionError {
         let Purpose { what, section, .. } = self;
         ActionError(format!("{section}The {what} {} {why}", Quoted(source)))
     }

@@ -1,5 +1,8 @@
 //! The network device (virtio 1.2, 5.1): a receive queue and a transmit queue on a [`Tap`].
 //!
+//! With several pairs there are as many of it, each with a queue of the tap's (`pairs`); what they share is the
+//! rate limiters, and which of the tap's queues are attached.
+//!
 //! Frames go between guest memory and the tap without a copy of ours, in batches: `mod@receive` and
 //! `mod@transmit`.
 
@@ -7,6 +10,7 @@ mod announce;
 mod batch;
 mod buffers;
 mod counters;
+mod pairs;
 mod receive;
 mod state;
 #[cfg(test)]
@@ -19,17 +23,19 @@ use std::sync::Arc;
 
 use self::buffers::Buffers;
 pub use self::counters::NetCounters;
+use self::pairs::Pairs;
 use self::receive::UnfinishedFrame;
 pub use self::state::NetState;
 use super::queue::Chain;
 use super::throttle::Throttle;
 use super::{
-    BrokenRing, ConfigSpace, Device, Progress, Queue, QueueSet, Ram, Updated, WorkerCounters,
-    feature,
+    BrokenRing, ConfigSpace, Device, PerWorker, Progress, Queue, QueueSet, Ram, StateError,
+    Updated, WorkerCounters, feature,
 };
 use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
 use crate::sys::tap::{self, Offloads, Tap};
+use crate::wire::limits::QUEUES_MAX;
 
 /// Feature bits (virtio 1.2, 5.1.3).
 mod bit {
@@ -59,6 +65,10 @@ mod bit {
     pub const HOST_UFO: u64 = 1 << 14;
     /// VIRTIO_NET_F_MRG_RXBUF: a frame may take several buffers.
     pub const MRG_RXBUF: u64 = 1 << 15;
+    /// VIRTIO_NET_F_CTRL_VQ: there is a control queue.
+    pub const CTRL_VQ: u64 = 1 << 17;
+    /// VIRTIO_NET_F_MQ: the driver may use several pairs of queues.
+    pub const MQ: u64 = 1 << 22;
     /// VIRTIO_NET_F_GUEST_USO4: the guest takes unsegmented UDP (virtio 1.3, 5.1.3).
     pub const GUEST_USO4: u64 = 1 << 54;
     /// VIRTIO_NET_F_GUEST_USO6
@@ -80,6 +90,8 @@ mod bit {
         (HOST_ECN, "VIRTIO_NET_F_HOST_ECN"),
         (HOST_UFO, "VIRTIO_NET_F_HOST_UFO"),
         (MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
+        (CTRL_VQ, "VIRTIO_NET_F_CTRL_VQ"),
+        (MQ, "VIRTIO_NET_F_MQ"),
         (GUEST_USO4, "VIRTIO_NET_F_GUEST_USO4"),
         (GUEST_USO6, "VIRTIO_NET_F_GUEST_USO6"),
         (HOST_USO, "VIRTIO_NET_F_HOST_USO"),
@@ -108,13 +120,16 @@ mod bit {
 /// Offsets in the configuration space (virtio 1.2, 5.1.4).
 mod field {
     pub const MAC: usize = 0;
+    pub const MAX_PAIRS: usize = 8;
     pub const MTU: usize = 10;
 }
 
-/// The queues' numbers (virtio 1.2, 5.1.2).
+/// The places of a worker's queues (virtio 1.2, 5.1.2).
 mod queue {
     pub const RECEIVE: usize = 0;
     pub const TRANSMIT: usize = 1;
+    /// Of the first of several workers.
+    pub const CONTROL: usize = 2;
 }
 
 /// The numbers of what is watched, in the order of [`Device::sources`].
@@ -124,6 +139,8 @@ mod source {
 }
 
 const QUEUE_SIZE: u16 = 256;
+/// Those of a device with as many pairs as there may be, and the control queue.
+const QUEUE_SIZES: [u16; QUEUES_MAX * 2 + 1] = [QUEUE_SIZE; QUEUES_MAX * 2 + 1];
 
 /// The header in front of each frame, `struct virtio_net_hdr` (virtio 1.2, 5.1.6).
 const HEADER: u32 = tap::HEADER as u32;
@@ -170,15 +187,59 @@ pub struct Net {
     /// Takes the end of a frame that is longer than the buffers at hand.
     spill: Box<[u8]>,
     unfinished: Option<UnfinishedFrame>,
+    /// It is one of several.
+    pairs: Option<Box<Pairs>>,
     counters: Arc<NetCounters>,
 }
 
 impl Net {
-    /// A device on `tap`. Without a `mac` the guest chooses its own; with an `mtu` it is told to
-    /// keep to it. It goes on from `state`, which was saved `elapsed` nanoseconds ago.
+    /// A device on each of `taps`, which are queues of one tap: one for each pair. Without a `mac` the guest
+    /// chooses its own; with an `mtu` it is told to keep to it. They go on from `states`, which were saved
+    /// `elapsed` nanoseconds ago.
     ///
     /// # Errors
-    /// When the host has no descriptor left for the rate limiters' timers, or `state` cannot be.
+    /// When the host has no descriptor left, or does not attach and detach queues of the tap, or `states` cannot be.
+    pub fn for_pairs(
+        taps: PerWorker<Tap>,
+        (mac, mtu): (Option<[u8; 6]>, Option<u16>),
+        rx_limiter: RateLimiter,
+        tx_limiter: RateLimiter,
+        states: &PerWorker<NetState>,
+        elapsed: u64,
+    ) -> io::Result<PerWorker<Self>> {
+        let count = taps.count();
+        let rx_limiter = rx_limiter.restore(&states.first.rx_limiter, elapsed);
+        let tx_limiter = tx_limiter.restore(&states.first.tx_limiter, elapsed);
+        let rx = Throttle::for_workers(rx_limiter, count)?;
+        let tx = Throttle::for_workers(tx_limiter, count)?;
+        let takes_uso = taps.first.takes_uso();
+        let mut others = Vec::new();
+        for tap in &taps.others {
+            tap.detach()?;
+            others.push(tap.try_clone()?);
+        }
+        let (mut number, mut states) = (0usize, states.iter());
+        taps.zip(rx.zip(tx)).try_map(|(tap, throttles)| {
+            let new = NetState::default();
+            let state = states.next().unwrap_or(&new);
+            let pairs = match count {
+                1 => None,
+                _ => Some(Pairs {
+                    number,
+                    count: u16::try_from(count).unwrap_or(u16::MAX),
+                    others: std::mem::take(&mut others),
+                    active: 1,
+                    wanted: state.pairs.max(1),
+                    features: 0,
+                }),
+            };
+            number = number.saturating_add(1);
+            Net::of_pair(tap, (mac, mtu, takes_uso), throttles, state, pairs)
+        })
+    }
+
+    /// [`Net::for_pairs`] with one.
+    #[cfg(test)]
     pub fn new(
         tap: Tap,
         mac: Option<[u8; 6]>,
@@ -188,18 +249,38 @@ impl Net {
         state: &NetState,
         elapsed: u64,
     ) -> io::Result<Self> {
+        let state = PerWorker::from(state.clone());
+        let taps = PerWorker::from(tap);
+        let nets = Net::for_pairs(taps, (mac, mtu), rx_limiter, tx_limiter, &state, elapsed)?;
+        Ok(nets.first)
+    }
+
+    fn of_pair(
+        tap: Tap,
+        (mac, mtu, takes_uso): (Option<[u8; 6]>, Option<u16>, bool),
+        (rx_throttle, tx_throttle): (Throttle, Throttle),
+        state: &NetState,
+        pairs: Option<Pairs>,
+    ) -> io::Result<Self> {
+        let most = match &pairs {
+            Some(pairs) if pairs.number == 0 => pairs.count,
+            _ => 0,
+        };
+        if state.pairs > most {
+            return Err(io::Error::other(StateError::Value("pairs")));
+        }
         let unfinished = state.check().map_err(io::Error::other)?;
         let mut spill = vec![0; FRAME_MAX as usize].into_boxed_slice();
         for (to, from) in spill.iter_mut().zip(&state.unfinished.rest) {
             *to = *from;
         }
         Ok(Net {
-            takes_uso: tap.takes_uso(),
+            takes_uso,
             tap,
             mac,
             mtu,
-            rx_throttle: Throttle::new(rx_limiter.restore(&state.rx_limiter, elapsed))?,
-            tx_throttle: Throttle::new(tx_limiter.restore(&state.tx_limiter, elapsed))?,
+            rx_throttle,
+            tx_throttle,
             readable: false,
             gone: false,
             mergeable: false,
@@ -209,6 +290,7 @@ impl Net {
             held: state.held.clone(),
             spill,
             unfinished,
+            pairs: pairs.map(Box::new),
             counters: Arc::new(NetCounters::default()),
         })
     }
@@ -234,6 +316,10 @@ impl Device for Net {
     type State = NetState;
     type Counters = NetCounters;
 
+    fn queues_of_several(workers: usize) -> Option<&'static [u16]> {
+        QUEUE_SIZES.get(..workers.checked_mul(2)?.checked_add(1)?)
+    }
+
     fn features(&self) -> u64 {
         let mut features = feature::COMMON | bit::ALWAYS;
         if self.mac.is_some() {
@@ -245,11 +331,17 @@ impl Device for Net {
         if self.takes_uso {
             features |= bit::USO;
         }
+        if self.pairs.is_some() {
+            features |= bit::CTRL_VQ | bit::MQ;
+        }
         features
     }
 
     fn config(&self) -> ConfigSpace {
+        // Not there without the feature.
+        let pairs = self.pairs.as_ref().map_or(0, |pairs| pairs.count);
         ConfigSpace::new()
+            .with(field::MAX_PAIRS, &pairs.to_le_bytes())
             .with(field::MAC, &self.mac.unwrap_or_default())
             .with(field::MTU, &self.mtu.unwrap_or_default().to_le_bytes())
     }
@@ -291,6 +383,7 @@ impl Device for Net {
             u32::from(self.mtu.unwrap_or(MTU_DEFAULT).max(MTU_DEFAULT))
                 .saturating_add(FRAME_OVERHEAD)
         };
+        self.activate_pairs(features)?;
         // Frames may have come before the driver did: their edge is past.
         self.readable = !self.gone;
         let offloads = Offloads {
@@ -317,6 +410,9 @@ impl Device for Net {
         queue: &mut Queue,
         ram: &Ram,
     ) -> Result<Progress, BrokenRing> {
+        if self.is_control(index) {
+            return self.control(queue, ram);
+        }
         match index {
             queue::RECEIVE => self.receive(queue, ram),
             _ => self.transmit(queue, ram),
@@ -366,7 +462,10 @@ impl Device for Net {
         if let Some(frame) = &mut self.unfinished {
             frame.wait_anew();
         }
-        self.announce();
+        // Once for all pairs.
+        if self.pairs.as_ref().is_none_or(|pairs| pairs.number == 0) {
+            self.announce();
+        }
     }
 
     fn reset(&mut self) {
@@ -374,5 +473,6 @@ impl Device for Net {
         self.buffers.clear();
         self.unfinished = None;
         self.mergeable = false;
+        self.reset_pairs();
     }
 }

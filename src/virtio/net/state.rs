@@ -33,6 +33,9 @@ pub struct NetState {
     /// A frame whose end waits.
     #[serde(default)]
     pub unfinished: UnfinishedState,
+    /// Of the first of several pairs: how many of them the driver uses, once it has accepted several.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pairs: u16,
 }
 
 /// A frame whose end waits for buffers; by default there is none.
@@ -46,6 +49,14 @@ pub struct UnfinishedState {
     /// The rest.
     #[serde(with = "crate::state::hex")]
     pub rest: Vec<u8>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes what it asks about by reference"
+)]
+fn is_zero(number: &u16) -> bool {
+    *number == 0
 }
 
 impl NetState {
@@ -87,6 +98,7 @@ impl NetState {
 impl Net {
     /// Writes the state into `state`, which is a [`NetState::buffer`].
     pub(super) fn save_into(&self, state: &mut NetState) {
+        state.pairs = self.saved_pairs();
         state.rx_limiter = self.rx_throttle.save();
         state.tx_limiter = self.tx_throttle.save();
         state.held.clear();

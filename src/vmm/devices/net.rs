@@ -3,7 +3,7 @@
 use std::io;
 
 use super::limits::{change_number, limiter, limiter_update};
-use super::{Kind, check_poll_us};
+use super::{Kind, check_poll_us, check_queues};
 use crate::error::{ActionError, Context};
 use crate::files::open::{TAP, tap_from};
 use crate::seccomp::Category;
@@ -24,7 +24,8 @@ fn refuse(why: String) -> ActionError {
 
 impl Kind for Net {
     type Config = NetworkInterface;
-    type Opened = Tap;
+    /// One for each pair of queues.
+    type Opened = PerWorker<Tap>;
     type Device = net::Net;
     const CATEGORY: Category = Category::Net;
     const THREAD: &'static str = "net";
@@ -51,6 +52,21 @@ impl Kind for Net {
             )));
         }
         check_poll_us(TAP.section, id, network.poll_us)?;
+        check_queues(TAP.section, id, network.queues)?;
+        let other_queues = match network.host_dev_name {
+            Source::Named(_) => 0,
+            Source::Fd(_) => Self::queues(network).saturating_sub(1),
+        };
+        if network.queue_fds.len() != other_queues
+            || network.queue_fds.iter().any(|fd| fd.name().is_some())
+        {
+            return Err(refuse(format!(
+                "`{id}` has {} queues and {} in `queue_fds`: where the tap is a descriptor, give there those of its \
+                 other queues, one fewer than `queues`; else nothing",
+                Self::queues(network),
+                network.queue_fds.len()
+            )));
+        }
         for other in others.filter(|other| other.iface_id != *id) {
             let used_by = &other.iface_id;
             // An empty name, or one with a `%d`, lets the host choose.
@@ -75,8 +91,8 @@ impl Kind for Net {
         Ok(())
     }
 
-    fn queues(_: &NetworkInterface) -> usize {
-        1
+    fn queues(network: &NetworkInterface) -> usize {
+        network.queues.unwrap_or(1).into()
     }
 
     fn poll_us(network: &NetworkInterface) -> Option<u16> {
@@ -84,47 +100,65 @@ impl Kind for Net {
     }
 
     // A tap can be attached only once.
-    fn reopen(tap: &Tap) -> io::Result<Option<Tap>> {
-        tap.try_clone().map(Some)
+    fn reopen(taps: &PerWorker<Tap>) -> io::Result<Option<PerWorker<Tap>>> {
+        Self::copy(taps).map(Some)
     }
 
     fn open(
         network: &mut NetworkInterface,
-        before: &mut Vec<Tap>,
+        before: &mut Vec<PerWorker<Tap>>,
         passed: &mut Passed,
-    ) -> Result<Tap, ActionError> {
+    ) -> Result<PerWorker<Tap>, ActionError> {
+        let queues = Self::queues(network);
         let Source::Named(name) = &network.host_dev_name else {
-            return tap_from(&network.host_dev_name, passed);
+            let mut taps = PerWorker::from(tap_from(&network.host_dev_name, passed)?);
+            for source in &network.queue_fds {
+                let tap = tap_from(source, passed)?;
+                if !tap.has_queues() || tap.name() != taps.first.name() {
+                    return Err(TAP.wrong(source, "is not another queue of the same tap"));
+                }
+                taps.others.push(tap);
+            }
+            return Ok(taps);
         };
-        let tap = match before.iter().position(|tap| tap.name() == name) {
+        let failed = || format!("{}Open tap device failed", TAP.section);
+        let mut taps = match before.iter().position(|taps| taps.first.name() == name) {
             Some(at) => before.swap_remove(at),
-            None => Tap::open(name).context(format!("{}Open tap device failed", TAP.section))?,
+            None if queues == 1 => Tap::open(name).context(failed())?.into(),
+            None => Tap::open_queue(name).context(failed())?.into(),
         };
+        taps.others.truncate(queues.saturating_sub(1));
+        while taps.count() < queues {
+            let tap = Tap::open_queue(taps.first.name()).context(failed())?;
+            taps.others.push(tap);
+        }
         // The host may have chosen the name.
-        network.host_dev_name = tap.name().into();
-        Ok(tap)
+        network.host_dev_name = taps.first.name().into();
+        Ok(taps)
     }
 
-    fn copy(tap: &Tap) -> io::Result<Tap> {
-        tap.try_clone()
+    fn copy(taps: &PerWorker<Tap>) -> io::Result<PerWorker<Tap>> {
+        let others = taps.others.iter().map(Tap::try_clone);
+        Ok(PerWorker {
+            first: taps.first.try_clone()?,
+            others: others.collect::<io::Result<_>>()?,
+        })
     }
 
     fn build(
         network: &NetworkInterface,
-        tap: Tap,
+        taps: PerWorker<Tap>,
         states: &PerWorker<NetState>,
         elapsed: u64,
     ) -> io::Result<PerWorker<net::Net>> {
-        net::Net::new(
-            tap,
-            network.guest_mac.map(|mac| mac.0),
-            network.mtu,
+        net::Net::for_pairs(
+            taps,
+            (network.guest_mac.map(|mac| mac.0), network.mtu),
             limiter(network.rx_rate_limiter),
             limiter(network.tx_rate_limiter),
-            &states.first,
+            states,
             elapsed,
         )
-        .map(PerWorker::from)
     }
 
     fn check_update(
@@ -141,16 +175,18 @@ impl Kind for Net {
     }
 
     fn open_update(
-        _: &NetworkInterface,
+        network: &NetworkInterface,
         update: &NetworkUpdate,
         _: &mut Passed,
     ) -> Result<PerWorker<net::Update>, ActionError> {
-        Ok(net::Update {
-            rx_limits: limiter_update(update.rx_rate_limiter),
-            tx_limits: limiter_update(update.tx_rate_limiter),
-            number: change_number(),
-        }
-        .into())
+        let number = change_number();
+        PerWorker::try_make(Self::queues(network), |_| {
+            Ok(net::Update {
+                rx_limits: limiter_update(update.rx_rate_limiter),
+                tx_limits: limiter_update(update.tx_rate_limiter),
+                number,
+            })
+        })
     }
 
     fn note_update(network: &mut NetworkInterface, update: NetworkUpdate) {

@@ -44,6 +44,8 @@ pub enum Backing {
     Overlay,
     /// A tap of the host.
     Tap,
+    /// One of several queues of a tap of the host.
+    TapQueue,
     /// A configuration of the CPU in JSON.
     CpuConfig,
     /// A file or FIFO to append the log to.

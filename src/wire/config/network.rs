@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::json::optional_object;
 use super::{Backing, DeviceConfig, Mac, RateLimiterConfig, Source};
+use crate::wire::limits::QUEUES_MAX;
 
 /// `PUT /network-interfaces/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -30,6 +31,13 @@ pub struct NetworkInterface {
     /// [`POLL_US_MAX`](crate::wire::limits::POLL_US_MAX), 0 for not at all. Reported when it was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u16>,
+    /// How many pairs of queues the guest may use, each with a thread: 1 to
+    /// [`QUEUES_MAX`](crate::wire::limits::QUEUES_MAX). Reported when it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Where the tap is a descriptor: its other queues, one for each pair but the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub queue_fds: Vec<Source>,
 }
 
 impl NetworkInterface {
@@ -43,6 +51,17 @@ impl NetworkInterface {
             rx_rate_limiter: None,
             tx_rate_limiter: None,
             poll_us: None,
+            queues: None,
+            queue_fds: Vec::new(),
+        }
+    }
+
+    /// Where its tap has a name and it has several queues: names the tap for each of the others, so that each can be
+    /// opened in the place of that.
+    pub fn name_queues(&mut self) {
+        if let Source::Named(_) = &self.host_dev_name {
+            let others = usize::from(self.queues.unwrap_or(1)).saturating_sub(1);
+            self.queue_fds = vec![self.host_dev_name.clone(); others.min(QUEUES_MAX)];
         }
     }
 }
@@ -59,7 +78,13 @@ impl DeviceConfig for NetworkInterface {
     }
 
     fn sources(&mut self) -> Vec<(Backing, &mut Source)> {
-        vec![(Backing::Tap, &mut self.host_dev_name)]
+        let backing = match self.queues {
+            None | Some(0 | 1) => Backing::Tap,
+            Some(_) => Backing::TapQueue,
+        };
+        let others = self.queue_fds.iter_mut();
+        let sources = std::iter::once(&mut self.host_dev_name).chain(others);
+        sources.map(|source| (backing, source)).collect()
     }
 }
 

@@ -111,6 +111,9 @@ pub struct NetworkOverride {
     /// Its tap.
     #[serde(alias = "fd")]
     pub host_dev_name: Source,
+    /// Where that is a descriptor: the tap's other queues, one for each pair but the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub queue_fds: Vec<Source>,
 }
 
 /// A disk that gets another image, or another overlay, than it was saved with; one of them is there.

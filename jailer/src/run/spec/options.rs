@@ -201,7 +201,7 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
         let given = drive(&text)?;
         match given.queues {
             None => Ok((id, given)),
-            Some(_) => Err("a guest that was saved keeps its queues; leave out :queues=".into()),
+            Some(_) => Err(KEEPS_QUEUES.into()),
         }
     })?;
     for (id, given) in drives {
@@ -215,7 +215,11 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     let mut unnamed = 0..;
     let nets = words.all("--net", |text| {
         let (id, text) = split_id(text);
-        Ok((id, net(&text)?))
+        let given = net(&text)?;
+        match given.queues {
+            None => Ok((id, (given.tap, given.own))),
+            Some(_) => Err(KEEPS_QUEUES.into()),
+        }
     })?;
     for (id, (tap, own)) in nets {
         own_tap = one_own_tap(own_tap, own)?;
@@ -228,6 +232,7 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     Ok(Machine::Snapshot(restoring, own_tap))
 }
 
+const KEEPS_QUEUES: &str = "a guest that was saved keeps its queues; leave out :queues=";
 const TWICE: &str = "it is given twice";
 
 /// The id that the `index`th `--drive` gives its disk.
@@ -310,9 +315,12 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
         });
     }
     let mut own_tap = None;
-    for (index, (tap, own)) in words.all("--net", net)?.into_iter().enumerate() {
-        own_tap = one_own_tap(own_tap, own)?;
-        let interface = NetworkInterface::new(interface_id(index), tap);
+    for (index, given) in words.all("--net", net)?.into_iter().enumerate() {
+        own_tap = one_own_tap(own_tap, given.own)?;
+        let interface = NetworkInterface {
+            queues: given.queues,
+            ..NetworkInterface::new(interface_id(index), given.tap)
+        };
         config.devices.network_interfaces.push(interface);
     }
     Ok(Machine::Plain(Box::new(config), own_tap))
@@ -399,7 +407,24 @@ fn drive(text: &str) -> Result<GivenDrive, Why> {
 }
 
 /// What a network interface is connected to, and whether that is made in the jail.
-fn net(text: &str) -> Result<(Source, Option<OwnTap>), Why> {
+#[derive(Debug)]
+struct GivenNet {
+    tap: Source,
+    own: Option<OwnTap>,
+    queues: Option<u16>,
+}
+
+/// Reads what [`connection`] does, with `:queues=N` after the name of a tap.
+fn net(text: &str) -> Result<GivenNet, Why> {
+    let (text, queues) = queues(text)?;
+    let (tap, own) = connection(text)?;
+    if queues.is_some() && tap.name().is_none_or(|name| name == OWN_TAP) {
+        return Err("only a tap of the host, by its name, can have several queues here".into());
+    }
+    Ok(GivenNet { tap, own, queues })
+}
+
+fn connection(text: &str) -> Result<(Source, Option<OwnTap>), Why> {
     Ok(match text {
         "auto" => (OWN_TAP.into(), Some(OwnTap::Auto)),
         "user" => (OWN_TAP.into(), Some(OwnTap::User)),
@@ -589,6 +614,26 @@ mod tests {
             drive("a:overlay=./memory").unwrap().overlay,
             Some(file("./memory"))
         );
+    }
+
+    #[test]
+    fn net_when_it_has_several_queues_is_a_tap_by_its_name() {
+        let given = net("tap0:queues=4").unwrap();
+        assert_eq!((given.tap, given.queues), ("tap0".into(), Some(4)));
+        assert_eq!(net("tap0").unwrap().queues, None);
+        for text in [
+            "auto:queues=2",
+            "user:queues=2",
+            "fd:9:queues=2",
+            "tap0:queues=0",
+        ] {
+            assert!(net(text).is_err(), "{text}");
+        }
+        let parsed = options("--kernel k --net tap0:queues=3").machine;
+        let Machine::Plain(config, _) = parsed else {
+            panic!("{parsed:?}")
+        };
+        assert_eq!(config.devices.network_interfaces[0].queues, Some(3));
     }
 
     #[test]

@@ -23,7 +23,7 @@ fn word(backing: Backing) -> &'static str {
         Backing::Initrd => "initrd",
         Backing::Disk { .. } => "disk image",
         Backing::Overlay => "overlay",
-        Backing::Tap => "tap",
+        Backing::Tap | Backing::TapQueue => "tap",
         Backing::CpuConfig => "CPU configuration",
         Backing::Log => "log",
         Backing::Metrics => "metrics file",
@@ -59,8 +59,10 @@ pub fn open_or_take(
 
 /// Opens what `name` names.
 fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
-    if backing == Backing::Tap {
-        return open_tap(name);
+    match backing {
+        Backing::Tap => return open_tap(name, Tap::open),
+        Backing::TapQueue => return open_tap(name, Tap::open_queue),
+        _ => {}
     }
     // NONBLOCK: a pipe must not hold us up.
     let common = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -87,7 +89,7 @@ fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
 /// Refuses what cannot be what it is to be.
 pub fn examine(backing: Backing, fd: BorrowedFd<'_>, name: &str) -> Result<(), SpecError> {
     let unfit = |why| SpecError::Unfit(name.to_owned(), word(backing), why);
-    if backing == Backing::Tap {
+    if matches!(backing, Backing::Tap | Backing::TapQueue) {
         let copy = fd.try_clone_to_owned().map_err(TapError::NotAttached);
         return copy.and_then(Tap::from_fd).map(drop).map_err(|error| {
             unfit(match error {
@@ -126,12 +128,12 @@ pub fn examine(backing: Backing, fd: BorrowedFd<'_>, name: &str) -> Result<(), S
 }
 
 /// Attaches to a tap of the host. One that does not exist would be made, and lead nowhere.
-fn open_tap(name: &str) -> Result<OwnedFd, AnyError> {
+fn open_tap(name: &str, open: fn(&str) -> Result<Tap, TapError>) -> Result<OwnedFd, AnyError> {
     let is_name = !name.contains('/') && !name.is_empty();
     if !is_name || !Path::new("/sys/class/net").join(name).exists() {
         return Err(SpecError::NoInterface(name.to_owned()).into());
     }
-    let opened = Tap::open(name).map_err(|error| {
+    let opened = open(name).map_err(|error| {
         let remedy = match &error {
             TapError::Open(answer) => Errno::from_io_error(answer).and_then(tun_remedy),
             _ => None,

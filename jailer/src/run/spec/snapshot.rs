@@ -157,18 +157,31 @@ impl Restoring {
             });
         }
         for interface in &devices.network_interfaces {
-            let source = self.tap(interface)?;
+            let mut source = self.tap(interface)?;
+            let mut queue_fds = Vec::new();
+            if interface.queues.is_some_and(|queues| queues > 1) && source.name() != Some(OWN_TAP) {
+                let mut queues = interface.clone();
+                queues.host_dev_name = source.clone();
+                queues.queue_fds.clear();
+                queues.name_queues();
+                for queue in queues.queue_fds {
+                    queue_fds.push(opened.add(Backing::TapQueue, &queue, passed)?);
+                }
+                source = opened.add(Backing::TapQueue, &source, passed)?;
+            }
             let host_dev_name = match source.name() {
                 Some(OWN_TAP) => {
                     opened.mac = interface.guest_mac;
                     source
                 }
+                None if !queue_fds.is_empty() => source,
                 _ => opened.add(Backing::Tap, &source, passed)?,
             };
             let iface_id = interface.iface_id.clone();
             let change = NetworkOverride {
                 iface_id,
                 host_dev_name,
+                queue_fds,
             };
             opened.request.load.network_overrides.push(change);
         }

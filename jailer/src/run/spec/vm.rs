@@ -107,6 +107,9 @@ impl Described {
 
 fn open(mut config: VmConfig, passed: &mut Passed) -> Result<Vm, AnyError> {
     let mut files = Vec::new();
+    for interface in &mut config.devices.network_interfaces {
+        interface.name_queues();
+    }
     for (backing, source) in config.sources() {
         if backing == Backing::Tap && source.name() == Some(OWN_TAP) {
             continue;

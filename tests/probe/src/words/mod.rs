@@ -39,6 +39,7 @@
 //! | `netsend:N:COUNT:SIZE` | sends numbered broadcast frames |
 //! | `netping:N:IP[:ECHOES]` | answers ARP and ICMP echo for an IPv4 address |
 //! | `netload:N:MODE:SIZE:MS[:interrupts]` | for a time; MODE `tx`, `rx` (counts from the first frame on), `pingpong` (the host answers each frame); above 1514 bytes with segmentation by the host |
+//! | `netpairs:N:PAIRS:FRAMES` | commands of all kinds to the control queue, then PAIRS pairs: sends by each, receives FRAMES |
 //! | `ports[:SEED[:STEP]]` | reads and writes all ports (above 0x700 every STEPth), in all sizes |
 //! | `chipnoise:SEED:COUNT` | accesses of any size to the I/O APIC |
 //! | `routes:MS` | all processors that `smp` started change a route of the I/O APIC |
@@ -59,6 +60,7 @@ mod machine;
 mod memory;
 mod net;
 mod noise;
+mod pairs;
 pub mod power;
 mod smp;
 mod watch;
@@ -123,6 +125,7 @@ const WORDS: &[(&str, Word)] = &[
     ("netsend", net::send),
     ("netping", net::ping),
     ("netload", load::net),
+    ("netpairs", pairs::pairs),
     ("ports", noise::ports),
     ("mmionoise", noise::mmio),
     ("chipnoise", chips::noise),
