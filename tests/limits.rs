@@ -328,9 +328,7 @@ fn limits_when_the_rate_is_high_are_kept_within_5_percent() {
     let folder = Folder::new();
     let mut guest = guest_with_disk(&folder, Value::Null);
     guest.type_word("blkload:0:randread:4096:32:600000");
-    guest
-        .monitor
-        .expect("blkload:0:randread:4096:32:600000 begun");
+    guest.monitor.expect("blkload begun");
     let of_requests: fn(&Served) -> f64 = |served| served.requests;
     let of_bytes: fn(&Served) -> f64 = |served| served.bytes;
     for (name, count) in [("ops", of_requests), ("bandwidth", of_bytes)] {

@@ -2,6 +2,19 @@
 
 use std::time::Instant;
 
+fn nanos(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a timespec of ours that outlives the call, which writes nothing else.
+    let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
+    debug_assert_eq!(result, 0, "the clocks exist on every Linux");
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let rest = u64::try_from(time.tv_nsec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(rest)
+}
+
 #[cfg(test)]
 thread_local! {
     /// How often the calling thread has looked at the monotonic clock.
@@ -23,19 +36,6 @@ pub fn realtime_nanos() -> u64 {
 /// Nanoseconds of CPU time this process has used.
 pub fn process_cpu_nanos() -> u64 {
     nanos(libc::CLOCK_PROCESS_CPUTIME_ID)
-}
-
-fn nanos(clock: libc::clockid_t) -> u64 {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: `time` is a timespec of ours that outlives the call, which writes nothing else.
-    let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
-    debug_assert_eq!(result, 0, "the clocks exist on every Linux");
-    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
-    let rest = u64::try_from(time.tv_nsec).unwrap_or(0);
-    seconds.saturating_mul(1_000_000_000).saturating_add(rest)
 }
 
 /// Milliseconds until `at`, rounded up; 0 once it has passed.
