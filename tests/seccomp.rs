@@ -253,6 +253,7 @@ fn filters_when_counted_are_as_small_as_promised() {
         assert!(snapshot.len() <= most_more, "{category}: {snapshot:?}");
         let most = match category.as_str() {
             "vcpu" | "block" | "net" => 12,
+            "pool" => 6,
             "serial" | "log" => 10,
             // One of them for the space of overlays.
             "files" => 13,
