@@ -25,6 +25,7 @@ figures
   block      a disk under load: requests and bytes per second, processor time of a request
   all        block and net
   net        a network interface under load: frames per second both ways, time to and fro (needs root)
+  linux      a disk and TCP under a Linux guest: meaningful on hosts with hardware KVM only (needs root)
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
@@ -34,7 +35,7 @@ options
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
   --probe PATH       api-load, limits, snapshot, block, net and all: the probe guest, in place of the one just built
-  --linux DIR        console and snapshot: the folder that tools/guest made (target/guest)
+  --linux DIR        console, snapshot and linux: the folder that tools/guest made (target/guest)
   --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
                      seconds; api-load, limits, block, net and all: 5; others: 3)
   --vms N            VMs at once, for density (50) and snapshot (1000)
@@ -80,6 +81,8 @@ pub enum Which {
     Net,
     /// Both.
     All,
+    /// A disk under a Linux guest: see `load`.
+    Linux,
 }
 
 /// What was asked for.
@@ -150,6 +153,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "jail" => which = Some(Which::Jail),
             "block" => which = Some(Which::Block),
             "net" => which = Some(Which::Net),
+            "linux" => which = Some(Which::Linux),
             "all" => which = Some(Which::All),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
@@ -179,7 +183,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block, net or all",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block, net, all or linux",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -213,17 +217,23 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         Which::Start | Which::Api | Which::Life | Which::Jail => 30,
         Which::Snapshot => 20,
         Which::ApiLoad | Which::Limits | Which::Block | Which::Net | Which::All => 5,
-        Which::Console | Which::Memory | Which::Density => 3,
+        Which::Console | Which::Memory | Which::Density | Which::Linux => 3,
     };
     match which {
         Which::Snapshot => snapshot::check_rows(&rows)?,
-        Which::Block | Which::Net | Which::All => {}
+        Which::Block | Which::Net | Which::All | Which::Linux => {}
         _ if rows.is_empty() => {}
-        _ => return Err(Failure::new("--row goes with snapshot, block and net only")),
+        _ => {
+            return Err(Failure::new(
+                "--row goes with snapshot, block, net, all and linux only",
+            ));
+        }
     }
     let has_load = matches!(which, Which::Block | Which::Net | Which::All);
-    if svg.is_some() && !has_load {
-        return Err(Failure::new("--svg goes with block, net and all only"));
+    if svg.is_some() && !has_load && which != Which::Linux {
+        return Err(Failure::new(
+            "--svg goes with block, net, all and linux only",
+        ));
     }
     let needs_probe = has_load || matches!(which, Which::ApiLoad | Which::Limits | Which::Snapshot);
     if needs_probe && probe.is_none() {

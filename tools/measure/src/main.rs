@@ -45,7 +45,7 @@ fn run() -> Result<()> {
     let host = Host::read();
     let with_tap = matches!(
         args.which,
-        Which::Limits | Which::Snapshot | Which::Net | Which::All
+        Which::Limits | Which::Snapshot | Which::Net | Which::All | Which::Linux
     );
     let workspace = Workspace::new(args.devices || with_tap)?;
     let filters = filters(&args, &workspace)?;
@@ -151,7 +151,7 @@ fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
-        Which::Console | Which::Block | Which::Net | Which::All => 0,
+        Which::Console | Which::Block | Which::Net | Which::All | Which::Linux => 0,
     };
     Plan {
         warm_up,
@@ -181,7 +181,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
             };
             return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
         }
-        Which::Block | Which::Net | Which::All => {
+        Which::Block | Which::Net | Which::All | Which::Linux => {
             let wanted = load::Wanted {
                 probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
                 media: &args.media,
@@ -191,6 +191,13 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
             };
             return match args.which {
                 Which::All => load::all(workspace, &args.monitors, plan(args), &wanted),
+                Which::Linux => load::linux(
+                    workspace,
+                    &args.monitors,
+                    plan(args),
+                    &wanted,
+                    args.linux.as_deref(),
+                ),
                 Which::Net => load::net(workspace, &args.monitors, plan(args), &wanted),
                 _ => load::block(workspace, &args.monitors, plan(args), &wanted),
             };
@@ -247,7 +254,13 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
             density::measure(workspace, monitors, plan, args.vms)?,
             density::NOTES,
         ),
-        Which::Life | Which::Snapshot | Which::Jail | Which::Block | Which::Net | Which::All => {
+        Which::Life
+        | Which::Snapshot
+        | Which::Jail
+        | Which::Block
+        | Which::Net
+        | Which::All
+        | Which::Linux => {
             unreachable!("their rows are their own")
         }
     })

@@ -27,7 +27,7 @@ vCPU's, which polls without end.
 ";
 
 /// Bytes of the disk: more than caches hold, little enough for a small host.
-const DISK_LEN: u64 = 256 << 20;
+pub const DISK_LEN: u64 = 256 << 20;
 
 /// One kind of work on a disk.
 struct Case {
@@ -239,13 +239,15 @@ fn scattered(mut state: u64) -> u64 {
 }
 
 /// A file without holes that is removed at the end.
-struct Disk {
-    path: PathBuf,
+pub struct Disk {
+    /// Where it lies.
+    pub path: PathBuf,
     file: File,
 }
 
 impl Disk {
-    fn new(folder: &Path, number: u32, len: u64) -> Result<Self> {
+    /// Makes it.
+    pub fn new(folder: &Path, number: u32, len: u64) -> Result<Self> {
         let path = folder.join(format!("mayfly-bench-{}.disk{number}", std::process::id()));
         let make = || {
             let mut file = File::options()

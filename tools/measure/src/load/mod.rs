@@ -3,6 +3,7 @@
 //! - `guest`: a probe guest that is told by its console what to do, and what it and the kernel say of the work;
 //! - `block`: the cases of disks, and the same reads and writes by this program itself, which is the floor;
 //! - `net`: the cases of network interfaces, and the same traffic by this program itself at the bare tap;
+//! - `linux`: a disk and streams of TCP under a Linux guest instead;
 //! - `picture`: the same as a chart;
 //! - `summary`: one line for each case: our monitor beside the better engine of the best peer.
 //!
@@ -11,6 +12,7 @@
 
 mod block;
 mod guest;
+mod linux;
 mod net;
 pub mod picture;
 mod summary;
@@ -105,6 +107,26 @@ pub fn net(
     let mut waits = Waits::default();
     let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
     Ok(measured(rows, figures, wanted, net::NOTES, &waits))
+}
+
+/// Measures a disk and streams of TCP under a Linux guest; `folder` is what `tools/guest` made.
+pub fn linux(
+    workspace: &Workspace,
+    monitors: &[Monitor],
+    plan: Plan,
+    wanted: &Wanted<'_>,
+    folder: Option<&Path>,
+) -> Result<Measured> {
+    let rows = rows(monitors, wanted.ours, true);
+    let bench = linux::Bench::new(workspace, *wanted, folder)?;
+    let figures = rounds::run(plan, &rows, |row| bench.round(row))?;
+    Ok(measured(
+        rows,
+        figures,
+        wanted,
+        linux::NOTES,
+        &Waits::default(),
+    ))
 }
 
 /// Measures both. Rows that only one of them has are empty in the figures of the other.
