@@ -22,6 +22,7 @@ use crate::error::{ActionError, Context};
 use crate::snapshot::{self, Header, RawState};
 use crate::sys::fd;
 use crate::sys::io::Access;
+use crate::sys::link::{Link, PacketSocket};
 use crate::sys::passed::Passed;
 use crate::sys::socket;
 use crate::sys::tap::Tap;
@@ -248,18 +249,25 @@ pub fn fault_handler(source: &Source, passed: &mut Passed) -> Result<UnixStream,
     }
 }
 
-/// Takes the tap out of a descriptor.
+/// Takes the tap, or the socket in its place, out of a descriptor.
 ///
 /// # Errors
-/// When it is not one.
-pub fn tap_from(source: &Source, passed: &mut Passed) -> Result<Tap, ActionError> {
+/// When it is neither.
+pub fn link_from(source: &Source, passed: &mut Passed) -> Result<Link, ActionError> {
     let (file, metadata) = TAP.open(source, passed)?;
+    if metadata.file_type().is_socket() {
+        let socket = PacketSocket::from_fd(file.into());
+        return socket
+            .map(Link::from)
+            .map_err(|what| TAP.wrong(source, format_args!("is not a tap, but {what}")));
+    }
     // Its question is put to devices only: no other file can have an opinion on it.
     if !metadata.file_type().is_char_device() {
         return Err(TAP.wrong(source, "is not a tap"));
     }
     let tap = Tap::from_fd(file.into());
-    tap.context(TAP.wrong(source, "cannot be used"))
+    let tap = tap.context(TAP.wrong(source, "cannot be used"))?;
+    Ok(tap.into())
 }
 
 /// Opens a place to write text to: a file, made when missing and added to, a FIFO, or a device; a
@@ -471,7 +479,7 @@ mod tests {
         let disk = |file, read_only| open_disk(&fd0, read_only, &mut passed(file)).map(drop);
         let kernel = |file| Image::open(&KERNEL, &fd0, &mut passed(file)).map(drop);
         let to_write = |file| sink(&LOG, &fd0, &mut passed(file)).map(drop);
-        let tap = |file| tap_from(&fd0, &mut passed(file)).map(drop);
+        let tap = |file| link_from(&fd0, &mut passed(file)).map(drop);
 
         let good = [
             disk(both(), false),

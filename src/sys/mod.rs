@@ -10,6 +10,7 @@ pub mod folder;
 pub mod io;
 pub mod kvm;
 pub mod landlock;
+pub mod link;
 pub mod packets;
 pub mod pagemap;
 pub mod passed;

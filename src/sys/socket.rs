@@ -62,15 +62,20 @@ pub fn peer_process(socket: &UnixStream) -> Option<OwnedFd> {
     pidfd_open(Pid::from_raw(process)?, PidfdFlags::empty()).ok()
 }
 
+/// Whether a Unix socket is connected, or was. (The user of one that never was is none.)
+pub fn is_connected(socket: impl AsFd) -> bool {
+    matches!(peer_option(socket, libc::SO_PEERCRED), Ok([_, user, _]) if user != -1)
+}
+
 /// What the host knows of the other end, as numbers.
-fn peer_option<const N: usize>(socket: &UnixStream, option: libc::c_int) -> io::Result<[i32; N]> {
+fn peer_option<const N: usize>(socket: impl AsFd, option: libc::c_int) -> io::Result<[i32; N]> {
     let mut numbers = [0; N];
     let mut len = mem::size_of_val(&numbers) as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes behind the pointer, which is what is there, and
     // any bytes are numbers.
     let result = unsafe {
         libc::getsockopt(
-            socket.as_raw_fd(),
+            socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             option,
             numbers.as_mut_ptr().cast(),

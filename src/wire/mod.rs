@@ -26,6 +26,7 @@ pub use level::Level;
 pub use operations::{Call, Method, OPERATIONS, Operation, Question};
 
 pub use crate::sys::fd::take_over;
+pub use crate::sys::link::PacketSocket;
 pub use crate::sys::socket::{listener, send_with_descriptors};
 pub use crate::sys::tap;
 

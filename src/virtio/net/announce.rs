@@ -22,12 +22,13 @@ impl Net {
             // Only the guest knows what it has chosen.
             return;
         };
-        if self.gone {
+        // A socket leads to one process, and is not a network.
+        if self.gone || self.link.is_socket() {
             return;
         }
         let mut packet = announcement(mac);
         let packet = VolatileSlice::from(&mut packet[..]);
-        match write_packet(&self.tap, std::iter::once(packet)) {
+        match write_packet(&self.link, std::iter::once(packet)) {
             Ok(_) => self.counters.announcements.one(),
             Err(error) => {
                 crate::warn!(

@@ -161,7 +161,7 @@ impl NetCounters {
         );
         report.gauge(
             "mayfly_net_tap_gone",
-            "1 when the tap has vanished.",
+            "1 when the tap has vanished, or the other end of the socket in its place is closed.",
             &device,
             self.tap_gone.get(),
         );

@@ -1,9 +1,9 @@
-//! The network device (virtio 1.2, 5.1): a receive queue and a transmit queue on a [`Tap`].
+//! The network device (virtio 1.2, 5.1): a receive queue and a transmit queue on a [`Link`], a tap or a socket.
 //!
 //! With several pairs there are as many of it, each with a queue of the tap's (`pairs`); what they share is the
 //! rate limiters, and which of the tap's queues are attached.
 //!
-//! Frames go between guest memory and the tap without a copy of ours, in batches: `mod@receive` and
+//! Frames go between guest memory and the link without a copy of ours, in batches: `mod@receive` and
 //! `mod@transmit`.
 
 mod announce;
@@ -21,10 +21,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use vmm_sys_util::epoll::Epoll;
+
 use self::buffers::Buffers;
 pub use self::counters::NetCounters;
 use self::pairs::Pairs;
-use self::receive::UnfinishedFrame;
+use self::receive::{UnfinishedFrame, patience};
 pub use self::state::NetState;
 use super::queue::Chain;
 use super::throttle::Throttle;
@@ -34,7 +36,8 @@ use super::{
 };
 use crate::metrics::Report;
 use crate::rate_limiter::{RateLimiter, RateLimiterUpdate};
-use crate::sys::tap::{self, Offloads, Tap};
+use crate::sys::link::{Link, SOCKET_MTU};
+use crate::sys::tap::{self, Offloads};
 use crate::wire::limits::QUEUES_MAX;
 
 /// Feature bits (virtio 1.2, 5.1.3).
@@ -97,8 +100,8 @@ mod bit {
         (HOST_USO, "VIRTIO_NET_F_HOST_USO"),
     ];
 
-    /// What is offered always.
-    pub const ALWAYS: u64 = CSUM
+    /// What is offered on a tap.
+    pub const TAP: u64 = CSUM
         | GUEST_CSUM
         | GUEST_TSO4
         | GUEST_TSO6
@@ -107,8 +110,7 @@ mod bit {
         | HOST_TSO4
         | HOST_TSO6
         | HOST_ECN
-        | HOST_UFO
-        | MRG_RXBUF;
+        | HOST_UFO;
     /// What is offered where the tap takes it.
     pub const USO: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
     /// A tap takes these together or not at all.
@@ -134,7 +136,7 @@ mod queue {
 
 /// The numbers of what is watched, in the order of [`Device::sources`].
 mod source {
-    pub const TAP: usize = 0;
+    pub const LINK: usize = 0;
     pub const RECEIVE_TIMER: usize = 1;
 }
 
@@ -152,6 +154,10 @@ const FRAME_MAX: u32 = 65562 + HEADER;
 /// The largest without segmentation, for an MTU of 1500: Ethernet's header, two VLAN tags.
 const FRAME_OVERHEAD: u32 = HEADER + 14 + 8;
 const MTU_DEFAULT: u16 = 1500;
+/// The largest frame on a socket. It is less than [`FRAME_MAX`]: what is longer than the room for it is
+/// cut off without a word, and so is told by its length.
+const SOCKET_FRAME_MAX: u32 = SOCKET_MTU as u32 + FRAME_OVERHEAD;
+const _: () = assert!(SOCKET_FRAME_MAX < FRAME_MAX);
 
 /// A change of a running device.
 #[derive(Debug, Default)]
@@ -167,15 +173,17 @@ pub struct Update {
 /// A network device.
 #[derive(Debug)]
 pub struct Net {
-    tap: Tap,
+    link: Link,
+    /// Tells when a socket has room again.
+    room: Option<Epoll>,
     mac: Option<[u8; 6]>,
     mtu: Option<u16>,
     takes_uso: bool,
     rx_throttle: Throttle,
     tx_throttle: Throttle,
-    /// The tap may have a frame: true from an edge until it said that there is none.
+    /// The link may have a frame: true from an edge until it said that there is none.
     readable: bool,
-    /// The tap has vanished; it is left alone from then on.
+    /// The link has ended; it is left alone from then on.
     gone: bool,
     mergeable: bool,
     /// The room that is gathered for the next frame.
@@ -193,33 +201,33 @@ pub struct Net {
 }
 
 impl Net {
-    /// A device on each of `taps`, which are queues of one tap: one for each pair. Without a `mac` the guest
+    /// A device on each of `links`, which are queues of one tap, one for each pair, or one link. Without a `mac` the guest
     /// chooses its own; with an `mtu` it is told to keep to it. They go on from `states`, which were saved
     /// `elapsed` nanoseconds ago.
     ///
     /// # Errors
     /// When the host has no descriptor left, or does not attach and detach queues of the tap, or `states` cannot be.
     pub fn for_pairs(
-        taps: PerWorker<Tap>,
+        links: PerWorker<Link>,
         (mac, mtu): (Option<[u8; 6]>, Option<u16>),
         rx_limiter: RateLimiter,
         tx_limiter: RateLimiter,
         states: &PerWorker<NetState>,
         elapsed: u64,
     ) -> io::Result<PerWorker<Self>> {
-        let count = taps.count();
+        let count = links.count();
         let rx_limiter = rx_limiter.restore(&states.first.rx_limiter, elapsed);
         let tx_limiter = tx_limiter.restore(&states.first.tx_limiter, elapsed);
         let rx = Throttle::for_workers(rx_limiter, count)?;
         let tx = Throttle::for_workers(tx_limiter, count)?;
-        let takes_uso = taps.first.takes_uso();
+        let takes_uso = links.first.takes_uso();
         let mut others = Vec::new();
-        for tap in &taps.others {
+        for tap in links.others.iter().filter_map(Link::tap) {
             tap.detach()?;
             others.push(tap.try_clone()?);
         }
         let (mut number, mut states) = (0usize, states.iter());
-        taps.zip(rx.zip(tx)).try_map(|(tap, throttles)| {
+        links.zip(rx.zip(tx)).try_map(|(link, throttles)| {
             let new = NetState::default();
             let state = states.next().unwrap_or(&new);
             let pairs = match count {
@@ -234,14 +242,14 @@ impl Net {
                 }),
             };
             number = number.saturating_add(1);
-            Net::of_pair(tap, (mac, mtu, takes_uso), throttles, state, pairs)
+            Net::of_pair(link, (mac, mtu, takes_uso), throttles, state, pairs)
         })
     }
 
     /// [`Net::for_pairs`] with one.
     #[cfg(test)]
     pub fn new(
-        tap: Tap,
+        link: impl Into<Link>,
         mac: Option<[u8; 6]>,
         mtu: Option<u16>,
         rx_limiter: RateLimiter,
@@ -250,13 +258,13 @@ impl Net {
         elapsed: u64,
     ) -> io::Result<Self> {
         let state = PerWorker::from(state.clone());
-        let taps = PerWorker::from(tap);
-        let nets = Net::for_pairs(taps, (mac, mtu), rx_limiter, tx_limiter, &state, elapsed)?;
+        let links = PerWorker::from(link.into());
+        let nets = Net::for_pairs(links, (mac, mtu), rx_limiter, tx_limiter, &state, elapsed)?;
         Ok(nets.first)
     }
 
     fn of_pair(
-        tap: Tap,
+        link: Link,
         (mac, mtu, takes_uso): (Option<[u8; 6]>, Option<u16>, bool),
         (rx_throttle, tx_throttle): (Throttle, Throttle),
         state: &NetState,
@@ -276,9 +284,10 @@ impl Net {
         }
         Ok(Net {
             takes_uso,
-            tap,
+            room: link.room()?,
             mac,
-            mtu,
+            mtu: mtu.or(link.is_socket().then_some(SOCKET_MTU)),
+            link,
             rx_throttle,
             tx_throttle,
             readable: false,
@@ -296,11 +305,22 @@ impl Net {
     }
 
     fn note_if_gone(&mut self, error: &io::Error) {
-        if tap::is_gone(error) && !self.gone {
+        if self.link.is_gone(error) {
+            self.end();
+        }
+    }
+
+    /// The link is of no more use.
+    fn end(&mut self) {
+        self.readable = false;
+        if !self.gone {
             self.gone = true;
-            self.readable = false;
             self.counters.tap_gone.one();
-            crate::error!("the tap has vanished: this network interface is cut off from now on");
+            let why = match self.link.is_socket() {
+                true => "the other end of the packet socket was closed, or sent an empty packet",
+                false => "the tap has vanished",
+            };
+            crate::error!("{why}: this network interface is cut off from now on");
         }
     }
 }
@@ -321,7 +341,10 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        let mut features = feature::COMMON | bit::ALWAYS;
+        let mut features = feature::COMMON | bit::MRG_RXBUF;
+        if !self.link.is_socket() {
+            features |= bit::TAP;
+        }
         if self.mac.is_some() {
             features |= bit::MAC;
         }
@@ -364,11 +387,13 @@ impl Device for Net {
     }
 
     fn sources(&self) -> Vec<RawFd> {
-        vec![
-            self.tap.as_raw_fd(),
+        let mut sources = vec![
+            self.link.as_raw_fd(),
             self.rx_throttle.as_raw_fd(),
             self.tx_throttle.as_raw_fd(),
-        ]
+        ];
+        sources.extend(self.room.as_ref().map(AsRawFd::as_raw_fd));
+        sources
     }
 
     fn activate(&mut self, features: u64) -> io::Result<()> {
@@ -394,9 +419,9 @@ impl Device for Net {
             ufo: has(bit::GUEST_UFO),
             uso: features & bit::GUEST_USO == bit::GUEST_USO,
         };
-        match self.tap.set_offloads(offloads) {
+        match self.link.set_offloads(offloads) {
             // Without a tap the device works like one without a cable.
-            Err(error) if tap::is_gone(&error) => {
+            Err(error) if self.link.is_gone(&error) => {
                 self.note_if_gone(&error);
                 Ok(())
             }
@@ -421,11 +446,12 @@ impl Device for Net {
 
     fn backend(&mut self, source: usize) -> QueueSet {
         match source {
-            source::TAP => {
+            source::LINK => {
                 self.readable = !self.gone;
                 QueueSet::one(queue::RECEIVE)
             }
             source::RECEIVE_TIMER => QueueSet::one(queue::RECEIVE),
+            // Its timer, or room.
             _ => QueueSet::one(queue::TRANSMIT),
         }
     }
@@ -460,7 +486,7 @@ impl Device for Net {
 
     fn was_restored(&mut self) {
         if let Some(frame) = &mut self.unfinished {
-            frame.wait_anew();
+            frame.wait_anew(patience(&self.link));
         }
         // Once for all pairs.
         if self.pairs.as_ref().is_none_or(|pairs| pairs.number == 0) {

@@ -210,7 +210,11 @@ mod tests {
 
     fn nets(taps: PerWorker<Tap>, states: &PerWorker<NetState>) -> io::Result<PerWorker<Net>> {
         let limiter = RateLimiter::default;
-        Net::for_pairs(taps, (Some([2; 6]), None), limiter(), limiter(), states, 0)
+        let links = PerWorker {
+            first: taps.first.into(),
+            others: taps.others.into_iter().map(Into::into).collect(),
+        };
+        Net::for_pairs(links, (Some([2; 6]), None), limiter(), limiter(), states, 0)
     }
 
     fn fakes(count: usize) -> PerWorker<Tap> {

@@ -1,4 +1,4 @@
-//! From the tap to the guest.
+//! From the link to the guest.
 //!
 //! A frame is read straight into as many of the guest's buffers as the largest frame may need; those
 //! it did not need stay at hand, parsed, for the next one. Frames come in batches: one system call for
@@ -10,8 +10,9 @@ use std::io;
 
 use super::batch::Batch;
 use super::buffers::Buffers;
-use super::{FRAME_MAX, HEADER, NUM_BUFFERS, Net};
+use super::{FRAME_MAX, HEADER, NUM_BUFFERS, Net, SOCKET_FRAME_MAX};
 use crate::sys::clock;
+use crate::sys::link::Link;
 use crate::sys::packets::Incoming;
 use crate::virtio::queue::Popped;
 use crate::virtio::segment::{copy_out, mark_written};
@@ -19,6 +20,16 @@ use crate::virtio::{BrokenRing, Progress, Queue, Ram};
 
 /// How long the end of a frame waits for the guest's buffers before the frame is dropped.
 pub(super) const PATIENCE_NANOS: u64 = 50_000_000;
+/// The same on a socket, which is to lose nothing: only a guest that never has the buffers gets there.
+pub(super) const SOCKET_PATIENCE_NANOS: u64 = 30_000_000_000;
+
+/// The one that is right for `link`.
+pub(super) fn patience(link: &Link) -> u64 {
+    match link.is_socket() {
+        true => SOCKET_PATIENCE_NANOS,
+        false => PATIENCE_NANOS,
+    }
+}
 
 /// A frame whose end waits in the spill; all the buffers at hand hold its beginning.
 #[derive(Clone, Copy, Debug)]
@@ -33,17 +44,17 @@ pub(super) struct UnfinishedFrame {
 
 impl UnfinishedFrame {
     /// A frame that waits from now on.
-    pub fn new(len: u32, in_guest: u32) -> Self {
+    pub fn new(len: u32, in_guest: u32, patience: u64) -> Self {
         UnfinishedFrame {
             len,
             in_guest,
-            until: clock::monotonic_nanos().saturating_add(PATIENCE_NANOS),
+            until: clock::monotonic_nanos().saturating_add(patience),
         }
     }
 
     /// Lets it wait as long as a new one.
-    pub fn wait_anew(&mut self) {
-        *self = UnfinishedFrame::new(self.len, self.in_guest);
+    pub fn wait_anew(&mut self, patience: u64) {
+        *self = UnfinishedFrame::new(self.len, self.in_guest, patience);
     }
 }
 
@@ -59,7 +70,7 @@ enum Gathered {
 }
 
 impl Net {
-    /// Passes a batch of frames from the tap to the guest.
+    /// Passes a batch of frames from the link to the guest.
     pub(super) fn receive(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
         let has_frame = self.unfinished.is_some() || self.readable;
         if !has_frame && self.held.is_empty() {
@@ -112,11 +123,18 @@ impl Net {
                 return Ok(batch.progress());
             }
             match self.read(ram, incoming) {
-                Ok((len, room)) if self.mergeable && room < len && len <= FRAME_MAX => {
-                    self.unfinished = Some(UnfinishedFrame::new(len, room));
+                Ok((0, _)) if self.link.is_socket() => {
+                    self.end();
+                    return Ok(batch.progress());
+                }
+                Ok((len, room)) if self.mergeable && room < len && len <= self.frame_max() => {
+                    let patience = patience(&self.link);
+                    self.unfinished = Some(UnfinishedFrame::new(len, room, patience));
                     batch.step();
                 }
                 Ok((len, room)) => self.deliver(len, room, batch, queue, ram, incoming)?,
+                // Told once, before what the other end had sent.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => batch.step(),
                 Err(error) => {
                     // The next frame makes a new edge.
                     self.readable = false;
@@ -143,7 +161,7 @@ impl Net {
         } else {
             &mut []
         };
-        let read = incoming.read(&self.tap, pieces, spill);
+        let read = incoming.read(&self.link, pieces, spill);
         // The log of writes is only looked into while the worker is paused: between two batches.
         match &read {
             Ok(len) => {
@@ -209,7 +227,15 @@ impl Net {
         Ok(true)
     }
 
-    /// Passes the frame of `len` bytes, which the tap has just written, to the guest.
+    /// The largest frame that is passed on, with its header.
+    fn frame_max(&self) -> u32 {
+        match self.link.is_socket() {
+            true => SOCKET_FRAME_MAX,
+            false => FRAME_MAX,
+        }
+    }
+
+    /// Passes the frame of `len` bytes, which the link has just written, to the guest.
     fn deliver(
         &mut self,
         len: u32,
@@ -220,14 +246,14 @@ impl Net {
         incoming: &mut Incoming<'_>,
     ) -> Result<(), BrokenRing> {
         batch.step();
-        if len <= HEADER || len > room {
+        if len <= HEADER || len > room.min(self.frame_max()) {
             // It did not fit; its buffers take the next one.
             self.counters.rx_dropped.one();
             return Ok(());
         }
         let payload = u64::from(len.saturating_sub(HEADER));
         self.rx_throttle.charge(payload);
-        // The tap leaves this field to us (5.1.6.3). Every buffer holds at least the header.
+        // The link leaves this field to us (5.1.6.3). Every buffer holds at least the header.
         let count = self.buffers.count_for(len);
         let place = self.buffers.place(NUM_BUFFERS, size_of_val(&count) as u32);
         if !copy_out(ram, place, &count.to_le_bytes()) {

@@ -14,7 +14,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-use super::receive::UnfinishedFrame;
+use super::receive::{PATIENCE_NANOS, UnfinishedFrame};
 use super::{FRAME_MAX, HEADER, Net, QUEUE_SIZE};
 use crate::rate_limiter::LimiterState;
 use crate::virtio::StateError;
@@ -91,7 +91,7 @@ impl NetState {
         if len <= HEADER || len > FRAME_MAX || rest.is_empty() {
             return Err(StateError::Value("unfinished"));
         }
-        Ok(Some(UnfinishedFrame::new(len, in_guest)))
+        Ok(Some(UnfinishedFrame::new(len, in_guest, PATIENCE_NANOS)))
     }
 }
 

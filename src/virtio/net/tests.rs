@@ -1,9 +1,11 @@
 mod batches;
+mod socket;
 
 use super::super::queue::QueueState;
 use super::super::testing::{Rings, ram};
 use super::receive::PATIENCE_NANOS;
 use super::*;
+use crate::sys::tap::Tap;
 use crate::sys::testing::allocator_calls;
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
@@ -212,7 +214,7 @@ fn receive_when_mergeable_spreads_over_as_many_buffers_as_needed() {
     assert_eq!(guest(&ram, DATA + 12, 65000), sent[12..]);
     // Buffers that were gathered and not needed take the next frame.
     bench.peer.send(&frame(60)).unwrap();
-    bench.net.backend(source::TAP);
+    bench.net.backend(source::LINK);
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(rings.take(), Some((u32::from(used), 72)));
 }
@@ -224,7 +226,7 @@ fn receive_when_there_are_no_buffers_waits_for_a_kick() {
     let mut rings = Rings::new(&ram, BASE, 256);
     let mut queue = queue(&rings);
     bench.peer.send(&frame(60)).unwrap();
-    bench.net.backend(source::TAP);
+    bench.net.backend(source::LINK);
     for _ in 0..3 {
         assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::Wait));
     }
@@ -333,7 +335,7 @@ fn receive_when_buffers_are_in_many_pieces_keeps_to_its_places() {
     offer(0, 193, 0);
     offer(200, 50, 0);
     bench.peer.send(&frame(60)).unwrap();
-    bench.net.backend(source::TAP);
+    bench.net.backend(source::LINK);
     assert_eq!(bench.net.process(0, &mut queue, &ram), Ok(Progress::More));
     assert_eq!(
         guest(&ram, DATA + 1812, 1000)[..988],
@@ -397,14 +399,14 @@ fn tap_when_it_vanishes_is_left_alone() {
         crate::needs::skip("tap_when_it_vanishes", "no ip command here");
         return;
     }
-    net.backend(source::TAP);
+    net.backend(source::LINK);
     assert_eq!(net.process(0, &mut receive, &ram), Ok(Progress::Wait));
     assert_eq!(net.counters.tap_gone.get(), 1);
     for _ in 0..3 {
         transmit_rings.offer_chain(0, &[(DATA, 100, false)]);
         assert_eq!(net.process(1, &mut transmit, &ram), Ok(Progress::More));
         assert_eq!(transmit_rings.take(), Some((0, 0)));
-        net.backend(source::TAP);
+        net.backend(source::LINK);
         assert_eq!(net.process(0, &mut receive, &ram), Ok(Progress::Wait));
     }
     assert_eq!(net.counters.tx_dropped.get(), 3);

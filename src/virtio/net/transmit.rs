@@ -1,8 +1,9 @@
-//! From the guest to the tap.
+//! From the guest to the link.
 //!
 //! Frames go in batches: one system call for each, since nothing else that was measured is cheaper (see
 //! [`crate::sys::packets`]), but the used index is published, the clock read and counters written once.
 
+use std::io;
 use std::time::Instant;
 
 use super::batch::Batch;
@@ -14,7 +15,7 @@ use crate::virtio::segment::slices;
 use crate::virtio::{BrokenRing, Progress, Queue, Ram};
 
 impl Net {
-    /// Passes a batch of frames from the guest to the tap.
+    /// Passes a batch of frames from the guest to the link.
     pub(super) fn transmit(
         &mut self,
         queue: &mut Queue,
@@ -60,8 +61,11 @@ impl Net {
                     }
                     return Ok(batch.progress());
                 }
+                if !self.send(payload, ram, batch) {
+                    queue.rewind(1);
+                    return Ok(batch.progress());
+                }
                 self.tx_throttle.charge(payload);
-                self.send(payload, ram, batch);
             }
             queue.stage_used(ram, self.chain.head(), 0)?;
             batch.step();
@@ -69,22 +73,31 @@ impl Net {
         Ok(Progress::More)
     }
 
-    /// Sends the chain at hand. The header's contents are the kernel's to check: it copies the
-    /// header once, and looks at that copy.
-    fn send(&mut self, payload: u64, ram: &Ram, batch: &mut Batch) {
+    /// Sends the chain at hand; `false` if it has to wait for room in a socket, which is an event of its own.
+    /// The header's contents are the receiver's to check: a tap's kernel copies the header once, and looks
+    /// at that copy.
+    fn send(&mut self, payload: u64, ram: &Ram, batch: &mut Batch) -> bool {
         if self.gone {
             self.counters.tx_dropped.one();
-            return;
+            return true;
         }
         batch.since.get_or_insert_with(Instant::now);
         let pieces = slices(ram, self.chain.readable().iter().copied());
-        match write_packet(&self.tap, pieces) {
+        match write_packet(&self.link, pieces) {
             Ok(_) => batch.add(payload),
+            Err(error) if self.link.is_socket() => {
+                if error.kind() == io::ErrorKind::WouldBlock {
+                    return false;
+                }
+                // That there is no other end is found out by reading, behind what it has still sent.
+                self.counters.tx_dropped.one();
+            }
             Err(error) => {
                 // A network device drops what it cannot send; virtio has no error for it.
                 self.counters.tx_dropped.one();
                 self.note_if_gone(&error);
             }
         }
+        true
     }
 }

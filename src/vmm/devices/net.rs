@@ -5,8 +5,9 @@ use std::io;
 use super::limits::{change_number, limiter, limiter_update};
 use super::{Kind, check_poll_us, check_queues};
 use crate::error::{ActionError, Context};
-use crate::files::open::{TAP, tap_from};
+use crate::files::open::{TAP, link_from};
 use crate::seccomp::Category;
+use crate::sys::link::Link;
 use crate::sys::passed::Passed;
 use crate::sys::tap::Tap;
 use crate::virtio::PerWorker;
@@ -25,7 +26,7 @@ fn refuse(why: String) -> ActionError {
 impl Kind for Net {
     type Config = NetworkInterface;
     /// One for each pair of queues.
-    type Opened = PerWorker<Tap>;
+    type Opened = PerWorker<Link>;
     type Device = net::Net;
     const CATEGORY: Category = Category::Net;
     const THREAD: &'static str = "net";
@@ -100,59 +101,62 @@ impl Kind for Net {
     }
 
     // A tap can be attached only once.
-    fn reopen(taps: &PerWorker<Tap>) -> io::Result<Option<PerWorker<Tap>>> {
-        Self::copy(taps).map(Some)
+    fn reopen(links: &PerWorker<Link>) -> io::Result<Option<PerWorker<Link>>> {
+        Self::copy(links).map(Some)
     }
 
     fn open(
         network: &mut NetworkInterface,
-        before: &mut Vec<PerWorker<Tap>>,
+        before: &mut Vec<PerWorker<Link>>,
         passed: &mut Passed,
-    ) -> Result<PerWorker<Tap>, ActionError> {
+    ) -> Result<PerWorker<Link>, ActionError> {
         let queues = Self::queues(network);
         let Source::Named(name) = &network.host_dev_name else {
-            let mut taps = PerWorker::from(tap_from(&network.host_dev_name, passed)?);
+            let mut links = PerWorker::from(link_from(&network.host_dev_name, passed)?);
             for source in &network.queue_fds {
-                let tap = tap_from(source, passed)?;
-                if !tap.has_queues() || tap.name() != taps.first.name() {
+                let link = link_from(source, passed)?;
+                let tap = link.tap().filter(|tap| tap.has_queues());
+                if tap.is_none_or(|tap| Some(tap.name()) != links.first.name()) {
                     return Err(TAP.wrong(source, "is not another queue of the same tap"));
                 }
-                taps.others.push(tap);
+                links.others.push(link);
             }
-            return Ok(taps);
+            return Ok(links);
         };
         let failed = || format!("{}Open tap device failed", TAP.section);
-        let mut taps = match before.iter().position(|taps| taps.first.name() == name) {
+        let same = |links: &PerWorker<Link>| links.first.name() == Some(name);
+        let mut links = match before.iter().position(same) {
             Some(at) => before.swap_remove(at),
-            None if queues == 1 => Tap::open(name).context(failed())?.into(),
-            None => Tap::open_queue(name).context(failed())?.into(),
+            None if queues == 1 => Link::from(Tap::open(name).context(failed())?).into(),
+            None => Link::from(Tap::open_queue(name).context(failed())?).into(),
         };
-        taps.others.truncate(queues.saturating_sub(1));
-        while taps.count() < queues {
-            let tap = Tap::open_queue(taps.first.name()).context(failed())?;
-            taps.others.push(tap);
-        }
         // The host may have chosen the name.
-        network.host_dev_name = taps.first.name().into();
-        Ok(taps)
+        let name = links.first.name().unwrap_or(name).to_owned();
+        links.others.truncate(queues.saturating_sub(1));
+        while links.count() < queues {
+            let tap = Tap::open_queue(&name).context(failed())?;
+            links.others.push(tap.into());
+        }
+        network.host_dev_name = Source::Named(name);
+        Ok(links)
     }
 
-    fn copy(taps: &PerWorker<Tap>) -> io::Result<PerWorker<Tap>> {
-        let others = taps.others.iter().map(Tap::try_clone);
+    fn copy(links: &PerWorker<Link>) -> io::Result<PerWorker<Link>> {
+        let others = links.others.iter().map(Link::try_clone);
         Ok(PerWorker {
-            first: taps.first.try_clone()?,
+            first: links.first.try_clone()?,
             others: others.collect::<io::Result<_>>()?,
         })
     }
 
     fn build(
         network: &NetworkInterface,
-        taps: PerWorker<Tap>,
+        links: PerWorker<Link>,
         states: &PerWorker<NetState>,
         elapsed: u64,
     ) -> io::Result<PerWorker<net::Net>> {
         net::Net::for_pairs(
-            taps,
+            links,
             (network.guest_mac.map(|mac| mac.0), network.mtu),
             limiter(network.rx_rate_limiter),
             limiter(network.tx_rate_limiter),

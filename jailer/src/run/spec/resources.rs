@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use mayfly::wire::PacketSocket;
 use mayfly::wire::Source;
 use mayfly::wire::config::{Backing, PassedFd};
 use mayfly::wire::tap::{Tap, TapError};
@@ -90,6 +91,11 @@ fn open(backing: Backing, name: &str) -> Result<OwnedFd, AnyError> {
 pub fn examine(backing: Backing, fd: BorrowedFd<'_>, name: &str) -> Result<(), SpecError> {
     let unfit = |why| SpecError::Unfit(name.to_owned(), word(backing), why);
     if matches!(backing, Backing::Tap | Backing::TapQueue) {
+        let stat = rustix::fs::fstat(fd);
+        let is_socket = stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_socket());
+        if is_socket && backing == Backing::Tap {
+            return PacketSocket::check(fd).map_err(|what| unfit(format!("it is {what}")));
+        }
         let copy = fd.try_clone_to_owned().map_err(TapError::NotAttached);
         return copy.and_then(Tap::from_fd).map(drop).map_err(|error| {
             unfit(match error {

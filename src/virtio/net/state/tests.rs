@@ -183,13 +183,13 @@ fn frames_when_devices_are_made_anew_in_between_come_once_and_in_order() {
                 }
                 5 => guest.take(),
                 _ => {
-                    net.backend(super::super::source::TAP);
+                    net.backend(super::super::source::LINK);
                     net.process(0, &mut queue, &ram).unwrap();
                 }
             }
         }
         let mut finish = |guest: &mut Guest<'_>| {
-            net.backend(super::super::source::TAP);
+            net.backend(super::super::source::LINK);
             while net.process(0, &mut queue, &ram).unwrap() == Progress::More {}
             guest.take();
         };
