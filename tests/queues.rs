@@ -328,7 +328,7 @@ fn linux_when_its_disk_has_several_queues_uses_them() {
     monitor.expect_within("mayfly-guest: shell ready", LINUX_PATIENCE);
     monitor.type_in(
         "mount -t proc proc /proc; echo mq $(ls /sys/block/vda/mq | wc -l); \
-         for cpu in 1 2; do taskset $cpu dd if=/dev/urandom of=/file$cpu bs=64k count=16 conv=fsync 2>/dev/null; done; \
+         for cpu in 1 2; do taskset $cpu dd if=/dev/urandom of=/file$cpu bs=64k count=4 conv=fsync 2>/dev/null; done; \
          echo sums $(sha256sum /file1 /file2 | cut -c1-64); echo 3 >/proc/sys/vm/drop_caches; \
          echo sums $(taskset 2 sha256sum /file1 /file2 | cut -c1-64); echo do''ne\n",
     );
