@@ -202,6 +202,48 @@ fn overlay_takes_what_the_guest_writes_and_the_disk_stays_as_it_was() {
 }
 
 #[test]
+fn disk_when_it_has_settings_is_as_they_say() {
+    let place = place!("gsettings");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (kernel, disk) = (place.path("probe"), place.path("disk"));
+    for who in BOTH {
+        for (settings, flush, queues) in [
+            ("cache=none", true, 1),
+            ("cache=writeback:poll_us=0", true, 1),
+            ("cache=unsafe:queues=2", false, 2),
+            ("queues=3:ops=1000:cache=none:bandwidth=1M", true, 3),
+        ] {
+            let cmdline = "probe=blkinfo:0,blkwrite:0:1:2:5,blkverify:0:1:2:5,reset";
+            let drive = format!("{disk}:{settings}");
+            let words = [
+                "run",
+                "--kernel",
+                &kernel,
+                "--cmdline",
+                cmdline,
+                "--drive",
+                &drive,
+            ];
+            let ended = place.ends(place.jailer(who, &words), 0);
+            let told = format!("flush={flush} ");
+            assert!(!ended.out.contains("FAILED"), "{who:?}: {ended:?}");
+            assert!(ended.out.contains(&told), "{settings}: {ended:?}");
+            assert!(
+                ended.out.contains(&format!("queues={queues}")),
+                "{settings}: {ended:?}"
+            );
+            let written = fs::read(&disk).unwrap();
+            assert_ne!(written, [0; 4096], "{settings}");
+            fs::write(&disk, [0; 4096]).unwrap();
+        }
+        let refused = format!("{disk}:overlay=memory:cache=none");
+        let words = ["run", "--kernel", &kernel, "--drive", &refused];
+        place.refuses(place.jailer(who, &words), "has an overlay");
+        place.nothing_is_left();
+    }
+}
+
+#[test]
 fn configuration_in_a_file_has_its_paths_opened_outside() {
     let place = place!("gconfig");
     copy_readable(&common::probe(), &place.path("probe"));

@@ -1,9 +1,11 @@
 //! What `mayfly-jailer run` is to do, in one value: the options, the configuration in the monitor's own
-//! types, and everything that they name, opened. `options` reads words, `vm` the configuration,
+//! types, and everything that they name, opened. `options` reads words, `devices`
+//! those that stand for a disk or an interface, `vm` the configuration,
 //! `snapshot` what was saved, `inherited` takes descriptors that were passed, `resources` opens paths.
 //!
 //! Nothing is made on the host here but files to append to, and the folder of a snapshot to be taken.
 
+pub mod devices;
 pub mod inherited;
 pub mod options;
 pub mod resources;

@@ -6,12 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mayfly::wire::config::{BootSource, Drive, DriveOverlay, MachineConfig, NetworkInterface};
-use mayfly::wire::limits::QUEUES_MAX;
+use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
+use super::devices::{drive, net};
 use super::snapshot::Restoring;
-use super::{LEAST_OPEN_FILES, OWN_TAP, OwnTap};
+use super::{LEAST_OPEN_FILES, OwnTap};
 use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, resource_limits};
 use crate::cgroup::exclusive::Wanted;
 use crate::cgroup::limit::Limit;
@@ -199,10 +199,8 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     let drives = words.all("--drive", |text| {
         let (id, text) = split_id(text);
         let given = drive(&text)?;
-        match given.queues {
-            None => Ok((id, given)),
-            Some(_) => Err(KEEPS_QUEUES.into()),
-        }
+        none_given(given.settings.first())?;
+        Ok((id, given))
     })?;
     for (id, given) in drives {
         let id = id.unwrap_or_else(|| drive_id(unnamed.next().unwrap_or(0)));
@@ -216,10 +214,8 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     let nets = words.all("--net", |text| {
         let (id, text) = split_id(text);
         let given = net(&text)?;
-        match given.queues {
-            None => Ok((id, (given.tap, given.own))),
-            Some(_) => Err(KEEPS_QUEUES.into()),
-        }
+        none_given(given.first_setting())?;
+        Ok((id, (given.tap, given.own)))
     })?;
     for (id, (tap, own)) in nets {
         own_tap = one_own_tap(own_tap, own)?;
@@ -232,7 +228,17 @@ fn saved_machine(folder: PathBuf, words: &mut Words) -> Result<Machine, ArgsErro
     Ok(Machine::Snapshot(restoring, own_tap))
 }
 
-const KEEPS_QUEUES: &str = "a guest that was saved keeps its queues; leave out :queues=";
+/// Refuses settings of devices that were saved.
+fn none_given(setting: Option<&str>) -> Result<(), Why> {
+    match setting {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "a guest that was saved keeps the settings of its devices; leave out :{name}="
+        )
+        .into()),
+    }
+}
+
 const TWICE: &str = "it is given twice";
 
 /// The id that the `index`th `--drive` gives its disk.
@@ -308,10 +314,7 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
     for (index, given) in drives.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             is_root_device: index == 0 && !has_root,
-            is_read_only: Some(given.read_only),
-            overlay: given.overlay,
-            queues: given.queues,
-            ..Drive::new(drive_id(index), given.image)
+            ..given.into_drive(drive_id(index))
         });
     }
     let mut own_tap = None;
@@ -319,6 +322,7 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
         own_tap = one_own_tap(own_tap, given.own)?;
         let interface = NetworkInterface {
             queues: given.queues,
+            poll_us: given.poll_us,
             ..NetworkInterface::new(interface_id(index), given.tap)
         };
         config.devices.network_interfaces.push(interface);
@@ -343,7 +347,8 @@ pub fn default_boot_args() -> String {
     })
 }
 
-fn source(text: &str) -> Result<Source, Why> {
+/// A file by its path.
+pub(super) fn source(text: &str) -> Result<Source, Why> {
     Ok(Source::Named(text.to_owned()))
 }
 
@@ -352,97 +357,15 @@ fn vcpus(text: &str) -> Result<u8, Why> {
     count.ok_or("it is not a number from 0 to 255".into())
 }
 
-/// What a `--drive` says.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GivenDrive {
-    /// The image, or the base of the overlay.
-    pub image: Source,
-    /// The guest may only read it.
-    pub read_only: bool,
-    /// What takes the guest's writes.
-    pub overlay: Option<DriveOverlay>,
-    /// How many queues the guest may use.
-    pub queues: Option<u16>,
-}
-
-/// `:queues=N` at the end of what is given, and what is before it.
-fn queues(text: &str) -> Result<(&str, Option<u16>), Why> {
-    let Some((rest, count)) = text.rsplit_once(":queues=") else {
-        return Ok((text, None));
-    };
-    let number = count.parse().ok();
-    let number = number.filter(|number| (1..=QUEUES_MAX).contains(&usize::from(*number)));
-    match number {
-        Some(number) => Ok((rest, Some(number))),
-        None => Err(format!("queues={count} is not a number from 1 to {QUEUES_MAX}").into()),
-    }
-}
-
-/// Reads `FILE`, `FILE:ro`, `FILE:overlay=FILE` or `FILE:overlay=memory`; a file of the name memory is
-/// written `./memory`. At the end there may be `:queues=N`.
-fn drive(text: &str) -> Result<GivenDrive, Why> {
-    let (text, queues) = queues(text)?;
-    let given = |image: &str, read_only, overlay| GivenDrive {
-        image: image.into(),
-        read_only,
-        overlay,
-        queues,
-    };
-    if let Some((image, place)) = text.split_once(":overlay=") {
-        let overlay = match place {
-            "memory" => DriveOverlay::Memory { memory: true },
-            path if path.starts_with("fd:") || path.ends_with(":ro") => {
-                return Err("an overlay is memory, or a file by its path; write ./ before one of such a name".into());
-            }
-            path => DriveOverlay::File {
-                path_on_host: path.into(),
-            },
-        };
-        return Ok(given(image, false, Some(overlay)));
-    }
-    Ok(match text.strip_suffix(":ro") {
-        Some(image) => given(image, true, None),
-        None => given(text, false, None),
-    })
-}
-
-/// What a network interface is connected to, and whether that is made in the jail.
-#[derive(Debug)]
-struct GivenNet {
-    tap: Source,
-    own: Option<OwnTap>,
-    queues: Option<u16>,
-}
-
-/// Reads what [`connection`] does, with `:queues=N` after the name of a tap.
-fn net(text: &str) -> Result<GivenNet, Why> {
-    let (text, queues) = queues(text)?;
-    let (tap, own) = connection(text)?;
-    if queues.is_some() && tap.name().is_none_or(|name| name == OWN_TAP) {
-        return Err("only a tap of the host, by its name, can have several queues here".into());
-    }
-    Ok(GivenNet { tap, own, queues })
-}
-
-fn connection(text: &str) -> Result<(Source, Option<OwnTap>), Why> {
-    Ok(match text {
-        "auto" => (OWN_TAP.into(), Some(OwnTap::Auto)),
-        "user" => (OWN_TAP.into(), Some(OwnTap::User)),
-        _ => match text.strip_prefix("fd:") {
-            Some(number) => (Source::fd(descriptor(number)?.unsigned_abs()), None),
-            None => (source(text)?, None),
-        },
-    })
-}
-
-fn descriptor(text: &str) -> Result<RawFd, Why> {
+/// The number of a descriptor that was passed.
+pub(super) fn descriptor(text: &str) -> Result<RawFd, Why> {
     // 0 to 2 are the console's.
     let number = text.parse().ok().filter(|&number: &RawFd| number > 2);
     number.ok_or("it is not the number of a descriptor above 2".into())
 }
 
 /// Bytes, or with K, M or G after it.
-fn size(text: &str) -> Option<u64> {
+pub(super) fn size(text: &str) -> Option<u64> {
     let (last, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
         b'K' => (1, 10),
         b'M' => (1, 20),
@@ -511,6 +434,7 @@ fn limit(text: &str) -> Result<Limit, Why> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::OWN_TAP;
     use super::*;
 
     use crate::error::message;
@@ -592,76 +516,6 @@ mod tests {
     }
 
     #[test]
-    fn drive_when_it_has_an_overlay_says_where_that_is() {
-        let parsed = options("--kernel k --drive a:overlay=b --drive c:ro:overlay=memory").machine;
-        let Machine::Plain(config, _) = parsed else {
-            panic!("{parsed:?}")
-        };
-        let [first, second] = &config.devices.drives[..] else {
-            panic!("{config:?}")
-        };
-        let file = |path: &str| DriveOverlay::File {
-            path_on_host: path.into(),
-        };
-        assert_eq!(
-            (&first.path_on_host, &first.overlay),
-            (&"a".into(), &Some(file("b")))
-        );
-        assert_eq!(second.path_on_host, "c:ro".into());
-        assert_eq!(second.overlay, Some(DriveOverlay::Memory { memory: true }));
-        assert!(!first.read_only() && !second.read_only());
-        assert_eq!(
-            drive("a:overlay=./memory").unwrap().overlay,
-            Some(file("./memory"))
-        );
-    }
-
-    #[test]
-    fn net_when_it_has_several_queues_is_a_tap_by_its_name() {
-        let given = net("tap0:queues=4").unwrap();
-        assert_eq!((given.tap, given.queues), ("tap0".into(), Some(4)));
-        assert_eq!(net("tap0").unwrap().queues, None);
-        for text in [
-            "auto:queues=2",
-            "user:queues=2",
-            "fd:9:queues=2",
-            "tap0:queues=0",
-        ] {
-            assert!(net(text).is_err(), "{text}");
-        }
-        let parsed = options("--kernel k --net tap0:queues=3").machine;
-        let Machine::Plain(config, _) = parsed else {
-            panic!("{parsed:?}")
-        };
-        assert_eq!(config.devices.network_interfaces[0].queues, Some(3));
-    }
-
-    #[test]
-    fn drive_when_it_has_several_queues_says_how_many() {
-        for (text, image, read_only, queues) in [
-            ("a", "a", false, None),
-            ("a:queues=1", "a", false, Some(1)),
-            ("a:ro:queues=16", "a", true, Some(16)),
-            ("a:queues", "a:queues", false, None),
-        ] {
-            let given = drive(text).unwrap();
-            assert_eq!(given.image, image.into(), "{text}");
-            assert_eq!((given.read_only, given.queues), (read_only, queues));
-        }
-        for text in ["a:queues=0", "a:queues=17", "a:queues=", "a:queues=x"] {
-            assert!(drive(text).is_err(), "{text}");
-        }
-        let parsed = options("--kernel k --drive a:queues=3").machine;
-        let Machine::Plain(config, _) = parsed else {
-            panic!("{parsed:?}")
-        };
-        assert_eq!(config.devices.drives[0].queues, Some(3));
-        let words = "--snapshot d --drive a:queues=3".split(' ');
-        let refused = parse(words.map(Into::into).collect()).unwrap_err();
-        assert!(refused.to_string().contains("leave out :queues="));
-    }
-
-    #[test]
     fn parse_of_a_snapshot_names_its_disks_and_taps_as_at_boot() {
         let options = options(
             "--snapshot d --drive a --drive data=b:ro --drive ./x=y --drive more=c:overlay=o --net tap0 --net e=user \
@@ -707,6 +561,12 @@ mod tests {
             ("--snapshot d --memory 1", "leave it out"),
             ("--snapshot d --drive a --drive root=b", "given twice"),
             ("--snapshot d --net a --net eth0=b", "given twice"),
+            ("--snapshot d --drive a:queues=3", "leave out :queues="),
+            ("--snapshot d --drive a:cache=none", "leave out :cache="),
+            ("--snapshot d --drive a:poll_us=0", "leave out :poll_us="),
+            ("--snapshot d --drive a:ops=9", "leave out :ops="),
+            ("--snapshot d --net t:poll_us=0", "leave out :poll_us="),
+            ("--snapshot d --net t:queues=2", "leave out :queues="),
             ("--kernel k --same-disks", "needs --snapshot"),
             ("--ignore-cpu-differences", "needs --snapshot"),
             ("--kernel k --working-set w", "needs --snapshot"),

@@ -26,8 +26,8 @@ use rustix::fs::OFlags;
 use serde::Deserialize;
 
 use super::OWN_TAP;
+use super::devices::{DriveSettings, GivenDrive};
 use super::inherited::{Passed, number_in};
-use super::options::GivenDrive;
 use super::resources;
 use crate::error::{AnyError, Step};
 
@@ -261,7 +261,7 @@ impl Restoring {
             image: source(saved)?,
             read_only: drive.read_only(),
             overlay,
-            queues: None,
+            settings: DriveSettings::default(),
         })
     }
 
