@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use common::fuse::Slow;
 use common::{Api, Folder, Monitor, needs, probe_vm_with_disks, wait_until};
 use mayfly::overlay::{BaseId, Content, Durability, Overlay, Place, Storage};
 use pair::{Pair, pause, resume, save_and_end};
@@ -580,8 +581,19 @@ fn clones_when_a_plain_disk_becomes_their_base_share_it() {
 fn writes_when_the_monitor_ends_in_order_are_all_there_at_the_next_start() {
     needs!(kvm);
     type End = fn(&mut Monitor, &Api);
-    let ends: [(&str, End); 4] = [
+    let ends: [(&str, End); 6] = [
         ("reset", |monitor, _| ends(monitor)),
+        ("poweroff", |monitor, _| {
+            monitor.type_in("poweroff\n");
+            monitor.exits_with(0);
+        }),
+        ("Ctrl-Alt-Del", |monitor, api| {
+            monitor.type_in("kbd:4:60000\nreset\n");
+            monitor.expect("probe: kbd ready");
+            api.put("/actions", json!({"action_type": "SendCtrlAltDel"}));
+            monitor.exits_with(0);
+            assert!(monitor.stdout().contains("probe: kbd 0x71"));
+        }),
         ("triple", |monitor, _| {
             monitor.type_in("triple\n");
             monitor.wait();
@@ -614,6 +626,53 @@ fn writes_when_the_monitor_ends_in_order_are_all_there_at_the_next_start() {
         expected[800 * 512..816 * 512].fill(0);
         assert!(disk == expected, "{name}");
     }
+}
+
+/// A disk that never answers keeps the end from being a clean one, and not from coming. (The process is there until what
+/// it asked of the file system is answered: that is the kernel's rule.)
+#[test]
+fn end_when_the_disk_of_an_overlay_hangs_comes_all_the_same_and_is_told() {
+    needs!(kvm, root);
+    // The disk is mounted for one thread and what it starts.
+    let own = thread::spawn(|| {
+        for is_flushing in [true, false] {
+            let folder = Folder::new();
+            let base = base(&folder, 1);
+            // The file system of the test cannot make one.
+            let made = folder.join("made");
+            let config = |overlay: &Path| {
+                let mut config = machine("shell", &base, in_file(overlay));
+                config["drives"][0]["cache_type"] = json!("Writeback");
+                config
+            };
+            let mut monitor = Monitor::boot(&folder, &config(&made));
+            monitor.expect("shell ready");
+            does(&mut monitor, &["blkwrite:0:0:8:2"]);
+            ends(&mut monitor);
+            let place = Folder::new();
+            let slow = Slow::mount_with(&place.join("slow"), fs::read(&made).unwrap());
+            let mut monitor = Monitor::boot(&place, &config(&slow.path()));
+            monitor.expect("shell ready");
+            does(&mut monitor, &["blkverify:0:0:8:2", "blkwrite:0:0:8:3"]);
+            let hanging = slow.hang();
+            if is_flushing {
+                monitor.type_in("blkflush:0\n");
+                hanging.wait();
+            }
+            common::sys::kill(monitor.pid(), libc::SIGTERM);
+            hanging.wait();
+            wait_until("the log tells of the disk", || {
+                place
+                    .read("log")
+                    .contains("The disk `disk0` does not answer")
+            });
+            assert!(hanging.is_waited_for(), "it did not hang all that time");
+            drop(hanging);
+            assert_eq!(monitor.wait().signal(), Some(libc::SIGTERM));
+            drop(slow);
+        }
+    });
+    own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
 }
 
 /// Kills monitors at random moments while their guests write, and looks at what is left: all that was flushed, or all

@@ -2,11 +2,14 @@
 //! happens when they hang.)
 
 mod common;
+#[path = "snapshot/pair.rs"]
+mod pair;
 
 use std::fs;
 use std::thread;
 
 use common::{Folder, Monitor, needs, probe_vm_with_disks, sys};
+use pair::{Pair, await_disk, pause};
 use probe_host::pattern;
 use serde_json::{Value, json};
 
@@ -61,6 +64,58 @@ fn disk_when_the_host_has_no_io_uring_is_what_the_model_says() {
             assert!(folder.read("log").contains("no io_uring for a disk"));
         }
     });
+}
+
+/// Saves a guest in the middle of its reads and writes, and has it go on elsewhere: it finds what it wrote.
+fn save_in_the_middle(engine: &str, cache: (&str, &str)) {
+    let (folder, other) = (Folder::new(), Folder::new());
+    let disk = folder.disk("disk", 4 << 20);
+    let word = "blkload:0:randrw:4096:16:5000:check";
+    let mut config = probe_vm_with_disks(&format!("{word},shell"), &[&disk]);
+    config["drives"][0][cache.0] = json!(cache.1);
+    let (monitor, api) = Monitor::boot_with_api(&folder, &config);
+    monitor.expect("blkload begun");
+    await_disk(&api, "write", 50);
+    let has_pool = !pool_threads(&monitor).is_empty();
+    assert_eq!(has_pool, engine == "threads", "{cache:?}");
+    let (copy, pair) = (folder.join("copy"), Pair::new(&folder, "snapshot"));
+    pause(&api);
+    assert!(!monitor.stdout().contains(&format!("probe: {word}")));
+    api.put("/snapshot/create", pair.create("Full"));
+    fs::copy(&disk, &copy).unwrap();
+    drop(monitor);
+    let drives = json!({"drive_overrides": [{"drive_id": "disk0", "path_on_host": copy}]});
+    let (mut monitor, api) = pair.restore(&other, drives);
+    assert_eq!(
+        api.get("/vm/config")["drives"][0][cache.0],
+        json!(cache.1),
+        "{engine}"
+    );
+    await_disk(&api, "write", 50);
+    assert_eq!(!pool_threads(&monitor).is_empty(), has_pool);
+    let output = monitor.expect("shell ready");
+    assert!(output.contains(&format!("probe: {word} ok")), "{output}");
+    monitor.type_in("blkwrite:0:0:64:9\nblkverify:0:0:64:9\nblkflush:0\nreset\n");
+    monitor.exits_with(0);
+    let output = monitor.stdout();
+    for word in ["blkverify:0:0:64:9", "blkflush:0"] {
+        assert!(output.contains(&format!("probe: {word} ok")), "{output}");
+    }
+    let mut expected = vec![0; 64 * 512];
+    pattern::fill(9, 0, &mut expected);
+    assert!(fs::read(&copy).unwrap()[..expected.len()] == expected);
+}
+
+#[test]
+fn disk_when_saved_in_the_middle_of_its_work_goes_on_after_a_restore() {
+    needs!(kvm);
+    save_in_the_middle("ring", ("cache", "none"));
+    let own = thread::spawn(|| {
+        sys::forbid_io_uring(libc::EPERM);
+        save_in_the_middle("threads", ("cache", "none"));
+        save_in_the_middle("threads", ("cache_type", "Writeback"));
+    });
+    own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
 }
 
 #[test]
