@@ -8,7 +8,8 @@
 //! [`Files`] is control's side. It knows what is under way and until when:
 //! - one thing at a time, in the order of submission, at most [`QUEUE`] waiting;
 //! - work that has not finished within its [`Limit`] is *overdue*: control tells the client which
-//!   file did not answer in which operation, and does not use the result when it comes;
+//!   file did not answer in which operation, and does not use the result when it comes; work that goes
+//!   step by step is given up, and finds that out at its next step ([`Steps::give_up`]);
 //! - while something is overdue, further work is refused at once.
 //!
 //! What is only to be closed goes the same way ([`Files::close`]): closing a file may wait too.
@@ -182,7 +183,7 @@ impl<T> FilesThread<T> {
         self.steps.adopt();
         while let Some(job) = self.jobs.receive() {
             if let Job::Work(token, work) = job {
-                self.steps.begin("what was asked for");
+                self.steps.start("what was asked for");
                 let result = work(&self.steps);
                 self.steps.end();
                 // Control's inbox has room for all that can be pending.
@@ -307,10 +308,11 @@ impl<T: Send + 'static> Files<T> {
         let place = self.pending.iter().enumerate().find(is_due)?.0;
         let pending = self.pending.get_mut(place)?;
         pending.overdue = true;
-        // What goes step by step may have changed something, and may still do so.
         let changed = match pending.limit {
-            Limit::EachStep(_) => "",
-            Limit::Whole(_) | Limit::None => ", and nothing was changed",
+            Limit::EachStep(_) if !self.steps.give_up() => {
+                ". It was about to be completed, and will be if the file answers"
+            }
+            Limit::EachStep(_) | Limit::Whole(_) | Limit::None => ", and nothing was changed",
         };
         let token = pending.token;
         let message = match self.steps.now() {
@@ -492,7 +494,7 @@ mod tests {
         let (overdue, message) = files.overdue(third + 2 * STEP).unwrap();
         assert_eq!(overdue, token);
         assert!(
-            message.contains("writing has not ended") && !message.contains("nothing was changed"),
+            message.contains("writing has not ended") && message.contains("nothing was changed"),
             "{message}"
         );
         // What has not begun waits for its turn.

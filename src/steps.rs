@@ -1,17 +1,28 @@
 //! What the files thread waits for at the moment, in words and since when: told by the code that is
 //! about to wait, at whatever depth it is, and read by control, which tells clients.
 //!
+//! Control may give work up whose step takes too long. Work that must not have an effect after that asks:
+//! [`goes_on`] on its way, and [`commits`] before the step that cannot be taken back.
+//!
 //! Only the files thread has a place to tell it ([`Steps::adopt`]): on any other thread
-//! [`may_wait`] and [`goes_on`] do nothing.
+//! [`may_wait`] does nothing, and nothing is given up.
 
 use std::cell::OnceCell;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The step under way, if there is one.
+/// The work under way, as both threads know it.
 #[derive(Clone, Debug, Default)]
-pub struct Steps(Arc<Mutex<Option<Step>>>);
+pub struct Steps(Arc<Mutex<Work>>);
+
+#[derive(Debug, Default)]
+struct Work {
+    step: Option<Step>,
+    is_given_up: bool,
+    /// What it does cannot be taken back any more.
+    commits: bool,
+}
 
 /// Something that may take for ever where a file system does not answer.
 #[derive(Clone, Debug)]
@@ -29,8 +40,8 @@ thread_local! {
     static CURRENT: OnceCell<Steps> = const { OnceCell::new() };
 }
 
-fn with_current(tell: impl FnOnce(&Steps)) {
-    CURRENT.with(|current| current.get().map(tell));
+fn with_current<T>(tell: impl FnOnce(&Steps) -> T) -> Option<T> {
+    CURRENT.with(|current| current.get().map(tell))
 }
 
 /// What follows may wait for `text`: an operation and its file, as in "opening the disk `/x`".
@@ -38,26 +49,39 @@ pub fn may_wait(text: impl fmt::Display) {
     with_current(|steps| steps.begin(text));
 }
 
-/// Some of what was told last has been done: its time begins anew.
-pub fn goes_on() {
-    with_current(|steps| {
-        if let Some(step) = &mut *steps.lock() {
+/// Some of what was told last has been done: its time begins anew. Whether the work is still wanted.
+pub fn goes_on() -> bool {
+    let is_wanted = with_current(|steps| {
+        let mut work = steps.lock();
+        if let Some(step) = &mut work.step {
             step.since = Instant::now();
         }
+        !work.is_given_up
     });
+    is_wanted.unwrap_or(true)
+}
+
+/// What follows cannot be taken back. Whether the work is still wanted; it cannot be given up from then on.
+pub fn commits() -> bool {
+    let is_wanted = with_current(|steps| {
+        let mut work = steps.lock();
+        work.commits = !work.is_given_up;
+        work.commits
+    });
+    is_wanted.unwrap_or(true)
 }
 
 /// What was told last may take `more` time than other steps.
 pub fn may_take(more: Duration) {
     with_current(|steps| {
-        if let Some(step) = &mut *steps.lock() {
+        if let Some(step) = &mut steps.lock().step {
             step.more = more;
         }
     });
 }
 
 impl Steps {
-    fn lock(&self) -> MutexGuard<'_, Option<Step>> {
+    fn lock(&self) -> MutexGuard<'_, Work> {
         // A panic ends the process, so a poisoned lock is never seen.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -69,10 +93,16 @@ impl Steps {
         });
     }
 
+    /// New work begins.
+    pub fn start(&self, text: impl fmt::Display) {
+        *self.lock() = Work::default();
+        self.begin(text);
+    }
+
     /// What follows may wait for `text`.
     pub fn begin(&self, text: impl fmt::Display) {
         let text = text.to_string();
-        *self.lock() = Some(Step {
+        self.lock().step = Some(Step {
             text,
             since: Instant::now(),
             more: Duration::ZERO,
@@ -81,12 +111,20 @@ impl Steps {
 
     /// Nothing is under way.
     pub fn end(&self) {
-        *self.lock() = None;
+        *self.lock() = Work::default();
     }
 
     /// The step under way.
     pub fn now(&self) -> Option<Step> {
-        self.lock().clone()
+        self.lock().step.clone()
+    }
+
+    /// The work under way is not wanted any more. Whether that is in time: else what it does cannot be
+    /// taken back.
+    pub fn give_up(&self) -> bool {
+        let mut work = self.lock();
+        work.is_given_up = !work.commits;
+        work.is_given_up
     }
 }
 
@@ -127,8 +165,27 @@ mod tests {
             may_wait("syncing");
             assert_eq!(its.now().unwrap().more, Duration::ZERO);
             its.end();
-            goes_on();
-            assert!(its.now().is_none());
+            assert!(goes_on() && its.now().is_none());
+        };
+        thread::spawn(told).join().unwrap();
+    }
+
+    #[test]
+    fn work_when_given_up_does_not_commit_and_when_it_commits_is_not_given_up() {
+        assert!(goes_on() && commits());
+        let told = || {
+            let steps = Steps::default();
+            steps.adopt();
+            steps.start("one");
+            assert!(goes_on() && steps.give_up());
+            assert!(!goes_on() && !commits());
+            assert!(steps.give_up());
+            steps.start("another");
+            assert!(goes_on() && commits());
+            assert!(!steps.give_up());
+            assert!(goes_on() && commits());
+            steps.end();
+            assert!(steps.give_up());
         };
         thread::spawn(told).join().unwrap();
     }

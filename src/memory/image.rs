@@ -292,7 +292,9 @@ impl<'a> Writer<'a> {
 
     /// Writes the first `count` pages of the buffer to `offset`, in as few pieces as can be.
     fn chunk(&mut self, count: usize, offset: u64) -> io::Result<()> {
-        goes_on();
+        if !goes_on() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         let mut page = offset / PAGE;
         for pages in self
             .buffer

@@ -550,6 +550,31 @@ fn descriptors_when_written_to_hold_the_pair_and_what_cannot_serve_is_refused() 
 }
 
 #[test]
+fn pair_when_given_up_while_it_is_written_is_not_put_in_place() {
+    let (_folder, path) = folder();
+    let (at, memory) = (path.join("state"), path.join("memory"));
+    save(&at, &memory, 1).unwrap();
+    let written = || {
+        let steps = crate::steps::Steps::default();
+        steps.adopt();
+        steps.start("a snapshot");
+        write_pair(
+            Target::Path(at.clone()),
+            Target::Path(memory.clone()),
+            |_| {
+                assert!(steps.give_up());
+                Ok::<_, io::Error>(header(2).memory)
+            },
+            |_| encode(&header(2), &state(2)),
+        )
+    };
+    let given_up = thread::scope(|scope| scope.spawn(written).join().unwrap());
+    assert!(matches!(given_up, Err(WriteError::GivenUp)), "{given_up:?}");
+    assert_eq!(load(&at, &memory).unwrap(), 1);
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 2);
+}
+
+#[test]
 fn state_alone_when_written_is_whole_and_in_place() {
     let (_folder, path) = folder();
     let at = path.join("state");

@@ -27,7 +27,7 @@ use std::time::Duration;
 use super::header::{FIXED, MemoryImage};
 use super::place::{Place, Target, check_passed};
 use super::read::{check_memory, read};
-use crate::steps::{may_take, may_wait};
+use crate::steps::{commits, may_take, may_wait};
 use crate::sys::folder::Folder;
 
 /// Bytes that a file system that answers syncs in a second.
@@ -61,6 +61,8 @@ pub enum WriteError {
     Memory(Box<dyn Error + Send + Sync>),
     /// The state was not put together.
     State(Box<dyn Error + Send + Sync>),
+    /// It took so long that the client has been told that it failed.
+    GivenUp,
 }
 
 impl WriteError {
@@ -107,6 +109,7 @@ impl fmt::Display for WriteError {
             ),
             WriteError::Memory(_) => f.write_str("Cannot write the guest's memory"),
             WriteError::State(_) => f.write_str("Cannot put the state together"),
+            WriteError::GivenUp => f.write_str("A file did not answer in time"),
         }
     }
 }
@@ -408,6 +411,9 @@ where
     may_wait("writing the snapshot's state file");
     state.write(&bytes)?;
     may_wait("putting the snapshot's files in place");
+    if !commits() {
+        return Err(WriteError::GivenUp);
+    }
     if let Err(error) = memory.exchange().and_then(|()| state.commit(&bytes)) {
         if !state.is_committed() {
             memory.undo();
@@ -427,6 +433,9 @@ pub fn write_state(state: Target, bytes: &[u8]) -> Result<(), WriteError> {
     state.clear()?;
     let mut state = StateOutput::begin(state, |_| Ok(()))?;
     state.write(bytes)?;
+    if !commits() {
+        return Err(WriteError::GivenUp);
+    }
     state.commit(bytes)
 }
 
