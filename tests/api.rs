@@ -761,7 +761,9 @@ fn command_line_when_bad_ends_with_its_code() {
 
 #[test]
 fn describe_snapshot_when_given_a_file_tells_its_version_or_what_is_wrong() {
-    use mayfly::snapshot::{Header, Kind, MemoryImage, SnapshotId, VERSION, encode};
+    use mayfly::snapshot::{
+        FIRST_VERSION, Header, Kind, MemoryImage, SnapshotId, VERSION, encode, version,
+    };
     let folder = Folder::new();
     let header = Header {
         version: VERSION,
@@ -776,24 +778,33 @@ fn describe_snapshot_when_given_a_file_tells_its_version_or_what_is_wrong() {
         taken: 0,
     };
     let whole = encode(&header, &0).unwrap();
+    let first = Header {
+        version: FIRST_VERSION,
+        ..header
+    };
+    let first = encode(&first, &0).unwrap();
     let mut newer = whole.clone();
     newer[8] = 2;
-    let mut version = Monitor::start(["--snapshot-version"]);
-    version.exits_with(0);
-    assert!(version.stdout().starts_with("v1."), "{}", version.stdout());
+    let mut newer_minor = whole.clone();
+    newer_minor[10] += 1;
+    let mut latest = Monitor::start(["--snapshot-version"]);
+    latest.exits_with(0);
+    assert_eq!(latest.stdout(), format!("{}\n", version(VERSION)));
     for (bytes, told) in [
-        (&whole[..], Ok(())),
+        (&whole[..], Ok(VERSION)),
+        (&first, Ok(FIRST_VERSION)),
         (&whole[..40], Err("is truncated: it has 40 of")),
-        (&newer, Err("has version v2.0.0 of the format")),
+        (&newer, Err("has version v2.1.0 of the format")),
+        (&newer_minor, Err("has version v1.2.0 of the format")),
         (b"text", Err("is not a snapshot of mayfly")),
     ] {
         let file = folder.join("state");
         std::fs::write(&file, bytes).unwrap();
         let mut monitor = Monitor::start(["--describe-snapshot", path(&file)]);
         match told {
-            Ok(()) => {
+            Ok(told) => {
                 monitor.exits_with(0);
-                assert_eq!(monitor.stdout(), version.stdout());
+                assert_eq!(monitor.stdout(), format!("{}\n", version(told)));
                 assert_eq!(monitor.stderr(), "");
             }
             Err(reason) => {

@@ -9,9 +9,12 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::sys::fd;
 
-/// The version of the format that is written, major and minor. Files of the same major and of this or
-/// an earlier minor version are read.
-pub const VERSION: (u16, u16) = (1, 0);
+/// The latest version of the format, major and minor. Files of the same major and of this or an earlier
+/// minor version are read. A file is written in the earliest version that has all that is in it.
+pub const VERSION: (u16, u16) = (1, 1);
+
+/// The earliest version of the format: what has nothing that came later is written in it.
+pub const FIRST_VERSION: (u16, u16) = (1, 0);
 
 /// A version as command lines and messages write it.
 pub fn version((major, minor): (u16, u16)) -> String {
@@ -139,8 +142,8 @@ mod check_value {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
-    /// The version of the format; what is written has [`VERSION`].
-    #[serde(skip, default = "written_version")]
+    /// The version of the format: it stands before the header.
+    #[serde(skip, default = "latest_version")]
     pub version: (u16, u16),
     /// The same 16 bytes stand in the memory image.
     pub id: SnapshotId,
@@ -155,7 +158,7 @@ pub struct Header {
     pub taken: u64,
 }
 
-fn written_version() -> (u16, u16) {
+fn latest_version() -> (u16, u16) {
     VERSION
 }
 
@@ -176,14 +179,13 @@ pub fn encode_json(header: &Header, state: &[u8]) -> Result<Vec<u8>, serde_json:
     serde_json::to_writer(&mut bytes, header)?;
     let header_len = bytes.len().saturating_sub(FIXED);
     bytes.extend_from_slice(state);
-    seal(&mut bytes, header_len);
+    seal(&mut bytes, header_len, header.version);
     Ok(bytes)
 }
 
 /// Fills in the fixed header of a file whose other parts are in place.
-pub(super) fn seal(bytes: &mut [u8], header_len: usize) {
+pub(super) fn seal(bytes: &mut [u8], header_len: usize, (major, minor): (u16, u16)) {
     let len = bytes.len() as u64;
-    let (major, minor) = VERSION;
     put(bytes, 0, &MAGIC);
     put(bytes, VERSION_AT, &major.to_le_bytes());
     put(bytes, VERSION_AT.saturating_add(2), &minor.to_le_bytes());

@@ -20,7 +20,7 @@ mod write;
 mod tests;
 
 pub use self::header::{
-    Header, Kind, MemoryImage, SnapshotId, VERSION, encode, encode_json, version,
+    FIRST_VERSION, Header, Kind, MemoryImage, SnapshotId, VERSION, encode, encode_json, version,
 };
 pub use self::place::{Target, partial_name};
 pub use self::read::{RawState, Refusal, check_memory, memory_of, open_regular, read};

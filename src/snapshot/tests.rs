@@ -179,7 +179,7 @@ fn state_file_when_its_writer_is_at_fault_is_refused() {
         let mut bytes = vec![0; FIXED];
         bytes.extend_from_slice(text.as_bytes());
         bytes.extend_from_slice(b"{}");
-        seal(&mut bytes, text.len());
+        seal(&mut bytes, text.len(), VERSION);
         refused(&bytes)
     };
     let text = serde_json::to_string(&header(1)).unwrap();
@@ -187,7 +187,7 @@ fn state_file_when_its_writer_is_at_fault_is_refused() {
         read_bytes(&{
             let mut bytes = vec![0; FIXED];
             bytes.extend_from_slice(text.as_bytes());
-            seal(&mut bytes, text.len());
+            seal(&mut bytes, text.len(), VERSION);
             bytes
         })
         .is_ok()
@@ -208,6 +208,21 @@ fn state_file_when_its_writer_is_at_fault_is_refused() {
         assert_ne!(changed, text, "{from}");
         let told = with_header(&changed);
         assert!(told.contains(reason), "{told}, not {reason}");
+    }
+}
+
+#[test]
+fn state_file_when_of_an_earlier_minor_version_is_read_and_keeps_it() {
+    for version in [FIRST_VERSION, VERSION] {
+        let header = Header {
+            version,
+            ..header(1)
+        };
+        let bytes = encode(&header, &state(1)).unwrap();
+        assert_eq!(bytes[VERSION_AT..VERSION_AT + 2], version.0.to_le_bytes());
+        assert_eq!(bytes[VERSION_AT + 2..CRC_AT], version.1.to_le_bytes());
+        let (read, _) = read_bytes(&bytes).unwrap();
+        assert_eq!(read, header);
     }
 }
 

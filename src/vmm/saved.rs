@@ -15,7 +15,7 @@ use crate::arch::split::SplitChipsState;
 use crate::arch::vcpu::VcpuState;
 use crate::arch::vm::state::VmState;
 use crate::serial::UartState;
-use crate::snapshot::Refusal;
+use crate::snapshot::{FIRST_VERSION, Refusal};
 use crate::wire::config::{JsonError, SavedConfig};
 
 /// All that a state file holds beside its header.
@@ -50,7 +50,25 @@ pub struct MachineState {
     pub devices: SavedDevices,
 }
 
+/// The version of the format in which devices may have several queues.
+const WITH_QUEUES: (u16, u16) = (1, 1);
+
 impl SavedMachine {
+    /// The earliest version of the format that has all members of this.
+    pub fn version(&self) -> (u16, u16) {
+        let devices = &self.config.devices;
+        let mut drives = devices.drives.iter();
+        let mut interfaces = devices.network_interfaces.iter();
+        // With one queue, also where that was asked for, none of their state has a member of its own: only
+        // `queues` does.
+        let has_queues = drives.any(|drive| drive.queues.is_some())
+            || interfaces.any(|interface| interface.queues.is_some());
+        match has_queues {
+            true => WITH_QUEUES,
+            false => FIRST_VERSION,
+        }
+    }
+
     /// The same, if the parts belong together, and KVM's part of it apart.
     ///
     /// # Errors

@@ -43,7 +43,7 @@ use crate::memory::fork::{Frozen, Prepare, Prepared};
 use crate::memory::image::Stamp;
 use crate::memory::page_set::PageSet;
 use crate::memory::{Memory, MemoryError};
-use crate::snapshot::{self, Header, Kind, MemoryImage, SnapshotId};
+use crate::snapshot::{Header, Kind, MemoryImage, SnapshotId};
 use crate::steps::Steps;
 use crate::sys::clock;
 use crate::sys::passed::Passed;
@@ -397,7 +397,7 @@ impl Vmm {
         let kind = saving.request.snapshot_type;
         let parent = self.last_snapshot.filter(|_| kind == SnapshotType::Diff);
         let header = Header {
-            version: snapshot::VERSION,
+            version: saved.version(),
             id,
             kind: match (kind, parent) {
                 (SnapshotType::Fork, _) => Kind::Fork,

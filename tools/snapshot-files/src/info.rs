@@ -100,7 +100,7 @@ fn date(nanos: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mayfly::snapshot::{Kind, MemoryImage, SnapshotId, VERSION};
+    use mayfly::snapshot::{Kind, MemoryImage, SnapshotId};
     use serde_json::json;
 
     #[test]
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn text_when_printed_has_what_the_header_says_and_no_control_characters() {
         let header = Header {
-            version: VERSION,
+            version: (1, 0),
             id: SnapshotId([1; 16]),
             kind: Kind::Diff,
             parent: Some(SnapshotId([2; 16])),
