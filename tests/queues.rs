@@ -5,9 +5,15 @@ mod common;
 mod pair;
 
 use std::fs;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use common::{Api, Folder, LINUX_PATIENCE, Monitor, Netns, needs, probe_vm, probe_vm_with_disks};
+use common::{
+    Api, Folder, LINUX_PATIENCE, Monitor, Netns, needs, probe_vm, probe_vm_with_disks, sys,
+};
 use pair::{Pair, save_and_end};
 use serde_json::{Value, json};
 
@@ -111,6 +117,7 @@ fn guest_when_saved_with_requests_on_all_queues_goes_on_with_them() {
     assert!(before.iter().sum::<u64>() > 0, "{before:?}");
     api.patch("/vm", json!({"state": "Resumed"}));
     save_and_end(monitor, &api, &pair);
+    assert_eq!(version_of(&pair), "v1.1.0\n");
 
     let own = Folder::new();
     let (mut monitor, api) = Monitor::unconfigured(&own);
@@ -119,6 +126,68 @@ fn guest_when_saved_with_requests_on_all_queues_goes_on_with_them() {
     let output = monitor.expect_within(&format!("probe: {load} "), Duration::from_secs(60));
     assert!(output.contains(&format!("probe: {load} ok")), "{output}");
     monitor.exits_with(0);
+}
+
+/// The version of the format that the state file has.
+fn version_of(pair: &Pair) -> String {
+    let mut monitor = Monitor::start(["--describe-snapshot".as_ref(), pair.state.as_os_str()]);
+    monitor.exits_with(0);
+    monitor.stdout()
+}
+
+#[test]
+fn snapshot_when_no_device_was_given_queues_has_the_first_version_and_none_of_their_members() {
+    needs!(kvm);
+    let (folder, own) = (Folder::new(), Folder::new());
+    let config = guest(&folder, "print:up,stay", None);
+    let (monitor, api) = Monitor::boot_with_api(&own, &config);
+    monitor.expect("probe: print:up ok");
+    let pair = Pair::new(&folder, "one");
+    save_and_end(monitor, &api, &pair);
+    assert_eq!(version_of(&pair), "v1.0.0\n");
+    let state = fs::read(&pair.state).unwrap();
+    let state = String::from_utf8_lossy(&state);
+    assert!(state.contains("\"drive_id\""), "{state}");
+    for member in ["\"others\"", "\"pairs\"", "\"queue_fds\""] {
+        assert!(!state.contains(member), "{member} in {state}");
+    }
+}
+
+#[test]
+fn disk_when_it_bypasses_the_page_cache_or_has_no_io_uring_keeps_what_all_queues_write() {
+    needs!(kvm);
+    for (cache, has_ring) in [(true, true), (true, false), (false, false)] {
+        let own = thread::spawn(move || {
+            if !has_ring {
+                sys::forbid_io_uring(libc::EPERM);
+            }
+            let folder = Folder::new();
+            // The loads of two sizes: one of whole pages, and one of sectors, side by side in a block.
+            let loads =
+                [4096, 512].map(|size| format!("blkload:0:randrw:{size}:16:1000:queues=3:check"));
+            let mut config = guest(&folder, &format!("{},stay", loads.join(",")), Some(3));
+            match cache {
+                true => config["drives"][0]["cache"] = json!("none"),
+                false => config["drives"][0]["cache_type"] = json!("Writeback"),
+            }
+            let (monitor, api) = Monitor::boot_with_api(&folder, &config);
+            let output = monitor.expect(&format!("probe: {} ", loads[1]));
+            for load in &loads {
+                assert!(output.contains(&format!("probe: {load} ok")), "{output}");
+            }
+            let kicks = samples(&api, "mayfly_device_kicks_total");
+            assert!(
+                kicks.len() == 3 && kicks.iter().all(|kicks| *kicks > 0),
+                "{kicks:?}"
+            );
+            let threads = monitor.threads();
+            let pool = threads
+                .iter()
+                .filter(|(_, name)| name.starts_with("block-pool"));
+            assert_eq!(pool.count() > 0, !has_ring, "{threads:?}");
+        });
+        own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+    }
 }
 
 #[test]
@@ -187,7 +256,11 @@ fn multi_queue_tap(netns: &Netns, name: &str) {
     }
 }
 
-/// Sends datagrams of many flows to the guest, until `is_over`.
+/// The number of the next datagram.
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// Sends datagrams of many flows to the guest, until `is_over`: each has its number, and bytes that follow from it,
+/// which the guest checks.
 fn send_flows(netns: &Netns, mut is_over: impl FnMut() -> bool + Send) {
     netns.inside(|| {
         let sockets: Vec<_> = (0..64)
@@ -195,12 +268,19 @@ fn send_flows(netns: &Netns, mut is_over: impl FnMut() -> bool + Send) {
             .collect();
         while !is_over() {
             for (port, socket) in (2000..).zip(&sockets) {
-                let _ = socket.send_to(&[7; 100], ("172.16.9.2", port));
+                let number = NEXT.fetch_add(1, Ordering::Relaxed);
+                let mut datagram = number.to_le_bytes().to_vec();
+                let first = (number as u8).wrapping_mul(31);
+                datagram.extend((0..96).map(|at| first.wrapping_add(at)));
+                let _ = socket.send_to(&datagram, ("172.16.9.2", port));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
     });
 }
+
+/// The type of the frames that the guest sends (IEEE Std 802, for experiments).
+const EXPERIMENT: u16 = 0x88b5;
 
 /// How many frames each pair has received, by the line of the word.
 fn received(output: &str) -> Vec<u64> {
@@ -219,9 +299,27 @@ fn interface_when_it_has_several_pairs_uses_those_that_the_driver_says() {
     config["network-interfaces"] = json!([{
         "iface_id": "eth0", "host_dev_name": "mfmq", "queues": 4, "guest_mac": "02:00:00:00:00:09",
     }]);
+    let mut sent = netns.inside(|| sys::frames("mfmq", EXPERIMENT));
     let (monitor, api) = Monitor::boot_inside(&netns, &folder, &config);
     monitor.expect("netpairs ready");
     assert_eq!(device_threads(&monitor).len(), 4);
+    // One frame by each pair in use, as the guest wrote it.
+    let mut pairs = [(); 3].map(|()| {
+        let mut frame = [0; 1514];
+        let size = sent.read(&mut frame).unwrap();
+        assert_eq!(size, 60);
+        assert_eq!(
+            frame[..14],
+            *b"\xff\xff\xff\xff\xff\xff\x02\0\0\0\0\x09\x88\xb5"
+        );
+        assert!(
+            frame[14..60].iter().all(|byte| *byte == frame[14]),
+            "{frame:?}"
+        );
+        frame[14]
+    });
+    pairs.sort_unstable();
+    assert_eq!(pairs, [1, 2, 3]);
     assert_eq!(api.get("/vm/config")["network-interfaces"][0]["queues"], 4);
     send_flows(&netns, || monitor.stdout().contains("print:end ok"));
     let output = monitor.stdout();
@@ -301,6 +399,110 @@ fn tap_when_it_has_one_queue_and_several_are_asked_for_is_refused_with_its_name(
     // One that is missing is made with several.
     let made = json!({"iface_id": "eth1", "host_dev_name": "mfmade", "queues": 2});
     api.put("/network-interfaces/eth1", made);
+}
+
+#[test]
+fn interface_when_the_queues_of_its_tap_are_passed_uses_them() {
+    needs!(kvm, root, tun);
+    let (netns, folder) = (Netns::new(), Folder::new());
+    multi_queue_tap(&netns, "mfpq");
+    let taps = netns.inside(|| [(); 3].map(|()| sys::open_tap_queue("mfpq")));
+    let (monitor, api) = Monitor::unconfigured(&folder);
+    let config = probe_vm("netpairs:0:3:3000,poweroff");
+    for section in ["boot-source", "machine-config"] {
+        api.put(&format!("/{section}"), config[section].clone());
+    }
+    let interface = json!({
+        "iface_id": "eth0", "host_dev_name": {"fd": 0}, "queues": 3, "queue_fds": [{"fd": 1}, {"fd": 2}],
+        "guest_mac": "02:00:00:00:00:09",
+    });
+    let fds = taps.each_ref().map(AsFd::as_fd);
+    api.put_with("/network-interfaces/eth0", interface, &fds);
+    drop(taps);
+    api.put("/actions", json!({"action_type": "InstanceStart"}));
+    monitor.expect("netpairs ready");
+    send_flows(&netns, || monitor.stdout().contains(" received "));
+    let output = monitor.expect("probe: netpairs:0:3:3000 ok");
+    let counts = received(&output);
+    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+}
+
+#[test]
+fn queue_fds_when_they_are_not_the_other_queues_of_the_tap_are_refused() {
+    needs!(root, tun);
+    let (netns, folder) = (Netns::new(), Folder::new());
+    let (queue, other, single) = netns.inside(|| {
+        let queues = ["mfqa", "mfqb"].map(sys::open_tap_queue);
+        let [queue, other] = queues;
+        (queue, other, sys::open_tap("mfqs"))
+    });
+    let second = netns.inside(|| sys::open_tap_queue("mfqa"));
+    let again = single.try_clone().unwrap();
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .unwrap();
+    let (_monitor, api) = Monitor::unconfigured(&folder);
+    let path = "/network-interfaces/eth0";
+    let interface = |queues: u16, fds: Value| json!({"iface_id": "eth0", "host_dev_name": {"fd": 0}, "queues": queues, "queue_fds": fds});
+    for (queues, queue_fds, fds, why) in [
+        (
+            3,
+            json!([{"fd": 1}]),
+            [&queue, &second],
+            "has 3 queues and 1 in `queue_fds`",
+        ),
+        (
+            2,
+            json!([]),
+            [&queue, &second],
+            "has 2 queues and 0 in `queue_fds`",
+        ),
+        (
+            1,
+            json!([{"fd": 1}]),
+            [&queue, &second],
+            "has 1 queues and 1 in `queue_fds`",
+        ),
+        (
+            2,
+            json!(["mfqa"]),
+            [&queue, &second],
+            "has 2 queues and 1 in `queue_fds`",
+        ),
+        (
+            2,
+            json!([{"fd": 1}]),
+            [&queue, &other],
+            "is not another queue of the same tap",
+        ),
+        (
+            2,
+            json!([{"fd": 1}]),
+            [&queue, &single],
+            "is not another queue of the same tap",
+        ),
+        (
+            2,
+            json!([{"fd": 1}]),
+            [&single, &again],
+            "is not another queue of the same tap",
+        ),
+        (
+            2,
+            json!([{"fd": 1}]),
+            [&queue, &file.as_fd().try_clone_to_owned().unwrap()],
+            "is not an attached tap",
+        ),
+    ] {
+        let body = interface(queues, queue_fds).to_string();
+        let (status, answer) = api.request_with("PUT", path, &body, &fds.map(AsFd::as_fd));
+        assert_eq!(status, 400, "{body}: {answer}");
+        assert!(answer.contains(why), "{body}: {answer}, not {why}");
+    }
+    let fds = [queue.as_fd(), second.as_fd()];
+    api.put_with(path, interface(2, json!([{"fd": 1}])), &fds);
 }
 
 #[test]

@@ -130,6 +130,15 @@ pub fn answer_fault(faults: &File, address: u64, page: &[u8; 4096]) {
 
 /// A new tap as a monitor takes it, attached and up, in the network namespace of this thread.
 pub fn open_tap(name: &str) -> OwnedFd {
+    attach_tap(name, 0)
+}
+
+/// Another queue of the tap `name`, which has several or is made with several, in the network namespace of this thread.
+pub fn open_tap_queue(name: &str) -> OwnedFd {
+    attach_tap(name, libc::IFF_MULTI_QUEUE)
+}
+
+fn attach_tap(name: &str, more: libc::c_int) -> OwnedFd {
     let file = File::options()
         .read(true)
         .write(true)
@@ -141,7 +150,7 @@ pub fn open_tap(name: &str) -> OwnedFd {
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *to = from as libc::c_char;
         }
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
         request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap();
         check(libc::ioctl(
             file.as_raw_fd(),

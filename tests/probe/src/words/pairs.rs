@@ -18,6 +18,11 @@ const BUFFER: u64 = 2048;
 const MAX_PAIRS: u64 = 8;
 /// An answer that no device writes.
 const UNTOUCHED: u8 = 0xee;
+/// Flows by which the host numbers what it sends, and the port of the first.
+const FLOWS: usize = 64;
+const FIRST_PORT: u16 = 2000;
+/// What is before the payload of a UDP datagram in a frame without options.
+const HEADERS: usize = 14 + 20 + 8;
 const OK: u8 = 0;
 const ERR: u8 = 1;
 
@@ -27,6 +32,8 @@ struct Pair {
     /// Address of the buffer of each receive descriptor.
     buffers: [u64; BUFFERS as usize],
     received: u64,
+    /// The number that the last datagram of each flow had.
+    numbers: [u32; FLOWS],
 }
 
 struct Control {
@@ -121,6 +128,7 @@ fn pair(device: &Device, arena: &mut Arena, number: u32) -> Result<Pair, Text> {
         transmit: device.queue(arena, 2 * number + 1, 64)?,
         buffers: [0; BUFFERS as usize],
         received: 0,
+        numbers: [0; FLOWS],
     };
     for _ in 0..BUFFERS {
         let address = arena.reserve(BUFFER, 64)?;
@@ -180,7 +188,7 @@ fn exchange(
         let frame = arena.take(HEADER + 60, 64)?;
         let bytes = arena::bytes(frame + HEADER, 60);
         write_ethernet(bytes, &BROADCAST, &mac, EXPERIMENT);
-        bytes[14] = number as u8;
+        bytes[14..].fill(number as u8 + 1);
         let chain = [Buffer::readable(frame, (HEADER + 60) as u32)];
         pair.transmit.add(&chain).ok_or("transmit ring full")?;
         if pair.transmit.should_kick() {
@@ -218,6 +226,8 @@ fn take(device: &Device, pair: &mut Pair, number: u32) -> Result<(), Text> {
         if size <= HEADER as u32 {
             return Err(text!("frame of {size} bytes"));
         }
+        let frame = arena::bytes(address + HEADER, u64::from(size) - HEADER);
+        check(frame, &mut pair.numbers).map_err(|why| text!("pair {number}: {why}"))?;
         give(pair, address)?;
         pair.received += 1;
     }
@@ -225,4 +235,37 @@ fn take(device: &Device, pair: &mut Pair, number: u32) -> Result<(), Text> {
         device.kick(2 * number);
     }
     Ok(())
+}
+
+/// Whether a datagram of the host is as it was sent, and comes after those of its flow: it has its number, and bytes that
+/// follow from that.
+fn check(frame: &[u8], numbers: &mut [u32; FLOWS]) -> Result<(), Text> {
+    let Some((headers, payload)) = frame.split_at_checked(HEADERS) else {
+        return Ok(());
+    };
+    // IPv4, UDP, and a port of the flows.
+    let flow = u16::from_be_bytes([headers[36], headers[37]]).wrapping_sub(FIRST_PORT);
+    let Some(last) = numbers.get_mut(usize::from(flow)) else {
+        return Ok(());
+    };
+    if headers[12..15] != [8, 0, 0x45] || headers[23] != 17 {
+        return Ok(());
+    }
+    let Some((number, bytes)) = payload.split_first_chunk::<4>() else {
+        return Err(text!("a datagram of {} bytes", payload.len()));
+    };
+    let number = u32::from_le_bytes(*number);
+    if number <= *last {
+        return Err(text!("number {number} of flow {flow} comes after {last}"));
+    }
+    *last = number;
+    let expected = |at: usize| (number as u8).wrapping_mul(31).wrapping_add(at as u8);
+    match bytes
+        .iter()
+        .enumerate()
+        .find(|(at, byte)| **byte != expected(*at))
+    {
+        Some((at, byte)) => Err(text!("byte {at} of number {number} is {byte:#x}")),
+        None => Ok(()),
+    }
 }
