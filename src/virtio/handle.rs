@@ -187,6 +187,9 @@ impl<D: Device> DeviceHandle<D> {
     /// as the last one, only to those.
     fn tell(&self, what: Told, token: u64) -> Result<(), Unreachable> {
         let again = self.told.replace(Some(what)) == Some(what) && self.links.count() > 1;
+        if let (Told::Pause(token), false) = (what, again) {
+            self.answers.borrow_mut().begin_pause(token);
+        }
         let mut missed = 0;
         for (worker, link) in (0..).zip(self.links.iter()) {
             let bit = answers::bit(worker);
@@ -239,7 +242,7 @@ impl<D: Device> DeviceControl for DeviceHandle<D> {
 
     fn save(&self, token: u64) -> Result<(), Unreachable> {
         self.saving.set(Some(token));
-        self.answers.borrow_mut().begin_save();
+        self.answers.borrow_mut().begin_save(token);
         for (worker, link) in (0..).zip(self.links.iter()) {
             // What a worker gave back and nothing took is freed here.
             link.saved.try_iter().for_each(drop);

@@ -58,8 +58,20 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 
 const FAILED: &str = "Saving the microVM failed";
 
-/// In a token: that it belongs to a snapshot. The rest is the device's number.
+/// In a token: that it belongs to a snapshot, which one, and to which device.
 const SAVE: u64 = 1 << 62;
+const DEVICE_BITS: u32 = 8;
+
+/// The token with which device number `device` is told to save itself, for snapshot number `snapshot`.
+fn save_token(snapshot: u64, device: u32) -> u64 {
+    SAVE | snapshot.wrapping_shl(DEVICE_BITS) & (SAVE - 1) | u64::from(device)
+}
+
+/// The device of a token, if it is one of snapshot number `snapshot`.
+fn device_of_save_token(token: u64, snapshot: u64) -> Option<u32> {
+    let device = u32::try_from(token & ((1 << DEVICE_BITS) - 1)).ok()?;
+    (token == save_token(snapshot, device)).then_some(device)
+}
 
 /// A snapshot that is being taken.
 #[derive(Debug)]
@@ -83,7 +95,11 @@ enum Step {
     /// vCPUs and devices are told to stop.
     Pausing,
     /// Devices, by bit, that have not saved themselves yet.
-    Collecting { devices: u32, deadline: Instant },
+    Collecting {
+        snapshot: u64,
+        devices: u32,
+        deadline: Instant,
+    },
     /// The files thread has guest memory, to freeze it.
     Freezing,
     /// The files thread writes.
@@ -181,7 +197,7 @@ impl Vmm {
 
     /// Gives up a device that has had its time.
     pub(super) fn look_at_saving(&mut self, now: Instant) {
-        if let Some(Step::Collecting { devices, deadline }) = self.saving.as_ref().map(|s| s.step)
+        if let Some(Step::Collecting { devices, deadline, .. }) = self.saving.as_ref().map(|s| s.step)
             && deadline <= now
         {
             let names = self.configuration.devices.running();
@@ -279,21 +295,26 @@ impl Vmm {
                     .into(),
             )));
         }
-        match self.tell_devices() {
+        let snapshot = self.new_token();
+        match self.tell_devices(snapshot) {
             Ok(devices) => {
                 let deadline = Instant::now() + DEVICE_PATIENCE;
-                self.set_step(Step::Collecting { devices, deadline });
+                self.set_step(Step::Collecting {
+                    snapshot,
+                    devices,
+                    deadline,
+                });
                 self.write_when_collected();
             }
             Err(error) => self.end_saving(Err(error)),
         }
     }
 
-    /// Tells each device to save itself; which have been told, by bit.
-    fn tell_devices(&self) -> Result<u32, ActionError> {
+    /// Tells each device to save itself, for snapshot number `snapshot`; which have been told, by bit.
+    fn tell_devices(&self, snapshot: u64) -> Result<u32, ActionError> {
         let mut devices = 0;
         for (number, device) in (0u32..).zip(self.configuration.devices.running()) {
-            let told = device.save(SAVE | u64::from(number));
+            let told = device.save(save_token(snapshot, number));
             told.context(format_args!("Saving the device `{}` failed", device.name()))?;
             devices |= bit(number);
         }
@@ -309,10 +330,13 @@ impl Vmm {
     /// A device has answered what it was told with `token`.
     pub(super) fn device_saved(&mut self, token: u64) {
         if let Some(Saving {
-            step: Step::Collecting { devices, .. },
+            step:
+                Step::Collecting {
+                    snapshot, devices, ..
+                },
             ..
         }) = &mut self.saving
-            && let Ok(number) = u32::try_from(token & !SAVE)
+            && let Some(number) = device_of_save_token(token, *snapshot)
         {
             *devices &= !bit(number);
             self.write_when_collected();

@@ -1,7 +1,8 @@
 //! One answer of a device out of those of its workers.
 //!
-//! Each message has a token that comes back with the answer. Of pauses and saves the last one counts: control
-//! has given up on those before. Changes are few, and the oldest is forgotten when there are too many.
+//! Each message has a token that comes back with the answer. Of pauses and saves the last one counts, which begins
+//! with [`Answers::begin_pause`] or [`Answers::begin_save`]: control has given up on those before, and a late answer to
+//! one of them is ignored. Changes are few, and the oldest is forgotten when there are too many.
 
 use std::io;
 
@@ -30,22 +31,30 @@ pub(super) fn bit(worker: usize) -> u32 {
 /// What was answered to one message.
 #[derive(Debug, Default)]
 struct Part {
-    token: u64,
+    /// Of the message whose answers count, until all have come.
+    token: Option<u64>,
     /// Workers that have answered, by bit.
     answered: u32,
 }
 
 impl Part {
-    /// Notes that worker number `worker` has answered to `token`; whether all `workers` have.
+    /// None has answered to `token`, and answers to any other do not count.
+    fn begin(token: u64) -> Self {
+        Part {
+            token: Some(token),
+            answered: 0,
+        }
+    }
+
+    /// Notes that worker number `worker` has answered to `token`; whether all `workers` have, which is said once.
     fn note(&mut self, token: u64, worker: usize, workers: usize) -> bool {
-        if self.token != token {
-            *self = Part { token, answered: 0 };
+        if self.token != Some(token) {
+            return false;
         }
         self.answered |= bit(worker);
         let is_whole = self.answered.count_ones() as usize == workers;
         if is_whole {
-            // Once.
-            self.answered = 0;
+            self.token = None;
         }
         is_whole
     }
@@ -111,9 +120,8 @@ impl Answers {
         }
     }
 
-    /// All saves have one token: each begins with [`Answers::begin_save`].
     fn saved(&mut self, token: u64, worker: usize, workers: usize, is_saved: bool) -> Option<Done> {
-        self.is_unsaved |= !is_saved;
+        self.is_unsaved |= !is_saved && self.save.token == Some(token);
         let is_whole = self.save.note(token, worker, workers);
         is_whole.then_some(match self.is_unsaved {
             true => Done::NotSaved,
@@ -121,9 +129,14 @@ impl Answers {
         })
     }
 
-    /// Workers are told to save themselves: none has answered to that.
-    pub fn begin_save(&mut self) {
-        self.save = Part::default();
+    /// Workers are told to pause, with `token`.
+    pub fn begin_pause(&mut self, token: u64) {
+        self.pause = Part::begin(token);
+    }
+
+    /// Workers are told to save themselves, with `token`.
+    pub fn begin_save(&mut self, token: u64) {
+        self.save = Part::begin(token);
         self.is_unsaved = false;
     }
 
@@ -134,13 +147,13 @@ impl Answers {
         workers: usize,
         note: impl FnOnce(&mut Update),
     ) -> Option<Done> {
-        let at = self.updates.iter().position(|u| u.part.token == token);
+        let at = self.updates.iter().position(|u| u.part.token == Some(token));
         let at = at.unwrap_or_else(|| {
             if self.updates.len() >= UPDATES_MAX {
                 self.updates.remove(0);
             }
             self.updates.push(Update {
-                part: Part { token, answered: 0 },
+                part: Part::begin(token),
                 ..Update::default()
             });
             self.updates.len().saturating_sub(1)

@@ -437,6 +437,55 @@ fn pause_when_it_is_called_off_does_not_count_for_the_next() {
 }
 
 #[test]
+fn pause_when_a_late_answer_is_to_an_earlier_one_is_whole_all_the_same() {
+    let bench = bench();
+    let answers = || -> Vec<WorkerReply> {
+        let mut answers: Vec<_> = (0..WORKERS).map(|_| next(&bench.replies)).collect();
+        answers.sort_by_key(|answer| answer.worker);
+        answers
+    };
+    let partly = |answer: WorkerReply| {
+        let gathered = bench.handle.gather(answer);
+        assert!(matches!(gathered, Gathered::Partly), "{gathered:?}");
+    };
+    bench.handle.pause(5).unwrap();
+    let mut first = answers();
+    let late = first.remove(1);
+    first.into_iter().for_each(partly);
+    bench.handle.resume(6).unwrap();
+    answers();
+    bench.handle.pause(7).unwrap();
+    let [zero, one, two] = <[WorkerReply; WORKERS]>::try_from(answers()).unwrap();
+    partly(zero);
+    partly(late);
+    partly(two);
+    match bench.handle.gather(one) {
+        Gathered::Whole(WorkerReply { token: 7, done, .. }) => {
+            assert!(matches!(done, Done::Paused));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn save_when_a_late_answer_is_to_an_earlier_one_is_whole_all_the_same() {
+    let bench = bench();
+    // It runs, and is not saved.
+    bench.handle.save(1).unwrap();
+    let mut late: Vec<_> = (0..WORKERS).map(|_| next(&bench.replies)).collect();
+    bench.pause();
+    bench.handle.save(2).unwrap();
+    bench.no_answer_but(1);
+    assert!(matches!(late[0].done, Done::NotSaved));
+    let gathered = bench.handle.gather(late.remove(0));
+    assert!(matches!(gathered, Gathered::Partly), "{gathered:?}");
+    let answer = bench.answer();
+    assert_eq!(answer.token, 2);
+    assert!(matches!(answer.done, Done::Saved), "{:?}", answer.done);
+    assert!(bench.handle.take_saved().is_some());
+}
+
+#[test]
 fn update_when_a_worker_has_no_room_reaches_none() {
     let bench = bench();
     let rings = bench.rings();
