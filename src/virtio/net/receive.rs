@@ -253,10 +253,18 @@ impl Net {
         }
         let payload = u64::from(len.saturating_sub(HEADER));
         self.rx_throttle.charge(payload);
-        // The link leaves this field to us (5.1.6.3). Every buffer holds at least the header.
+        // The link leaves the last field to us (5.1.6.3). Every buffer holds at least the header.
         let count = self.buffers.count_for(len);
-        let place = self.buffers.place(NUM_BUFFERS, size_of_val(&count) as u32);
-        if !copy_out(ram, place, &count.to_le_bytes()) {
+        let [low, high] = count.to_le_bytes();
+        let header = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, low, high];
+        // The others tell of offloads, which a guest is never offered on a socket: whatever the other end says, 0.
+        let ours = match self.link.is_socket() {
+            true => 0,
+            false => NUM_BUFFERS,
+        };
+        let said = header.get(ours as usize..).unwrap_or_default();
+        let place = self.buffers.place(ours, said.len() as u32);
+        if !copy_out(ram, place, said) {
             return Err(BrokenRing::Memory);
         }
         let mut left = len;

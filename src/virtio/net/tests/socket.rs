@@ -135,6 +135,37 @@ fn frame_when_it_has_all_64_kib_passes_in_one_piece_both_ways() {
 }
 
 #[test]
+fn header_when_the_other_end_fills_it_is_zeros_for_the_guest() {
+    for (features, pieces) in [
+        (FEATURES, [1536, 0]),
+        (FEATURES & !bit::MRG_RXBUF, [5, 1531]),
+    ] {
+        let mut socket = socket_with(features, RateLimiter::default());
+        let ram = socket.ram.clone();
+        let mut rings = Rings::new(&ram, BASE, 256);
+        let mut queue = queue(&rings);
+        let pieces: Vec<_> = pieces
+            .iter()
+            .scan(DATA, |at, len| {
+                let here = *at;
+                *at += u64::from(*len);
+                Some((here, *len, true))
+            })
+            .filter(|(_, len, _)| *len > 0)
+            .collect();
+        rings.offer_chain(0, &pieces);
+        let mut sent = frame(100);
+        sent[..12].fill(0xff);
+        socket.send(&sent);
+        socket.work(0, &mut queue);
+        assert_eq!(rings.take(), Some((0, 112)));
+        let mut expected = frame(100);
+        expected[10] = 1;
+        assert_eq!(guest(&ram, DATA, 112), expected);
+    }
+}
+
+#[test]
 fn frames_when_the_socket_is_full_wait_for_room_and_none_is_lost() {
     // So many frames a minute: one that waits for room costs nothing.
     let limiter = RateLimiter::new(None, TokenBucket::new(150, 0, 60_000));
