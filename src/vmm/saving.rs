@@ -197,7 +197,9 @@ impl Vmm {
 
     /// Gives up a device that has had its time.
     pub(super) fn look_at_saving(&mut self, now: Instant) {
-        if let Some(Step::Collecting { devices, deadline, .. }) = self.saving.as_ref().map(|s| s.step)
+        if let Some(Step::Collecting {
+            devices, deadline, ..
+        }) = self.saving.as_ref().map(|s| s.step)
             && deadline <= now
         {
             let names = self.configuration.devices.running();
@@ -330,10 +332,9 @@ impl Vmm {
     /// A device has answered what it was told with `token`.
     pub(super) fn device_saved(&mut self, token: u64) {
         if let Some(Saving {
-            step:
-                Step::Collecting {
-                    snapshot, devices, ..
-                },
+            step: Step::Collecting {
+                snapshot, devices, ..
+            },
             ..
         }) = &mut self.saving
             && let Some(number) = device_of_save_token(token, *snapshot)

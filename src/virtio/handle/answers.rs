@@ -147,7 +147,10 @@ impl Answers {
         workers: usize,
         note: impl FnOnce(&mut Update),
     ) -> Option<Done> {
-        let at = self.updates.iter().position(|u| u.part.token == Some(token));
+        let at = self
+            .updates
+            .iter()
+            .position(|u| u.part.token == Some(token));
         let at = at.unwrap_or_else(|| {
             if self.updates.len() >= UPDATES_MAX {
                 self.updates.remove(0);

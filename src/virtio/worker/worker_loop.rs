@@ -18,8 +18,9 @@
 //! **Draining.** A device may have requests in flight: begun, and still using guest memory. A
 //! message that must not meet any (pause, reset, update, stop) waits for them: until it has been
 //! done, no new request is begun and no further message is taken, so that all keep their order.
-//! Requests that end meanwhile are returned to the driver, but not before a reset, after which
-//! nothing of the old rings is written. One exception to the order: a resume right after a pause
+//! Requests that end meanwhile are returned to the driver, at most [`UNITS_PER_TURN`] between two looks at control's
+//! inbox, since a device may have to work for each; but not before a reset, after which nothing of the old rings is
+//! written. One exception to the order: a resume right after a pause
 //! that still waits calls it off, so that a request that never ends holds up no others.
 //!
 //! **Interrupts** are sent at the end of a turn, and within it as soon as [`LATE_NANOS`] have
@@ -106,6 +107,8 @@ pub(super) struct WorkerLoop<D: Device> {
     is_restored: bool,
     stopped: bool,
     draining: Option<Draining<D::Update>>,
+    /// Not all that has ended was returned when the message that waits was looked at last.
+    has_more_ended: bool,
     /// Tokens of the pauses that wait; room for a whole inbox.
     pauses: Vec<u64>,
     /// Taken from the inbox while a pause waited, and to be done after it.
@@ -155,6 +158,7 @@ impl<D: Device> WorkerLoop<D> {
             is_restored: false,
             stopped: false,
             draining: None,
+            has_more_ended: false,
             pauses: Vec::with_capacity(super::CONTROL_MESSAGES),
             put_off: None,
             polling: Polling::off(),
@@ -293,7 +297,8 @@ impl<D: Device> WorkerLoop<D> {
         self.runnable.insert(ended);
         self.announce();
         // A message that waits is looked at again once requests have ended.
-        let may_be_drained = self.draining.is_some() && ended != QueueSet::NONE;
+        let may_be_drained =
+            self.draining.is_some() && (self.has_more_ended || ended != QueueSet::NONE);
         if self.stopped {
             Turn::Stopped
         } else if may_be_drained || self.next_queue().is_some() {
@@ -448,10 +453,9 @@ impl<D: Device> WorkerLoop<D> {
 
     /// Does the message that waits, if nothing is in flight any more; whether it has been done.
     fn drain(&mut self) -> bool {
-        if !matches!(self.draining, Some(Draining::Reset(_))) {
-            self.return_ended();
-        }
-        if self.device.in_flight() > 0 {
+        let is_reset = matches!(self.draining, Some(Draining::Reset(_)));
+        self.has_more_ended = !is_reset && self.return_ended() == Progress::More;
+        if self.has_more_ended || self.device.in_flight() > 0 {
             return matches!(self.draining, Some(Draining::Pause)) && self.is_called_off();
         }
         match self.draining.take() {
@@ -468,21 +472,30 @@ impl<D: Device> WorkerLoop<D> {
         true
     }
 
-    /// Returns to the driver what has ended since.
-    fn return_ended(&mut self) {
+    /// Returns to the driver what has ended since; whether there may be more of it.
+    fn return_ended(&mut self) -> Progress {
         if self.paused || self.phase != Phase::Active {
-            return;
+            return Progress::Wait;
         }
+        let mut units_left = UNITS_PER_TURN;
         for (index, queue) in self.queues.iter_mut().enumerate() {
             let Some(queue) = queue else { continue };
             loop {
+                if units_left == 0 {
+                    return Progress::More;
+                }
+                units_left = units_left.saturating_sub(1);
                 match self.device.complete(index, queue, &self.ram) {
                     Ok(Progress::More) => {}
                     Ok(Progress::Wait) => break,
-                    Err(broken) => return self.break_down(&broken),
+                    Err(broken) => {
+                        self.break_down(&broken);
+                        return Progress::Wait;
+                    }
                 }
             }
         }
+        Progress::Wait
     }
 
     /// Looks at what control says while a pause waits; whether it is to go on instead.

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -33,6 +33,8 @@ struct Host {
     /// Requests that may end.
     released: AtomicUsize,
     updates: AtomicUsize,
+    /// What has ended takes work without an end to be returned.
+    is_endless: AtomicBool,
 }
 
 /// Requests of its queue end when they are released; those of the control queue at once. Each gets the
@@ -120,6 +122,9 @@ impl Device for Waiting {
     ) -> Result<Progress, BrokenRing> {
         if index != 0 {
             return Ok(Progress::Wait);
+        }
+        if self.host.is_endless.load(Ordering::SeqCst) {
+            return Ok(Progress::More);
         }
         let Some(head) = self.ended.pop() else {
             return Ok(Progress::Wait);
@@ -281,6 +286,7 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         for worker in 0..WORKERS {
+            self.hosts[worker].is_endless.store(false, Ordering::SeqCst);
             self.release(worker, 100);
         }
         let _ = self.handle.stop();
@@ -465,6 +471,24 @@ fn pause_when_a_late_answer_is_to_an_earlier_one_is_whole_all_the_same() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn pause_when_what_has_ended_takes_long_to_return_can_be_called_off() {
+    let bench = bench();
+    let mut rings = bench.rings();
+    bench.start(&rings);
+    bench.hosts[1].is_endless.store(true, Ordering::SeqCst);
+    bench.handle.pause(1).unwrap();
+    bench.no_answer_but(WORKERS - 1);
+    bench.handle.resume(2).unwrap();
+    for _ in 0..WORKERS {
+        assert!(matches!(next(&bench.replies).done, Done::Resumed));
+    }
+    bench.hosts[1].is_endless.store(false, Ordering::SeqCst);
+    bench.release(1, 1);
+    bench.offer(&rings[1], 1, 0);
+    assert_eq!(rings[1].wait(), (0, 1));
 }
 
 #[test]
