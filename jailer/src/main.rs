@@ -2,11 +2,13 @@
 //!
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
-//! everyday command with the empty jail, `check` tries whether this host can run microVMs. What they
+//! everyday command with the empty jail, `attach` what reaches a guest that runs a command, `check`
+//! tries whether this host can run microVMs. What they
 //! are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`,
 //! `monitor` (its executable and limits), `error`, and `sys`, the only unsafe code.
 
 mod args;
+mod attach;
 mod cgroup;
 mod check;
 mod compat;
@@ -39,8 +41,21 @@ fn main() -> ExitCode {
             // With standard error gone, the exit code still says it.
             let line = format!("mayfly-jailer: {}\n", message(&*error));
             let _ = std::io::stderr().write_all(line.as_bytes());
-            ExitCode::FAILURE
+            match runs_a_command() {
+                true => ExitCode::from(125),
+                false => ExitCode::FAILURE,
+            }
         }
+    }
+}
+
+/// Whether the exit code would be a command's, from which failures of this program stay apart.
+fn runs_a_command() -> bool {
+    let mut words = std::env::args_os().skip(1).take_while(|word| word != "--");
+    match words.next() {
+        Some(word) if word == "exec" => true,
+        Some(word) if word == "run" => words.any(|word| word == "--image"),
+        _ => false,
     }
 }
 
@@ -56,6 +71,14 @@ fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
         Some("check") => match check::parse(words.split_off(1))? {
             Some(words) => sys::exit_now(check::check(words, inherited, started.0)),
             None => print(check::HELP),
+        },
+        Some("exec") => match attach::parse_exec(words.split_off(1))? {
+            Some(exec) => sys::exit_now(attach::exec(exec, inherited)),
+            None => print(attach::EXEC_HELP),
+        },
+        Some("cp") => match attach::parse_copy(words.split_off(1))? {
+            Some(copy) => sys::exit_now(attach::copy(copy, inherited)),
+            None => print(attach::COPY_HELP),
         },
         _ => match args::parse(words)? {
             Command::Help => print(args::HELP),

@@ -428,11 +428,11 @@ pub fn place(
     exit_now(1)
 }
 
-/// Holds back the signals that end a program, and SIGCONT, which says that this one was stopped; and
-/// gives a descriptor to read them from.
+/// Holds back the signals that end a program, SIGCONT, which says that this one was stopped, and SIGWINCH,
+/// which says that its terminal has another size; and gives a descriptor to read them from.
 pub fn watch_signals() -> Result<OwnedFd, Errno> {
     let mut signals = held();
-    signals.push(SIGCONT);
+    signals.extend([SIGCONT, SIGWINCH]);
     let set = signal_set(&signals);
     change_mask(libc::SIG_BLOCK, &set)?;
     // SAFETY: `set` is initialised.

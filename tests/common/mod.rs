@@ -55,6 +55,11 @@ pub fn firstbyte() -> PathBuf {
     guest_binary("MAYFLY_FIRSTBYTE", "firstbyte")
 }
 
+/// The agent of guests that run a command: MAYFLY_AGENT, else the one `tools/test` built.
+pub fn agent() -> PathBuf {
+    guest_binary("MAYFLY_AGENT", "mayfly-agent")
+}
+
 fn guest_binary(variable: &str, name: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();
@@ -64,8 +69,13 @@ fn guest_binary(variable: &str, name: &str) -> PathBuf {
         .join(name);
     assert!(
         path.exists(),
-        "{} is missing: build it with `cargo build --release -p probe`",
-        path.display()
+        "{} is missing: build it with `cargo build --release -p {}`",
+        path.display(),
+        if name == "mayfly-agent" {
+            name
+        } else {
+            "probe"
+        }
     );
     path
 }

@@ -16,12 +16,9 @@ use crate::text::Text;
 const PIECE: usize = 64 * 1024;
 const FAILED: u8 = 1;
 
-/// The standard streams.
+/// The standard streams. They are not opened anew: to open a pipe that has no reader waits for one.
 fn standard() -> Result<(Fd, Fd)> {
-    Ok((
-        sys::open(c"/dev/stdin", sys::READ, 0)?,
-        sys::open(c"/dev/stdout", 1, 0)?,
-    ))
+    Ok((sys::standard(0)?, sys::standard(1)?))
 }
 
 /// A name, with a zero behind it.

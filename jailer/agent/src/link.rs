@@ -46,9 +46,10 @@ impl Link {
                 request.0[..16].copy_from_slice(b"agent0\0\0\0\0\0\0\0\0\0\0");
             }
             sys::set_receive_buffer(&socket, RECEIVE_BUFFER);
-            // Before it is up, so that no frame is missed; what it says of that is cleared.
-            sys::bind(&socket, &peer)?;
-            sys::clear_error(&socket);
+            // Before it is up, so that no frame is missed: the first one is there already. A socket that is bound to
+            // an interface hears only a moment after that; so it is bound to all, with a filter.
+            sys::take_only_from(&socket, index)?;
+            sys::bind(&socket, &sys::packet_address(0, ETHER_TYPE, SUPERVISOR_MAC))?;
             bring_up(&socket, &mut request)
         };
         open().map_err(|error| Text::of(b"bring up the agent's network interface", error))?;

@@ -26,11 +26,11 @@ mod number {
     pub const RECVFROM: usize = 45;
     pub const BIND: usize = 49;
     pub const SETSOCKOPT: usize = 54;
-    pub const GETSOCKOPT: usize = 55;
     pub const FORK: usize = 57;
     pub const EXECVE: usize = 59;
     pub const WAIT4: usize = 61;
     pub const KILL: usize = 62;
+    pub const FCNTL: usize = 72;
     pub const CHDIR: usize = 80;
     pub const FCHMOD: usize = 91;
     pub const SETSID: usize = 112;
@@ -328,10 +328,14 @@ pub fn place(file: &Fd, at: i32) -> Result<()> {
 
 /// Another number for the same open file.
 pub fn copy(file: &Fd) -> Result<Fd> {
-    /// F_DUPFD_CLOEXEC of fcntl, whose number no other function needs.
-    const FCNTL: usize = 72;
-    // SAFETY: it touches no memory.
-    fd(unsafe { call(FCNTL, [file.0 as usize, 1030, 3, 0, 0, 0]) })
+    standard(file.0)
+}
+
+/// Another number for a standard stream.
+pub fn standard(stream: i32) -> Result<Fd> {
+    /// F_DUPFD_CLOEXEC.
+    const COPY: usize = 1030;
+    fd(call!(FCNTL, stream, COPY, 3))
 }
 
 /// What is waited for of a file.
@@ -572,12 +576,25 @@ pub fn set_receive_buffer(socket: &Fd, bytes: i32) {
     let _ = call!(SETSOCKOPT, socket.0, 1, 33, bytes.as_ptr(), bytes.len());
 }
 
-/// Takes the error that a socket holds (SO_ERROR).
-pub fn clear_error(socket: &Fd) {
-    let mut error = [0_u8; 4];
-    let mut length = [4_u32];
-    let (at, length) = (error.as_mut_ptr(), length.as_mut_ptr());
-    let _ = call!(GETSOCKOPT, socket.0, 1, 4, at, length);
+/// Has a socket take only what comes in by one interface (SO_ATTACH_FILTER, bpf(4)).
+pub fn take_only_from(socket: &Fd, interface: i32) -> Result<()> {
+    /// Where a filter finds the interface (SKF_AD_OFF, SKF_AD_IFINDEX).
+    const INTERFACE: u32 = 0xffff_f008;
+    let instruction = |code: u16, is_not: u8, value: u32| {
+        let [a, b] = code.to_le_bytes();
+        let [c, d, e, f] = value.to_le_bytes();
+        [a, b, 0, is_not, c, d, e, f]
+    };
+    let program = [
+        instruction(0x20, 0, INTERFACE),
+        instruction(0x15, 1, interface.unsigned_abs()),
+        instruction(0x06, 0, u32::MAX),
+        instruction(0x06, 0, 0),
+    ];
+    // struct sock_fprog: how many instructions, and where they are.
+    let described = [program.len(), program.as_ptr() as usize];
+    let (at, length) = (described.as_ptr(), size_of_val(&described));
+    call!(SETSOCKOPT, socket.0, 1, 26, at, length).map(drop)
 }
 
 /// A request about an interface (netdevice(7)): its name, and 24 bytes.

@@ -2,7 +2,7 @@
 //! and does what the words on the guest's kernel command line say.
 //!
 //! `report` says what it sees, `attack` tries to get out (`victim=PID port=N abstract=NAME` name
-//! what to reach), `udp=PORT` asks the host (or `udp-to=ADDRESS`) over its tap, `exit=N`, `signal=N`, `hog=MIB`, `stay`, `echo`, `flood`, `refuse`, `silent`,
+//! what to reach), `agent=KIND` sends what no agent may (`garbage`, `endless`, `foreign`), `udp=PORT` asks the host (or `udp-to=ADDRESS`) over its tap, `exit=N`, `signal=N`, `hog=MIB`, `stay`, `echo`, `flood`, `refuse`, `silent`,
 //! `hangup` are what they say; `log=WORDS` is written to the log with blanks for underscores, and
 //! `end=WORD` to where the guest's end is told.
 
@@ -110,6 +110,38 @@ fn end_of(args: &[String]) -> Option<i32> {
     args.get(at + 1)?.parse().ok()
 }
 
+/// Packets on the link to the supervisor, as of a guest that wants to harm it, until nothing takes them.
+fn play_agent(kind: &str, link: &OwnedFd) {
+    let packet = |ether_type: [u8; 2], sequence: u32, messages: &[u8]| {
+        let mut packet = vec![0; 24];
+        packet.extend(ether_type);
+        packet.extend([1, 0]);
+        packet.extend((messages.len() as u16).to_le_bytes());
+        packet.extend(sequence.to_le_bytes());
+        packet.extend(messages);
+        packet
+    };
+    let started = [9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    let mut data = vec![1, 1, 0, 0, 1, 0, 0, 0];
+    data.extend(50_000_u32.to_le_bytes());
+    data.resize(12 + 50_000, b'x');
+    for sequence in 0.. {
+        let bytes = match (kind, sequence) {
+            ("foreign", _) => packet([0x08, 0x00], sequence, &[7; 60_000]),
+            ("garbage", 0) | ("endless", 0) => packet([0x88, 0xb5], 0, &started),
+            ("garbage", _) => packet([0x88, 0xb5], sequence, &[7; 100]),
+            _ => packet([0x88, 0xb5], sequence, &data),
+        };
+        loop {
+            match rustix::io::write(link, &bytes) {
+                Err(rustix::io::Errno::AGAIN) => std::thread::sleep(Duration::from_millis(1)),
+                Err(_) => std::thread::sleep(Duration::from_secs(100)),
+                Ok(_) => break,
+            }
+        }
+    }
+}
+
 fn obey(
     words: &str,
     args: &[String],
@@ -197,6 +229,9 @@ fn obey(
             "answer {}",
             String::from_utf8_lossy(&answer.unwrap_or_default())
         );
+    }
+    if let (Some(kind), Some(link)) = (value("agent"), files.last()) {
+        play_agent(&kind, link);
     }
     if has("echo") {
         for byte in std::io::stdin().lock().bytes() {

@@ -4,7 +4,7 @@
 //! Nothing here waits: what cannot be written stays in a small buffer, and while that is full nothing
 //! more is read, so that a slow reader costs console bytes and never holds up the supervisor.
 
-mod terminal;
+pub mod terminal;
 
 use std::fs::File;
 use std::io::Write;
@@ -49,7 +49,12 @@ pub enum Sink {
     },
     /// To a file.
     File(File),
+    /// Nowhere, but the last bytes are kept.
+    Tail(Vec<u8>),
 }
+
+/// So many of them.
+const TAIL: usize = 16 * 1024;
 
 impl Sink {
     /// Standard output or error. Opened anew where that is possible: not waiting is a property that
@@ -86,6 +91,12 @@ impl Sink {
                     Err(Errno::AGAIN | Errno::INTR) => Ok(0),
                     other => other,
                 }
+            }
+            Sink::Tail(tail) => {
+                tail.extend_from_slice(bytes);
+                let rest = tail.len().saturating_sub(TAIL);
+                tail.drain(..rest);
+                Ok(bytes.len())
             }
             Sink::File(file) => match file.write(bytes).map_err(errno) {
                 Err(Errno::AGAIN | Errno::INTR) => Ok(0),
@@ -189,6 +200,25 @@ impl Relay {
                 false
             }
         }
+    }
+
+    /// How many bytes are held for a slow reader.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether nothing reads the sink any more.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.sink, Sink::Nowhere)
+    }
+
+    /// The last bytes, where those are kept: as text of several lines, without control characters.
+    pub fn tail(&self) -> String {
+        let Sink::Tail(tail) = &self.sink else {
+            return String::new();
+        };
+        let text = String::from_utf8_lossy(tail).replace('\r', "");
+        text.replace(|it: char| it.is_control() && it != '\n', "?")
     }
 
     /// Whether something is still to be written.
@@ -319,6 +349,19 @@ mod tests {
             assert!(!relay.is_holding());
             assert!(!matches!(relay.sink, Sink::Nowhere));
         }
+    }
+
+    #[test]
+    fn tail_keeps_the_last_bytes_without_control_characters() {
+        let (source, _writer) = pipe(false, false).unwrap();
+        let mut relay = Relay::new(Some(source), Sink::Tail(Vec::new()));
+        for _ in 0..1000 {
+            relay.pass_on(&[b'a'; 999]);
+        }
+        relay.pass_on(b"\x1b[31mlast\r\nline\xff");
+        let text = relay.tail();
+        assert!(text.ends_with("?[31mlast\nline\u{fffd}"), "{text}");
+        assert!(text.len() <= TAIL + 2 && !relay.is_holding());
     }
 
     #[test]

@@ -18,17 +18,19 @@
 //!   executes the monitor there. It ends when the supervisor ends.
 //! - The *keeper* (`keeper`) exists only if there is something with a name to remove or a report to
 //!   write.
+//! - A guest that runs a command has an agent, with which the supervisor has a session (`agent`).
 //!
-//! Imports point down this list: `supervise`, `keeper`, `outcome`, `jail`, `network`, `console`,
-//! `channel`, `spec`.
+//! Imports point down this list: `supervise`, `keeper`, `outcome`, `jail`, `network`, `spec`, `agent`,
+//! `console`, `channel`.
 
+pub mod agent;
+pub mod console;
 pub mod jail;
 pub mod outcome;
 pub mod spec;
 pub mod supervise;
 
 mod channel;
-mod console;
 mod keeper;
 mod network;
 
@@ -51,11 +53,17 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
         .take()
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
     let quiet = options.quiet;
+    let has_command = options.guest.is_some();
     let prepared = spec::prepare(&mut options, inherited);
     let report = options.exit_report.take();
     let report = match report.as_deref().map(Report::open).transpose() {
         Ok(report) => report,
-        Err(error) => return complain(&message(&*error), outcome::NOT_STARTED),
+        Err(error) => {
+            let code = Verdict::not_started(String::new())
+                .with_command(has_command)
+                .code;
+            return complain(&message(&*error), code);
+        }
     };
     let watched = prepared
         .and_then(|prepared| Spec::open(options, &id, began_us, prepared))
@@ -65,7 +73,18 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
         Ok((watched, keeper)) => (Ok(watched), keeper),
         Err(error) => (Err(error), None),
     };
-    let (verdict, facts) = conclude(&id, watched, began_us);
+    if let Ok(watched) = &watched
+        && !watched.console_tail.trim().is_empty()
+        && watched.verdict().code != 0
+    {
+        let text = format!(
+            "mayfly-jailer: the guest's console at its end:\n{}\n",
+            watched.console_tail.trim_end()
+        );
+        // With standard error gone, the exit code still says it.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+    let (verdict, facts) = conclude(&id, watched, began_us, has_command);
     if let Some(Err(error)) = report.map(|report| report.write(&facts)) {
         complain(&message(&error), 0);
     }
@@ -83,16 +102,17 @@ fn conclude(
     id: &str,
     watched: Result<Progress, AnyError>,
     began_us: u64,
+    has_command: bool,
 ) -> (Verdict, serde_json::Value) {
     match watched {
         Ok(watched) => {
-            let verdict = watched.verdict();
+            let verdict = watched.verdict().with_command(has_command);
             let ended = watched.ended.and_then(Result::ok);
             let facts = outcome::facts(id, &verdict, ended, &watched.seen, &watched.times);
             (verdict, facts)
         }
         Err(error) => {
-            let verdict = Verdict::not_started(message(&*error));
+            let verdict = Verdict::not_started(message(&*error)).with_command(has_command);
             let times = Times::ended_now(began_us);
             let facts = outcome::facts(id, &verdict, None, &Seen::default(), &times);
             (verdict, facts)

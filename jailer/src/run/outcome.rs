@@ -16,6 +16,8 @@ use crate::sys::{self, Ended, Used};
 pub const NOT_STARTED: i32 = 1;
 /// There is no snapshot of it, which was asked for.
 const NO_SNAPSHOT: i32 = 1;
+/// A command could not be run, or is not known to have been, as of container engines.
+const NO_COMMAND: i32 = 125;
 /// The jailer could not learn how it ended.
 const UNKNOWN: i32 = 1;
 /// As timeout(1) has it.
@@ -45,6 +47,10 @@ pub struct Seen {
     pub asked: Option<Asked>,
     /// What the control groups counted.
     pub usage: Usage,
+    /// The exit code of the guest's command.
+    pub command: Option<i32>,
+    /// Why the guest was ended for what its agent said or did.
+    pub agent_fault: Option<String>,
 }
 
 impl Seen {
@@ -76,6 +82,13 @@ impl Verdict {
 
     /// From all that is known.
     pub fn of(ended: Ended, seen: &Seen) -> Verdict {
+        // The machine was ended for that, in whichever way it then ended.
+        if let Some(code) = seen.command {
+            return Verdict::new("exited", code, "");
+        }
+        if let Some(fault) = &seen.agent_fault {
+            return Verdict::new("agent-failed", NO_COMMAND, fault);
+        }
         if seen.timed_out {
             let text = "the time limit (--timeout) ended the microVM";
             return Verdict::new("time-limit", TIME_LIMIT, text);
@@ -171,6 +184,19 @@ impl Verdict {
             Ok(text) => Verdict::new("snapshot", 0, text),
             Err(why) => Verdict::new("no-snapshot", NO_SNAPSHOT, why),
         }
+    }
+
+    /// The same where a command was to run, whose exit codes stay apart from those of this program; and a
+    /// guest that ended in order, without an end of its command, did not run it.
+    pub fn with_command(mut self, has_command: bool) -> Verdict {
+        if has_command && (self.word == "not-started" || self.word == "unknown") {
+            self.code = NO_COMMAND;
+        }
+        if has_command && self.code == 0 && self.word != "exited" {
+            self.code = NO_COMMAND;
+            self.message = "the guest ended before its command did".into();
+        }
+        self
     }
 
     /// How the monitor ended could not be found out.

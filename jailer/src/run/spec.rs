@@ -22,13 +22,14 @@ use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 
 use self::inherited::Passed;
-use self::options::Options;
+use self::options::{GuestCommand, Options};
 use self::resources::open_to_append;
 use self::vm::{Described, Vm};
 use crate::cgroup::exclusive;
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
 use crate::monitor::{Executable, ResourceLimits};
 use crate::root::Owner;
+use crate::run::agent::{self, RootMode};
 use crate::sys::{self, Inherited};
 
 /// How many descriptors the monitor is given: the console, and those of the jail.
@@ -104,6 +105,16 @@ pub enum SpecError {
          NAME mode tap user USER`), or give --net auto or user"
     )]
     NoInterface(String),
+    #[error(
+        "cannot use the image {0} (--image): it is neither an EROFS nor an ext4 file system; \
+         make one with mkfs.erofs or `tools/guest rootfs`"
+    )]
+    NotAnImage(PathBuf),
+    #[error(
+        "cannot use the image {0} (--image) with :rw: an EROFS file system is never written to; \
+         leave :rw out, and what is written goes to the guest's memory"
+    )]
+    WrittenErofs(PathBuf),
     #[error("cannot use /dev/kvm: {0}")]
     BadKvm(String),
 }
@@ -166,6 +177,8 @@ pub struct WatchSpec {
     pub console_socket: Option<OwnedFd>,
     /// What ends the microVM besides: descriptors that are ready then.
     pub enders: Vec<(OwnedFd, Ender)>,
+    /// What the guest runs, where that is a command, and its initial RAM disk.
+    pub guest: Option<(agent::Plan, OwnedFd)>,
     /// What `check` types at the guest's first byte, once it has asked for the timeline.
     pub first_reply: Option<&'static [u8]>,
 }
@@ -195,7 +208,7 @@ pub fn prepare(
 impl Spec {
     /// Opens what the options and the configuration name.
     pub fn open(
-        options: Options,
+        mut options: Options,
         id: &str,
         began_us: u64,
         (described, mut passed): (Option<Described>, Passed),
@@ -214,6 +227,8 @@ impl Spec {
         if let Some(folder) = &options.snapshot_to {
             make_folder(folder)?;
         }
+        let guest = options.guest.take();
+        let guest = guest.map(|guest| open_guest(guest, id)).transpose()?;
         let append =
             |path: Option<&Path>, option| path.map(|it| open_to_append(it, option)).transpose();
         Ok(Spec {
@@ -235,10 +250,56 @@ impl Spec {
                 enders: enders(&options, &mut passed)?,
                 vm: described.map(|it| it.open(&mut passed)).transpose()?,
                 options,
+                guest,
                 console_socket: None,
                 first_reply: None,
             },
         })
+    }
+}
+
+/// Finds out what a guest with a command is to be, and makes what it boots from.
+fn open_guest(guest: GuestCommand, id: &str) -> Result<(agent::Plan, OwnedFd), AnyError> {
+    guest.command.check()?;
+    let root_type = root_type(&guest.image)?;
+    let root_mode = match (guest.mode, root_type) {
+        (Some(RootMode::ReadWrite), EROFS) => {
+            return Err(SpecError::WrittenErofs(guest.image).into());
+        }
+        (mode, _) => mode.unwrap_or(RootMode::Overlay),
+    };
+    let plan = agent::Plan {
+        hostname: guest.hostname.unwrap_or_else(|| id.to_owned()),
+        root_type,
+        root_mode,
+        command: guest.command,
+    };
+    let initramfs = agent::initramfs::make(guest.agent.as_deref())?;
+    Ok((plan, initramfs))
+}
+
+const EROFS: &str = "erofs";
+
+/// The type of the file system in an image, by its content.
+fn root_type(image: &Path) -> Result<&'static str, AnyError> {
+    /// Where both have their superblock.
+    const SUPERBLOCK: u64 = 1024;
+    const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+    /// In it, where ext4 has its number.
+    const EXT4: usize = 56;
+    const EXT4_MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
+    let mut block = [0; 64];
+    // NONBLOCK: a pipe must not hold us up.
+    let file = sys::open(image, OFlags::RDONLY | OFlags::NONBLOCK)
+        .step_on("open the image (--image)", image)?;
+    let count = rustix::io::pread(&file, &mut block, SUPERBLOCK);
+    let block = &block[..count.step_on("read the image (--image)", image)?];
+    if block.starts_with(&EROFS_MAGIC) {
+        return Ok(EROFS);
+    }
+    match block.get(EXT4..EXT4 + 2) == Some(&EXT4_MAGIC) {
+        true => Ok("ext4"),
+        false => Err(SpecError::NotAnImage(image.to_owned()).into()),
     }
 }
 

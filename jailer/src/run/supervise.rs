@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal};
 
 use self::snapshot::{Snapshots, pagemap_of};
+use super::agent::{Agent, AgentError, AgentPart};
 use super::channel::Channel;
 use super::console::{Console, LOOK_EVERY, Part, Relay};
 use super::jail;
@@ -32,6 +33,8 @@ use crate::sys::{self, Ended, Used};
 const START_US: u64 = 60_000_000;
 /// How long the monitor may take to end when it is asked to.
 const GRACE_US: u64 = 3_000_000;
+/// A command that was asked to end so many times is ended with its machine.
+const ASKED_MAX: u32 = 3;
 /// How long the last of console and log may take to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -68,6 +71,8 @@ pub struct Watch {
     pub console: Console,
     /// The log.
     pub log: Relay,
+    /// The session with the guest's agent, if it has one.
+    pub agent: Option<Agent>,
     /// Where the monitor reports how the guest ended.
     pub end: OwnedFd,
     /// Signals that end this program, and SIGCONT.
@@ -93,6 +98,10 @@ pub struct Progress {
     pub seen: Seen,
     /// When.
     pub times: Times,
+    /// What the guest last wrote to its console, where it ended without running its command.
+    pub console_tail: String,
+    /// Signals that asked the command to end, of those that a user sends again and again.
+    asked_command: u32,
     /// The monitor's timeline, where it was asked for.
     pub timeline: Option<Vec<u8>>,
     /// Snapshots to be taken.
@@ -147,6 +156,7 @@ enum Ready {
     Console(Part),
     Typed(Part),
     Log(Part),
+    Agent(AgentPart),
 }
 
 /// What the monitor is being asked.
@@ -171,6 +181,7 @@ impl Watch {
                 self.give_up(error.into());
             }
             self.take_snapshot_when_due();
+            self.end_with_command();
             if self.serve() {
                 break;
             }
@@ -256,6 +267,40 @@ impl Watch {
         }
     }
 
+    /// Ends the machine once its command has ended, or its agent said or did what ends it.
+    fn end_with_command(&mut self) {
+        let status = self.agent.as_ref().and_then(Agent::status);
+        if let Some(status) = status.filter(|_| self.progress.seen.command.is_none()) {
+            self.progress.seen.command = Some(status.code());
+            let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::TERM);
+            self.progress.kill_at_us = Some(self.now_us() + GRACE_US);
+        }
+    }
+
+    /// What the agent said or did ends the machine.
+    fn end_for(&mut self, error: AgentError) {
+        let text = message(&error);
+        self.progress.seen.agent_fault.get_or_insert(text);
+        self.kill();
+    }
+
+    /// Passes a signal to the command, if there is one; whether it was. One that asks for the end, and comes
+    /// for the third time, ends the machine.
+    fn signal_command(&mut self, signal: i32) -> bool {
+        let Some(agent) = self.agent.as_mut().filter(|agent| agent.is_running()) else {
+            return false;
+        };
+        if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
+            self.progress.asked_command += 1;
+        }
+        if self.progress.asked_command >= ASKED_MAX {
+            return false;
+        }
+        agent.front().signal(signal);
+        agent.settle();
+        true
+    }
+
     /// When the guest has to have started, until it has.
     fn start_by_us(&self) -> Option<u64> {
         let is_starting = !self.progress.has_started && self.progress.failure.is_none();
@@ -271,6 +316,9 @@ impl Watch {
     fn look_at_clock(&mut self) {
         if self.console.is_in_background() {
             self.console.look_at_terminal();
+        }
+        if let Some(agent) = self.agent.as_mut().filter(|it| it.is_in_background()) {
+            agent.front().look_at_terminal();
         }
         let now = self.now_us();
         if self.progress.kill_at_us.take_if(|at| now >= *at).is_some() {
@@ -327,6 +375,9 @@ impl Watch {
                 add(Ready::Typed(part), fd, flags);
             }
         });
+        if let Some(agent) = &self.agent {
+            agent.interests(|part, fd, flags| add(Ready::Agent(part), fd, flags));
+        }
         add(Ready::Ended, self.pidfd.as_fd(), PollFlags::IN);
         match poll(&mut polled, self.patience().as_ref()) {
             Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
@@ -339,7 +390,8 @@ impl Watch {
 
     fn patience(&self) -> Option<Timespec> {
         let progress = &self.progress;
-        let is_in_background = self.console.is_in_background();
+        let is_in_background = self.console.is_in_background()
+            || self.agent.as_ref().is_some_and(Agent::is_in_background);
         let look = is_in_background.then(|| self.now_us() + LOOK_EVERY.as_micros() as u64);
         let due = [
             self.start_by_us(),
@@ -360,13 +412,31 @@ impl Watch {
         match ready {
             Ready::Ended => {}
             Ready::Signal => match sys::next_signal(self.signals.as_fd()) {
-                Some(libc::SIGCONT) => self.console.resume(),
+                Some(libc::SIGCONT) => {
+                    self.console.resume();
+                    if let Some(agent) = &mut self.agent {
+                        agent.front().resume();
+                        agent.settle();
+                    }
+                }
+                Some(libc::SIGWINCH) => {
+                    if let Some(agent) = &mut self.agent {
+                        agent.front().resize();
+                        agent.settle();
+                    }
+                }
                 Some(libc::SIGUSR1) if self.progress.snapshots.is_wanted => {
                     self.progress.snapshots.is_due = true;
                 }
+                Some(signal) if self.signal_command(signal) => {}
                 Some(signal) => self.ask_to_end(Asked::Signal(signal)),
                 None => {}
             },
+            Ready::Agent(part) => {
+                if let Some(Err(error)) = self.agent.as_mut().map(|agent| agent.handle(part)) {
+                    self.end_for(error);
+                }
+            }
             Ready::Ender(ender) => self.ask_to_end(Asked::Ender(ender)),
             Ready::Jail => self.hear_jail()?,
             Ready::Api => self.hear_monitor()?,
@@ -505,6 +575,7 @@ impl Watch {
         }
         while self.log.take() {}
         while self.console.out.take() {}
+        self.hear_the_rest();
         // A monitor that was taken over may have written anything, but this much is read.
         let mut report = [0; END_REPORT_MAX];
         let count = rustix::io::read(&self.end, &mut report).unwrap_or(0);
@@ -533,6 +604,53 @@ impl Watch {
             progress.failure = why.map(|why| WatchError::EndedEarly(why).into());
         }
         progress.ended = Some(ended);
+    }
+
+    /// What the agent said before the machine ended, and what of the command's output readers have not taken
+    /// yet: they have all the time they need, up to the time limit or a signal.
+    fn hear_the_rest(&mut self) {
+        let Some(mut agent) = self.agent.take() else {
+            return;
+        };
+        if self.progress.seen.agent_fault.is_none() {
+            if let Err(error) = agent.hear_the_rest() {
+                self.end_for(error);
+            }
+            let status = agent.status().map(|status| status.code());
+            self.progress.seen.command = self.progress.seen.command.or(status);
+        }
+        agent.dismiss_clients();
+        if !agent.has_started() {
+            self.progress.console_tail = self.console.out.tail();
+        }
+        let front = agent.front();
+        while front.is_holding() && self.progress.failure.is_none() {
+            let limit = self
+                .time_limit_us()
+                .map(|at| at.saturating_sub(self.now_us()));
+            if limit == Some(0) {
+                break;
+            }
+            let limit = limit.and_then(|us| Timespec::try_from(Duration::from_micros(us)).ok());
+            let mut polled = vec![PollFd::from_borrowed_fd(
+                self.signals.as_fd(),
+                PollFlags::IN,
+            )];
+            let can_send = false;
+            front.interests(can_send, |_, fd, flags| {
+                polled.push(PollFd::from_borrowed_fd(fd, flags))
+            });
+            let has_waited = poll(&mut polled, limit.as_ref()).is_ok();
+            let is_signal = has_waited && !polled[0].revents().is_empty();
+            let signal = is_signal
+                .then(|| sys::next_signal(self.signals.as_fd()))
+                .flatten();
+            if signal.is_some_and(|it| !matches!(it, libc::SIGCONT | libc::SIGWINCH)) {
+                break;
+            }
+            front.flush_all();
+        }
+        front.close();
     }
 
     /// Gives slow readers of console and log a moment for what is still held for them.

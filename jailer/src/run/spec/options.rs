@@ -9,13 +9,15 @@ use std::time::Duration;
 use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
 
-use super::devices::{drive, net};
+use super::devices::{DriveSettings, GivenDrive, drive, net};
 use super::snapshot::Restoring;
 use super::{LEAST_OPEN_FILES, OwnTap};
 use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, resource_limits};
 use crate::cgroup::exclusive::Wanted;
 use crate::cgroup::limit::Limit;
 use crate::monitor::ResourceLimits;
+use crate::run::agent::RootMode;
+use crate::run::agent::command::Command;
 
 /// What `run --help` prints.
 pub const HELP: &str = include_str!("help.txt");
@@ -59,6 +61,23 @@ pub struct Options {
     pub exit_report: Option<PathBuf>,
     /// Print nothing of our own.
     pub quiet: bool,
+    /// What the guest runs, where that is a command.
+    pub guest: Option<GuestCommand>,
+}
+
+/// A command for the guest, and what it runs in.
+#[derive(Debug, Default, PartialEq)]
+pub struct GuestCommand {
+    /// The root disk's image.
+    pub image: PathBuf,
+    /// What the root disk is to the guest.
+    pub mode: Option<RootMode>,
+    /// The name of the guest's host; that of the microVM without it.
+    pub hostname: Option<String>,
+    /// The agent's program.
+    pub agent: Option<PathBuf>,
+    /// What is to be run.
+    pub command: Command,
 }
 
 /// Where the description of the machine comes from.
@@ -99,10 +118,10 @@ impl Console {
 
 const KNOWN: Known = Known {
     flags: "--with-parent --quiet --same-disks --ignore-cpu-differences \
-            --snapshot-and-continue",
-    once: "--config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
+            --snapshot-and-continue -t --tty -i --interactive",
+    once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report",
-    repeatable: "--drive --net --limit --cgroup --resource-limit",
+    repeatable: "--drive --net --limit --cgroup --resource-limit --env",
     text: "--cmdline",
     help: "see run --help",
 };
@@ -112,11 +131,13 @@ const OF_MACHINE: &str = "--kernel --initrd --cmdline --vcpus --memory --drive -
 
 /// Understands the words after `run`; none when help is asked for.
 pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
+    let (words, command) = split_command(words);
     if asks_for_help(&words) {
         return Ok(None);
     }
     let mut words = Words::sort(words, &KNOWN)?;
-    let machine = machine(&mut words)?;
+    let guest = guest(&mut words, command)?;
+    let machine = machine(&mut words, guest.as_ref())?;
     let snapshot_to = words.path("--snapshot-to");
     if snapshot_to.is_none() && words.has("--snapshot-and-continue") {
         return refuse(
@@ -156,7 +177,93 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         snapshot_and_continue: words.has("--snapshot-and-continue"),
         exit_report: words.path("--exit-report"),
         quiet: words.has("--quiet"),
+        guest,
     }))
+}
+
+/// The words before `--`, and those after it.
+pub fn split_command(mut words: Vec<OsString>) -> (Vec<OsString>, Option<Vec<OsString>>) {
+    let Some(at) = words.iter().position(|word| word == "--") else {
+        return (words, None);
+    };
+    let command = words.split_off(at + 1);
+    words.pop();
+    (words, Some(command))
+}
+
+/// Those that only a command has.
+const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive";
+/// Those that a machine with a command does not have.
+const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
+
+/// The command for the guest.
+fn guest(
+    words: &mut Words,
+    command: Option<Vec<OsString>>,
+) -> Result<Option<GuestCommand>, ArgsError> {
+    const NAME: &str = "--image";
+    let Some((image, mode)) = words.parsed(NAME, image)? else {
+        if let Some(name) = OF_COMMAND.split(' ').find(|name| words.has(name)) {
+            return refuse(name, words, "it needs --image, and a command after --");
+        }
+        return match command {
+            Some(command) => {
+                let first = command.first().cloned().unwrap_or_default();
+                let why = "a command needs --image; the arguments of a kernel go into --cmdline";
+                Err(ArgsError::Value(
+                    "--",
+                    first.display().to_string(),
+                    why.into(),
+                ))
+            }
+            None => Ok(None),
+        };
+    };
+    let given = image.display().to_string();
+    if let Some(name) = NOT_OF_COMMAND.split(' ').find(|name| words.has(name)) {
+        return refuse(
+            name,
+            words,
+            "--image boots a kernel with an agent of its own; leave one of both out",
+        );
+    }
+    if !words.has("--kernel") {
+        let why = "--kernel is missing: a kernel that tools/guest makes, or one that docs/images.md describes";
+        return Err(ArgsError::Value(NAME, given, why.into()));
+    }
+    let Some(command) = command.filter(|command| !command.is_empty()) else {
+        let why = "what to run is missing; give it after --, e.g. -- /bin/sh";
+        return Err(ArgsError::Value(NAME, given, why.into()));
+    };
+    Ok(Some(GuestCommand {
+        image,
+        mode,
+        hostname: words.parsed("--hostname", hostname)?,
+        agent: words.path("--agent"),
+        command: Command::take(words, command)?,
+    }))
+}
+
+/// Reads `FILE`, `FILE:ro` or `FILE:rw`.
+fn image(text: &str) -> Result<(PathBuf, Option<RootMode>), Why> {
+    let (path, mode) = match text.rsplit_once(':') {
+        Some((path, "ro")) => (path, Some(RootMode::ReadOnly)),
+        Some((path, "rw")) => (path, Some(RootMode::ReadWrite)),
+        _ => (text, None),
+    };
+    match path {
+        "" => Err("it names no file".into()),
+        _ => Ok((path.into(), mode)),
+    }
+}
+
+/// The name of a host: the kernel takes 64 bytes.
+fn hostname(text: &str) -> Result<String, Why> {
+    let is_fit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
+    match (1..=64).contains(&text.len()) && text.bytes().all(is_fit) {
+        true => Ok(text.to_owned()),
+        false => Err("a name has 1 to 64 letters, digits, - and .".into()),
+    }
 }
 
 /// Those that a snapshot has its own of.
@@ -170,7 +277,7 @@ fn refuse<T>(name: &'static str, words: &mut Words, why: &'static str) -> Result
     Err(ArgsError::Value(name, value, why.into()))
 }
 
-fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
+fn machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machine, ArgsError> {
     let folder = words.path("--snapshot");
     let of_snapshot = OF_SNAPSHOT.into_iter().find(|name| words.has(name));
     if let (None, Some(name)) = (&folder, of_snapshot) {
@@ -178,7 +285,7 @@ fn machine(words: &mut Words) -> Result<Machine, ArgsError> {
     }
     match folder {
         Some(folder) => saved_machine(folder, words),
-        None => new_machine(words),
+        None => new_machine(words, guest),
     }
 }
 
@@ -279,7 +386,7 @@ fn one_own_tap(
     Ok(another.or(before))
 }
 
-fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
+fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machine, ArgsError> {
     let plain = OF_MACHINE.split(' ').find(|name| words.has(name));
     let config = words.path("--config");
     if let (Some(_), Some(name)) = (&config, plain) {
@@ -310,7 +417,22 @@ fn new_machine(words: &mut Words) -> Result<Machine, ArgsError> {
         }),
         ..VmConfig::default()
     };
-    let drives = words.all("--drive", drive)?;
+    let mut drives = words.all("--drive", drive)?;
+    if let Some(guest) = guest {
+        let image = guest.image.to_str().ok_or(ArgsError::Value(
+            "--image",
+            guest.image.display().to_string(),
+            "it is not UTF-8".into(),
+        ))?;
+        let image = GivenDrive {
+            image: image.into(),
+            read_only: guest.mode != Some(RootMode::ReadWrite),
+            overlay: None,
+            settings: DriveSettings::default(),
+        };
+        drives.insert(0, image);
+    }
+    let has_root = has_root || guest.is_some();
     for (index, given) in drives.into_iter().enumerate() {
         config.devices.drives.push(Drive {
             is_root_device: index == 0 && !has_root,

@@ -9,9 +9,11 @@ use std::io::Read as _;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use mayfly::wire::config::{self, Backing, Mac, PassedFd, Restore, Serial};
+use mayfly::wire::config::{self, Backing, Mac, NetworkInterface, PassedFd, Restore, Serial};
 use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
 use mayfly::wire::{Source, VmConfig};
+
+use mayfly_agent_protocol::AGENT_MAC;
 
 use super::inherited::{Passed, number_in};
 use super::options::{Console, Machine, Options, default_boot_args};
@@ -97,8 +99,8 @@ impl Described {
                 }
             }
         };
-        // A tap, a socket and a pagemap may be added.
-        if vm.files.len() + 3 > DESCRIPTORS_MAX {
+        // A tap, a socket, a pagemap, and two files of a guest with an agent may be added.
+        if vm.files.len() + 5 > DESCRIPTORS_MAX {
             return Err(SpecError::TooManyFiles(vm.files.len()).into());
         }
         Ok(vm)
@@ -199,6 +201,23 @@ impl Vm {
             Request::Load(restore, _) => &mut restore.serial,
         };
         serial.get_or_insert_default().console_socket = Some(source);
+    }
+
+    /// Takes what a guest with an agent has besides: the initial RAM disk, and the other end of the link.
+    pub fn set_agent(&mut self, initramfs: OwnedFd, link: OwnedFd) {
+        let initramfs = self.add(initramfs, "initial RAM disk of the agent");
+        let link = self.add(link, "link to the agent");
+        let Request::Boot(config) = &mut self.request else {
+            return;
+        };
+        if let Some(boot) = &mut config.boot_source {
+            boot.initrd_path = Some(initramfs);
+        }
+        // The last one, so that the others have the names in the guest that they have without it.
+        let mut interface = NetworkInterface::new("agent", link);
+        interface.guest_mac = Some(Mac(AGENT_MAC));
+        interface.mtu = Some(u16::MAX);
+        config.devices.network_interfaces.push(interface);
     }
 
     /// Whether the monitor may have a working set to record.

@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags};
 use super::{Progress, Watch};
 use crate::cgroup::exclusive::{self, Entrances};
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
+use crate::run::agent::{Agent, place};
 use crate::run::channel::Channel;
 use crate::run::console::{self, Console, Relay, Sink};
 use crate::run::jail::{self, explained, obstacle};
@@ -34,10 +35,18 @@ pub fn start(mut spec: Spec, report: Option<&Report>) -> Result<Watch, AnyError>
         .step("get a descriptor of this process")
         .advise("use Linux 5.10 or newer")?;
     let options = &spec.watch.options;
-    let sockets = [&options.api_sock, &options.console_socket];
+    let mut sockets: Vec<_> = [&options.api_sock, &options.console_socket]
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect();
+    if spec.watch.guest.is_some() {
+        place::make_folder()?;
+        sockets.push(place::socket(&spec.jail.id));
+    }
     let assignment = Assignment {
         groups: spec.cgroups.take(),
-        sockets: sockets.into_iter().flatten().cloned().collect(),
+        sockets,
         report: None,
         id: spec.jail.id.clone(),
         began_us: spec.watch.began_us,
@@ -85,7 +94,8 @@ fn connect(
     Ok((Some(listener), Some(client)))
 }
 
-/// `sockets` are those the keeper made: for the API first, then for clients of the console.
+/// `sockets` are those the keeper made: for the API first, then for clients of the console, and last for
+/// those of the guest's agent.
 fn make_jail(
     mut spec: Spec,
     sockets: Vec<OwnedFd>,
@@ -93,6 +103,8 @@ fn make_jail(
     signals: OwnedFd,
     own: OwnedFd,
 ) -> Result<Watch, AnyError> {
+    let mut sockets = sockets;
+    let for_agent = spec.watch.guest.as_ref().and_then(|_| sockets.pop());
     let mut sockets = sockets.into_iter();
     let (api, client) = connect(&mut spec, &mut sockets)?;
     let mut watched = spec.watch;
@@ -118,14 +130,25 @@ fn make_jail(
         if let Some(network) = network {
             vm.set_guest_address(&network.words(), network.mac());
         }
-        // A tap is still to be named in it.
-        let length = vm.request().len() + 256;
+        // A tap is still to be named in it, and what an agent needs.
+        let length = vm.request().len() + 768;
         if length > BODY_MAX {
             more.extend(["--http-api-max-payload-size".into(), length.to_string()]);
         }
     }
     watched.console_socket = sockets.next();
-    let is_terminal = watched.options.console == To::Terminal;
+    let has_command = watched.guest.is_some();
+    let agent = match watched.guest.take() {
+        Some((plan, initramfs)) => {
+            let (agent, link) = Agent::new(&plan, for_agent)?;
+            if let Some(vm) = &mut watched.vm {
+                vm.set_agent(initramfs, link);
+            }
+            Some(agent)
+        }
+        None => None,
+    };
+    let is_terminal = watched.options.console == To::Terminal && !has_command;
     let typed = is_terminal.then(|| rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).ok());
     let pipe = |reader_waits| {
         console::pipe(reader_waits, !reader_waits).step("make pipes to and from the monitor")
@@ -161,6 +184,7 @@ fn make_jail(
     drop(plan);
     let console = match spec.console {
         Some(file) => Sink::File(file),
+        None if has_command => Sink::Tail(Vec::new()),
         None if is_terminal => Sink::output(std::io::stdout().as_fd()),
         None => Sink::Nowhere,
     };
@@ -176,6 +200,7 @@ fn make_jail(
         keeper: None,
         console: Console::new(console, typed.flatten(), to_guest.1),
         log: Relay::new(Some(log.0), to_log),
+        agent,
         end: end.0,
         signals,
         client,

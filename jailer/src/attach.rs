@@ -1,0 +1,254 @@
+//! `mayfly-jailer exec` and `cp`: further processes in a guest that runs a command, and files in and out of
+//! it, through the socket of its supervisor.
+//!
+//! One thread, one loop over the connection and the caller's streams, which are those of the process
+//! (`run::agent::front`). What is copied is packed or unpacked by a child of this program (`copy`), with a
+//! pipe between. The supervisor passes the guest's messages on: they are hostile input here too.
+
+mod copy;
+mod options;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use self::copy::Copy;
+use self::options::Exec;
+use crate::error::{Advice as _, AnyError, Step as _, message};
+use crate::run::agent::command::{Body, CommandError};
+use crate::run::agent::front::{Front, FrontPart};
+use crate::run::agent::link::StreamLink;
+use crate::run::agent::place;
+use crate::run::console::terminal::LOOK_EVERY;
+use crate::sys::{self, Inherited};
+
+pub use self::options::{COPY_HELP, EXEC_HELP, parse_copy, parse_exec};
+
+/// A command could not be run, as of container engines.
+const NOT_RUN: i32 = 125;
+/// A copy failed.
+const NOT_COPIED: i32 = 1;
+/// A process that is asked to end so many times is left alone: this program ends, which kills it.
+const ASKED_MAX: u32 = 3;
+
+/// The connection, or the process behind it, failed.
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error("cannot go on: the connection to the microVM {0} was lost")]
+    Lost(String),
+    #[error("cannot go on: the microVM sent what it may not")]
+    Protocol(#[from] Malformed),
+    #[error("cannot start it: {0}")]
+    Command(#[from] CommandError),
+}
+
+/// Runs a command in a guest; the exit code.
+pub fn exec(exec: Exec, inherited: Inherited) -> i32 {
+    prepare(inherited);
+    let run = || -> Result<i32, AnyError> {
+        exec.command.check()?;
+        let body = exec.command.body("")?;
+        let socket = connect(&exec.id)?;
+        let front = Front::new(COMMAND, &exec.command);
+        Ok(Session::start(&exec.id, socket, front, &body)?.run()?)
+    };
+    ended(run(), NOT_RUN)
+}
+
+/// Copies files to or from a guest; the exit code.
+pub fn copy(copy: Copy, inherited: Inherited) -> i32 {
+    prepare(inherited);
+    ended(copy.run(), NOT_COPIED)
+}
+
+fn prepare(inherited: Inherited) {
+    sys::survive_writes();
+    // What is open besides is for other programs.
+    let _ = inherited.keep(&[]);
+}
+
+fn ended(result: Result<i32, AnyError>, otherwise: i32) -> i32 {
+    result.unwrap_or_else(|error| {
+        let text = format!("mayfly-jailer: {}\n", message(&*error));
+        // With standard error gone, the exit code still says it.
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        otherwise
+    })
+}
+
+/// A connection to the supervisor of the microVM `id`.
+fn connect(id: &str) -> Result<OwnedFd, AnyError> {
+    let path = place::socket(id);
+    let remedy = |answer| match answer {
+        Errno::NOENT | Errno::CONNREFUSED => Some(
+            "no microVM of this user with that id runs a command; its id is that of --id of \
+             mayfly-jailer run --image",
+        ),
+        _ => None,
+    };
+    let what = format!("reach the microVM {id}");
+    if path.exists() {
+        place::check_folder()?;
+    }
+    let address = SocketAddrUnix::new(&path).step(what.clone())?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .step(what.clone())?;
+    rustix::net::connect(&socket, &address)
+        .step(what)
+        .hints(remedy)?;
+    rustix::io::ioctl_fionbio(&socket, true).step("use the connection")?;
+    Ok(socket)
+}
+
+/// A process in the guest, to its end.
+struct Session {
+    id: String,
+    link: StreamLink,
+    front: Front,
+    frame: Box<Frame>,
+    signals: OwnedFd,
+    asked: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ready {
+    Signal,
+    Link,
+    Front(FrontPart),
+}
+
+impl Session {
+    fn start(id: &str, socket: OwnedFd, front: Front, body: &[u8]) -> Result<Session, AnyError> {
+        let signals = sys::watch_signals().step("hold back signals")?;
+        let mut session = Session {
+            id: id.to_owned(),
+            link: StreamLink::new(socket),
+            front,
+            frame: Box::new(Frame::new()),
+            signals,
+            asked: 0,
+        };
+        let start = Message::Start {
+            process: COMMAND,
+            body,
+        };
+        if !session.frame.push(&start) {
+            return Err(AttachError::Command(CommandError::TooLong).into());
+        }
+        session.link.send(&mut session.frame);
+        Ok(session)
+    }
+
+    fn run(mut self) -> Result<i32, AttachError> {
+        loop {
+            self.front.say(&mut self.frame);
+            self.link.send(&mut self.frame);
+            let status = self.front.status.filter(|_| !self.front.is_holding());
+            if let Some(status) = status {
+                self.front.close();
+                return Ok(status.code());
+            }
+            for ready in self.wait() {
+                match ready {
+                    Ready::Signal => {
+                        if let Some(code) = self.hear_signal() {
+                            self.front.close();
+                            return Ok(code);
+                        }
+                    }
+                    Ready::Link => self.receive()?,
+                    Ready::Front(part) => self.front.handle(part, &mut self.frame),
+                }
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Vec<Ready> {
+        self.front.look_at_terminal();
+        let mut kinds = vec![Ready::Signal];
+        let mut polled = vec![PollFd::from_borrowed_fd(
+            self.signals.as_fd(),
+            PollFlags::IN,
+        )];
+        if !self.link.is_closed {
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, self.link.is_holding());
+            kinds.push(Ready::Link);
+            polled.push(PollFd::from_borrowed_fd(self.link.as_fd(), flags));
+        }
+        self.front
+            .interests(self.link.takes_data(), |part, fd, flags| {
+                kinds.push(Ready::Front(part));
+                polled.push(PollFd::from_borrowed_fd(fd, flags));
+            });
+        let look = self.front.is_in_background().then_some(LOOK_EVERY);
+        let look = look.and_then(|it| Timespec::try_from(it).ok());
+        if poll(&mut polled, look.as_ref()).is_err() {
+            return Vec::new();
+        }
+        let all = kinds.into_iter().zip(&polled);
+        all.filter(|(_, fd)| !fd.revents().is_empty())
+            .map(|(ready, _)| ready)
+            .collect()
+    }
+
+    /// The code to end with, where a signal asks for that.
+    fn hear_signal(&mut self) -> Option<i32> {
+        let signal = sys::next_signal(self.signals.as_fd())?;
+        match signal {
+            libc::SIGCONT => self.front.resume(),
+            libc::SIGWINCH => self.front.resize(),
+            _ => {
+                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
+                    self.asked += 1;
+                }
+                if self.asked >= ASKED_MAX || self.front.status.is_some() {
+                    return Some(128 + signal);
+                }
+                self.front.signal(signal);
+            }
+        }
+        None
+    }
+
+    fn receive(&mut self) -> Result<(), AttachError> {
+        self.link.flush();
+        self.link.fill();
+        while self.link.has_frame() {
+            let front = &mut self.front;
+            self.link.take(|message| match *message {
+                Message::Data {
+                    process: COMMAND, ..
+                }
+                | Message::End {
+                    process: COMMAND, ..
+                }
+                | Message::Credit {
+                    process: COMMAND, ..
+                }
+                | Message::Exited {
+                    process: COMMAND, ..
+                } => front.receive(message),
+                _ => Err(Malformed::Kind(message.kind())),
+            })?;
+        }
+        match self.link.is_closed && self.front.status.is_none() {
+            true => Err(AttachError::Lost(self.id.clone())),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The body that starts a copy of the agent for an archive.
+fn archive_body(tag: u8, path: &str, has_input: bool) -> Result<Vec<u8>, CommandError> {
+    let mut body = Body::default();
+    body.add(tag, path.as_bytes())?;
+    if has_input {
+        body.add(mayfly_agent_protocol::fields::HAS_INPUT, b"")?;
+    }
+    body.finish()
+}

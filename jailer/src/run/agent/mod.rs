@@ -1,0 +1,484 @@
+//! The supervisor's side of a guest that runs a command: what the agent in it is told, and what it answers.
+//!
+//! ```text
+//!   caller's streams --- front ---+
+//!                                 +--- link === monitor's network device === agent
+//!   mayfly-jailer exec --- client +            (private: the supervisor is all there is)
+//! ```
+//!
+//! - Runs in the supervisor's loop, and never waits. `link` carries the frames, `front` is the caller's side
+//!   of a process, `clients` are further processes for other programs of this user, `command` what is to be
+//!   run, `initramfs` what the guest boots from, `place` where the socket for clients is.
+//! - All that the guest sends is hostile input. It is decoded by `mayfly-agent-protocol`, which allocates
+//!   nothing; what is held is bounded by the credit that was given; a turn of the loop takes a bounded number
+//!   of packets. What is malformed, out of turn or without credit ends the guest, with one message.
+//! - The guest's bytes reach the caller's standard output and error, the clients that asked for a process,
+//!   and, as text without control characters, messages. Nothing else on the host is reachable from it.
+
+mod clients;
+pub mod command;
+pub mod front;
+pub mod initramfs;
+pub mod link;
+pub mod place;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message, Status, fields};
+use rustix::event::PollFlags;
+
+use self::clients::{ClientPart, Clients};
+use self::command::{Body, Command, CommandError};
+use self::front::{Front, FrontPart};
+use self::link::Link;
+use crate::error::{AnyError, Step as _};
+
+/// What became ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentPart {
+    /// The link has something, or takes more.
+    Link,
+    /// The caller's streams.
+    Front(FrontPart),
+    /// A client, or one that comes.
+    Client(ClientPart),
+}
+
+/// The guest's agent ended the session.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("the guest's agent broke the protocol, and the microVM was ended")]
+    Protocol(#[from] Malformed),
+    #[error("cannot run the command: the guest's agent {0}")]
+    Failed(String),
+}
+
+/// What the root disk is to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RootMode {
+    /// Only read.
+    ReadOnly,
+    /// Written to.
+    ReadWrite,
+    /// Only read, with the guest's memory for what is written.
+    Overlay,
+}
+
+/// What the guest is to be, and run.
+#[derive(Debug)]
+pub struct Plan {
+    /// The name of its host.
+    pub hostname: String,
+    /// Type of the root disk's file system.
+    pub root_type: &'static str,
+    /// What the root disk is to it.
+    pub root_mode: RootMode,
+    /// What it runs.
+    pub command: Command,
+}
+
+/// The session with the agent.
+#[derive(Debug)]
+pub struct Agent {
+    link: Link,
+    front: Front,
+    clients: Clients,
+    has_started: bool,
+}
+
+impl Agent {
+    /// The session, and what the monitor is to have for a network interface. `listener` is the socket for
+    /// clients.
+    pub fn new(plan: &Plan, listener: Option<OwnedFd>) -> Result<(Agent, OwnedFd), AnyError> {
+        let (mut link, theirs) = Link::pair().step("make the link to the guest's agent")?;
+        let mode = match plan.root_mode {
+            RootMode::ReadOnly => fields::READ_ONLY,
+            RootMode::ReadWrite => fields::READ_WRITE,
+            RootMode::Overlay => fields::OVERLAY,
+        };
+        let mut setup = Body::default();
+        setup.add(fields::HOSTNAME, plan.hostname.as_bytes())?;
+        setup.add(fields::ROOT_TYPE, plan.root_type.as_bytes())?;
+        setup.add(fields::ROOT_MODE, &[mode])?;
+        let body = plan.command.body(&plan.hostname)?;
+        // The guest takes it when its agent is there.
+        let start = Message::Start {
+            process: COMMAND,
+            body: &body,
+        };
+        if !(link.out.push(&Message::Setup(&setup.finish()?)) && link.out.push(&start)) {
+            return Err(CommandError::TooLong.into());
+        }
+        link.flush();
+        let agent = Agent {
+            link,
+            front: Front::new(COMMAND, &plan.command),
+            clients: Clients::new(listener),
+            has_started: false,
+        };
+        Ok((agent, theirs))
+    }
+
+    /// Whether the command runs, or ran.
+    pub fn has_started(&self) -> bool {
+        self.has_started
+    }
+
+    /// How the command ended.
+    pub fn status(&self) -> Option<Status> {
+        self.front.status
+    }
+
+    /// The caller's side of the command.
+    pub fn front(&mut self) -> &mut Front {
+        &mut self.front
+    }
+
+    /// Whether signals are the command's.
+    pub fn is_running(&self) -> bool {
+        self.has_started && self.front.status.is_none()
+    }
+
+    /// Whether there is a terminal, which this process has to look at.
+    pub fn is_in_background(&self) -> bool {
+        self.front.is_in_background()
+    }
+
+    /// What to wait for.
+    pub fn interests<'a>(&'a self, mut add: impl FnMut(AgentPart, BorrowedFd<'a>, PollFlags)) {
+        if self.link.is_open() {
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, self.link.is_blocked());
+            add(AgentPart::Link, self.link.as_fd(), flags);
+        }
+        let can_send = self.link.takes_data();
+        self.front.interests(can_send, |part, fd, flags| {
+            add(AgentPart::Front(part), fd, flags)
+        });
+        self.clients.interests(can_send, |part, fd, flags| {
+            add(AgentPart::Client(part), fd, flags)
+        });
+    }
+
+    /// Serves what became ready.
+    pub fn handle(&mut self, part: AgentPart) -> Result<(), AgentError> {
+        match part {
+            AgentPart::Link => {
+                self.link.flush();
+                self.receive()?;
+            }
+            AgentPart::Front(part) => {
+                if part != FrontPart::Input || self.link.takes_data() {
+                    self.front.handle(part, &mut self.link.out);
+                }
+            }
+            AgentPart::Client(part) => self.clients.handle(part),
+        }
+        self.settle();
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(), AgentError> {
+        let Agent {
+            link,
+            front,
+            clients,
+            has_started,
+        } = self;
+        link.receive(|_: &mut Frame, message| match *message {
+            Message::Started { process: COMMAND } if !*has_started => {
+                *has_started = true;
+                Ok(())
+            }
+            Message::Failed(text) => {
+                let text = String::from_utf8_lossy(text);
+                Err(AgentError::Failed(text.replace(char::is_control, "?")))
+            }
+            Message::Data { process, .. }
+            | Message::End { process, .. }
+            | Message::Credit { process, .. }
+            | Message::Exited { process, .. } => {
+                if !*has_started {
+                    return Err(Malformed::Kind(message.kind()).into());
+                }
+                match process {
+                    COMMAND => front.receive(message)?,
+                    _ => clients.receive(process, message)?,
+                }
+                Ok(())
+            }
+            _ => Err(Malformed::Kind(message.kind()).into()),
+        })
+    }
+
+    /// Says what is to be said.
+    pub fn settle(&mut self) {
+        self.front.say(&mut self.link.out);
+        self.clients.say(&mut self.link.out);
+        self.link.flush();
+        if self.has_started {
+            self.clients.serve(&mut self.link);
+        }
+    }
+
+    /// The guest has ended: no more comes, but what has come is still to be taken.
+    pub fn hear_the_rest(&mut self) -> Result<(), AgentError> {
+        self.receive()
+    }
+
+    /// The clients hear that the guest has ended.
+    pub fn dismiss_clients(&mut self) {
+        self.clients.dismiss();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mayfly_agent_protocol::{
+        AGENT_MAC, DATA_MAX, ETHER_TYPE, SUPERVISOR_MAC, Stream, messages,
+    };
+
+    use super::*;
+    use crate::run::console::{Sink, pipe};
+
+    /// The guest's end of a session, which says what it likes.
+    struct Guest {
+        agent: Agent,
+        link: OwnedFd,
+        sequence: u32,
+        out: OwnedFd,
+    }
+
+    impl Guest {
+        fn new() -> Guest {
+            let plan = Plan {
+                hostname: "h".into(),
+                root_type: "erofs",
+                root_mode: RootMode::Overlay,
+                command: Command {
+                    words: vec!["true".into()],
+                    ..Command::default()
+                },
+            };
+            let (mut agent, link) = Agent::new(&plan, None).unwrap();
+            let (out, to) = pipe(false, false).unwrap();
+            let sinks = [Sink::Output { to, patient: false }, Sink::Nowhere];
+            agent.front = Front::with(COMMAND, None, sinks);
+            Guest {
+                agent,
+                link,
+                sequence: 0,
+                out,
+            }
+        }
+
+        /// A packet with these bytes for a frame.
+        fn send_bytes(&self, ether_type: u16, frame: &[u8]) {
+            let mut packet = vec![0; 12];
+            packet.extend(SUPERVISOR_MAC);
+            packet.extend(AGENT_MAC);
+            packet.extend(ether_type.to_be_bytes());
+            packet.extend(frame);
+            rustix::io::write(&self.link, &packet).unwrap();
+        }
+
+        fn send(&mut self, all: &[Message<'_>]) {
+            let mut frame = Frame::new();
+            assert!(all.iter().all(|message| frame.push(message)));
+            self.send_bytes(ETHER_TYPE, frame.finish(self.sequence));
+            self.sequence += 1;
+        }
+
+        fn serve(&mut self) -> Result<(), AgentError> {
+            self.agent.handle(AgentPart::Link)
+        }
+
+        fn fault(mut self, all: &[Message<'_>]) -> String {
+            self.send(all);
+            crate::error::message(&self.serve().unwrap_err())
+        }
+    }
+
+    const STARTED: Message<'_> = Message::Started { process: COMMAND };
+
+    fn data(process: u32, bytes: &[u8]) -> Message<'_> {
+        Message::Data {
+            process,
+            stream: Stream::Output,
+            bytes,
+        }
+    }
+
+    #[test]
+    fn agent_is_told_what_to_be_in_the_first_frame() {
+        let guest = Guest::new();
+        let mut packet = vec![0; 70_000];
+        let count = rustix::io::read(&guest.link, &mut packet).unwrap();
+        assert_eq!(packet[12..18], AGENT_MAC);
+        let all: Vec<_> = messages(&packet[26..count], 0)
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        assert!(matches!(
+            all[..],
+            [
+                Message::Setup(_),
+                Message::Start {
+                    process: COMMAND,
+                    ..
+                }
+            ]
+        ));
+    }
+
+    #[test]
+    fn command_that_runs_is_heard_to_its_end() {
+        let mut guest = Guest::new();
+        let status = Status::Exited(7);
+        guest.send(&[
+            STARTED,
+            data(COMMAND, b"out"),
+            Message::Exited {
+                process: COMMAND,
+                status,
+            },
+        ]);
+        guest.serve().unwrap();
+        assert_eq!(guest.agent.status(), Some(status));
+        let mut bytes = [0; 10];
+        assert_eq!(rustix::io::read(&guest.out, &mut bytes), Ok(3));
+    }
+
+    #[test]
+    fn frames_of_other_protocols_are_passed_over() {
+        let mut guest = Guest::new();
+        guest.send_bytes(0x86dd, &[0xff; 100]);
+        guest.send_bytes(0x0800, &[]);
+        rustix::io::write(&guest.link, b"short").unwrap();
+        guest.send(&[STARTED]);
+        guest.serve().unwrap();
+        assert!(guest.agent.has_started());
+    }
+
+    #[test]
+    fn messages_that_an_agent_may_not_send_end_the_session() {
+        let exited = Message::Exited {
+            process: COMMAND,
+            status: Status::Exited(0),
+        };
+        let cases: [&[Message<'_>]; 12] = [
+            &[data(COMMAND, b"before the start")],
+            &[exited],
+            &[STARTED, STARTED],
+            &[Message::Started { process: 2 }],
+            &[STARTED, data(2, b"of no process")],
+            &[
+                STARTED,
+                Message::Exited {
+                    process: 77,
+                    status: Status::Exited(0),
+                },
+            ],
+            &[STARTED, Message::Setup(b"")],
+            &[
+                STARTED,
+                Message::Start {
+                    process: 3,
+                    body: b"",
+                },
+            ],
+            &[
+                STARTED,
+                Message::Signal {
+                    process: COMMAND,
+                    number: 9,
+                },
+            ],
+            &[
+                STARTED,
+                Message::Credit {
+                    process: COMMAND,
+                    stream: Stream::Input,
+                    bytes: u32::MAX,
+                },
+            ],
+            &[STARTED, exited, exited],
+            &[STARTED, exited, data(COMMAND, b"after the end")],
+        ];
+        for all in cases {
+            let text = Guest::new().fault(all);
+            assert!(text.contains("broke the protocol"), "{all:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn output_without_end_is_refused_at_its_credit_and_no_more_is_held() {
+        let mut guest = Guest::new();
+        guest.send(&[STARTED]);
+        guest.serve().unwrap();
+        let piece = vec![b'x'; DATA_MAX];
+        let mut sent = 0;
+        let error = loop {
+            guest.send(&[data(COMMAND, &piece)]);
+            sent += piece.len();
+            match guest.serve() {
+                Ok(()) => assert!(sent < 1 << 20, "it is taken without end"),
+                Err(error) => break crate::error::message(&error),
+            }
+        };
+        assert!(error.contains("credit"), "{error}");
+    }
+
+    #[test]
+    fn frames_that_are_malformed_or_out_of_turn_end_the_session() {
+        for (frame, expected) in [
+            (&[][..], "cut short"),
+            (&[2, 0, 0, 0, 0, 0, 0, 0], "version 2"),
+            (&[1, 0, 0xff, 0xff, 0, 0, 0, 0], "wrong length"),
+            (&[1, 0, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4], "cut short"),
+            (
+                &[1, 0, 0, 0, 9, 0, 0, 0],
+                "frame 9 came in place of frame 0",
+            ),
+        ] {
+            let mut guest = Guest::new();
+            guest.send_bytes(ETHER_TYPE, frame);
+            let text = crate::error::message(&guest.serve().unwrap_err());
+            assert!(text.contains(expected), "{frame:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn reason_of_an_agent_is_text_without_control_characters() {
+        let text = Guest::new().fault(&[Message::Failed(b"cannot \x1b[2J\xff\n")]);
+        assert!(text.ends_with("agent cannot ?[2J\u{fffd}?"), "{text}");
+    }
+
+    #[test]
+    fn random_packets_are_refused_and_nothing_panics() {
+        let mut state = u64::from(std::process::id()) * 7919 + 1;
+        println!("seed {state}");
+        let mut next = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for _ in 0..300 {
+            let mut guest = Guest::new();
+            guest.send(&[STARTED]);
+            for _ in 0..20 {
+                let mut bytes: Vec<u8> = (0..next() % 100).map(|_| next() as u8 & 15).collect();
+                if let Some(header) = bytes.first_chunk_mut::<8>() {
+                    *header = [1, 0, 0, 0, guest.sequence as u8, 0, 0, 0];
+                    bytes[2] = (bytes.len() - 8) as u8;
+                }
+                guest.send_bytes(ETHER_TYPE, &bytes);
+                guest.sequence += 1;
+                if guest.serve().is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,697 @@
+//! Guests that run a command (`mayfly-jailer run --image`), with real binaries and a real Linux guest:
+//! streams, exit codes, signals, terminals, further processes, files in and out; and what a hostile agent
+//! can do, which the witness plays in the monitor's place.
+//!
+//! A guest takes long to boot where its kernel is emulated, so that one guest serves many checks.
+
+mod common;
+
+use common::needs;
+#[path = "jail/host.rs"]
+mod host;
+#[path = "jail/run.rs"]
+mod run;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use common::LINUX_PATIENCE;
+use common::sys::Terminal;
+use run::{Place, Who, fact};
+
+const SIZE: usize = 1 << 20;
+
+/// A test's programs, an image, and how to run commands from it.
+struct Images {
+    place: Place,
+    who: Who,
+}
+
+impl Images {
+    /// With the real monitor and an agent.
+    fn new(test: &str, who: Who) -> Images {
+        let place = Place::real(test, &common::mayfly());
+        fs::copy(common::agent(), place.path("agent")).unwrap();
+        let images = Images { place, who };
+        images.make_root();
+        fs::create_dir(images.place.path("runtime")).unwrap();
+        if who == Who::User {
+            common::run(
+                "chown",
+                &[&host::UID.to_string(), &images.place.path("runtime")],
+            );
+        }
+        images
+    }
+
+    /// A folder with a shell, a user, and a file of random bytes.
+    fn make_root(&self) {
+        let root = PathBuf::from(self.place.path("root"));
+        for folder in ["bin", "etc", "dev", "proc", "srv", "home"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+        for applet in [
+            "sh",
+            "cat",
+            "sleep",
+            "sha256sum",
+            "head",
+            "hostname",
+            "id",
+            "stty",
+            "true",
+            "grep",
+            "wc",
+            "mkdir",
+            "rm",
+            "ls",
+            "pidof",
+            "env",
+            "pwd",
+            "mount",
+            "kill",
+        ] {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+        }
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0::/:/bin/sh\nguest:x:1000:1001::/home:/bin/sh\n",
+        )
+        .unwrap();
+        fs::write(
+            root.join("etc/group"),
+            "root:x:0:\nguests:x:1001:\nmore:x:1002:guest\n",
+        )
+        .unwrap();
+        fs::write(root.join("srv/data"), random_bytes()).unwrap();
+    }
+
+    fn erofs(&self) -> String {
+        let image = self.place.path("root.erofs");
+        common::run("mkfs.erofs", &[&image, &self.place.path("root")]);
+        image
+    }
+
+    fn ext4(&self) -> String {
+        let image = self.place.path("root.ext4");
+        File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        let options = ["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-d"];
+        let root = self.place.path("root");
+        let words = [&options[..], &[&root, &image]].concat();
+        common::run("/usr/sbin/mke2fs", &words);
+        common::run("chmod", &["666", &image]);
+        image
+    }
+
+    /// `mayfly-jailer run --image`.
+    fn run(&self, image: &str, more: &[&str], command: &[&str]) -> Command {
+        let linux = common::linux();
+        let kernel = linux.kernel.display().to_string();
+        let agent = self.place.path("agent");
+        let words = [
+            "run",
+            "--image",
+            image,
+            "--kernel",
+            &kernel,
+            "--cmdline",
+            &linux.cmdline,
+            "--agent",
+            &agent,
+        ];
+        let mut jailer = self.place.jailer(self.who, &[&words[..], more].concat());
+        jailer.env("XDG_RUNTIME_DIR", self.place.path("runtime"));
+        jailer.arg("--").args(command);
+        jailer
+    }
+
+    /// `mayfly-jailer` with other words, as the same user.
+    fn jailer(&self, words: &[&str]) -> Command {
+        let program = self.place.host.path("mayfly-jailer");
+        let mut jailer = match self.who {
+            Who::Root => Command::new(program),
+            _ => self.place.as_user(self.who, &program),
+        };
+        jailer.args(words).stdin(Stdio::null());
+        jailer.env("XDG_RUNTIME_DIR", self.place.path("runtime"));
+        jailer
+    }
+
+    fn exec(&self, more: &[&str], command: &[&str]) -> Command {
+        let words = [&["exec", &self.place.host.name], more, &["--"], command].concat();
+        self.jailer(&words)
+    }
+
+    /// The output of `exec`, which has to end with this code.
+    fn execs(&self, code: i32, more: &[&str], command: &[&str]) -> Output {
+        ends(self.exec(more, command), code)
+    }
+
+    fn socket(&self) -> PathBuf {
+        let name = format!("{}.sock", self.place.host.name);
+        match self.who {
+            Who::Root => Path::new("/run/mayfly").join(name),
+            _ => PathBuf::from(self.place.path("runtime/mayfly")).join(name),
+        }
+    }
+
+    fn nothing_is_left(&self) {
+        self.place.nothing_is_left();
+        assert!(!self.socket().exists(), "{}", self.socket().display());
+    }
+}
+
+fn ends(mut command: Command, code: i32) -> Output {
+    let output = command.output().expect("the jailer starts");
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "{command:?}: {}",
+        err(&output)
+    );
+    output
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The same in each call: a megabyte that no compression or run of equal bytes makes easy.
+fn random_bytes() -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..SIZE).map(|_| next()).collect()
+}
+
+/// The SHA-256 of bytes, in digits, by a program of the host's.
+fn hash(bytes: &[u8]) -> String {
+    let mut child = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    out(&output).split(' ').next().unwrap().to_owned()
+}
+
+/// Starts a program whose standard input has these bytes, and is closed then.
+fn with_input(mut command: Command, bytes: Vec<u8>) -> Child {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    std::thread::spawn(move || {
+        // A program that does not read it all says so by its code.
+        let _ = input.write_all(&bytes);
+    });
+    child
+}
+
+#[test]
+fn command_from_an_erofs_image_has_its_streams_user_and_exit_code() {
+    needs!(root, kvm, guest, "mkfs.erofs", "busybox");
+    let images = Images::new("agrun", Who::User);
+    let report = images.place.path("runtime/report");
+    let more = [
+        "-i",
+        "--user",
+        "guest",
+        "--env",
+        "GREETING=a b",
+        "--workdir",
+        "/home",
+        "--hostname",
+        "box",
+        "--exit-report",
+        &report,
+    ];
+    let script = "sha256sum; id; hostname; pwd; echo $GREETING $HOME; echo apart >&2; \
+                  mkdir /srv/new && exit 1; exit 7";
+    let child = with_input(
+        images.run(&images.erofs(), &more, &["sh", "-c", script]),
+        random_bytes(),
+    );
+    let output = child.wait_with_output().unwrap();
+    let text = err(&output);
+    assert_eq!(output.status.code(), Some(7), "{text}");
+    let mut errors = text.lines();
+    assert_eq!(errors.next(), Some("apart"), "{text}");
+    // Written to by root alone.
+    assert!(
+        errors
+            .next()
+            .is_some_and(|line| line.contains("Permission denied")),
+        "{text}"
+    );
+    assert_eq!(errors.next(), None, "{text}");
+    let expected = format!(
+        "{}  -\nuid=1000(guest) gid=1001(guests) groups=1002(more)\nbox\n/home\na b /home\n",
+        hash(&random_bytes())
+    );
+    assert_eq!(
+        out(&output).replace("groups=1001(guests),", "groups="),
+        expected
+    );
+    let text = fs::read_to_string(&report).unwrap();
+    assert_eq!(fact(&text, "ended"), "exited", "{text}");
+    assert_eq!(fact(&text, "exit_code"), "7", "{text}");
+    images.nothing_is_left();
+}
+
+#[test]
+fn guest_that_runs_takes_further_processes_files_and_a_signal() {
+    needs!(root, kvm, guest, "mkfs.erofs", "busybox");
+    let images = Images::new("agexec", Who::Root);
+    let mut jailer = images.run(
+        &images.erofs(),
+        &[],
+        &["sh", "-c", "echo ready; exec sleep 100000"],
+    );
+    let mut jailer = jailer
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = [0; 6];
+    jailer
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut ready)
+        .unwrap();
+    assert_eq!(&ready, b"ready\n");
+    let mode = fs::metadata(images.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    has_every_exit_code(&images);
+    passes_streams_on(&images);
+    has_a_terminal(&images);
+    copies_both_ways(&images);
+    reaps_what_is_left_behind(&images);
+    kills_with_the_client(&images);
+
+    common::sys::kill(jailer.id(), libc::SIGTERM);
+    let output = jailer.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", err(&output));
+    assert_eq!(err(&output), "");
+    images.nothing_is_left();
+    let lost = images.execs(125, &[], &["true"]);
+    assert!(
+        err(&lost).contains("no microVM of this user with that id"),
+        "{}",
+        err(&lost)
+    );
+}
+
+fn has_every_exit_code(images: &Images) {
+    for (code, command) in [
+        (0, &["true"][..]),
+        (7, &["sh", "-c", "exit 7"]),
+        (137, &["sh", "-c", "kill -9 $$"]),
+        (143, &["sh", "-c", "kill $$"]),
+    ] {
+        let output = images.execs(code, &[], command);
+        assert_eq!((out(&output), err(&output)), (String::new(), String::new()));
+    }
+    for (code, command, words) in [
+        (127, "nothing", "cannot run nothing: no such file"),
+        (
+            126,
+            "/etc/passwd",
+            "cannot run /etc/passwd: permission denied",
+        ),
+    ] {
+        let output = images.execs(code, &[], &[command]);
+        assert!(err(&output).contains(words), "{}", err(&output));
+    }
+    let output = images.execs(126, &["--user", "nobody"], &["true"]);
+    assert!(
+        err(&output).contains("cannot find the user nobody in the image"),
+        "{}",
+        err(&output)
+    );
+}
+
+fn passes_streams_on(images: &Images) {
+    let bytes = random_bytes();
+    let child = with_input(images.exec(&["-i"], &["sha256sum"]), bytes.clone());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(out(&output), format!("{}  -\n", hash(&bytes)));
+
+    let script = "echo first >&2; cat /srv/data; echo last >&2";
+    let mut command = images.exec(&[], &["sh", "-c", script]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A reader that is slower than the guest: what it has not taken waits in the guest.
+    let mut slow = child.stdout.take().unwrap();
+    let (mut got, mut piece) = (Vec::new(), vec![0; 16 * 1024]);
+    while let Ok(count @ 1..) = slow.read(&mut piece) {
+        got.extend_from_slice(&piece[..count]);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(err(&output), "first\nlast\n");
+    assert!(got == bytes, "{} bytes of {}", got.len(), bytes.len());
+
+    // A reader that goes away ends the writer (SIGPIPE), as at a pipe.
+    let mut command = images.exec(&[], &["cat", "/dev/zero"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdout.take().unwrap().read_exact(&mut piece).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(141));
+}
+
+fn has_a_terminal(images: &Images) {
+    let mut terminal = Terminal::new();
+    let set = |size: &[&str]| {
+        let line = Stdio::from(terminal.line.try_clone().unwrap());
+        assert!(
+            Command::new("stty")
+                .args(size)
+                .stdin(line)
+                .status()
+                .unwrap()
+                .success()
+        );
+    };
+    set(&["rows", "33", "cols", "77"]);
+    let script = "stty size; read answer; stty size; echo $answer; exit 9";
+    let inner = images.exec(&["-t", "-i"], &["sh", "-c", script]);
+    let line = || Stdio::from(terminal.line.try_clone().unwrap());
+    let mut command = Command::new("setsid");
+    command
+        .args(["--ctty", "--wait"])
+        .arg(inner.get_program())
+        .args(inner.get_args());
+    let mut child = command
+        .stdin(line())
+        .stdout(line())
+        .stderr(line())
+        .spawn()
+        .unwrap();
+    let mut screen = terminal.keyboard.try_clone().unwrap();
+    let mut seen = String::new();
+    let mut sees = |text: &str| {
+        let mut bytes = [0; 1024];
+        while !seen.contains(text) {
+            let count = screen.read(&mut bytes).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    };
+    // The line ends as the host's terminal makes it.
+    sees("33 77\r");
+    assert!(terminal.settings().is_raw());
+    set(&["rows", "44", "cols", "88"]);
+    // The change is on its way when the answer is: both go by the same link, in this order.
+    common::wait_until("the change of size to be passed on", || {
+        let output = images.execs(0, &[], &["sh", "-c", "stty size </dev/pts/0"]);
+        out(&output) == "44 88\n"
+    });
+    terminal.keyboard.write_all(b"typed\r").unwrap();
+    sees("44 88\r");
+    sees("typed\r");
+    assert_eq!(child.wait().unwrap().code(), Some(9));
+}
+
+fn copies_both_ways(images: &Images) {
+    let name = &images.place.host.name;
+    let (from, to) = (images.place.path("from"), images.place.path("to"));
+    fs::create_dir_all(Path::new(&from).join("inner")).unwrap();
+    fs::write(Path::new(&from).join("inner/data"), random_bytes()).unwrap();
+    fs::set_permissions(
+        Path::new(&from).join("inner/data"),
+        fs::Permissions::from_mode(0o751),
+    )
+    .unwrap();
+    std::os::unix::fs::symlink("inner/data", Path::new(&from).join("link")).unwrap();
+    ends(
+        images.jailer(&["cp", &from, &format!("{name}:/srv/copy")]),
+        0,
+    );
+    let output = images.execs(
+        0,
+        &[],
+        &[
+            "sh",
+            "-c",
+            "sha256sum < /srv/copy/link; ls -l /srv/copy/inner",
+        ],
+    );
+    let text = out(&output);
+    assert!(
+        text.starts_with(&hash(&random_bytes())) && text.contains("-rwxr-x--x"),
+        "{text}"
+    );
+    ends(images.jailer(&["cp", &format!("{name}:/srv/copy"), &to]), 0);
+    assert!(fs::read(Path::new(&to).join("inner/data")).unwrap() == random_bytes());
+    assert_eq!(
+        fs::read_link(Path::new(&to).join("link")).unwrap(),
+        Path::new("inner/data")
+    );
+    // Into a folder that is there, under its own name; and one file under another.
+    ends(
+        images.jailer(&["cp", &format!("{name}:/etc/passwd"), &to]),
+        0,
+    );
+    let copied = fs::read_to_string(Path::new(&to).join("passwd")).unwrap();
+    assert!(copied.contains("guest:x:1000"), "{copied}");
+    for (words, expected) in [
+        (
+            [format!("{name}:/nothing"), to.clone()],
+            "cannot read nothing: no such file",
+        ),
+        (
+            [format!("{from}/nothing"), format!("{name}:/srv")],
+            "No such file",
+        ),
+        (
+            [from.clone(), format!("{name}:/nothing/there")],
+            "cannot write /nothing/there",
+        ),
+    ] {
+        let output = ends(images.jailer(&["cp", &words[0], &words[1]]), 1);
+        assert!(
+            err(&output).contains(expected),
+            "{words:?}: {}",
+            err(&output)
+        );
+    }
+}
+
+fn reaps_what_is_left_behind(images: &Images) {
+    let orphans = "for i in 1 2 3; do (sleep 0.01 &) ; done; exit 5";
+    images.execs(5, &[], &["sh", "-c", orphans]);
+    common::wait_until("no zombie to be left", || {
+        let output = images.execs(
+            0,
+            &[],
+            &[
+                "sh",
+                "-c",
+                "cat /proc/[0-9]*/status 2>/dev/null | grep -c 'State:.Z'; true",
+            ],
+        );
+        out(&output) == "0\n"
+    });
+}
+
+fn kills_with_the_client(images: &Images) {
+    let mut command = images.exec(&["-i"], &["sh", "-c", "echo there; cat"]);
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut there = [0; 6];
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut there)
+        .unwrap();
+    let count = || out(&images.execs(0, &[], &["sh", "-c", "pidof sh | wc -w"]));
+    assert_eq!(count(), "2\n");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    common::wait_until("the process to be killed with its client", || {
+        count() == "1\n"
+    });
+}
+
+#[test]
+fn what_a_command_writes_to_an_ext4_image_is_there_afterwards() {
+    needs!(root, kvm, guest, "mke2fs", "debugfs", "busybox");
+    let images = Images::new("agwrite", Who::Root);
+    let image = images.ext4();
+    let script = "echo kept >/srv/kept && rm -r /home && mkdir /home && exec sh -c 'kill -9 $$'";
+    let command = images.run(&format!("{image}:rw"), &[], &["sh", "-c", script]);
+    let output = ends(command, 137);
+    assert_eq!(err(&output), "");
+    let kept = Command::new("/usr/sbin/debugfs")
+        .args(["-R", "cat /srv/kept", &image])
+        .output()
+        .unwrap();
+    assert_eq!(out(&kept), "kept\n", "{}", err(&kept));
+    common::run("/usr/sbin/e2fsck", &["-fn", &image]);
+    images.nothing_is_left();
+}
+
+#[test]
+fn supervisor_that_is_killed_leaves_nothing() {
+    needs!(root, kvm, guest, "mkfs.erofs", "busybox");
+    for who in [Who::Root, Who::User] {
+        let images = Images::new(&format!("agkill{who:?}"), who);
+        let mut jailer = images.run(&images.erofs(), &[], &["sleep", "1000"]);
+        let mut jailer = jailer
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        common::wait_until("the socket", || images.socket().exists());
+        jailer.kill().unwrap();
+        jailer.wait().unwrap();
+        common::wait_until_within(LINUX_PATIENCE, "the socket to go", || {
+            !images.socket().exists()
+        });
+        images.nothing_is_left();
+    }
+}
+
+/// `mayfly-jailer run --image` with the witness for a monitor, which plays the guest.
+fn played(place: &Place, words: &str, more: &[&str]) -> Command {
+    let image = place.path("image");
+    let mut bytes = vec![0; 4096];
+    bytes[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
+    fs::write(&image, bytes).unwrap();
+    fs::write(place.path("agent"), "no agent").unwrap();
+    let agent = place.path("agent");
+    let options = ["--image", &image, "--agent", &agent];
+    let mut jailer = place.run(Who::Root, words, &[&options[..], more].concat());
+    jailer.args(["--", "true"]);
+    jailer
+}
+
+#[test]
+fn agent_that_breaks_the_protocol_ends_its_microvm_with_one_message() {
+    needs!(root);
+    let place = Place::new("aghostile");
+    for (kind, expected) in [
+        ("garbage", "cannot"),
+        ("endless", "more bytes were sent than there was credit for"),
+    ] {
+        let output = place.ends(played(&place, &format!("agent={kind}"), &[]), 125);
+        assert_eq!(output.err.lines().count(), 1, "{}", output.err);
+        assert!(
+            output.err.contains("the guest's agent broke the protocol"),
+            "{}",
+            output.err
+        );
+        assert!(
+            kind == "garbage" || output.err.contains(expected),
+            "{}",
+            output.err
+        );
+    }
+    // Frames of other protocols without end keep the supervisor neither from its limit nor from a signal.
+    let output = place.ends(played(&place, "agent=foreign", &["--timeout", "1"]), 124);
+    assert_eq!(output.err.lines().count(), 1, "{}", output.err);
+    let output = place.ends(played(&place, "exit=0", &[]), 125);
+    assert!(
+        output
+            .err
+            .contains("the guest ended before its command did"),
+        "{}",
+        output.err
+    );
+}
+
+#[test]
+fn commands_that_cannot_be_run_are_refused_in_one_line() {
+    needs!(root);
+    let place = Place::new("agrefuse");
+    let (image, plain) = (place.path("image"), place.path("disk"));
+    drop(played(&place, "", &[]));
+    let kernel = place.path("kernel");
+    let rw = format!("{image}:rw");
+    let run = |words: &[&str], command: &[&str]| {
+        let mut jailer = place.jailer(Who::Root, &[&["run"], words].concat());
+        jailer.args(command);
+        let output = place.ends(jailer, 125);
+        assert_eq!(output.err.lines().count(), 1, "{}", output.err);
+        output.err
+    };
+    for (words, command, expected) in [
+        (
+            &["--image", &image][..],
+            &["--", "true"][..],
+            "--kernel is missing",
+        ),
+        (
+            &["--image", &image, "--kernel", &kernel],
+            &[],
+            "what to run is missing",
+        ),
+        (
+            &["--image", &image, "--kernel", &kernel, "--snapshot", "x"],
+            &["--", "true"],
+            "leave one of both out",
+        ),
+        (
+            &["--image", &plain, "--kernel", &kernel],
+            &["--", "true"],
+            "neither an EROFS nor an ext4",
+        ),
+        (
+            &["--image", &rw, "--kernel", &kernel],
+            &["--", "true"],
+            "never written to",
+        ),
+        (
+            &["--image", &image, "--kernel", &kernel, "-t"],
+            &["--", "true"],
+            "are not a terminal",
+        ),
+        (
+            &["--image", &image, "--kernel", &kernel, "--agent", "/none"],
+            &["--", "true"],
+            "mayfly-agent",
+        ),
+        (
+            &["--image", "/none", "--kernel", &kernel],
+            &["--", "true"],
+            "open the image",
+        ),
+    ] {
+        let text = run(words, command);
+        assert!(text.contains(expected), "{words:?}: {text}");
+    }
+    let long = "x".repeat(70_000);
+    let agent = place.path("agent");
+    let words = ["--image", &image, "--kernel", &kernel, "--agent", &agent];
+    let text = run(&words, &["--", &long]);
+    assert!(text.contains("longer than"), "{text}");
+}
