@@ -143,7 +143,8 @@ impl Session {
         Ok(session)
     }
 
-    fn run(mut self) -> Result<i32, AttachError> {
+    /// To its end. The caller's streams are closed with the session.
+    fn run(&mut self) -> Result<i32, AttachError> {
         loop {
             self.front.say(&mut self.frame);
             self.link.send(&mut self.frame);
@@ -151,6 +152,9 @@ impl Session {
             if let Some(status) = status {
                 self.front.close();
                 return Ok(status.code());
+            }
+            if self.link.is_closed && self.front.status.is_none() {
+                return Err(AttachError::Lost(self.id.clone()));
             }
             for ready in self.wait() {
                 match ready {
@@ -236,10 +240,7 @@ impl Session {
                 _ => Err(Malformed::Kind(message.kind())),
             })?;
         }
-        match self.link.is_closed && self.front.status.is_none() {
-            true => Err(AttachError::Lost(self.id.clone())),
-            false => Ok(()),
-        }
+        Ok(())
     }
 }
 

@@ -1,23 +1,22 @@
 //! `mayfly-jailer cp`: the host's side of an archive (`mayfly-agent-protocol::archive`), in a child of this
 //! program, which reads and writes and may wait.
 //!
-//! An archive that comes from a guest is hostile: names are entries of a folder and never paths, each
-//! folder is opened by its name in the one above, no link is followed, and what is made has no
-//! set-user-ID. A guest can fill the file system that it is copied to, as any file that is copied can.
+//! What comes from a guest is hostile: `unpack` takes care of its archive, and of what it says on standard
+//! error one line is shown, without control characters.
+
+mod unpack;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use mayfly_agent_protocol::archive::{
-    DEPTH_MAX, Entry, HEADER, Kind, LINK_MAX, MODE_MASK, is_name,
-};
+use mayfly_agent_protocol::archive::{DEPTH_MAX, Entry, Kind, MODE_MASK, is_name};
 use mayfly_agent_protocol::{COMMAND, Malformed, fields};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
-use rustix::io::Errno;
 
+use self::unpack::Target;
 use super::{Session, archive_body, connect};
 use crate::error::{AnyError, Step as _, message};
 use crate::run::agent::front::Front;
@@ -26,6 +25,9 @@ use crate::sys::{self, Ended};
 
 /// Bytes that are read and written at once.
 const PIECE: usize = 64 * 1024;
+
+/// Most characters of what a guest says that are shown.
+const LINE_MAX: usize = 400;
 
 /// What is to be copied.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub enum Copy {
         path: String,
         /// Where it goes.
         to: PathBuf,
+        /// Whether folders that are there are written into.
+        merges: bool,
     },
     /// Into a guest.
     ToGuest {
@@ -61,6 +65,12 @@ enum CopyError {
         "cannot use what the guest sent: its folders are more than {DEPTH_MAX} deep, or end twice"
     )]
     Depth,
+    #[error(
+        "cannot use what the guest sent: it is more than the one file or folder that was asked for"
+    )]
+    Several,
+    #[error("cannot copy: the guest sent nothing; it is not a file, a folder or a link there")]
+    Nothing,
     #[error("cannot copy {0}: it has no name of its own")]
     NoName(PathBuf),
     #[error("cannot copy {0}: its folders are more than {DEPTH_MAX} deep")]
@@ -71,24 +81,29 @@ impl Copy {
     /// Does it; the exit code.
     pub fn run(self) -> Result<i32, AnyError> {
         match self {
-            Copy::FromGuest { id, path, to } => {
+            Copy::FromGuest {
+                id,
+                path,
+                to,
+                merges,
+            } => {
+                let target = Target::new(&path, &to, merges)?;
                 let socket = connect(&id)?;
                 let (reader, writer) = pipe(true, false).step("make a pipe")?;
                 let child = sys::fork().step("start the program that unpacks")?;
                 let Some(child) = child else {
                     drop((writer, socket));
-                    child_ends(unpack(&mut File::from(reader), &to));
+                    child_ends(target.unpack(&mut File::from(reader)));
                 };
                 drop(reader);
                 let out = Sink::Output {
                     to: writer,
                     patient: false,
                 };
-                let error = Sink::output(std::io::stderr().as_fd());
-                let front = Front::with(COMMAND, None, [out, error]);
+                let front = Front::with(COMMAND, None, [out, Sink::Tail(Vec::new())]);
                 let body = archive_body(fields::PACK, &path, false)?;
                 // The end of the session is the end of the pipe.
-                let code = Session::start(&id, socket, front, &body)?.run()?;
+                let code = run(Session::start(&id, socket, front, &body)?)?;
                 combined(code, child)
             }
             Copy::ToGuest { id, path, from } => {
@@ -101,15 +116,31 @@ impl Copy {
                     child_ends(pack(&from, &mut File::from(writer)));
                 };
                 drop(writer);
-                let nowhere = Sink::Nowhere;
-                let error = Sink::output(std::io::stderr().as_fd());
-                let front = Front::with(COMMAND, Some(reader), [nowhere, error]);
+                let sinks = [Sink::Nowhere, Sink::Tail(Vec::new())];
+                let front = Front::with(COMMAND, Some(reader), sinks);
                 let body = archive_body(fields::UNPACK, &path, true)?;
-                let code = Session::start(&id, socket, front, &body)?.run()?;
+                let code = run(Session::start(&id, socket, front, &body)?)?;
                 combined(code, child)
             }
         }
     }
+}
+
+/// Runs the session to its end, and shows what the guest said of it. The pipe is closed then.
+fn run(mut session: Session) -> Result<i32, AnyError> {
+    let code = session.run();
+    let line = last_line(&session.front.error_tail());
+    if !line.is_empty() {
+        // With standard error gone, the exit code still says it.
+        let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+    }
+    Ok(code?)
+}
+
+/// The last line of a text without control characters, no longer than a message is.
+fn last_line(text: &str) -> String {
+    let line = text.lines().rev().find(|line| !line.trim().is_empty());
+    line.unwrap_or_default().chars().take(LINE_MAX).collect()
 }
 
 /// The code of both ends.
@@ -233,103 +264,11 @@ fn pack_entry(folder: &OwnedFd, name: &[u8], out: &mut File, depth: usize) -> Re
     Ok(())
 }
 
-/// Makes what an archive has at `path`: in it, if that is a folder, else under that name.
-fn unpack(from: &mut File, path: &Path) -> Result<(), AnyError> {
-    let (top, mut renamed) = match std::fs::metadata(path) {
-        Ok(found) if found.is_dir() => (
-            sys::open_folder(path).step_on("open the folder", path)?,
-            None,
-        ),
-        _ => split(path).map(|(folder, name)| (folder, Some(name)))?,
-    };
-    let mut folders: Vec<OwnedFd> = Vec::new();
-    let mut is_first = true;
-    loop {
-        let mut header = [0; HEADER];
-        match from.read_exact(&mut header) {
-            // The guest has said why there is nothing.
-            Err(_) if is_first => sys::exit_now(super::NOT_COPIED),
-            other => other.step("read from the guest")?,
-        }
-        is_first = false;
-        let entry = Entry::decode(&header).map_err(CopyError::Archive)?;
-        let mut name = vec![0; entry.name];
-        from.read_exact(&mut name).step("read from the guest")?;
-        match entry.kind {
-            Kind::End => return Ok(()),
-            Kind::Leave => {
-                folders.pop().ok_or(CopyError::Depth)?;
-                continue;
-            }
-            _ if !is_name(&name) => {
-                return Err(CopyError::Name(String::from_utf8_lossy(&name).into_owned()).into());
-            }
-            _ => {}
-        }
-        let name = renamed.take().unwrap_or(name);
-        let folder = folders.last().unwrap_or(&top);
-        let what = format!("make {}", String::from_utf8_lossy(&name));
-        if entry.kind == Kind::Folder {
-            let inner = make_folder(folder, &name, entry.mode).step(what)?;
-            if folders.len() >= DEPTH_MAX {
-                return Err(CopyError::Depth.into());
-            }
-            folders.push(inner);
-        } else {
-            make_file(folder, &name, &entry, from).step(what)?;
-        }
-    }
-}
-
-fn make_folder(folder: &OwnedFd, name: &[u8], mode: u32) -> Result<OwnedFd, Errno> {
-    match rustix::fs::mkdirat(folder, name, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(error),
-    }
-    let inner = rustix::fs::openat(folder, name, FOLDER, Mode::empty())?;
-    // Its owner has to be able to write to it now.
-    rustix::fs::fchmod(&inner, Mode::from_raw_mode(mode | 0o700))?;
-    Ok(inner)
-}
-
-fn make_file(
-    folder: &OwnedFd,
-    name: &[u8],
-    entry: &Entry,
-    from: &mut File,
-) -> Result<(), std::io::Error> {
-    // What is there is replaced, and not written through.
-    match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(error) => return Err(error.into()),
-    }
-    if entry.kind == Kind::Link {
-        let mut to = vec![0; usize::try_from(entry.size).unwrap_or(0).min(LINK_MAX)];
-        from.read_exact(&mut to)?;
-        return Ok(rustix::fs::symlinkat(&*to, folder, name)?);
-    }
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(folder, name, flags, Mode::RUSR | Mode::WUSR)?;
-    let mut file = File::from(file);
-    let copied = std::io::copy(&mut from.take(entry.size), &mut file)?;
-    if copied < entry.size {
-        return Err(std::io::ErrorKind::UnexpectedEof.into());
-    }
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode))?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     use super::*;
-
-    fn archive(folder: &Path, bytes: &[u8]) -> File {
-        let path = folder.join("archive");
-        std::fs::write(&path, bytes).unwrap();
-        File::open(path).unwrap()
-    }
 
     #[test]
     fn tree_comes_out_as_it_went_in_with_modes_and_links() {
@@ -345,17 +284,10 @@ mod tests {
         let packed = place.path().join("packed");
         pack(&from, &mut File::create(&packed).unwrap()).unwrap();
         let to = place.path().join("to");
-        for is_again in [false, true] {
-            let target = if is_again {
-                to.clone()
-            } else {
-                place.path().join("to")
-            };
-            if is_again {
-                // Into a folder that is there it goes under its own name, over what is there.
-                symlink("/nonexistent", to.join("a/b/planted")).unwrap();
-            }
-            unpack(&mut File::open(&packed).unwrap(), &target).unwrap();
+        // The second time into a folder that is there, under its own name.
+        for _ in 0..2 {
+            let target = Target::new("/x/from/", &to, false).unwrap();
+            target.unpack(&mut File::open(&packed).unwrap()).unwrap();
         }
         for top in [to.clone(), to.join("from")] {
             assert_eq!(std::fs::read(top.join("a/b/file")).unwrap(), content);
@@ -367,58 +299,14 @@ mod tests {
                 .unwrap()
                 .permissions()
                 .mode();
-            assert_eq!(mode & 0o7777, 0o750);
+            assert_eq!(mode & 0o7700, 0o700);
         }
     }
 
     #[test]
-    fn archive_that_leads_out_of_its_folder_is_refused() {
-        let named = |kind, name: &[u8], size| {
-            let entry = Entry {
-                kind,
-                name: name.len(),
-                mode: 0o644,
-                size,
-            };
-            [&entry.encode()[..], name].concat()
-        };
-        let link = [named(Kind::Link, b"x", 4), b"/tmp".to_vec()].concat();
-        let cases: [(&str, Vec<u8>); 6] = [
-            ("is not the name", named(Kind::File, b"..", 0)),
-            ("is not the name", named(Kind::File, b"a/b", 0)),
-            ("is not the name", named(Kind::Folder, b".", 0)),
-            ("end twice", Entry::bare(Kind::Leave).encode().to_vec()),
-            ("not an archive", vec![9; HEADER]),
-            // A folder in place of a link that was made before: the link is not followed.
-            ("make x", [link, named(Kind::Folder, b"x", 0)].concat()),
-        ];
-        for (expected, bytes) in cases {
-            let place = crate::testing::Folder::new("copy-hostile");
-            let target = place.path().join("target");
-            std::fs::create_dir(&target).unwrap();
-            let error = unpack(&mut archive(place.path(), &bytes), &target).unwrap_err();
-            let text = message(&*error);
-            assert!(text.contains(expected), "{expected}: {text}");
-        }
-    }
-
-    #[test]
-    fn link_that_is_there_is_replaced_and_not_written_through() {
-        let place = crate::testing::Folder::new("copy-link");
-        let (target, precious) = (place.path().join("target"), place.path().join("precious"));
-        std::fs::create_dir(&target).unwrap();
-        std::fs::write(&precious, "precious").unwrap();
-        symlink(&precious, target.join("x")).unwrap();
-        let entry = Entry {
-            kind: Kind::File,
-            name: 1,
-            mode: 0o600,
-            size: 3,
-        };
-        let end = Entry::bare(Kind::End).encode();
-        let bytes = [&entry.encode()[..], b"x", b"new", &end].concat();
-        unpack(&mut archive(place.path(), &bytes), &target).unwrap();
-        assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
-        assert_eq!(std::fs::read(target.join("x")).unwrap(), b"new");
+    fn one_line_of_what_the_guest_says_is_shown() {
+        assert_eq!(last_line("first\nlast\n \n"), "last");
+        assert_eq!(last_line(&"x".repeat(10_000)).len(), LINE_MAX);
+        assert_eq!(last_line(""), "");
     }
 }

@@ -56,6 +56,10 @@ pub fn parse_copy(words: Vec<OsString>) -> Result<Option<Copy>, ArgsError> {
     if asks_for_help(&words) {
         return Ok(None);
     }
+    let count = words.len();
+    let mut words = words;
+    words.retain(|word| word != "--merge");
+    let merges = words.len() < count;
     let [from, to]: [OsString; 2] = words
         .try_into()
         .map_err(|_| ArgsError::Missing("one of the two places, as in `cp ID:PATH FILE`,"))?;
@@ -64,6 +68,7 @@ pub fn parse_copy(words: Vec<OsString>) -> Result<Option<Copy>, ArgsError> {
             id,
             path,
             to: to.into(),
+            merges,
         })),
         (None, Some((id, path))) => Ok(Some(Copy::ToGuest {
             id,
@@ -140,12 +145,18 @@ mod tests {
         let copy = |line| parse_copy(words(line));
         let (id, path) = ("vm-1".to_owned(), "/etc/x".to_owned());
         let to = PathBuf::from("./a:b");
-        let expected = Copy::FromGuest {
-            id: id.clone(),
-            path: path.clone(),
-            to,
-        };
-        assert_eq!(copy("vm-1:/etc/x ./a:b").unwrap(), Some(expected));
+        for (line, merges) in [
+            ("vm-1:/etc/x ./a:b", false),
+            ("--merge vm-1:/etc/x ./a:b", true),
+        ] {
+            let expected = Copy::FromGuest {
+                id: id.clone(),
+                path: path.clone(),
+                to: to.clone(),
+                merges,
+            };
+            assert_eq!(copy(line).unwrap(), Some(expected));
+        }
         let from = PathBuf::from("/y");
         assert_eq!(
             copy("/y vm-1:/etc/x").unwrap(),

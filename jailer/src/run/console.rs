@@ -63,14 +63,10 @@ impl Sink {
         let Ok(own) = rustix::io::fcntl_dupfd_cloexec(of, 3) else {
             return Sink::Nowhere;
         };
-        let kind = rustix::fs::fstat(&own).map(|stat| FileType::from_raw_mode(stat.st_mode));
-        if matches!(kind, Ok(FileType::Fifo | FileType::CharacterDevice)) {
-            let path = format!("/proc/self/fd/{}", own.as_raw_fd());
-            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-            if let Ok(to) = sys::open(path, flags) {
-                return Sink::Output { to, patient: false };
-            }
+        if let Some(to) = opened_anew(own.as_fd(), OFlags::WRONLY) {
+            return Sink::Output { to, patient: false };
         }
+        let kind = rustix::fs::fstat(&own).map(|stat| FileType::from_raw_mode(stat.st_mode));
         // Writing to a file does not wait for a reader.
         let patient = kind != Ok(FileType::RegularFile);
         Sink::Output { to: own, patient }
@@ -103,6 +99,41 @@ impl Sink {
                 other => other,
             },
         }
+    }
+}
+
+/// Standard input. Opened anew, as an output is, so that a read of it does not wait where another program that
+/// has it open was first.
+pub fn input(of: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let own = rustix::io::fcntl_dupfd_cloexec(of, 3).ok()?;
+    match opened_anew(own.as_fd(), OFlags::RDONLY) {
+        Some(opened) => Some(opened),
+        None => Some(own),
+    }
+}
+
+/// What a pipe or a character device is, opened once more, so that it does not wait. Another opening of the
+/// device for new pseudo-terminals would be one more of those.
+fn opened_anew(of: BorrowedFd<'_>, access: OFlags) -> Option<OwnedFd> {
+    let stat = rustix::fs::fstat(of).ok()?;
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let is_ptmx = kind == FileType::CharacterDevice && stat.st_rdev == PTMX;
+    if is_ptmx || !matches!(kind, FileType::Fifo | FileType::CharacterDevice) {
+        return None;
+    }
+    let path = format!("/proc/self/fd/{}", of.as_raw_fd());
+    sys::open(path, access | OFlags::NONBLOCK | OFlags::NOCTTY).ok()
+}
+
+/// Number of /dev/ptmx.
+const PTMX: u64 = libc::makedev(5, 2);
+
+/// Reads of an input what is there now. A socket cannot be opened anew, but read without waiting.
+pub fn read_now(from: BorrowedFd<'_>, place: &mut [u8]) -> Result<usize, Errno> {
+    match rustix::net::recv(from, &mut *place, rustix::net::RecvFlags::DONTWAIT) {
+        Err(Errno::NOTSOCK) => rustix::io::read(from, place),
+        Ok((count, _)) => Ok(count),
+        Err(error) => Err(error),
     }
 }
 
@@ -164,7 +195,7 @@ impl Relay {
         let Some(source) = &self.source else {
             return 0;
         };
-        match rustix::io::read(source, buffer) {
+        match read_now(source.as_fd(), buffer) {
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(error) if Some(error) == passing => 0,
             Ok(0) | Err(_) => {
@@ -338,6 +369,22 @@ mod tests {
             }
         };
         (writer, Relay::new(Some(reader), sink))
+    }
+
+    #[test]
+    fn input_that_another_program_emptied_does_not_wait() {
+        let (reader, writer) = pipe(true, true).unwrap();
+        let own = input(reader.as_fd()).unwrap();
+        let mut place = [0; 10];
+        assert_eq!(read_now(own.as_fd(), &mut place), Err(Errno::AGAIN));
+        rustix::io::write(&writer, b"abc").unwrap();
+        assert_eq!(read_now(own.as_fd(), &mut place), Ok(3));
+        // The other one waits as before.
+        let flags = rustix::fs::fcntl_getfl(&reader).unwrap();
+        assert!(!flags.contains(OFlags::NONBLOCK));
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let own = input(socket.as_fd()).unwrap();
+        assert_eq!(read_now(own.as_fd(), &mut place), Err(Errno::AGAIN));
     }
 
     #[test]

@@ -35,6 +35,8 @@ const START_US: u64 = 60_000_000;
 const GRACE_US: u64 = 3_000_000;
 /// A command that was asked to end so many times is ended with its machine.
 const ASKED_MAX: u32 = 3;
+/// How long clients of a guest that ended may take to read what is held for them.
+const CLIENTS_US: u64 = 3_000_000;
 /// How long the last of console and log may take to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -320,6 +322,10 @@ impl Watch {
         if let Some(agent) = self.agent.as_mut().filter(|it| it.is_in_background()) {
             agent.front().look_at_terminal();
         }
+        let is_due = |it: &&mut Agent| it.due() == Some(Duration::ZERO);
+        if let Some(agent) = self.agent.as_mut().filter(is_due) {
+            agent.settle();
+        }
         let now = self.now_us();
         if self.progress.kill_at_us.take_if(|at| now >= *at).is_some() {
             self.kill();
@@ -393,7 +399,10 @@ impl Watch {
         let is_in_background = self.console.is_in_background()
             || self.agent.as_ref().is_some_and(Agent::is_in_background);
         let look = is_in_background.then(|| self.now_us() + LOOK_EVERY.as_micros() as u64);
+        let agent = self.agent.as_ref().and_then(Agent::due);
         let due = [
+            // Not before it: the poll ends at a whole microsecond.
+            agent.map(|it| self.now_us() + it.as_nanos().div_ceil(1000) as u64),
             self.start_by_us(),
             self.time_limit_us(),
             progress.kill_at_us,
@@ -623,22 +632,30 @@ impl Watch {
         if !agent.has_started() {
             self.progress.console_tail = self.console.out.tail();
         }
-        let front = agent.front();
-        while front.is_holding() && self.progress.failure.is_none() {
-            let limit = self
-                .time_limit_us()
-                .map(|at| at.saturating_sub(self.now_us()));
-            if limit == Some(0) {
+        let clients_until = self.now_us() + CLIENTS_US;
+        while self.progress.failure.is_none() {
+            let is_holding = agent.front().is_holding();
+            let awaits_clients =
+                self.now_us() < clients_until && agent.clients().held().next().is_some();
+            if !is_holding && !awaits_clients {
                 break;
             }
+            let due = [
+                self.time_limit_us(),
+                awaits_clients.then_some(clients_until),
+            ];
+            if self.time_limit_us().is_some_and(|at| self.now_us() >= at) {
+                break;
+            }
+            let limit = due.into_iter().flatten().min();
+            let limit = limit.map(|at| at.saturating_sub(self.now_us()));
             let limit = limit.and_then(|us| Timespec::try_from(Duration::from_micros(us)).ok());
             let mut polled = vec![PollFd::from_borrowed_fd(
                 self.signals.as_fd(),
                 PollFlags::IN,
             )];
-            let can_send = false;
-            front.interests(can_send, |_, fd, flags| {
-                polled.push(PollFd::from_borrowed_fd(fd, flags))
+            agent.holders(awaits_clients, |fd| {
+                polled.push(PollFd::from_borrowed_fd(fd, PollFlags::OUT));
             });
             let has_waited = poll(&mut polled, limit.as_ref()).is_ok();
             let is_signal = has_waited && !polled[0].revents().is_empty();
@@ -648,9 +665,10 @@ impl Watch {
             if signal.is_some_and(|it| !matches!(it, libc::SIGCONT | libc::SIGWINCH)) {
                 break;
             }
-            front.flush_all();
+            agent.front().flush_all();
+            agent.clients().flush_all();
         }
-        front.close();
+        agent.front().close();
     }
 
     /// Gives slow readers of console and log a moment for what is still held for them.

@@ -6,18 +6,24 @@
 //! its process killed.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use mayfly_agent_protocol::{
     COMMAND, Frame, INPUT_WINDOW, Malformed, Message, OUTPUT_WINDOW, PROCESSES_MAX, Receiver,
     Sender, Status, Stream, fields,
 };
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
 use super::link::{Link, StreamLink};
 
 /// SIGKILL.
 const KILL: u8 = 9;
+/// Most frames of one client that are passed on in one turn.
+const TURN: usize = 16;
+/// How long no client is taken after one could not be: this process has no descriptor for it.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// What became ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +63,8 @@ struct Client {
 #[derive(Debug)]
 pub struct Clients {
     listener: Option<OwnedFd>,
+    /// Before that, none is taken, unless one goes.
+    paused_until: Option<Instant>,
     all: Vec<Client>,
     next: u32,
 }
@@ -66,6 +74,7 @@ impl Clients {
     pub fn new(listener: Option<OwnedFd>) -> Clients {
         Clients {
             listener,
+            paused_until: None,
             all: Vec::new(),
             next: COMMAND,
         }
@@ -79,7 +88,9 @@ impl Clients {
     ) {
         // The command is one of the processes.
         let is_full = self.all.len() + 1 >= PROCESSES_MAX;
-        if let Some(listener) = self.listener.as_ref().filter(|_| !is_full) {
+        let is_paused = self.paused_until.is_some();
+        let listener = self.listener.as_ref();
+        if let Some(listener) = listener.filter(|_| !is_full && !is_paused) {
             add(ClientPart::New, listener.as_fd(), PollFlags::IN);
         }
         for client in &self.all {
@@ -114,8 +125,14 @@ impl Clients {
             return;
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let Ok(socket) = rustix::net::accept_with(listener, flags) else {
-            return;
+        let socket = match rustix::net::accept_with(listener, flags) {
+            Ok(socket) => socket,
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return,
+            // The listener stays readable.
+            Err(_) => {
+                self.paused_until = Some(Instant::now() + PAUSE);
+                return;
+            }
         };
         // Numbers that are in use are those of clients that are here, far fewer than there are numbers.
         loop {
@@ -145,14 +162,33 @@ impl Clients {
         client.receive(message)
     }
 
-    /// Passes on what clients have sent, one frame of each, as far as there is room.
+    /// When clients are taken again, where that is to be waited for.
+    pub fn paused_until(&self) -> Option<Instant> {
+        self.paused_until
+    }
+
+    /// Whether there is a frame that could be passed on, if there is room.
+    pub fn has_frame(&self) -> bool {
+        let is_served = |it: &&Client| !it.link.is_closed;
+        self.all
+            .iter()
+            .filter(is_served)
+            .any(|it| it.link.has_frame())
+    }
+
+    /// Passes on what clients have sent, a bounded part of it, as far as there is room.
     pub fn serve(&mut self, link: &mut Link) {
+        let count = self.all.len();
         for client in &mut self.all {
-            if link.takes_data() && client.link.has_frame() {
+            let mut left = TURN;
+            while left > 0 && link.takes_data() && !client.link.is_closed && client.link.has_frame()
+            {
                 client.serve(&mut link.out);
                 link.flush();
+                left -= 1;
             }
-            if client.link.is_closed && matches!(client.state, State::New | State::Running) {
+            let is_gone = client.link.is_closed || client.link.cannot_send();
+            if is_gone && matches!(client.state, State::New | State::Running) {
                 client.state = match client.state {
                     State::New => State::Ended,
                     _ => State::Gone,
@@ -163,6 +199,10 @@ impl Clients {
             let is_done = client.state == State::Ended;
             !is_done || (client.link.is_holding() && !client.link.is_closed)
         });
+        let has_waited = self.paused_until.is_some_and(|it| Instant::now() >= it);
+        if has_waited || self.all.len() < count {
+            self.paused_until = None;
+        }
     }
 
     /// Adds what is to be said for those that are gone.
@@ -181,7 +221,7 @@ impl Clients {
         }
     }
 
-    /// Tells all that their processes ended with the guest.
+    /// Tells all that their processes ended with the guest. What is held for them is still to be sent.
     pub fn dismiss(&mut self) {
         let status = Status::Killed(KILL);
         for client in self.all.iter_mut().filter(|it| it.state == State::Running) {
@@ -189,9 +229,22 @@ impl Clients {
                 process: COMMAND,
                 status,
             });
+            client.state = State::Ended;
         }
         self.listener = None;
-        self.all.clear();
+        self.flush_all();
+    }
+
+    /// Sends what is held, as far as it goes now; those for which nothing is held are let go of.
+    pub fn flush_all(&mut self) {
+        self.all.iter_mut().for_each(|it| it.link.flush());
+        let is_holding = |it: &Client| it.link.is_holding() && !it.link.is_closed;
+        self.all.retain(is_holding);
+    }
+
+    /// What to wait for before more goes of what is held; nothing once all is sent.
+    pub fn held(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.all.iter().map(|it| it.link.as_fd())
     }
 }
 
@@ -270,6 +323,8 @@ impl Client {
                     *state = State::Running;
                     Message::Start { process, body }
                 }
+                // What it sent before it heard of the end is for no process.
+                _ if *state == State::Ended => return Ok(()),
                 _ if *state != State::Running => return unexpected,
                 Message::Data {
                     stream: Stream::Input,
@@ -314,5 +369,207 @@ impl Client {
             }
         });
         link.is_closed |= taken.is_err();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use mayfly_agent_protocol::messages;
+    use rustix::event::{PollFd, poll};
+
+    use super::*;
+    use crate::testing::Folder;
+
+    /// A socket for clients, one of them, and the guest's end of the link.
+    struct Session {
+        clients: Clients,
+        client: UnixStream,
+        link: Link,
+        guest: OwnedFd,
+    }
+
+    const START: Message<'_> = Message::Start {
+        process: COMMAND,
+        // One word.
+        body: &[fields::ARGUMENT, 1, 0, b'x', 0],
+    };
+
+    fn frame_of(sequence: u32, message: &Message<'_>) -> Vec<u8> {
+        let mut frame = Frame::new();
+        assert!(frame.push(message));
+        frame.finish(sequence).to_vec()
+    }
+
+    impl Session {
+        fn new(name: &str) -> Session {
+            let place = Folder::new(name);
+            let listener = UnixListener::bind(place.path().join("s")).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let client = UnixStream::connect(place.path().join("s")).unwrap();
+            let (link, guest) = Link::pair().unwrap();
+            let mut clients = Clients::new(Some(listener.into()));
+            clients.handle(ClientPart::New);
+            Session {
+                clients,
+                client,
+                link,
+                guest,
+            }
+        }
+
+        /// What a turn of the loop does when the client has sent something.
+        fn serve(&mut self) {
+            let process = self.clients.all[0].process;
+            self.clients.handle(ClientPart::Of(process));
+            self.clients.serve(&mut self.link);
+        }
+
+        /// The kinds of the messages that reached the guest.
+        fn heard(&self) -> Vec<u8> {
+            let mut kinds = Vec::new();
+            let mut packet = vec![0; 70_000];
+            let mut sequence = 0;
+            loop {
+                let now = Default::default();
+                let mut fds = [PollFd::new(&self.guest, PollFlags::IN)];
+                if poll(&mut fds, Some(&now)) != Ok(1) {
+                    return kinds;
+                }
+                let count = rustix::io::read(&self.guest, &mut packet).unwrap();
+                for message in messages(&packet[26..count], sequence).unwrap() {
+                    kinds.push(message.unwrap().kind());
+                }
+                sequence += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn frames_that_came_at_once_are_all_passed_on() {
+        let mut session = Session::new("clients-at-once");
+        let stream = Stream::Input;
+        let all = [
+            START,
+            Message::Data {
+                process: COMMAND,
+                stream,
+                bytes: b"input",
+            },
+            Message::End {
+                process: COMMAND,
+                stream,
+            },
+        ];
+        let frames = (0..).zip(&all).map(|(at, it)| frame_of(at, it));
+        let bytes = frames.collect::<Vec<_>>().concat();
+        session.client.write_all(&bytes).unwrap();
+        session.serve();
+        let expected: Vec<u8> = all.iter().map(Message::kind).collect();
+        assert_eq!(session.heard(), expected);
+    }
+
+    #[test]
+    fn frames_beyond_a_turn_are_told_of() {
+        let mut session = Session::new("clients-turn");
+        let mut bytes = frame_of(0, &START);
+        let signal = Message::Signal {
+            process: COMMAND,
+            number: 1,
+        };
+        for at in 1..=TURN {
+            bytes.extend(frame_of(at as u32, &signal));
+        }
+        session.client.write_all(&bytes).unwrap();
+        session.serve();
+        let mut count = session.heard().len();
+        assert!(count <= TURN);
+        while session.clients.has_frame() {
+            assert!(session.link.takes_data() || !session.heard().is_empty());
+            session.clients.serve(&mut session.link);
+            session.link.flush();
+            count += 1;
+        }
+        assert_eq!(count, TURN + 1);
+    }
+
+    #[test]
+    fn client_that_takes_no_output_gets_it_and_the_end_after_the_guest_is_gone() {
+        let mut session = Session::new("clients-slow");
+        session.client.write_all(&frame_of(0, &START)).unwrap();
+        session.serve();
+        let process = session.clients.all[0].process;
+        let piece = vec![b'x'; 32 * 1024];
+        let data = Message::Data {
+            process,
+            stream: Stream::Output,
+            bytes: &piece,
+        };
+        for _ in 0..OUTPUT_WINDOW as usize / piece.len() {
+            session.clients.receive(process, &data).unwrap();
+        }
+        session.clients.dismiss();
+        assert_eq!(session.clients.held().count(), 1);
+        let client = session.client.try_clone().unwrap();
+        let reader = std::thread::spawn(move || {
+            let (mut client, mut bytes) = (client, Vec::new());
+            client.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        while session.clients.held().count() > 0 {
+            session.clients.flush_all();
+        }
+        let bytes = reader.join().unwrap().unwrap();
+        let status = Status::Killed(KILL);
+        let mut last = Frame::new();
+        assert!(last.push(&Message::Exited {
+            process: COMMAND,
+            status
+        }));
+        let count = (OUTPUT_WINDOW as usize / piece.len()) as u32;
+        assert!(bytes.len() > OUTPUT_WINDOW as usize);
+        assert!(bytes.ends_with(last.finish(count)));
+    }
+
+    #[test]
+    fn client_of_a_process_that_ended_may_still_give_credit() {
+        let mut session = Session::new("clients-credit");
+        session.client.write_all(&frame_of(0, &START)).unwrap();
+        session.serve();
+        let process = session.clients.all[0].process;
+        session.clients.all[0].state = State::Ended;
+        let credit = Message::Credit {
+            process: COMMAND,
+            stream: Stream::Output,
+            bytes: 1,
+        };
+        session.client.write_all(&frame_of(1, &credit)).unwrap();
+        session.clients.handle(ClientPart::Of(process));
+        session.clients.all[0].serve(&mut Frame::new());
+        assert!(!session.clients.all[0].link.is_closed);
+    }
+
+    #[test]
+    fn listener_is_not_looked_at_for_a_while_after_a_client_could_not_be_taken() {
+        let mut session = Session::new("clients-pause");
+        let is_listening = |clients: &Clients| {
+            let mut found = false;
+            clients.interests(true, |part, _, _| found |= part == ClientPart::New);
+            found
+        };
+        assert!(is_listening(&session.clients));
+        // Of a descriptor that is no socket, as of a process without a free descriptor.
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let listener = session.clients.listener.replace(null.into());
+        session.clients.handle(ClientPart::New);
+        assert!(!is_listening(&session.clients));
+        session.clients.listener = listener;
+        let until = session.clients.paused_until().unwrap();
+        assert!(until > Instant::now());
+        // A client that goes gives a descriptor back.
+        let _ = session.client.shutdown(std::net::Shutdown::Both);
+        session.serve();
+        assert!(is_listening(&session.clients));
     }
 }

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::command::{Command, terminal_size};
 use crate::run::console::terminal::Terminal;
-use crate::run::console::{Part, Relay, Sink};
+use crate::run::console::{self, Part, Relay, Sink};
 
 /// Signals that wait to be sent: more than there are.
 const SIGNALS_MAX: usize = 64;
@@ -60,7 +60,7 @@ impl Front {
     /// Of `process`, which runs `command`, with the standard streams of this program.
     pub fn new(process: u32, command: &Command) -> Front {
         let input = command.has_input.then(std::io::stdin);
-        let input = input.and_then(|input| rustix::io::fcntl_dupfd_cloexec(input, 3).ok());
+        let input = input.and_then(|it| console::input(it.as_fd()));
         let is_terminal = command.is_terminal;
         let terminal = input.as_ref().filter(|_| is_terminal);
         let terminal = terminal.and_then(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3).ok());
@@ -125,7 +125,7 @@ impl Front {
         let Some(input) = &self.input else { return };
         let most = self.input_credit.left().min(PIECE);
         let read = frame.push_data(self.process, Stream::Input, most, |place| {
-            rustix::io::read(input, place)
+            console::read_now(input.as_fd(), place)
         });
         match read {
             Ok(0) if most > 0 => (self.input, self.input_ended) = (None, true),
@@ -263,6 +263,11 @@ impl Front {
     /// Passes on what is held, as far as it goes now.
     pub fn flush_all(&mut self) {
         (0..self.outputs.len()).for_each(|index| self.flush(index));
+    }
+
+    /// The last of what the process wrote to its standard error, where that is kept.
+    pub fn error_tail(&self) -> String {
+        self.outputs[1].relay.tail()
     }
 
     /// Gives the terminal back.

@@ -5,6 +5,7 @@
 //! loses no packet: one that is full lets the guest's interface wait.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use mayfly_agent_protocol::{
     AGENT_MAC, ETHER_TYPE, ETHERNET, FRAME_MAX, Frame, Malformed, Message, SUPERVISOR_MAC, frame,
@@ -19,7 +20,9 @@ const VIRTIO: usize = 12;
 const FRONT: usize = VIRTIO + ETHERNET;
 /// Most packets that are taken in one turn: a guest that sends without end does not keep the supervisor
 /// from all else.
-const TURN: usize = 16;
+pub const TURN: usize = 8;
+/// How long to wait where the host has no memory for a packet: a socket does not tell when it has.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The supervisor's end.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub struct Link {
     next_sent: u32,
     next_received: u32,
     is_blocked: bool,
+    /// Before that, nothing is tried again.
+    paused_until: Option<Instant>,
     /// The monitor has closed its end.
     is_closed: bool,
 }
@@ -49,6 +54,7 @@ impl Link {
             next_sent: 0,
             next_received: 0,
             is_blocked: false,
+            paused_until: None,
             is_closed: false,
         };
         Ok((link, theirs))
@@ -64,6 +70,11 @@ impl Link {
         self.is_blocked
     }
 
+    /// When to try again, where the socket does not tell that.
+    pub fn paused_until(&self) -> Option<Instant> {
+        self.paused_until
+    }
+
     /// Whether something can still come.
     pub fn is_open(&self) -> bool {
         !self.is_closed
@@ -71,9 +82,11 @@ impl Link {
 
     /// Sends what is to be sent, as far as it goes now.
     pub fn flush(&mut self) {
-        if self.out.is_empty() || self.is_closed {
+        let is_paused = self.paused_until.is_some_and(|it| Instant::now() < it);
+        if self.out.is_empty() || self.is_closed || is_paused {
             return;
         }
+        self.paused_until = None;
         let mut front = [0; FRONT];
         let (_, ethernet) = front.split_at_mut(VIRTIO);
         ethernet[..6].copy_from_slice(&AGENT_MAC);
@@ -82,7 +95,11 @@ impl Link {
         let bytes = self.out.finish(self.next_sent);
         let parts = [std::io::IoSlice::new(&front), std::io::IoSlice::new(bytes)];
         match rustix::io::writev(&self.socket, &parts) {
-            Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS) => self.is_blocked = true,
+            Err(Errno::AGAIN | Errno::INTR) => self.is_blocked = true,
+            Err(Errno::NOBUFS | Errno::NOMEM) => {
+                self.is_blocked = false;
+                self.paused_until = Some(Instant::now() + PAUSE);
+            }
             Ok(_) => {
                 self.next_sent = self.next_sent.wrapping_add(1);
                 self.out.clear();
@@ -96,20 +113,22 @@ impl Link {
     fn close(&mut self) {
         self.is_closed = true;
         self.is_blocked = false;
+        self.paused_until = None;
         self.out.clear();
     }
 
     /// Takes what has come, a bounded part of it, and gives each message to `serve` with what is to be sent.
+    /// Whether more may have come.
     pub fn receive<E: From<Malformed>>(
         &mut self,
         mut serve: impl FnMut(&mut Frame, &Message<'_>) -> Result<(), E>,
-    ) -> Result<(), E> {
+    ) -> Result<bool, E> {
         for _ in 0..TURN {
             let count = match rustix::io::read(&self.socket, &mut *self.received) {
-                Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
                 Ok(0) | Err(_) => {
                     self.close();
-                    return Ok(());
+                    return Ok(false);
                 }
                 Ok(count) => count,
             };
@@ -127,7 +146,7 @@ impl Link {
                 serve(&mut self.out, &message?)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -145,6 +164,8 @@ pub struct StreamLink {
     outgoing: Vec<u8>,
     next_sent: u32,
     next_received: u32,
+    /// The other side takes no more. What it sent before may still be there.
+    cannot_send: bool,
     /// The other side is gone, or nothing can be read of it.
     pub is_closed: bool,
 }
@@ -161,13 +182,19 @@ impl StreamLink {
             outgoing: Vec::new(),
             next_sent: 0,
             next_received: 0,
+            cannot_send: false,
             is_closed: false,
         }
     }
 
     /// Whether bytes of a stream may be added to what is to be sent.
     pub fn takes_data(&self) -> bool {
-        self.outgoing.is_empty() && !self.is_closed
+        self.outgoing.is_empty() && !self.cannot_send && !self.is_closed
+    }
+
+    /// Whether the other side takes no more.
+    pub fn cannot_send(&self) -> bool {
+        self.cannot_send
     }
 
     /// Whether there is something to be sent.
@@ -177,7 +204,7 @@ impl StreamLink {
 
     /// Sends the messages of `frame`, which is empty then.
     pub fn send(&mut self, frame: &mut Frame) {
-        if frame.is_empty() || self.is_closed {
+        if frame.is_empty() || self.is_closed || self.cannot_send {
             frame.clear();
             return;
         }
@@ -198,7 +225,10 @@ impl StreamLink {
         match rustix::io::write(&self.socket, &self.outgoing) {
             Ok(count) => drop(self.outgoing.drain(..count)),
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => self.is_closed = true,
+            Err(_) => {
+                self.cannot_send = true;
+                self.outgoing.clear();
+            }
         }
     }
 
@@ -214,6 +244,12 @@ impl StreamLink {
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => self.is_closed = true,
         }
+        self.check_length();
+    }
+
+    /// A frame that is longer than any never comes whole.
+    fn check_length(&mut self) {
+        self.is_closed |= frame::length(&self.incoming).is_some_and(|length| length > FRAME_MAX);
     }
 
     /// Whether a whole frame has come.
@@ -236,6 +272,7 @@ impl StreamLink {
             return Ok(());
         }
         let bytes: Vec<u8> = self.incoming.drain(..length).collect();
+        self.check_length();
         let expected = self.next_received;
         self.next_received = expected.wrapping_add(1);
         for message in messages(&bytes, expected)? {
@@ -248,5 +285,66 @@ impl StreamLink {
 impl AsFd for StreamLink {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn stream() -> (StreamLink, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (StreamLink::new(ours.into()), theirs)
+    }
+
+    fn frame_of(sequence: u32, messages: &[Message<'_>]) -> Vec<u8> {
+        let mut frame = Frame::new();
+        assert!(messages.iter().all(|message| frame.push(message)));
+        frame.finish(sequence).to_vec()
+    }
+
+    const SIGNAL: Message<'_> = Message::Signal {
+        process: 1,
+        number: 2,
+    };
+
+    #[test]
+    fn frame_longer_than_any_closes_the_connection() {
+        let long = [1, 0, 0xff, 0xff, 1, 0, 0, 0];
+        // As the first, and behind one that is right.
+        for before in [Vec::new(), frame_of(0, &[SIGNAL])] {
+            let (mut link, mut theirs) = stream();
+            theirs.write_all(&[&before[..], &long].concat()).unwrap();
+            link.fill();
+            while link.has_frame() {
+                link.take(|_| Ok::<_, Malformed>(())).unwrap();
+            }
+            assert!(link.is_closed && !link.is_wanting());
+        }
+    }
+
+    #[test]
+    fn what_came_before_the_other_side_was_gone_is_still_read() {
+        let (mut link, mut theirs) = stream();
+        theirs.write_all(&frame_of(0, &[SIGNAL])).unwrap();
+        drop(theirs);
+        let mut out = Frame::new();
+        assert!(out.push(&SIGNAL));
+        link.send(&mut out);
+        assert!(link.cannot_send() && !link.is_closed && !link.is_holding());
+        link.fill();
+        let mut count = 0;
+        link.take(|_| {
+            count += 1;
+            Ok::<_, Malformed>(())
+        })
+        .unwrap();
+        assert_eq!(count, 1);
+        link.fill();
+        assert!(link.is_closed);
     }
 }

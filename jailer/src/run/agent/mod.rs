@@ -23,6 +23,7 @@ pub mod link;
 pub mod place;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message, Status, fields};
 use rustix::event::PollFlags;
@@ -32,6 +33,9 @@ use self::command::{Body, Command, CommandError};
 use self::front::{Front, FrontPart};
 use self::link::Link;
 use crate::error::{AnyError, Step as _};
+
+/// Most turns for what came before the guest ended: more than a socket holds.
+const REST_TURNS: usize = 1024;
 
 /// What became ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +148,16 @@ impl Agent {
         self.front.is_in_background()
     }
 
+    /// In how long there is something to do besides ([`Agent::settle`]).
+    pub fn due(&self) -> Option<Duration> {
+        if self.has_started && self.link.takes_data() && self.clients.has_frame() {
+            return Some(Duration::ZERO);
+        }
+        let due = [self.link.paused_until(), self.clients.paused_until()];
+        let due = due.into_iter().flatten().min()?;
+        Some(due.saturating_duration_since(Instant::now()))
+    }
+
     /// What to wait for.
     pub fn interests<'a>(&'a self, mut add: impl FnMut(AgentPart, BorrowedFd<'a>, PollFlags)) {
         if self.link.is_open() {
@@ -165,7 +179,8 @@ impl Agent {
         match part {
             AgentPart::Link => {
                 self.link.flush();
-                self.receive()?;
+                // What more has come keeps the socket readable.
+                let _: bool = self.receive()?;
             }
             AgentPart::Front(part) => {
                 if part != FrontPart::Input || self.link.takes_data() {
@@ -178,7 +193,7 @@ impl Agent {
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<(), AgentError> {
+    fn receive(&mut self) -> Result<bool, AgentError> {
         let Agent {
             link,
             front,
@@ -223,12 +238,31 @@ impl Agent {
 
     /// The guest has ended: no more comes, but what has come is still to be taken.
     pub fn hear_the_rest(&mut self) -> Result<(), AgentError> {
-        self.receive()
+        for _ in 0..REST_TURNS {
+            if !self.receive()? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The clients hear that the guest has ended.
     pub fn dismiss_clients(&mut self) {
         self.clients.dismiss();
+    }
+
+    /// What to wait for before more goes of what is held for readers, and of clients.
+    pub fn holders<'a>(&'a self, with_clients: bool, mut add: impl FnMut(BorrowedFd<'a>)) {
+        let can_send = false;
+        self.front.interests(can_send, |_, fd, _| add(fd));
+        if with_clients {
+            self.clients.held().for_each(add);
+        }
+    }
+
+    /// The further processes' clients.
+    pub fn clients(&mut self) -> &mut Clients {
+        &mut self.clients
     }
 }
 
@@ -289,6 +323,11 @@ mod tests {
             self.sequence += 1;
         }
 
+        fn has_room(&self) -> bool {
+            let mut fds = [rustix::event::PollFd::new(&self.link, PollFlags::OUT)];
+            rustix::event::poll(&mut fds, Some(&Default::default())) == Ok(1)
+        }
+
         fn serve(&mut self) -> Result<(), AgentError> {
             self.agent.handle(AgentPart::Link)
         }
@@ -347,6 +386,22 @@ mod tests {
         assert_eq!(guest.agent.status(), Some(status));
         let mut bytes = [0; 10];
         assert_eq!(rustix::io::read(&guest.out, &mut bytes), Ok(3));
+    }
+
+    #[test]
+    fn all_that_came_before_the_guest_ended_is_heard() {
+        let mut guest = Guest::new();
+        guest.send(&[STARTED]);
+        // More than one turn takes.
+        let mut count = 0;
+        while count < 40 && guest.has_room() {
+            guest.send(&[data(COMMAND, b"x")]);
+            count += 1;
+        }
+        assert!(count > link::TURN, "{count}");
+        guest.agent.hear_the_rest().unwrap();
+        let mut bytes = [0; 100];
+        assert_eq!(rustix::io::read(&guest.out, &mut bytes), Ok(count));
     }
 
     #[test]

@@ -9,7 +9,10 @@ use std::io::Read as _;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use mayfly::wire::config::{self, Backing, Mac, NetworkInterface, PassedFd, Restore, Serial};
+use mayfly::wire::config::{
+    self, Backing, Mac, NetworkInterface, PassedFd, RateLimiterConfig, Restore, Serial,
+    TokenBucketConfig,
+};
 use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
 use mayfly::wire::{Source, VmConfig};
 
@@ -21,6 +24,14 @@ use super::resources::{self, CONSOLE_SOCKET};
 use super::snapshot::{self, Restoring};
 use super::{OWN_TAP, OwnTap, SpecError};
 use crate::error::{AnyError, Step as _};
+
+/// How many frames an agent may send: 20,000 each second, which is a gigabyte of output, and of empty ones no
+/// more than a small part of one processor of the supervisor.
+const AGENT_FRAMES: TokenBucketConfig = TokenBucketConfig {
+    size: 2000,
+    one_time_burst: None,
+    refill_time: 100,
+};
 
 /// What to run, in which descriptors still have the numbers that they were passed with.
 #[derive(Debug)]
@@ -217,6 +228,10 @@ impl Vm {
         let mut interface = NetworkInterface::new("agent", link);
         interface.guest_mac = Some(Mac(AGENT_MAC));
         interface.mtu = Some(u16::MAX);
+        interface.tx_rate_limiter = Some(RateLimiterConfig {
+            bandwidth: None,
+            ops: Some(AGENT_FRAMES),
+        });
         config.devices.network_interfaces.push(interface);
     }
 

@@ -149,7 +149,7 @@ fn make_jail(
         None => None,
     };
     let is_terminal = watched.options.console == To::Terminal && !has_command;
-    let typed = is_terminal.then(|| rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).ok());
+    let typed = is_terminal.then(|| console::input(std::io::stdin().as_fd()));
     let pipe = |reader_waits| {
         console::pipe(reader_waits, !reader_waits).step("make pipes to and from the monitor")
     };
