@@ -17,10 +17,10 @@ use std::sync::atomic::{Ordering, fence};
 use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddress};
 
 pub use super::chain::{Chain, ChainError, MAX_SEGMENTS};
-use super::segment::Segment;
+use super::segment::{KnownRegion, Segment};
 use super::{BrokenRing, Ram, feature};
 
 /// Descriptor flags (virtio 1.2, 2.7.5).
@@ -337,6 +337,7 @@ impl Queue {
         let mut in_indirect = false;
         let mut index = head;
         let mut steps: u16 = 0;
+        let mut known = KnownRegion::new();
         loop {
             if index >= entries {
                 return Err(ChainError::NextOutOfRange);
@@ -360,7 +361,9 @@ impl Queue {
                     return Err(ChainError::UnexpectedIndirect);
                 }
                 entries = indirect_entries(len)?;
-                check_in_ram(ram, addr, len)?;
+                if !known.holds(ram, addr, len) {
+                    return Err(ChainError::OutsideRam);
+                }
                 table = addr;
                 in_indirect = true;
                 index = 0;
@@ -371,7 +374,9 @@ impl Queue {
             if len == 0 {
                 return Err(ChainError::ZeroLength);
             }
-            check_in_ram(ram, addr, len)?;
+            if !known.holds(ram, addr, len) {
+                return Err(ChainError::OutsideRam);
+            }
             chain.push(Segment { addr, len }, flags & descriptor_flag::WRITE != 0)?;
             if flags & descriptor_flag::NEXT == 0 {
                 return Ok(());
@@ -404,13 +409,4 @@ fn indirect_entries(len: u32) -> Result<u16, ChainError> {
     }
     // A table may be larger than the chain in it; the chain itself is limited in `push`.
     u16::try_from(entries).map_err(|_| ChainError::TooLong)
-}
-
-fn check_in_ram(ram: &Ram, addr: GuestAddress, len: u32) -> Result<(), ChainError> {
-    let len = usize::try_from(len).map_err(|_| ChainError::OutsideRam)?;
-    if ram.check_range(addr, len) {
-        Ok(())
-    } else {
-        Err(ChainError::OutsideRam)
-    }
 }

@@ -1,7 +1,9 @@
 //! Pieces of guest memory that have been found to lie in RAM, and what is done with them.
 
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice,
+};
 
 use super::Ram;
 
@@ -12,6 +14,55 @@ pub struct Segment {
     pub addr: GuestAddress,
     /// Its length in bytes, not 0.
     pub len: u32,
+}
+
+/// The region of RAM that the last piece of a chain was found in: the next one is in it as a rule, and needs no look-up.
+/// For pieces of one [`Ram`], which never changes.
+pub struct KnownRegion {
+    /// Its first byte and its last; none while the last is before the first.
+    first: u64,
+    last: u64,
+    #[cfg(test)]
+    lookups: usize,
+}
+
+impl KnownRegion {
+    /// None is known.
+    pub fn new() -> Self {
+        KnownRegion {
+            first: 1,
+            last: 0,
+            #[cfg(test)]
+            lookups: 0,
+        }
+    }
+
+    /// Whether the `len` bytes at `addr` lie in `ram`, in one region or several that adjoin.
+    pub fn holds(&mut self, ram: &Ram, addr: GuestAddress, len: u32) -> bool {
+        let first = addr.raw_value();
+        let Some(last) = u64::from(len)
+            .checked_sub(1)
+            .and_then(|more| first.checked_add(more))
+        else {
+            return false;
+        };
+        if self.first <= first && last <= self.last {
+            return true;
+        }
+        #[cfg(test)]
+        {
+            self.lookups = self.lookups.saturating_add(1);
+        }
+        match ram.find_region(addr) {
+            None => false,
+            Some(region) if last <= region.last_addr().raw_value() => {
+                self.first = region.start_addr().raw_value();
+                self.last = region.last_addr().raw_value();
+                true
+            }
+            Some(_) => ram.check_range(addr, len as usize),
+        }
+    }
 }
 
 /// The `len` bytes of `segments` from byte `skip` on; less when there is less.
@@ -119,6 +170,49 @@ mod tests {
     use super::*;
 
     const DATA: u64 = 0x80000;
+
+    /// Two regions that adjoin, and one behind a hole.
+    fn regions() -> Ram {
+        let ranges = [(0, 0x1000), (0x1000, 0x2000), (0x8000, 0x1000)];
+        Ram::from_ranges(&ranges.map(|(at, len)| (GuestAddress(at), len))).unwrap()
+    }
+
+    #[test]
+    fn region_when_it_is_that_of_the_piece_before_is_not_looked_up_again() {
+        let ram = regions();
+        let lookups = |pieces: &[(u64, u32)]| {
+            let mut known = KnownRegion::new();
+            for &(addr, len) in pieces {
+                assert!(known.holds(&ram, GuestAddress(addr), len), "{addr:#x}");
+            }
+            known.lookups
+        };
+        assert_eq!(lookups(&[(0, 16), (0xfff, 1), (0, 0x1000), (5, 7)]), 1);
+        assert_eq!(lookups(&[(0, 16), (0x1000, 1), (0x2fff, 1), (1, 1)]), 3);
+        // One over two regions is looked up, and leaves what is known.
+        assert_eq!(lookups(&[(0, 1), (0xfff, 2), (0xfff, 2), (0, 1)]), 3);
+    }
+
+    #[test]
+    fn piece_when_anywhere_is_in_ram_just_where_all_its_bytes_are() {
+        let ram = regions();
+        let edges = [0, 0x1000, 0x3000, 0x8000, 0x9000, u64::MAX - 1];
+        let near = |edge: u64| (0..4).map(move |more| edge.wrapping_add(more).wrapping_sub(2));
+        let lens = [0, 1, 2, 3, 0x1000, 0x2000, 0x3000, 0x5000, u32::MAX];
+        let mut known = KnownRegion::new();
+        for addr in edges.into_iter().flat_map(near) {
+            for len in lens {
+                let end = u128::from(addr) + u128::from(len);
+                let is_in = |from: u128, to| from <= u128::from(addr) && end <= to;
+                let expected = len > 0 && (is_in(0, 0x3000) || is_in(0x8000, 0x9000));
+                let found = known.holds(&ram, GuestAddress(addr), len);
+                assert_eq!(found, expected, "{addr:#x} {len:#x}");
+                // The same without what was known before.
+                let found = KnownRegion::new().holds(&ram, GuestAddress(addr), len);
+                assert_eq!(found, expected, "{addr:#x} {len:#x}");
+            }
+        }
+    }
 
     #[test]
     fn window_when_cut_anywhere_gives_the_bytes_between() {
