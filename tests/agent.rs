@@ -520,7 +520,8 @@ fn reaps_what_is_left_behind(images: &Images) {
 }
 
 fn kills_with_the_client(images: &Images) {
-    let mut command = images.exec(&["-i"], &["sh", "-c", "echo there; cat"]);
+    // A shell becomes its last command, so that cat is not the last.
+    let mut command = images.exec(&["-i"], &["sh", "-c", "echo there; cat; true"]);
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
