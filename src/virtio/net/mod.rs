@@ -138,6 +138,8 @@ mod queue {
 mod source {
     pub const LINK: usize = 0;
     pub const RECEIVE_TIMER: usize = 1;
+    /// Room in a socket, or the timer of several pairs.
+    pub const LAST: usize = 3;
 }
 
 const QUEUE_SIZE: u16 = 256;
@@ -239,6 +241,7 @@ impl Net {
                     active: 1,
                     wanted: state.pairs.max(1),
                     features: 0,
+                    throttle: Throttle::new(pairs::changes())?,
                 }),
             };
             number = number.saturating_add(1);
@@ -392,7 +395,9 @@ impl Device for Net {
             self.rx_throttle.as_raw_fd(),
             self.tx_throttle.as_raw_fd(),
         ];
+        // Only a socket has the one, and only a tap the other.
         sources.extend(self.room.as_ref().map(AsRawFd::as_raw_fd));
+        sources.extend(self.pairs.as_ref().map(|pairs| pairs.throttle.as_raw_fd()));
         sources
     }
 
@@ -451,6 +456,7 @@ impl Device for Net {
                 QueueSet::one(queue::RECEIVE)
             }
             source::RECEIVE_TIMER => QueueSet::one(queue::RECEIVE),
+            source::LAST if self.pairs.is_some() => QueueSet::one(queue::CONTROL),
             // Its timer, or room.
             _ => QueueSet::one(queue::TRANSMIT),
         }

@@ -5,15 +5,21 @@
 //! are attached: the host's kernel gives frames to no other. All is done by the first worker, which has a
 //! descriptor of each of the tap's queues: workers send each other nothing.
 //!
+//! Each queue of the tap that is attached or detached takes a lock that all of the host's network has: commands that change
+//! the number of pairs are limited ([`changes`]), and one more waits in its queue. One that says what is so is answered
+//! at once.
+//!
 //! A batch of frames that a worker had read from the tap before its queue was detached still reaches the
 //! driver. Frames that the driver sends by a pair that it does not use are sent.
 
 use std::io;
 
 use super::{Net, bit, queue};
+use crate::rate_limiter::{RateLimiter, TokenBucket};
 use crate::sys::tap::{self, Tap};
 use crate::virtio::queue::Popped;
 use crate::virtio::segment::{copy_in, copy_out};
+use crate::virtio::throttle::Throttle;
 use crate::virtio::{BrokenRing, Progress, Queue, Ram};
 
 /// What a driver says by the control queue (virtio 1.2, 5.1.6.5).
@@ -41,6 +47,13 @@ pub(super) struct Pairs {
     pub wanted: u16,
     /// What the driver has accepted.
     pub features: u64,
+    /// Holds back commands that change something.
+    pub throttle: Throttle,
+}
+
+/// What limits a driver's commands that change the number of pairs: 10 in a second.
+pub(super) fn changes() -> RateLimiter {
+    RateLimiter::new(None, TokenBucket::new(10, 0, 1000))
 }
 
 impl Pairs {
@@ -160,7 +173,17 @@ impl Net {
         let mut written = 0;
         // Without a place for the answer the command is none.
         if popped == Popped::Chain && self.chain.writable_len() > 0 {
-            let answer = match self.command(ram) {
+            let wanted = self.command(ram);
+            if let (Some(wanted), Some(pairs)) = (wanted, &mut self.pairs)
+                && wanted != pairs.active
+            {
+                if !pairs.throttle.permits(0) {
+                    queue.rewind(1);
+                    return Ok(Progress::Wait);
+                }
+                pairs.throttle.charge(0);
+            }
+            let answer = match wanted.is_some_and(|wanted| self.set_pairs(wanted)) {
                 true => command::OK,
                 false => command::ERR,
             };
@@ -171,26 +194,24 @@ impl Net {
         Ok(Progress::More)
     }
 
-    /// Does what the chain at hand says; whether it could.
-    fn command(&mut self, ram: &Ram) -> bool {
+    /// The number of pairs that the chain at hand says; none when it is no such command.
+    fn command(&self, ram: &Ram) -> Option<u16> {
         let mut said = [0; command::LEN as usize];
         let place = self.chain.readable().iter().copied();
         if self.chain.readable_len() != command::LEN || !copy_in(ram, place, &mut said) {
-            return false;
+            return None;
         }
         let [class, number, low, high] = said;
         let wanted = u16::from_le_bytes([low, high]);
-        let Some(pairs) = self.pairs.as_ref().filter(|pairs| pairs.number == 0) else {
-            return false;
-        };
-        [class, number] == command::PAIRS_SET
-            && (1..=pairs.count).contains(&wanted)
-            && self.set_pairs(wanted)
+        let pairs = self.pairs.as_ref().filter(|pairs| pairs.number == 0)?;
+        let is_known = [class, number] == command::PAIRS_SET;
+        (is_known && (1..=pairs.count).contains(&wanted)).then_some(wanted)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixDatagram;
 
     use vm_memory::{Bytes, GuestAddress};
@@ -284,6 +305,42 @@ mod tests {
         }
         net.reset();
         assert_eq!(net.pairs.as_ref().unwrap().active, 1);
+    }
+
+    #[test]
+    fn commands_when_they_change_much_wait_and_those_that_change_nothing_do_not() {
+        let mut nets = nets(fakes(PAIRS), &PerWorker::default()).unwrap();
+        let net = &mut nets.first;
+        net.activate(net.features()).unwrap();
+        // A limit that no host is too slow for.
+        let limiter = RateLimiter::new(None, TokenBucket::new(3, 0, 3_600_000));
+        net.pairs.as_mut().unwrap().throttle = Throttle::new(limiter).unwrap();
+        for count in [2, 1, 2] {
+            assert_eq!(set(net, count), command::OK);
+        }
+        for _ in 0..20 {
+            assert_eq!(set(net, 2), command::OK);
+            assert_eq!(set(net, 9), command::ERR);
+        }
+        let ram = ram();
+        let mut rings = Rings::new(&ram, BASE, 16);
+        let state = QueueState::fresh(rings.layout());
+        let mut queue = Queue::new(&state, QUEUE_SIZE, feature::COMMON, &ram).unwrap();
+        ram.write_slice(&[4, 0, 3, 0], GuestAddress(SAID)).unwrap();
+        rings.offer_chain(0, &[(SAID, 4, false), (ANSWER, 1, true)]);
+        for _ in 0..2 {
+            let done = net.process(queue::CONTROL, &mut queue, &ram).unwrap();
+            assert_eq!((done, rings.take()), (Progress::Wait, None));
+        }
+        assert_eq!(net.pairs.as_ref().unwrap().active, 2);
+        // Its timer makes it go on.
+        let timer = net.pairs.as_ref().unwrap().throttle.as_raw_fd();
+        let source = net.sources().iter().position(|fd| *fd == timer).unwrap();
+        assert!(net.backend(source).contains(queue::CONTROL));
+        net.pairs.as_mut().unwrap().throttle = Throttle::new(changes()).unwrap();
+        let done = net.process(queue::CONTROL, &mut queue, &ram).unwrap();
+        assert_eq!((done, rings.take()), (Progress::More, Some((0, 1))));
+        assert_eq!(net.pairs.as_ref().unwrap().active, 3);
     }
 
     #[test]
