@@ -38,7 +38,7 @@ impl std::error::Error for Unreachable {}
 
 /// What control can do with a device of any kind.
 pub trait DeviceControl: fmt::Debug {
-    /// The name given to [`super::attach`].
+    /// The name given to [`super::attach_all`].
     fn name(&self) -> &str;
 
     /// Asks for [`super::Done::Paused`].

@@ -32,7 +32,7 @@ pub struct NetworkInterface {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u16>,
     /// How many pairs of queues the guest may use, each with a thread: 1 to
-    /// [`QUEUES_MAX`](crate::wire::limits::QUEUES_MAX). Reported when it was given.
+    /// [`QUEUES_MAX`]. Reported when it was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// Where the tap is a descriptor: its other queues, one for each pair but the first.
