@@ -352,7 +352,7 @@ mod tests {
                 told(&with_code("shutdown", 0)),
                 ("shutdown", 0),
             ),
-            // A monitor that says one thing and does another is not believed.
+            // Where the word and the exit code contradict each other, the exit code counts.
             (Ended::Exited(0), told(&with_code("crash", 7)), ("ended", 0)),
             (
                 Ended::Exited(160),

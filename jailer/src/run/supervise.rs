@@ -468,7 +468,9 @@ impl Watch {
     }
 
     fn ask_to_end(&mut self, asked: Asked) {
-        if self.progress.seen.asked.is_some() || !self.progress.has_started {
+        // A guest that has written something runs, whatever its monitor has answered so far.
+        let runs = self.progress.has_started || self.progress.times.first_byte_us.is_some();
+        if self.progress.seen.asked.is_some() || !runs {
             self.progress.seen.asked.get_or_insert(asked);
             return self.kill();
         }
