@@ -13,7 +13,7 @@ mod host;
 mod run;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -521,26 +521,24 @@ fn reaps_what_is_left_behind(images: &Images) {
 
 fn kills_with_the_client(images: &Images) {
     // A shell becomes its last command, so that cat is not the last.
-    let mut command = images.exec(&["-i"], &["sh", "-c", "echo there; cat; true"]);
+    let mut command = images.exec(&["-i"], &["sh", "-c", "echo $$; cat; true"]);
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut there = [0; 6];
-    child
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut there)
-        .unwrap();
-    let count = || out(&images.execs(0, &[], &["sh", "-c", "pidof sh | wc -w"]));
-    assert_eq!(count(), "2\n");
+    let mut line = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    let is_there = || {
+        let words = format!("kill -0 {} 2>/dev/null", line.trim());
+        let output = images.exec(&[], &["sh", "-c", &words]).output().unwrap();
+        output.status.success()
+    };
+    assert!(is_there());
     child.kill().unwrap();
     child.wait().unwrap();
-    common::wait_until("the process to be killed with its client", || {
-        count() == "1\n"
-    });
+    common::wait_until("the process to be killed with its client", || !is_there());
 }
 
 #[test]
