@@ -125,6 +125,7 @@ impl Place {
         };
         copy(&common::mayfly(), release.join("mayfly"));
         copy(host.jailer_program(), release.join("mayfly-jailer"));
+        copy(&common::agent(), release.join("mayfly-agent"));
         let made = host.path("work/target/guest");
         let linux = common::linux();
         copy(&linux.disk, made.join("rootfs.ext4"));
@@ -238,6 +239,8 @@ impl Place {
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
             .filter(|name| name != "mayfly-disk" && name != "mayfly.log")
+            // The folder of the sockets of a user without a XDG_RUNTIME_DIR.
+            .filter(|name| **name != *format!("mayfly-{uid}"))
             .collect();
         assert!(left.is_empty(), "left in /tmp: {left:?}\n{said}");
         said
@@ -272,6 +275,7 @@ fn blocks_when_counted_are_those_that_are_run() {
         headings(README),
         [
             "Two commands",
+            "Run a guest",
             "Run a guest",
             "Give it a network",
             "Give it a network",
@@ -317,6 +321,15 @@ fn readme_runs_a_guest_as_an_ordinary_user() {
         &[("shell ready", Reaction::Type("exit\n"))],
     );
     assert!(said.contains("ok    guest: "), "{said}");
+}
+
+#[test]
+fn readme_runs_a_command_from_an_image_as_an_ordinary_user() {
+    needs!(kvm, root);
+    let place = Place::new("readme-image", Who::User, Guest::Linux);
+    let block = block(README, "Run a guest", "--image").trim_end();
+    let said = place.run(Who::User, &format!("{block} || test $? = 7\n"), &[]);
+    assert!(said.contains("hello\n"), "{said}");
 }
 
 #[test]
