@@ -1,4 +1,5 @@
-//! Links the helper as a static program without the C library: a few KiB that run in any guest.
+//! Build script of the programs for guests, `mayfly-agent` and `mayfly-exit`: links them as static programs without
+//! the C library, of a few KiB, that run on any kernel.
 //!
 //! The arguments come after rustc's own, which ask for a static position-independent executable with the
 //! C library's start files.
