@@ -31,8 +31,6 @@ pub use self::options::{COPY_HELP, EXEC_HELP, parse_copy, parse_exec};
 const NOT_RUN: i32 = 125;
 /// A copy failed.
 const NOT_COPIED: i32 = 1;
-/// A process that is asked to end so many times is left alone: this program ends, which kills it.
-const ASKED_MAX: u32 = 3;
 
 /// The connection, or the process behind it, failed.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +109,6 @@ struct Session {
     front: Front,
     frame: Box<Frame>,
     signals: OwnedFd,
-    asked: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -130,7 +127,6 @@ impl Session {
             front,
             frame: Box::new(Frame::new()),
             signals,
-            asked: 0,
         };
         let start = Message::Start {
             process: COMMAND,
@@ -207,10 +203,8 @@ impl Session {
             libc::SIGCONT => self.front.resume(),
             libc::SIGWINCH => self.front.resize(),
             _ => {
-                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
-                    self.asked += 1;
-                }
-                if self.asked >= ASKED_MAX || self.front.status.is_some() {
+                // This program's end kills the process.
+                if self.front.is_asked_too_often(signal) || self.front.status.is_some() {
                     return Some(128 + signal);
                 }
                 self.front.signal(signal);

@@ -177,8 +177,6 @@ pub struct Process {
     status: Option<Status>,
 }
 
-const STREAMS: [Stream; 2] = [Stream::Output, Stream::Error];
-
 impl Process {
     /// Adds what has to be said of it; whether it has ended and all was said.
     fn report(&mut self, frame: &mut Frame) -> bool {
@@ -288,11 +286,7 @@ impl Table {
                 bytes,
             } => {
                 if let Some(process) = self.find(process) {
-                    return match stream {
-                        Stream::Output => process.outputs[0].credit.grant(bytes),
-                        Stream::Error => process.outputs[1].credit.grant(bytes),
-                        Stream::Input => Err(Malformed::Stream(0)),
-                    };
+                    return process.outputs[stream.output_index()?].credit.grant(bytes);
                 }
             }
             Message::Signal { process, number } => {
@@ -337,7 +331,7 @@ impl Table {
     pub fn take_outputs(&mut self, frame: &mut Frame, is_ready: impl Fn(i32) -> bool) {
         for process in self.places.iter_mut().flatten() {
             let id = process.id;
-            for (output, stream) in process.outputs.iter_mut().zip(STREAMS) {
+            for (output, stream) in process.outputs.iter_mut().zip(Stream::OUTPUTS) {
                 let number = output.fd.as_ref().map(Fd::number);
                 if output.rest.is_some() || number.is_some_and(&is_ready) {
                     output.take(id, stream, frame);

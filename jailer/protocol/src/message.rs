@@ -31,6 +31,21 @@ pub enum Stream {
 }
 
 impl Stream {
+    /// Those from the process.
+    pub const OUTPUTS: [Stream; 2] = [Stream::Output, Stream::Error];
+
+    /// Its place among [`Stream::OUTPUTS`].
+    ///
+    /// # Errors
+    /// [`Malformed::Stream`] of one to the process.
+    pub fn output_index(self) -> Result<usize, Malformed> {
+        match self {
+            Stream::Input => Err(Malformed::Stream(self as u8)),
+            Stream::Output => Ok(0),
+            Stream::Error => Ok(1),
+        }
+    }
+
     fn of(number: u8) -> Result<Stream, Malformed> {
         match number {
             0 => Ok(Stream::Input),

@@ -33,8 +33,6 @@ use crate::sys::{self, Ended, Used};
 const START_US: u64 = 60_000_000;
 /// How long the monitor may take to end when it is asked to.
 const GRACE_US: u64 = 3_000_000;
-/// A command that was asked to end so many times is ended with its machine.
-const ASKED_MAX: u32 = 3;
 /// How long clients of a guest that ended may take to read what is held for them.
 const CLIENTS_US: u64 = 3_000_000;
 /// How long the last of console and log may take to be written.
@@ -102,8 +100,6 @@ pub struct Progress {
     pub times: Times,
     /// What the guest last wrote to its console, where it ended without running its command.
     pub console_tail: String,
-    /// Signals that asked the command to end, of those that a user sends again and again.
-    asked_command: u32,
     /// The monitor's timeline, where it was asked for.
     pub timeline: Option<Vec<u8>>,
     /// Snapshots to be taken.
@@ -292,10 +288,7 @@ impl Watch {
         let Some(agent) = self.agent.as_mut().filter(|agent| agent.is_running()) else {
             return false;
         };
-        if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
-            self.progress.asked_command += 1;
-        }
-        if self.progress.asked_command >= ASKED_MAX {
+        if agent.front().is_asked_too_often(signal) {
             return false;
         }
         agent.front().signal(signal);

@@ -255,11 +255,7 @@ impl Client {
         let unexpected = Err(Malformed::Kind(message.kind()));
         let passed = match *message {
             Message::Data { stream, bytes, .. } => {
-                let index = match stream {
-                    Stream::Output => 0,
-                    Stream::Error => 1,
-                    Stream::Input => return Err(Malformed::Stream(0)),
-                };
+                let index = stream.output_index()?;
                 self.outputs[index].received(bytes.len())?;
                 Message::Data {
                     process,
@@ -342,10 +338,8 @@ impl Client {
                     }
                 }
                 Message::Credit { stream, bytes, .. } => {
-                    let index = match stream {
-                        Stream::Output => 0,
-                        Stream::Error => 1,
-                        Stream::Input => return unexpected,
+                    let Ok(index) = stream.output_index() else {
+                        return unexpected;
                     };
                     outputs[index].give(bytes)?;
                     Message::Credit {

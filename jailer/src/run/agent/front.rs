@@ -38,6 +38,9 @@ struct Output {
     is_refused: bool,
 }
 
+/// A process that was asked to end so many times is ended with what it runs in or for.
+const ASKED_MAX: u32 = 3;
+
 /// One process's streams.
 #[derive(Debug)]
 pub struct Front {
@@ -50,11 +53,11 @@ pub struct Front {
     terminal: Option<Terminal>,
     size_changed: bool,
     signals: Vec<u8>,
+    /// Signals that asked the process to end, of those that a user sends again and again.
+    asked: u32,
     /// How the process ended.
     pub status: Option<Status>,
 }
-
-const STREAMS: [Stream; 2] = [Stream::Output, Stream::Error];
 
 impl Front {
     /// Of `process`, which runs `command`, with the standard streams of this program.
@@ -88,6 +91,7 @@ impl Front {
             terminal: None,
             size_changed: false,
             signals: Vec::new(),
+            asked: 0,
             status: None,
         }
     }
@@ -153,11 +157,7 @@ impl Front {
         match *message {
             _ if self.status.is_some() => return unexpected,
             Message::Data { stream, bytes, .. } => {
-                let index = match stream {
-                    Stream::Output => 0,
-                    Stream::Error => 1,
-                    Stream::Input => return Err(Malformed::Stream(0)),
-                };
+                let index = stream.output_index()?;
                 let output = &mut self.outputs[index];
                 output.credit.received(bytes.len())?;
                 let before = output.relay.held();
@@ -194,6 +194,14 @@ impl Front {
         }
     }
 
+    /// Counts a signal that asks for the end; whether the process was asked so often that it is not to be asked again.
+    pub fn is_asked_too_often(&mut self, signal: i32) -> bool {
+        if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
+            self.asked += 1;
+        }
+        self.asked >= ASKED_MAX
+    }
+
     /// The terminal has another size.
     pub fn resize(&mut self) {
         self.size_changed = self.terminal.is_some();
@@ -225,7 +233,7 @@ impl Front {
         if self.status.is_some() {
             return;
         }
-        for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
+        for (output, stream) in self.outputs.iter_mut().zip(Stream::OUTPUTS) {
             if let Some(bytes) = output.credit.due()
                 && frame.push(&Message::Credit {
                     process,
@@ -322,6 +330,11 @@ mod tests {
         front.receive(&data(b"x")).unwrap();
     }
 
+    fn messages_in(frame: &[u8]) -> Vec<Message<'_>> {
+        let messages = mayfly_agent_protocol::messages(frame, 0).unwrap();
+        messages.map(Result::unwrap).collect()
+    }
+
     #[test]
     fn input_is_read_for_credit_and_its_end_is_said_once() {
         let (typed, _read, _error, mut front) = front();
@@ -333,10 +346,7 @@ mod tests {
         front.say(&mut frame);
         front.say(&mut frame);
         let bytes = frame.finish(0).to_vec();
-        let said: Vec<_> = mayfly_agent_protocol::messages(&bytes, 0)
-            .unwrap()
-            .map(Result::unwrap)
-            .collect();
+        let said = messages_in(&bytes);
         let stream = Stream::Input;
         assert_eq!(
             said,
@@ -400,10 +410,7 @@ mod tests {
         front.say(&mut frame);
         front.say(&mut frame);
         let bytes = frame.finish(0).to_vec();
-        let said: Vec<_> = mayfly_agent_protocol::messages(&bytes, 0)
-            .unwrap()
-            .map(Result::unwrap)
-            .collect();
+        let said = messages_in(&bytes);
         assert_eq!(
             said,
             [Message::End {
