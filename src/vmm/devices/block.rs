@@ -13,7 +13,7 @@ use crate::sys::passed::Passed;
 use crate::virtio::PerWorker;
 use crate::virtio::block::{self, BlockState, Disk};
 use crate::wire::config::{
-    CacheType, Drive, DriveOverlay, DriveUpdate, IoEngine, RateLimiterConfig,
+    CacheType, Drive, DriveOverlay, DriveUpdate, IoEngine, RateLimiterConfig, Source,
 };
 
 /// Disks.
@@ -39,6 +39,19 @@ impl Opened {
             file: self.file.try_clone()?,
             overlay: overlay.transpose()?,
         })
+    }
+}
+
+/// Opens `source` as `drive` uses its disk: past the page cache or not.
+fn open_data(
+    drive: &Drive,
+    source: &Source,
+    read_only: bool,
+    passed: &mut Passed,
+) -> Result<File, ActionError> {
+    match drive.is_direct() {
+        true => open_direct_disk(source, read_only, passed),
+        false => open_disk(source, read_only, passed),
     }
 }
 
@@ -140,12 +153,7 @@ impl Kind for Block {
         passed: &mut Passed,
     ) -> Result<Opened, ActionError> {
         let read_only = drive.read_only() || drive.overlay.is_some();
-        let open = if drive.is_direct() {
-            open_direct_disk
-        } else {
-            open_disk
-        };
-        let file = open(&drive.path_on_host, read_only, passed)?;
+        let file = open_data(drive, &drive.path_on_host, read_only, passed)?;
         let base = (&drive.path_on_host, &file);
         let overlay = match &drive.overlay {
             None => None,
@@ -260,12 +268,7 @@ impl Kind for Block {
     ) -> Result<PerWorker<block::Update>, ActionError> {
         let disks = match &update.path_on_host {
             Some(source) => {
-                let open = if drive.is_direct() {
-                    open_direct_disk
-                } else {
-                    open_disk
-                };
-                let file = open(source, drive.read_only(), passed)?;
+                let file = open_data(drive, source, drive.read_only(), passed)?;
                 disks(drive, file).bare()?.map(Some)
             }
             None => PerWorker::try_make(Self::queues(drive), |_| Ok::<_, ActionError>(None))?,
