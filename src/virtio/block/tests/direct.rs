@@ -40,6 +40,14 @@ fn bench(file: File, direct: File, alignment: Option<Alignment>) -> Bench {
     Bench { ram, file, block }
 }
 
+/// A queue of 256 descriptors, from both ends.
+fn rings(ram: &Ram) -> (Rings<'_>, Queue) {
+    let rings = Rings::new(ram, BASE, 256);
+    let state = QueueState::fresh(rings.layout());
+    let queue = Queue::new(&state, 256, feature::COMMON, ram).unwrap();
+    (rings, queue)
+}
+
 #[test]
 fn transfers_when_they_may_wait_go_through_the_ring() {
     let Some((file, direct)) = on_storage(1 << 20) else {
@@ -47,9 +55,7 @@ fn transfers_when_they_may_wait_go_through_the_ring() {
     };
     let mut bench = bench(file, direct, None);
     let ram = bench.ram.clone();
-    let mut rings = Rings::new(&ram, BASE, 256);
-    let state = QueueState::fresh(rings.layout());
-    let mut queue = Queue::new(&state, 256, feature::COMMON, &ram).unwrap();
+    let (mut rings, mut queue) = rings(&ram);
     let content: Vec<u8> = (0..8192u32).map(|i| (i % 249) as u8).collect();
     ram.write_slice(&content, GuestAddress(0x40000)).unwrap();
     for (kind, at, expected) in [(OUT, 0x40000, 1), (IN, 0x50000, 8193)] {
@@ -229,9 +235,7 @@ fn buffers_when_all_are_taken_leave_requests_in_the_ring() {
     };
     let mut bench = bench(file, direct, None);
     let ram = bench.ram.clone();
-    let mut rings = Rings::new(&ram, BASE, 256);
-    let state = QueueState::fresh(rings.layout());
-    let mut queue = Queue::new(&state, 256, feature::COMMON, &ram).unwrap();
+    let (mut rings, mut queue) = rings(&ram);
     bench.header(IN, 5);
     for number in 0..20 {
         let memory = 0x40001 + u64::from(number) * 0x1000;

@@ -44,35 +44,13 @@ struct Delayed {
 }
 
 impl Device for Delayed {
-    const ID: u32 = 2;
+    plain!();
     const QUEUES: &'static [u16] = &[16, 16, 16];
-    const FEATURES: &'static [(u64, &'static str)] = &[];
     const UNITS_MAY_WAIT: bool = false;
-    type Update = ();
     type State = ();
-    type Counters = ();
-
-    fn features(&self) -> u64 {
-        feature::COMMON
-    }
-
-    fn config(&self) -> ConfigSpace {
-        ConfigSpace::new()
-    }
-
-    fn counters(&self) -> Arc<()> {
-        Arc::new(())
-    }
-
-    fn add_counters((): &(), (): &()) {}
-    fn read_counters((): &(), _: &WorkerCounters, _: &str, _: &mut Report) {}
 
     fn sources(&self) -> Vec<RawFd> {
         vec![self.wake.as_raw_fd()]
-    }
-
-    fn activate(&mut self, _: u64) -> io::Result<()> {
-        Ok(())
     }
 
     fn process(

@@ -2,6 +2,36 @@
 //! requests in flight, `polling` with a clock of the test's, `slow` with units that take long, `several` with workers that share a device, `saved` with workers that are saved and made
 //! anew, `hostile` with states that were spoilt.
 
+/// What the test devices here do not need: they offer nothing of their own, have no configuration and count
+/// nothing.
+macro_rules! plain {
+    () => {
+        const ID: u32 = 2;
+        const FEATURES: &'static [(u64, &'static str)] = &[];
+        type Update = ();
+        type Counters = ();
+
+        fn features(&self) -> u64 {
+            feature::COMMON
+        }
+
+        fn config(&self) -> ConfigSpace {
+            ConfigSpace::new()
+        }
+
+        fn counters(&self) -> Arc<()> {
+            Arc::new(())
+        }
+
+        fn add_counters((): &(), (): &()) {}
+        fn read_counters((): &(), _: &WorkerCounters, _: &str, _: &mut Report) {}
+
+        fn activate(&mut self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+    };
+}
+
 mod delayed;
 mod hostile;
 mod polling;
