@@ -4,7 +4,6 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::process::Command;
 
 use common::{Folder, LINUX_PATIENCE, Linux, Monitor, Netns, needs, probe_vm};
@@ -177,23 +176,6 @@ fn command_line_when_the_kernel_reads_acpi_names_no_devices_unless_it_is_switche
 
 // The ends
 
-/// Exit code, the word on `--end-fd`, and the log, of a guest.
-fn end_of(config: &Value, patience: std::time::Duration) -> (Option<i32>, String, String, String) {
-    let folder = Folder::new();
-    let end: PathBuf = folder.file("end", "");
-    let mut command = Command::new("/bin/sh");
-    command
-        .args(["-c", "exec \"$@\" 9>>\"$0\""])
-        .arg(&end)
-        .arg(common::mayfly())
-        .args(common::boot_args(&folder, config))
-        .args(["--end-fd", "9"]);
-    let mut monitor = Monitor::spawn(command);
-    let code = monitor.wait_within(patience).code();
-    let word = folder.read("end").lines().next().unwrap_or("").to_owned();
-    (code, word, folder.read("log"), monitor.stdout())
-}
-
 #[test]
 fn ends_when_told_apart_have_four_words() {
     needs!(kvm);
@@ -212,28 +194,15 @@ fn ends_when_told_apart_have_four_words() {
         ("tellpanic,poweroff", 165, "panic", "kernel panicked"),
         ("tellpanic,triple", 165, "panic", "triple fault"),
     ] {
-        let (seen_code, seen_word, seen_log, output) = end_of(&probe_vm(words), common::PATIENCE);
-        assert_eq!(seen_code, Some(code), "{words}: {output}");
-        assert_eq!(seen_word, word, "{words}");
-        assert!(seen_log.contains(log), "{words}: {seen_log}");
-        assert!(!output.contains("FAILED"), "{output}");
+        let ended = common::end_of(&probe_vm(words), &[], common::PATIENCE);
+        assert_eq!(ended.code, Some(code), "{words}: {}", ended.output);
+        assert_eq!(ended.report.lines().next(), Some(word), "{words}");
+        assert!(ended.log.contains(log), "{words}: {}", ended.log);
+        assert!(!ended.output.contains("FAILED"), "{}", ended.output);
     }
 }
 
 // Linux
-
-/// The Linux guest whose kernel relies on ACPI: `tools/guest --with acpi`.
-fn linux() -> Linux {
-    let linux = common::linux();
-    let folder = linux.kernel.parent().unwrap().join("acpi");
-    let kernel = folder.join("vmlinux");
-    assert!(
-        kernel.exists(),
-        "{} is missing: run `tools/guest --with acpi`",
-        kernel.display()
-    );
-    Linux { kernel, ..linux }
-}
 
 fn from_initramfs(linux: &Linux, boot_args: String) -> Value {
     json!({
@@ -250,7 +219,7 @@ fn from_initramfs(linux: &Linux, boot_args: String) -> Value {
 #[test]
 fn linux_when_it_has_acpi_finds_every_device_once_both_processors_and_the_way_out() {
     needs!(kvm, root, tun);
-    let linux = linux();
+    let linux = common::linux_with_acpi();
     let (netns, folder) = (Netns::new(), Folder::new());
     netns.tap("mftap", "172.16.9.1/24");
     let disk = folder.join("rootfs.ext4");
@@ -303,16 +272,21 @@ fn linux_when_it_has_acpi_finds_every_device_once_both_processors_and_the_way_ou
 #[test]
 fn linux_when_it_panics_tells_so_and_when_it_reboots_uses_the_reset_register() {
     needs!(kvm);
-    let linux = linux();
+    let linux = common::linux_with_acpi();
     // Without the word, a kernel with ACPI reboots by the reset register.
     let words = linux.cmdline.split(' ').filter(|word| *word != "reboot=k");
     let cmdline: Vec<&str> = words.collect();
     let cmdline = cmdline.join(" ");
     for (task, code, word) in [("panic", 165, "panic"), ("reboot", 0, "reset")] {
         let config = from_initramfs(&linux, format!("{cmdline} mayfly.run={task}"));
-        let (seen_code, seen_word, log, output) = end_of(&config, LINUX_PATIENCE);
+        let common::Ended {
+            code: seen_code,
+            report,
+            log,
+            output,
+        } = common::end_of(&config, &[], LINUX_PATIENCE);
         assert_eq!(seen_code, Some(code), "{task}: {log}{output}");
-        assert_eq!(seen_word, word, "{task}: {log}{output}");
+        assert_eq!(report.lines().next(), Some(word), "{task}: {log}{output}");
         let panicked = output.contains("Kernel panic - not syncing");
         assert_eq!(panicked, task == "panic", "{output}");
     }

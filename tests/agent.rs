@@ -155,7 +155,7 @@ impl Images {
         loop {
             let output = self.exec(more, command).output().unwrap();
             let is_broken = output.status.code() == Some(SEGMENTATION_FAULT);
-            if !is_broken || tries_left == 0 || !Path::new("/sys/module/kvm_pvm").exists() {
+            if !is_broken || tries_left == 0 || !common::is_software_kvm() {
                 assert_eq!(output.status.code(), Some(code), "{}", err(&output));
                 return output;
             }

@@ -7,7 +7,6 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::sys::{self, Terminal};
@@ -696,7 +695,7 @@ fn guest_when_kvm_can_not_run_it_ends_the_process_with_161() {
          failure: KVM cannot emulate the instruction): ",
     );
     assert!(told.starts_with("RIP 0xd0000000, CR2 0x"), "{told}");
-    let is_software = Path::new("/sys/module/kvm_pvm").exists();
+    let is_software = common::is_software_kvm();
     assert_eq!(told.contains("software KVM"), is_software, "{told}");
     assert!(told.contains("no exits before"), "{told}");
 }
@@ -705,7 +704,7 @@ fn guest_when_kvm_can_not_run_it_ends_the_process_with_161() {
 fn guest_when_emulator_lacks_an_instruction_is_told_its_name_and_the_kind_of_host() {
     needs!(kvm);
     // Kernel mode is emulated by software KVM only: elsewhere these instructions work.
-    if !Path::new("/sys/module/kvm_pvm").exists() {
+    if !common::is_software_kvm() {
         return;
     }
     for (name, code) in [

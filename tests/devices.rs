@@ -224,13 +224,7 @@ fn disk_when_shrunk_gives_errors_and_works_again_when_it_has_grown() {
 /// threads do the work there.
 fn on_each_engine(test: fn()) {
     for errno in [None, Some(libc::EPERM), Some(libc::ENOSYS)] {
-        let own = std::thread::spawn(move || {
-            if let Some(errno) = errno {
-                sys::forbid_io_uring(errno);
-            }
-            test();
-        });
-        own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        common::with_io_uring_answering(errno, test);
     }
 }
 

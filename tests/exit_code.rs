@@ -14,42 +14,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use common::{Folder, Monitor, needs, probe_vm};
 use pair::{Pair, save_and_end};
 use run::{BOTH, Ended, Place, Who};
 use serde_json::{Value, json};
-
-/// How a guest ended, as the monitor tells it.
-struct Told {
-    code: Option<i32>,
-    /// What `--end-fd` was told.
-    report: String,
-    log: String,
-    output: String,
-}
-
-/// Runs the monitor with `more` arguments to the end of its guest.
-fn end_of(config: &Value, more: &[&str], patience: Duration) -> Told {
-    let folder = Folder::new();
-    let end: PathBuf = folder.file("end", "");
-    let mut command = Command::new("/bin/sh");
-    command
-        .args(["-c", "exec \"$@\" 9>>\"$0\""])
-        .arg(&end)
-        .arg(common::mayfly())
-        .args(common::boot_args(&folder, config))
-        .args(["--end-fd", "9"])
-        .args(more);
-    let mut monitor = Monitor::spawn(command);
-    Told {
-        code: monitor.wait_within(patience).code(),
-        report: folder.read("end"),
-        log: folder.read("log"),
-        output: monitor.stdout(),
-    }
-}
 
 /// Words of the probe; the report; the end of the line in the log; the exit code of the monitor with
 /// `--guest-exit-code`, and without.
@@ -114,7 +83,7 @@ fn code_when_written_is_told_beside_the_reason() {
     needs!(kvm);
     for (words, report, log, with, without) in ENDS {
         for (more, code) in [(&["--guest-exit-code"][..], with), (&[], without)] {
-            let told = end_of(&probe_vm(words), more, common::PATIENCE);
+            let told = common::end_of(&probe_vm(words), more, common::PATIENCE);
             assert_eq!(told.code, Some(*code), "{words} {more:?}: {}", told.log);
             assert_eq!(told.report, *report, "{words}");
             assert!(told.log.contains(log), "{words}: {}", told.log);
@@ -129,7 +98,7 @@ fn code_when_written_is_told_beside_the_reason() {
 fn code_when_the_guest_then_crashes_is_told_and_does_not_hide_that() {
     needs!(kvm);
     let config = probe_vm("exitcode:7,triple");
-    let told = end_of(&config, &["--guest-exit-code"], common::PATIENCE);
+    let told = common::end_of(&config, &["--guest-exit-code"], common::PATIENCE);
     assert_eq!(told.code, Some(160), "{}", told.log);
     let lines: Vec<&str> = told.report.lines().collect();
     let [word, crash, code] = lines[..] else {
@@ -144,7 +113,7 @@ fn code_when_the_guest_then_crashes_is_told_and_does_not_hide_that() {
 fn code_when_written_without_end_costs_no_line_and_no_memory() {
     needs!(kvm);
     let lines = |words: &str| {
-        let told = end_of(&probe_vm(words), &[], common::PATIENCE);
+        let told = common::end_of(&probe_vm(words), &[], common::PATIENCE);
         assert_eq!(told.code, Some(0), "{}", told.log);
         assert_eq!(told.report, "reset\n{\"guest_code\":7}\n", "{words}");
         told.log.lines().count()

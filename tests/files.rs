@@ -39,22 +39,13 @@ fn with_slow(name: &str, content: Vec<u8>, test: impl FnOnce(&Folder, &Slow) + S
 /// names the file, and `GET /` is answered all the while.
 fn refused_in_time(api: &Api, method: &str, path: &str, body: &Value, file: &Path) -> String {
     let asked = Instant::now();
-    let (status, answer) = thread::scope(|scope| {
-        let asking = scope.spawn(|| api.request(method, path, &body.to_string()));
-        let mut rounds = 0;
-        while !asking.is_finished() {
-            api.get("/");
-            rounds += 1;
-            thread::sleep(Duration::from_millis(20));
-        }
-        let answered = asking.join().unwrap();
-        assert!(
-            rounds > 10,
-            "{path}: the file did not hang: {rounds} rounds, {:?}: {answered:?}",
-            asked.elapsed()
-        );
-        answered
-    });
+    let ((status, answer), rounds) =
+        api.answers_while(|api| api.request(method, path, &body.to_string()));
+    assert!(
+        rounds > 10,
+        "{path}: the file did not hang: {rounds} rounds, {:?}: {answer}",
+        asked.elapsed()
+    );
     assert!(asked.elapsed() < ANSWER, "{path}: {:?}", asked.elapsed());
     assert_eq!(status, 400, "{path}: {answer}");
     assert!(
@@ -212,16 +203,9 @@ fn snapshot_when_its_file_hangs_is_refused_and_the_guest_goes_on() {
             "snapshot_path": {"fd": 0},
             "mem_file_path": {"fd": 1, "name": "the memory"},
         });
-        let (status, answer) = thread::scope(|scope| {
+        let ((status, answer), _) = api.answers_while(|api| {
             let fds = [state.as_fd(), memory.as_fd()];
-            let (api, body) = (&api, body.to_string());
-            let asking =
-                scope.spawn(move || api.request_with("PUT", "/snapshot/create", &body, &fds));
-            while !asking.is_finished() {
-                api.get("/");
-                thread::sleep(Duration::from_millis(20));
-            }
-            asking.join().unwrap()
+            api.request_with("PUT", "/snapshot/create", &body.to_string(), &fds)
         });
         assert!(asked.elapsed() > Duration::from_secs(10), "it did not hang");
         assert_eq!(status, 400, "{answer}");

@@ -6,7 +6,6 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,7 +47,7 @@ fn sha256(folder: &Folder, name: &str) -> String {
 /// many boots with two vCPUs: a pointer that init reads through FS is 0. The monitor is not concerned:
 /// it neither reads nor sets a vCPU's registers once the guest runs.
 fn host_broke_init(output: &str) -> bool {
-    Path::new("/sys/module/kvm_pvm").exists() && output.contains("init[1]: segfault at 0 ")
+    common::is_software_kvm() && output.contains("init[1]: segfault at 0 ")
 }
 
 /// Answers one HTTP request with `content`.

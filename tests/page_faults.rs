@@ -87,18 +87,9 @@ fn offset_in(mappings: &Value, address: u64) -> u64 {
 
 /// Asks while `GET /` is answered all the time.
 fn refused(api: &Api, method: &str, path: &str, body: &Value) -> String {
-    let (status, answer) = thread::scope(|scope| {
-        let asking = scope.spawn(|| api.request(method, path, &body.to_string()));
-        let mut rounds = 0;
-        while !asking.is_finished() {
-            api.get("/");
-            rounds += 1;
-            thread::sleep(std::time::Duration::from_millis(50));
-        }
-        let answered = asking.join().unwrap();
-        assert!(rounds > 10, "it did not wait: {answered:?}");
-        answered
-    });
+    let ((status, answer), rounds) =
+        api.answers_while(|api| api.request(method, path, &body.to_string()));
+    assert!(rounds > 25, "it did not wait: {answer}");
     assert_eq!(status, 400, "{answer}");
     answer
 }

@@ -6,7 +6,6 @@ mod common;
 mod pair;
 
 use std::fs;
-use std::thread;
 
 use common::{Folder, Monitor, needs, probe_vm_with_disks, sys};
 use pair::{Pair, await_disk, pause};
@@ -16,11 +15,7 @@ use serde_json::{Value, json};
 /// Runs `test` as on a host that answers to io_uring_setup with this.
 fn on_a_host_without_io_uring(test: fn(i32)) {
     for errno in [libc::EPERM, libc::ENOSYS] {
-        let own = thread::spawn(move || {
-            sys::forbid_io_uring(errno);
-            test(errno);
-        });
-        own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        common::with_io_uring_answering(Some(errno), move || test(errno));
     }
 }
 
@@ -110,12 +105,10 @@ fn save_in_the_middle(engine: &str, cache: (&str, &str)) {
 fn disk_when_saved_in_the_middle_of_its_work_goes_on_after_a_restore() {
     needs!(kvm);
     save_in_the_middle("ring", ("cache", "none"));
-    let own = thread::spawn(|| {
-        sys::forbid_io_uring(libc::EPERM);
+    common::with_io_uring_answering(Some(libc::EPERM), || {
         save_in_the_middle("threads", ("cache", "none"));
         save_in_the_middle("threads", ("cache_type", "Writeback"));
     });
-    own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
 }
 
 #[test]
@@ -176,8 +169,7 @@ fn call_outside_the_filter_when_made_on_a_thread_of_the_pool_ends_the_process_wi
         (libc::SYS_io_uring_setup, "io_uring_setup"),
         (libc::SYS_epoll_wait, "epoll_wait"),
     ] {
-        let own = thread::spawn(move || {
-            sys::forbid_io_uring(libc::EPERM);
+        common::with_io_uring_answering(Some(libc::EPERM), move || {
             let folder = Folder::new();
             let disk = folder.disk("disk", 1 << 20);
             let config = probe_vm_with_disks("print:up,hlt", &[&disk]);
@@ -190,6 +182,5 @@ fn call_outside_the_filter_when_made_on_a_thread_of_the_pool_ends_the_process_wi
             let said = monitor.stderr() + &folder.read("log");
             assert!(said.contains(name) && said.contains("block-pool"), "{said}");
         });
-        own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
     }
 }

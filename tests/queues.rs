@@ -7,9 +7,7 @@ mod pair;
 use std::fs;
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use common::{
@@ -158,10 +156,8 @@ fn snapshot_when_no_device_was_given_queues_has_the_first_version_and_none_of_th
 fn disk_when_it_bypasses_the_page_cache_or_has_no_io_uring_keeps_what_all_queues_write() {
     needs!(kvm);
     for (cache, has_ring) in [(true, true), (true, false), (false, false)] {
-        let own = thread::spawn(move || {
-            if !has_ring {
-                sys::forbid_io_uring(libc::EPERM);
-            }
+        let errno = (!has_ring).then_some(libc::EPERM);
+        common::with_io_uring_answering(errno, move || {
             let folder = Folder::new();
             // The loads of two sizes: one of whole pages, and one of sectors, side by side in a block.
             let loads =
@@ -187,7 +183,6 @@ fn disk_when_it_bypasses_the_page_cache_or_has_no_io_uring_keeps_what_all_queues
                 .filter(|(_, name)| name.starts_with("block-pool"));
             assert_eq!(pool.count() > 0, !has_ring, "{threads:?}");
         });
-        own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
     }
 }
 
@@ -543,7 +538,7 @@ fn linux_when_its_disk_has_several_queues_uses_them() {
             // Where KVM emulates the guest's kernel, programs of a guest with two vCPUs end so now and then.
             Err(output)
                 if tries_left > 0
-                    && Path::new("/sys/module/kvm_pvm").exists()
+                    && common::is_software_kvm()
                     && output.contains("Segmentation fault") =>
             {
                 tries_left -= 1;

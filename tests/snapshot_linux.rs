@@ -56,17 +56,10 @@ fn restore(netns: &Netns, own: &Folder, pair: &Pair, more: Value) -> (Monitor, A
     (monitor, api)
 }
 
-/// The guest whose kernel reads ACPI tables, by which a restored one learns that it is a clone.
-fn linux() -> common::Linux {
-    let linux = common::linux();
-    let kernel = linux.kernel.parent().unwrap().join("acpi/vmlinux");
-    assert!(kernel.exists(), "run `tools/guest --with acpi`");
-    common::Linux { kernel, ..linux }
-}
-
 /// A Linux guest with a shell, a disk and a network.
 fn boot(netns: &Netns, folder: &Folder, own: &Folder) -> (Monitor, Api) {
-    let linux = linux();
+    // By ACPI a restored guest learns that it is a clone.
+    let linux = common::linux_with_acpi();
     netns.tap("mftap", &format!("{HOST}/24"));
     netns.run("ip", &["link", "set", "mftap", "mtu", MTU]);
     let disk = folder.join("disk");
@@ -129,7 +122,8 @@ fn seconds_behind(monitor: &mut Monitor) -> RangeInclusive<i64> {
 #[test]
 fn clones_when_two_are_started_have_random_numbers_of_their_own_and_the_right_time() {
     needs!(kvm);
-    let linux = linux();
+    // By ACPI a restored guest learns that it is a clone.
+    let linux = common::linux_with_acpi();
     let (folder, own) = (Folder::new(), Folder::new());
     let config = json!({
         "boot-source": {
@@ -192,15 +186,10 @@ fn linux_when_restored_in_a_chain_loses_nothing() {
     }
 }
 
-/// Whether this is a software-KVM host, where programs of guests that were never saved end by
-/// segmentation faults now and then.
-fn is_host_to_blame() -> bool {
-    Path::new("/sys/module/kvm_pvm").exists()
-}
-
-/// Whether a program of the guest has ended so.
+/// Whether a program of the guest has ended by a segmentation fault, as on a software-KVM host those of guests
+/// that were never saved do now and then.
 fn host_broke_it(monitor: &Monitor) -> bool {
-    is_host_to_blame() && monitor.stdout().contains("Segmentation fault")
+    common::is_software_kvm() && monitor.stdout().contains("Segmentation fault")
 }
 
 /// Waits until something is so; whether it came to that, and the host did not break the guest.
@@ -291,7 +280,7 @@ fn chain(netns: &Netns, folder: &Folder, mut monitor: Monitor, api: &Api, disk: 
                 // A program of the guest has ended. The shell does not say how for one in a pipe.
                 let jobs = shell(&mut here.1, "jobs -l");
                 assert!(
-                    is_host_to_blame(),
+                    common::is_software_kvm(),
                     "the stream ended at link {link}: {jobs}"
                 );
                 return false;

@@ -105,6 +105,18 @@ pub fn linux() -> Linux {
     }
 }
 
+/// The Linux guest whose kernel relies on ACPI: `tools/guest --with acpi`.
+pub fn linux_with_acpi() -> Linux {
+    let linux = linux();
+    let kernel = linux.kernel.parent().unwrap().join("acpi/vmlinux");
+    assert!(
+        kernel.exists(),
+        "{} is missing: run `tools/guest --with acpi`",
+        kernel.display()
+    );
+    Linux { kernel, ..linux }
+}
+
 /// A folder that goes away with its test, and with the next test run if this one is killed.
 pub struct Folder(PathBuf);
 
@@ -486,6 +498,52 @@ impl Monitor {
     }
 }
 
+/// What a monitor left behind.
+pub struct Ended {
+    pub code: Option<i32>,
+    /// What `--end-fd` was told.
+    pub report: String,
+    pub log: String,
+    pub output: String,
+}
+
+/// Runs the monitor with `more` arguments to the end of its guest.
+pub fn end_of(config: &serde_json::Value, more: &[&str], patience: Duration) -> Ended {
+    let folder = Folder::new();
+    let end = folder.file("end", "");
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", "exec \"$@\" 9>>\"$0\""])
+        .arg(&end)
+        .arg(mayfly())
+        .args(boot_args(&folder, config))
+        .args(["--end-fd", "9"])
+        .args(more);
+    let mut monitor = Monitor::spawn(command);
+    Ended {
+        code: monitor.wait_within(patience).code(),
+        report: folder.read("end"),
+        log: folder.read("log"),
+        output: monitor.stdout(),
+    }
+}
+
+/// Whether KVM of this host emulates the guest's kernel.
+pub fn is_software_kvm() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists()
+}
+
+/// Runs `test` on a thread of its own; with an `errno`, as on a host that answers io_uring_setup with that.
+pub fn with_io_uring_answering(errno: Option<i32>, test: impl FnOnce() + Send + 'static) {
+    let own = thread::spawn(move || {
+        if let Some(errno) = errno {
+            sys::forbid_io_uring(errno);
+        }
+        test();
+    });
+    own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+}
+
 /// Waits for something to become true.
 pub fn wait_until(what: &str, is_so: impl FnMut() -> bool) {
     wait_until_within(PATIENCE, what, is_so);
@@ -644,6 +702,24 @@ impl Api {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         sys::send_with(&stream, bytes, fds);
         stream
+    }
+
+    /// What comes of `ask`, and how often `GET /` was answered until then: all the time.
+    pub fn answers_while<T: Send>(&self, ask: impl FnOnce(&Api) -> T + Send) -> (T, u32) {
+        thread::scope(|scope| {
+            let asking = scope.spawn(|| ask(self));
+            let mut rounds = 0;
+            while !asking.is_finished() {
+                self.get("/");
+                rounds += 1;
+                thread::sleep(Duration::from_millis(20));
+            }
+            let asked = asking.join();
+            (
+                asked.unwrap_or_else(|e| std::panic::resume_unwind(e)),
+                rounds,
+            )
+        })
     }
 
     /// A PUT with descriptors that must succeed.
