@@ -177,6 +177,47 @@ impl Images {
     }
 }
 
+/// A program that is killed with the test, should that fail: a jailer that is killed takes its microVM with it.
+struct Running(Option<Child>);
+
+impl Running {
+    fn start(command: &mut Command) -> Running {
+        Running(Some(command.spawn().expect("the jailer starts")))
+    }
+
+    fn child(&mut self) -> &mut Child {
+        self.0.as_mut().expect("it was not waited for")
+    }
+
+    /// Reads exactly this from its standard output.
+    fn says(&mut self, text: &str) {
+        let mut bytes = vec![0; text.len()];
+        let stdout = self.child().stdout.as_mut().expect("it is a pipe");
+        let read = stdout.read_exact(&mut bytes);
+        assert_eq!(String::from_utf8_lossy(&bytes), text, "{read:?}");
+    }
+
+    fn output(mut self) -> Output {
+        let child = self.0.take().expect("it was not waited for");
+        child.wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+            // Of a test that failed: what it said may tell why.
+            let mut text = String::new();
+            if let Some(stderr) = &mut child.stderr {
+                let _ = stderr.read_to_string(&mut text);
+            }
+            println!("the jailer was killed; it had said: {text}");
+        }
+    }
+}
+
 fn ends(mut command: Command, code: i32) -> Output {
     let output = command.output().expect("the jailer starts");
     assert_eq!(
@@ -295,19 +336,9 @@ fn guest_that_runs_takes_further_processes_files_and_a_signal() {
         &[],
         &["sh", "-c", "echo ready; exec sleep 100000"],
     );
-    let mut jailer = jailer
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut ready = [0; 6];
-    jailer
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut ready)
-        .unwrap();
-    assert_eq!(&ready, b"ready\n");
+    let piped = jailer.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut jailer = Running::start(piped);
+    jailer.says("ready\n");
     let mode = fs::metadata(images.socket()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 
@@ -318,8 +349,8 @@ fn guest_that_runs_takes_further_processes_files_and_a_signal() {
     reaps_what_is_left_behind(&images);
     kills_with_the_client(&images);
 
-    common::sys::kill(jailer.id(), libc::SIGTERM);
-    let output = jailer.wait_with_output().unwrap();
+    common::sys::kill(jailer.child().id(), libc::SIGTERM);
+    let output = jailer.output();
     assert_eq!(output.status.code(), Some(143), "{}", err(&output));
     assert_eq!(err(&output), "");
     images.nothing_is_left();
@@ -576,19 +607,102 @@ fn supervisor_that_is_killed_leaves_nothing() {
     for who in [Who::Root, Who::User] {
         let images = Images::new(&format!("agkill{who:?}"), who);
         let mut jailer = images.run(&images.erofs(), &[], &["sleep", "1000"]);
-        let mut jailer = jailer
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut jailer = Running::start(jailer.stdout(Stdio::null()).stderr(Stdio::null()));
         common::wait_until("the socket", || images.socket().exists());
-        jailer.kill().unwrap();
-        jailer.wait().unwrap();
+        jailer.child().kill().unwrap();
+        jailer.output();
         common::wait_until_within(LINUX_PATIENCE, "the socket to go", || {
             !images.socket().exists()
         });
         images.nothing_is_left();
     }
+}
+
+/// A program to which its own standard output is passed as descriptor 9 as well.
+fn with_ready_fd(inner: &Command) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" 9>&1", "sh"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    for (name, value) in inner.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn held_command_runs_when_it_is_asked_for_and_takes_signals_by_its_id() {
+    needs!(root, kvm, guest, "mkfs.erofs", "busybox");
+    let images = Images::new("aghold", Who::User);
+    let image = images.erofs();
+    let id = format!("{}_{}.x", images.place.host.name, "0".repeat(64 - 20));
+    let id = id.as_str();
+    let folder = images.place.path("runtime/own");
+    let own = ["--runtime-dir", &folder];
+    let of_run = [&own[..], &["--hold", "--ready-fd", "9", "-i", "--id", id]].concat();
+    let ask = |code, words: &[&str]| ends(images.jailer(&[words, &own[..]].concat()), code);
+    let status = || out(&ask(0, &["state", id]));
+
+    let script = "read line; echo got $line; exec sleep 1000";
+    let inner = images.run(&image, &of_run, &["sh", "-c", script]);
+    let mut jailer = Running::start(&mut with_ready_fd(&inner));
+    let mut input = jailer.child().stdin.take().unwrap();
+    // What is typed early waits for the command.
+    input.write_all(b"typed\n").unwrap();
+    jailer.says("1");
+    let text = status();
+    assert_eq!(
+        fact(&text.replace("\":", "\": "), "status"),
+        "created",
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!("\"pid\":{}", jailer.child().id())),
+        "{text}"
+    );
+    let words = [&["exec", id][..], &own, &["--", "pidof", "sleep"]].concat();
+    assert_eq!(out(&ends(images.jailer(&words), 1)), "");
+    ask(0, &["start", id]);
+    jailer.says("got typed\n");
+    let text = status();
+    assert!(text.contains("\"status\":\"running\""), "{text}");
+    let again = ask(1, &["start", id]);
+    assert!(err(&again).contains("started already"), "{}", err(&again));
+    ask(0, &["signal", id, "TERM"]);
+    let output = jailer.output();
+    assert_eq!(output.status.code(), Some(143), "{}", err(&output));
+    let lost = ask(1, &["state", id]);
+    assert!(
+        err(&lost).contains("no microVM of this user"),
+        "{}",
+        err(&lost)
+    );
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+
+    // Before its command runs, a signal ends the microVM.
+    let inner = images.run(&image, &of_run, &["true"]);
+    let mut jailer = Running::start(&mut with_ready_fd(&inner));
+    jailer.says("1");
+    ask(0, &["signal", id, "15"]);
+    let output = jailer.output();
+    assert_eq!(output.status.code(), Some(143), "{}", err(&output));
+    assert!(
+        err(&output).contains("signal 15 asked for"),
+        "{}",
+        err(&output)
+    );
+    images.nothing_is_left();
+
+    // Closed without a byte: it failed.
+    let inner = images.run("/none", &of_run, &["true"]);
+    let output = Running::start(&mut with_ready_fd(&inner)).output();
+    assert_eq!(
+        (output.status.code(), out(&output)),
+        (Some(125), String::new())
+    );
 }
 
 /// `mayfly-jailer run --image` with the witness for a monitor, which plays the guest.

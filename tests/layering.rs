@@ -61,11 +61,12 @@ const MACROS: &[(&str, &str)] = &[
 
 /// The same for the jailer.
 const JAILER: &[(&str, u8)] = &[
-    ("main", 9),
-    ("attach", 8),
-    ("check", 8),
-    ("run", 7),
-    ("compat", 7),
+    ("main", 10),
+    ("attach", 9),
+    ("check", 9),
+    ("run", 8),
+    ("compat", 8),
+    ("process", 7),
     ("args", 6),
     ("guest", 5),
     ("cgroup", 5),
@@ -73,6 +74,7 @@ const JAILER: &[(&str, u8)] = &[
     ("root", 4),
     ("monitor", 3),
     ("undo", 3),
+    ("console", 2),
     ("error", 1),
     ("filter", 1),
     ("sys", 0),

@@ -249,6 +249,24 @@ pub fn id(text: &str) -> Result<String, Why> {
         .map_err(|why| why.to_string().into())
 }
 
+/// The name of a microVM that is run, as container engines give one to a container.
+pub fn name(text: &str) -> Result<String, Why> {
+    /// A socket is named after it, and the name of that has 107 bytes at most.
+    const LONGEST: usize = 100;
+    let is_fit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    let is_plain = text
+        .as_bytes()
+        .first()
+        .is_some_and(u8::is_ascii_alphanumeric);
+    match is_plain && text.len() <= LONGEST && text.bytes().all(is_fit) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "an id has 1 to {LONGEST} letters, digits, -, _ and ., and begins with a letter or digit"
+        )
+        .into()),
+    }
+}
+
 /// The number of a user or a group.
 pub fn account(text: &str) -> Result<u32, Why> {
     // The highest number means "leave as it is" to the kernel, which here would be root.

@@ -1,36 +1,43 @@
 //! `mayfly-jailer exec` and `cp`: further processes in a guest that runs a command, and files in and out of
-//! it, through the socket of its supervisor.
+//! it, through the socket of its supervisor. And what else is asked of that (`control`).
 //!
 //! One thread, one loop over the connection and the caller's streams, which are those of the process
-//! (`run::agent::front`). What is copied is packed or unpacked by a child of this program (`copy`), with a
+//! (`process::front`). What is copied is packed or unpacked by a child of this program (`copy`), with a
 //! pipe between. The supervisor passes the guest's messages on: they are hostile input here too.
 
+mod control;
 mod copy;
 mod options;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use self::copy::Copy;
 use self::options::Exec;
+use crate::console::terminal::LOOK_EVERY;
 use crate::error::{Advice as _, AnyError, Step as _, message};
-use crate::run::agent::command::{Body, CommandError};
-use crate::run::agent::front::{Front, FrontPart};
-use crate::run::agent::link::StreamLink;
-use crate::run::agent::place;
-use crate::run::console::terminal::LOOK_EVERY;
+use crate::process::command::{Body, CommandError};
+use crate::process::front::{Front, FrontPart};
+use crate::process::place::Place;
+use crate::process::stream::StreamLink;
+use crate::root::open_folder_of;
 use crate::sys::{self, Inherited};
 
+pub use self::control::{CONTROL_HELP, Control, parse_control};
 pub use self::options::{COPY_HELP, EXEC_HELP, parse_copy, parse_exec};
 
 /// A command could not be run, as of container engines.
 const NOT_RUN: i32 = 125;
 /// A copy failed.
 const NOT_COPIED: i32 = 1;
+/// What was asked for was not done.
+const NOT_DONE: i32 = 1;
 
 /// The connection, or the process behind it, failed.
 #[derive(Debug, thiserror::Error)]
@@ -49,11 +56,17 @@ pub fn exec(exec: Exec, inherited: Inherited) -> i32 {
     let run = || -> Result<i32, AnyError> {
         exec.command.check()?;
         let body = exec.command.body("")?;
-        let socket = connect(&exec.id)?;
+        let socket = connect(&exec.target)?;
         let front = Front::new(COMMAND, &exec.command);
-        Ok(Session::start(&exec.id, socket, front, &body)?.run()?)
+        Ok(Session::start(&exec.target.id, socket, front, &body)?.run()?)
     };
     ended(run(), NOT_RUN)
+}
+
+/// Asks something of the supervisor of a guest; the exit code.
+pub fn control(control: Control, inherited: Inherited) -> i32 {
+    prepare(inherited);
+    ended(control.run(), NOT_DONE)
 }
 
 /// Copies files to or from a guest; the exit code.
@@ -77,9 +90,19 @@ fn ended(result: Result<i32, AnyError>, otherwise: i32) -> i32 {
     })
 }
 
-/// A connection to the supervisor of the microVM `id`.
-fn connect(id: &str) -> Result<OwnedFd, AnyError> {
-    let path = place::socket(id);
+/// A microVM that runs a command.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Its name.
+    pub id: String,
+    /// Where its socket is.
+    pub place: Place,
+}
+
+/// A connection to the supervisor of a microVM.
+fn connect(target: &Target) -> Result<OwnedFd, AnyError> {
+    let Target { id, place } = target;
+    let path = place.socket(id);
     let remedy = |answer| match answer {
         Errno::NOENT | Errno::CONNREFUSED => Some(
             "no microVM of this user with that id runs a command; its id is that of --id of \
@@ -89,17 +112,27 @@ fn connect(id: &str) -> Result<OwnedFd, AnyError> {
     };
     let what = format!("reach the microVM {id}");
     if path.exists() {
-        place::check_folder()?;
+        place.check()?;
     }
-    let address = SocketAddrUnix::new(&path).step(what.clone())?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
         .step(what.clone())?;
-    rustix::net::connect(&socket, &address)
-        .step(what)
-        .hints(remedy)?;
+    connect_to(&socket, &path).step(what).hints(remedy)?;
     rustix::io::ioctl_fionbio(&socket, true).step("use the connection")?;
     Ok(socket)
+}
+
+/// Connects to a socket at a path. The address of one has 107 bytes at most: so it is the name in the folder, which
+/// is the working folder meanwhile.
+fn connect_to(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
+    let (folder, name) = open_folder_of(path)?;
+    let address = SocketAddrUnix::new(name)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY;
+    let before = sys::open(".", flags)?;
+    rustix::process::fchdir(&folder)?;
+    let connected = rustix::net::connect(socket, &address);
+    rustix::process::fchdir(&before)?;
+    connected
 }
 
 /// A process in the guest, to its end.

@@ -4,7 +4,7 @@
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
 //! everyday command with the empty jail, `attach` what reaches a guest that runs a command, `check`
 //! tries whether this host can run microVMs. What they
-//! are made of: `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`,
+//! are made of: `process` (one in a guest), `console`, `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`,
 //! `monitor` (its executable and limits), `error`, and `sys`, the only unsafe code.
 
 mod args;
@@ -12,11 +12,13 @@ mod attach;
 mod cgroup;
 mod check;
 mod compat;
+mod console;
 mod error;
 mod filter;
 mod guest;
 mod monitor;
 mod netns;
+mod process;
 mod root;
 mod run;
 mod sys;
@@ -80,6 +82,13 @@ fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
             Some(copy) => sys::exit_now(attach::copy(copy, inherited)),
             None => print(attach::COPY_HELP),
         },
+        Some(name @ ("start" | "signal" | "state")) => {
+            let name = name.to_owned();
+            match attach::parse_control(&name, words.split_off(1))? {
+                Some(control) => sys::exit_now(attach::control(control, inherited)),
+                None => print(attach::CONTROL_HELP),
+            }
+        }
         _ => match args::parse(words)? {
             Command::Help => print(args::HELP),
             Command::Version => print(concat!(

@@ -225,16 +225,14 @@ impl Machine<'_> {
                 }
                 link::bring_up_loopback(self.link);
                 (*self.is_set_up, *self.is_written) = (true, setup.is_written());
-                Ok(())
+                // It is the first message: there is room.
+                match self.frame.push(&Message::Ready) {
+                    true => Ok(()),
+                    false => Err(Malformed::Reserved),
+                }
             }
             // All else comes after it.
             _ if !*self.is_set_up => Err(Malformed::Kind(message.kind())),
-            Message::File(body) => {
-                if let Err(text) = root::make_file(body) {
-                    fail(self.link, self.frame, text.bytes());
-                }
-                Ok(())
-            }
             Message::Start { process, body } => {
                 table.start(process, body)?;
                 // The command is the first of all: there is room.

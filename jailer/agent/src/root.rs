@@ -147,29 +147,6 @@ fn make_links() {
     }
 }
 
-/// Makes a file of the message of this body, in place of what is there.
-pub fn make_file(body: &[u8]) -> Result<(), Text> {
-    let (mut path, mut content) = (None, None);
-    for field in Fields(body) {
-        match field {
-            Ok(field) if field.tag == fields::PATH => path = field.text().ok(),
-            Ok(field) if field.tag == fields::CONTENT => content = Some(field.bytes()),
-            _ => path = None,
-        }
-    }
-    let (Some(path), Some(content)) = (path, content) else {
-        let mut text = Text::new();
-        text.add(b"cannot make a file: the message is malformed");
-        return Err(text);
-    };
-    let made = sys::open(path, sys::CREATE, 0o644).and_then(|file| write_all(&file, content));
-    made.map_err(|error| {
-        let mut text = Text::new();
-        text.add(b"make ").add(path.to_bytes());
-        Text::of(text.bytes(), error)
-    })
-}
-
 /// Writes all of `bytes` to a file that waits.
 pub fn write_all(file: &sys::Fd, mut bytes: &[u8]) -> sys::Result<()> {
     while !bytes.is_empty() {

@@ -84,8 +84,6 @@ const NOCTTY: u32 = 0o400;
 pub const READ: u32 = 0;
 /// Read and write.
 pub const READ_WRITE: u32 = 2;
-/// Write a new file.
-pub const CREATE: u32 = 1 | 0o100 | 0o1000;
 /// A file that must not be there.
 pub const NEW: u32 = 1 | 0o100 | 0o200;
 

@@ -115,13 +115,16 @@ fn play_agent(kind: &str, link: &OwnedFd) {
     let packet = |ether_type: [u8; 2], sequence: u32, messages: &[u8]| {
         let mut packet = vec![0; 24];
         packet.extend(ether_type);
-        packet.extend([1, 0]);
+        packet.extend([2, 0]);
         packet.extend((messages.len() as u16).to_le_bytes());
         packet.extend(sequence.to_le_bytes());
         packet.extend(messages);
         packet
     };
-    let started = [9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    // The guest is ready, and its command started.
+    let started = [
+        12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0,
+    ];
     let mut data = vec![1, 1, 0, 0, 1, 0, 0, 0];
     data.extend(50_000_u32.to_le_bytes());
     data.resize(12 + 50_000, b'x');

@@ -14,11 +14,6 @@ pub const ROOT_TYPE: u8 = 2;
 /// Of a setup: [`READ_ONLY`], [`READ_WRITE`] or [`OVERLAY`].
 pub const ROOT_MODE: u8 = 3;
 
-/// Of a file: where it is to be. With [`CONTENT`] behind it.
-pub const PATH: u8 = 16;
-/// Of a file: what is to be in it.
-pub const CONTENT: u8 = 17;
-
 /// Of a process: its words, in order.
 pub const ARGUMENT: u8 = 32;
 /// Of a process: NAME=VALUE of its environment.

@@ -10,13 +10,15 @@ pub(crate) const DATA: u8 = 1;
 const END: u8 = 2;
 const CREDIT: u8 = 3;
 const SETUP: u8 = 4;
-const FILE: u8 = 5;
 const START: u8 = 6;
 const SIGNAL: u8 = 7;
 const SIZE: u8 = 8;
 const STARTED: u8 = 9;
 const EXITED: u8 = 10;
 const FAILED: u8 = 11;
+const READY: u8 = 12;
+const REQUEST: u8 = 13;
+const ANSWER: u8 = 14;
 
 /// A stream of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,8 +107,6 @@ pub enum Message<'a> {
     },
     /// To the agent, first of all: what the guest is to be. See [`crate::fields`].
     Setup(&'a [u8]),
-    /// To the agent, after [`Message::Setup`]: a file to make before the command starts.
-    File(&'a [u8]),
     /// To the agent: run a process.
     Start {
         /// The number that it is to have.
@@ -130,7 +130,9 @@ pub enum Message<'a> {
         /// Characters of a line.
         columns: u16,
     },
-    /// From the agent: the guest is set up, and the process has been started.
+    /// From the agent, first of all: the guest is set up, and processes can be started.
+    Ready,
+    /// From the agent: the command has been started. Of other processes it does not say so.
     Started {
         /// Which one.
         process: u32,
@@ -144,6 +146,10 @@ pub enum Message<'a> {
     },
     /// From the agent, last of all: the guest cannot be set up; why.
     Failed(&'a [u8]),
+    /// To a supervisor, from another program of its user: what it is to do. Never to or from an agent.
+    Request(&'a [u8]),
+    /// From a supervisor, to such a program: `+` and what it asked for, or `-` and why that cannot be.
+    Answer(&'a [u8]),
 }
 
 /// The header of a message.
@@ -179,7 +185,6 @@ impl<'a> Message<'a> {
                 (CREDIT, stream as u8, process, &small)
             }
             Message::Setup(body) => (SETUP, 0, 0, body),
-            Message::File(body) => (FILE, 0, 0, body),
             Message::Start { process, body } => (START, 0, process, body),
             Message::Signal { process, number } => {
                 small = [number, 0, 0, 0];
@@ -204,6 +209,9 @@ impl<'a> Message<'a> {
                 (EXITED, 0, process, small.get(..2)?)
             }
             Message::Failed(text) => (FAILED, 0, 0, text),
+            Message::Ready => (READY, 0, 0, &[]),
+            Message::Request(text) => (REQUEST, 0, 0, text),
+            Message::Answer(text) => (ANSWER, 0, 0, text),
         };
         if body.len() > BODY_MAX {
             return None;
@@ -243,7 +251,7 @@ impl<'a> Message<'a> {
         if !matches!(kind, DATA | END | CREDIT) && stream != 0 {
             return Err(Malformed::Stream(stream));
         }
-        if matches!(kind, SETUP | FILE | FAILED) && process != 0 {
+        if matches!(kind, SETUP | FAILED | READY | REQUEST | ANSWER) && process != 0 {
             return Err(Malformed::Reserved);
         }
         Ok(match kind {
@@ -263,7 +271,6 @@ impl<'a> Message<'a> {
                 bytes: u32::from_le_bytes(exactly(body)?),
             },
             SETUP => Message::Setup(body),
-            FILE => Message::File(body),
             START => Message::Start { process, body },
             SIGNAL => {
                 let [number] = exactly(body)?;
@@ -296,24 +303,32 @@ impl<'a> Message<'a> {
                 }
                 Message::Failed(body)
             }
+            READY => {
+                exactly::<0>(body)?;
+                Message::Ready
+            }
+            REQUEST => Message::Request(body),
+            ANSWER => Message::Answer(body),
             _ => return Err(Malformed::Kind(kind)),
         })
     }
 
     /// The number of its kind, for messages about it.
-    pub fn kind(&self) -> u8 {
+    pub const fn kind(&self) -> u8 {
         match self {
             Message::Data { .. } => DATA,
             Message::End { .. } => END,
             Message::Credit { .. } => CREDIT,
             Message::Setup(_) => SETUP,
-            Message::File(_) => FILE,
             Message::Start { .. } => START,
             Message::Signal { .. } => SIGNAL,
             Message::Size { .. } => SIZE,
             Message::Started { .. } => STARTED,
             Message::Exited { .. } => EXITED,
             Message::Failed(_) => FAILED,
+            Message::Ready => READY,
+            Message::Request(_) => REQUEST,
+            Message::Answer(_) => ANSWER,
         }
     }
 }

@@ -49,7 +49,6 @@ fn all_kinds<'a>(body: &'a [u8], number: u32) -> Vec<Message<'a>> {
             bytes: number,
         },
         Message::Setup(body),
-        Message::File(body),
         Message::Start { process, body },
         Message::Signal {
             process,
@@ -70,6 +69,9 @@ fn all_kinds<'a>(body: &'a [u8], number: u32) -> Vec<Message<'a>> {
             status: Status::Killed(9),
         },
         Message::Failed(&body[..body.len().min(TEXT_MAX)]),
+        Message::Ready,
+        Message::Request(body),
+        Message::Answer(body),
     ]
 }
 
@@ -109,8 +111,11 @@ fn frame_that_is_lost_or_repeated_or_of_another_version_is_refused() {
         assert_eq!(error, Malformed::Sequence { expected, found: 5 });
     }
     let mut other = bytes.clone();
-    other[0] = 2;
-    assert_eq!(messages(&other, 5).unwrap_err(), Malformed::Version(2));
+    other[0] = VERSION + 1;
+    assert_eq!(
+        messages(&other, 5).unwrap_err(),
+        Malformed::Version(VERSION + 1)
+    );
     let mut other = bytes.clone();
     other[1] = 1;
     assert_eq!(messages(&other, 5).unwrap_err(), Malformed::Reserved);
@@ -200,7 +205,7 @@ fn random_bytes_are_decoded_or_refused_and_never_more_than_they_are() {
         for message in found {
             match message {
                 Ok(Message::Data { bytes, .. }) => total += 12 + bytes.len(),
-                Ok(Message::Start { body, .. } | Message::Setup(body) | Message::File(body)) => {
+                Ok(Message::Start { body, .. } | Message::Setup(body)) => {
                     total += 12 + body.len();
                     Fields(body).for_each(|field| {
                         if let Ok(field) = field {
@@ -247,7 +252,7 @@ fn fields_come_out_with_their_tags_and_zero_bytes_in_texts_are_refused() {
     let mut body = Vec::new();
     for (tag, value) in [
         (fields::ARGUMENT, &b"sh"[..]),
-        (fields::CONTENT, b"a\0b"),
+        (fields::USER, b"a\0b"),
         (fields::USER, b""),
     ] {
         body.extend(fields::header(tag, value).unwrap());
@@ -258,9 +263,9 @@ fn fields_come_out_with_their_tags_and_zero_bytes_in_texts_are_refused() {
     assert_eq!(found[0].text().unwrap(), c"sh");
     assert_eq!(
         (found[1].tag, found[1].bytes()),
-        (fields::CONTENT, &b"a\0b"[..])
+        (fields::USER, &b"a\0b"[..])
     );
-    assert_eq!(found[1].text(), Err(Malformed::Field(fields::CONTENT)));
+    assert_eq!(found[1].text(), Err(Malformed::Field(fields::USER)));
     assert_eq!(found[2].bytes(), b"");
     for end in 1..body.len() {
         let last = Fields(&body[..end]).last().unwrap();

@@ -16,11 +16,11 @@ use mayfly_agent_protocol::archive::{DEPTH_MAX, Entry, Kind, MODE_MASK, is_name}
 use mayfly_agent_protocol::{COMMAND, Malformed, fields};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 
-use self::unpack::Target;
-use super::{Session, archive_body, connect};
+use self::unpack::Destination;
+use super::{Session, Target, archive_body, connect};
+use crate::console::{Sink, pipe};
 use crate::error::{AnyError, Step as _, message};
-use crate::run::agent::front::Front;
-use crate::run::console::{Sink, pipe};
+use crate::process::front::Front;
 use crate::sys::{self, Ended};
 
 /// Bytes that are read and written at once.
@@ -35,7 +35,7 @@ pub enum Copy {
     /// Out of a guest.
     FromGuest {
         /// Which one.
-        id: String,
+        target: Target,
         /// Where it is there.
         path: String,
         /// Where it goes.
@@ -46,7 +46,7 @@ pub enum Copy {
     /// Into a guest.
     ToGuest {
         /// Which one.
-        id: String,
+        target: Target,
         /// Where it goes there.
         path: String,
         /// Where it is.
@@ -82,18 +82,18 @@ impl Copy {
     pub fn run(self) -> Result<i32, AnyError> {
         match self {
             Copy::FromGuest {
-                id,
+                target: from,
                 path,
                 to,
                 merges,
             } => {
-                let target = Target::new(&path, &to, merges)?;
-                let socket = connect(&id)?;
+                let destination = Destination::new(&path, &to, merges)?;
+                let socket = connect(&from)?;
                 let (reader, writer) = pipe(true, false).step("make a pipe")?;
                 let child = sys::fork().step("start the program that unpacks")?;
                 let Some(child) = child else {
                     drop((writer, socket));
-                    child_ends(target.unpack(&mut File::from(reader)));
+                    child_ends(destination.unpack(&mut File::from(reader)));
                 };
                 drop(reader);
                 let out = Sink::Output {
@@ -103,12 +103,16 @@ impl Copy {
                 let front = Front::with(COMMAND, None, [out, Sink::Tail(Vec::new())]);
                 let body = archive_body(fields::PACK, &path, false)?;
                 // The end of the session is the end of the pipe.
-                let code = run(Session::start(&id, socket, front, &body)?)?;
+                let code = run(Session::start(&from.id, socket, front, &body)?)?;
                 combined(code, child)
             }
-            Copy::ToGuest { id, path, from } => {
+            Copy::ToGuest {
+                target: to,
+                path,
+                from,
+            } => {
                 std::fs::symlink_metadata(&from).step_on("copy", &from)?;
-                let socket = connect(&id)?;
+                let socket = connect(&to)?;
                 let (reader, writer) = pipe(true, true).step("make a pipe")?;
                 let child = sys::fork().step("start the program that packs")?;
                 let Some(child) = child else {
@@ -119,7 +123,7 @@ impl Copy {
                 let sinks = [Sink::Nowhere, Sink::Tail(Vec::new())];
                 let front = Front::with(COMMAND, Some(reader), sinks);
                 let body = archive_body(fields::UNPACK, &path, true)?;
-                let code = run(Session::start(&id, socket, front, &body)?)?;
+                let code = run(Session::start(&to.id, socket, front, &body)?)?;
                 combined(code, child)
             }
         }
@@ -286,7 +290,7 @@ mod tests {
         let to = place.path().join("to");
         // The second time into a folder that is there, under its own name.
         for _ in 0..2 {
-            let target = Target::new("/x/from/", &to, false).unwrap();
+            let target = Destination::new("/x/from/", &to, false).unwrap();
             target.unpack(&mut File::open(&packed).unwrap()).unwrap();
         }
         for top in [to.clone(), to.join("from")] {

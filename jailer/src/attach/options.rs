@@ -3,10 +3,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use super::Target;
 use super::copy::Copy;
 use crate::args::{self, ArgsError, Known, Words, asks_for_help};
-use crate::run::agent::command::Command;
-use crate::run::spec::options::split_command;
+use crate::process::command::{Command, split_command};
+use crate::process::place::Place;
 
 /// What `exec --help` prints.
 pub const EXEC_HELP: &str = include_str!("exec.txt");
@@ -17,14 +18,14 @@ pub const COPY_HELP: &str = include_str!("cp.txt");
 #[derive(Debug, PartialEq)]
 pub struct Exec {
     /// The microVM.
-    pub id: String,
+    pub target: Target,
     /// What it is to run.
     pub command: Command,
 }
 
 const KNOWN: Known = Known {
     flags: "-t --tty -i --interactive",
-    once: "--user --workdir",
+    once: "--user --workdir --runtime-dir",
     repeatable: "--env",
     text: "",
     help: "see exec --help; the command comes after --",
@@ -43,12 +44,37 @@ pub fn parse_exec(words: Vec<OsString>) -> Result<Option<Exec>, ArgsError> {
         (_, Some(last)) if words.len() > 1 && !is_option(last) => words.remove(words.len() - 1),
         _ => return Err(ArgsError::Missing("ID, as in `exec ID -- CMD`,")),
     };
-    let id = text(id, "exec", args::id)?;
+    let id = text(id, "exec", args::name)?;
     let command = command.filter(|command| !command.is_empty());
     let command = command.ok_or(ArgsError::Missing("the command, after --,"))?;
     let mut words = Words::sort(words, &KNOWN)?;
+    let place = Place::new(words.path("--runtime-dir"));
     let command = Command::take(&mut words, command)?;
-    Ok(Some(Exec { id, command }))
+    let target = Target { id, place };
+    Ok(Some(Exec { target, command }))
+}
+
+const OF_PLACE: Known = Known {
+    flags: "--merge",
+    once: "--runtime-dir",
+    repeatable: "",
+    text: "",
+    help: "see --help of it",
+};
+
+/// The options of a command line and its other words, which may stand anywhere among them.
+pub fn separate(words: Vec<OsString>) -> Result<(Words, Vec<OsString>), ArgsError> {
+    let (mut options, mut others) = (Vec::new(), Vec::new());
+    let mut words = words.into_iter();
+    while let Some(word) = words.next() {
+        let has_value = word == "--runtime-dir";
+        match word.as_encoded_bytes().starts_with(b"--") {
+            true => options.push(word),
+            false => others.push(word),
+        }
+        options.extend(words.by_ref().take(usize::from(has_value)));
+    }
+    Ok((Words::sort(options, &OF_PLACE)?, others))
 }
 
 /// Understands the words after `cp`; none when help is asked for.
@@ -56,22 +82,21 @@ pub fn parse_copy(words: Vec<OsString>) -> Result<Option<Copy>, ArgsError> {
     if asks_for_help(&words) {
         return Ok(None);
     }
-    let count = words.len();
-    let mut words = words;
-    words.retain(|word| word != "--merge");
-    let merges = words.len() < count;
-    let [from, to]: [OsString; 2] = words
+    let (mut options, places) = separate(words)?;
+    let merges = options.has("--merge");
+    let place = Place::new(options.path("--runtime-dir"));
+    let [from, to]: [OsString; 2] = places
         .try_into()
         .map_err(|_| ArgsError::Missing("one of the two places, as in `cp ID:PATH FILE`,"))?;
     match (guest_place(&from), guest_place(&to)) {
         (Some((id, path)), None) => Ok(Some(Copy::FromGuest {
-            id,
+            target: Target { id, place },
             path,
             to: to.into(),
             merges,
         })),
         (None, Some((id, path))) => Ok(Some(Copy::ToGuest {
-            id,
+            target: Target { id, place },
             path,
             from: PathBuf::from(from),
         })),
@@ -90,11 +115,12 @@ pub fn parse_copy(words: Vec<OsString>) -> Result<Option<Copy>, ArgsError> {
 /// The parts of `ID:/PATH`.
 fn guest_place(word: &OsString) -> Option<(String, String)> {
     let (id, path) = word.to_str()?.split_once(':')?;
-    let id = args::id(id).ok()?;
+    let id = args::name(id).ok()?;
     path.starts_with('/').then(|| (id, path.to_owned()))
 }
 
-fn text<T>(
+/// Understands a word.
+pub fn text<T>(
     word: OsString,
     name: &'static str,
     understand: impl Fn(&str) -> Result<T, args::Why>,
@@ -121,7 +147,7 @@ mod tests {
             "-t -i --user me --env A=b --workdir /x vm-1 -- ls -l --help",
         ] {
             let exec = parse_exec(words(line)).unwrap().unwrap();
-            assert_eq!(exec.id, "vm-1");
+            assert_eq!(exec.target.id, "vm-1");
             assert_eq!(exec.command.words, ["ls", "-l", "--help"]);
             assert!(exec.command.is_terminal && exec.command.has_input);
             assert_eq!(exec.command.variables, ["A=b"]);
@@ -143,14 +169,23 @@ mod tests {
     #[test]
     fn copy_has_one_place_on_each_side() {
         let copy = |line| parse_copy(words(line));
-        let (id, path) = ("vm-1".to_owned(), "/etc/x".to_owned());
+        let path = "/etc/x".to_owned();
+        let target = |given: Option<&str>| Target {
+            id: "vm-1".to_owned(),
+            place: Place::new(given.map(PathBuf::from)),
+        };
         let to = PathBuf::from("./a:b");
-        for (line, merges) in [
-            ("vm-1:/etc/x ./a:b", false),
-            ("--merge vm-1:/etc/x ./a:b", true),
+        for (line, merges, given) in [
+            ("vm-1:/etc/x ./a:b", false, None),
+            ("--merge vm-1:/etc/x ./a:b", true, None),
+            (
+                "vm-1:/etc/x --runtime-dir /r ./a:b --merge",
+                true,
+                Some("/r"),
+            ),
         ] {
             let expected = Copy::FromGuest {
-                id: id.clone(),
+                target: target(given),
                 path: path.clone(),
                 to: to.clone(),
                 merges,
@@ -158,9 +193,10 @@ mod tests {
             assert_eq!(copy(line).unwrap(), Some(expected));
         }
         let from = PathBuf::from("/y");
+        let target = target(None);
         assert_eq!(
             copy("/y vm-1:/etc/x").unwrap(),
-            Some(Copy::ToGuest { id, path, from })
+            Some(Copy::ToGuest { target, path, from })
         );
         for line in ["", "a", "a b", "vm:/a vm:/b", "vm:a b", "a b c"] {
             assert!(copy(line).is_err(), "{line}");

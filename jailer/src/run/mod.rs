@@ -21,10 +21,9 @@
 //! - A guest that runs a command has an agent, with which the supervisor has a session (`agent`).
 //!
 //! Imports point down this list: `supervise`, `keeper`, `outcome`, `jail`, `network`, `spec`, `agent`,
-//! `console`, `channel`.
+//! `channel`.
 
 pub mod agent;
-pub mod console;
 pub mod jail;
 pub mod outcome;
 pub mod spec;

@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use mayfly::wire::limits::INSTANCE_ID_MAX;
 use rustix::fs::{FileType, Gid, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::process::PidfdFlags;
@@ -150,7 +151,7 @@ pub struct Spec {
 /// What becomes of the process in the jail.
 #[derive(Debug)]
 pub struct JailSpec {
-    /// Name of the microVM; inside, also of the host.
+    /// Name of the microVM to the monitor, and of the jail's host ([`name_inside`]).
     pub id: String,
     /// User and group of the monitor.
     pub owner: Owner,
@@ -169,6 +170,8 @@ pub struct JailSpec {
 pub struct WatchSpec {
     /// When the jailer began, microseconds of the monotonic clock.
     pub began_us: u64,
+    /// Name of the microVM.
+    pub id: String,
     /// The options, but for what became the rest.
     pub options: Options,
     /// What to start; none if a client of the API does that.
@@ -179,6 +182,8 @@ pub struct WatchSpec {
     pub enders: Vec<(OwnedFd, Ender)>,
     /// What the guest runs, where that is a command, and its initial RAM disk.
     pub guest: Option<(agent::Plan, OwnedFd)>,
+    /// Where to say that the command runs, or could.
+    pub ready: Option<OwnedFd>,
     /// What `check` types at the guest's first byte, once it has asked for the timeline.
     pub first_reply: Option<&'static [u8]>,
 }
@@ -200,7 +205,11 @@ pub fn prepare(
             .map(Described::inherited)
             .unwrap_or_default(),
     );
-    wanted.extend(options.end_with_fd);
+    wanted.extend(
+        [options.end_with_fd, options.ready_fd]
+            .into_iter()
+            .flatten(),
+    );
     let passed = Passed::keep(inherited, wanted)?;
     Ok((described, passed))
 }
@@ -238,7 +247,7 @@ impl Spec {
             console: append(options.console.file(), "--console")?,
             log: append(options.log.as_deref(), "--log")?,
             jail: JailSpec {
-                id: id.to_owned(),
+                id: name_inside(id),
                 owner,
                 as_root,
                 monitor: open_monitor(options.mayfly.as_deref())?,
@@ -247,6 +256,8 @@ impl Spec {
             },
             watch: WatchSpec {
                 began_us,
+                id: id.to_owned(),
+                ready: take_ready(&options, &mut passed)?,
                 enders: enders(&options, &mut passed)?,
                 vm: described.map(|it| it.open(&mut passed)).transpose()?,
                 options,
@@ -256,6 +267,18 @@ impl Spec {
             },
         })
     }
+}
+
+/// The name of a microVM as the monitor and a host take one: shorter, and of fewer characters.
+fn name_inside(id: &str) -> String {
+    let fit = |c: char| if c.is_alphanumeric() { c } else { '-' };
+    id.chars().take(INSTANCE_ID_MAX).map(fit).collect()
+}
+
+/// The descriptor of `--ready-fd`.
+fn take_ready(options: &Options, passed: &mut Passed) -> Result<Option<OwnedFd>, AnyError> {
+    let number = options.ready_fd.map(RawFd::unsigned_abs);
+    number.map(|number| passed.take(number)).transpose()
 }
 
 /// Finds out what a guest with a command is to be, and makes what it boots from.
@@ -269,10 +292,11 @@ fn open_guest(guest: GuestCommand, id: &str) -> Result<(agent::Plan, OwnedFd), A
         (mode, _) => mode.unwrap_or(RootMode::Overlay),
     };
     let plan = agent::Plan {
-        hostname: guest.hostname.unwrap_or_else(|| id.to_owned()),
+        hostname: guest.hostname.unwrap_or_else(|| name_inside(id)),
         root_type,
         root_mode,
         command: guest.command,
+        is_held: guest.is_held,
     };
     let initramfs = agent::initramfs::make(guest.agent.as_deref())?;
     Ok((plan, initramfs))

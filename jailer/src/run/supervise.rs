@@ -4,6 +4,7 @@
 //! configuration is sent, the guest starts) happens as soon as each has been heard of; the console,
 //! the log, signals and the time limit are served all the while.
 
+mod requests;
 mod snapshot;
 pub mod start;
 
@@ -19,13 +20,13 @@ use rustix::process::{Pid, Signal};
 use self::snapshot::{Snapshots, pagemap_of};
 use super::agent::{Agent, AgentError, AgentPart};
 use super::channel::Channel;
-use super::console::{Console, LOOK_EVERY, Part, Relay};
 use super::jail;
 use super::keeper::Keeper;
 use super::outcome::{Asked, Seen, Times, Verdict};
 use super::spec::vm::Vm;
 use super::spec::{Ender, WatchSpec};
 use crate::cgroup::exclusive;
+use crate::console::{Console, LOOK_EVERY, Part, Relay};
 use crate::error::{AnyError, Failure, Step as _, message};
 use crate::sys::{self, Ended, Used};
 
@@ -179,6 +180,8 @@ impl Watch {
                 self.give_up(error.into());
             }
             self.take_snapshot_when_due();
+            self.answer_requests();
+            self.tell_ready();
             self.end_with_command();
             if self.serve() {
                 break;
@@ -624,7 +627,7 @@ impl Watch {
             self.progress.seen.command = self.progress.seen.command.or(status);
         }
         agent.dismiss_clients();
-        if !agent.has_started() {
+        if !agent.is_ready() {
             self.progress.console_tail = self.console.out.tail();
         }
         let clients_until = self.now_us() + CLIENTS_US;

@@ -26,7 +26,7 @@ const TRIES: u32 = 100;
 
 /// Where the one entry of an archive goes.
 #[derive(Debug)]
-pub struct Target {
+pub struct Destination {
     folder: OwnedFd,
     name: Vec<u8>,
     /// Whether folders that are there are written into.
@@ -35,9 +35,9 @@ pub struct Target {
     umask: u32,
 }
 
-impl Target {
+impl Destination {
     /// In `to`, if that is a folder, under the last part of the guest's `path`; else `to` itself.
-    pub fn new(path: &str, to: &Path, merges: bool) -> Result<Target, AnyError> {
+    pub fn new(path: &str, to: &Path, merges: bool) -> Result<Destination, AnyError> {
         let of_guest = path.trim_end_matches('/').rsplit('/').next();
         let name = of_guest.unwrap_or_default().as_bytes();
         if !is_name(name) {
@@ -52,7 +52,7 @@ impl Target {
         };
         let umask = rustix::process::umask(Mode::empty());
         rustix::process::umask(umask);
-        Ok(Target {
+        Ok(Destination {
             folder,
             name,
             merges,
@@ -223,7 +223,7 @@ mod tests {
     }
 
     fn unpack(parts: &[Vec<u8>], to: &Path, merges: bool) -> Result<(), String> {
-        let mut target = Target::new("/srv/asked", to, merges).unwrap();
+        let mut target = Destination::new("/srv/asked", to, merges).unwrap();
         target.umask = 0o027;
         let unpacked = target.unpack(&mut archive(&parts.concat()));
         unpacked.map_err(|error| message(&*error))
@@ -272,7 +272,7 @@ mod tests {
             ["asked", "other"].map(Into::into).into()
         );
         for path in ["/", "//", "/a/..", "/a/.", "/a/../"] {
-            let error = Target::new(path, place.path(), false).unwrap_err();
+            let error = Destination::new(path, place.path(), false).unwrap_err();
             assert!(message(&*error).contains("no name"), "{path}");
         }
     }

@@ -1,7 +1,8 @@
-//! Other programs of this user that run further processes in the guest: `mayfly-jailer exec` and `cp`.
+//! Other programs of this user that run further processes in the guest (`mayfly-jailer exec` and `cp`), or ask
+//! something of the supervisor (`start`, `signal` and the like).
 //!
-//! Each has a connection to the supervisor's socket, sends a message that starts a process, and then what
-//! the supervisor itself would send for one. It is this user's, and yet checked: what a client may do to
+//! Each has a connection to the supervisor's socket. It sends a message that starts a process, and then what
+//! the supervisor itself would send for one; or one request, which is answered. It is this user's, and yet checked: what a client may do to
 //! the agent is its own process, and no mistake of a client's may end the guest. A client that is gone has
 //! its process killed.
 
@@ -16,14 +17,50 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
-use super::link::{Link, StreamLink};
+use super::link::Link;
+use crate::process::stream::StreamLink;
 
 /// SIGKILL.
 const KILL: u8 = 9;
+/// The kind of a message that starts a process.
+const START: u8 = Message::Start {
+    process: 0,
+    body: &[],
+}
+.kind();
 /// Most frames of one client that are passed on in one turn.
 const TURN: usize = 16;
 /// How long no client is taken after one could not be: this process has no descriptor for it.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// What a client asks of the supervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// To start the command that was held.
+    Start,
+    /// To send this signal to the command.
+    Signal(u8),
+    /// To tell how the microVM is, and what it is.
+    State,
+}
+
+impl Request {
+    /// The text of [`Message::Request`].
+    pub fn of(text: &[u8]) -> Option<Request> {
+        let text = std::str::from_utf8(text).ok()?;
+        match text {
+            "start" => Some(Request::Start),
+            "state" => Some(Request::State),
+            _ => {
+                let number = text.strip_prefix("signal ")?.parse().ok()?;
+                // As many as Linux has.
+                (0..=64)
+                    .contains(&number)
+                    .then_some(Request::Signal(number))
+            }
+        }
+    }
+}
 
 /// What became ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +75,10 @@ pub enum ClientPart {
 enum State {
     /// It has not said what to run.
     New,
+    /// It has asked something of the supervisor, which is to be answered.
+    Asking(Request),
+    /// The supervisor knows of that.
+    Waiting,
     /// Its process runs.
     Running,
     /// It is gone, and its process is to be killed.
@@ -156,7 +197,8 @@ impl Clients {
         let unexpected = Malformed::Kind(message.kind());
         let client = self.all.iter_mut().find(|it| it.process == process);
         let client = client.ok_or(unexpected)?;
-        if matches!(client.state, State::New | State::Ended) {
+        let has_process = matches!(client.state, State::Running | State::Gone | State::Killed);
+        if !has_process {
             return Err(unexpected);
         }
         client.receive(message)
@@ -168,31 +210,52 @@ impl Clients {
     }
 
     /// Whether there is a frame that could be passed on, if there is room.
-    pub fn has_frame(&self) -> bool {
-        let is_served = |it: &&Client| !it.link.is_closed;
-        self.all
-            .iter()
-            .filter(is_served)
-            .any(|it| it.link.has_frame())
+    pub fn has_frame(&self, can_start: bool) -> bool {
+        self.all.iter().any(|it| it.has_frame(can_start))
     }
 
-    /// Passes on what clients have sent, a bounded part of it, as far as there is room.
-    pub fn serve(&mut self, link: &mut Link) {
+    /// What a client asks of the supervisor, in turn, and which one it is.
+    pub fn next_request(&mut self) -> Option<(u32, Request)> {
+        self.all.iter_mut().find_map(|client| match client.state {
+            State::Asking(request) => {
+                client.state = State::Waiting;
+                Some((client.process, request))
+            }
+            _ => None,
+        })
+    }
+
+    /// Answers a request. The client may be gone by then.
+    pub fn answer(&mut self, client: u32, answer: Result<String, String>) {
+        let found = self.all.iter_mut().find(|it| it.process == client);
+        if let Some(client) = found.filter(|it| it.state == State::Waiting) {
+            let text = match answer {
+                Ok(text) => format!("+{text}"),
+                Err(why) => format!("-{why}"),
+            };
+            client.send(&Message::Answer(text.as_bytes()));
+            client.state = State::Ended;
+        }
+    }
+
+    /// Passes on what clients have sent, a bounded part of it, as far as there is room. Processes are started only
+    /// if they can be.
+    pub fn serve(&mut self, link: &mut Link, can_start: bool) {
         let count = self.all.len();
         for client in &mut self.all {
             let mut left = TURN;
-            while left > 0 && link.takes_data() && !client.link.is_closed && client.link.has_frame()
-            {
+            while left > 0 && link.takes_data() && client.has_frame(can_start) {
                 client.serve(&mut link.out);
                 link.flush();
                 left -= 1;
             }
             let is_gone = client.link.is_closed || client.link.cannot_send();
-            if is_gone && matches!(client.state, State::New | State::Running) {
-                client.state = match client.state {
-                    State::New => State::Ended,
-                    _ => State::Gone,
-                };
+            match client.state {
+                State::Running if is_gone => client.state = State::Gone,
+                State::New | State::Asking(_) | State::Waiting if is_gone => {
+                    client.state = State::Ended;
+                }
+                _ => {}
             }
         }
         self.all.retain(|client| {
@@ -224,11 +287,18 @@ impl Clients {
     /// Tells all that their processes ended with the guest. What is held for them is still to be sent.
     pub fn dismiss(&mut self) {
         let status = Status::Killed(KILL);
-        for client in self.all.iter_mut().filter(|it| it.state == State::Running) {
-            client.send(&Message::Exited {
-                process: COMMAND,
-                status,
-            });
+        let exited = Message::Exited {
+            process: COMMAND,
+            status,
+        };
+        for client in &mut self.all {
+            match client.state {
+                State::Running => client.send(&exited),
+                State::Asking(_) | State::Waiting => {
+                    client.send(&Message::Answer(b"-the guest has ended"));
+                }
+                _ => continue,
+            }
             client.state = State::Ended;
         }
         self.listener = None;
@@ -249,6 +319,16 @@ impl Clients {
 }
 
 impl Client {
+    /// Whether it has sent a frame that can be served.
+    fn has_frame(&self, can_start: bool) -> bool {
+        let has_to_wait = match self.state {
+            State::New => !can_start && self.link.next_kind() == Some(START),
+            State::Asking(_) | State::Waiting => true,
+            _ => false,
+        };
+        !self.link.is_closed && !has_to_wait && self.link.has_frame()
+    }
+
     /// A message of the guest, as the client is to have it: its process has the number 1 there.
     fn receive(&mut self, message: &Message<'_>) -> Result<(), Malformed> {
         let process = COMMAND;
@@ -319,6 +399,11 @@ impl Client {
                     *state = State::Running;
                     Message::Start { process, body }
                 }
+                Message::Request(text) if *state == State::New => {
+                    let request = Request::of(text).ok_or(Malformed::Kind(message.kind()))?;
+                    *state = State::Asking(request);
+                    return Ok(());
+                }
                 // What it sent before it heard of the end is for no process.
                 _ if *state == State::Ended => return Ok(()),
                 _ if *state != State::Running => return unexpected,
@@ -385,7 +470,7 @@ mod tests {
         guest: OwnedFd,
     }
 
-    const START: Message<'_> = Message::Start {
+    const RUN: Message<'_> = Message::Start {
         process: COMMAND,
         // One word.
         body: &[fields::ARGUMENT, 1, 0, b'x', 0],
@@ -418,7 +503,7 @@ mod tests {
         fn serve(&mut self) {
             let process = self.clients.all[0].process;
             self.clients.handle(ClientPart::Of(process));
-            self.clients.serve(&mut self.link);
+            self.clients.serve(&mut self.link, true);
         }
 
         /// The kinds of the messages that reached the guest.
@@ -446,7 +531,7 @@ mod tests {
         let mut session = Session::new("clients-at-once");
         let stream = Stream::Input;
         let all = [
-            START,
+            RUN,
             Message::Data {
                 process: COMMAND,
                 stream,
@@ -468,7 +553,7 @@ mod tests {
     #[test]
     fn frames_beyond_a_turn_are_told_of() {
         let mut session = Session::new("clients-turn");
-        let mut bytes = frame_of(0, &START);
+        let mut bytes = frame_of(0, &RUN);
         let signal = Message::Signal {
             process: COMMAND,
             number: 1,
@@ -480,9 +565,9 @@ mod tests {
         session.serve();
         let mut count = session.heard().len();
         assert!(count <= TURN);
-        while session.clients.has_frame() {
+        while session.clients.has_frame(true) {
             assert!(session.link.takes_data() || !session.heard().is_empty());
-            session.clients.serve(&mut session.link);
+            session.clients.serve(&mut session.link, true);
             session.link.flush();
             count += 1;
         }
@@ -492,7 +577,7 @@ mod tests {
     #[test]
     fn client_that_takes_no_output_gets_it_and_the_end_after_the_guest_is_gone() {
         let mut session = Session::new("clients-slow");
-        session.client.write_all(&frame_of(0, &START)).unwrap();
+        session.client.write_all(&frame_of(0, &RUN)).unwrap();
         session.serve();
         let process = session.clients.all[0].process;
         let piece = vec![b'x'; 32 * 1024];
@@ -529,7 +614,7 @@ mod tests {
     #[test]
     fn client_of_a_process_that_ended_may_still_give_credit() {
         let mut session = Session::new("clients-credit");
-        session.client.write_all(&frame_of(0, &START)).unwrap();
+        session.client.write_all(&frame_of(0, &RUN)).unwrap();
         session.serve();
         let process = session.clients.all[0].process;
         session.clients.all[0].state = State::Ended;
@@ -542,6 +627,47 @@ mod tests {
         session.clients.handle(ClientPart::Of(process));
         session.clients.all[0].serve(&mut Frame::new());
         assert!(!session.clients.all[0].link.is_closed);
+    }
+
+    #[test]
+    fn request_is_answered_and_a_process_waits_until_it_can_be_started() {
+        let mut session = Session::new("clients-request");
+        session.client.write_all(&frame_of(0, &RUN)).unwrap();
+        let process = session.clients.all[0].process;
+        session.clients.handle(ClientPart::Of(process));
+        assert!(!session.clients.has_frame(false) && session.clients.has_frame(true));
+        session.clients.serve(&mut session.link, false);
+        assert!(session.heard().is_empty());
+        session.clients.serve(&mut session.link, true);
+        assert_eq!(session.heard(), [RUN.kind()]);
+
+        let mut session = Session::new("clients-answer");
+        let request = frame_of(0, &Message::Request(b"signal 15"));
+        session.client.write_all(&request).unwrap();
+        session.serve();
+        let (client, request) = session.clients.next_request().unwrap();
+        assert_eq!(request, Request::Signal(15));
+        assert_eq!(session.clients.next_request(), None);
+        session.clients.answer(client, Err("why".into()));
+        let expected = frame_of(0, &Message::Answer(b"-why"));
+        let mut got = vec![0; expected.len()];
+        session.client.read_exact(&mut got).unwrap();
+        assert_eq!(got, expected);
+        session.clients.serve(&mut session.link, true);
+        assert!(session.clients.all.is_empty() && session.heard().is_empty());
+    }
+
+    #[test]
+    fn request_that_is_not_known_closes_the_connection_and_not_the_guest() {
+        for text in [&b""[..], b"stop", b"signal 65", b"signal x", b"start\xff"] {
+            assert_eq!(Request::of(text), None);
+            let mut session = Session::new("clients-unknown");
+            let request = frame_of(0, &Message::Request(text));
+            session.client.write_all(&request).unwrap();
+            session.serve();
+            assert_eq!(session.clients.next_request(), None);
+            assert!(session.clients.all.is_empty() && session.heard().is_empty());
+        }
     }
 
     #[test]

@@ -16,11 +16,8 @@
 //!   and, as text without control characters, messages. Nothing else on the host is reachable from it.
 
 mod clients;
-pub mod command;
-pub mod front;
 pub mod initramfs;
-pub mod link;
-pub mod place;
+mod link;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -28,11 +25,12 @@ use std::time::{Duration, Instant};
 use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message, Status, fields};
 use rustix::event::PollFlags;
 
+pub use self::clients::Request;
 use self::clients::{ClientPart, Clients};
-use self::command::{Body, Command, CommandError};
-use self::front::{Front, FrontPart};
 use self::link::Link;
 use crate::error::{AnyError, Step as _};
+use crate::process::command::{Body, Command, CommandError};
+use crate::process::front::{Front, FrontPart};
 
 /// Most turns for what came before the guest ended: more than a socket holds.
 const REST_TURNS: usize = 1024;
@@ -79,6 +77,8 @@ pub struct Plan {
     pub root_mode: RootMode,
     /// What it runs.
     pub command: Command,
+    /// Whether it is to run only when it is asked for ([`Agent::begin`]).
+    pub is_held: bool,
 }
 
 /// The session with the agent.
@@ -87,7 +87,15 @@ pub struct Agent {
     link: Link,
     front: Front,
     clients: Clients,
+    /// What starts the command, until that is sent.
+    start: Option<Vec<u8>>,
+    /// The command is not to be started yet.
+    is_held: bool,
+    /// The guest is set up.
+    is_ready: bool,
     has_started: bool,
+    /// The client that had the command started, until it has.
+    starter: Option<u32>,
 }
 
 impl Agent {
@@ -104,23 +112,72 @@ impl Agent {
         setup.add(fields::HOSTNAME, plan.hostname.as_bytes())?;
         setup.add(fields::ROOT_TYPE, plan.root_type.as_bytes())?;
         setup.add(fields::ROOT_MODE, &[mode])?;
-        let body = plan.command.body(&plan.hostname)?;
         // The guest takes it when its agent is there.
-        let start = Message::Start {
-            process: COMMAND,
-            body: &body,
-        };
-        if !(link.out.push(&Message::Setup(&setup.finish()?)) && link.out.push(&start)) {
+        if !link.out.push(&Message::Setup(&setup.finish()?)) {
             return Err(CommandError::TooLong.into());
         }
-        link.flush();
-        let agent = Agent {
+        let mut agent = Agent {
             link,
             front: Front::new(COMMAND, &plan.command),
             clients: Clients::new(listener),
+            start: Some(plan.command.body(&plan.hostname)?),
+            is_held: plan.is_held,
+            is_ready: false,
             has_started: false,
+            starter: None,
         };
+        // In the same frame, where nothing has to be done before.
+        if !agent.is_held {
+            agent.send_start();
+        }
+        agent.link.flush();
         Ok((agent, theirs))
+    }
+
+    /// Starts the command, if there is room for that now.
+    fn send_start(&mut self) {
+        if let Some(body) = &self.start
+            && self.link.out.push(&Message::Start {
+                process: COMMAND,
+                body,
+            })
+        {
+            self.start = None;
+        }
+    }
+
+    /// Whether the guest is set up, so that a held command could be started.
+    pub fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// Whether the command waits to be asked for.
+    pub fn is_held(&self) -> bool {
+        self.is_held
+    }
+
+    /// Starts a command that was held, for a client, which is answered when it runs.
+    pub fn begin(&mut self, client: u32) -> Result<(), &'static str> {
+        if !self.is_held {
+            return Err("the command was started already");
+        }
+        if !self.is_ready {
+            return Err("the guest is not ready yet");
+        }
+        self.is_held = false;
+        self.starter = Some(client);
+        self.settle();
+        Ok(())
+    }
+
+    /// What a client asks of the supervisor, in turn, and which one it is.
+    pub fn next_request(&mut self) -> Option<(u32, Request)> {
+        self.clients.next_request()
+    }
+
+    /// Answers a request.
+    pub fn answer(&mut self, client: u32, answer: Result<String, String>) {
+        self.clients.answer(client, answer);
     }
 
     /// Whether the command runs, or ran.
@@ -150,7 +207,7 @@ impl Agent {
 
     /// In how long there is something to do besides ([`Agent::settle`]).
     pub fn due(&self) -> Option<Duration> {
-        if self.has_started && self.link.takes_data() && self.clients.has_frame() {
+        if self.link.takes_data() && self.clients.has_frame(self.is_ready) {
             return Some(Duration::ZERO);
         }
         let due = [self.link.paused_until(), self.clients.paused_until()];
@@ -166,9 +223,11 @@ impl Agent {
             add(AgentPart::Link, self.link.as_fd(), flags);
         }
         let can_send = self.link.takes_data();
-        self.front.interests(can_send, |part, fd, flags| {
-            add(AgentPart::Front(part), fd, flags)
-        });
+        // What is read before the command is started would be lost.
+        self.front
+            .interests(can_send && self.start.is_none(), |part, fd, flags| {
+                add(AgentPart::Front(part), fd, flags)
+            });
         self.clients.interests(can_send, |part, fd, flags| {
             add(AgentPart::Client(part), fd, flags)
         });
@@ -183,7 +242,8 @@ impl Agent {
                 let _: bool = self.receive()?;
             }
             AgentPart::Front(part) => {
-                if part != FrontPart::Input || self.link.takes_data() {
+                let is_input = part == FrontPart::Input;
+                if !is_input || (self.link.takes_data() && self.start.is_none()) {
                     self.front.handle(part, &mut self.link.out);
                 }
             }
@@ -198,11 +258,23 @@ impl Agent {
             link,
             front,
             clients,
+            start,
+            is_ready,
             has_started,
+            starter,
+            ..
         } = self;
+        let is_asked = start.is_none();
         link.receive(|_: &mut Frame, message| match *message {
-            Message::Started { process: COMMAND } if !*has_started => {
+            Message::Ready if !*is_ready => {
+                *is_ready = true;
+                Ok(())
+            }
+            Message::Started { process: COMMAND } if *is_ready && is_asked && !*has_started => {
                 *has_started = true;
+                if let Some(client) = starter.take() {
+                    clients.answer(client, Ok(String::new()));
+                }
                 Ok(())
             }
             Message::Failed(text) => {
@@ -213,11 +285,9 @@ impl Agent {
             | Message::End { process, .. }
             | Message::Credit { process, .. }
             | Message::Exited { process, .. } => {
-                if !*has_started {
-                    return Err(Malformed::Kind(message.kind()).into());
-                }
                 match process {
-                    COMMAND => front.receive(message)?,
+                    COMMAND if *has_started => front.receive(message)?,
+                    COMMAND => return Err(Malformed::Kind(message.kind()).into()),
                     _ => clients.receive(process, message)?,
                 }
                 Ok(())
@@ -228,12 +298,15 @@ impl Agent {
 
     /// Says what is to be said.
     pub fn settle(&mut self) {
-        self.front.say(&mut self.link.out);
+        if self.is_ready && !self.is_held && self.start.is_some() {
+            self.send_start();
+        }
+        if self.start.is_none() {
+            self.front.say(&mut self.link.out);
+        }
         self.clients.say(&mut self.link.out);
         self.link.flush();
-        if self.has_started {
-            self.clients.serve(&mut self.link);
-        }
+        self.clients.serve(&mut self.link, self.is_ready);
     }
 
     /// The guest has ended: no more comes, but what has come is still to be taken.
@@ -273,18 +346,24 @@ mod tests {
     };
 
     use super::*;
-    use crate::run::console::{Sink, pipe};
+    use crate::console::{Sink, pipe};
 
     /// The guest's end of a session, which says what it likes.
     struct Guest {
         agent: Agent,
         link: OwnedFd,
         sequence: u32,
+        /// The number of the next frame from the supervisor.
+        heard: u32,
         out: OwnedFd,
     }
 
     impl Guest {
         fn new() -> Guest {
+            Guest::with(false)
+        }
+
+        fn with(is_held: bool) -> Guest {
             let plan = Plan {
                 hostname: "h".into(),
                 root_type: "erofs",
@@ -293,6 +372,7 @@ mod tests {
                     words: vec!["true".into()],
                     ..Command::default()
                 },
+                is_held,
             };
             let (mut agent, link) = Agent::new(&plan, None).unwrap();
             let (out, to) = pipe(false, false).unwrap();
@@ -302,6 +382,7 @@ mod tests {
                 agent,
                 link,
                 sequence: 0,
+                heard: 0,
                 out,
             }
         }
@@ -326,6 +407,22 @@ mod tests {
         fn has_room(&self) -> bool {
             let mut fds = [rustix::event::PollFd::new(&self.link, PollFlags::OUT)];
             rustix::event::poll(&mut fds, Some(&Default::default())) == Ok(1)
+        }
+
+        /// The kinds of all messages that reached the guest since the last time.
+        fn heard(&mut self) -> Vec<u8> {
+            let mut kinds = Vec::new();
+            let mut packet = vec![0; 70_000];
+            loop {
+                let mut fds = [rustix::event::PollFd::new(&self.link, PollFlags::IN)];
+                if rustix::event::poll(&mut fds, Some(&Default::default())) != Ok(1) {
+                    return kinds;
+                }
+                let count = rustix::io::read(&self.link, &mut packet).unwrap();
+                let all = messages(&packet[26..count], self.heard).unwrap();
+                kinds.extend(all.map(|it| it.unwrap().kind()));
+                self.heard += 1;
+            }
         }
 
         fn serve(&mut self) -> Result<(), AgentError> {
@@ -375,6 +472,7 @@ mod tests {
         let mut guest = Guest::new();
         let status = Status::Exited(7);
         guest.send(&[
+            Message::Ready,
             STARTED,
             data(COMMAND, b"out"),
             Message::Exited {
@@ -389,9 +487,41 @@ mod tests {
     }
 
     #[test]
+    fn held_command_is_started_when_that_is_asked_for_and_its_input_is_kept_until_then() {
+        let mut guest = Guest::with(true);
+        let (input, typed) = pipe(false, false).unwrap();
+        let sinks = [Sink::Tail(Vec::new()), Sink::Tail(Vec::new())];
+        guest.agent.front = Front::with(COMMAND, Some(input), sinks);
+        rustix::io::write(&typed, b"typed").unwrap();
+        let waits_for_input = |guest: &Guest| {
+            let mut found = false;
+            let of_input = AgentPart::Front(FrontPart::Input);
+            guest
+                .agent
+                .interests(|part, _, _| found |= part == of_input);
+            found
+        };
+        assert!(guest.agent.begin(2).unwrap_err().contains("not ready"));
+        guest.send(&[Message::Ready]);
+        guest.serve().unwrap();
+        assert!(guest.agent.is_ready() && !waits_for_input(&guest));
+        guest.agent.front().signal(1);
+        guest.agent.settle();
+        assert_eq!(guest.heard().len(), 1, "the setup alone");
+        guest.agent.begin(2).unwrap();
+        let kinds = guest.heard();
+        assert_eq!(kinds.len(), 2, "the start, and the signal behind it");
+        assert!(waits_for_input(&guest));
+        assert!(guest.agent.begin(2).unwrap_err().contains("already"));
+        guest.send(&[STARTED]);
+        guest.serve().unwrap();
+        assert!(guest.agent.is_running());
+    }
+
+    #[test]
     fn all_that_came_before_the_guest_ended_is_heard() {
         let mut guest = Guest::new();
-        guest.send(&[STARTED]);
+        guest.send(&[Message::Ready, STARTED]);
         // More than one turn takes.
         let mut count = 0;
         while count < 40 && guest.has_room() {
@@ -410,7 +540,7 @@ mod tests {
         guest.send_bytes(0x86dd, &[0xff; 100]);
         guest.send_bytes(0x0800, &[]);
         rustix::io::write(&guest.link, b"short").unwrap();
-        guest.send(&[STARTED]);
+        guest.send(&[Message::Ready, STARTED]);
         guest.serve().unwrap();
         assert!(guest.agent.has_started());
     }
@@ -421,21 +551,27 @@ mod tests {
             process: COMMAND,
             status: Status::Exited(0),
         };
-        let cases: [&[Message<'_>]; 12] = [
+        let cases: [&[Message<'_>]; 16] = [
             &[data(COMMAND, b"before the start")],
             &[exited],
-            &[STARTED, STARTED],
-            &[Message::Started { process: 2 }],
-            &[STARTED, data(2, b"of no process")],
+            &[STARTED],
+            &[Message::Ready, Message::Ready],
+            &[Message::Ready, exited],
+            &[Message::Ready, Message::Request(b"start")],
+            &[Message::Ready, STARTED, STARTED],
+            &[Message::Ready, Message::Started { process: 2 }],
+            &[Message::Ready, STARTED, data(2, b"of no process")],
             &[
+                Message::Ready,
                 STARTED,
                 Message::Exited {
                     process: 77,
                     status: Status::Exited(0),
                 },
             ],
-            &[STARTED, Message::Setup(b"")],
+            &[Message::Ready, STARTED, Message::Setup(b"")],
             &[
+                Message::Ready,
                 STARTED,
                 Message::Start {
                     process: 3,
@@ -443,6 +579,7 @@ mod tests {
                 },
             ],
             &[
+                Message::Ready,
                 STARTED,
                 Message::Signal {
                     process: COMMAND,
@@ -450,6 +587,7 @@ mod tests {
                 },
             ],
             &[
+                Message::Ready,
                 STARTED,
                 Message::Credit {
                     process: COMMAND,
@@ -457,8 +595,13 @@ mod tests {
                     bytes: u32::MAX,
                 },
             ],
-            &[STARTED, exited, exited],
-            &[STARTED, exited, data(COMMAND, b"after the end")],
+            &[Message::Ready, STARTED, exited, exited],
+            &[
+                Message::Ready,
+                STARTED,
+                exited,
+                data(COMMAND, b"after the end"),
+            ],
         ];
         for all in cases {
             let text = Guest::new().fault(all);
@@ -469,7 +612,7 @@ mod tests {
     #[test]
     fn output_without_end_is_refused_at_its_credit_and_no_more_is_held() {
         let mut guest = Guest::new();
-        guest.send(&[STARTED]);
+        guest.send(&[Message::Ready, STARTED]);
         guest.serve().unwrap();
         let piece = vec![b'x'; DATA_MAX];
         let mut sent = 0;
@@ -488,11 +631,11 @@ mod tests {
     fn frames_that_are_malformed_or_out_of_turn_end_the_session() {
         for (frame, expected) in [
             (&[][..], "cut short"),
-            (&[2, 0, 0, 0, 0, 0, 0, 0], "version 2"),
-            (&[1, 0, 0xff, 0xff, 0, 0, 0, 0], "wrong length"),
-            (&[1, 0, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4], "cut short"),
+            (&[1, 0, 0, 0, 0, 0, 0, 0], "version 1"),
+            (&[2, 0, 0xff, 0xff, 0, 0, 0, 0], "wrong length"),
+            (&[2, 0, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4], "cut short"),
             (
-                &[1, 0, 0, 0, 9, 0, 0, 0],
+                &[2, 0, 0, 0, 9, 0, 0, 0],
                 "frame 9 came in place of frame 0",
             ),
         ] {
@@ -521,11 +664,11 @@ mod tests {
         };
         for _ in 0..300 {
             let mut guest = Guest::new();
-            guest.send(&[STARTED]);
+            guest.send(&[Message::Ready, STARTED]);
             for _ in 0..20 {
                 let mut bytes: Vec<u8> = (0..next() % 100).map(|_| next() as u8 & 15).collect();
                 if let Some(header) = bytes.first_chunk_mut::<8>() {
-                    *header = [1, 0, 0, 0, guest.sequence as u8, 0, 0, 0];
+                    *header = [2, 0, 0, 0, guest.sequence as u8, 0, 0, 0];
                     bytes[2] = (bytes.len() - 8) as u8;
                 }
                 guest.send_bytes(ETHER_TYPE, &bytes);

@@ -16,8 +16,9 @@ use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, re
 use crate::cgroup::exclusive::Wanted;
 use crate::cgroup::limit::Limit;
 use crate::monitor::ResourceLimits;
+use crate::process::command::{Command, split_command};
+use crate::process::place::Place;
 use crate::run::agent::RootMode;
-use crate::run::agent::command::Command;
 
 /// What `run --help` prints.
 pub const HELP: &str = include_str!("help.txt");
@@ -63,6 +64,10 @@ pub struct Options {
     pub quiet: bool,
     /// What the guest runs, where that is a command.
     pub guest: Option<GuestCommand>,
+    /// Where the socket of a guest with a command is.
+    pub place: Place,
+    /// Tell this passed descriptor when the command runs, or could.
+    pub ready_fd: Option<RawFd>,
 }
 
 /// A command for the guest, and what it runs in.
@@ -76,6 +81,8 @@ pub struct GuestCommand {
     pub hostname: Option<String>,
     /// The agent's program.
     pub agent: Option<PathBuf>,
+    /// Whether it waits for `mayfly-jailer start`.
+    pub is_held: bool,
     /// What is to be run.
     pub command: Command,
 }
@@ -118,9 +125,10 @@ impl Console {
 
 const KNOWN: Known = Known {
     flags: "--with-parent --quiet --same-disks --ignore-cpu-differences \
-            --snapshot-and-continue -t --tty -i --interactive",
+            --snapshot-and-continue -t --tty -i --interactive --hold",
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
-           --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report",
+           --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report \
+           --ready-fd --runtime-dir",
     repeatable: "--drive --net --limit --cgroup --resource-limit --env",
     text: "--cmdline",
     help: "see run --help",
@@ -155,7 +163,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
     }
     Ok(Some(Options {
         machine,
-        id: words.parsed("--id", args::id)?,
+        id: words.parsed("--id", args::name)?,
         uid: words.parsed("--uid", account)?,
         gid: words.parsed("--gid", account)?,
         cgroups: Wanted {
@@ -178,21 +186,14 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         exit_report: words.path("--exit-report"),
         quiet: words.has("--quiet"),
         guest,
+        place: Place::new(words.path("--runtime-dir")),
+        ready_fd: words.parsed("--ready-fd", descriptor)?,
     }))
 }
 
-/// The words before `--`, and those after it.
-pub fn split_command(mut words: Vec<OsString>) -> (Vec<OsString>, Option<Vec<OsString>>) {
-    let Some(at) = words.iter().position(|word| word == "--") else {
-        return (words, None);
-    };
-    let command = words.split_off(at + 1);
-    words.pop();
-    (words, Some(command))
-}
-
 /// Those that only a command has.
-const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive";
+const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
+                          --ready-fd --runtime-dir";
 /// Those that a machine with a command does not have.
 const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
 
@@ -240,6 +241,7 @@ fn guest(
         mode,
         hostname: words.parsed("--hostname", hostname)?,
         agent: words.path("--agent"),
+        is_held: words.has("--hold"),
         command: Command::take(words, command)?,
     }))
 }
@@ -706,7 +708,7 @@ mod tests {
             ("--config f --limit x=1", "not known"),
             ("--config f --limit cpus=0", "above 0"),
             ("--config f --limit memory", "no ="),
-            ("--config f --id a/b", "1 to 64 letters"),
+            ("--config f --id a/b", "1 to 100 letters"),
             ("--config f --uid x", "--uid"),
             ("--kernel k --net user --net auto", "given twice"),
             ("--config f --resource-limit x=1", "not known"),

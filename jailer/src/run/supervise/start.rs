@@ -13,10 +13,10 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::{Progress, Watch};
 use crate::cgroup::exclusive::{self, Entrances};
+use crate::console::{self, Console, Relay, Sink};
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
-use crate::run::agent::{Agent, place};
+use crate::run::agent::Agent;
 use crate::run::channel::Channel;
-use crate::run::console::{self, Console, Relay, Sink};
 use crate::run::jail::{self, explained, obstacle};
 use crate::run::keeper::{Assignment, Keeper};
 use crate::run::network::{self, Network};
@@ -41,14 +41,14 @@ pub fn start(mut spec: Spec, report: Option<&Report>) -> Result<Watch, AnyError>
         .cloned()
         .collect();
     if spec.watch.guest.is_some() {
-        place::make_folder()?;
-        sockets.push(place::socket(&spec.jail.id));
+        options.place.make()?;
+        sockets.push(options.place.socket(&spec.watch.id));
     }
     let assignment = Assignment {
         groups: spec.cgroups.take(),
         sockets,
         report: None,
-        id: spec.jail.id.clone(),
+        id: spec.watch.id.clone(),
         began_us: spec.watch.began_us,
     };
     let has_groups = assignment.groups.is_some();

@@ -28,6 +28,16 @@ pub struct Command {
     pub has_input: bool,
 }
 
+/// The words before `--`, and those after it.
+pub fn split_command(mut words: Vec<OsString>) -> (Vec<OsString>, Option<Vec<OsString>>) {
+    let Some(at) = words.iter().position(|word| word == "--") else {
+        return (words, None);
+    };
+    let command = words.split_off(at + 1);
+    words.pop();
+    (words, Some(command))
+}
+
 /// A command cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -116,11 +126,7 @@ pub struct Body(Vec<u8>);
 impl Body {
     /// Adds a field.
     pub fn add(&mut self, tag: u8, value: &[u8]) -> Result<(), CommandError> {
-        if value.contains(&0)
-            && tag != fields::CONTENT
-            && tag != fields::TERMINAL
-            && tag != fields::ROOT_MODE
-        {
+        if value.contains(&0) && tag != fields::TERMINAL && tag != fields::ROOT_MODE {
             return Err(CommandError::ZeroByte);
         }
         let header = fields::header(tag, value).ok_or(CommandError::TooLong)?;

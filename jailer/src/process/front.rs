@@ -13,8 +13,8 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 
 use super::command::{Command, terminal_size};
-use crate::run::console::terminal::Terminal;
-use crate::run::console::{self, Part, Relay, Sink};
+use crate::console::terminal::Terminal;
+use crate::console::{self, Part, Relay, Sink};
 
 /// Signals that wait to be sent: more than there are.
 const SIGNALS_MAX: usize = 64;
@@ -287,7 +287,7 @@ impl Front {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::console::pipe;
+    use crate::console::pipe;
 
     fn front() -> (OwnedFd, OwnedFd, OwnedFd, Front) {
         let (input, typed) = pipe(false, false).unwrap();

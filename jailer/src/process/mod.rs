@@ -1,0 +1,9 @@
+//! A process in a guest, as programs of this host see it: what both `run --image` and `attach` know.
+//!
+//! `command` is what is to be run, `front` the caller's side of it (streams, a terminal, signals), `stream` the
+//! frames between a supervisor and the programs that reach its guest, `place` where the socket for those is.
+
+pub mod command;
+pub mod front;
+pub mod place;
+pub mod stream;
