@@ -18,6 +18,9 @@ pub mod picture;
 mod summary;
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
 
@@ -185,6 +188,37 @@ fn measured(
     }
 }
 
+/// A thread that never sleeps, as the guest's vCPU does not: the floor shares the processors with one too.
+struct BusyThread {
+    enough: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl BusyThread {
+    fn start() -> Self {
+        let enough = Arc::new(AtomicBool::new(false));
+        let noticed = enough.clone();
+        let thread = std::thread::spawn(move || {
+            while !noticed.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        Self {
+            enough,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for BusyThread {
+    fn drop(&mut self) {
+        self.enough.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("a busy thread does not panic");
+        }
+    }
+}
+
 /// The member of a configuration that boots the probe guest, which then waits for words on its console.
 fn boot_source(probe: &Path) -> Value {
     json!({ "kernel_image_path": probe, "boot_args": "probe=print:ready,shell" })
@@ -193,6 +227,14 @@ fn boot_source(probe: &Path) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn busy_thread_when_dropped_has_ended() {
+        let busy = BusyThread::start();
+        let noticed = Arc::downgrade(&busy.enough);
+        drop(busy);
+        assert!(noticed.upgrade().is_none());
+    }
 
     #[test]
     fn rows_when_made_hold_both_engines_of_others_only() {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::guest::{Guest, Waits, Work};
-use super::{Row, Wanted, boot_source};
+use super::{BusyThread, Row, Wanted, boot_source};
 use crate::failure::{Context, Failure, Result};
 use crate::monitor::CommandLine;
 use crate::rounds::Sample;
@@ -24,9 +24,9 @@ pub const NOTES: &str = "\
 counted: a bare-metal guest with one vCPU polls and asks for no interrupts. tx: it keeps its ring full; the host's stack
 drops what comes, and must have seen all of it. rx: a thread of the host sends without end, and the guest counts. 64 KiB
 frames are TCP segments with 65,160 bytes of data for the other side to cut up. Ping-pong: a thread of the host answers
-each frame. \"floor\" is this program in the monitor's place at the bare tap: write, read, or one after the other. CPU is
-the processor time of the monitor for each frame: all its threads (those of io_uring in the kernel too) but the vCPU's,
-which polls without end.
+each frame. \"floor\" is this program in the monitor's place at the bare tap, beside a thread that never sleeps in the
+vCPU's place: write, read, or one after the other. CPU is the processor time of the monitor for each frame: all its
+threads (those of io_uring in the kernel too) but the vCPU's, which polls without end.
 ";
 
 /// Headers of a TCP segment, and the data between two of them after it was cut up.
@@ -164,13 +164,14 @@ impl<'a> Bench<'a> {
         self.workspace.file("load.json", &text.to_string())
     }
 
-    /// The same traffic with this thread at the tap.
+    /// The same traffic with this thread at the tap, and another that never sleeps in the vCPU's place.
     fn floor(&self, case: &Case) -> Result<Sample> {
         let using = || format!("use the tap {TAP}");
         let mut tap = sys::open_tap(TAP).cannot(using)?;
         let span = Duration::from_millis(self.wanted.span_ms as u64);
         let frame = frame(case.size, sys::TAP_HEADER);
         let mut space = vec![0; 1 << 17];
+        let _vcpu = BusyThread::start();
         let peer = Peer::start(case)?;
         if case.mode == Mode::Receive {
             tap.read(&mut space).cannot(using)?;
