@@ -318,13 +318,46 @@ impl Guest {
     }
 }
 
+/// The best share of `limit` that the guest had in a window. It never has more than 5 % above it.
+fn best_share_of_limit(
+    guest: &mut Guest,
+    name: &str,
+    limit: f64,
+    count: fn(&Served) -> f64,
+) -> f64 {
+    const WINDOW: Duration = Duration::from_secs(2);
+    const WINDOWS: usize = 15;
+    // A bucket of 50 ms, which is 2.5 % of a window.
+    let size = (limit * 0.05) as u64;
+    let limit = size as f64 / 0.05;
+    guest.limit_drive(json!({ name: {"size": size, "refill_time": 50} }));
+    let mut best = 0.0f64;
+    for window in 0..WINDOWS {
+        let (least, most) = guest.rate_over(WINDOW, count);
+        // What comes through is never more than the rate allows; the bucket may have been full at the beginning.
+        let allowed = limit * 1.05;
+        assert!(least <= allowed, "{name}: {least:.0} of {limit:.0}");
+        best = best.max(most / limit);
+        eprintln!(
+            "{name}, window {window}: {:.3} to {:.3} of the limit",
+            least / limit,
+            most / limit
+        );
+        if best >= 0.95 {
+            break;
+        }
+    }
+    guest.limit_drive(json!({ name: {"size": 0, "refill_time": 0} }));
+    best
+}
+
 /// Half of what this host can do just now: what the guest is kept from is checked in each window; what it is allowed,
-/// in the best of some, since the host has other work too.
+/// in the best of some, since the host has other work too. Where that became so much meanwhile that the guest could
+/// not have had the rate without a limit either, it is tried again with half of what there is then.
 #[test]
 fn limits_when_the_rate_is_high_are_kept_within_5_percent() {
     needs!(kvm);
-    const WINDOW: Duration = Duration::from_secs(2);
-    const WINDOWS: usize = 15;
+    const TRIES: usize = 5;
     let folder = Folder::new();
     let mut guest = guest_with_disk(&folder, Value::Null);
     guest.type_word("blkload:0:randread:4096:32:600000");
@@ -332,29 +365,19 @@ fn limits_when_the_rate_is_high_are_kept_within_5_percent() {
     let of_requests: fn(&Served) -> f64 = |served| served.requests;
     let of_bytes: fn(&Served) -> f64 = |served| served.bytes;
     for (name, count) in [("ops", of_requests), ("bandwidth", of_bytes)] {
-        let (_, free) = guest.rate_over(Duration::from_secs(1), count);
-        // A bucket of 50 ms, which is 2.5 % of a window.
-        let size = (free / 2.0 * 0.05) as u64;
-        let limit = size as f64 / 0.05;
-        guest.limit_drive(json!({ name: {"size": size, "refill_time": 50} }));
-        let mut best = 0.0f64;
-        for window in 0..WINDOWS {
-            let (least, most) = guest.rate_over(WINDOW, count);
-            // What comes through is never more than the rate allows; the bucket may have been full at the beginning.
-            let allowed = limit * 1.05;
-            assert!(least <= allowed, "{name}: {least:.0} of {limit:.0}");
-            best = best.max(most / limit);
-            eprintln!(
-                "{name}, window {window}: {:.3} to {:.3} of the limit",
-                least / limit,
-                most / limit
-            );
+        let (_, mut free) = guest.rate_over(Duration::from_secs(1), count);
+        for attempt in 1.. {
+            let limit = free / 2.0;
+            let best = best_share_of_limit(&mut guest, name, limit, count);
             if best >= 0.95 {
                 break;
             }
+            (_, free) = guest.rate_over(Duration::from_secs(1), count);
+            assert!(
+                attempt < TRIES && free < limit * 1.5,
+                "{name}: {best:.3} of the limit of {limit:.0}, and {free:.0} without one"
+            );
         }
-        assert!(best >= 0.95, "{name}: {best:.3} of the limit of {limit:.0}");
-        guest.limit_drive(json!({ name: {"size": 0, "refill_time": 0} }));
     }
     guest.monitor.child.kill().unwrap();
 }
