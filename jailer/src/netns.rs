@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
@@ -24,6 +26,18 @@ const NAMESPACE_FILE_SYSTEM: u64 = 0x6e73_6673;
      /proc/PID/ns/net (a file left in /run/netns whose namespace is gone is an empty one)"
 )]
 pub struct OfAnotherKind(PathBuf);
+
+/// Whether the network namespace of this thread has an interface `name`. /sys/class/net would tell of the namespace that
+/// /sys was mounted in.
+pub fn has_interface(name: &str) -> bool {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    );
+    socket.is_ok_and(|socket| name_to_index(&socket, name).is_ok())
+}
 
 /// An opened network namespace.
 #[derive(Debug)]

@@ -16,7 +16,6 @@ mod netlink;
 
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use mayfly::wire::config::Mac;
 use mayfly::wire::tap::{self, Tap};
@@ -27,6 +26,7 @@ use self::netlink::Netlink;
 use super::spec::OwnTap;
 use super::spec::resources::tun_remedy;
 use crate::error::{Advice as _, Failure, Step as _};
+use crate::netns::has_interface;
 
 /// The tap's name in the jail.
 const TAP: &str = "guest";
@@ -174,7 +174,7 @@ impl Block {
 
     /// Whether a microVM of this host has it, as far as can be seen.
     fn is_taken(self) -> bool {
-        Path::new("/sys/class/net").join(self.interface()).exists()
+        has_interface(&self.interface())
     }
 
     /// Name of the host's end of the cable; that it exists once is what makes the block ours.

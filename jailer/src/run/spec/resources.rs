@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::SpecError;
 use super::inherited::Passed;
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
+use crate::netns::has_interface;
 
 /// What a socket for clients of the console is called.
 pub const CONSOLE_SOCKET: &str = "console socket";
@@ -135,8 +136,7 @@ pub fn examine(backing: Backing, fd: BorrowedFd<'_>, name: &str) -> Result<(), S
 
 /// Attaches to a tap of the host. One that does not exist would be made, and lead nowhere.
 fn open_tap(name: &str, open: fn(&str) -> Result<Tap, TapError>) -> Result<OwnedFd, AnyError> {
-    let is_name = !name.contains('/') && !name.is_empty();
-    if !is_name || !Path::new("/sys/class/net").join(name).exists() {
+    if !has_interface(name) {
         return Err(SpecError::NoInterface(name.to_owned()).into());
     }
     let opened = open(name).map_err(|error| {
