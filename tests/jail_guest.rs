@@ -5,7 +5,7 @@
 #[path = "common/mod.rs"]
 mod common;
 
-use common::needs;
+use common::{Netns, needs};
 #[path = "jail/host.rs"]
 mod host;
 #[path = "jail/run.rs"]
@@ -166,6 +166,69 @@ fn process_limit_that_is_too_low_is_an_end_and_not_a_spin() {
     // One of these is enough for the monitor's threads, and not for the one that KVM makes when a
     // guest first runs.
     assert_eq!(codes.last(), Some(&Some(0)), "{codes:?}");
+}
+
+#[test]
+fn disk_and_tap_when_given_queues_have_them_in_the_jail() {
+    needs!(tun);
+    let place = place!("gqueues");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (kernel, disk, netns) = (place.path("probe"), place.path("big"), Netns::new());
+    fs::write(&disk, vec![0; 8 << 20]).unwrap();
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666)).unwrap();
+    for words in [
+        "tuntap add dev mfjq mode tap vnet_hdr multi_queue",
+        "addr add 172.16.9.1/24 dev mfjq",
+        "link set mfjq up",
+        "neigh add 172.16.9.2 lladdr 02:00:00:00:00:09 dev mfjq",
+    ] {
+        netns.run("ip", &words.split(' ').collect::<Vec<_>>());
+    }
+    let load = "blkload:0:randrw:4096:16:1000:queues=2:check";
+    let cmdline = format!("probe={load},netpairs:1:2:300,reset");
+    let drive = format!("{disk}:queues=2");
+    let words = [
+        "run",
+        "--kernel",
+        &kernel,
+        "--cmdline",
+        &cmdline,
+        "--drive",
+        &drive,
+        "--net",
+        "mfjq:queues=2",
+    ];
+    let output = netns.inside(|| {
+        let mut command = place.jailer(Who::Root, &words);
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let sockets: Vec<_> = (0..64)
+            .map(|_| std::net::UdpSocket::bind("172.16.9.1:0").unwrap())
+            .collect();
+        while child.try_wait().unwrap().is_none() {
+            for (port, socket) in (3000..).zip(&sockets) {
+                let _ = socket.send_to(b"for a queue", ("172.16.9.2", port));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.wait_with_output().unwrap()
+    });
+    let ended = Ended::of(&output);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(
+        ended.out.contains(&format!("probe: {load} ok")),
+        "{ended:?}"
+    );
+    let (_, counts) = ended.out.split_once(" of=2 received ").expect(&ended.out);
+    let counts: Vec<u64> = counts
+        .split([' ', '\r', '\n'])
+        .map_while(|count| count.parse().ok())
+        .collect();
+    assert!(
+        counts.len() == 2 && counts.iter().all(|count| *count > 0),
+        "{ended:?}"
+    );
+    place.nothing_is_left();
 }
 
 #[test]
