@@ -15,7 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{Folder, Monitor, needs, probe_vm};
+use common::{Folder, LINUX_PATIENCE, Monitor, needs, probe_vm};
 use pair::{Pair, save_and_end};
 use run::{BOTH, Ended, Place, Who};
 use serde_json::{Value, json};
@@ -201,6 +201,67 @@ fn mayfly_exit() -> PathBuf {
         path.display()
     );
     path
+}
+
+/// One entry of a cpio archive of the form `newc`, executable.
+fn entry(name: &str, mode: u32, content: &[u8]) -> Vec<u8> {
+    let size = content.len();
+    let mut bytes = format!("070701{:08X}{mode:08X}{:016X}{:08X}{:08X}", 1, 0, 1, 0).into_bytes();
+    bytes.extend(format!("{size:08X}{:032X}{:08X}{:08X}", 0, name.len() + 1, 0).bytes());
+    bytes.extend([name.as_bytes(), b"\0"].concat());
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes.extend(content);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// A guest whose init is `script`, and that has the helper.
+fn linux_with(folder: &Folder, script: &str) -> Value {
+    let linux = common::linux();
+    let mut initrd = fs::read(&linux.initrd).unwrap();
+    initrd.resize(initrd.len().next_multiple_of(4), 0);
+    let script = format!(
+        "#!/bin/busybox sh\nexport PATH=/bin\nmount -t devtmpfs dev /dev\n{script}\nreboot -f\n"
+    );
+    initrd.extend(entry("test-init", 0o100_755, script.as_bytes()));
+    initrd.extend(entry(
+        "bin/mayfly-exit",
+        0o100_755,
+        &fs::read(mayfly_exit()).unwrap(),
+    ));
+    initrd.extend(entry("TRAILER!!!", 0, b""));
+    json!({
+        "boot-source": {
+            "kernel_image_path": linux.kernel,
+            "initrd_path": folder.file("initrd", initrd),
+            "boot_args": format!("{} rdinit=/test-init", linux.cmdline),
+        },
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
+        "drives": [],
+    })
+}
+
+#[test]
+fn linux_when_it_has_the_helper_or_dev_port_tells_its_code() {
+    needs!(kvm);
+    let folder = Folder::new();
+    // The examples of docs/guests.md. Applets that the initramfs has no name for are busybox's.
+    for (script, expected) in [
+        ("mayfly-exit 7", 7),
+        ("mayfly-exit --reboot 8; echo not reached", 8),
+        (
+            "printf '\\011' | busybox dd of=/dev/port bs=1 seek=$((0x610)) conv=notrunc 2>/dev/null",
+            9,
+        ),
+    ] {
+        let config = linux_with(&folder, script);
+        let told = common::end_of(&config, &["--guest-exit-code"], LINUX_PATIENCE);
+        let all = format!("{script}: {}\n{}", told.log, told.output);
+        assert_eq!(told.code, Some(expected), "{all}");
+        let report = format!("reset\n{{\"guest_code\":{expected}}}\n");
+        assert_eq!(told.report, report, "{all}");
+        assert!(!told.output.contains("not reached"), "{all}");
+    }
 }
 
 #[test]
