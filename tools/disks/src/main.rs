@@ -7,27 +7,21 @@
 //! it reads every header itself first, so that nothing is guessed and no file outside of the image's
 //! folder is touched. Images are hostile input; results appear whole or not at all.
 
-mod archive;
 mod boot;
-mod bytes;
 mod cleaner;
 mod contents;
 mod export;
-mod failure;
 mod formats;
 mod import;
 mod output;
 mod overlay;
-mod progress;
 mod qemu;
 mod rootfs;
-mod sparse;
-mod tool;
-mod unpack;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mayfly_images::{archive, bytes, failure, progress, sparse, tool, unpack};
 
 #[derive(Debug, Parser)]
 #[command(name = "tools/guest", bin_name = "tools/guest", version)]

@@ -1,56 +1,16 @@
 //! Root disks from folders, archives and container images, honest and hostile.
 
+#[path = "../../../jailer/images/tests/support/archives.rs"]
+mod archives;
 mod support;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use archives::{Entry, blob, file, image, index, layers, link, program, tar};
 use support::Folder;
 use support::needs::{self, needs};
-
-/// An entry of an archive: name, type, mode, owner, link target, content.
-struct Entry<'a>(&'a str, u8, u32, u32, &'a str, &'a [u8]);
-
-fn file<'a>(name: &'a str, content: &'a str) -> Entry<'a> {
-    Entry(name, b'0', 0o644, 0, "", content.as_bytes())
-}
-
-fn program<'a>(name: &'a str, content: &'a str) -> Entry<'a> {
-    Entry(name, b'0', 0o755, 0, "", content.as_bytes())
-}
-
-fn link<'a>(name: &'a str, target: &'a str) -> Entry<'a> {
-    Entry(name, b'2', 0o777, 0, target, b"")
-}
-
-/// A tar archive, with whatever names are wanted.
-fn tar(entries: &[Entry<'_>]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    for Entry(name, kind, mode, owner, target, content) in entries {
-        let mut header = [0; 512];
-        let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, name.as_bytes());
-        put(100, format!("{mode:07o}").as_bytes());
-        put(108, format!("{owner:07o}").as_bytes());
-        put(116, format!("{:07o}", owner + 1).as_bytes());
-        put(124, format!("{:011o}", content.len()).as_bytes());
-        put(136, b"14000000000");
-        put(148, b"        ");
-        put(156, &[*kind]);
-        put(157, target.as_bytes());
-        put(257, b"ustar\x0000");
-        put(329, b"0000005");
-        put(337, b"0000001");
-        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
-        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        archive.extend(header);
-        archive.extend(*content);
-        archive.resize(archive.len().next_multiple_of(512), 0);
-    }
-    archive.resize(archive.len() + 1024, 0);
-    archive
-}
 
 fn checked(folder: &Folder, disk: &str) {
     folder.run("e2fsck", &["-fn", disk]);
@@ -333,65 +293,6 @@ fn a_system_with_an_init_gets_a_console_only() {
     assert!(said.contains("no init and no shell"), "{said}");
 }
 
-/// Writes a blob and gives its descriptor.
-fn blob(folder: &Folder, layout: &str, content: &[u8]) -> String {
-    fs::create_dir_all(folder.join(layout).join("blobs/sha256")).unwrap();
-    fs::write(folder.join("blob"), content).unwrap();
-    let sum = folder.run("sha256sum", &["blob"]);
-    let sum = sum.split(' ').next().unwrap();
-    fs::rename(
-        folder.join("blob"),
-        folder.join(layout).join("blobs/sha256").join(sum),
-    )
-    .unwrap();
-    format!("{{\"digest\":\"sha256:{sum}\",\"size\":{}}}", content.len())
-}
-
-/// An OCI layout of these layers in the folder `layout`; its manifest's descriptor.
-fn image(folder: &Folder, layout: &str, layers: &[Vec<u8>], architecture: &str) -> String {
-    let layers: Vec<String> = layers
-        .iter()
-        .map(|layer| blob(folder, layout, layer))
-        .collect();
-    let config = format!(
-        "{{\"os\":\"linux\",\"architecture\":\"{architecture}\",\"config\":{{\"Entrypoint\":[\"/bin/app\"],\
-         \"Cmd\":[\"it's an argument\"],\"Env\":[\"A=b c\"],\"WorkingDir\":\"/srv\",\"User\":\"app\"}}}}"
-    );
-    let config = blob(folder, layout, config.as_bytes());
-    let manifest = format!("{{\"config\":{config},\"layers\":[{}]}}", layers.join(","));
-    blob(folder, layout, manifest.as_bytes())
-}
-
-fn index(folder: &Folder, layout: &str, manifests: &[String]) {
-    let text = format!(
-        "{{\"schemaVersion\":2,\"manifests\":[{}]}}",
-        manifests.join(",")
-    );
-    fs::write(folder.join(layout).join("index.json"), text).unwrap();
-    fs::write(
-        folder.join(layout).join("oci-layout"),
-        "{\"imageLayoutVersion\":\"1.0.0\"}",
-    )
-    .unwrap();
-}
-
-fn layers() -> Vec<Vec<u8>> {
-    vec![
-        tar(&[
-            program("bin/sh", "a shell"),
-            file("gone", "x"),
-            file("dir/old", "x"),
-            file("kept", "1"),
-        ]),
-        tar(&[
-            file(".wh.gone", ""),
-            file("dir/.wh..wh..opq", ""),
-            file("dir/new", "x"),
-            file("kept", "2"),
-        ]),
-    ]
-}
-
 fn is_image(folder: &Folder, disk: &str) {
     checked(folder, disk);
     assert!(!has(folder, disk, "/gone") && !has(folder, disk, "/dir/old"));
@@ -419,8 +320,8 @@ fn a_container_image_becomes_a_disk_that_runs_its_command() {
         fs::read(folder.join("packed")).unwrap()
     };
     layers[0] = packed("gzip", &layers[0]);
-    let manifest = image(&folder, "layout", &layers, "amd64");
-    index(&folder, "layout", std::slice::from_ref(&manifest));
+    let manifest = image(&folder.join("layout"), &layers, "amd64");
+    index(&folder.join("layout"), std::slice::from_ref(&manifest));
     let said = folder.succeeds(&["rootfs", "layout", "disk"]);
     is_image(&folder, "disk");
     assert!(
@@ -432,20 +333,19 @@ fn a_container_image_becomes_a_disk_that_runs_its_command() {
     is_image(&folder, "disk");
     // One of several platforms, in an index in the index, with a layer by zstd.
     layers[1] = packed("zstd", &layers[1]);
-    let ours = image(&folder, "layout", &layers, "amd64");
+    let ours = image(&folder.join("layout"), &layers, "amd64");
     let with = |manifest: &str, more: &str| manifest.replacen('{', &format!("{{{more},"), 1);
     let platform =
         |name: &str| format!("\"platform\":{{\"os\":\"linux\",\"architecture\":\"{name}\"}}");
-    let other = image(&folder, "layout", &layers, "arm64");
+    let other = image(&folder.join("layout"), &layers, "arm64");
     let list = format!(
         "{{\"manifests\":[{},{}]}}",
         with(&other, &platform("arm64")),
         with(&ours, &platform("amd64"))
     );
     index(
-        &folder,
-        "layout",
-        &[blob(&folder, "layout", list.as_bytes())],
+        &folder.join("layout"),
+        &[blob(&folder.join("layout"), list.as_bytes())],
     );
     folder.succeeds(&["rootfs", "layout", "disk", "--force"]);
     is_image(&folder, "disk");
@@ -456,7 +356,7 @@ fn a_container_image_becomes_a_disk_that_runs_its_command() {
             &format!("\"annotations\":{{\"org.opencontainers.image.ref.name\":\"{name}\"}}"),
         )
     };
-    index(&folder, "layout", &[named("a:1"), named("b:2")]);
+    index(&folder.join("layout"), &[named("a:1"), named("b:2")]);
     folder.refuses(&["rootfs", "layout", "disk2"], &["a:1, b:2", "--name"]);
     folder.succeeds(&["rootfs", "layout", "disk", "--force", "--name", "b:2"]);
     folder.refuses(&["rootfs", "layout", "disk2", "--name", "c"], &["no image"]);
@@ -490,11 +390,11 @@ fn an_archive_of_docker_save_becomes_a_disk() {
 fn a_container_image_that_is_wrong_is_refused() {
     needs!("mke2fs", "faked-sysv");
     let folder = Folder::new();
-    let manifest = image(&folder, "layout", &layers(), "arm64");
-    index(&folder, "layout", &[manifest]);
+    let manifest = image(&folder.join("layout"), &layers(), "arm64");
+    index(&folder.join("layout"), &[manifest]);
     folder.refuses(&["rootfs", "layout", "disk"], &["arm64"]);
-    let manifest = image(&folder, "layout", &layers(), "amd64");
-    index(&folder, "layout", std::slice::from_ref(&manifest));
+    let manifest = image(&folder.join("layout"), &layers(), "amd64");
+    index(&folder.join("layout"), std::slice::from_ref(&manifest));
     let digest = manifest
         .split('"')
         .nth(3)
@@ -508,14 +408,17 @@ fn a_container_image_that_is_wrong_is_refused() {
     fs::remove_file(folder.join(&digest)).unwrap();
     folder.refuses(&["rootfs", "layout", "disk"], &["incomplete", "missing"]);
     for digest in ["sha256:../../../etc/passwd", "md5:x", "sha256:00"] {
-        index(&folder, "layout", &[format!("{{\"digest\":\"{digest}\"}}")]);
+        index(
+            &folder.join("layout"),
+            &[format!("{{\"digest\":\"{digest}\"}}")],
+        );
         folder.refuses(&["rootfs", "layout", "disk"], &["not of SHA-256"]);
     }
     fs::write(folder.join("layout/index.json"), "not JSON").unwrap();
     folder.refuses(&["rootfs", "layout", "disk"], &["not JSON"]);
     let bad = tar(&[file("../../../../tmp/planted", "x")]);
-    let manifest = image(&folder, "layout", &[bad], "amd64");
-    index(&folder, "layout", &[manifest]);
+    let manifest = image(&folder.join("layout"), &[bad], "amd64");
+    index(&folder.join("layout"), &[manifest]);
     folder.refuses(&["rootfs", "layout", "disk"], &["leads out"]);
 }
 

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::bytes::{self, has, le32};
 use crate::failure::{Context, Failure, Result, clean};
+use crate::unpack::Compression;
 
 /// What the content of a file says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,9 +34,7 @@ pub enum Kind {
     Qcow,
     Qcow2,
     Qed,
-    Gzip,
-    Xz,
-    Zstd,
+    Compressed(Compression),
     Tar,
     /// What is no disk, or one that cannot be read: why, and what to do.
     Refused(&'static str, &'static str),
@@ -60,9 +59,6 @@ const MAGIC: &[(usize, &[u8], Kind)] = &[
     (0, b"QFI\xfb\0\0\0\x01", Kind::Qcow),
     (0, b"QFI\xfb", Kind::Qcow2),
     (0, b"QED\0", Kind::Qed),
-    (0, b"\x1f\x8b\x08", Kind::Gzip),
-    (0, b"\xfd7zXZ\0", Kind::Xz),
-    (0, b"\x28\xb5\x2f\xfd", Kind::Zstd),
     (257, b"ustar", Kind::Tar),
     (0, b"PK\x03\x04", Kind::Refused(ARCHIVE.0, ARCHIVE.1)),
     (
@@ -97,6 +93,9 @@ impl Kind {
         }
         let head = bytes::read(file, 0, 1024).cannot("read", path)?;
         let tail = bytes::read(file, len.saturating_sub(512), 512).cannot("read", path)?;
+        if let Some(kind) = Compression::of(file).cannot("read", path)? {
+            return Ok(Kind::Compressed(kind));
+        }
         let by_head = MAGIC.iter().find(|(at, magic, _)| has(&head, *at, magic));
         Ok(match by_head {
             Some((.., kind)) => *kind,
@@ -122,9 +121,9 @@ impl Kind {
             Kind::Qcow => "QCOW",
             Kind::Qcow2 => "QCOW2",
             Kind::Qed => "QED",
-            Kind::Gzip => "gzip",
-            Kind::Xz => "xz",
-            Kind::Zstd => "zstd",
+            Kind::Compressed(Compression::Gzip) => "gzip",
+            Kind::Compressed(Compression::Xz) => "xz",
+            Kind::Compressed(Compression::Zstd) => "zstd",
             Kind::Tar => "tar",
             Kind::Refused(..) => "refused",
         }
@@ -258,7 +257,7 @@ impl Image {
             Kind::Qcow2 => qcow::qcow2(&file, path, reach),
             Kind::Qed => qcow::qed(&file, path, reach),
             Kind::Refused(what, remedy) => Err(Failure::new(path, what, remedy)),
-            Kind::Gzip | Kind::Xz | Kind::Zstd | Kind::Tar => Err(Failure::new(
+            Kind::Compressed(_) | Kind::Tar => Err(Failure::new(
                 path,
                 "is compressed or an archive, where a disk is needed",
                 "unpack it",

@@ -51,7 +51,7 @@ pub fn open(
     let kind = match args.format {
         // A VMDK may be the file that names the others.
         Some(Format::Vmdk) if found == Kind::VmdkDescriptor => found,
-        Some(format) if layer == 0 || !unpack::is_compressed(found) => format.kind(),
+        Some(format) if layer == 0 || !matches!(found, Kind::Compressed(_)) => format.kind(),
         _ => found,
     };
     if layer > 0 && kind == Kind::VmdkDescriptor {
@@ -62,15 +62,15 @@ pub fn open(
         ));
     }
     match kind {
-        Kind::Gzip | Kind::Xz | Kind::Zstd | Kind::Tar if layer >= LAYERS_MAX => Err(Failure::new(
+        Kind::Compressed(_) | Kind::Tar if layer >= LAYERS_MAX => Err(Failure::new(
             path,
             "is packed more than three times",
             "unpack it",
         )),
-        Kind::Gzip | Kind::Xz | Kind::Zstd => {
+        Kind::Compressed(compression) => {
             println!("{}: compressed with {}", printable(&args.file), kind.name());
             let to = output.scratch(&format!("unpacked-{layer}"));
-            unpack::unpack(path, kind, &to, DISK_MAX)?;
+            unpack::unpack(path, compression, &to, DISK_MAX)?;
             open(args, &to, reach, output, layer + 1)
         }
         Kind::Tar => {
@@ -142,7 +142,7 @@ fn from_archive(args: &Import, path: &Path, file: &File, to: &Path) -> Result<()
     };
     let mut names = Vec::new();
     let mut archive = Archive::new(std::io::BufReader::new(file));
-    while let Some(entry) = archive.next().map_err(bad)? {
+    while let Some(entry) = archive.next_entry().map_err(bad)? {
         let name = String::from_utf8_lossy(&entry.name).into_owned();
         let end = ending(&name).unwrap_or_default();
         let is_disk = DISKS.contains(&&*end) && !NO_DISKS.contains(&&*end);
@@ -186,7 +186,7 @@ fn from_archive(args: &Import, path: &Path, file: &File, to: &Path) -> Result<()
     let from = File::open(path).cannot("open", path)?;
     let mut archive = Archive::new(std::io::BufReader::new(from));
     let target = File::create_new(to).cannot("create", to)?;
-    while let Some(entry) = archive.next().map_err(bad)? {
+    while let Some(entry) = archive.next_entry().map_err(bad)? {
         if entry.kind == EntryKind::File && entry.name == chosen.as_bytes() {
             let mut progress = Progress::new("unpacking", entry.size);
             sparse::from_stream(&mut archive, &target, DISK_MAX, &mut progress).map_err(bad)?;

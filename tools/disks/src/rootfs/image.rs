@@ -15,9 +15,12 @@ use std::process::{Child, Stdio};
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps};
 
-use super::source::set_capability;
-use super::tree::{Id, Node, ROOT, Tree};
+use mayfly_images::content::Place;
+use mayfly_images::source::set_capability;
+use mayfly_images::tree::{Id, Node, ROOT, Tree};
+
 use crate::failure::{Context, Failure, Result};
+use crate::sparse;
 use crate::tool::Tool;
 
 const BLOCK: u64 = 4096;
@@ -119,11 +122,18 @@ fn lay_out(tree: &Tree, id: Id, place: &Path, staged: &mut Staged) -> Result<()>
             let names: usize = children.keys().map(|name| name.len() + 12).sum();
             staged.bytes += (names as u64).next_multiple_of(BLOCK) + BLOCK;
         }
-        Node::File(content, len) => {
-            // The same content may have been added twice only by a link, which is handled before.
-            fs::rename(content, place).cannot("create", place)?;
+        Node::File(content) => {
+            match &content.place {
+                // The same content may have been added twice only by a link, which is handled before.
+                Place::Own(path) => fs::rename(path, place).cannot("create", place)?,
+                Place::Below(..) => {
+                    let opened = content.open()?;
+                    sparse::copy(&opened.file, 0, content.len, place, "copying")?;
+                    opened.check()?;
+                }
+            }
             fs::set_permissions(place, Permissions::from_mode(0o600)).cannot("write", place)?;
-            staged.bytes += len.next_multiple_of(BLOCK);
+            staged.bytes += content.len.next_multiple_of(BLOCK);
         }
         Node::Symlink(target) => {
             symlink(OsStr::from_bytes(target), place).cannot("create", place)?;

@@ -1,15 +1,12 @@
 //! `rootfs`: a root disk from a folder, a tar archive, a container image, or Debian's packages.
 
 mod image;
-mod oci;
 mod setup;
-mod source;
-mod tree;
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -19,14 +16,12 @@ use crate::failure::{Context, Failure, Result, printable};
 use crate::formats::Kind;
 use crate::output::Output;
 use crate::tool::Tool;
-use crate::unpack;
+use bytes::given_size;
 use image::FileSystem;
-use oci::{Config, Layout};
-use source::{Blobs, LeftOut};
-use tree::Tree;
+use mayfly_images::layout::{Config, Layout};
+use mayfly_images::source::{self, Blobs, LeftOut, Request};
+use mayfly_images::tree::{self, Tree};
 
-/// What ext4 has with blocks of 4 KiB and without 64-bit numbers.
-const SIZE_MAX: u64 = 16 << 40;
 const MIRROR: &str = "http://deb.debian.org/debian";
 
 #[derive(Debug, Args)]
@@ -53,7 +48,7 @@ pub struct Rootfs {
     #[arg(long)]
     compress: bool,
     /// The size of an ext4 disk in MiB, or with M or G [default: what the files need, and a tenth]
-    #[arg(long, value_parser = size)]
+    #[arg(long, value_parser = given_size)]
     size: Option<u64>,
     /// Which image of a layout with several
     #[arg(long)]
@@ -62,26 +57,11 @@ pub struct Rootfs {
     #[arg(long)]
     as_is: bool,
     /// How much content a source may unpack to
-    #[arg(long, value_parser = size, default_value = "32G")]
+    #[arg(long, value_parser = given_size, default_value = "32G")]
     max_size: u64,
     /// Replace the output if it exists
     #[arg(long)]
     force: bool,
-}
-
-fn size(text: &str) -> std::result::Result<u64, String> {
-    let (number, shift) = match text.as_bytes().last() {
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        _ => (text, 20),
-    };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| "give MiB, or a number with M or G".to_owned())?;
-    match number.checked_mul(1 << shift) {
-        Some(bytes) if (1..=SIZE_MAX).contains(&bytes) => Ok(bytes),
-        _ => Err("give 1M to 16384G".into()),
-    }
 }
 
 pub fn run(args: &Rootfs) -> Result<()> {
@@ -135,6 +115,12 @@ fn read(
         return Ok(Config::default());
     }
     let path = args.source.canonicalize().cannot("open", &args.source)?;
+    let request = Request {
+        path: &path,
+        name: args.name.as_deref(),
+        work: output.work(),
+        max: args.max_size,
+    };
     if path.is_dir() {
         // It would be a part of itself.
         if output.path().starts_with(&path) {
@@ -147,7 +133,7 @@ fn read(
         if let Some(layout) = Layout::of_folder(&path) {
             return layout.read(args.name.as_deref(), tree, blobs, left_out);
         }
-        source::folder(&path, tree, blobs, left_out)?;
+        request.folder(tree, &|_| None, left_out)?;
         return Ok(Config::default());
     }
     if !path.is_file() {
@@ -157,41 +143,16 @@ fn read(
             "name one",
         ));
     }
+    if let Some(config) = request.archive(tree, blobs, left_out)? {
+        return Ok(config);
+    }
     let file = File::open(&path).cannot("open", &path)?;
     let kind = Kind::of(&file, &path)?;
-    if unpack::is_compressed(kind) {
-        // An image needs the parts of its archive in any order.
-        let unpacked = output.scratch("unpacked");
-        unpack::unpack(&path, kind, &unpacked, args.max_size)?;
-        let inner = Kind::of(&File::open(&unpacked).cannot("open", &path)?, &path)?;
-        return archive(args, &unpacked, inner, output, tree, blobs, left_out);
-    }
-    archive(args, &path, kind, output, tree, blobs, left_out)
-}
-
-fn archive(
-    args: &Rootfs,
-    path: &Path,
-    kind: Kind,
-    output: &Output,
-    tree: &mut Tree,
-    blobs: &mut Blobs,
-    left_out: &mut LeftOut,
-) -> Result<Config> {
-    if kind != Kind::Tar {
-        return Err(Failure::new(
-            path,
-            format!("is {} and no tar archive", kind.name()),
-            "for a disk: tools/guest import",
-        ));
-    }
-    if let Some(layout) = Layout::of_archive(path, &output.scratch("layout"), args.max_size)? {
-        return layout.read(args.name.as_deref(), tree, blobs, left_out);
-    }
-    let file = File::open(path).cannot("open", path)?;
-    source::archive(&mut BufReader::new(file), tree, blobs, false, left_out)
-        .map_err(|error| source::bad_archive(path, &error))?;
-    Ok(Config::default())
+    Err(Failure::new(
+        &path,
+        format!("is {} and no tar archive", kind.name()),
+        "for a disk: tools/guest import",
+    ))
 }
 
 /// Installs Debian: with mmdebstrap as any user, with debootstrap as root.
@@ -253,7 +214,13 @@ fn debian(
     let mut command: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
     command.extend([target.as_os_str(), OsStr::new(&args.mirror)]);
     installed(&tool, &command)?;
-    source::folder(&target, tree, blobs, left_out)
+    let request = Request {
+        path: &target,
+        name: None,
+        work: output.work(),
+        max: args.max_size,
+    };
+    request.folder(tree, &|_| None, left_out)
 }
 
 fn installed(tool: &Tool, args: &[&OsStr]) -> Result<()> {
@@ -289,24 +256,13 @@ fn report(
     for line in &done.lines {
         println!("  {line}");
     }
-    for (count, what) in [
-        (left_out.sockets, "sockets were left out"),
-        (
-            left_out.mounts,
-            "folders are mounts of other file systems: their content was left out",
-        ),
-        (
-            left_out.attributes,
-            "extended attributes other than security.capability were left out",
-        ),
-        (
-            capabilities_lost,
-            "files lost their capabilities, which only root can give; run this as root to keep them",
-        ),
-    ] {
-        if count > 0 {
-            println!("  note: {count} {what}");
-        }
+    for line in left_out.lines() {
+        println!("  note: {line}");
+    }
+    if capabilities_lost > 0 {
+        println!(
+            "  note: {capabilities_lost} files lost their capabilities, which only root can give; run this as root to keep them"
+        );
     }
     let init = done.init.as_deref().unwrap_or(boot::INIT);
     let end = match args.kind {

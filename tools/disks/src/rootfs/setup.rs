@@ -2,9 +2,12 @@
 //! serial port, names for the network. Says what it did. Never changes what a system with an init of
 //! its own has, but for its console.
 
-use super::oci::Config;
-use super::source::Blobs;
-use super::tree::{Meta, Node, Tree};
+use std::io::Read;
+
+use mayfly_images::layout::Config;
+use mayfly_images::source::Blobs;
+use mayfly_images::tree::{Meta, Node, Tree};
+
 use crate::failure::{Failure, Result};
 
 const SCRIPT: &str = include_str!("init.sh");
@@ -119,7 +122,11 @@ impl Setup<'_> {
     /// Text of a file in the tree.
     fn text(&self, path: &str) -> Option<String> {
         match self.tree.node(self.tree.find(path)?) {
-            Node::File(content, len) if *len < 1 << 20 => std::fs::read_to_string(content).ok(),
+            Node::File(content) if content.len < 1 << 20 => {
+                let mut text = String::new();
+                let mut from = content.open().ok()?.file;
+                from.read_to_string(&mut text).ok().map(|_| text)
+            }
             _ => None,
         }
     }

@@ -1,9 +1,11 @@
 //! The root file system as a tree in memory. Names and links of archives are resolved here, inside
 //! of the tree, so that nothing on the host is reached by them; content lies in numbered files of
-//! the working folder. Owners, modes and device nodes exist only here and in the image.
+//! the working folder, or in the folder that the tree was read from. Owners, modes and device nodes
+//! exist only here and in the disk.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+
+use crate::content::Content;
 
 /// What a tree may have, and as many names: some 300 bytes of memory each.
 pub const NODES_MAX: usize = 1 << 20;
@@ -34,11 +36,10 @@ pub struct Meta {
     pub capability: Option<Vec<u8>>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Node {
     Folder(BTreeMap<Vec<u8>, Id>),
-    /// Content, and its length.
-    File(PathBuf, u64),
+    File(Content),
     Symlink(Vec<u8>),
     /// Whether it is a character device, and its number.
     Device(bool, u32, u32),
@@ -90,6 +91,12 @@ pub fn names(path: &[u8]) -> Result<Vec<&[u8]>> {
     Ok(names)
 }
 
+impl Default for Tree {
+    fn default() -> Tree {
+        Tree::new()
+    }
+}
+
 impl Tree {
     pub fn new() -> Tree {
         let meta = Meta {
@@ -116,6 +123,37 @@ impl Tree {
 
     pub fn meta(&self, id: Id) -> &Meta {
         &self.entries[id].meta
+    }
+
+    /// All nodes, with those that a later entry of an archive replaced.
+    pub fn nodes(&self) -> impl Iterator<Item = (Id, &Node)> {
+        self.entries.iter().map(|entry| &entry.node).enumerate()
+    }
+
+    /// The content of a file, to note its sum.
+    pub fn content_mut(&mut self, id: Id) -> Option<&mut Content> {
+        match &mut self.entries[id].node {
+            Node::File(content) => Some(content),
+            _ => None,
+        }
+    }
+
+    pub fn set_meta(&mut self, id: Id, meta: Meta) {
+        self.entries[id].meta = meta;
+    }
+
+    pub fn set_capability(&mut self, id: Id, capability: Option<Vec<u8>>) {
+        self.entries[id].meta.capability = capability;
+    }
+
+    /// Leaves the times of regular files only. Those of folders, links and devices say when a copy was made, and differ
+    /// between copies of one image; programs rely on those of files (Python's compiled modules, make).
+    pub fn keep_times_of_files(&mut self) {
+        for entry in &mut self.entries {
+            if !matches!(entry.node, Node::File(_)) {
+                entry.meta.mtime = 0;
+            }
+        }
     }
 
     pub fn children(&self, id: Id) -> Option<&BTreeMap<Vec<u8>, Id>> {
@@ -361,7 +399,7 @@ mod tests {
     }
 
     fn file(name: &str) -> Node {
-        Node::File(name.into(), 0)
+        Node::File(Content::of_nothing(name))
     }
 
     fn listed(tree: &Tree) -> Vec<String> {

@@ -9,14 +9,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::source::{self, Blobs, LeftOut, bad_archive};
-use super::tree::Tree;
 use crate::archive::{Archive, EntryKind};
+use crate::content::{hex, sum_of};
 use crate::failure::{Context, Failure, Result, clean};
-use crate::formats::Kind;
+use crate::source::{self, Blobs, LeftOut, bad_archive};
 use crate::sparse;
-use crate::tool::sha256;
-use crate::unpack;
+use crate::tree::Tree;
+use crate::unpack::{self, Compression};
 
 /// A manifest or a configuration.
 const JSON_MAX: u64 = 4 << 20;
@@ -56,7 +55,7 @@ impl Layout {
         let file = File::open(path).cannot("open", path)?;
         let mut archive = Archive::new(BufReader::new(file));
         let mut found = false;
-        while let Some(entry) = archive.next().map_err(bad)? {
+        while let Some(entry) = archive.next_entry().map_err(bad)? {
             let name = String::from_utf8_lossy(&entry.name).into_owned();
             found |= ["index.json", "manifest.json"].contains(&plain(&name))
                 && entry.kind == EntryKind::File;
@@ -69,7 +68,7 @@ impl Layout {
         let mut archive = Archive::new(BufReader::new(file));
         let (mut files, mut links) = (HashMap::new(), Vec::new());
         let mut left = max;
-        while let Some(entry) = archive.next().map_err(bad)? {
+        while let Some(entry) = archive.next_entry().map_err(bad)? {
             let name = plain(&String::from_utf8_lossy(&entry.name)).to_owned();
             match entry.kind {
                 EntryKind::File if files.len() < FILES_MAX => {
@@ -155,7 +154,7 @@ impl Layout {
             ));
         };
         let path = self.file(&format!("blobs/sha256/{sum}"))?;
-        if sha256(&path)? != sum {
+        if hex(&sum_of(&path)?) != sum {
             return Err(damaged(
                 self.path(),
                 &format!("the blob {sum} does not have the content of its digest"),
@@ -279,8 +278,8 @@ impl Layout {
         for (index, layer) in layers.iter().enumerate() {
             tree.layer = index as u32;
             let file = File::open(layer).cannot("open", layer)?;
-            let kind = Kind::of(&file, self.path())?;
-            if unpack::is_compressed(kind) {
+            let compression = Compression::of(&file).cannot("read", layer)?;
+            if let Some(kind) = compression {
                 unpack::with(layer, kind, |from| {
                     source::archive(from, tree, blobs, true, left_out)
                 })

@@ -81,6 +81,24 @@ pub fn size(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
+/// A size as it is given on a command line: MiB, or with M or G.
+pub fn given_size(text: &str) -> Result<u64, String> {
+    /// What ext4 has with blocks of 4 KiB and without 64-bit numbers, and EROFS.
+    const SIZE_MAX: u64 = 16 << 40;
+    let (number, shift) = match text.as_bytes().last() {
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        _ => (text, 20),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "give MiB, or a number with M or G".to_owned())?;
+    match number.checked_mul(1 << shift) {
+        Some(bytes) if (1..=SIZE_MAX).contains(&bytes) => Ok(bytes),
+        _ => Err("give 1M to 16384G".into()),
+    }
+}
+
 /// CRC-32 as of IEEE 802.3, as GPT has it.
 pub fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |mut crc, &byte| {

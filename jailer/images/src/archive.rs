@@ -2,6 +2,7 @@
 //! one entry after the other. Archives are hostile: extension records are bounded, numbers checked,
 //! and nothing is written here.
 
+use std::fs::File;
 use std::io::{self, Read};
 
 use crate::bytes::has;
@@ -66,6 +67,13 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
+impl Archive<File> {
+    /// Whether a file begins as one.
+    pub fn is_one(file: &File) -> io::Result<bool> {
+        Ok(has(&crate::bytes::read(file, 0, BLOCK)?, 257, b"ustar"))
+    }
+}
+
 impl<R: Read> Archive<R> {
     pub fn new(from: R) -> Self {
         Archive {
@@ -77,7 +85,7 @@ impl<R: Read> Archive<R> {
     }
 
     /// The next entry; its content is read from this archive.
-    pub fn next(&mut self) -> io::Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         let mut extended = self.global.clone();
         loop {
             self.skip()?;
@@ -322,7 +330,7 @@ mod tests {
         archive.extend(padded(b"hello"));
         archive.extend(header("dir/", b'5', 0));
         let mut archive = Archive::new(&archive[..]);
-        let entry = archive.next().unwrap().unwrap();
+        let entry = archive.next_entry().unwrap().unwrap();
         assert_eq!(
             (entry.name.as_slice(), entry.uid, entry.mode),
             (&b"a/b"[..], 100_000, 0o4755)
@@ -331,19 +339,22 @@ mod tests {
         let mut content = String::new();
         archive.read_to_string(&mut content).unwrap();
         assert_eq!(content, "hello");
-        assert_eq!(archive.next().unwrap().unwrap().kind, EntryKind::Folder);
-        assert!(archive.next().unwrap().is_none());
+        assert_eq!(
+            archive.next_entry().unwrap().unwrap().kind,
+            EntryKind::Folder
+        );
+        assert!(archive.next_entry().unwrap().is_none());
     }
 
     #[test]
     fn archives_that_are_truncated_or_claim_much_are_refused() {
         let file = header("a", b'0', 7 << 30);
         let mut archive = Archive::new(&file[..]);
-        archive.next().unwrap();
+        archive.next_entry().unwrap();
         assert!(archive.read(&mut [0; 16]).is_err());
         let mut archive = Archive::new(&file[..]);
-        archive.next().unwrap();
-        assert!(archive.next().is_err());
+        archive.next_entry().unwrap();
+        assert!(archive.next_entry().is_err());
         let record = b"22 SCHILY.xattr.u.a=b\n".repeat(3000);
         let mut many = Vec::new();
         for _ in 0..3 {
@@ -351,13 +362,17 @@ mod tests {
             many.extend(padded(&record));
         }
         many.extend(header("a", b'0', 0));
-        let error = Archive::new(&many[..]).next().unwrap_err();
+        let error = Archive::new(&many[..]).next_entry().unwrap_err();
         assert!(error.to_string().contains("4096"), "{error}");
         let long = header("a", b'L', 7 << 30);
-        assert!(Archive::new(&long[..]).next().is_err());
+        assert!(Archive::new(&long[..]).next_entry().is_err());
         let mut wrong = header("a", b'0', 0);
         wrong[0] = b'b';
-        assert!(Archive::new(&wrong[..]).next().is_err());
-        assert!(Archive::new(&header("a", b'0', 0)[..300]).next().is_err());
+        assert!(Archive::new(&wrong[..]).next_entry().is_err());
+        assert!(
+            Archive::new(&header("a", b'0', 0)[..300])
+                .next_entry()
+                .is_err()
+        );
     }
 }

@@ -1,11 +1,11 @@
-//! Compressed files, through the programs that everyone has for them.
+//! Compressed files, through the programs of the distribution for them: each reads one descriptor and writes another.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use crate::bytes;
 use crate::failure::{Context, Failure, Result};
-use crate::formats::Kind;
 use crate::progress::Progress;
 use crate::sparse;
 use crate::tool::Tool;
@@ -13,31 +13,49 @@ use crate::tool::Tool;
 /// What may follow the end of an archive.
 const REST_MAX: u64 = 1 << 30;
 
-/// The program for a compression, with its options. The memory that a file may claim is bounded.
-fn program(kind: Kind) -> Option<(&'static str, &'static str, &'static [&'static str])> {
-    match kind {
-        Kind::Gzip => Some(("gzip", "gzip", &["-dc"])),
-        Kind::Xz => Some((
-            "xz",
-            "xz-utils",
-            &["-dc", "--memlimit-decompress=1GiB", "-T1"],
-        )),
-        Kind::Zstd => Some(("zstd", "zstd", &["-dcq", "--memory=1024MB"])),
-        _ => None,
-    }
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    Gzip,
+    Xz,
+    Zstd,
 }
 
-pub fn is_compressed(kind: Kind) -> bool {
-    program(kind).is_some()
+/// What a compressed file begins with.
+pub const MAGIC: &[(&[u8], Compression)] = &[
+    (b"\x1f\x8b\x08", Compression::Gzip),
+    (b"\xfd7zXZ\0", Compression::Xz),
+    (b"\x28\xb5\x2f\xfd", Compression::Zstd),
+];
+
+impl Compression {
+    /// That of the file, by its content.
+    pub fn of(file: &File) -> std::io::Result<Option<Compression>> {
+        let head = bytes::read(file, 0, 8)?;
+        let found = MAGIC.iter().find(|(magic, _)| head.starts_with(magic));
+        Ok(found.map(|(_, kind)| *kind))
+    }
+
+    /// The program for it, its package and its options. The memory that a file may claim is bounded.
+    fn program(self) -> (&'static str, &'static str, &'static [&'static str]) {
+        match self {
+            Compression::Gzip => ("gzip", "gzip", &["-dc"]),
+            Compression::Xz => (
+                "xz",
+                "xz-utils",
+                &["-dc", "--memlimit-decompress=1GiB", "-T1"],
+            ),
+            Compression::Zstd => ("zstd", "zstd", &["-dcq", "--memory=1024MB"]),
+        }
+    }
 }
 
 /// Gives `read` what the file decompresses to.
 pub fn with<T>(
     path: &Path,
-    kind: Kind,
+    kind: Compression,
     read: impl FnOnce(&mut dyn Read) -> std::io::Result<T>,
 ) -> Result<T> {
-    let (name, package, options) = program(kind).expect("a compression");
+    let (name, package, options) = kind.program();
     let tool = Tool::find(name, package)?;
     let mut command = tool.command();
     let file = File::open(path).cannot("open", path)?;
@@ -79,7 +97,7 @@ pub fn with<T>(
 }
 
 /// Unpacks `path` into the new file `to`, at most `max` bytes.
-pub fn unpack(path: &Path, kind: Kind, to: &Path, max: u64) -> Result<()> {
+pub fn unpack(path: &Path, kind: Compression, to: &Path, max: u64) -> Result<()> {
     let target = File::create_new(to).cannot("create", to)?;
     let mut progress = Progress::new("unpacking", 0);
     with(path, kind, |from| {

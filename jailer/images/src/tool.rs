@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 
@@ -128,22 +128,4 @@ impl Tool {
             messages: String::from_utf8_lossy(&messages).into_owned(),
         })
     }
-}
-
-/// The SHA-256 of a file, in hexadecimal digits, by coreutils.
-pub fn sha256(file: &Path) -> Result<String> {
-    let tool = Tool::find("sha256sum", "coreutils")?;
-    let ended = tool.run(&[OsStr::new("--"), file.as_os_str()])?;
-    let text = String::from_utf8_lossy(&ended.output);
-    // A name with a backslash or a newline has its line begin with a backslash.
-    let sum = text
-        .trim_start_matches('\\')
-        .split(' ')
-        .next()
-        .unwrap_or("");
-    if ended.code != Some(0) || sum.len() != 64 {
-        let why = format!("cannot compute its SHA-256: {}", ended.why());
-        return Err(Failure::new(file, why, "check the file"));
-    }
-    Ok(sum.to_owned())
 }

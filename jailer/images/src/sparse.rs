@@ -16,7 +16,7 @@ const CHUNK: usize = 1 << 20;
 const BLOCK: usize = 4096;
 
 /// Writes `bytes` at `at` without their blocks of zeros.
-fn write_data(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+pub fn write_data(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     let mut start = None;
     for (index, block) in bytes.chunks(BLOCK).enumerate() {
         let here = index * BLOCK;

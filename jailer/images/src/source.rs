@@ -1,0 +1,368 @@
+//! Where a root file system comes from: a folder, or a tar archive. Both fill a [`Tree`].
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, Dir, FileType, OFlags, Stat};
+use sha2::{Digest, Sha256};
+
+use crate::archive::{Archive, Entry, EntryKind};
+use crate::content::{Content, Folder, Hashing, Place, Stamp, Sum};
+use crate::failure::{Context, Failure, Result, printable};
+use crate::layout::{Config, Layout};
+use crate::progress::Progress;
+use crate::sparse;
+use crate::tree::{Meta, Node, ROOT, Tree, names};
+use crate::unpack::{self, Compression};
+
+const CAPABILITY: &str = "security.capability";
+
+/// The numbered files of content, with a bound on all of them together.
+#[derive(Debug)]
+pub struct Blobs {
+    folder: PathBuf,
+    count: u64,
+    left: u64,
+    max: u64,
+}
+
+impl Blobs {
+    pub fn new(folder: PathBuf, max: u64) -> Result<Blobs> {
+        fs::create_dir(&folder).cannot("create", &folder)?;
+        Ok(Blobs {
+            folder,
+            count: 0,
+            left: max,
+            max,
+        })
+    }
+
+    fn too_much(&self) -> std::io::Error {
+        let max = self.max >> 20;
+        std::io::Error::other(format!(
+            "it has more than {max} MiB of files (--max-size allows more)"
+        ))
+    }
+
+    /// Content from a stream.
+    pub fn add(&mut self, from: &mut dyn Read) -> std::io::Result<Node> {
+        let path = self.folder.join(self.count.to_string());
+        self.count += 1;
+        let file = File::create_new(&path)?;
+        let mut progress = Progress::quiet();
+        let mut from = Hashing {
+            from,
+            hash: Sha256::new(),
+        };
+        let len =
+            sparse::from_stream(&mut from, &file, self.left, &mut progress).map_err(|error| {
+                if error.to_string().starts_with("more than") {
+                    self.too_much()
+                } else {
+                    error
+                }
+            })?;
+        self.left -= len;
+        Ok(Node::File(Content {
+            place: Place::Own(path),
+            len,
+            sum: Some(from.hash.finalize().into()),
+        }))
+    }
+
+    /// The content of a file of this program's own.
+    pub fn text(&mut self, text: &str) -> Result<Node> {
+        let folder = self.folder.clone();
+        self.add(&mut text.as_bytes()).cannot("write", &folder)
+    }
+}
+
+/// What was left out, and how often.
+#[derive(Debug, Default)]
+pub struct LeftOut {
+    pub sockets: u64,
+    pub mounts: u64,
+    pub attributes: u64,
+}
+
+impl LeftOut {
+    pub fn lines(&self) -> Vec<String> {
+        let all = [
+            (self.sockets, "sockets were left out"),
+            (
+                self.mounts,
+                "folders are mounts of other file systems: their content was left out",
+            ),
+            (
+                self.attributes,
+                "extended attributes other than security.capability were left out",
+            ),
+        ];
+        let some = all.iter().filter(|(count, _)| *count > 0);
+        some.map(|(count, what)| format!("{count} {what}"))
+            .collect()
+    }
+}
+
+/// Adds the entries of an archive. With `whiteouts` it is a layer of an image, whose names may mean
+/// that something of a lower layer is gone.
+pub fn archive(
+    from: &mut dyn Read,
+    tree: &mut Tree,
+    blobs: &mut Blobs,
+    whiteouts: bool,
+    left_out: &mut LeftOut,
+) -> std::io::Result<()> {
+    let mut archive = Archive::new(from);
+    let bad = |why: String| std::io::Error::new(std::io::ErrorKind::InvalidData, why);
+    while let Some(entry) = archive.next_entry()? {
+        if whiteouts && whiteout(&entry.name, tree).map_err(bad)? {
+            continue;
+        }
+        let meta = meta(&entry, left_out);
+        let node = match entry.kind {
+            EntryKind::HardLink => {
+                tree.link(&entry.name, &entry.link).map_err(bad)?;
+                continue;
+            }
+            // A name that leads out is refused before its content is read.
+            EntryKind::File => {
+                names(&entry.name).map_err(bad)?;
+                blobs.add(&mut archive)?
+            }
+            EntryKind::Folder => Node::Folder(Default::default()),
+            EntryKind::Symlink => Node::Symlink(entry.link),
+            EntryKind::CharDevice => Node::Device(true, entry.device.0, entry.device.1),
+            EntryKind::BlockDevice => Node::Device(false, entry.device.0, entry.device.1),
+            EntryKind::Fifo => Node::Fifo,
+        };
+        tree.add(&entry.name, node, meta).map_err(bad)?;
+    }
+    Ok(())
+}
+
+fn meta(entry: &Entry, left_out: &mut LeftOut) -> Meta {
+    let capability = entry.attributes.iter().find(|(name, _)| name == CAPABILITY);
+    left_out.attributes += entry
+        .attributes
+        .iter()
+        .filter(|(name, _)| name != CAPABILITY)
+        .count() as u64;
+    Meta {
+        mode: entry.mode,
+        uid: entry.uid,
+        gid: entry.gid,
+        mtime: entry.mtime,
+        capability: capability.map(|(_, value)| value.clone()),
+    }
+}
+
+/// Whether the name is a whiteout, which is then applied (OCI image specification, layer.md).
+fn whiteout(path: &[u8], tree: &mut Tree) -> Result<bool, String> {
+    let names = names(path)?;
+    let Some((name, folder)) = names.split_last() else {
+        return Ok(false);
+    };
+    if *name == b".wh..wh..opq" {
+        tree.hide_all(folder);
+    } else if name.starts_with(b".wh..wh.") {
+        // Of aufs itself.
+    } else if let Some(hidden) = name.strip_prefix(b".wh.") {
+        tree.hide(folder, hidden);
+    } else {
+        return Ok(false);
+    }
+    Ok(true)
+}
+
+/// What an earlier run has read of a file: its sum, where it had no capability.
+pub type Known<'a> = &'a dyn Fn(&Stamp) -> Option<Sum>;
+
+struct Reader<'a> {
+    folder: Arc<Folder>,
+    known: Known<'a>,
+    /// The first name of each file that has several.
+    links: HashMap<(u64, u64), Vec<u8>>,
+    device: u64,
+    /// How much content may still come.
+    left: u64,
+}
+
+impl Reader<'_> {
+    fn read(
+        &mut self,
+        below: &Path,
+        tree: &mut Tree,
+        todo: &mut Vec<PathBuf>,
+        left_out: &mut LeftOut,
+    ) -> Result<()> {
+        let here = self.folder.path().join(below);
+        let fd = self.folder.at(below, OFlags::DIRECTORY)?;
+        for entry in Dir::read_from(&fd).cannot("list", &here)? {
+            let entry = entry.cannot("list", &here)?;
+            let bytes = entry.file_name().to_bytes();
+            if bytes == b"." || bytes == b".." {
+                continue;
+            }
+            let name = below.join(OsStr::from_bytes(bytes));
+            let path = || self.folder.path().join(&name);
+            let it = rustix::fs::statat(&fd, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+                .cannot("open", &path())?;
+            let mut meta = meta_of(&it);
+            let kind = FileType::from_raw_mode(it.st_mode);
+            let in_tree = name.as_os_str().as_bytes();
+            let bad = |why: String| Failure::new(self.folder.path(), why, "rename or remove it");
+            let number = (rustix::fs::major(it.st_rdev), rustix::fs::minor(it.st_rdev));
+            let node = match kind {
+                FileType::RegularFile => {
+                    if it.st_nlink > 1 {
+                        let first = self.links.entry((it.st_dev, it.st_ino));
+                        let first = first.or_insert_with(|| in_tree.to_vec());
+                        if first != in_tree {
+                            tree.link(in_tree, first).map_err(bad)?;
+                            continue;
+                        }
+                    }
+                    let stamp = Stamp::of(&it);
+                    let left = self.left.checked_sub(stamp.size);
+                    self.left = left.ok_or_else(|| {
+                        let why = "has more files than may be taken (--max-size allows more)";
+                        Failure::new(self.folder.path(), why, "name another folder")
+                    })?;
+                    let sum = (self.known)(&stamp);
+                    if sum.is_none() {
+                        meta.capability = capability(&self.folder, &name)?;
+                    }
+                    Node::File(Content {
+                        place: Place::Below(self.folder.clone(), name.clone(), stamp),
+                        len: stamp.size,
+                        sum,
+                    })
+                }
+                FileType::Directory => {
+                    if it.st_dev == self.device {
+                        todo.push(name.clone());
+                    } else {
+                        left_out.mounts += 1;
+                    }
+                    Node::Folder(Default::default())
+                }
+                FileType::Symlink => {
+                    let target = rustix::fs::readlinkat(&fd, entry.file_name(), Vec::new())
+                        .cannot("read", &path())?;
+                    Node::Symlink(target.into_bytes())
+                }
+                FileType::CharacterDevice => Node::Device(true, number.0, number.1),
+                FileType::BlockDevice => Node::Device(false, number.0, number.1),
+                FileType::Fifo => Node::Fifo,
+                _ => {
+                    left_out.sockets += 1;
+                    continue;
+                }
+            };
+            tree.add(in_tree, node, meta).map_err(bad)?;
+        }
+        Ok(())
+    }
+}
+
+fn meta_of(it: &Stat) -> Meta {
+    Meta {
+        mode: it.st_mode & 0o7777,
+        uid: it.st_uid,
+        gid: it.st_gid,
+        mtime: it.st_mtime,
+        capability: None,
+    }
+}
+
+fn capability(folder: &Folder, name: &Path) -> Result<Option<Vec<u8>>> {
+    let file = folder.at(name, OFlags::empty())?;
+    let mut value = vec![0; 64];
+    let Ok(len) = rustix::fs::fgetxattr(&file, CAPABILITY, &mut value[..]) else {
+        return Ok(None);
+    };
+    value.truncate(len);
+    Ok(Some(value))
+}
+
+/// What a source is read with.
+#[derive(Debug)]
+pub struct Request<'a> {
+    pub path: &'a Path,
+    /// Which image of a layout with several.
+    pub name: Option<&'a str>,
+    /// A folder for what is unpacked.
+    pub work: &'a Path,
+    /// How much content it may unpack to.
+    pub max: u64,
+}
+
+impl Request<'_> {
+    /// Reads a folder of this host, on its own file system. Content is not read, and capabilities only of files that are
+    /// not known.
+    pub fn folder(&self, tree: &mut Tree, known: Known<'_>, left_out: &mut LeftOut) -> Result<()> {
+        let folder = Arc::new(Folder::open(self.path)?);
+        let it = rustix::fs::fstat(folder.fd()).cannot("open", self.path)?;
+        tree.set_meta(ROOT, meta_of(&it));
+        let mut reader = Reader {
+            folder,
+            known,
+            links: HashMap::new(),
+            device: it.st_dev,
+            left: self.max,
+        };
+        let mut todo = vec![PathBuf::new()];
+        while let Some(below) = todo.pop() {
+            reader.read(&below, tree, &mut todo, left_out)?;
+        }
+        Ok(())
+    }
+
+    /// Reads an archive: of files, or of an image. None: it is no archive.
+    pub fn archive(
+        &self,
+        tree: &mut Tree,
+        blobs: &mut Blobs,
+        left_out: &mut LeftOut,
+    ) -> Result<Option<Config>> {
+        let file = File::open(self.path).cannot("open", self.path)?;
+        let mut unpacked = self.path.to_path_buf();
+        if let Some(kind) = Compression::of(&file).cannot("read", self.path)? {
+            // An image needs the parts of its archive in any order.
+            unpacked = self.work.join("unpacked");
+            unpack::unpack(self.path, kind, &unpacked, self.max)?;
+        }
+        let file = File::open(&unpacked).cannot("open", self.path)?;
+        if !Archive::is_one(&file).cannot("read", self.path)? {
+            return Ok(None);
+        }
+        let layout = self.work.join("layout");
+        if let Some(layout) = Layout::of_archive(&unpacked, &layout, self.max)? {
+            return layout.read(self.name, tree, blobs, left_out).map(Some);
+        }
+        archive(&mut BufReader::new(file), tree, blobs, false, left_out)
+            .map_err(|error| bad_archive(self.path, &error))?;
+        Ok(Some(Config::default()))
+    }
+}
+
+/// Sets the capability of a file, where that is permitted.
+pub fn set_capability(path: &Path, value: &[u8]) -> bool {
+    rustix::fs::lsetxattr(path, CAPABILITY, value, rustix::fs::XattrFlags::empty()).is_ok()
+}
+
+/// The refusal of an archive.
+pub fn bad_archive(path: &Path, error: &std::io::Error) -> Failure {
+    let what = format!("cannot be used: {error}");
+    let remedy = match error.kind() {
+        std::io::ErrorKind::StorageFull => "free some space".to_owned(),
+        _ => format!("make it again, or look at it: tar tvf {}", printable(path)),
+    };
+    Failure::new(path, what, remedy)
+}
