@@ -98,6 +98,11 @@ const UNSAFE: &[(&str, usize, &str)] = &[
         "the allocator of the process: GlobalAlloc is an unsafe trait",
     ),
     (
+        "src/sys/cache.rs",
+        1,
+        "a prefetch takes an address, and is a hint only",
+    ),
+    (
         "src/sys/clock.rs",
         1,
         "clock_gettime fills a timespec of ours",

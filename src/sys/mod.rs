@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "this is where raw system calls are wrapped")]
 
 pub mod allocator;
+pub mod cache;
 pub mod clock;
 pub mod fd;
 pub mod folder;

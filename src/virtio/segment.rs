@@ -6,6 +6,7 @@ use vm_memory::{
 };
 
 use super::Ram;
+use crate::sys::cache;
 
 /// A piece of guest memory, known to lie in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +102,13 @@ pub fn slices<'a>(
         ram.get_slices(segment.addr, segment.len as usize)
             .filter_map(Result::ok)
     })
+}
+
+/// Has the processor bring the byte at `addr`, if that is RAM, and those beside it to its cache.
+pub fn prefetch(ram: &Ram, addr: GuestAddress) {
+    for slice in ram.get_slices(addr, 1).flatten() {
+        cache::prefetch(&slice);
+    }
 }
 
 /// Marks the host memory behind `segments` as written.

@@ -547,7 +547,7 @@ impl Device for Block {
                 queue.add_used(ram, self.chain.head(), 0)?;
                 return Ok(Progress::More);
             }
-            Popped::Chain => {}
+            Popped::Chain => queue.prefetch(ram),
         }
         let request = Request::parse(ram, &self.chain, &self.disk, self.served);
         let bytes = request.as_ref().map_or(0, Request::limited_bytes);

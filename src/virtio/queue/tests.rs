@@ -1,4 +1,4 @@
-use super::super::testing::{INDIRECT, NEXT, Rings, WRITE, ram};
+use super::super::testing::{INDIRECT, NEXT, Random, Rings, WRITE, ram};
 use super::*;
 
 const BASE: u64 = 0x10000;
@@ -282,6 +282,60 @@ fn pop_when_ring_is_broken_says_how() {
         rings.set_avail_index(index);
         let error = queue.pop(&ram, &mut Chain::new()).unwrap_err();
         assert_eq!(error, broken, "{index} {head}");
+    }
+}
+
+#[test]
+fn chains_when_offered_together_are_served_before_the_index_is_read_again() {
+    let ram = ram();
+    let rings = Rings::new(&ram, BASE, 16);
+    let mut queue = queue(&rings, feature::EVENT_IDX);
+    let mut chain = Chain::new();
+    for head in 0..3 {
+        rings.offer_chain(head, &[(DATA, 1, true)]);
+    }
+    assert_eq!(queue.pop(&ram, &mut chain), Ok(Popped::Chain));
+    rings.set_avail_index(20);
+    for head in 1..3 {
+        assert!(queue.has_chain(&ram));
+        assert_eq!(queue.pop(&ram, &mut chain), Ok(Popped::Chain));
+        assert_eq!(chain.head(), head);
+    }
+    // What was taken and given back is found again.
+    queue.rewind(2);
+    assert_eq!(queue.pop(&ram, &mut chain), Ok(Popped::Chain));
+    assert_eq!(chain.head(), 1);
+    queue.pop(&ram, &mut chain).unwrap();
+    for _ in 0..2 {
+        assert_eq!(queue.pop(&ram, &mut chain), Err(BrokenRing::AvailIndex));
+    }
+    rings.set_avail_index(3);
+    assert_eq!(queue.pop(&ram, &mut chain), Ok(Popped::Empty));
+}
+
+#[test]
+fn prefetch_whatever_the_ring_holds_changes_nothing() {
+    let mut random = Random::printed();
+    let ram = ram();
+    let rings = Rings::new(&ram, BASE, 16);
+    for _ in 0..2000 {
+        let mut queue = queue(&rings, feature::EVENT_IDX);
+        let offered = random.below(17) as u16;
+        rings.set_avail_index(0);
+        for head in 0..offered {
+            let addr = random.below(u64::MAX) >> random.below(64);
+            let (len, flags) = (random.below(1 << 32) as u32, random.below(8) as u16);
+            rings.describe(head, addr, len, flags, head);
+            rings.offer(if random.below(8) == 0 { 0xffff } else { head });
+        }
+        rings.set_avail_index(offered);
+        for _ in 0..=offered {
+            let before = queue.save();
+            queue.prefetch(&ram);
+            assert_eq!(queue.save(), before);
+            let _ = queue.pop(&ram, &mut Chain::new());
+        }
+        assert_eq!(queue.save().next_avail, offered);
     }
 }
 
