@@ -15,6 +15,7 @@ mod run;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -126,7 +127,9 @@ impl Images {
         ];
         let mut jailer = self.place.jailer(self.who, &[&words[..], more].concat());
         jailer.env("XDG_RUNTIME_DIR", self.place.path("runtime"));
-        jailer.arg("--").args(command);
+        if !command.is_empty() {
+            jailer.arg("--").args(command);
+        }
         jailer
     }
 
@@ -616,6 +619,149 @@ fn supervisor_that_is_killed_leaves_nothing() {
         });
         images.nothing_is_left();
     }
+}
+
+/// A socket that a terminal comes to, as of a container engine.
+struct ConsoleSocket {
+    path: String,
+    listener: UnixListener,
+}
+
+impl ConsoleSocket {
+    fn new(images: &Images, name: &str) -> ConsoleSocket {
+        let path = images.place.path(&format!("runtime/{name}"));
+        let listener = UnixListener::bind(&path).unwrap();
+        ConsoleSocket { path, listener }
+    }
+
+    /// The terminal that came.
+    fn terminal(&self) -> File {
+        let (socket, _) = self.listener.accept().unwrap();
+        let mut name = [0; 100];
+        let (count, terminal) = common::sys::receive_with(&socket, &mut name);
+        assert_eq!(&name[..count], b"/dev/ptmx");
+        terminal.into()
+    }
+}
+
+/// Reads from a terminal until its last line is this one.
+fn read_until(terminal: &mut File, last: &str) -> String {
+    let (mut seen, mut bytes) = (String::new(), [0; 1024]);
+    while !seen.ends_with(&format!("{last}\r\n")) {
+        match terminal.read(&mut bytes) {
+            Ok(count @ 1..) => seen.push_str(&String::from_utf8_lossy(&bytes[..count])),
+            other => panic!("{other:?} before {last}: {seen}"),
+        }
+    }
+    seen
+}
+
+#[test]
+fn process_object_is_honoured_and_its_terminal_goes_to_a_console_socket() {
+    needs!(root, kvm, guest, "mkfs.erofs", "busybox");
+    let images = Images::new("agobject", Who::Root);
+    let object = |name: &str, terminal: bool, script: &str| {
+        let path = images.place.path(name);
+        let net = "[\"CAP_NET_BIND_SERVICE\"]";
+        let text = format!(
+            r#"{{ "terminal": {terminal}, "consoleSize": {{ "height": 33, "width": 77 }},
+                 "user": {{ "uid": 1000, "gid": 1001, "umask": 23, "additionalGids": [7, 1002] }},
+                 "args": ["sh", "-c", "{script}"], "cwd": "/srv/new/deep",
+                 "env": ["PATH=/bin", "ONLY=this"], "noNewPrivileges": true, "oomScoreAdj": 7,
+                 "capabilities": {{ "bounding": ["CAP_KILL", "CAP_NET_BIND_SERVICE"], "effective": {net},
+                     "permitted": {net}, "inheritable": {net}, "ambient": {net} }},
+                 "rlimits": [{{ "type": "RLIMIT_NOFILE", "hard": 77, "soft": 66 }}] }}"#
+        );
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let console = ConsoleSocket::new(&images, "console");
+    let facts = "stty size; pwd; env; id -u; id -g; umask; ulimit -n; ulimit -Hn; \
+                 cat /proc/self/oom_score_adj; \
+                 grep -e Groups -e CapBnd -e CapEff -e NoNew /proc/self/status; echo done; \
+                 read code; exit $code";
+    let path = object("first", true, facts);
+    let words = ["--process", &path, "-i", "--console-socket", &console.path];
+    let mut command = images.run(&images.erofs(), &words, &[]);
+    let jailer = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    let mut terminal = console.terminal();
+    let seen = read_until(&mut terminal, "done").replace("\r\n", "\n");
+    let expected = "33 77\n/srv/new/deep\n";
+    assert!(seen.starts_with(expected), "{seen}");
+    for line in [
+        "ONLY=this\n",
+        "HOME=/home\n",
+        "PATH=/bin\n",
+        "\n1000\n1001\n0027\n66\n77\n7\n",
+        "Groups:\t7 1002 \n",
+        "CapEff:\t0000000000000400\n",
+        "CapBnd:\t0000000000000420\n",
+        "NoNewPrivs:\t1\n",
+    ] {
+        assert!(seen.contains(line), "{line:?} in {seen}");
+    }
+    assert!(
+        !seen.contains("HOSTNAME=") && !seen.contains("TERM="),
+        "{seen}"
+    );
+
+    // A further process, which goes on by itself.
+    let further = ConsoleSocket::new(&images, "further");
+    let path = object("second", true, "stty size; read line; echo got $line");
+    let pid_file = images.place.path("pid");
+    let id = images.place.host.name.as_str();
+    let words = [
+        "exec",
+        id,
+        "--process",
+        &path,
+        "-i",
+        "--detach",
+        "--pid-file",
+        &pid_file,
+        "--console-socket",
+        &further.path,
+    ];
+    let mut detached = images.jailer(&words);
+    detached.stdout(Stdio::null()).stderr(Stdio::null());
+    assert!(detached.status().unwrap().success());
+    let pid = fs::read_to_string(&pid_file).unwrap();
+    let mut screen = further.terminal();
+    assert_eq!(read_until(&mut screen, "33 77"), "33 77\r\n");
+    screen.write_all(b"typed\r").unwrap();
+    read_until(&mut screen, "got typed");
+    common::wait_until("the detached process to end", || {
+        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |text| text.contains(") Z "))
+    });
+    // And one that does not, whose code is that of its process.
+    let path = object("third", false, "id -u >&2; exit 7");
+    let output = ends(images.jailer(&["exec", id, "--process", &path]), 7);
+    assert_eq!(
+        (out(&output), err(&output)),
+        (String::new(), "1000\n".into())
+    );
+    let refused = ends(
+        images.jailer(&[
+            "exec",
+            id,
+            "--process",
+            &path,
+            "--console-socket",
+            &further.path,
+        ]),
+        125,
+    );
+    assert!(
+        err(&refused).contains("has no terminal"),
+        "{}",
+        err(&refused)
+    );
+
+    terminal.write_all(b"9\r").unwrap();
+    let output = jailer.output();
+    assert_eq!(output.status.code(), Some(9), "{}", err(&output));
+    assert_eq!((out(&output), err(&output)), (String::new(), String::new()));
+    images.nothing_is_left();
 }
 
 /// A program to which its own standard output is passed as descriptor 9 as well.

@@ -10,24 +10,22 @@ mod copy;
 mod options;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use self::copy::Copy;
 use self::options::Exec;
+use crate::console::pipe;
 use crate::console::terminal::LOOK_EVERY;
 use crate::error::{Advice as _, AnyError, Step as _, message};
 use crate::process::command::{Body, CommandError};
 use crate::process::front::{Front, FrontPart};
-use crate::process::place::Place;
+use crate::process::place::{Place, connect_to};
 use crate::process::stream::StreamLink;
-use crate::root::open_folder_of;
-use crate::sys::{self, Inherited};
+use crate::sys::{self, Ended, Inherited};
 
 pub use self::control::{CONTROL_HELP, Control, parse_control};
 pub use self::options::{COPY_HELP, EXEC_HELP, parse_copy, parse_exec};
@@ -51,16 +49,55 @@ enum AttachError {
 }
 
 /// Runs a command in a guest; the exit code.
-pub fn exec(exec: Exec, inherited: Inherited) -> i32 {
+pub fn exec(mut exec: Exec, inherited: Inherited) -> i32 {
+    // While descriptors that were passed are there.
+    let read = exec.command.read();
     prepare(inherited);
-    let run = || -> Result<i32, AnyError> {
-        exec.command.check()?;
-        let body = exec.command.body("")?;
-        let socket = connect(&exec.target)?;
-        let front = Front::new(COMMAND, &exec.command);
-        Ok(Session::start(&exec.target.id, socket, front, &body)?.run()?)
-    };
-    ended(run(), NOT_RUN)
+    ended(read.and_then(|()| exec.run()), NOT_RUN)
+}
+
+impl Exec {
+    fn run(mut self) -> Result<i32, AnyError> {
+        if !self.is_detached {
+            return Ok(self.start()?.run()?);
+        }
+        const DETACH: &str = "go on in a process of its own (--detach)";
+        let (started, tell) = pipe(true, true).step(DETACH)?;
+        let Some(child) = sys::fork().step(DETACH)? else {
+            drop(started);
+            // A terminal's signals are not for it.
+            let _ = rustix::process::setsid();
+            let session = self.start().and_then(|session| {
+                rustix::io::write(tell, b"1").step(DETACH)?;
+                Ok(session)
+            });
+            let run = session.and_then(|mut session| Ok(session.run()?));
+            sys::exit_now(ended(run, NOT_RUN));
+        };
+        drop(tell);
+        let mut byte = [0];
+        match rustix::io::retry_on_intr(|| rustix::io::read(&started, &mut byte)) {
+            Ok(1) => Ok(0),
+            // It has said why.
+            _ => match sys::wait(child).step(DETACH)? {
+                (Ended::Exited(code), _) if code != 0 => Ok(code),
+                _ => Ok(NOT_RUN),
+            },
+        }
+    }
+
+    fn start(&mut self) -> Result<Session, AnyError> {
+        self.command.prepare_terminal()?;
+        let body = self.command.body("")?;
+        let socket = connect(&self.target)?;
+        let front = Front::new(COMMAND, &self.command);
+        let session = Session::start(&self.target.id, socket, front, &body)?;
+        if let Some(path) = &self.pid_file {
+            let number = std::process::id().to_string();
+            std::fs::write(path, number).step_on("write the file (--pid-file)", path)?;
+        }
+        Ok(session)
+    }
 }
 
 /// Asks something of the supervisor of a guest; the exit code.
@@ -120,19 +157,6 @@ fn connect(target: &Target) -> Result<OwnedFd, AnyError> {
     connect_to(&socket, &path).step(what).hints(remedy)?;
     rustix::io::ioctl_fionbio(&socket, true).step("use the connection")?;
     Ok(socket)
-}
-
-/// Connects to a socket at a path. The address of one has 107 bytes at most: so it is the name in the folder, which
-/// is the working folder meanwhile.
-fn connect_to(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
-    let (folder, name) = open_folder_of(path)?;
-    let address = SocketAddrUnix::new(name)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY;
-    let before = sys::open(".", flags)?;
-    rustix::process::fchdir(&folder)?;
-    let connected = rustix::net::connect(socket, &address);
-    rustix::process::fchdir(&before)?;
-    connected
 }
 
 /// A process in the guest, to its end.

@@ -8,7 +8,7 @@ use mayfly_agent_protocol::{Field, Fields, Malformed, fields};
 use crate::sys::{self, Errno, Fd, Words};
 use crate::text::Text;
 use crate::user::{self, User};
-use crate::{archive, sys::Result};
+use crate::{archive, root, sys::Result};
 
 /// The code of what cannot be started at all, as of a container engine.
 pub const CANNOT_START: u8 = 125;
@@ -31,6 +31,17 @@ pub struct Command<'a> {
     has_input: bool,
     pack: Option<&'a CStr>,
     unpack: Option<&'a CStr>,
+    umask: Option<u32>,
+    /// Bounding, effective, inheritable, permitted and ambient.
+    capabilities: Option<[u64; 5]>,
+    oom_score: &'a [u8],
+    gains_nothing: bool,
+    makes_folder: bool,
+}
+
+/// A number of 8 bytes.
+fn long(bytes: &[u8]) -> u64 {
+    bytes.first_chunk().map_or(0, |it| u64::from_le_bytes(*it))
 }
 
 impl<'a> Command<'a> {
@@ -43,11 +54,16 @@ impl<'a> Command<'a> {
             has_input: false,
             pack: None,
             unpack: None,
+            umask: None,
+            capabilities: None,
+            oom_score: b"",
+            gains_nothing: false,
+            makes_folder: false,
         };
+        fields::check_process(body)?;
         for field in Fields(body) {
             let field = field?;
             match field.tag {
-                fields::ARGUMENT | fields::VARIABLE => drop(field.text()?),
                 fields::FOLDER => command.folder = Some(field.text()?),
                 fields::USER => command.user = field.bytes(),
                 fields::HAS_INPUT => command.has_input = true,
@@ -60,10 +76,32 @@ impl<'a> Command<'a> {
                     let rows = u16::from_le_bytes([a, b]);
                     command.terminal = Some((rows, u16::from_le_bytes([c, d])));
                 }
-                tag => return Err(Malformed::Field(tag)),
+                fields::UMASK => {
+                    command.umask = field
+                        .bytes()
+                        .first_chunk()
+                        .map(|it| u32::from_le_bytes(*it));
+                }
+                fields::CAPABILITIES => {
+                    let mut sets = [0; 5];
+                    for (set, bytes) in sets.iter_mut().zip(field.bytes().chunks(8)) {
+                        *set = long(bytes);
+                    }
+                    command.capabilities = Some(sets);
+                }
+                fields::OOM_SCORE => command.oom_score = field.bytes(),
+                fields::NO_NEW_PRIVILEGES => command.gains_nothing = true,
+                fields::MAKE_FOLDER => command.makes_folder = true,
+                // Texts, groups and limits are taken when they are used.
+                _ => {}
             }
         }
         Ok(command)
+    }
+
+    fn values(&self, tag: u8) -> impl Iterator<Item = &'a [u8]> {
+        let of_tag = move |field: Field<'a>| (field.tag == tag).then(|| field.bytes());
+        self.fields.flatten().filter_map(of_tag)
     }
 
     fn texts(&self, tag: u8) -> impl Iterator<Item = &'a CStr> {
@@ -152,15 +190,22 @@ fn become_program(command: &Command<'_>, streams: Streams) -> u8 {
     if let Some(path) = command.unpack {
         return archive::unpack(path);
     }
-    let user = match user::find(command.user) {
+    let mut user = match user::find(command.user) {
         Ok(user) => user,
         Err(text) => return complain(text.bytes(), CANNOT_EXECUTE),
     };
-    if let Err(error) = become_user(&user) {
-        return complain(
-            Text::of(b"become the user of --user", error).bytes(),
-            CANNOT_EXECUTE,
-        );
+    for group in command.values(fields::GROUP) {
+        let group = group.first_chunk().map(|it| u32::from_le_bytes(*it));
+        group.into_iter().for_each(|group| user.add_group(group));
+    }
+    // Before the umask of the process counts.
+    if let Some(folder) = command.folder.filter(|_| command.makes_folder) {
+        root::make_folders(folder);
+    }
+    set_limits(command);
+    if let Err(error) = become_user(&user, command) {
+        let text = Text::of(b"become the user, with the groups and capabilities", error);
+        return complain(text.bytes(), CANNOT_EXECUTE);
     }
     if let Some(folder) = command.folder
         && let Err(error) = sys::change_folder(folder)
@@ -191,13 +236,42 @@ fn place(streams: Streams) -> Result<()> {
     }
 }
 
-fn become_user(user: &User) -> Result<()> {
-    if (user.id, user.group) == (0, 0) && user.groups().is_empty() {
-        return Ok(());
+/// What a process may use of the machine. A limit that cannot be set stays as it is: there is none then.
+fn set_limits(command: &Command<'_>) {
+    for limit in command.values(fields::LIMIT) {
+        if let Some((kind, limits)) = limit.split_first() {
+            let (soft, hard) = limits.split_at(8);
+            let _ = sys::set_limit(*kind, long(soft), long(hard));
+        }
     }
-    sys::set_groups(user.groups())?;
-    sys::set_group(user.group)?;
-    sys::set_user(user.id)
+    if !command.oom_score.is_empty()
+        && let Ok(file) = sys::open(c"/proc/self/oom_score_adj", sys::READ_WRITE, 0)
+    {
+        let _ = sys::write(&file, command.oom_score);
+    }
+    if let Some(umask) = command.umask {
+        sys::set_umask(umask);
+    }
+}
+
+fn become_user(user: &User, command: &Command<'_>) -> Result<()> {
+    if let Some([bounding, ..]) = command.capabilities {
+        sys::bound_capabilities(bounding)?;
+    }
+    if (user.id, user.group) != (0, 0) || !user.groups().is_empty() {
+        sys::set_groups(user.groups())?;
+        sys::set_group(user.group)?;
+        sys::set_user(user.id)?;
+    }
+    if let Some([_, effective, inheritable, permitted, ambient]) = command.capabilities {
+        sys::set_capabilities(effective, permitted, inheritable)?;
+        // One that is not permitted and inheritable cannot be: there is none then, as of container runtimes.
+        let _ = sys::set_ambient(ambient);
+    }
+    if command.gains_nothing {
+        sys::gain_nothing()?;
+    }
+    Ok(())
 }
 
 /// Becomes the program; the code for why that cannot be.

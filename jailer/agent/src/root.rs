@@ -147,6 +147,17 @@ fn make_links() {
     }
 }
 
+/// Makes the folders of a path that are not there. What cannot be made will be missed where it is used.
+pub fn make_folders(path: &CStr) {
+    let mut made = Text::new();
+    for name in path.to_bytes().split(|byte| *byte == b'/') {
+        if !name.is_empty() {
+            made.add(b"/").add(name);
+            let _ = sys::make_folder(made.c_str(), 0o755);
+        }
+    }
+}
+
 /// Writes all of `bytes` to a file that waits.
 pub fn write_all(file: &sys::Fd, mut bytes: &[u8]) -> sys::Result<()> {
     while !bytes.is_empty() {

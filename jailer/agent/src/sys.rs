@@ -33,10 +33,13 @@ mod number {
     pub const FCNTL: usize = 72;
     pub const CHDIR: usize = 80;
     pub const FCHMOD: usize = 91;
+    pub const UMASK: usize = 95;
     pub const SETSID: usize = 112;
     pub const SETGROUPS: usize = 116;
     pub const SETRESUID: usize = 117;
     pub const SETRESGID: usize = 119;
+    pub const CAPSET: usize = 126;
+    pub const PRCTL: usize = 157;
     pub const CHROOT: usize = 161;
     pub const SYNC: usize = 162;
     pub const MOUNT: usize = 165;
@@ -53,6 +56,7 @@ mod number {
     pub const SIGNALFD: usize = 289;
     pub const DUP3: usize = 292;
     pub const PIPE2: usize = 293;
+    pub const PRLIMIT: usize = 302;
 }
 
 /// The number of an error (errno).
@@ -698,6 +702,69 @@ pub fn set_group(group: u32) -> Result<()> {
 
 pub fn set_user(user: u32) -> Result<()> {
     call!(SETRESUID, user, user, user).map(drop)
+}
+
+/// Permissions that new files do not get.
+pub fn set_umask(mask: u32) {
+    let _ = call!(UMASK, mask & 0o777);
+}
+
+/// The soft and the hard limit of a resource, by its number.
+pub fn set_limit(resource: u8, soft: u64, hard: u64) -> Result<()> {
+    let limits = [soft, hard];
+    call!(PRLIMIT, 0, resource, limits.as_ptr(), 0).map(drop)
+}
+
+/// Takes every capability but these out of the bounding set, and keeps those that are permitted across a change of
+/// user.
+pub fn bound_capabilities(kept: u64) -> Result<()> {
+    const DROP: usize = 24;
+    const KEEP: usize = 8;
+    for number in 0..u64::BITS {
+        if kept >> number & 1 == 0 {
+            match call!(PRCTL, DROP, number, 0, 0, 0) {
+                // Past the last one that this kernel knows.
+                Err(Errno::INVAL) => break,
+                other => other?,
+            };
+        }
+    }
+    call!(PRCTL, KEEP, 1, 0, 0, 0).map(drop)
+}
+
+/// One bit for each number.
+pub fn set_capabilities(effective: u64, permitted: u64, inheritable: u64) -> Result<()> {
+    // _LINUX_CAPABILITY_VERSION_3, and this process.
+    let header = [0x2008_0522_u32, 0];
+    let low = |set: u64| set as u32;
+    let high = |set: u64| (set >> 32) as u32;
+    let sets = [
+        low(effective),
+        low(permitted),
+        low(inheritable),
+        high(effective),
+        high(permitted),
+        high(inheritable),
+    ];
+    call!(CAPSET, header.as_ptr(), sets.as_ptr()).map(drop)
+}
+
+/// The capabilities that a program has which is not set-user-ID.
+pub fn set_ambient(set: u64) -> Result<()> {
+    const AMBIENT: usize = 47;
+    const RAISE: usize = 2;
+    for number in 0..u64::BITS {
+        if set >> number & 1 == 1 {
+            call!(PRCTL, AMBIENT, RAISE, number, 0, 0)?;
+        }
+    }
+    Ok(())
+}
+
+/// From here on no program gives this process more than it has (no_new_privs).
+pub fn gain_nothing() -> Result<()> {
+    const NO_NEW_PRIVILEGES: usize = 38;
+    call!(PRCTL, NO_NEW_PRIVILEGES, 1, 0, 0, 0).map(drop)
 }
 
 pub fn sync() {

@@ -28,6 +28,14 @@ impl User {
         &self.home[..self.home_length]
     }
 
+    /// Adds a further group, if there is room.
+    pub fn add_group(&mut self, group: u32) {
+        if let Some(place) = self.groups.get_mut(self.count) {
+            *place = group;
+            self.count += 1;
+        }
+    }
+
     fn set_home(&mut self, home: &[u8]) {
         if let Some(place) = self.home.get_mut(..home.len()).filter(|_| !home.is_empty()) {
             place.copy_from_slice(home);

@@ -32,6 +32,29 @@ pub const PACK: u8 = 38;
 /// Of a process: it is the agent itself, which makes the file or folder of this path from the archive in
 /// its input.
 pub const UNPACK: u8 = 39;
+/// Of a process: a further group, 4 bytes; any number of them.
+pub const GROUP: u8 = 40;
+/// Of a process: permissions that its files do not get, 4 bytes.
+pub const UMASK: u8 = 41;
+/// Of a process: a limit: the number of its resource, 1 byte, the soft and the hard limit, 8 bytes each; any number of
+/// them. One that cannot be set is passed over.
+pub const LIMIT: u8 = 42;
+/// Of a process: no program gives it more than it has (no_new_privs).
+pub const NO_NEW_PRIVILEGES: u8 = 43;
+/// Of a process: its bounding, effective, inheritable, permitted and ambient capabilities, 8 bytes each.
+pub const CAPABILITIES: u8 = 44;
+/// Of a process: its oom_score_adj, in digits.
+pub const OOM_SCORE: u8 = 45;
+/// Of a process: its working folder is made, if it is not there.
+pub const MAKE_FOLDER: u8 = 46;
+
+/// Whether zeros may be in a field with this tag.
+pub fn is_binary(tag: u8) -> bool {
+    matches!(
+        tag,
+        ROOT_MODE | TERMINAL | GROUP | UMASK | LIMIT | CAPABILITIES
+    )
+}
 
 /// The root is only read, and nothing can be written but in /tmp and /run.
 pub const READ_ONLY: u8 = 0;
@@ -109,8 +132,10 @@ pub fn check_process(body: &[u8]) -> Result<(), Malformed> {
         let field = field?;
         match field.tag {
             ARGUMENT | VARIABLE | FOLDER | PACK | UNPACK => drop(field.text()?),
-            TERMINAL if field.bytes().len() == 4 => {}
-            USER | HAS_INPUT => {}
+            TERMINAL | GROUP | UMASK if field.bytes().len() == 4 => {}
+            LIMIT if field.bytes().len() == 17 => {}
+            CAPABILITIES if field.bytes().len() == 40 => {}
+            USER | HAS_INPUT | NO_NEW_PRIVILEGES | OOM_SCORE | MAKE_FOLDER => {}
             tag => return Err(Malformed::Field(tag)),
         }
     }

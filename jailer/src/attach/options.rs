@@ -21,11 +21,15 @@ pub struct Exec {
     pub target: Target,
     /// What it is to run.
     pub command: Command,
+    /// Whether a process of its own goes on with it.
+    pub is_detached: bool,
+    /// Where the number of that, or of this one, is written.
+    pub pid_file: Option<PathBuf>,
 }
 
 const KNOWN: Known = Known {
-    flags: "-t --tty -i --interactive",
-    once: "--user --workdir --runtime-dir",
+    flags: "-t --tty -i --interactive --detach",
+    once: "--user --workdir --runtime-dir --process --console-socket --pid-file",
     repeatable: "--env",
     text: "",
     help: "see exec --help; the command comes after --",
@@ -45,13 +49,17 @@ pub fn parse_exec(words: Vec<OsString>) -> Result<Option<Exec>, ArgsError> {
         _ => return Err(ArgsError::Missing("ID, as in `exec ID -- CMD`,")),
     };
     let id = text(id, "exec", args::name)?;
-    let command = command.filter(|command| !command.is_empty());
-    let command = command.ok_or(ArgsError::Missing("the command, after --,"))?;
     let mut words = Words::sort(words, &KNOWN)?;
     let place = Place::new(words.path("--runtime-dir"));
-    let command = Command::take(&mut words, command)?;
+    let missing = ArgsError::Missing("the command, after -- or with --process,");
+    let command = Command::take(&mut words, command, missing)?;
     let target = Target { id, place };
-    Ok(Some(Exec { target, command }))
+    Ok(Some(Exec {
+        target,
+        command,
+        is_detached: words.has("--detach"),
+        pid_file: words.path("--pid-file"),
+    }))
 }
 
 const OF_PLACE: Known = Known {

@@ -3,10 +3,13 @@
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 
 use mayfly_agent_protocol::{BODY_MAX, fields};
 
+use super::{object, pty};
 use crate::args::{ArgsError, Why, Words};
+use crate::error::AnyError;
 
 /// Where programs are looked for, unless --env says it.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -26,7 +29,35 @@ pub struct Command {
     pub is_terminal: bool,
     /// Whether it has this program's standard input.
     pub has_input: bool,
+    /// The file that says all of the above, of which nothing but the input is known before it is read.
+    pub object: Option<PathBuf>,
+    /// What such a file says besides. Without it there are defaults for what is not said.
+    pub exact: Option<Box<Exact>>,
+    /// The socket that gets the other end of a terminal.
+    pub console: Option<PathBuf>,
 }
+
+/// What a process object says that no option does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exact {
+    /// Rows and columns of the terminal.
+    pub size: Option<(u16, u16)>,
+    /// Permissions that its files do not get.
+    pub umask: Option<u32>,
+    /// Further groups.
+    pub groups: Vec<u32>,
+    /// Limits.
+    pub limits: Vec<Limit>,
+    /// Whether no program may give it more than it has.
+    pub no_new_privileges: bool,
+    /// Bounding, effective, inheritable, permitted and ambient capabilities, one bit for each number.
+    pub capabilities: Option<[u64; 5]>,
+    /// How readily the guest's kernel ends it for want of memory.
+    pub oom_score: Option<i32>,
+}
+
+/// The number of a resource, and its soft and its hard limit.
+pub type Limit = (u8, u64, u64);
 
 /// The words before `--`, and those after it.
 pub fn split_command(mut words: Vec<OsString>) -> (Vec<OsString>, Option<Vec<OsString>>) {
@@ -38,11 +69,18 @@ pub fn split_command(mut words: Vec<OsString>) -> (Vec<OsString>, Option<Vec<OsS
     (words, Some(command))
 }
 
+/// What a process object says, and no option may besides.
+const OF_OBJECT: &str = "--user --env --workdir -t --tty";
+
 /// A command cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     #[error("cannot use -t (--tty): standard input and output are not a terminal; leave it out")]
     NoTerminal,
+    #[error(
+        "cannot use --console-socket: the command has no terminal; give -t (--tty), or `terminal` in its process object"
+    )]
+    ConsoleWithoutTerminal,
     #[error("cannot run the command: its words and variables are longer than {BODY_MAX} bytes")]
     TooLong,
     #[error("cannot run the command: a word or variable has a zero byte in it")]
@@ -50,20 +88,65 @@ pub enum CommandError {
 }
 
 impl Command {
-    /// Takes the options, and what stood after `--`.
-    pub fn take(words: &mut Words, command: Vec<OsString>) -> Result<Command, ArgsError> {
+    /// Takes the options, and what stood after `--`. `missing` is what to say where there is nothing to run.
+    pub fn take(
+        words: &mut Words,
+        command: Option<Vec<OsString>>,
+        missing: ArgsError,
+    ) -> Result<Command, ArgsError> {
+        const NAME: &str = "--process";
+        let object = words.parsed(NAME, object_path)?;
+        let command = command.filter(|command| !command.is_empty());
+        if let Some(object) = &object {
+            let said = OF_OBJECT.split(' ').find(|name| words.has(name));
+            if let Some(name) = said.or(command.as_ref().map(|_| "--")) {
+                let why = format!("the process object says that already; leave {name} out");
+                let given = object.display().to_string();
+                return Err(ArgsError::Value(NAME, given, why.into()));
+            }
+        }
         Ok(Command {
-            words: command,
+            words: match (command, &object) {
+                (Some(command), _) => command,
+                (None, Some(_)) => Vec::new(),
+                (None, None) => return Err(missing),
+            },
             variables: words.all("--env", variable)?,
             user: words.parsed("--user", |text| Ok(text.to_owned()))?,
             folder: words.parsed("--workdir", folder)?,
             is_terminal: words.has("-t") || words.has("--tty"),
             has_input: words.has("-i") || words.has("--interactive"),
+            object,
+            exact: None,
+            console: words.path("--console-socket"),
         })
     }
 
-    /// Makes sure that there is a terminal where one is asked for.
-    pub fn check(&self) -> Result<(), CommandError> {
+    /// Reads the file that says what is to be run, if there is one. It is closed again.
+    pub fn read(&mut self) -> Result<(), AnyError> {
+        if let Some(path) = self.object.take() {
+            let console = self.console.take();
+            *self = Command {
+                console,
+                ..object::read(&path, self.has_input)?
+            };
+        }
+        Ok(())
+    }
+
+    /// Makes the terminal whose other end another program wants, and makes sure that there is one where one is asked
+    /// for.
+    pub fn prepare_terminal(&mut self) -> Result<(), AnyError> {
+        if let Some(socket) = self.console.take() {
+            if !self.is_terminal {
+                return Err(CommandError::ConsoleWithoutTerminal.into());
+            }
+            pty::make(&socket, self.exact.as_ref().and_then(|exact| exact.size))?;
+        }
+        Ok(self.check()?)
+    }
+
+    fn check(&self) -> Result<(), CommandError> {
         let is_terminal = |fd| rustix::termios::isatty(fd);
         let (input, output) = (std::io::stdin(), std::io::stdout());
         let fits = is_terminal(output.as_fd()) && (!self.has_input || is_terminal(input.as_fd()));
@@ -86,14 +169,15 @@ impl Command {
         for variable in &self.variables {
             body.add(fields::VARIABLE, variable.as_bytes())?;
         }
-        if !has("PATH") {
+        let is_exact = self.exact.is_some();
+        if !is_exact && !has("PATH") {
             body.add(fields::VARIABLE, PATH.as_bytes())?;
         }
-        if !has("HOSTNAME") && !hostname.is_empty() {
+        if !is_exact && !has("HOSTNAME") && !hostname.is_empty() {
             body.add(fields::VARIABLE, format!("HOSTNAME={hostname}").as_bytes())?;
         }
         if self.is_terminal {
-            if !has("TERM") {
+            if !is_exact && !has("TERM") {
                 body.add(fields::VARIABLE, b"TERM=xterm")?;
             }
             let (rows, columns) = terminal_size();
@@ -109,7 +193,38 @@ impl Command {
         if let Some(folder) = &self.folder {
             body.add(fields::FOLDER, folder.as_bytes())?;
         }
+        if let Some(exact) = &self.exact {
+            exact.add_to(&mut body)?;
+        }
         body.finish()
+    }
+}
+
+impl Exact {
+    fn add_to(&self, body: &mut Body) -> Result<(), CommandError> {
+        // As container runtimes do.
+        body.add(fields::MAKE_FOLDER, b"")?;
+        if let Some(umask) = self.umask {
+            body.add(fields::UMASK, &umask.to_le_bytes())?;
+        }
+        for group in &self.groups {
+            body.add(fields::GROUP, &group.to_le_bytes())?;
+        }
+        for (kind, soft, hard) in &self.limits {
+            let limit = [&[*kind][..], &soft.to_le_bytes(), &hard.to_le_bytes()].concat();
+            body.add(fields::LIMIT, &limit)?;
+        }
+        if let Some(sets) = &self.capabilities {
+            let sets: Vec<u8> = sets.iter().flat_map(|set| set.to_le_bytes()).collect();
+            body.add(fields::CAPABILITIES, &sets)?;
+        }
+        if let Some(score) = self.oom_score {
+            body.add(fields::OOM_SCORE, score.to_string().as_bytes())?;
+        }
+        if self.no_new_privileges {
+            body.add(fields::NO_NEW_PRIVILEGES, b"")?;
+        }
+        Ok(())
     }
 }
 
@@ -126,7 +241,7 @@ pub struct Body(Vec<u8>);
 impl Body {
     /// Adds a field.
     pub fn add(&mut self, tag: u8, value: &[u8]) -> Result<(), CommandError> {
-        if value.contains(&0) && tag != fields::TERMINAL && tag != fields::ROOT_MODE {
+        if value.contains(&0) && !fields::is_binary(tag) {
             return Err(CommandError::ZeroByte);
         }
         let header = fields::header(tag, value).ok_or(CommandError::TooLong)?;
@@ -154,6 +269,14 @@ fn variable(text: &str) -> Result<String, Why> {
             Err(_) => Err("there is no such variable here; give NAME=VALUE".into()),
         },
     }
+}
+
+/// The path of a file, or that of a passed descriptor.
+fn object_path(text: &str) -> Result<PathBuf, Why> {
+    Ok(match text.strip_prefix("fd:") {
+        Some(number) => format!("/dev/fd/{number}").into(),
+        None => text.into(),
+    })
 }
 
 fn folder(text: &str) -> Result<String, Why> {
@@ -192,6 +315,38 @@ mod tests {
             (fields::USER, b"me:5"),
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn body_of_a_process_object_has_what_it_says_and_no_defaults() {
+        let command = Command {
+            words: vec!["x".into()],
+            exact: Some(Box::new(Exact {
+                umask: Some(0o27),
+                groups: vec![7, 8],
+                limits: vec![(7, 1, u64::MAX)],
+                no_new_privileges: true,
+                capabilities: Some([1, 2, 3, 4, 5]),
+                oom_score: Some(-5),
+                size: None,
+            })),
+            ..Command::default()
+        };
+        let body = command.body("h").unwrap();
+        fields::check_process(&body).unwrap();
+        let tags: Vec<_> = Fields(&body).map(|it| it.unwrap().tag).collect();
+        let expected = [
+            fields::ARGUMENT,
+            fields::MAKE_FOLDER,
+            fields::UMASK,
+            fields::GROUP,
+            fields::GROUP,
+            fields::LIMIT,
+            fields::CAPABILITIES,
+            fields::OOM_SCORE,
+            fields::NO_NEW_PRIVILEGES,
+        ];
+        assert_eq!(tags, expected);
     }
 
     #[test]

@@ -1,9 +1,16 @@
 //! Where the socket of a microVM that runs a command is, by its id: in a folder of this user alone.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::net::SocketAddrUnix;
+
 use crate::error::{Advice as _, AnyError, Step as _};
+use crate::root::open_folder_of;
+use crate::sys;
 
 /// Where root's are.
 const OF_ROOT: &str = "/run/mayfly";
@@ -107,6 +114,19 @@ fn close_to_others(folder: &Path) {
         // What comes of it is looked at.
         let _ = std::fs::set_permissions(folder, own);
     }
+}
+
+/// Connects to a socket at a path. The address of one has 107 bytes at most: so it is the name in the folder, which
+/// is the working folder meanwhile.
+pub fn connect_to(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
+    let (folder, name) = open_folder_of(path)?;
+    let address = SocketAddrUnix::new(name)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY;
+    let before = sys::open(".", flags)?;
+    rustix::process::fchdir(&folder)?;
+    let connected = rustix::net::connect(socket, &address);
+    rustix::process::fchdir(&before)?;
+    connected
 }
 
 /// Whether it is a folder of this user, and others have none of the permissions in `denied`.

@@ -53,7 +53,10 @@ pub fn run(mut options: Options, inherited: Inherited, began_us: u64) -> i32 {
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
     let quiet = options.quiet;
     let has_command = options.guest.is_some();
-    let prepared = spec::prepare(&mut options, inherited);
+    // While descriptors that were passed are there.
+    let read = options.guest.as_mut().map(|guest| guest.command.read());
+    let read = read.transpose();
+    let prepared = read.and_then(|_| spec::prepare(&mut options, inherited));
     let report = options.exit_report.take();
     let report = match report.as_deref().map(Report::open).transpose() {
         Ok(report) => report,

@@ -282,8 +282,8 @@ fn take_ready(options: &Options, passed: &mut Passed) -> Result<Option<OwnedFd>,
 }
 
 /// Finds out what a guest with a command is to be, and makes what it boots from.
-fn open_guest(guest: GuestCommand, id: &str) -> Result<(agent::Plan, OwnedFd), AnyError> {
-    guest.command.check()?;
+fn open_guest(mut guest: GuestCommand, id: &str) -> Result<(agent::Plan, OwnedFd), AnyError> {
+    guest.command.prepare_terminal()?;
     let root_type = root_type(&guest.image)?;
     let root_mode = match (guest.mode, root_type) {
         (Some(RootMode::ReadWrite), EROFS) => {

@@ -128,7 +128,7 @@ const KNOWN: Known = Known {
             --snapshot-and-continue -t --tty -i --interactive --hold",
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report \
-           --ready-fd --runtime-dir",
+           --ready-fd --runtime-dir --process --console-socket",
     repeatable: "--drive --net --limit --cgroup --resource-limit --env",
     text: "--cmdline",
     help: "see run --help",
@@ -193,7 +193,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
 
 /// Those that only a command has.
 const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
-                          --ready-fd --runtime-dir";
+                          --ready-fd --runtime-dir --process --console-socket";
 /// Those that a machine with a command does not have.
 const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
 
@@ -232,17 +232,15 @@ fn guest(
         let why = "--kernel is missing: a kernel that tools/guest makes, or one that docs/images.md describes";
         return Err(ArgsError::Value(NAME, given, why.into()));
     }
-    let Some(command) = command.filter(|command| !command.is_empty()) else {
-        let why = "what to run is missing; give it after --, e.g. -- /bin/sh";
-        return Err(ArgsError::Value(NAME, given, why.into()));
-    };
+    let missing = "what to run is missing; give it after --, e.g. -- /bin/sh, or with --process";
+    let missing = ArgsError::Value(NAME, given, missing.into());
     Ok(Some(GuestCommand {
         image,
         mode,
         hostname: words.parsed("--hostname", hostname)?,
         agent: words.path("--agent"),
         is_held: words.has("--hold"),
-        command: Command::take(words, command)?,
+        command: Command::take(words, command, missing)?,
     }))
 }
 
