@@ -5,6 +5,7 @@
 //!
 //! Nothing is made on the host here but files to append to, and the folder of a snapshot to be taken.
 
+pub mod boot_args;
 pub mod devices;
 pub mod inherited;
 pub mod options;

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
-use mayfly::wire::{DEFAULT_BOOT_ARGS, Source, VmConfig};
+use mayfly::wire::{Source, VmConfig};
 
+use super::boot_args;
 use super::devices::{DriveSettings, GivenDrive, drive, net};
 use super::snapshot::Restoring;
 use super::{LEAST_OPEN_FILES, OwnTap};
@@ -408,7 +409,7 @@ fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machin
         boot_source: Some(BootSource {
             kernel_image_path: kernel,
             initrd_path,
-            boot_args: Some(cmdline.unwrap_or_else(default_boot_args)),
+            boot_args: Some(cmdline.unwrap_or_else(boot_args::default)),
         }),
         machine_config: Some(MachineConfig {
             vcpu_count: words.parsed("--vcpus", vcpus)?.unwrap_or(1),
@@ -456,17 +457,6 @@ fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machin
 fn names_root(line: &str) -> bool {
     let words = line.split_whitespace().take_while(|word| *word != "--");
     words.into_iter().any(|word| word.starts_with("root="))
-}
-
-/// The monitor's default command line with a console, which this command shows: the word that keeps
-/// Linux from looking for serial ports goes.
-pub fn default_boot_args() -> String {
-    let words = DEFAULT_BOOT_ARGS.split_whitespace();
-    // Kernels of distributions have virtio as modules.
-    let words = words.filter(|word| !word.starts_with("8250.") && *word != "nomodule");
-    words.fold("console=ttyS0 quiet".into(), |line, word| {
-        format!("{line} {word}")
-    })
 }
 
 /// A file by its path.
@@ -579,15 +569,6 @@ mod tests {
         assert!(is_root("--kernel k --cmdline quiet --drive a"));
         assert!(!is_root("--kernel k --cmdline root=/dev/vda2 --drive a"));
         assert!(!names_root("quiet -- root=x noroot=x") && names_root("quiet root=LABEL=x -- y"));
-    }
-
-    #[test]
-    fn default_boot_args_have_a_console_and_let_modules_be_loaded() {
-        assert_eq!(
-            default_boot_args(),
-            "console=ttyS0 quiet reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd \
-             swiotlb=noforce"
-        );
     }
 
     #[test]

@@ -18,8 +18,9 @@ use mayfly::wire::{Source, VmConfig};
 
 use mayfly_agent_protocol::AGENT_MAC;
 
+use super::boot_args;
 use super::inherited::{Passed, number_in};
-use super::options::{Console, Machine, Options, default_boot_args};
+use super::options::{Console, Machine, Options};
 use super::resources::{self, CONSOLE_SOCKET};
 use super::snapshot::{self, Restoring};
 use super::{OWN_TAP, OwnTap, SpecError};
@@ -265,7 +266,7 @@ impl Vm {
             return;
         };
         if let Some(boot) = &mut config.boot_source {
-            let line = boot.boot_args.get_or_insert_with(default_boot_args);
+            let line = boot.boot_args.get_or_insert_with(boot_args::default);
             if !line.split_whitespace().any(|word| word.starts_with("ip=")) {
                 // Before what is for init.
                 *line = match line.split_once(" -- ") {
