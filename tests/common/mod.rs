@@ -60,6 +60,11 @@ pub fn agent() -> PathBuf {
     guest_binary("MAYFLY_AGENT", "mayfly-agent")
 }
 
+/// The program that makes disks of folders, archives and container images.
+pub fn mayfly_image() -> PathBuf {
+    guest_binary("MAYFLY_IMAGE_BIN", "mayfly-image")
+}
+
 fn guest_binary(variable: &str, name: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();

@@ -7,6 +7,7 @@
 
 pub mod boot_args;
 pub mod devices;
+pub mod image;
 pub mod inherited;
 pub mod options;
 pub mod resources;
@@ -23,6 +24,7 @@ use rustix::fs::{FileType, Gid, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 
+use self::image::Image;
 use self::inherited::Passed;
 use self::options::{GuestCommand, Options};
 use self::resources::open_to_append;
@@ -108,15 +110,9 @@ pub enum SpecError {
     )]
     NoInterface(String),
     #[error(
-        "cannot use the image {0} (--image): it is neither an EROFS nor an ext4 file system; \
-         make one with mkfs.erofs or `tools/guest rootfs`"
+        "cannot use the disk {0} (--image): its name is not UTF-8; give the cache another place"
     )]
-    NotAnImage(PathBuf),
-    #[error(
-        "cannot use the image {0} (--image) with :rw: an EROFS file system is never written to; \
-         leave :rw out, and what is written goes to the guest's memory"
-    )]
-    WrittenErofs(PathBuf),
+    NotUtf8(PathBuf),
     #[error("cannot use /dev/kvm: {0}")]
     BadKvm(String),
 }
@@ -183,6 +179,9 @@ pub struct WatchSpec {
     pub enders: Vec<(OwnedFd, Ender)>,
     /// What the guest runs, where that is a command, and its initial RAM disk.
     pub guest: Option<(agent::Plan, OwnedFd)>,
+    /// Its root disk, locked: no cache of disks removes it.
+    #[expect(dead_code, reason = "it is held for its lock")]
+    pub image: Option<OwnedFd>,
     /// Where to say that the command runs, or could.
     pub ready: Option<OwnedFd>,
     /// What `check` types at the guest's first byte, once it has asked for the timeline.
@@ -221,7 +220,7 @@ impl Spec {
         mut options: Options,
         id: &str,
         began_us: u64,
-        (described, mut passed): (Option<Described>, Passed),
+        (mut described, mut passed): (Option<Described>, Passed),
     ) -> Result<Spec, AnyError> {
         let listener = passed.take_listener()?;
         match (&options.api_sock, &listener, &described) {
@@ -237,8 +236,17 @@ impl Spec {
         if let Some(folder) = &options.snapshot_to {
             make_folder(folder)?;
         }
-        let guest = options.guest.take();
-        let guest = guest.map(|guest| open_guest(guest, id)).transpose()?;
+        let (guest, image) = match options.guest.take() {
+            Some(mut guest) => {
+                guest.command.prepare_terminal()?;
+                let image = Image::open(&guest.image, guest.mode)?;
+                if let Some(described) = &mut described {
+                    described.set_root(&image.path)?;
+                }
+                (Some(open_guest(guest, &image, id)?), Some(image.lock))
+            }
+            None => (None, None),
+        };
         let append =
             |path: Option<&Path>, option| path.map(|it| open_to_append(it, option)).transpose();
         Ok(Spec {
@@ -263,6 +271,7 @@ impl Spec {
                 vm: described.map(|it| it.open(&mut passed)).transpose()?,
                 options,
                 guest,
+                image,
                 console_socket: None,
                 first_reply: None,
             },
@@ -283,49 +292,20 @@ fn take_ready(options: &Options, passed: &mut Passed) -> Result<Option<OwnedFd>,
 }
 
 /// Finds out what a guest with a command is to be, and makes what it boots from.
-fn open_guest(mut guest: GuestCommand, id: &str) -> Result<(agent::Plan, OwnedFd), AnyError> {
-    guest.command.prepare_terminal()?;
-    let root_type = root_type(&guest.image)?;
-    let root_mode = match (guest.mode, root_type) {
-        (Some(RootMode::ReadWrite), EROFS) => {
-            return Err(SpecError::WrittenErofs(guest.image).into());
-        }
-        (mode, _) => mode.unwrap_or(RootMode::Overlay),
-    };
+fn open_guest(
+    guest: GuestCommand,
+    image: &Image,
+    id: &str,
+) -> Result<(agent::Plan, OwnedFd), AnyError> {
     let plan = agent::Plan {
         hostname: guest.hostname.unwrap_or_else(|| name_inside(id)),
-        root_type,
-        root_mode,
+        root_type: image.root_type,
+        root_mode: guest.mode.unwrap_or(RootMode::Overlay),
         command: guest.command,
         is_held: guest.is_held,
     };
     let initramfs = agent::initramfs::make(guest.agent.as_deref())?;
     Ok((plan, initramfs))
-}
-
-const EROFS: &str = "erofs";
-
-/// The type of the file system in an image, by its content.
-fn root_type(image: &Path) -> Result<&'static str, AnyError> {
-    /// Where both have their superblock.
-    const SUPERBLOCK: u64 = 1024;
-    const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
-    /// In it, where ext4 has its number.
-    const EXT4: usize = 56;
-    const EXT4_MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
-    let mut block = [0; 64];
-    // NONBLOCK: a pipe must not hold us up.
-    let file = sys::open(image, OFlags::RDONLY | OFlags::NONBLOCK)
-        .step_on("open the image (--image)", image)?;
-    let count = rustix::io::pread(&file, &mut block, SUPERBLOCK);
-    let block = &block[..count.step_on("read the image (--image)", image)?];
-    if block.starts_with(&EROFS_MAGIC) {
-        return Ok(EROFS);
-    }
-    match block.get(EXT4..EXT4 + 2) == Some(&EXT4_MAGIC) {
-        true => Ok("ext4"),
-        false => Err(SpecError::NotAnImage(image.to_owned()).into()),
-    }
 }
 
 /// Makes the folder for a snapshot, for its owner alone: guest memory holds secrets.

@@ -104,9 +104,12 @@ pub struct Cache {
     limit: u64,
 }
 
-/// Where the disks of this user are: `/var/cache/mayfly/images` of root, `mayfly/images` in the user's own folder of
+/// Where the disks of this user are: where the variable MAYFLY_IMAGES says, `/var/cache/mayfly/images` of root, `mayfly/images` in the user's own folder of
 /// caches otherwise.
 pub fn default_folder() -> Result<PathBuf> {
+    if let Some(given) = std::env::var_os("MAYFLY_IMAGES").filter(|it| !it.is_empty()) {
+        return Ok(given.into());
+    }
     // In a user namespace, root is an ordinary user of the host.
     let whole = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
         let words: Vec<&str> = map.split_whitespace().collect();

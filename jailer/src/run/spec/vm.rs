@@ -80,6 +80,19 @@ impl Described {
         Ok(Some(Described { machine, own_tap }))
     }
 
+    /// Puts the disk that was found or made for `--image` in the place of what was given.
+    pub fn set_root(&mut self, image: &Path) -> Result<(), AnyError> {
+        let image = image
+            .to_str()
+            .ok_or_else(|| SpecError::NotUtf8(image.into()))?;
+        if let Unopened::Configuration(config) = &mut self.machine
+            && let Some(root) = config.devices.drives.first_mut()
+        {
+            root.path_on_host = image.into();
+        }
+        Ok(())
+    }
+
     /// The numbers of the passed descriptors that it names, also by their paths.
     pub fn inherited(&mut self) -> Vec<RawFd> {
         let number = |source: &mut Source| match source {
