@@ -44,9 +44,9 @@ const NO_USER_NAMESPACES: Obstacle = Obstacle {
 };
 /// A filter, of a container or a service.
 const FILTER: Obstacle = Obstacle {
-    reason: "a filter forbids namespaces to this program, as containers and services have them",
+    reason: "a filter forbids namespaces to this program, as containers and services have them, or it is in a chroot",
     remedy: "start the container with --security-opt seccomp=unconfined (or a profile that allows \
-             clone3 and mount), or the service with fewer Restrict options",
+             clone3 and mount), or the service with fewer Restrict options; leave the chroot",
 };
 
 /// What stands in the way, if a setting below this folder does.
