@@ -488,7 +488,7 @@ fn sources() -> BTreeMap<PathBuf, String> {
         }
     }
     let mut all = BTreeMap::new();
-    for folder in ["src", "jailer/src", "tests"] {
+    for folder in ["src", "jailer/src", "jailer/images", "tests"] {
         collect(&common::root().join(folder), &mut all);
     }
     all

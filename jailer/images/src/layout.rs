@@ -43,10 +43,9 @@ pub enum Layout {
 impl Layout {
     /// The layout that a folder is, if it is one.
     pub fn of_folder(folder: &Path) -> Option<Layout> {
-        folder
-            .join("index.json")
-            .is_file()
-            .then(|| Layout::Folder(folder.to_path_buf()))
+        let has = |name| folder.join(name).is_file();
+        // A root file system may have a file of the first name for itself.
+        (has("index.json") && has("oci-layout")).then(|| Layout::Folder(folder.to_path_buf()))
     }
 
     /// The layout in an archive, if there is one; its files are unpacked into `work`.

@@ -58,6 +58,9 @@ struct Disk {
     /// Which image of a layout with several
     #[arg(long)]
     name: Option<String>,
+    /// The source is a folder that is a root, also where it looks like an image layout
+    #[arg(long, conflicts_with = "name")]
+    root: bool,
     /// How much content a source may unpack to
     #[arg(long, value_name = "SIZE", value_parser = given_size)]
     max_size: Option<u64>,
@@ -85,6 +88,7 @@ fn run(arguments: &Arguments) -> Result<()> {
                 path: disk.source.clone(),
                 name: disk.name.clone(),
                 max: disk.max_size.unwrap_or(SOURCE_MAX),
+                is_root: disk.root,
             })?;
             if found.is_new {
                 note(&found.left_out);

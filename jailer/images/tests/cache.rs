@@ -1,5 +1,6 @@
 //! The cache of disks: found again, never the wrong one, one maker at a time, killed at any time, within its limit.
 
+#[expect(dead_code, reason = "another test file uses the rest of it")]
 mod support;
 
 use std::fs::{self, File};

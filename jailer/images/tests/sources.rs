@@ -322,6 +322,68 @@ fn archives_of_random_damage_are_refused_or_give_a_disk() {
 }
 
 #[test]
+fn folder_that_looks_like_a_layout_is_a_root_where_that_is_said() {
+    needs!("fsck.erofs");
+    let folder = Folder::new();
+    folder.write("root/index.json", "of an application");
+    let disk = folder.disk("root");
+    folder.unpack(&disk, "out");
+    assert_eq!(folder.names("out"), ["index.json"]);
+    folder.write("root/oci-layout", "{}");
+    folder.refuses(&["disk", "root"], &["not JSON"]);
+    let disk = folder.succeeds(&["disk", "root", "--root"]);
+    folder.unpack(Path::new(disk.trim_end()), "out2");
+    assert_eq!(folder.names("out2"), ["index.json", "oci-layout"]);
+}
+
+/// A length at and around the borders of blocks and of what stands behind an inode.
+fn border(random: &mut Random) -> usize {
+    const BORDERS: [u64; 9] = [0, 1, 63, 2048, 4032, 4096, 6144, 8192, 300_000];
+    let border = BORDERS[(random.next() % 9) as usize];
+    (border + random.next() % 5).saturating_sub(2) as usize
+}
+
+#[test]
+fn random_trees_are_read_back_as_they_were() {
+    needs!("fsck.erofs", "diff");
+    let mut random = Random::new();
+    for turn in 0..8 {
+        let folder = Folder::new();
+        let mut below = vec!["root".to_owned()];
+        for n in 0..300 {
+            let parent = below[(random.next() % below.len() as u64) as usize].clone();
+            // Names of any length, in any order.
+            let len = 1 + random.next() % if n % 7 == 0 { 240 } else { 30 };
+            let letter = |_| (b'!' + (random.next() % 90) as u8) as char;
+            let name: String = (0..len).map(letter).filter(|c| *c != '/').collect();
+            let path = format!("{parent}/{name}{n}");
+            if path.len() > 2000 {
+                continue;
+            }
+            match random.next() % 6 {
+                0 => {
+                    fs::create_dir_all(folder.join(&path)).unwrap();
+                    below.push(path);
+                }
+                1 => {
+                    let target = "t".repeat(1 + border(&mut random) % 4090);
+                    fs::create_dir_all(folder.join(&parent)).unwrap();
+                    std::os::unix::fs::symlink(target, folder.join(&path)).unwrap();
+                }
+                _ => {
+                    let len = border(&mut random);
+                    folder.write(&path, random.bytes(len));
+                }
+            }
+        }
+        let disk = folder.disk("root");
+        folder.unpack(&disk, "out");
+        folder.run("diff", &["-r", "--no-dereference", "root", "out"]);
+        println!("turn {turn}: as it was");
+    }
+}
+
+#[test]
 fn disk_that_is_ready_is_given_back_as_it_is() {
     needs!("mkfs.erofs", "mke2fs");
     let folder = Folder::new();

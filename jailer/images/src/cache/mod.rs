@@ -14,6 +14,7 @@
 //! microVM. What prunes takes an exclusive one first, so that no disk in use goes. A disk's last use is its file's time of
 //! last access. A process that is killed leaves at most a folder in `work`, whose lock is gone with it.
 
+mod prune;
 mod stamps;
 mod work;
 
@@ -22,7 +23,6 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
@@ -37,6 +37,7 @@ use crate::known::{List, Lists};
 use crate::layout::Layout;
 use crate::source::{Blobs, LeftOut, Request};
 use crate::tree::{Node, ROOT, Tree};
+pub use prune::Listed;
 use stamps::Stamps;
 use work::Work;
 
@@ -63,6 +64,8 @@ pub struct Source {
     pub name: Option<String>,
     /// How much content it may unpack to.
     pub max: u64,
+    /// It is a folder that is a root, also where it looks like an image layout.
+    pub is_root: bool,
 }
 
 impl Source {
@@ -71,6 +74,15 @@ impl Source {
             path: path.into(),
             name: None,
             max: SOURCE_MAX,
+            is_root: false,
+        }
+    }
+
+    /// A folder that is the root of a container: what is in it has no say in what it is taken for.
+    pub fn root(folder: impl Into<PathBuf>) -> Source {
+        Source {
+            is_root: true,
+            ..Source::new(folder)
         }
     }
 }
@@ -85,17 +97,6 @@ pub struct Disk {
     pub is_new: bool,
     /// What the source has and the disk has not.
     pub left_out: LeftOut,
-}
-
-/// A disk in the cache.
-#[derive(Debug)]
-pub struct Listed {
-    pub path: PathBuf,
-    pub sum: String,
-    /// What it takes of its file system.
-    pub allocated: u64,
-    pub last_use: SystemTime,
-    pub is_in_use: bool,
 }
 
 #[derive(Debug)]
@@ -161,7 +162,7 @@ impl Cache {
     pub fn disk(&self, source: &Source) -> Result<Disk> {
         let path = source.path.canonicalize().cannot("open", &source.path)?;
         if path.is_dir() {
-            return match Layout::of_folder(&path) {
+            return match Layout::of_folder(&path).filter(|_| !source.is_root) {
                 Some(_) => self.of_archive(&path, source),
                 None => self.of_folder(&path, source),
             };
@@ -369,86 +370,6 @@ impl Cache {
             is_new: true,
             left_out: LeftOut::default(),
         })
-    }
-
-    /// All disks, the most recently used first.
-    pub fn list(&self) -> Result<Vec<Listed>> {
-        let folder = self.folder.join(DISKS);
-        let mut all = Vec::new();
-        for entry in fs::read_dir(&folder).cannot("list", &folder)? {
-            let path = entry.cannot("list", &folder)?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let Some(sum) = name.strip_suffix(ENDING).map(str::to_owned) else {
-                continue;
-            };
-            // It may go meanwhile.
-            let Ok(file) = File::open(&path) else {
-                continue;
-            };
-            let it = file.metadata().cannot("open", &path)?;
-            let lock = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
-            let since = Duration::new(it.atime().max(0) as u64, it.atime_nsec().max(0) as u32);
-            all.push(Listed {
-                path,
-                sum,
-                allocated: it.blocks() * 512,
-                last_use: SystemTime::UNIX_EPOCH + since,
-                is_in_use: lock.is_err(),
-            });
-        }
-        all.sort_by_key(|disk| Reverse(disk.last_use));
-        Ok(all)
-    }
-
-    /// Removes the disks that were not used for longest, until the others take at most `limit`; none in use. Gives what
-    /// was removed.
-    pub fn prune(&self, limit: u64) -> Result<Vec<Listed>> {
-        let _lock = self.lock("prune", &[0; 32])?;
-        let mut removed = Vec::new();
-        let all = self.list()?;
-        let mut size: u64 = all.iter().map(|disk| disk.allocated).sum();
-        for disk in all.into_iter().rev() {
-            if size <= limit {
-                break;
-            }
-            if self.remove(&disk)? {
-                size -= disk.allocated;
-                removed.push(disk);
-            }
-        }
-        self.forget()?;
-        Ok(removed)
-    }
-
-    /// Removes a disk, unless it is in use.
-    fn remove(&self, disk: &Listed) -> Result<bool> {
-        let Ok(file) = File::open(&disk.path) else {
-            return Ok(false);
-        };
-        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Ok(false);
-        }
-        fs::remove_file(&disk.path).cannot("remove", &disk.path)?;
-        Ok(true)
-    }
-
-    /// Removes what is noted of disks that are gone.
-    fn forget(&self) -> Result<()> {
-        let is_there = |sum: &str| sum_in(sum).is_some_and(|sum| self.place(&sum).exists());
-        for name in [FILES, SOURCES] {
-            let folder = self.folder.join(name);
-            for entry in fs::read_dir(&folder).cannot("list", &folder)? {
-                let path = entry.cannot("list", &folder)?.path();
-                let keep = match name {
-                    FILES => is_there(&path.file_name().unwrap_or_default().to_string_lossy()),
-                    _ => fs::read_to_string(&path).is_ok_and(|text| is_there(&text)),
-                };
-                if !keep {
-                    let _ = fs::remove_file(&path);
-                }
-            }
-        }
-        Ok(())
     }
 
     fn place(&self, sum: &Sum) -> PathBuf {

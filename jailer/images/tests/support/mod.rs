@@ -1,5 +1,4 @@
 //! What the tests of mayfly-image share: a folder, the program, a cache.
-#![expect(dead_code, reason = "each test file uses a part of it")]
 
 pub mod archives;
 #[path = "../../../../tests/common/needs.rs"]

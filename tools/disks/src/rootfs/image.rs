@@ -1,4 +1,5 @@
-//! The image of a tree. Its files are laid out in the working folder, where all of them are the
+//! The image of a tree, where another program makes it (an uncompressed EROFS is written by
+//! `mayfly_images::erofs`). Its files are laid out in the working folder, where all of them are the
 //! caller's own and none is a device; owners, modes and devices are what fakeroot tells mke2fs and
 //! mkfs.erofs. So the result is the same for root and for an ordinary user, whom neither system nor
 //! tool lets make files of others. (mke2fs reads archives itself from 1.47.1 on; Debian 12 has
@@ -215,16 +216,10 @@ fn library() -> Option<PathBuf> {
 
 impl Staged {
     /// Makes the image `to`. Without a size it is as large as needed, with a tenth to spare.
-    pub fn make(
-        &self,
-        kind: FileSystem,
-        size: Option<u64>,
-        compress: bool,
-        to: &Path,
-    ) -> Result<()> {
+    pub fn make(&self, kind: FileSystem, size: Option<u64>, to: &Path) -> Result<()> {
         let faked = Faked::start(&self.state)?;
         match kind {
-            FileSystem::Erofs => self.erofs(&faked, compress, to),
+            FileSystem::Erofs => self.compressed_erofs(&faked, to),
             FileSystem::Ext4 => {
                 let inodes = self.inodes + self.inodes / 10 + 1024;
                 let needed = self.bytes + inodes * INODE;
@@ -294,13 +289,10 @@ impl Staged {
         }
     }
 
-    fn erofs(&self, faked: &Faked, compress: bool, to: &Path) -> Result<()> {
+    fn compressed_erofs(&self, faked: &Faked, to: &Path) -> Result<()> {
         let tool = Tool::find("mkfs.erofs", "erofs-utils")?;
-        let mut args = vec![OsStr::new("--quiet")];
-        if compress {
-            args.push(OsStr::new("-zlz4hc"));
-        }
-        args.extend([to.as_os_str(), self.folder.as_os_str()]);
+        let options = ["--quiet", "-zlz4hc"].map(OsStr::new);
+        let args = [&options[..], &[to.as_os_str(), self.folder.as_os_str()]].concat();
         match self.run(faked, &tool, &args)? {
             None => Ok(()),
             Some(why) => Err(Failure::plain(format!(

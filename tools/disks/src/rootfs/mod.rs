@@ -21,6 +21,7 @@ use image::FileSystem;
 use mayfly_images::layout::{Config, Layout};
 use mayfly_images::source::{self, Blobs, LeftOut, Request};
 use mayfly_images::tree::{self, Tree};
+use mayfly_images::{digest, erofs};
 
 const MIRROR: &str = "http://deb.debian.org/debian";
 
@@ -95,11 +96,27 @@ fn make(args: &Rootfs, output: &Output) -> Result<()> {
         true => setup::Done::default(),
         false => setup::set_up(&mut tree, &mut blobs, &config)?,
     };
-    let staged = image::stage(&tree, output.scratch("root"), output.scratch("state"))?;
     let disk = output.scratch("disk");
-    staged.make(args.kind, args.size, args.compress, &disk)?;
+    let capabilities_lost = match args.kind {
+        FileSystem::Erofs if !args.compress => {
+            digest::complete(&mut tree)?;
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&disk)
+                .cannot("create", &disk)?;
+            erofs::write(&tree, &digest::of(&tree)?, &file, &disk)?;
+            0
+        }
+        _ => {
+            let staged = image::stage(&tree, output.scratch("root"), output.scratch("state"))?;
+            staged.make(args.kind, args.size, &disk)?;
+            staged.capabilities_lost
+        }
+    };
     output.commit("disk", output.path())?;
-    report(args, output, &done, &left_out, staged.capabilities_lost)
+    report(args, output, &done, &left_out, capabilities_lost)
 }
 
 /// Fills the tree from whatever the source is.
