@@ -764,6 +764,100 @@ fn process_object_is_honoured_and_its_terminal_goes_to_a_console_socket() {
     images.nothing_is_left();
 }
 
+#[test]
+fn files_memory_and_a_disk_for_what_is_written_are_there_when_the_command_starts() {
+    needs!(
+        root,
+        kvm,
+        guest,
+        "mkfs.erofs",
+        "mke2fs",
+        "debugfs",
+        "busybox"
+    );
+    let images = Images::new("aglaid", Who::Root);
+    let path = |name: &str| images.place.path(name);
+    let upper = path("upper");
+    File::create(&upper).unwrap().set_len(16 << 20).unwrap();
+    common::run("/usr/sbin/mke2fs", &["-q", "-F", "-t", "ext4", &upper]);
+    common::run("chmod", &["666", &upper]);
+    let from = path("from");
+    fs::create_dir(&from).unwrap();
+    fs::write(path("from/data"), random_bytes()).unwrap();
+    common::run("chmod", &["640", &path("from/data")]);
+    common::run("chown", &["1000:1001", &path("from/data")]);
+    fs::write(path("hosts"), "127.0.0.1 here\n").unwrap();
+    let hosts = format!("{}:/etc/hosts", path("hosts"));
+    let image = images.erofs();
+
+    let script = "cat /etc/hosts; sha256sum < /srv/a/copy/data; ls -ln /srv/a/copy/data; \
+                  grep /scratch /proc/mounts; echo kept >/srv/kept; exit 3";
+    let copy = format!("{from}:/srv/a/copy");
+    let words = [
+        "--upper",
+        &upper,
+        "--copy-in",
+        &copy,
+        "--copy-in",
+        &hosts,
+        "--tmpfs",
+        "/scratch/x:size=64k,mode=700,noexec",
+    ];
+    let output = ends(images.run(&image, &words, &["sh", "-c", script]), 3);
+    let text = out(&output);
+    let mut lines = text.lines();
+    assert_eq!(
+        lines.next(),
+        Some("127.0.0.1 here"),
+        "{text} {}",
+        err(&output)
+    );
+    assert_eq!(
+        lines.next(),
+        Some(&*format!("{}  -", hash(&random_bytes())))
+    );
+    let file = lines.next().unwrap_or_default();
+    let owners: Vec<_> = file.split_whitespace().take(4).collect();
+    assert_eq!(owners, ["-rw-r-----", "1", "1000", "1001"], "{text}");
+    let mount = lines.next().unwrap_or_default();
+    assert!(
+        mount.starts_with("tmpfs /scratch/x tmpfs rw,noexec")
+            && mount.contains("size=64k,mode=700"),
+        "{text}"
+    );
+    let kept = Command::new("/usr/sbin/debugfs")
+        .args(["-R", "cat /upper/srv/kept", &upper])
+        .output()
+        .unwrap();
+    assert_eq!(out(&kept), "kept\n", "{}", err(&kept));
+    common::run("/usr/sbin/e2fsck", &["-fn", &upper]);
+
+    // A root that is only read has what was laid into it all the same.
+    let script = "cat /etc/hosts; echo x >/tmp/x && echo x >/srv/x || exit 5";
+    let sealed = format!("{image}:ro");
+    let words = ["--copy-in", &hosts];
+    let output = ends(images.run(&sealed, &words, &["sh", "-c", script]), 5);
+    assert_eq!(out(&output), "127.0.0.1 here\n");
+    assert!(
+        err(&output).contains("/srv/x: Read-only"),
+        "{}",
+        err(&output)
+    );
+
+    // What cannot be copied is named.
+    let words = ["--copy-in", "/dev/null:/etc/x"];
+    let output = ends(images.run(&image, &words, &["true"]), 125);
+    let text = err(&output);
+    assert!(
+        text.contains("/dev/null") && text.lines().count() == 1,
+        "{text}"
+    );
+    let words = ["--upper", &image];
+    let output = ends(images.run(&image, &words, &["true"]), 125);
+    assert!(err(&output).contains("not an ext4"), "{}", err(&output));
+    images.nothing_is_left();
+}
+
 /// A program to which its own standard output is passed as descriptor 9 as well.
 fn with_ready_fd(inner: &Command) -> Command {
     let mut command = Command::new("sh");

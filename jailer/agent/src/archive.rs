@@ -8,7 +8,7 @@ use mayfly_agent_protocol::archive::{
 };
 
 use crate::child::complain;
-use crate::root::write_all;
+use crate::root::{make_folders, write_all};
 use crate::sys::{self, Errno, Fd, Result, Stat};
 use crate::text::Text;
 
@@ -82,6 +82,7 @@ fn pack_entry(folder: &Fd, name: &Name, out: &Fd, depth: usize) -> core::result:
         name: bytes.len(),
         mode: stat.mode & MODE_MASK,
         size: 0,
+        owner: (0, 0),
     };
     let send = |entry: Entry| {
         write_all(out, &entry.encode())
@@ -198,7 +199,8 @@ pub fn unpack(path: &CStr) -> u8 {
 }
 
 /// Makes the entries in a folder; the first one under `renamed`, if there is one.
-fn unpack_into(top: &Fd, input: &Fd, mut renamed: Option<Name>) -> core::result::Result<(), u8> {
+fn unpack_into(given: &Fd, input: &Fd, mut renamed: Option<Name>) -> core::result::Result<(), u8> {
+    let mut top = None;
     let mut folders: [Option<Fd>; DEPTH_MAX] = [const { None }; DEPTH_MAX];
     let mut depth: usize = 0;
     let broken = |error| fail(b"read", b"the archive", error);
@@ -211,6 +213,12 @@ fn unpack_into(top: &Fd, input: &Fd, mut renamed: Option<Name>) -> core::result:
         read_all(input, bytes).map_err(broken)?;
         match entry.kind {
             Kind::End => return Ok(()),
+            Kind::Place => {
+                folders.iter_mut().for_each(|folder| *folder = None);
+                depth = 0;
+                top = Some(open_place(&entry, input).map_err(broken)?);
+                continue;
+            }
             Kind::Leave => {
                 depth = depth.checked_sub(1).ok_or_else(|| broken(Errno::INVAL))?;
                 folders[depth] = None;
@@ -220,15 +228,16 @@ fn unpack_into(top: &Fd, input: &Fd, mut renamed: Option<Name>) -> core::result:
         }
         let name = Name::of(bytes).ok_or_else(|| broken(Errno::INVAL))?;
         let name = renamed.take().unwrap_or(name);
-        let folder = match depth.checked_sub(1) {
-            Some(last) => folders[last].as_ref().unwrap_or(top),
-            None => top,
-        };
+        let folder = depth.checked_sub(1).and_then(|last| folders[last].as_ref());
+        let folder = folder.or(top.as_ref()).unwrap_or(given);
         let failed = |error| fail(b"write", name.text().to_bytes(), error);
         if entry.kind == Kind::Folder {
             let inner = sys::make_folder_in(folder, name.text(), 0o700)
                 .and_then(|()| sys::open_folder_in(folder, name.text()))
-                .and_then(|inner| sys::set_mode(&inner, entry.mode).map(|()| inner));
+                .and_then(|inner| {
+                    set_owner(folder, &name, &entry)?;
+                    sys::set_mode(&inner, entry.mode).map(|()| inner)
+                });
             let inner = inner.map_err(failed)?;
             let place = folders.get_mut(depth).ok_or_else(|| failed(Errno(36)))?;
             *place = Some(inner);
@@ -236,6 +245,24 @@ fn unpack_into(top: &Fd, input: &Fd, mut renamed: Option<Name>) -> core::result:
         } else {
             unpack_entry(folder, &name, &entry, input).map_err(failed)?;
         }
+    }
+}
+
+/// The folder of a [`Kind::Place`], whose path is what comes next.
+fn open_place(entry: &Entry, input: &Fd) -> Result<Fd> {
+    let mut path = [0; LINK_MAX + 1];
+    let length = usize::try_from(entry.size).unwrap_or(0).min(LINK_MAX);
+    read_all(input, &mut path[..length])?;
+    let path = CStr::from_bytes_until_nul(&path).map_err(|_| Errno::INVAL)?;
+    make_folders(path);
+    sys::open_folder(path)
+}
+
+/// Gives an entry its user and group, where it is not root's.
+fn set_owner(folder: &Fd, name: &Name, entry: &Entry) -> Result<()> {
+    match entry.owner {
+        (0, 0) => Ok(()),
+        (user, group) => sys::set_owner(folder, name.text(), user, group),
     }
 }
 
@@ -250,7 +277,8 @@ fn unpack_entry(folder: &Fd, name: &Name, entry: &Entry, input: &Fd) -> Result<(
         let length = usize::try_from(entry.size).unwrap_or(0).min(LINK_MAX);
         read_all(input, &mut to[..length])?;
         let to = CStr::from_bytes_until_nul(&to).map_err(|_| Errno::INVAL)?;
-        return sys::make_link_in(folder, name.text(), to);
+        sys::make_link_in(folder, name.text(), to)?;
+        return set_owner(folder, name, entry);
     }
     let file = sys::open_in(folder, name.text(), sys::NEW, 0o600)?;
     let mut piece = [0; PIECE];
@@ -264,5 +292,6 @@ fn unpack_entry(folder: &Fd, name: &Name, entry: &Entry, input: &Fd) -> Result<(
         write_all(&file, &piece[..count])?;
         left -= count as u64;
     }
+    set_owner(folder, name, entry)?;
     sys::set_mode(&file, entry.mode)
 }

@@ -184,6 +184,10 @@ fn become_program(command: &Command<'_>, streams: Streams) -> u8 {
         return CANNOT_START;
     }
     sys::release_signals();
+    if command.pack.is_some() || command.unpack.is_some() {
+        // No program follows that would close them: an input of which this copy holds the other end has no end.
+        sys::close_others();
+    }
     if let Some(path) = command.pack {
         return archive::pack(path);
     }

@@ -82,7 +82,7 @@ fn main() -> ! {
         link,
         children,
         is_set_up: false,
-        is_written: false,
+        root: Root::default(),
     };
     loop {
         agent.turn();
@@ -97,8 +97,18 @@ struct Agent {
     link: Link,
     children: Fd,
     is_set_up: bool,
-    /// Whether there is something to bring to the root disk.
+    root: Root,
+}
+
+/// What is to be done about the root later.
+#[derive(Default)]
+struct Root {
+    /// Whether there is something to bring to a disk.
     is_written: bool,
+    /// The second disk, if that takes what is written.
+    upper: Option<Fd>,
+    /// Whether no program is to write to it.
+    is_sealed: bool,
 }
 
 impl Agent {
@@ -170,7 +180,7 @@ impl Agent {
                         link: &mut self.link,
                         frame: self.frame,
                         is_set_up: &mut self.is_set_up,
-                        is_written: &mut self.is_written,
+                        root: &mut self.root,
                     };
                     machine.serve(&message?, &mut self.table)
                 })
@@ -194,8 +204,8 @@ impl Agent {
 
     /// The command has ended, and all it wrote was sent.
     fn finish(&mut self, status: Status) -> ! {
-        if self.is_written {
-            root::leave();
+        if self.root.is_written {
+            root::leave(self.root.upper.as_ref());
         }
         root::tell_port(status.code() as u8);
         let exited = Message::Exited {
@@ -211,7 +221,7 @@ struct Machine<'a> {
     link: &'a mut Link,
     frame: &'a mut Frame,
     is_set_up: &'a mut bool,
-    is_written: &'a mut bool,
+    root: &'a mut Root,
 }
 
 impl Machine<'_> {
@@ -220,11 +230,17 @@ impl Machine<'_> {
         match *message {
             Message::Setup(body) if !*self.is_set_up => {
                 let setup = Setup::read(body)?;
-                if let Err(text) = setup.enter() {
-                    fail(self.link, self.frame, text.bytes());
-                }
+                let upper = match setup.enter() {
+                    Ok(upper) => upper,
+                    Err(text) => fail(self.link, self.frame, text.bytes()),
+                };
                 link::bring_up_loopback(self.link);
-                (*self.is_set_up, *self.is_written) = (true, setup.is_written());
+                *self.is_set_up = true;
+                *self.root = Root {
+                    is_written: setup.is_written(),
+                    upper,
+                    is_sealed: setup.is_sealed,
+                };
                 // It is the first message: there is room.
                 match self.frame.push(&Message::Ready) {
                     true => Ok(()),
@@ -234,6 +250,12 @@ impl Machine<'_> {
             // All else comes after it.
             _ if !*self.is_set_up => Err(Malformed::Kind(message.kind())),
             Message::Start { process, body } => {
+                if process == COMMAND
+                    && self.root.is_sealed
+                    && let Err(text) = root::seal()
+                {
+                    fail(self.link, self.frame, text.bytes());
+                }
                 table.start(process, body)?;
                 // The command is the first of all: there is room.
                 let started = Message::Started { process };

@@ -5,18 +5,25 @@ use core::ffi::CStr;
 use mayfly_agent_protocol::{Fields, Malformed, fields};
 
 use crate::sys::{
-    self, Errno, MOUNT_MOVE, MOUNT_NO_DEV, MOUNT_NO_EXEC, MOUNT_NO_SUID, MOUNT_READ_ONLY,
-    MOUNT_REMOUNT,
+    self, Errno, Fd, MOUNT_BIND, MOUNT_MOVE, MOUNT_NO_DEV, MOUNT_NO_EXEC, MOUNT_NO_SUID,
+    MOUNT_READ_ONLY, MOUNT_REMOUNT,
 };
 use crate::text::Text;
 
 const DISK: &CStr = c"/dev/vda";
+/// What holds what is written to an overlay, where that is a disk.
+const UPPER: &CStr = c"/dev/vdb";
+const MEMORY: &CStr = c"/memory";
 
 /// What the guest is to be.
 pub struct Setup<'a> {
     hostname: &'a [u8],
     kind: &'a CStr,
     mode: u8,
+    upper: Option<&'a CStr>,
+    /// Whether no program writes to the root.
+    pub is_sealed: bool,
+    fields: Fields<'a>,
 }
 
 impl<'a> Setup<'a> {
@@ -25,12 +32,19 @@ impl<'a> Setup<'a> {
             hostname: b"",
             kind: c"",
             mode: fields::OVERLAY,
+            upper: None,
+            is_sealed: false,
+            fields: Fields(body),
         };
         for field in Fields(body) {
             let field = field?;
             match field.tag {
                 fields::HOSTNAME => setup.hostname = field.bytes(),
                 fields::ROOT_TYPE => setup.kind = field.text()?,
+                fields::UPPER_TYPE => setup.upper = Some(field.text()?),
+                fields::SEALED => setup.is_sealed = true,
+                fields::MEMORY => drop(field.text()?),
+                fields::MEMORY_OPTIONS if field.bytes().len() >= 4 => {}
                 fields::ROOT_MODE => match field.bytes() {
                     [mode @ (fields::READ_ONLY | fields::READ_WRITE | fields::OVERLAY)] => {
                         setup.mode = *mode;
@@ -45,11 +59,12 @@ impl<'a> Setup<'a> {
 
     /// Whether what programs write is on the root disk.
     pub fn is_written(&self) -> bool {
-        self.mode == fields::READ_WRITE
+        self.mode == fields::READ_WRITE || self.upper.is_some()
     }
 
-    /// Mounts everything, and makes it the root of this process.
-    pub fn enter(&self) -> Result<(), Text> {
+    /// Mounts everything, and makes it the root of this process. What is written is on the second disk, where that is
+    /// given back.
+    pub fn enter(&self) -> Result<Option<Fd>, Text> {
         let step =
             |what: &[u8], result: sys::Result<()>| result.map_err(|error| Text::of(what, error));
         step(
@@ -88,10 +103,12 @@ impl<'a> Setup<'a> {
         let _ = sys::mount(c"devpts", c"dev/pts", c"devpts", no_exec, options);
         let safe_memory = MOUNT_NO_SUID | MOUNT_NO_DEV;
         let _ = sys::mount(c"shm", c"dev/shm", c"tmpfs", safe_memory, c"mode=1777");
-        if self.mode == fields::READ_ONLY {
+        if self.mode == fields::READ_ONLY || self.is_sealed {
             let _ = sys::mount(c"tmp", c"tmp", c"tmpfs", safe_memory, c"mode=1777");
             let _ = sys::mount(c"run", c"run", c"tmpfs", safe_memory, c"mode=0755");
         }
+        let upper = self.upper.map(|_| sys::open_folder(MEMORY)).transpose();
+        let upper = upper.map_err(|error| Text::of(b"open the second disk", error))?;
         step(
             b"change the root",
             sys::mount(c".", c"/", c"", MOUNT_MOVE, c"")
@@ -99,7 +116,33 @@ impl<'a> Setup<'a> {
                 .and_then(|()| sys::change_folder(c"/")),
         )?;
         make_links();
-        step(b"name the host", sys::set_hostname(self.hostname))
+        step(b"name the host", sys::set_hostname(self.hostname))?;
+        self.mount_memory()?;
+        Ok(upper)
+    }
+
+    /// Mounts memory where it is asked for.
+    fn mount_memory(&self) -> Result<(), Text> {
+        let mut at = c"";
+        for field in self.fields.flatten() {
+            match (field.tag, field.bytes().split_at_checked(4)) {
+                (fields::MEMORY, _) => at = field.text().unwrap_or_default(),
+                (fields::MEMORY_OPTIONS, Some((flags, options))) => {
+                    make_folders(at);
+                    let flags = flags.first_chunk().map_or(0, |it| u32::from_le_bytes(*it));
+                    let mut text = Text::new();
+                    text.add(options);
+                    let mounted = sys::mount(c"tmpfs", at, c"tmpfs", flags as usize, text.c_str());
+                    mounted.map_err(|error| {
+                        let mut text = Text::new();
+                        text.add(b"mount memory at ").add(at.to_bytes());
+                        Text::of(text.bytes(), error)
+                    })?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn mount_disk(&self) -> Result<(), Text> {
@@ -117,8 +160,15 @@ impl<'a> Setup<'a> {
             _ => {
                 mount(c"/lower", MOUNT_READ_ONLY)?;
                 let options = c"lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work";
-                sys::mount(c"memory", c"/memory", c"tmpfs", 0, c"mode=0755")
-                    .and_then(|()| sys::make_folder(c"/memory/upper", 0o755))
+                let memory = || sys::mount(c"memory", MEMORY, c"tmpfs", 0, c"mode=0755");
+                let disk = |kind| sys::mount(UPPER, MEMORY, kind, 0, c"");
+                self.upper.map_or_else(memory, disk).map_err(|error| {
+                    Text::of(
+                        b"mount what takes the writes (CONFIG_TMPFS, or the type of --upper)",
+                        error,
+                    )
+                })?;
+                sys::make_folder(c"/memory/upper", 0o755)
                     .and_then(|()| sys::make_folder(c"/memory/work", 0o755))
                     .and_then(|()| sys::mount(c"overlay", c"/root", c"overlay", 0, options))
                     .map_err(|error| {
@@ -159,7 +209,7 @@ pub fn make_folders(path: &CStr) {
 }
 
 /// Writes all of `bytes` to a file that waits.
-pub fn write_all(file: &sys::Fd, mut bytes: &[u8]) -> sys::Result<()> {
+pub fn write_all(file: &Fd, mut bytes: &[u8]) -> sys::Result<()> {
     while !bytes.is_empty() {
         match sys::write(file, bytes) {
             Ok(count) => bytes = &bytes[count.min(bytes.len())..],
@@ -170,12 +220,26 @@ pub fn write_all(file: &sys::Fd, mut bytes: &[u8]) -> sys::Result<()> {
     Ok(())
 }
 
-/// Ends all other processes and brings what they wrote to the root disk.
-pub fn leave() {
+/// From here on no program writes to the root.
+pub fn seal() -> Result<(), Text> {
+    let flags = MOUNT_REMOUNT | MOUNT_BIND | MOUNT_READ_ONLY;
+    let sealed = sys::mount(c"", c"/", c"", flags, c"");
+    sealed.map_err(|error| Text::of(b"make the root read-only", error))
+}
+
+/// Ends all other processes and brings what they wrote to the disk.
+pub fn leave(upper: Option<&Fd>) {
     let _ = sys::kill(-1, 9);
     while sys::wait(true).is_some() {}
     sys::sync();
-    let _ = sys::mount(c"", c"/", c"", MOUNT_REMOUNT | MOUNT_READ_ONLY, c"");
+    let read_only = |at: &CStr| sys::mount(c"", at, c"", MOUNT_REMOUNT | MOUNT_READ_ONLY, c"");
+    let _ = read_only(c"/");
+    if let Some(upper) = upper {
+        let mut path = Text::new();
+        path.add(b"/proc/self/fd/")
+            .add_number(upper.number().unsigned_abs().into());
+        let _ = read_only(path.c_str());
+    }
 }
 
 /// Writes the exit code to the monitor's port for that (docs/guests.md), where the kernel lets programs

@@ -49,6 +49,7 @@ mod number {
     pub const EXIT_GROUP: usize = 231;
     pub const OPENAT: usize = 257;
     pub const MKDIRAT: usize = 258;
+    pub const FCHOWNAT: usize = 260;
     pub const UNLINKAT: usize = 263;
     pub const SYMLINKAT: usize = 266;
     pub const READLINKAT: usize = 267;
@@ -57,6 +58,7 @@ mod number {
     pub const DUP3: usize = 292;
     pub const PIPE2: usize = 293;
     pub const PRLIMIT: usize = 302;
+    pub const CLOSE_RANGE: usize = 436;
 }
 
 /// The number of an error (errno).
@@ -328,6 +330,17 @@ pub fn place(file: &Fd, at: i32) -> Result<()> {
     call!(DUP3, file.0, at, 0).map(drop)
 }
 
+/// Closes all descriptors but the standard streams, of which no owner is used again.
+pub fn close_others() {
+    const MOST: u32 = 1024;
+    if call!(CLOSE_RANGE, 3, u32::MAX, 0).is_err() {
+        // Linux before 5.9.
+        for number in 3..MOST {
+            let _ = call!(CLOSE, number);
+        }
+    }
+}
+
 /// Another number for the same open file.
 pub fn copy(file: &Fd) -> Result<Fd> {
     standard(file.0)
@@ -435,6 +448,8 @@ pub const MOUNT_NO_SUID: usize = 2;
 pub const MOUNT_NO_DEV: usize = 4;
 pub const MOUNT_NO_EXEC: usize = 8;
 pub const MOUNT_REMOUNT: usize = 32;
+/// With [`MOUNT_REMOUNT`]: of this mount, and not of its file system.
+pub const MOUNT_BIND: usize = 4096;
 pub const MOUNT_MOVE: usize = 8192;
 
 /// Makes a folder; no matter if it is there.
@@ -472,6 +487,12 @@ pub fn read_link_in(folder: &Fd, name: &CStr, into: &mut [u8]) -> Result<usize> 
 /// Changes the permissions of an open file.
 pub fn set_mode(file: &Fd, mode: u32) -> Result<()> {
     call!(FCHMOD, file.0, mode).map(drop)
+}
+
+/// Gives an entry of a folder another user and group; a link itself.
+pub fn set_owner(folder: &Fd, name: &CStr, user: u32, group: u32) -> Result<()> {
+    const NO_FOLLOW: usize = 0x100;
+    call!(FCHOWNAT, folder.0, name.as_ptr(), user, group, NO_FOLLOW).map(drop)
 }
 
 /// Type, permissions and size of an entry of a folder, and the number of its file system and its own. It

@@ -13,6 +13,14 @@ pub const HOSTNAME: u8 = 1;
 pub const ROOT_TYPE: u8 = 2;
 /// Of a setup: [`READ_ONLY`], [`READ_WRITE`] or [`OVERLAY`].
 pub const ROOT_MODE: u8 = 3;
+/// Of a setup: no program writes to the root once the command starts, but where memory is mounted.
+pub const SEALED: u8 = 4;
+/// Of a setup: the type of the file system of the second disk, which holds what is written to an overlay.
+pub const UPPER_TYPE: u8 = 5;
+/// Of a setup: where memory is mounted. With [`MEMORY_OPTIONS`] behind it; any number of both.
+pub const MEMORY: u8 = 6;
+/// Of a setup: flags of mount(2), 4 bytes, and options of tmpfs(5).
+pub const MEMORY_OPTIONS: u8 = 7;
 
 /// Of a process: its words, in order.
 pub const ARGUMENT: u8 = 32;
@@ -52,7 +60,7 @@ pub const MAKE_FOLDER: u8 = 46;
 pub fn is_binary(tag: u8) -> bool {
     matches!(
         tag,
-        ROOT_MODE | TERMINAL | GROUP | UMASK | LIMIT | CAPABILITIES
+        ROOT_MODE | MEMORY_OPTIONS | TERMINAL | GROUP | UMASK | LIMIT | CAPABILITIES
     )
 }
 

@@ -1,5 +1,5 @@
 //! `mayfly-jailer cp`: the host's side of an archive (`mayfly-agent-protocol::archive`), in a child of this
-//! program, which reads and writes and may wait.
+//! program, which reads and writes and may wait (`process::pack` is the other way).
 //!
 //! What comes from a guest is hostile: `unpack` takes care of its archive, and of what it says on standard
 //! error one line is shown, without control characters.
@@ -7,24 +7,19 @@
 mod unpack;
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
+use std::io::Write as _;
+use std::path::PathBuf;
 
-use mayfly_agent_protocol::archive::{DEPTH_MAX, Entry, Kind, MODE_MASK, is_name};
+use mayfly_agent_protocol::archive::DEPTH_MAX;
 use mayfly_agent_protocol::{COMMAND, Malformed, fields};
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 
 use self::unpack::Destination;
 use super::{Session, Target, archive_body, connect};
 use crate::console::{Sink, pipe};
 use crate::error::{AnyError, Step as _, message};
 use crate::process::front::Front;
+use crate::process::pack::Packer;
 use crate::sys::{self, Ended};
-
-/// Bytes that are read and written at once.
-const PIECE: usize = 64 * 1024;
 
 /// Most characters of what a guest says that are shown.
 const LINE_MAX: usize = 400;
@@ -71,10 +66,6 @@ enum CopyError {
     Several,
     #[error("cannot copy: the guest sent nothing; it is not a file, a folder or a link there")]
     Nothing,
-    #[error("cannot copy {0}: it has no name of its own")]
-    NoName(PathBuf),
-    #[error("cannot copy {0}: its folders are more than {DEPTH_MAX} deep")]
-    TooDeep(String),
 }
 
 impl Copy {
@@ -117,7 +108,11 @@ impl Copy {
                 let child = sys::fork().step("start the program that packs")?;
                 let Some(child) = child else {
                     drop((reader, socket));
-                    child_ends(pack(&from, &mut File::from(writer)));
+                    let mut packer = Packer {
+                        out: File::from(writer),
+                        keeps_owners: false,
+                    };
+                    child_ends(packer.pack(&from));
                 };
                 drop(writer);
                 let sinks = [Sink::Nowhere, Sink::Tail(Vec::new())];
@@ -165,112 +160,10 @@ fn child_ends(result: Result<(), AnyError>) -> ! {
     sys::exit_now(super::NOT_COPIED)
 }
 
-const READ: OFlags = OFlags::RDONLY
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::NONBLOCK)
-    .union(OFlags::NOCTTY)
-    .union(OFlags::CLOEXEC);
-const FOLDER: OFlags = READ.union(OFlags::DIRECTORY);
-
-/// The folder of a path, opened, and the name of the entry in it.
-fn split(path: &Path) -> Result<(OwnedFd, Vec<u8>), AnyError> {
-    let name = path
-        .file_name()
-        .ok_or_else(|| CopyError::NoName(path.to_owned()))?;
-    let folder = path.parent().filter(|it| !it.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let opened = sys::open_folder(folder).step_on("open the folder", folder)?;
-    Ok((opened, name.as_bytes().to_vec()))
-}
-
-/// Writes what is at `path` as an archive.
-fn pack(path: &Path, out: &mut File) -> Result<(), AnyError> {
-    let path = match path.file_name() {
-        Some(_) => path.to_owned(),
-        // As of `.` and `..`.
-        None => std::fs::canonicalize(path).step_on("copy", path)?,
-    };
-    let (folder, name) = split(&path)?;
-    pack_entry(&folder, &name, out, 0)?;
-    send(out, &Entry::bare(Kind::End).encode())
-}
-
-/// A reader that is gone has said why.
-fn send(out: &mut File, bytes: &[u8]) -> Result<(), AnyError> {
-    match out.write_all(bytes) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            sys::exit_now(super::NOT_COPIED)
-        }
-        other => Ok(other.step("send to the guest")?),
-    }
-}
-
-fn pack_entry(folder: &OwnedFd, name: &[u8], out: &mut File, depth: usize) -> Result<(), AnyError> {
-    let shown = String::from_utf8_lossy(name).into_owned();
-    let what = format!("copy {shown}");
-    let stat = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).step(what.clone())?;
-    let mut entry = Entry {
-        kind: Kind::File,
-        name: name.len(),
-        mode: stat.st_mode & MODE_MASK,
-        size: 0,
-    };
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => {
-            let file = rustix::fs::openat(folder, name, READ, Mode::empty()).step(what.clone())?;
-            entry.size = stat.st_size.unsigned_abs();
-            send(out, &entry.encode())?;
-            send(out, name)?;
-            let mut file = File::from(file).take(entry.size);
-            let mut piece = vec![0; PIECE];
-            let mut left = entry.size;
-            while left > 0 {
-                let count = file.read(&mut piece).step(what.clone())?;
-                // A file that shrank meanwhile has zeros at its end.
-                let count = match count {
-                    0 => {
-                        piece.fill(0);
-                        PIECE.min(usize::try_from(left).unwrap_or(PIECE))
-                    }
-                    count => count,
-                };
-                send(out, &piece[..count])?;
-                left -= count as u64;
-            }
-        }
-        FileType::Symlink => {
-            let to = rustix::fs::readlinkat(folder, name, Vec::new()).step(what)?;
-            (entry.kind, entry.size) = (Kind::Link, to.as_bytes().len() as u64);
-            send(out, &entry.encode())?;
-            send(out, name)?;
-            send(out, to.as_bytes())?;
-        }
-        FileType::Directory => {
-            if depth >= DEPTH_MAX {
-                return Err(CopyError::TooDeep(shown).into());
-            }
-            let inner =
-                rustix::fs::openat(folder, name, FOLDER, Mode::empty()).step(what.clone())?;
-            entry.kind = Kind::Folder;
-            send(out, &entry.encode())?;
-            send(out, name)?;
-            for found in Dir::read_from(&inner).step(what.clone())? {
-                let found = found.step(what.clone())?;
-                let name = found.file_name().to_bytes();
-                if is_name(name) {
-                    pack_entry(&inner, name, out, depth + 1)?;
-                }
-            }
-            send(out, &Entry::bare(Kind::Leave).encode())?;
-        }
-        _ => {}
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::path::Path;
 
     use super::*;
 
@@ -286,7 +179,11 @@ mod tests {
             .unwrap();
         symlink("/etc/passwd", from.join("link")).unwrap();
         let packed = place.path().join("packed");
-        pack(&from, &mut File::create(&packed).unwrap()).unwrap();
+        let mut packer = Packer {
+            out: File::create(&packed).unwrap(),
+            keeps_owners: true,
+        };
+        packer.pack(&from).unwrap();
         let to = place.path().join("to");
         // The second time into a folder that is there, under its own name.
         for _ in 0..2 {

@@ -9,6 +9,7 @@ pub mod boot_args;
 pub mod devices;
 pub mod image;
 pub mod inherited;
+mod memory;
 pub mod options;
 pub mod resources;
 pub mod snapshot;
@@ -113,6 +114,11 @@ pub enum SpecError {
         "cannot use the disk {0} (--image): its name is not UTF-8; give the cache another place"
     )]
     NotUtf8(PathBuf),
+    #[error(
+        "cannot use {0} (--upper): it is not an ext4 file system; make one with `mkfs.ext4 FILE`, of a file of the size \
+         that it is to have"
+    )]
+    WrittenUpper(PathBuf),
     #[error("cannot use /dev/kvm: {0}")]
     BadKvm(String),
 }
@@ -297,12 +303,23 @@ fn open_guest(
     image: &Image,
     id: &str,
 ) -> Result<(agent::Plan, OwnedFd), AnyError> {
+    // What is laid into it needs a place to be written to first.
+    let is_sealed = guest.mode == Some(RootMode::ReadOnly)
+        && !(guest.copies.is_empty() && guest.memory.is_empty());
+    let root_mode = match is_sealed {
+        true => RootMode::Overlay,
+        false => guest.mode.unwrap_or(RootMode::Overlay),
+    };
     let plan = agent::Plan {
         hostname: guest.hostname.unwrap_or_else(|| name_inside(id)),
         root_type: image.root_type,
-        root_mode: guest.mode.unwrap_or(RootMode::Overlay),
+        root_mode,
         command: guest.command,
         is_held: guest.is_held,
+        is_sealed,
+        upper_type: guest.upper.as_deref().map(image::upper_type).transpose()?,
+        memory: guest.memory,
+        copies: guest.copies,
     };
     let initramfs = agent::initramfs::make(guest.agent.as_deref())?;
     Ok((plan, initramfs))

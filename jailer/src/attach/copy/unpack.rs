@@ -12,13 +12,15 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use mayfly_agent_protocol::Malformed;
 use mayfly_agent_protocol::archive::{DEPTH_MAX, Entry, HEADER, Kind, LINK_MAX, is_name};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{CopyError, FOLDER, split};
+use super::CopyError;
 use crate::attach::NOT_COPIED;
 use crate::error::{Advice as _, AnyError, Step as _, errno};
+use crate::process::pack::{FOLDER, PackError, split};
 use crate::sys;
 
 /// How many names are tried for a file that is not whole yet.
@@ -41,7 +43,7 @@ impl Destination {
         let of_guest = path.trim_end_matches('/').rsplit('/').next();
         let name = of_guest.unwrap_or_default().as_bytes();
         if !is_name(name) {
-            return Err(CopyError::NoName(path.into()).into());
+            return Err(PackError::NoName(path.into()).into());
         }
         let (folder, name) = match std::fs::metadata(to) {
             Ok(found) if found.is_dir() => {
@@ -78,6 +80,11 @@ impl Destination {
                 Kind::End if !folders.is_empty() => return Err(CopyError::Depth.into()),
                 Kind::End if !has_begun => return Err(CopyError::Nothing.into()),
                 Kind::End => return Ok(()),
+                // Only for a guest.
+                Kind::Place => {
+                    let kind = Malformed::Kind(entry.kind as u8);
+                    return Err(CopyError::Archive(kind).into());
+                }
                 Kind::Leave => {
                     folders.pop().ok_or(CopyError::Depth)?;
                     continue;
@@ -214,6 +221,7 @@ mod tests {
             name: name.len(),
             mode,
             size: bytes.len() as u64,
+            owner: (0, 0),
         };
         [&entry.encode()[..], name, bytes].concat()
     }
@@ -312,7 +320,7 @@ mod tests {
         let whole = named(Kind::File, b"asked", 0o644, &[7; 1000]);
         for parts in [
             vec![whole[..500].to_vec()],
-            vec![named(Kind::Link, b"x", 0, b"/tmp")[..18].to_vec()],
+            vec![named(Kind::Link, b"x", 0, b"/tmp")[..26].to_vec()],
         ] {
             unpack(&parts, place.path(), false).unwrap_err();
             assert_eq!(std::fs::read(&path).unwrap(), b"precious");
@@ -324,7 +332,12 @@ mod tests {
     fn archive_that_leads_out_of_its_folder_is_refused() {
         let folder = named(Kind::Folder, b"asked", 0o755, b"");
         let link = named(Kind::Link, b"x", 0, b"/tmp");
-        let cases: [(&str, Vec<u8>); 9] = [
+        let place = Entry {
+            size: 4,
+            ..Entry::bare(Kind::Place)
+        };
+        let cases: [(&str, Vec<u8>); 10] = [
+            ("not an archive", [&place.encode()[..], b"/tmp"].concat()),
             ("is not the name", named(Kind::File, b"..", 0, b"")),
             ("is not the name", named(Kind::File, b"a/b", 0, b"")),
             ("is not the name", named(Kind::Folder, b".", 0, b"")),

@@ -17,6 +17,7 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
+use super::COPY_IN;
 use super::link::Link;
 use crate::process::stream::StreamLink;
 
@@ -178,7 +179,7 @@ impl Clients {
         // Numbers that are in use are those of clients that are here, far fewer than there are numbers.
         loop {
             self.next = self.next.wrapping_add(1).max(COMMAND + 1);
-            if self.all.iter().all(|it| it.process != self.next) {
+            if self.next != COPY_IN && self.all.iter().all(|it| it.process != self.next) {
                 break;
             }
         }

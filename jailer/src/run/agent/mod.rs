@@ -28,9 +28,11 @@ use rustix::event::PollFlags;
 pub use self::clients::Request;
 use self::clients::{ClientPart, Clients};
 use self::link::Link;
+use crate::console::Sink;
 use crate::error::{AnyError, Step as _};
 use crate::process::command::{Body, Command, CommandError};
 use crate::process::front::{Front, FrontPart};
+use crate::process::pack::{CopyIn, Packing};
 
 /// Most turns for what came before the guest ended: more than a socket holds.
 const REST_TURNS: usize = 1024;
@@ -42,6 +44,8 @@ pub enum AgentPart {
     Link,
     /// The caller's streams.
     Front(FrontPart),
+    /// What is copied in.
+    CopyIn(FrontPart),
     /// A client, or one that comes.
     Client(ClientPart),
 }
@@ -53,6 +57,8 @@ pub enum AgentError {
     Protocol(#[from] Malformed),
     #[error("cannot run the command: the guest's agent {0}")]
     Failed(String),
+    #[error("{0}")]
+    CopyIn(String),
 }
 
 /// What the root disk is to the guest.
@@ -77,8 +83,89 @@ pub struct Plan {
     pub root_mode: RootMode,
     /// What it runs.
     pub command: Command,
+    /// Whether no program writes to the root once the command starts.
+    pub is_sealed: bool,
+    /// Type of the file system of the second disk, which takes what is written to an overlay.
+    pub upper_type: Option<&'static str>,
+    /// Where memory is mounted.
+    pub memory: Vec<Memory>,
+    /// What is copied into the guest before the command starts.
+    pub copies: Vec<CopyIn>,
     /// Whether it is to run only when it is asked for ([`Agent::begin`]).
     pub is_held: bool,
+}
+
+/// Memory that is mounted in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Where.
+    pub path: String,
+    /// Flags of mount(2).
+    pub flags: u32,
+    /// Options of tmpfs(5).
+    pub options: String,
+}
+
+/// The number of the process that unpacks what is copied in; no client's.
+const COPY_IN: u32 = u32::MAX;
+
+/// Files on their way into the guest.
+#[derive(Debug)]
+struct Copying {
+    packing: Packing,
+    front: Front,
+    /// The guest has been asked to unpack.
+    is_asked: bool,
+}
+
+impl Copying {
+    fn start(copies: &[CopyIn]) -> Result<Copying, AnyError> {
+        let (archive, packing) = Packing::start(copies)?;
+        let sinks = [Sink::Nowhere, Sink::Tail(Vec::new())];
+        Ok(Copying {
+            packing,
+            front: Front::with(COPY_IN, Some(archive), sinks),
+            is_asked: false,
+        })
+    }
+
+    /// Sends what is to be sent.
+    fn say(&mut self, frame: &mut Frame) {
+        if !self.is_asked {
+            let mut body = Body::default();
+            // Both are short and without zeros.
+            let made = body
+                .add(fields::UNPACK, b"/")
+                .and_then(|()| body.add(fields::HAS_INPUT, b""))
+                .and_then(|()| body.finish());
+            self.is_asked = made.is_ok_and(|body| {
+                frame.push(&Message::Start {
+                    process: COPY_IN,
+                    body: &body,
+                })
+            });
+        }
+        if self.is_asked {
+            self.front.say(frame);
+        }
+    }
+
+    /// What came of it.
+    fn end(self) -> Result<(), AgentError> {
+        let code = self.front.status.map_or(1, Status::code);
+        let said = self.front.error_tail();
+        // That closes the archive.
+        drop(self.front);
+        match self.packing.end() {
+            Some(why) => Err(AgentError::CopyIn(why)),
+            None if code == 0 => Ok(()),
+            None => {
+                let line = said.lines().last().unwrap_or_default();
+                let text = format!("cannot copy into the guest (--copy-in): {line}");
+                Err(AgentError::CopyIn(text))
+            }
+        }
+    }
 }
 
 /// The session with the agent.
@@ -87,6 +174,8 @@ pub struct Agent {
     link: Link,
     front: Front,
     clients: Clients,
+    /// What is copied into the guest, until it is there.
+    copying: Option<Copying>,
     /// What starts the command, until that is sent.
     start: Option<Vec<u8>>,
     /// The command is not to be started yet.
@@ -112,6 +201,17 @@ impl Agent {
         setup.add(fields::HOSTNAME, plan.hostname.as_bytes())?;
         setup.add(fields::ROOT_TYPE, plan.root_type.as_bytes())?;
         setup.add(fields::ROOT_MODE, &[mode])?;
+        if plan.is_sealed {
+            setup.add(fields::SEALED, b"")?;
+        }
+        if let Some(kind) = plan.upper_type {
+            setup.add(fields::UPPER_TYPE, kind.as_bytes())?;
+        }
+        for memory in &plan.memory {
+            setup.add(fields::MEMORY, memory.path.as_bytes())?;
+            let options = [&memory.flags.to_le_bytes()[..], memory.options.as_bytes()].concat();
+            setup.add(fields::MEMORY_OPTIONS, &options)?;
+        }
         // The guest takes it when its agent is there.
         if !link.out.push(&Message::Setup(&setup.finish()?)) {
             return Err(CommandError::TooLong.into());
@@ -120,6 +220,10 @@ impl Agent {
             link,
             front: Front::new(COMMAND, &plan.command),
             clients: Clients::new(listener),
+            copying: match plan.copies.is_empty() {
+                true => None,
+                false => Some(Copying::start(&plan.copies)?),
+            },
             start: Some(plan.command.body(&plan.hostname)?),
             is_held: plan.is_held,
             is_ready: false,
@@ -127,7 +231,7 @@ impl Agent {
             starter: None,
         };
         // In the same frame, where nothing has to be done before.
-        if !agent.is_held {
+        if !agent.is_held && agent.copying.is_none() {
             agent.send_start();
         }
         agent.link.flush();
@@ -148,7 +252,7 @@ impl Agent {
 
     /// Whether the guest is set up, so that a held command could be started.
     pub fn is_ready(&self) -> bool {
-        self.is_ready
+        self.is_ready && self.copying.is_none()
     }
 
     /// Whether the command waits to be asked for.
@@ -161,7 +265,7 @@ impl Agent {
         if !self.is_held {
             return Err("the command was started already");
         }
-        if !self.is_ready {
+        if !self.is_ready() {
             return Err("the guest is not ready yet");
         }
         self.is_held = false;
@@ -207,7 +311,7 @@ impl Agent {
 
     /// In how long there is something to do besides ([`Agent::settle`]).
     pub fn due(&self) -> Option<Duration> {
-        if self.link.takes_data() && self.clients.has_frame(self.is_ready) {
+        if self.link.takes_data() && self.clients.has_frame(self.is_ready()) {
             return Some(Duration::ZERO);
         }
         let due = [self.link.paused_until(), self.clients.paused_until()];
@@ -228,6 +332,11 @@ impl Agent {
             .interests(can_send && self.start.is_none(), |part, fd, flags| {
                 add(AgentPart::Front(part), fd, flags)
             });
+        if let Some(copying) = self.copying.as_ref().filter(|it| it.is_asked) {
+            copying.front.interests(can_send, |part, fd, flags| {
+                add(AgentPart::CopyIn(part), fd, flags)
+            });
+        }
         self.clients.interests(can_send, |part, fd, flags| {
             add(AgentPart::Client(part), fd, flags)
         });
@@ -247,7 +356,18 @@ impl Agent {
                     self.front.handle(part, &mut self.link.out);
                 }
             }
+            AgentPart::CopyIn(part) => {
+                if let Some(copying) = &mut self.copying
+                    && self.link.takes_data()
+                {
+                    copying.front.handle(part, &mut self.link.out);
+                }
+            }
             AgentPart::Client(part) => self.clients.handle(part),
+        }
+        let is_copied = |it: &mut Copying| it.front.status.is_some();
+        if let Some(copying) = self.copying.take_if(is_copied) {
+            copying.end()?;
         }
         self.settle();
         Ok(())
@@ -258,6 +378,7 @@ impl Agent {
             link,
             front,
             clients,
+            copying,
             start,
             is_ready,
             has_started,
@@ -288,6 +409,10 @@ impl Agent {
                 match process {
                     COMMAND if *has_started => front.receive(message)?,
                     COMMAND => return Err(Malformed::Kind(message.kind()).into()),
+                    COPY_IN => match copying {
+                        Some(copying) if copying.is_asked => copying.front.receive(message)?,
+                        _ => return Err(Malformed::Kind(message.kind()).into()),
+                    },
                     _ => clients.receive(process, message)?,
                 }
                 Ok(())
@@ -298,15 +423,18 @@ impl Agent {
 
     /// Says what is to be said.
     pub fn settle(&mut self) {
-        if self.is_ready && !self.is_held && self.start.is_some() {
-            self.send_start();
+        match &mut self.copying {
+            Some(copying) if self.is_ready => copying.say(&mut self.link.out),
+            None if self.is_ready && !self.is_held && self.start.is_some() => self.send_start(),
+            _ => {}
         }
         if self.start.is_none() {
             self.front.say(&mut self.link.out);
         }
         self.clients.say(&mut self.link.out);
         self.link.flush();
-        self.clients.serve(&mut self.link, self.is_ready);
+        let can_start = self.is_ready();
+        self.clients.serve(&mut self.link, can_start);
     }
 
     /// The guest has ended: no more comes, but what has come is still to be taken.
@@ -346,7 +474,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::console::{Sink, pipe};
+    use crate::console::pipe;
 
     /// The guest's end of a session, which says what it likes.
     struct Guest {
@@ -373,6 +501,10 @@ mod tests {
                     ..Command::default()
                 },
                 is_held,
+                is_sealed: false,
+                upper_type: None,
+                memory: Vec::new(),
+                copies: Vec::new(),
             };
             let (mut agent, link) = Agent::new(&plan, None).unwrap();
             let (out, to) = pipe(false, false).unwrap();

@@ -11,11 +11,14 @@ use std::process::{Command, Stdio};
 use rustix::fs::{FileType, FlockOperation, OFlags};
 use rustix::io::Errno;
 
+use super::SpecError;
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
+
 use crate::run::agent::RootMode;
 use crate::sys;
 
 const EROFS: &str = "erofs";
+const EXT4: &str = "ext4";
 /// A disk may be removed from its cache before it is locked.
 const TRIES: u32 = 3;
 
@@ -49,7 +52,7 @@ impl Image {
         // NONBLOCK: a pipe must not hold us up.
         let file = sys::open(given, OFlags::RDONLY | OFlags::NONBLOCK)
             .step_on("open the image (--image)", given)?;
-        if let Some(root_type) = root_type(&file, given)? {
+        if let Some(root_type) = type_of(&file, given, "--image")? {
             if is_written && root_type == EROFS {
                 return refused("an EROFS file system is never written to");
             }
@@ -81,27 +84,38 @@ impl Image {
     }
 }
 
+/// The type of the file system in the image of `--upper`, which is written to.
+pub fn upper_type(path: &Path) -> Result<&'static str, AnyError> {
+    const OPTION: &str = "--upper";
+    let file = sys::open(path, OFlags::RDONLY | OFlags::NONBLOCK)
+        .step_on("open the disk (--upper)", path)?;
+    match type_of(&file, path, OPTION)? {
+        Some(EXT4) => Ok(EXT4),
+        _ => Err(SpecError::WrittenUpper(path.to_owned()).into()),
+    }
+}
+
 /// The type of the file system in an image, by its content; none: it is no disk.
-fn root_type(image: &OwnedFd, path: &Path) -> Result<Option<&'static str>, Failure> {
+fn type_of(image: &OwnedFd, path: &Path, option: &str) -> Result<Option<&'static str>, Failure> {
     /// Where both have their superblock.
     const SUPERBLOCK: u64 = 1024;
     const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
     /// In it, where ext4 has its number.
-    const EXT4: usize = 56;
+    const EXT4_AT: usize = 56;
     const EXT4_MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
-    const WORK: &str = "read the image (--image)";
-    let it = rustix::fs::fstat(image).step_on(WORK, path)?;
+    let work = format!("read the image ({option})");
+    let it = rustix::fs::fstat(image).step_on(&work, path)?;
     if FileType::from_raw_mode(it.st_mode).is_dir() {
         return Ok(None);
     }
     let mut block = [0; 64];
-    let count = rustix::io::pread(image, &mut block, SUPERBLOCK).step_on(WORK, path)?;
+    let count = rustix::io::pread(image, &mut block, SUPERBLOCK).step_on(&work, path)?;
     let block = &block[..count];
     if block.starts_with(&EROFS_MAGIC) {
         return Ok(Some(EROFS));
     }
-    let is_ext4 = block.get(EXT4..EXT4 + 2) == Some(&EXT4_MAGIC);
-    Ok(is_ext4.then_some("ext4"))
+    let is_ext4 = block.get(EXT4_AT..EXT4_AT + 2) == Some(&EXT4_MAGIC);
+    Ok(is_ext4.then_some(EXT4))
 }
 
 /// Has `mayfly-image` make the disk of a source, or find it; its path.

@@ -11,6 +11,7 @@ use mayfly::wire::{Source, VmConfig};
 
 use super::boot_args;
 use super::devices::{DriveSettings, GivenDrive, drive, net};
+use super::memory::memory_mount;
 use super::snapshot::Restoring;
 use super::{LEAST_OPEN_FILES, OwnTap};
 use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, resource_limits};
@@ -18,8 +19,9 @@ use crate::cgroup::exclusive::Wanted;
 use crate::cgroup::limit::Limit;
 use crate::monitor::ResourceLimits;
 use crate::process::command::{Command, split_command};
+use crate::process::pack::CopyIn;
 use crate::process::place::Place;
-use crate::run::agent::RootMode;
+use crate::run::agent::{Memory, RootMode};
 
 /// What `run --help` prints.
 pub const HELP: &str = include_str!("help.txt");
@@ -82,6 +84,12 @@ pub struct GuestCommand {
     pub hostname: Option<String>,
     /// The agent's program.
     pub agent: Option<PathBuf>,
+    /// The image of the disk that takes what is written.
+    pub upper: Option<PathBuf>,
+    /// Where memory is mounted.
+    pub memory: Vec<Memory>,
+    /// What is copied into the guest.
+    pub copies: Vec<CopyIn>,
     /// Whether it waits for `mayfly-jailer start`.
     pub is_held: bool,
     /// What is to be run.
@@ -129,8 +137,8 @@ const KNOWN: Known = Known {
             --snapshot-and-continue -t --tty -i --interactive --hold",
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report \
-           --ready-fd --runtime-dir --process --console-socket",
-    repeatable: "--drive --net --limit --cgroup --resource-limit --env",
+           --ready-fd --runtime-dir --process --console-socket --upper",
+    repeatable: "--drive --net --limit --cgroup --resource-limit --env --tmpfs --copy-in",
     text: "--cmdline",
     help: "see run --help",
 };
@@ -194,7 +202,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
 
 /// Those that only a command has.
 const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
-                          --ready-fd --runtime-dir --process --console-socket";
+                          --ready-fd --runtime-dir --process --console-socket --upper --tmpfs --copy-in";
 /// Those that a machine with a command does not have.
 const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
 
@@ -235,9 +243,18 @@ fn guest(
     }
     let missing = "what to run is missing; give it after --, e.g. -- /bin/sh, or with --process";
     let missing = ArgsError::Value(NAME, given, missing.into());
+    let upper = words.path("--upper");
+    if let (Some(upper), Some(_)) = (&upper, mode) {
+        let why = "what is written goes there only of an image without :ro and :rw";
+        let upper = upper.display().to_string();
+        return Err(ArgsError::Value("--upper", upper, why.into()));
+    }
     Ok(Some(GuestCommand {
         image,
         mode,
+        upper,
+        memory: words.all("--tmpfs", memory_mount)?,
+        copies: words.all("--copy-in", CopyIn::parse)?,
         hostname: words.parsed("--hostname", hostname)?,
         agent: words.path("--agent"),
         is_held: words.has("--hold"),
@@ -432,6 +449,19 @@ fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machin
             settings: DriveSettings::default(),
         };
         drives.insert(0, image);
+        if let Some(upper) = &guest.upper {
+            let path = upper.to_str().ok_or_else(|| {
+                let given = upper.display().to_string();
+                ArgsError::Value("--upper", given, "it is not UTF-8".into())
+            })?;
+            let upper = GivenDrive {
+                image: path.into(),
+                read_only: false,
+                overlay: None,
+                settings: DriveSettings::default(),
+            };
+            drives.insert(1, upper);
+        }
     }
     let has_root = has_root || guest.is_some();
     for (index, given) in drives.into_iter().enumerate() {
