@@ -17,7 +17,7 @@ use crate::failure::{Context, Failure, Result, printable};
 use crate::layout::{Config, Layout};
 use crate::progress::Progress;
 use crate::sparse;
-use crate::tree::{Meta, Node, ROOT, Tree, names};
+use crate::tree::{Id, Meta, Node, ROOT, Tree, names};
 use crate::unpack::{self, Compression};
 
 const CAPABILITY: &str = "security.capability";
@@ -187,7 +187,7 @@ struct Reader<'a> {
     folder: Arc<Folder>,
     known: Known<'a>,
     /// The first name of each file that has several.
-    links: HashMap<(u64, u64), Vec<u8>>,
+    links: HashMap<(u64, u64), Id>,
     device: u64,
     /// How much content may still come.
     left: u64,
@@ -197,8 +197,9 @@ impl Reader<'_> {
     fn read(
         &mut self,
         below: &Path,
+        here_id: Id,
         tree: &mut Tree,
-        todo: &mut Vec<PathBuf>,
+        todo: &mut Vec<(PathBuf, Id)>,
         left_out: &mut LeftOut,
     ) -> Result<()> {
         let here = self.folder.path().join(below);
@@ -215,18 +216,14 @@ impl Reader<'_> {
                 .cannot("open", &path())?;
             let mut meta = meta_of(&it);
             let kind = FileType::from_raw_mode(it.st_mode);
-            let in_tree = name.as_os_str().as_bytes();
             let bad = |why: String| Failure::new(self.folder.path(), why, "rename or remove it");
             let number = (rustix::fs::major(it.st_rdev), rustix::fs::minor(it.st_rdev));
             let node = match kind {
                 FileType::RegularFile => {
-                    if it.st_nlink > 1 {
-                        let first = self.links.entry((it.st_dev, it.st_ino));
-                        let first = first.or_insert_with(|| in_tree.to_vec());
-                        if first != in_tree {
-                            tree.link(in_tree, first).map_err(bad)?;
-                            continue;
-                        }
+                    let first = self.links.get(&(it.st_dev, it.st_ino));
+                    if let Some(first) = first.filter(|_| it.st_nlink > 1) {
+                        tree.link_below(here_id, bytes, *first).map_err(bad)?;
+                        continue;
                     }
                     let stamp = Stamp::of(&it);
                     let left = self.left.checked_sub(stamp.size);
@@ -244,14 +241,7 @@ impl Reader<'_> {
                         sum,
                     })
                 }
-                FileType::Directory => {
-                    if it.st_dev == self.device {
-                        todo.push(name.clone());
-                    } else {
-                        left_out.mounts += 1;
-                    }
-                    Node::Folder(Default::default())
-                }
+                FileType::Directory => Node::Folder(Default::default()),
                 FileType::Symlink => {
                     let target = rustix::fs::readlinkat(&fd, entry.file_name(), Vec::new())
                         .cannot("read", &path())?;
@@ -265,7 +255,15 @@ impl Reader<'_> {
                     continue;
                 }
             };
-            tree.add(in_tree, node, meta).map_err(bad)?;
+            let id = tree.add_below(here_id, bytes, node, meta).map_err(bad)?;
+            match kind {
+                FileType::RegularFile if it.st_nlink > 1 => {
+                    self.links.insert((it.st_dev, it.st_ino), id);
+                }
+                FileType::Directory if it.st_dev == self.device => todo.push((name, id)),
+                FileType::Directory => left_out.mounts += 1,
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -317,9 +315,9 @@ impl Request<'_> {
             device: it.st_dev,
             left: self.max,
         };
-        let mut todo = vec![PathBuf::new()];
-        while let Some(below) = todo.pop() {
-            reader.read(&below, tree, &mut todo, left_out)?;
+        let mut todo = vec![(PathBuf::new(), ROOT)];
+        while let Some((below, id)) = todo.pop() {
+            reader.read(&below, id, tree, &mut todo, left_out)?;
         }
         Ok(())
     }

@@ -91,6 +91,18 @@ pub fn names(path: &[u8]) -> Result<Vec<&[u8]>> {
     Ok(names)
 }
 
+fn is_possible(name: &[u8], node: &Node) -> Result<()> {
+    match node {
+        Node::Symlink(target)
+            if target.is_empty() || target.len() > TARGET_MAX || target.contains(&0) =>
+        {
+            let name = shown(name);
+            Err(format!("the link {name:?} has an impossible target"))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Default for Tree {
     fn default() -> Tree {
         Tree::new()
@@ -273,14 +285,7 @@ impl Tree {
     /// Adds an entry at a path. One that is there is replaced; a folder keeps what is in it.
     pub fn add(&mut self, path: &[u8], node: Node, meta: Meta) -> Result<()> {
         let names = names(path)?;
-        if let Node::Symlink(target) = &node
-            && (target.is_empty() || target.len() > TARGET_MAX || target.contains(&0))
-        {
-            return Err(format!(
-                "the link {:?} has an impossible target",
-                shown(path)
-            ));
-        }
+        is_possible(path, &node)?;
         let Some((name, folder)) = names.split_last() else {
             if let Node::Folder(_) = node {
                 self.entries[ROOT].meta = meta;
@@ -299,6 +304,19 @@ impl Tree {
         }
         let id = self.push(node, meta)?;
         self.insert(folder, name, id)
+    }
+
+    /// Adds an entry that is not there yet to a folder by its id: what is read of a host's folder has no links to follow.
+    pub fn add_below(&mut self, folder: Id, name: &[u8], node: Node, meta: Meta) -> Result<Id> {
+        is_possible(name, &node)?;
+        let id = self.push(node, meta)?;
+        self.insert(folder, name, id)?;
+        Ok(id)
+    }
+
+    /// Adds another name for a file to a folder, both by their ids.
+    pub fn link_below(&mut self, folder: Id, name: &[u8], file: Id) -> Result<()> {
+        self.insert(folder, name, file)
     }
 
     /// Adds another name for a file.
