@@ -347,6 +347,19 @@ fn end_of_the_parent_or_of_a_pipe_is_the_end_where_that_is_asked_for() {
         drop(ours);
         assert_eq!(child.wait().unwrap().code(), Some(129));
         ended("--end-with-fd");
+
+        let command = place.run(who, "report stay", &more);
+        let mut process = Command::new("sleep").arg("100000").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&process);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+        let mut shell = inheriting(&command, "exec 9<&0 0</dev/null;");
+        shell.stdin(pidfd.unwrap()).stdout(Stdio::piped());
+        let mut child = shell.spawn().unwrap();
+        read_report(child.stdout.take().unwrap());
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(129));
+        ended("--end-with-fd");
         let command = place.run(who, "exit=0", &["--end-with-fd", "9"]);
         place.refuses(inheriting(&command, "exec 9</dev/null;"), "hangs up");
         let command = place.run(who, "exit=0", &["--end-with-fd", "9"]);

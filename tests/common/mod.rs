@@ -65,6 +65,16 @@ pub fn mayfly_image() -> PathBuf {
     guest_binary("MAYFLY_IMAGE_BIN", "mayfly-image")
 }
 
+/// The command line of an OCI runtime: MAYFLY_OCI_BIN, else the one `tools/test` built.
+pub fn oci() -> PathBuf {
+    guest_binary("MAYFLY_OCI_BIN", "mayfly-oci")
+}
+
+/// The jailer under test: MAYFLY_JAILER_BIN, else the one `tools/test` built.
+pub fn jailer() -> PathBuf {
+    guest_binary("MAYFLY_JAILER_BIN", "mayfly-jailer")
+}
+
 fn guest_binary(variable: &str, name: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();
@@ -76,10 +86,9 @@ fn guest_binary(variable: &str, name: &str) -> PathBuf {
         path.exists(),
         "{} is missing: build it with `cargo build --release -p {}`",
         path.display(),
-        if name == "mayfly-agent" {
-            name
-        } else {
-            "probe"
+        match name {
+            "firstbyte" => "probe",
+            _ => name,
         }
     );
     path

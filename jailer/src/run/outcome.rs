@@ -108,6 +108,10 @@ impl Verdict {
                     libc::SIGHUP,
                     "the process that started mayfly-jailer ended (--with-parent)".into(),
                 ),
+                Asked::Ender(Ender::Process) => (
+                    libc::SIGHUP,
+                    "the process of the passed descriptor ended (--end-with-fd)".into(),
+                ),
                 Asked::Ender(Ender::HangUp) => (
                     libc::SIGHUP,
                     "the other end of the descriptor was closed (--end-with-fd)".into(),
@@ -413,7 +417,7 @@ mod tests {
         let verdict = Verdict::of(Ended::Exited(143), &left);
         assert_eq!((verdict.word, verdict.code), ("stopped", 130));
         assert!(verdict.message.contains("Ctrl-A X"), "{verdict:?}");
-        for asked in [Ender::Parent, Ender::HangUp].map(Asked::Ender) {
+        for asked in [Ender::Parent, Ender::HangUp, Ender::Process].map(Asked::Ender) {
             let seen = Seen {
                 asked: Some(asked),
                 ..seen()

@@ -16,7 +16,7 @@ pub mod snapshot;
 pub mod vm;
 
 use std::fs::{DirBuilder, File};
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -101,7 +101,10 @@ pub enum SpecError {
          ListenStream= in systemd.socket(5)"
     )]
     NotAListener(RawFd, &'static str),
-    #[error("cannot end with descriptor {0} (--end-with-fd): only a pipe or a socket hangs up")]
+    #[error(
+        "cannot end with descriptor {0} (--end-with-fd): only a pipe, a socket or a process \
+         descriptor hangs up"
+    )]
     CannotHangUp(RawFd),
     #[error("cannot use {0} as {1}: {2}")]
     Unfit(String, &'static str, String),
@@ -130,6 +133,8 @@ pub enum Ender {
     Parent,
     /// The hang-up of the descriptor of `--end-with-fd`.
     HangUp,
+    /// The end of the process that descriptor is of.
+    Process,
 }
 
 /// Everything that was asked for, opened.
@@ -351,12 +356,22 @@ fn enders(options: &Options, passed: &mut Passed) -> Result<Vec<(OwnedFd, Ender)
     if let Some(number) = options.end_with_fd {
         let fd = passed.take(number.unsigned_abs())?;
         let kind = rustix::fs::fstat(&fd).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        if is_process(&fd) {
+            enders.push((fd, Ender::Process));
+            return Ok(enders);
+        }
         if !kind.is_ok_and(|kind| kind.is_fifo() || kind.is_socket()) {
             return Err(SpecError::CannotHangUp(number).into());
         }
         enders.push((fd, Ender::HangUp));
     }
     Ok(enders)
+}
+
+/// Whether a descriptor is one of a process.
+fn is_process(fd: &OwnedFd) -> bool {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+    info.is_ok_and(|info| info.lines().any(|line| line.starts_with("Pid:")))
 }
 
 /// User and group of the monitor, and whether this process is root.

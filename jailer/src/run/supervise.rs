@@ -352,7 +352,7 @@ impl Watch {
             let flags = match ender {
                 _ if progress.seen.asked.is_some() => continue,
                 Ender::HangUp => PollFlags::RDHUP,
-                Ender::Parent => PollFlags::IN,
+                Ender::Parent | Ender::Process => PollFlags::IN,
             };
             add(Ready::Ender(*ender), fd.as_fd(), flags);
         }

@@ -1,0 +1,564 @@
+//! The control groups of a container, in every hierarchy that this host has: made, entered, told their
+//! limits, emptied and removed.
+//!
+//! The jailer has groups of its own, for its monitor alone, which end with it. Those here are the
+//! engine's: it chose the path (`linux.cgroupsPath`), watches all processes there, changes limits while
+//! they run, and reads what they used. So all processes of the container are in them, from the first on.
+//!
+//! A group above that had to be made is marked, and goes with the last one in it.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
+
+use crate::bundle::resources::Setting;
+use crate::error::{AnyError, Failure, Step as _};
+use crate::process::{self, Known};
+
+/// The controllers of version 1 whose groups a container is in.
+const V1: &[&str] = &[
+    "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "freezer",
+];
+/// Marks a group that was made to hold a container's.
+const MARK: &str = "trusted.mayfly-oci";
+/// Files that a host may lack although it has their controller.
+const OPTIONAL: &[&str] = &[
+    "memory.memsw.limit_in_bytes",
+    "memory.swap.max",
+    "blkio.bfq.weight",
+    "io.bfq.weight",
+];
+/// How long processes that were killed may take to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A control group cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("cannot set {0}: this host has no control group controller for it")]
+    NoController(String),
+    #[error(
+        "cannot use the control group {0}: there are processes in it; give another linux.cgroupsPath"
+    )]
+    InUse(PathBuf),
+    #[error("cannot change {0}: its processes neither all stand still nor all go on")]
+    NotFrozen(PathBuf),
+    #[error("cannot remove the control group {0}: a process in it does not end")]
+    NotEmpty(PathBuf),
+}
+
+/// A mounted hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hierarchy {
+    is_v2: bool,
+    mount: PathBuf,
+    /// Its controllers; of version 2, those that its root offers.
+    controllers: Vec<String>,
+}
+
+/// The hierarchies of this host.
+pub fn hierarchies() -> Result<Vec<Hierarchy>, Failure> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")
+        .step("find the control groups (/proc/self/mounts)")?;
+    Ok(parse(&mounts))
+}
+
+fn parse(mounts: &str) -> Vec<Hierarchy> {
+    let mut found: Vec<Hierarchy> = Vec::new();
+    for line in mounts.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [_, mount, kind, options, ..] = words[..] else {
+            continue;
+        };
+        let mount = PathBuf::from(mount.replace("\\040", " "));
+        let controllers: Vec<String> = match kind {
+            "cgroup" => options
+                .split(',')
+                .filter(|one| V1.contains(one))
+                .map(str::to_owned)
+                .collect(),
+            "cgroup2" => {
+                let offered =
+                    std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+                offered.split_whitespace().map(str::to_owned).collect()
+            }
+            _ => continue,
+        };
+        let is_v2 = kind == "cgroup2";
+        // The first mount of each counts; one of version 1 without a controller is not for limits.
+        let is_known = |it: &Hierarchy| it.is_v2 == is_v2 && it.controllers == controllers;
+        if (is_v2 || !controllers.is_empty()) && !found.iter().any(is_known) {
+            found.push(Hierarchy {
+                is_v2,
+                mount,
+                controllers,
+            });
+        }
+    }
+    found
+}
+
+/// The groups of a container: a folder in each hierarchy.
+#[derive(Debug)]
+pub struct Groups(Vec<(Hierarchy, PathBuf)>);
+
+impl Groups {
+    /// Those at `below`, which need not be there.
+    pub fn at(below: &Path, hierarchies: Vec<Hierarchy>) -> Groups {
+        Groups(
+            hierarchies
+                .into_iter()
+                .map(|one| (one.clone(), one.mount.join(below)))
+                .collect(),
+        )
+    }
+
+    /// Those that were made at `paths`.
+    pub fn made(paths: &[PathBuf], hierarchies: Vec<Hierarchy>) -> Groups {
+        let of = |path: &PathBuf| {
+            let hierarchy = hierarchies
+                .iter()
+                .find(|one| path.starts_with(&one.mount))?;
+            Some((hierarchy.clone(), path.clone()))
+        };
+        Groups(paths.iter().filter_map(of).collect())
+    }
+
+    /// Their folders.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.0.iter().map(|(_, path)| path.clone()).collect()
+    }
+
+    /// The groups above them that are still to be made.
+    pub fn missing_above(&self) -> Vec<PathBuf> {
+        let above = |(hierarchy, path): &(Hierarchy, PathBuf)| {
+            let mount = hierarchy.mount.clone();
+            let above = path.ancestors().skip(1).map(Path::to_owned);
+            above
+                .take_while(move |it| *it != mount)
+                .filter(|it| !it.exists())
+                .collect::<Vec<_>>()
+        };
+        self.0.iter().flat_map(above).collect()
+    }
+
+    /// Makes them.
+    pub fn make(&self) -> Result<(), AnyError> {
+        self.0
+            .iter()
+            .try_for_each(|(hierarchy, path)| make(hierarchy, path))
+    }
+
+    /// Writes limits into them; what this host lacks a file for is noted.
+    pub fn set(&self, settings: &[Setting], notes: &mut Vec<String>) -> Result<(), AnyError> {
+        // A limit can depend on another that comes later (memory, and memory with swap).
+        let mut later = Vec::new();
+        for setting in settings {
+            if self.set_one(setting, notes).is_err() {
+                later.push(setting);
+            }
+        }
+        later
+            .into_iter()
+            .try_for_each(|setting| self.set_one(setting, notes))
+    }
+
+    fn set_one(&self, setting: &Setting, notes: &mut Vec<String>) -> Result<(), AnyError> {
+        let of_file = |file: &str| file.split('.').next().unwrap_or_default().to_owned();
+        let find = |is_v2: bool, controller: &str| {
+            let has_it = |it: &&(Hierarchy, PathBuf)| {
+                it.0.is_v2 == is_v2 && it.0.controllers.iter().any(|one| one == controller)
+            };
+            self.0.iter().find(has_it).map(|(_, path)| path)
+        };
+        let (v2, v1) = setting.controllers;
+        let v2 = match v2 {
+            "" => setting
+                .v2
+                .as_ref()
+                .map_or(String::new(), |(file, _)| of_file(file)),
+            name => name.to_owned(),
+        };
+        let (group, value) = match (find(true, &v2), find(false, v1)) {
+            (Some(group), _) => (group, &setting.v2),
+            (None, Some(group)) => (group, &setting.v1),
+            (None, None) => {
+                let name = setting.v2.as_ref().or(setting.v1.as_ref());
+                let name = name.map_or(v2, |(file, _)| file.clone());
+                return Err(CgroupError::NoController(name).into());
+            }
+        };
+        let Some((file, text)) = value else {
+            return Ok(());
+        };
+        let path = group.join(file);
+        match write(&path, text) {
+            Err(Errno::NOENT) if OPTIONAL.contains(&file.as_str()) => {
+                notes.push(format!("{file} is left out: this host does not count it"));
+                Ok(())
+            }
+            written => Ok(written.step(format!("write \"{text}\" to {}", path.display()))?),
+        }
+    }
+
+    /// Moves this process in. It has one thread.
+    pub fn enter(&self) -> Result<(), Failure> {
+        self.0
+            .iter()
+            .try_for_each(|(hierarchy, path)| enter(hierarchy, path))
+    }
+
+    /// Stops all processes in them, or lets them go on.
+    pub fn freeze(&self, is_frozen: bool) -> Result<(), AnyError> {
+        let Some((hierarchy, path)) = self.freezer() else {
+            return Err(CgroupError::NoController("freezer".into()).into());
+        };
+        let (file, text) = match (hierarchy.is_v2, is_frozen) {
+            (false, true) => ("freezer.state", "FROZEN"),
+            (false, false) => ("freezer.state", "THAWED"),
+            (true, true) => ("cgroup.freeze", "1"),
+            (true, false) => ("cgroup.freeze", "0"),
+        };
+        write(&path.join(file), text).step_on("write to", path.join(file))?;
+        let until = Instant::now() + PATIENCE;
+        while self.is_frozen() != is_frozen {
+            if Instant::now() >= until {
+                return Err(CgroupError::NotFrozen(path.clone()).into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Whether all processes in them stand still.
+    pub fn is_frozen(&self) -> bool {
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        match self.freezer() {
+            Some((hierarchy, path)) if hierarchy.is_v2 => {
+                read(path.join("cgroup.events")).contains("frozen 1")
+            }
+            Some((_, path)) => read(path.join("freezer.state")).trim() == "FROZEN",
+            None => false,
+        }
+    }
+
+    /// The group that stops processes: that of version 1, where a host has both.
+    fn freezer(&self) -> Option<&(Hierarchy, PathBuf)> {
+        let is_it = |one: &&(Hierarchy, PathBuf)| {
+            !one.0.is_v2 && one.0.controllers.iter().any(|it| it == "freezer")
+        };
+        let of_v1 = self.0.iter().find(is_it);
+        of_v1.or_else(|| self.0.iter().find(|one| one.0.is_v2))
+    }
+
+    /// Kills all processes in them.
+    pub fn kill(&self) {
+        for (_, path) in &self.0 {
+            for process in processes(path) {
+                if let Some(pidfd) = process.open() {
+                    let _ = process::send(&pidfd, 9);
+                }
+            }
+        }
+    }
+
+    /// Whether no process is in any.
+    pub fn are_empty(&self) -> bool {
+        self.0.iter().all(|(_, path)| processes(path).is_empty())
+    }
+
+    /// Removes them, with all processes that are still in them. `above` were missing before.
+    pub fn remove(&self, above: &[PathBuf]) -> Result<(), AnyError> {
+        let until = Instant::now() + PATIENCE;
+        for (hierarchy, path) in &self.0 {
+            while !remove_tree(path) {
+                if Instant::now() >= until {
+                    return Err(CgroupError::NotEmpty(path.clone()).into());
+                }
+                self.kill();
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            remove_above(hierarchy, path, above);
+        }
+        Ok(())
+    }
+}
+
+/// This process's own groups, to come back to.
+pub struct Home(Vec<(Hierarchy, PathBuf)>);
+
+impl Home {
+    /// Finds them.
+    pub fn find(hierarchies: &[Hierarchy]) -> Home {
+        let memberships = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let of = |one: &Hierarchy| {
+            let below = home_in(&memberships, one)
+                .unwrap_or("/")
+                .trim_start_matches('/')
+                .to_owned();
+            let path = one.mount.join(below);
+            // In a container, what lies above the mount cannot be seen.
+            let path = if path.is_dir() {
+                path
+            } else {
+                one.mount.clone()
+            };
+            (one.clone(), path)
+        };
+        Home(hierarchies.iter().map(of).collect())
+    }
+
+    /// Moves this process back.
+    pub fn enter(&self) {
+        for (hierarchy, path) in &self.0 {
+            // What does not work leaves it in a group that cannot be removed, which is reported then.
+            let _ = enter(hierarchy, path);
+        }
+    }
+}
+
+/// Lines of /proc/self/cgroup are `number:controllers:path`.
+fn home_in<'a>(memberships: &'a str, hierarchy: &Hierarchy) -> Option<&'a str> {
+    memberships.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (number, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+        let is_it = match hierarchy.is_v2 {
+            true => number == "0" && controllers.is_empty(),
+            false => controllers
+                .split(',')
+                .any(|name| hierarchy.controllers.iter().any(|it| it == name)),
+        };
+        is_it.then_some(path)
+    })
+}
+
+fn enter(hierarchy: &Hierarchy, path: &Path) -> Result<(), Failure> {
+    // Moving the one thread that writes does not wait for a quiet moment of every processor, as moving a
+    // process does.
+    let file = if hierarchy.is_v2 {
+        "cgroup.procs"
+    } else {
+        "tasks"
+    };
+    write(&path.join(file), "0").step_on("move into the control group", path)
+}
+
+fn make(hierarchy: &Hierarchy, path: &Path) -> Result<(), AnyError> {
+    let mut attempt = 1;
+    loop {
+        match make_once(hierarchy, path) {
+            // A group above, which another container made, went with that one meanwhile.
+            Err(Errno::NOENT) if attempt < 16 => attempt += 1,
+            made => {
+                made.step_on("make the control group", path)?;
+                break;
+            }
+        }
+    }
+    match processes(path).is_empty() {
+        true => Ok(()),
+        false => Err(CgroupError::InUse(path.to_owned()).into()),
+    }
+}
+
+fn make_once(hierarchy: &Hierarchy, path: &Path) -> Result<(), Errno> {
+    let below = path
+        .strip_prefix(&hierarchy.mount)
+        .map_err(|_| Errno::INVAL)?;
+    let mut at = hierarchy.mount.clone();
+    for step in below {
+        if hierarchy.is_v2 {
+            enable(&at, &hierarchy.controllers);
+        }
+        let above = at.clone();
+        at.push(step);
+        match std::fs::create_dir(&at) {
+            Ok(()) if at != path => mark(&at),
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+        }
+        if hierarchy.controllers.iter().any(|one| one == "cpuset") && !hierarchy.is_v2 {
+            fill_cpuset(&above, &at)?;
+        }
+    }
+    Ok(())
+}
+
+fn mark(path: &Path) {
+    // Without a mark it stays, as other runtimes' groups do.
+    let _ = rustix::fs::setxattr(path, MARK, b"1", XattrFlags::CREATE);
+}
+
+/// Version 2: lets the groups below have their own limits. What cannot be had is reported when a limit of
+/// it is written.
+fn enable(group: &Path, controllers: &[String]) {
+    let file = group.join("cgroup.subtree_control");
+    let enabled = std::fs::read_to_string(&file).unwrap_or_default();
+    for one in controllers {
+        if !enabled.split_whitespace().any(|it| it == one) {
+            let _ = write(&file, &format!("+{one}"));
+        }
+    }
+}
+
+/// Version 1: a cpuset lets no process in before it has processors and memory nodes.
+fn fill_cpuset(above: &Path, group: &Path) -> Result<(), Errno> {
+    let read = |path: &Path| {
+        let text = std::fs::read_to_string(path);
+        text.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    };
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let own = group.join(file);
+        if read(&own)?.trim().is_empty() {
+            write(&own, read(&above.join(file))?.trim())?;
+        }
+    }
+    Ok(())
+}
+
+/// The processes in a group and in those below it.
+fn processes(group: &Path) -> Vec<Known> {
+    let list = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    let own = list
+        .lines()
+        .filter_map(|line| Known::of(line.trim().parse().ok()?));
+    let below = below(group).into_iter().flat_map(|group| processes(&group));
+    own.chain(below).collect()
+}
+
+fn below(group: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(group).into_iter().flatten().flatten();
+    let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    folders.map(|entry| entry.path()).collect()
+}
+
+/// Removes a group with those below it; whether it is gone.
+fn remove_tree(group: &Path) -> bool {
+    for one in below(group) {
+        remove_tree(&one);
+    }
+    match rustix::fs::rmdir(group) {
+        Ok(()) | Err(Errno::NOENT) => true,
+        Err(_) => false,
+    }
+}
+
+/// Removes the groups above that were made to hold this one, as far as they hold nothing else.
+fn remove_above(hierarchy: &Hierarchy, path: &Path, listed: &[PathBuf]) {
+    let mount = &hierarchy.mount;
+    for above in path.ancestors().skip(1).take_while(|it| it != mount) {
+        let mut value = [0_u8; 4];
+        let mut is_marked = || rustix::fs::getxattr(above, MARK, &mut value[..]).is_ok();
+        // Its maker may have been killed before it was marked.
+        let is_ours = listed.iter().any(|one| one == above) || is_marked();
+        if !is_ours || rustix::fs::rmdir(above).is_err() {
+            break;
+        }
+    }
+}
+
+/// Writes a value in one piece: that is how the kernel wants these files written.
+fn write(path: &Path, text: &str) -> Result<(), Errno> {
+    let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
+    let mut file = File::options().write(true).open(path).map_err(errno)?;
+    let count = rustix::io::write(file.as_fd(), format!("{text}\n").as_bytes())?;
+    match count {
+        0 => Err(Errno::IO),
+        _ => file.flush().map_err(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+sysfs /sys sysfs rw 0 0
+cgroup /c/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0
+cgroup /c/a\\040b cgroup rw,memory 0 0
+cgroup /again cgroup rw,memory 0 0
+cgroup /c/systemd cgroup rw,name=systemd 0 0
+cgroup2 /c/unified cgroup2 rw 0 0
+";
+
+    fn hierarchy(mount: &Path, is_v2: bool, controllers: &[&str]) -> Hierarchy {
+        let controllers = controllers.iter().map(|&one| one.to_owned()).collect();
+        Hierarchy {
+            is_v2,
+            mount: mount.into(),
+            controllers,
+        }
+    }
+
+    #[test]
+    fn hierarchies_of_both_versions_are_found_once() {
+        let expected = [
+            hierarchy(Path::new("/c/cpu,cpuacct"), false, &["cpu", "cpuacct"]),
+            hierarchy(Path::new("/c/a b"), false, &["memory"]),
+            hierarchy(Path::new("/c/unified"), true, &[]),
+        ];
+        assert_eq!(parse(MOUNTS), expected);
+        let memberships = "4:memory:/m\n1:cpu,cpuacct:/c:d\n0::/two\n";
+        let homes: Vec<_> = expected
+            .iter()
+            .map(|one| home_in(memberships, one))
+            .collect();
+        assert_eq!(homes, [Some("/c:d"), Some("/m"), Some("/two")]);
+    }
+
+    fn setting(controller: &'static str, v2: &str, v1: &str) -> Setting {
+        Setting {
+            controllers: (controller, controller),
+            v2: Some((v2.to_owned(), "2".to_owned())),
+            v1: Some((v1.to_owned(), "1".to_owned())),
+        }
+    }
+
+    /// Recorded: folders in place of groups.
+    #[test]
+    fn limits_go_to_the_version_that_has_the_controller() {
+        let top = std::env::temp_dir().join(format!("mayfly-oci-cgroup-{}", std::process::id()));
+        let (one, two) = (top.join("one"), top.join("two"));
+        let groups = Groups::at(
+            Path::new("a/b"),
+            vec![
+                hierarchy(&one, false, &["cpu", "memory"]),
+                hierarchy(&two, true, &["memory"]),
+            ],
+        );
+        for mount in [&one, &two] {
+            std::fs::create_dir_all(mount.join("a/b")).unwrap();
+        }
+        std::fs::write(two.join("a/b/memory.max"), "").unwrap();
+        std::fs::write(one.join("a/b/cpu.shares"), "").unwrap();
+        let mut notes = Vec::new();
+        let settings = [
+            setting("memory", "memory.max", "memory.limit_in_bytes"),
+            setting("cpu", "cpu.weight", "cpu.shares"),
+            setting("memory", "memory.swap.max", "memory.memsw.limit_in_bytes"),
+        ];
+        groups.set(&settings, &mut notes).unwrap();
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap();
+        assert_eq!(read(two.join("a/b/memory.max")), "2\n");
+        assert_eq!(read(one.join("a/b/cpu.shares")), "1\n");
+        assert!(
+            notes.iter().all(|note| note.starts_with("memory.swap.max")),
+            "{notes:?}"
+        );
+        for (setting, expected) in [
+            (setting("pids", "pids.max", "pids.max"), "pids.max"),
+            (setting("cpu", "cpu.max", "cpu.nonsense"), "cpu.nonsense"),
+        ] {
+            let error = groups.set(&[setting], &mut notes).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+        let made = Groups::made(&groups.paths(), parse(""));
+        assert!(made.paths().is_empty());
+        std::fs::remove_dir_all(&top).unwrap();
+    }
+}

@@ -1,0 +1,323 @@
+//! The commands: what each does with a container, in the order in which a container meets them.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+
+use oci_spec::runtime::LinuxResources;
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::iterator::Signals;
+
+use crate::args::{self, Command, Create, Global};
+use crate::bundle;
+use crate::error::{AnyError, Log, Step as _};
+use crate::host::Host;
+use crate::jailer::Jailer;
+use crate::lifecycle::{self, Kind, Status, status};
+use crate::process;
+use crate::state::{self, Held, Record, StateError};
+use crate::templates;
+
+mod exec;
+
+/// A container is not in the state that a command needs.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    // Engines look for these words.
+    #[error("cannot {0} the container: container not running")]
+    NotRunning(&'static str),
+    #[error("cannot {0} the container: it is {1}")]
+    State(&'static str, &'static str),
+    #[error("cannot change the container: it has no control groups (linux.cgroupsPath)")]
+    NoGroups,
+    #[error("cannot write {0}: it is there already")]
+    ConfigExists(PathBuf),
+}
+
+/// Does what was asked for; the exit code.
+pub fn execute(global: &Global, command: Command, log: &Log) -> Result<u8, AnyError> {
+    let host = || Host::new(global);
+    match command {
+        Command::Help => print(args::HELP)?,
+        Command::Version => print(&templates::version())?,
+        Command::Features => print(&pretty(&templates::features()))?,
+        Command::Spec(bundle) => spec(&bundle)?,
+        Command::Create(create) => {
+            lifecycle::create(&host()?, log, &create, global.has_no_network, Kind::Created)?;
+        }
+        Command::Run(create, is_detached) => {
+            return run(&host()?, log, &create, global.has_no_network, is_detached);
+        }
+        Command::Start(id) => start(&host()?, &id)?,
+        Command::State(id) => print_state(&host()?, &id)?,
+        Command::Kill(id, signal) => kill(&host()?, &id, signal)?,
+        Command::Delete(id, is_forced) => delete(&host()?, &id, is_forced)?,
+        Command::Exec(exec) => return exec::exec(&host()?, exec),
+        Command::Ps(id, as_json) => ps(&host()?, &id, as_json)?,
+        Command::Pause(id) => freeze(&host()?, &id, true)?,
+        Command::Resume(id) => freeze(&host()?, &id, false)?,
+        Command::Update(id, file) => update(&host()?, log, &id, file.as_deref())?,
+    }
+    Ok(0)
+}
+
+fn print(text: &str) -> Result<(), AnyError> {
+    Ok(std::io::stdout().write_all(text.as_bytes()).step("print")?)
+}
+
+fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+fn spec(bundle: &Path) -> Result<(), AnyError> {
+    let path = bundle.join("config.json");
+    let opened = File::options().write(true).create_new(true).open(&path);
+    if opened
+        .as_ref()
+        .is_err_and(|error| error.kind() == std::io::ErrorKind::AlreadyExists)
+    {
+        return Err(CommandError::ConfigExists(path).into());
+    }
+    let mut file = opened.step_on("make", &path)?;
+    Ok(file
+        .write_all(pretty(&templates::config()).as_bytes())
+        .step_on("write", &path)?)
+}
+
+/// What a command works on.
+struct Target {
+    record: Record,
+    folder: PathBuf,
+    jailer: Jailer,
+    status: Status,
+}
+
+impl Target {
+    fn find(host: &Host, id: &str) -> Result<Target, AnyError> {
+        let record = state::read(&host.root, id)?;
+        let jailer = Jailer::find()?;
+        let status = status(&host.root, &record, &jailer);
+        let folder = state::folder(&host.root, id);
+        Ok(Target {
+            record,
+            folder,
+            jailer,
+            status,
+        })
+    }
+
+    /// Makes sure of its state.
+    fn needs(&self, work: &'static str, wanted: Status) -> Result<(), CommandError> {
+        match self.status {
+            found if found == wanted => Ok(()),
+            Status::Stopped => Err(CommandError::NotRunning(work)),
+            found => Err(CommandError::State(work, found.name())),
+        }
+    }
+
+    fn ask(&self, request: &str, more: &[&str]) -> Result<String, AnyError> {
+        self.jailer
+            .ask(&self.folder, &self.record.id, request, more)
+    }
+}
+
+fn start(host: &Host, id: &str) -> Result<(), AnyError> {
+    let _held = state::hold(&host.root, id)?;
+    let target = Target::find(host, id)?;
+    target.needs("start", Status::Created)?;
+    target.ask("start", &[]).map(drop)
+}
+
+/// Has all of a container stand still on the host, or go on.
+fn freeze(host: &Host, id: &str, is_frozen: bool) -> Result<(), AnyError> {
+    let held = state::hold(&host.root, id)?;
+    let target = Target::find(host, id)?;
+    match is_frozen {
+        true => target.needs("pause", Status::Running)?,
+        false => target.needs("resume", Status::Paused)?,
+    }
+    if held.record.groups.is_empty() {
+        return Err(CommandError::NoGroups.into());
+    }
+    lifecycle::groups(&held.record)?.freeze(is_frozen)
+}
+
+fn print_state(host: &Host, id: &str) -> Result<(), AnyError> {
+    let Target { record, status, .. } = Target::find(host, id)?;
+    let pid = record
+        .process
+        .as_ref()
+        .filter(|_| status != Status::Stopped);
+    print(&pretty(&json!({
+        "ociVersion": templates::OCI_VERSION,
+        "id": id,
+        "status": status.name(),
+        "pid": pid.map_or(0, |known| known.pid),
+        "bundle": record.bundle,
+        "rootfs": record.bundle.join("rootfs"),
+        "created": record.created,
+        "annotations": record.annotations,
+    })))
+}
+
+fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
+    let target = Target::find(host, id)?;
+    let pidfd = target
+        .record
+        .process
+        .as_ref()
+        .and_then(process::Known::open);
+    let Some(pidfd) = pidfd.filter(|_| target.status != Status::Stopped) else {
+        return Err(CommandError::NotRunning("signal").into());
+    };
+    if signal == SIGKILL {
+        // The microVM ends whatever its guest does, also while it stands still.
+        process::send(&pidfd, signal).step("end the microVM")?;
+        if target.status == Status::Paused {
+            lifecycle::groups(&target.record)?.freeze(false)?;
+        }
+        return Ok(());
+    }
+    if target.status == Status::Paused {
+        return Err(CommandError::State("signal", Status::Paused.name()).into());
+    }
+    target.ask("signal", &[&signal.to_string()]).map(drop)
+}
+
+fn delete(host: &Host, id: &str, is_forced: bool) -> Result<(), AnyError> {
+    let held = match state::hold(&host.root, id) {
+        // Engines delete twice.
+        Err(error) if is_forced && matches!(error.downcast_ref(), Some(StateError::Missing)) => {
+            return Ok(());
+        }
+        held => held?,
+    };
+    if !is_forced
+        && let Some(known) = &held.record.process
+        && known.is_there()
+    {
+        let found = status(&host.root, &held.record, &Jailer::find()?);
+        // One that was never started may be removed.
+        if !matches!(found, Status::Created | Status::Stopped) {
+            return Err(CommandError::State("delete", found.name()).into());
+        }
+    }
+    lifecycle::destroy(host, held)
+}
+
+fn ps(host: &Host, id: &str, as_json: bool) -> Result<(), AnyError> {
+    let target = Target::find(host, id)?;
+    if matches!(target.status, Status::Stopped | Status::Creating) {
+        return Err(CommandError::NotRunning("list the processes of").into());
+    }
+    // On this host, where engines look them up, the microVM is one process.
+    let known = target.record.process.map(|known| known.pid);
+    let pids: Vec<i32> = known.into_iter().collect();
+    let table = || {
+        pids.iter()
+            .map(|pid| format!("{pid}\n"))
+            .collect::<String>()
+    };
+    match as_json {
+        true => print(&format!("{}\n", json!(pids))),
+        false => print(&format!("PID\n{}", table())),
+    }
+}
+
+fn update(host: &Host, log: &Log, id: &str, file: Option<&Path>) -> Result<(), AnyError> {
+    let mut text = Vec::new();
+    match file {
+        Some(path) => text = std::fs::read(path).step_on("read", path)?,
+        None => drop(
+            std::io::stdin()
+                .read_to_end(&mut text)
+                .step("read standard input")?,
+        ),
+    }
+    let mut parser = serde_json::Deserializer::from_slice(&text);
+    let resources: LinuxResources =
+        serde_path_to_error::deserialize(&mut parser).step("understand the resources")?;
+    let held = state::hold(&host.root, id)?;
+    let target = Target::find(host, id)?;
+    if target.status == Status::Stopped {
+        return Err(CommandError::NotRunning("update").into());
+    }
+    if held.record.groups.is_empty() {
+        return Err(CommandError::NoGroups.into());
+    }
+    lifecycle::update(&held.record, &resources, log)
+}
+
+/// Creates and starts a container, and waits for its end unless it is to be left alone.
+fn run(
+    host: &Host,
+    log: &Log,
+    create: &Create,
+    has_no_network: bool,
+    is_detached: bool,
+) -> Result<u8, AnyError> {
+    let kind = if is_detached {
+        Kind::Created
+    } else {
+        Kind::Foreground
+    };
+    // A signal from here on is the container's, or ends the wait for it.
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT]);
+    let signals = signals.step("hold back signals")?;
+    let (held, child) = lifecycle::create(host, log, create, has_no_network, kind)?;
+    let started = start_held(host, &held);
+    if let Err(error) = started {
+        lifecycle::destroy(host, held)?;
+        return Err(error);
+    }
+    if is_detached {
+        return Ok(0);
+    }
+    drop(held);
+    let code = wait(child, signals)?;
+    // Another command may have removed it.
+    match state::hold(&host.root, &create.id) {
+        Ok(held) => lifecycle::destroy(host, held)?,
+        Err(error) if matches!(error.downcast_ref(), Some(StateError::Missing)) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(code)
+}
+
+fn start_held(host: &Host, held: &Held) -> Result<(), AnyError> {
+    let target = Target::find(host, &held.record.id)?;
+    target.needs("start", Status::Created)?;
+    target.ask("start", &[]).map(drop)
+}
+
+/// Passes signals on until the container ends; its exit code.
+fn wait(mut child: Child, mut signals: Signals) -> Result<u8, AnyError> {
+    use std::os::unix::process::ExitStatusExt as _;
+    let handle = signals.handle();
+    let pid = rustix::process::Pid::from_child(&child);
+    let pidfd: Option<OwnedFd> =
+        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok();
+    let passes = std::thread::spawn(move || {
+        for signal in signals.forever() {
+            if let Some(pidfd) = &pidfd {
+                let _ = process::send(pidfd, signal);
+            }
+        }
+    });
+    let status = child.wait().step("wait for the container");
+    handle.close();
+    let _ = passes.join();
+    let status = status?;
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
+    Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(255))
+}
+
+/// What a container's config.json says its process is.
+fn process_of(record: &Record) -> Result<serde_json::Map<String, Value>, AnyError> {
+    Ok(bundle::read(&record.bundle)?.process)
+}

@@ -1,0 +1,225 @@
+//! What this host has for containers: the programs, the guest's kernel, and the settings of
+//! `/etc/mayfly/oci.json`. Only looks.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::args::Global;
+use crate::error::{AnyError, Step as _};
+
+/// Where the settings are.
+const SETTINGS: &str = "/etc/mayfly/oci.json";
+/// The state folder of root.
+const ROOT: &str = "/run/mayfly-oci";
+
+/// The settings; docs/podman.md has them.
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The guest's kernel.
+    pub kernel: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: Option<String>,
+    /// MiB of guest memory for a container without a limit.
+    pub memory_mib: u64,
+    /// Processors of a container without a quota.
+    pub vcpus: u64,
+    /// Where disks of images are kept.
+    pub cache: Option<PathBuf>,
+    /// How large that may become, in MiB.
+    pub cache_mib: Option<u64>,
+    /// The users for monitors, where root runs this: the first, and how many.
+    pub uids: (u32, u32),
+    /// Seconds that a guest may take until it is ready.
+    pub ready_seconds: u64,
+    /// Names of engines' processes: a container ends with its own.
+    pub end_with: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            kernel: None,
+            cmdline: None,
+            memory_mib: 256,
+            vcpus: 1,
+            cache: None,
+            cache_mib: None,
+            // Between the numbers that systemd gives to containers and those that programs take for
+            // negative.
+            uids: (1_900_000_000, 65_536),
+            ready_seconds: 180,
+            end_with: ["conmon", "containerd-shim"].map(str::to_owned).into(),
+        }
+    }
+}
+
+/// A setting, a program or a file is missing.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    #[error(
+        "cannot find the guest's kernel: name it in {SETTINGS} (\"kernel\"), in the environment (MAYFLY_KERNEL) or with \
+         --kernel"
+    )]
+    NoKernel,
+    #[error("cannot use the kernel {0}: there is no such file")]
+    MissingKernel(PathBuf),
+    #[error("cannot find {0}: it is neither beside {1} nor in PATH")]
+    NoProgram(&'static str, PathBuf),
+    #[error("cannot use the settings {0}: {1}")]
+    Settings(PathBuf, &'static str),
+}
+
+/// What this host has.
+#[derive(Debug)]
+pub struct Host {
+    /// The settings.
+    pub settings: Settings,
+    kernel: Option<PathBuf>,
+    /// The folder of all containers' states.
+    pub root: PathBuf,
+}
+
+impl Host {
+    /// Reads the settings.
+    pub fn new(global: &Global) -> Result<Host, AnyError> {
+        let settings = match &global.config {
+            Some(path) => read(path)?,
+            None => match read(Path::new(SETTINGS)) {
+                Err(error) if is_missing(&error) => Settings::default(),
+                other => other?,
+            },
+        };
+        let given = global.kernel.clone();
+        let given = given.or_else(|| std::env::var_os("MAYFLY_KERNEL").map(PathBuf::from));
+        Ok(Host {
+            kernel: given.or_else(|| settings.kernel.clone()),
+            settings,
+            root: std::path::absolute(global.root.clone().unwrap_or_else(default_root))?,
+        })
+    }
+
+    /// The guest's kernel.
+    pub fn kernel(&self) -> Result<PathBuf, HostError> {
+        let kernel = self.kernel.as_ref().ok_or(HostError::NoKernel)?;
+        match std::path::absolute(kernel) {
+            Ok(path) if path.is_file() => Ok(path),
+            _ => Err(HostError::MissingKernel(kernel.clone())),
+        }
+    }
+}
+
+/// A program of ours.
+pub fn program(name: &'static str) -> Result<PathBuf, AnyError> {
+    let own = std::env::current_exe().step("find this program")?;
+    let beside = own.with_file_name(name);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
+    let mut places = [beside]
+        .into_iter()
+        .chain(folders.map(|folder| folder.join(name)));
+    let found = places.find(|place| place.is_file());
+    Ok(found.ok_or(HostError::NoProgram(name, own))?)
+}
+
+fn default_root() -> PathBuf {
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return ROOT.into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) => Path::new(&runtime).join("mayfly-oci"),
+        None => format!("/tmp/mayfly-oci-{}", uid.as_raw()).into(),
+    }
+}
+
+fn is_missing(error: &AnyError) -> bool {
+    let cause = error
+        .source()
+        .and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+}
+
+fn read(path: &Path) -> Result<Settings, AnyError> {
+    let text = std::fs::read(path).step_on("read the settings", path)?;
+    let mut parser = serde_json::Deserializer::from_slice(&text);
+    let settings: Settings =
+        serde_path_to_error::deserialize(&mut parser).step_on("use the settings", path)?;
+    settings
+        .check()
+        .map_err(|why| HostError::Settings(path.to_owned(), why))?;
+    Ok(settings)
+}
+
+impl Settings {
+    fn check(&self) -> Result<(), &'static str> {
+        let (first, count) = self.uids;
+        if first == 0 || !(1..=1 << 20).contains(&count) || first.checked_add(count).is_none() {
+            return Err(
+                "uids must be the first number, above 0, and how many there are, at most 1048576",
+            );
+        }
+        if !(1..=32).contains(&self.vcpus) {
+            return Err("vcpus must be 1 to 32");
+        }
+        if self.memory_mib < 64 {
+            return Err("memory_mib must be 64 or more");
+        }
+        match self.ready_seconds {
+            0 => Err("ready_seconds must be above 0"),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::message;
+
+    fn read_text(text: &str) -> Result<Settings, String> {
+        let path =
+            std::env::temp_dir().join(format!("mayfly-oci-{}-{}", std::process::id(), text.len()));
+        std::fs::write(&path, text).unwrap();
+        let settings = read(&path).map_err(|error| message(&*error));
+        std::fs::remove_file(&path).unwrap();
+        settings
+    }
+
+    #[test]
+    fn settings_that_are_left_out_have_their_default() {
+        let expected = Settings {
+            kernel: Some("/k".into()),
+            ..Settings::default()
+        };
+        assert_eq!(read_text("{\"kernel\": \"/k\"}"), Ok(expected));
+    }
+
+    #[test]
+    fn settings_that_cannot_be_used_are_named() {
+        for (text, expected) in [
+            ("{\"kernels\": \"/k\"}", "kernels"),
+            ("{\"memory_mib\": \"x\"}", "memory_mib"),
+            ("{\"memory_mib\": 12}", "64 or more"),
+            ("{\"vcpus\": 0}", "1 to 32"),
+            ("{\"uids\": [0, 10]}", "uids"),
+            ("{\"uids\": [4294967295, 10 ]}", "uids"),
+            ("{\"ready_seconds\": 0}", "ready_seconds"),
+        ] {
+            let error = read_text(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn settings_that_are_missing_are_no_error_unless_they_were_named() {
+        let error = read(Path::new("/nonexistent/oci.json")).unwrap_err();
+        assert!(is_missing(&error), "{error}");
+        let global = Global {
+            config: Some("/nonexistent/oci.json".into()),
+            ..Global::default()
+        };
+        assert!(Host::new(&global).is_err());
+    }
+}

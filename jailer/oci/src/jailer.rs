@@ -1,0 +1,223 @@
+//! `mayfly-jailer`, which runs the microVMs: its command lines, and what it answers.
+//!
+//! A container is one process of it (`run --hold`), which stands for the container to the engine: it has
+//! the container's standard streams, and ends as its command does. All other commands ask that process,
+//! by a socket in the container's folder, which is their working folder: so its path is short whatever
+//! the engine calls its folders.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde::Deserialize;
+
+use crate::bundle::Container;
+use crate::bundle::resources;
+use crate::error::AnyError;
+use crate::host;
+
+/// The process, in the container's folder.
+pub const PROCESS: &str = "process.json";
+/// How the container ended, in its folder.
+pub const REPORT: &str = "exit.json";
+
+/// The jailer refused, in its own words.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(String);
+
+/// It failed with the container's standard error, where its message is.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Told(pub String);
+
+/// The program.
+#[derive(Debug)]
+pub struct Jailer(PathBuf);
+
+/// What a container's process says of itself.
+#[derive(Debug, Deserialize)]
+pub struct Answer {
+    /// `creating`, `created`, `running`, `paused` or `stopped`.
+    pub status: String,
+}
+
+/// What is to be run besides what config.json says.
+#[derive(Debug)]
+pub struct Machine<'a> {
+    pub id: &'a str,
+    /// The disk that the root is made of.
+    pub disk: &'a Path,
+    pub kernel: &'a Path,
+    /// Its command line, if not the usual one.
+    pub cmdline: Option<&'a str>,
+    pub memory_mib: u64,
+    pub vcpus: u64,
+    pub uid: Option<u32>,
+    /// The number of the descriptor that is told when it is ready.
+    pub ready: i32,
+    /// The engine's socket, to which its terminal is sent.
+    pub console: Option<&'a Path>,
+    /// The number of a descriptor of the engine's process, with which it ends.
+    pub starter: Option<i32>,
+    /// Ends with the process that starts it.
+    pub is_in_foreground: bool,
+    /// Limits of groups of its own, where the engine names none.
+    pub limits: Vec<String>,
+}
+
+impl Jailer {
+    /// Finds it.
+    pub fn find() -> Result<Jailer, AnyError> {
+        host::program("mayfly-jailer").map(Jailer)
+    }
+
+    /// A command of it, in the container's folder.
+    pub fn command(&self, folder: &Path, words: &[OsString]) -> Command {
+        let mut command = Command::new(&self.0);
+        command.args(words).current_dir(folder);
+        command
+    }
+
+    /// Asks something of the container `id`; what it prints.
+    pub fn ask(
+        &self,
+        folder: &Path,
+        id: &str,
+        request: &str,
+        more: &[&str],
+    ) -> Result<String, AnyError> {
+        let words: Vec<OsString> = [request, id]
+            .iter()
+            .chain(more)
+            .chain(&["--runtime-dir", "."])
+            .map(OsString::from)
+            .collect();
+        let mut command = self.command(folder, &words);
+        let output = command.stdin(Stdio::null()).output()?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        let text = text.trim().trim_start_matches("mayfly-jailer: ");
+        Err(Refused(text.to_owned()).into())
+    }
+
+    /// What the container `id` says of itself; nothing if it does not answer.
+    pub fn state(&self, folder: &Path, id: &str) -> Option<Answer> {
+        serde_json::from_str(&self.ask(folder, id, "state", &[]).ok()?).ok()
+    }
+}
+
+/// The words that run a container.
+pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> {
+    let mut words = Words::default();
+    words.add("run");
+    words.option("--id", machine.id);
+    words.option("--runtime-dir", ".");
+    let mut image = machine.disk.as_os_str().to_owned();
+    if container.is_read_only {
+        image.push(":ro");
+    }
+    words.option("--image", &image);
+    words.option("--kernel", machine.kernel);
+    if let Some(cmdline) = machine.cmdline {
+        words.option("--cmdline", cmdline);
+    }
+    words.option("--memory", machine.memory_mib.to_string());
+    words.option("--vcpus", machine.vcpus.to_string());
+    words.option("--hostname", hostname(container, machine.id));
+    words.option("--process", PROCESS);
+    words.option("--exit-report", REPORT);
+    words.add("--hold");
+    words.option("--ready-fd", machine.ready.to_string());
+    if let Some(uid) = machine.uid {
+        words.option("--uid", uid.to_string());
+        words.option("--gid", uid.to_string());
+    }
+    if machine.is_in_foreground {
+        words.add("--with-parent");
+    }
+    if let Some(number) = machine.starter {
+        words.option("--end-with-fd", number.to_string());
+    }
+    match machine.console {
+        Some(path) => words.option("--console-socket", path),
+        None => words.add("-i"),
+    }
+    for (from, to) in &container.mounts.copies {
+        words.option("--copy-in", pair(from, to.as_os_str()));
+    }
+    for (to, options) in &container.mounts.tmpfs {
+        let options = OsString::from(options.join(","));
+        match options.is_empty() {
+            true => words.option("--tmpfs", to),
+            false => words.option("--tmpfs", pair(to, &options)),
+        }
+    }
+    machine
+        .limits
+        .iter()
+        .for_each(|limit| words.option("--limit", limit));
+    words.0
+}
+
+#[derive(Default)]
+struct Words(Vec<OsString>);
+
+impl Words {
+    fn add(&mut self, word: impl AsRef<OsStr>) {
+        self.0.push(word.as_ref().to_owned());
+    }
+
+    fn option(&mut self, name: &str, value: impl AsRef<OsStr>) {
+        self.add(name);
+        self.add(value);
+    }
+}
+
+fn pair(from: &Path, to: &OsStr) -> OsString {
+    let mut pair = from.as_os_str().to_owned();
+    pair.push(":");
+    pair.push(to);
+    pair
+}
+
+/// The guest's name: the engine's, or the beginning of the id.
+fn hostname(container: &Container, id: &str) -> String {
+    let short = || {
+        let plain = id
+            .chars()
+            .filter(|it| it.is_ascii_alphanumeric() || *it == '-');
+        plain.take(12).collect()
+    };
+    container.hostname.clone().unwrap_or_else(short)
+}
+
+/// The limits of groups that the jailer makes itself, where the engine names no group.
+pub fn limits(container: &Container) -> Vec<String> {
+    let mut limits = Vec::new();
+    let resources = &container.resources;
+    let memory = resources
+        .memory()
+        .as_ref()
+        .and_then(|memory| memory.limit());
+    if let Some(bytes) = memory.filter(|bytes| *bytes > 0) {
+        limits.push(format!("memory={bytes}"));
+    }
+    let cpu = resources.cpu().as_ref();
+    let quota = cpu.and_then(|cpu| cpu.quota()).filter(|quota| *quota > 0);
+    if let Some(quota) = quota {
+        let period = cpu
+            .and_then(|cpu| cpu.period())
+            .filter(|period| *period > 0)
+            .unwrap_or(resources::PERIOD_US);
+        let thousandths = u64::try_from(quota).unwrap_or(0).saturating_mul(1000) / period;
+        limits.push(format!(
+            "cpus={}.{:03}",
+            thousandths / 1000,
+            thousandths % 1000
+        ));
+    }
+    limits
+}

@@ -1,0 +1,391 @@
+//! A container from nothing to ready, and from whatever is left of it to nothing.
+//!
+//! `create` makes everything in one order, and `destroy` undoes whatever of it is there: the one way to
+//! undo, also for a `create` that failed or was killed half-way.
+
+use std::io::Read as _;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Duration;
+
+use oci_spec::runtime::LinuxResources;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FlockOperation;
+use rustix::io::FdFlags;
+use rustix::pipe::PipeFlags;
+
+use crate::accounts::Accounts;
+use crate::args::Create;
+use crate::bundle::{self, Container, Network, process_text, refuse, resources};
+use crate::cgroup::{self, Groups, Home};
+use crate::error::{self, AnyError, Level, Log, Step as _};
+use crate::host::Host;
+use crate::image::Disk;
+use crate::jailer::{self, Jailer, Machine, Told};
+use crate::process::{self, Known};
+use crate::state::{self, Held, Record};
+
+/// How long a process that was killed may take to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long those that tidy up behind it may take, before they are killed too.
+const TIDY: Duration = Duration::from_secs(5);
+
+/// A container cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum LifecycleError {
+    #[error(
+        "cannot create the container: process.terminal is true, and there is no --console-socket to send it to"
+    )]
+    NoConsoleSocket,
+    #[error(
+        "cannot create the container: --console-socket is given, and process.terminal is false"
+    )]
+    NoTerminal,
+    #[error(
+        "cannot create the container: its guest was not ready after {0} seconds (\"ready_seconds\" in oci.json)"
+    )]
+    NotReady(u64),
+    #[error("cannot remove the container {0}: its process {1} does not end")]
+    DoesNotEnd(String, i32),
+}
+
+/// How a container is to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// For an engine, which has its standard streams.
+    Created,
+    /// For the program that waits for it, with which it ends.
+    Foreground,
+}
+
+/// What a container is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Creating,
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+impl Status {
+    /// Its name, as engines read it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Status::Creating => "creating",
+            Status::Created => "created",
+            Status::Running => "running",
+            Status::Paused => "paused",
+            Status::Stopped => "stopped",
+        }
+    }
+}
+
+/// Finds out what a container is, from its process.
+pub fn status(root: &Path, record: &Record, jailer: &Jailer) -> Status {
+    let folder = state::folder(root, &record.id);
+    let Some(process) = &record.process else {
+        return match is_being_made(&folder) {
+            true => Status::Creating,
+            false => Status::Stopped,
+        };
+    };
+    if !process.is_there() {
+        return Status::Stopped;
+    }
+    // It answers nothing then.
+    if groups(record).is_ok_and(|groups| groups.is_frozen()) {
+        return Status::Paused;
+    }
+    match jailer
+        .state(&folder, &record.id)
+        .as_ref()
+        .map(|answer| answer.status.as_str())
+    {
+        Some("created") => Status::Created,
+        Some("running") => Status::Running,
+        Some("paused") => Status::Paused,
+        Some("stopped") => Status::Stopped,
+        // It does not answer yet, or not any more.
+        _ if process.is_there() => Status::Creating,
+        _ => Status::Stopped,
+    }
+}
+
+/// A container's control groups.
+pub fn groups(record: &Record) -> Result<Groups, AnyError> {
+    Ok(Groups::made(&record.groups, cgroup::hierarchies()?))
+}
+
+/// Whether a `create` has hold of it.
+fn is_being_made(folder: &Path) -> bool {
+    let lock = std::fs::File::open(folder);
+    lock.is_ok_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
+}
+
+/// Makes a container, whose guest is ready then. On an error nothing is left of it.
+pub fn create(
+    host: &Host,
+    log: &Log,
+    create: &Create,
+    has_no_network: bool,
+    kind: Kind,
+) -> Result<(Held, Child), AnyError> {
+    let bundle = std::path::absolute(&create.bundle)?;
+    let mut container = bundle::read(&bundle)?;
+    if has_no_network {
+        container.network = Network::None;
+    }
+    if let Network::Namespace(path) = &container.network {
+        let why = format!(
+            "the network of {} cannot be given to a microVM yet; use none (podman --network none)",
+            path.display()
+        );
+        return Err(refuse::<()>("linux.namespaces", why).unwrap_err().into());
+    }
+    check_terminal(&container, create, kind)?;
+    let kernel = host.kernel()?;
+    let jailer = Jailer::find()?;
+    let groups = match &container.cgroup {
+        Some(below) => Groups::at(below, cgroup::hierarchies()?),
+        None => Groups::made(&[], Vec::new()),
+    };
+    let record = Record {
+        id: create.id.clone(),
+        bundle,
+        created: error::now(),
+        annotations: container.annotations.clone(),
+        groups: groups.paths(),
+        above: groups.missing_above(),
+        ..Record::default()
+    };
+    let mut held = state::create(&host.root, record)?;
+    let home = Home::find(&cgroup::hierarchies()?);
+    let making = Making {
+        host,
+        container: &container,
+        create,
+        kind,
+        kernel,
+        jailer,
+        groups,
+    };
+    match making.make(&mut held, log) {
+        Ok(child) => {
+            // It goes on outside of what it waits for.
+            if kind == Kind::Foreground {
+                home.enter();
+            }
+            Ok((held, child))
+        }
+        Err(error) => {
+            home.enter();
+            if let Err(left) = destroy(host, held) {
+                log.write(Level::Error, &error::message(&*left));
+            }
+            Err(error)
+        }
+    }
+}
+
+fn check_terminal(
+    container: &Container,
+    create: &Create,
+    kind: Kind,
+) -> Result<(), LifecycleError> {
+    match (container.has_terminal, &create.console_socket) {
+        (true, None) if kind == Kind::Created => Err(LifecycleError::NoConsoleSocket),
+        (false, Some(_)) => Err(LifecycleError::NoTerminal),
+        _ => Ok(()),
+    }
+}
+
+struct Making<'a> {
+    host: &'a Host,
+    container: &'a Container,
+    create: &'a Create,
+    kind: Kind,
+    kernel: PathBuf,
+    jailer: Jailer,
+    groups: Groups,
+}
+
+impl Making<'_> {
+    fn make(&self, held: &mut Held, log: &Log) -> Result<Child, AnyError> {
+        let mut notes = self.container.notes.clone();
+        if rustix::process::geteuid().is_root() {
+            let folder = held.path().to_owned();
+            Accounts::new(self.host.settings.uids).take(&folder, |uid| {
+                held.record.uid = Some(uid);
+                held.write()
+            })?;
+        }
+        let disk = Disk::of(&self.container.root, &self.host.settings, &mut notes)?;
+        held.write_file(jailer::PROCESS, &process_text(&self.container.process)?)?;
+        let settings = resources::settings(&self.container.resources);
+        if !self.groups.paths().is_empty() {
+            self.groups.make()?;
+            self.groups.set(&settings, &mut notes)?;
+            self.groups.enter()?;
+        }
+        notes
+            .iter()
+            .for_each(|note| log.write(Level::Warning, &format!("config.json: {note}")));
+        let (ready, told) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("make a pipe")?;
+        let mut child = self.start(held, disk.path(), &told)?;
+        drop(told);
+        if let Err(error) = self.wait_until_ready(held, &mut child, ready) {
+            // It is this process's child: no other waits for it.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+        if let Some(path) = &self.create.pid_file {
+            state::replace(path, child.id().to_string().as_bytes(), 0o644)?;
+        }
+        Ok(child)
+    }
+
+    fn start(&self, held: &mut Held, disk: &Path, told: &OwnedFd) -> Result<Child, AnyError> {
+        let own = Path::new(&self.create.id);
+        let console = self
+            .create
+            .console_socket
+            .as_deref()
+            .map(std::path::absolute)
+            .transpose()?;
+        let starter = match self.kind {
+            Kind::Created => process::starter(&self.host.settings.end_with),
+            Kind::Foreground => None,
+        };
+        let container = self.container;
+        let machine = Machine {
+            id: &self.create.id,
+            disk,
+            kernel: &self.kernel,
+            cmdline: self.host.settings.cmdline.as_deref(),
+            memory_mib: resources::memory_mib(&container.resources, self.host.settings.memory_mib)?,
+            vcpus: resources::vcpus(&container.resources, self.host.settings.vcpus),
+            uid: held.record.uid,
+            ready: told.as_raw_fd(),
+            console: console.as_deref(),
+            starter: starter.as_ref().map(AsRawFd::as_raw_fd),
+            is_in_foreground: self.kind == Kind::Foreground,
+            limits: if self.groups.paths().is_empty() {
+                jailer::limits(container)
+            } else {
+                Vec::new()
+            },
+        };
+        let words = jailer::run_words(container, &machine);
+        // For this one child.
+        for passed in [Some(told), starter.as_ref()].into_iter().flatten() {
+            rustix::io::fcntl_setfd(passed, FdFlags::empty()).step("pass a descriptor")?;
+        }
+        let mut child = self.jailer.command(held.path(), &words);
+        let child = child.spawn().step_on("start mayfly-jailer for", own)?;
+        held.record.process = Known::of(child.id() as i32);
+        held.write()?;
+        Ok(child)
+    }
+
+    fn wait_until_ready(
+        &self,
+        held: &Held,
+        child: &mut Child,
+        ready: OwnedFd,
+    ) -> Result<(), AnyError> {
+        let seconds = self.host.settings.ready_seconds;
+        let patience = Timespec {
+            tv_sec: seconds.try_into().unwrap_or(i64::MAX),
+            tv_nsec: 0,
+        };
+        let wait = || poll(&mut [PollFd::new(&ready, PollFlags::IN)], Some(&patience));
+        let said = rustix::io::retry_on_intr(wait).step("wait for the guest")?;
+        if said == 0 {
+            return Err(LifecycleError::NotReady(seconds).into());
+        }
+        let mut byte = Vec::new();
+        std::fs::File::from(ready)
+            .read_to_end(&mut byte)
+            .step("wait for the guest")?;
+        if !byte.is_empty() {
+            return Ok(());
+        }
+        let ended = Known::of(child.id() as i32).and_then(|known| known.open());
+        if let Some(pidfd) = ended {
+            process::wait(&pidfd, TIDY);
+        }
+        Err(Told(reason(held.path())).into())
+    }
+}
+
+/// Why a container did not start, by the jailer's report. Its message went to the standard error that the
+/// container was to have.
+fn reason(folder: &Path) -> String {
+    let report = std::fs::read(folder.join(jailer::REPORT)).unwrap_or_default();
+    let report: serde_json::Value = serde_json::from_slice(&report).unwrap_or_default();
+    let sentence = report["sentence"].as_str().unwrap_or_default();
+    match sentence {
+        "" => "the microVM did not start; the container's standard error has the message of mayfly-jailer".to_owned(),
+        text => text.to_owned(),
+    }
+}
+
+/// Ends what is left of a container, and removes it.
+pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
+    let known = match &held.record.process {
+        Some(known) => vec![known.clone()],
+        // Its create was killed before it could write which one it is.
+        None => started_in(held.path(), &held.record.id),
+    };
+    for known in known {
+        let Some(pidfd) = known.open() else {
+            continue;
+        };
+        let _ = process::send(&pidfd, 9);
+        // One that stands still ends when it goes on.
+        if let Ok(groups) = groups(&held.record)
+            && groups.is_frozen()
+        {
+            groups.freeze(false)?;
+        }
+        if !process::wait(&pidfd, PATIENCE) {
+            return Err(LifecycleError::DoesNotEnd(held.record.id.clone(), known.pid).into());
+        }
+    }
+    if !held.record.groups.is_empty() {
+        let groups = groups(&held.record)?;
+        let until = std::time::Instant::now() + TIDY;
+        while !groups.are_empty() && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        groups.remove(&held.record.above)?;
+    }
+    if let Some(uid) = held.record.uid {
+        Accounts::new(host.settings.uids).give_back(uid, held.path());
+    }
+    held.remove()?;
+    Ok(())
+}
+
+/// Processes that were started for the container whose folder this is.
+fn started_in(folder: &Path, id: &str) -> Vec<Known> {
+    let found = process::with_words(&["--id", id, "--runtime-dir", "."]);
+    let is_ours = |known: &Known| {
+        std::fs::read_link(format!("/proc/{}/cwd", known.pid)).is_ok_and(|cwd| cwd == folder)
+    };
+    found.into_iter().filter(is_ours).collect()
+}
+
+/// Changes limits of a container that runs.
+pub fn update(record: &Record, resources: &LinuxResources, log: &Log) -> Result<(), AnyError> {
+    let mut notes = Vec::new();
+    resources::check(resources, &mut notes)?;
+    groups(record)?.set(&resources::settings(resources), &mut notes)?;
+    notes
+        .iter()
+        .for_each(|note| log.write(Level::Warning, note));
+    Ok(())
+}

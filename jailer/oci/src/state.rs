@@ -1,0 +1,324 @@
+//! The state folder: one folder for each container, with what the other commands have to know.
+//!
+//! ```text
+//!   ROOT/ID/state.json   what was made (a Record), written aside and renamed
+//!   ROOT/ID/process.json the process, for the jailer
+//!   ROOT/ID/exit.json    the jailer's report of how it ended
+//!   ROOT/ID/ID.sock      the jailer's socket
+//! ```
+//!
+//! - Whether a container runs is never read here: that is asked of its process.
+//! - A command that changes a container holds a lock on its folder, which the kernel takes back when the
+//!   command is killed. What was to be made stands in the record before it is made, so that `delete
+//!   --force` finds what a `create` that was killed has left.
+
+use std::collections::HashMap;
+use std::fs::{DirBuilder, File};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{AnyError, Step as _};
+use crate::process::Known;
+
+const RECORD: &str = "state.json";
+/// How long a command waits for another that changes the same container.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A container is there, or is not.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    // Engines look for these words.
+    #[error("container does not exist")]
+    Missing,
+    #[error("cannot create the container {0}: container with given ID already exists")]
+    Exists(String),
+    #[error("cannot use the container {0}: another command has been changing it for 30 seconds")]
+    Busy(String),
+    #[error(
+        "cannot use the state folder {0}: it is not this user's alone; remove it, or give another with --root"
+    )]
+    NotOwn(PathBuf),
+}
+
+/// What was made for a container, or is to be.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Record {
+    /// Its id.
+    pub id: String,
+    /// The bundle's folder.
+    pub bundle: PathBuf,
+    /// When it was created, as RFC 3339 has it.
+    pub created: String,
+    /// Of config.json.
+    pub annotations: HashMap<String, String>,
+    /// Folders of its control groups, in every hierarchy.
+    pub groups: Vec<PathBuf>,
+    /// Groups above those that were missing before.
+    pub above: Vec<PathBuf>,
+    /// The user of its monitor, where root runs this.
+    pub uid: Option<u32>,
+    /// The process that stands for it.
+    pub process: Option<Known>,
+}
+
+/// A container's folder, with its lock.
+#[derive(Debug)]
+pub struct Held {
+    path: PathBuf,
+    /// What is known of it.
+    pub record: Record,
+    _lock: File,
+}
+
+/// Where the folder of `id` is.
+pub fn folder(root: &Path, id: &str) -> PathBuf {
+    root.join(id)
+}
+
+/// Reads a container's record, which another command may be about to change.
+pub fn read(root: &Path, id: &str) -> Result<Record, AnyError> {
+    read_in(&folder(root, id))
+}
+
+fn read_in(folder: &Path) -> Result<Record, AnyError> {
+    let path = folder.join(RECORD);
+    match std::fs::read(&path) {
+        Ok(text) => Ok(serde_json::from_slice(&text).step_on("understand", &path)?),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(StateError::Missing.into())
+        }
+        Err(error) => Ok(Err(error).step_on("read", &path)?),
+    }
+}
+
+/// Makes the folder for a new container.
+pub fn create(root: &Path, record: Record) -> Result<Held, AnyError> {
+    make_root(root)?;
+    let path = folder(root, &record.id);
+    match DirBuilder::new().mode(0o700).create(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            return Err(StateError::Exists(record.id).into());
+        }
+        made => made.step_on("make the folder", &path)?,
+    }
+    let held = File::open(&path).step_on("open", &path).and_then(|folder| {
+        // It has no record yet: nothing but a delete takes hold of it before this does.
+        rustix::fs::flock(&folder, FlockOperation::LockExclusive).step_on("lock", &path)?;
+        Ok(folder)
+    });
+    let held = held.map(|lock| Held {
+        path: path.clone(),
+        record,
+        _lock: lock,
+    });
+    match held {
+        Ok(held) => {
+            held.write()?;
+            Ok(held)
+        }
+        Err(error) => {
+            let _ = std::fs::remove_dir(&path);
+            Err(error.into())
+        }
+    }
+}
+
+/// Takes hold of a container.
+pub fn hold(root: &Path, id: &str) -> Result<Held, AnyError> {
+    let path = folder(root, id);
+    let lock = match File::open(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(StateError::Missing.into());
+        }
+        opened => opened.step_on("open", &path)?,
+    };
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(5))
+            }
+            Err(Errno::WOULDBLOCK) => return Err(StateError::Busy(id.to_owned()).into()),
+            Err(error) => return Ok(Err(error).step_on("lock", &path)?),
+        }
+    }
+    // It may have been removed meanwhile, and made anew.
+    let is_same = |it: &std::fs::Metadata| lock.metadata().is_ok_and(|own| own.ino() == it.ino());
+    if !std::fs::metadata(&path).is_ok_and(|it| is_same(&it)) {
+        return Err(StateError::Missing.into());
+    }
+    let record = match read_in(&path) {
+        // Its maker was killed at once.
+        Err(error) if error.downcast_ref::<StateError>().is_some() => Record {
+            id: id.to_owned(),
+            ..Record::default()
+        },
+        other => other?,
+    };
+    Ok(Held {
+        path,
+        record,
+        _lock: lock,
+    })
+}
+
+impl Held {
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes what is known now.
+    pub fn write(&self) -> Result<(), AnyError> {
+        let text = serde_json::to_vec(&self.record).step("write the state")?;
+        self.write_file(RECORD, &text)
+    }
+
+    /// Writes a file of the folder, for this user alone.
+    pub fn write_file(&self, name: &str, text: &[u8]) -> Result<(), AnyError> {
+        Ok(replace(&self.path.join(name), text, 0o600)?)
+    }
+
+    /// Removes the folder.
+    pub fn remove(self) -> Result<(), AnyError> {
+        // The socket may go at the same time: its keeper removes it.
+        for _ in 0..8 {
+            match std::fs::remove_dir_all(&self.path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => continue,
+                _ => return Ok(()),
+            }
+        }
+        let removed = std::fs::remove_dir_all(&self.path);
+        Ok(removed.step_on("remove", &self.path)?)
+    }
+}
+
+/// Writes a file in place of another, so that a reader sees one of both.
+pub fn replace(path: &Path, text: &[u8], mode: u32) -> Result<(), crate::error::Failure> {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".{}.new", std::process::id()));
+    let written = || {
+        let mut options = File::options();
+        let mut file = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(mode)
+            .open(&aside)?;
+        file.write_all(text)?;
+        std::fs::rename(&aside, path)
+    };
+    let written = written();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&aside);
+    }
+    written.step_on("write", path)
+}
+
+/// Makes the folder of all containers, and makes sure that it is this user's alone.
+fn make_root(root: &Path) -> Result<(), AnyError> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(root);
+    made.step_on("make the state folder", root)?;
+    let found = std::fs::metadata(root).step_on("look at", root)?;
+    let is_own = found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
+    match is_own {
+        true => Ok(()),
+        false => Err(StateError::NotOwn(root.to_owned()).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Root(PathBuf);
+
+    impl Root {
+        fn new(test: &str) -> Root {
+            let path = std::env::temp_dir()
+                .join(format!("mayfly-oci-state-{test}-{}", std::process::id()));
+            Root(path)
+        }
+    }
+
+    impl Drop for Root {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn record(id: &str) -> Record {
+        Record {
+            id: id.to_owned(),
+            uid: Some(7),
+            ..Record::default()
+        }
+    }
+
+    fn is_missing(error: &AnyError) -> bool {
+        matches!(error.downcast_ref(), Some(StateError::Missing))
+    }
+
+    #[test]
+    fn container_is_there_from_create_to_remove() {
+        let root = Root::new("life");
+        assert!(is_missing(&read(&root.0, "a").unwrap_err()));
+        let held = create(&root.0, record("a")).unwrap();
+        assert_eq!(read(&root.0, "a").unwrap().uid, Some(7));
+        assert!(
+            create(&root.0, record("a"))
+                .unwrap_err()
+                .to_string()
+                .contains("already exists")
+        );
+        held.remove().unwrap();
+        assert!(is_missing(&hold(&root.0, "a").unwrap_err()));
+        create(&root.0, record("a")).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_create_left_can_be_held_and_removed() {
+        let root = Root::new("killed");
+        std::fs::create_dir_all(root.0.join("a")).unwrap();
+        let held = hold(&root.0, "a").unwrap();
+        assert_eq!((&*held.record.id, held.record.uid), ("a", None));
+        held.remove().unwrap();
+        assert!(!root.0.join("a").exists());
+    }
+
+    #[test]
+    fn one_command_at_a_time_has_hold_of_a_container() {
+        let root = Root::new("lock");
+        let held = create(&root.0, record("a")).unwrap();
+        let path = root.0.clone();
+        let other = std::thread::spawn(move || {
+            hold(&path, "a")
+                .map(drop)
+                .map_err(|error| error.to_string())
+        });
+        // It waits for the folder, which is removed meanwhile.
+        held.remove().unwrap();
+        let missing = StateError::Missing.to_string();
+        assert_eq!(other.join().unwrap(), Err(missing));
+    }
+
+    #[test]
+    fn state_folder_that_others_may_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let root = Root::new("mode");
+        std::fs::create_dir_all(&root.0).unwrap();
+        std::fs::set_permissions(&root.0, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let error = create(&root.0, record("a")).unwrap_err();
+        assert!(
+            error.to_string().contains("not this user's alone"),
+            "{error}"
+        );
+    }
+}

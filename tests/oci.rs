@@ -1,0 +1,547 @@
+//! `mayfly-oci` as engines call it, with a stand-in for the jailer: what it makes, asks and removes, and that
+//! nothing is left whichever command fails or is killed. With real guests and a real engine: tests/podman.rs.
+
+mod common;
+
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use common::{Folder, needs};
+use serde_json::{Value, json};
+
+/// Stands in for the jailer, in the container's folder. What it is to do stands in files of the bundle; what
+/// it was told, in `calls`.
+const JAILER: &str = r#"#!/bin/sh
+here=$(dirname "$0")
+echo "$*" >> "$here/calls"
+mode=$(cat "$here/mode")
+command=$1
+case $command in
+run)
+    while [ $# -gt 0 ]; do
+        [ "$1" = --ready-fd ] && ready=$2
+        shift
+    done
+    if [ "$mode" = refuses ]; then
+        echo 'mayfly-jailer: cannot run it: said by the stand-in' >&2
+        echo '{"sentence": "cannot run it: said by the stand-in"}' > exit.json
+        exit 125
+    fi
+    if [ "$mode" = hangs ]; then
+        : > "$here/hanging"
+        exec sleep 600
+    fi
+    echo "in the container"
+    echo created > status
+    eval "printf 1 >&$ready; exec $ready>&-"
+    trap 'exit 33' TERM
+    while :; do
+        case $(cat status) in
+        running) [ "$mode" = ends ] && exit 7 ;;
+        15) exit 143 ;;
+        esac
+        sleep 0.01
+    done ;;
+start) echo running > status ;;
+signal) echo "$3" > status ;;
+state) echo "{\"status\": \"$(cat status)\"}" ;;
+exec)
+    process=$6
+    case $process in fd:*) process=/dev/fd/${process#fd:} ;; esac
+    cat "$process"
+    exit 5 ;;
+esac
+"#;
+
+/// An installation with a stand-in, a state folder, and a bundle.
+struct Engine {
+    folder: Folder,
+    /// The control group above the containers'.
+    group: String,
+}
+
+impl Engine {
+    fn new(mode: &str) -> Engine {
+        let folder = Folder::new();
+        let group = format!(
+            "mf-oci-{}-{}",
+            std::process::id(),
+            folder.path().file_name().unwrap().display()
+        );
+        let path = |name: &str| folder.join(name).display().to_string();
+        // By another process: a program that is open for writing here cannot be started by another test.
+        let install =
+            |from: &str, to: &str| common::run("install", &["-m", "755", from, &path(to)]);
+        install(&common::oci().display().to_string(), "mayfly-oci");
+        let jailer = folder.file("jailer", JAILER);
+        install(&jailer.display().to_string(), "mayfly-jailer");
+        let settings = json!({ "kernel": folder.join("vmlinux"), "cache": folder.join("cache") });
+        folder.file("oci.json", settings.to_string());
+        folder.file("mode", mode);
+        folder.file("calls", "");
+        folder.file("vmlinux", "");
+        fs::create_dir_all(folder.join("bundle/rootfs/etc")).unwrap();
+        folder.file("bundle/rootfs/etc/plain", "");
+        let engine = Engine { folder, group };
+        engine.configure(|_| {});
+        engine
+    }
+
+    /// Writes the bundle's config.json.
+    fn configure(&self, change: impl FnOnce(&mut Value)) {
+        let mut config = json!({
+            "ociVersion": "1.0.2",
+            "process": { "args": ["true"], "cwd": "/", "env": ["A=1"], "user": { "uid": 0, "gid": 0 } },
+            "root": { "path": "rootfs" },
+            "linux": {
+                "namespaces": [{ "type": "network" }],
+                "cgroupsPath": format!("/{}/c1", self.group),
+            },
+        });
+        change(&mut config);
+        self.folder.file("bundle/config.json", config.to_string());
+    }
+
+    /// The program, with a log.
+    fn command(&self, words: &[&str]) -> Command {
+        let path = |name: &str| self.folder.join(name).display().to_string();
+        let mut command = Command::new(path("mayfly-oci"));
+        let log = path("log");
+        command.args([
+            "--root",
+            &path("state"),
+            "--log",
+            &log,
+            "--log-format=json",
+            "--config",
+            &path("oci.json"),
+        ]);
+        command.args(words).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        let output = self.command(words).output().unwrap();
+        eprintln!("{words:?}: {output:?}");
+        output
+    }
+
+    fn works(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What it is refused for, which stands in the log too.
+    fn refused(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(!output.status.success(), "{words:?}");
+        let log = self.folder.read("log");
+        let last: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+        assert_eq!(last["level"], "error");
+        let text = last["msg"].as_str().unwrap().to_owned();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(told.matches(&text).count(), 1, "told once: {told}");
+        text
+    }
+
+    /// The streams of `create` are the container's, which outlive it.
+    fn create(&self) {
+        let out = fs::File::create(self.folder.join("out")).unwrap();
+        let bundle = self.folder.join("bundle").display().to_string();
+        let pid_file = self.folder.join("pid").display().to_string();
+        let mut command =
+            self.command(&["create", "--bundle", &bundle, "--pid-file", &pid_file, "c1"]);
+        let status = command
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{}", self.folder.read("out"));
+    }
+
+    fn state(&self) -> Value {
+        serde_json::from_str(&self.works(&["state", "c1"])).unwrap()
+    }
+
+    /// The groups of the container, in all hierarchies.
+    fn groups(&self) -> Vec<PathBuf> {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = mounts.lines().filter_map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            words[2]
+                .starts_with("cgroup")
+                .then(|| Path::new(words[1]).join(&self.group))
+        });
+        mounts.filter(|group| group.exists()).collect()
+    }
+
+    fn nothing_is_left(&self) {
+        assert!(!self.folder.join("state/c1").exists(), "the state folder");
+        assert_eq!(self.groups(), Vec::<PathBuf>::new());
+        let folder = self.folder.path().display().to_string();
+        for entry in fs::read_dir("/run/mayfly-oci.users")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            // Others' tests take and give theirs meanwhile.
+            let owner = fs::read_to_string(entry.path()).unwrap_or_default();
+            assert!(!owner.starts_with(&folder), "{entry:?}");
+        }
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            let is_left = line.contains(&folder) && line.contains("mayfly-jailer");
+            assert!(!is_left, "{line}");
+        }
+    }
+}
+
+#[test]
+fn container_from_create_to_delete() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    engine.create();
+    let state = engine.state();
+    assert_eq!(
+        (&state["status"], &state["id"]),
+        (&json!("created"), &json!("c1"))
+    );
+    assert_eq!(state["pid"].to_string(), engine.folder.read("pid"));
+    let group = &engine.groups()[0];
+    let inside = fs::read_to_string(group.join("c1/cgroup.procs")).unwrap();
+    assert!(
+        inside.lines().any(|pid| pid == engine.folder.read("pid")),
+        "{inside}"
+    );
+
+    engine.works(&["start", "c1"]);
+    assert_eq!(engine.state()["status"], "running");
+    assert!(engine.refused(&["start", "c1"]).contains("it is running"));
+    assert!(engine.refused(&["delete", "c1"]).contains("it is running"));
+    engine.works(&["pause", "c1"]);
+    assert_eq!(engine.state()["status"], "paused");
+    assert!(
+        engine
+            .refused(&["exec", "c1", "true"])
+            .contains("it is paused")
+    );
+    assert!(
+        engine
+            .refused(&["kill", "c1", "15"])
+            .contains("it is paused")
+    );
+    engine.works(&["resume", "c1"]);
+    assert!(engine.refused(&["resume", "c1"]).contains("it is running"));
+    let pid = engine.folder.read("pid");
+    assert_eq!(engine.works(&["ps", "c1"]), format!("PID\n{pid}\n"));
+    assert_eq!(
+        engine.works(&["ps", "-format", "json", "c1"]),
+        format!("[{}]\n", engine.folder.read("pid"))
+    );
+
+    engine.works(&["kill", "c1", "15"]);
+    common::wait_until("the container has ended", || {
+        engine.state()["status"] == "stopped"
+    });
+    assert_eq!(engine.state()["pid"], 0);
+    assert!(
+        engine
+            .refused(&["kill", "c1", "KILL"])
+            .contains("container not running")
+    );
+    assert!(
+        engine
+            .refused(&["exec", "c1", "true"])
+            .contains("container not running")
+    );
+    engine.works(&["delete", "c1"]);
+    assert_eq!(engine.folder.read("out"), "in the container\n");
+    engine.nothing_is_left();
+
+    assert!(
+        engine
+            .refused(&["state", "c1"])
+            .contains("container does not exist")
+    );
+    assert!(
+        engine
+            .refused(&["delete", "c1"])
+            .contains("container does not exist")
+    );
+    engine.works(&["delete", "--force", "c1"]);
+}
+
+#[test]
+fn jailer_is_told_what_config_json_asks_for() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    let hosts = engine.folder.file("bundle/hosts", "");
+    engine.configure(|config| {
+        config["root"]["readonly"] = json!(true);
+        config["hostname"] = json!("box");
+        config["mounts"] = json!([
+            { "destination": "/proc", "type": "proc" },
+            { "destination": "/etc/hosts", "type": "bind", "source": hosts, "options": ["bind"] },
+            { "destination": "/run", "type": "tmpfs", "options": ["size=1m", "mode=700"] },
+        ]);
+        config["linux"]["resources"] = json!({
+            "memory": { "limit": 128 << 20 }, "cpu": { "quota": 150_000, "period": 100_000 },
+        });
+    });
+    engine.create();
+    let calls = engine.folder.read("calls");
+    let disk = engine.folder.join("cache/disks");
+    for words in [
+        "run --id c1 --runtime-dir . ".to_owned(),
+        format!("--image {}/", disk.display()),
+        ".erofs:ro --kernel ".into(),
+        format!("--copy-in {}:/etc/hosts ", hosts.display()),
+        "--memory 112 --vcpus 2 --hostname box ".into(),
+        "--tmpfs /run:size=1m,mode=700".into(),
+    ] {
+        assert!(calls.contains(&words), "{words}: {calls}");
+    }
+    engine.works(&["delete", "-force", "c1"]);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn limits_are_in_the_groups_and_change_with_update() {
+    needs!(root, cgroup1);
+    let engine = Engine::new("stays");
+    engine.configure(|config| {
+        config["linux"]["resources"] = json!({
+            "memory": { "limit": 128 << 20 }, "pids": { "limit": 100 }, "cpu": { "shares": 512, "cpus": "0" },
+        });
+    });
+    engine.create();
+    let read = |files: &[&str]| {
+        let groups = engine.groups();
+        let files = files
+            .iter()
+            .flat_map(|file| groups.iter().map(move |group| group.join("c1").join(file)));
+        let mut texts = files.filter_map(|path| fs::read_to_string(path).ok());
+        texts
+            .next()
+            .expect("one of the files is there")
+            .trim()
+            .to_owned()
+    };
+    let memory = ["memory.limit_in_bytes", "memory.max"];
+    assert_eq!(read(&memory), (128 << 20).to_string());
+    assert_eq!(read(&["pids.max"]), "100");
+    assert_eq!(read(&["cpuset.cpus"]), "0");
+    let more = engine.folder.file(
+        "more.json",
+        json!({ "memory": { "limit": 192 << 20 } }).to_string(),
+    );
+    engine.works(&["update", &format!("--resources={}", more.display()), "c1"]);
+    assert_eq!(read(&memory), (192 << 20).to_string());
+    let text = engine.refused(&["update", "--resources", "/dev/null", "c1"]);
+    assert!(text.contains("understand the resources"), "{text}");
+    engine.works(&["delete", "--force", "c1"]);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn create_that_fails_says_why_once_and_leaves_nothing() {
+    needs!(root);
+    let engine = Engine::new("refuses");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    let create = ["create", "--bundle", &bundle, "c1"];
+    assert_eq!(
+        engine.refused(&create),
+        "cannot run it: said by the stand-in"
+    );
+    engine.nothing_is_left();
+
+    engine.configure(|config| {
+        config["linux"]["resources"] = json!({ "cpu": { "cpus": "4096" } });
+    });
+    let text = engine.refused(&create);
+    assert!(text.contains("cpuset.cpus"), "{text}");
+    engine.nothing_is_left();
+
+    let path = json!([{ "type": "network", "path": "/run/netns/x" }]);
+    engine.configure(|config| config["linux"]["namespaces"] = path);
+    assert!(engine.refused(&create).contains("/run/netns/x"));
+
+    let folder = json!([{ "destination": "/x", "type": "bind", "source": "/usr", "options": ["rbind", "rw"] }]);
+    engine.configure(|config| config["mounts"] = folder);
+    let text = engine.refused(&create);
+    assert!(
+        text.contains("mounts.0 (/x)") && text.contains(":ro"),
+        "{text}"
+    );
+    engine.configure(|config| config["process"]["terminal"] = json!(true));
+    assert!(engine.refused(&create).contains("--console-socket"));
+    fs::remove_file(engine.folder.join("bundle/config.json")).unwrap();
+    assert!(engine.refused(&create).contains("config.json"));
+    engine.nothing_is_left();
+}
+
+#[test]
+fn create_that_is_killed_leaves_what_delete_removes() {
+    needs!(root);
+    let engine = Engine::new("hangs");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    let mut create = engine.command(&["create", "--bundle", &bundle, "c1"]);
+    let mut create = create
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    common::wait_until("the jailer runs", || engine.folder.join("hanging").exists());
+    assert_eq!(engine.state()["status"], "creating");
+    create.kill().unwrap();
+    create.wait().unwrap();
+    assert!(!engine.groups().is_empty());
+    assert!(
+        engine
+            .refused(&["create", "--bundle", &bundle, "c1"])
+            .contains("already exists")
+    );
+    engine.works(&["delete", "--force", "c1"]);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn create_that_is_killed_at_any_moment_leaves_what_delete_removes() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    let mut seed = u64::from(std::process::id());
+    eprintln!("seed {seed}");
+    for _ in 0..40 {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let mut create = engine.command(&["create", "--bundle", &bundle, "c1"]);
+        let mut create = create
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Anywhere in it: no moment is better than another.
+        std::thread::sleep(std::time::Duration::from_micros(seed >> 32 & 0x7fff));
+        create.kill().unwrap();
+        create.wait().unwrap();
+        engine.works(&["delete", "--force", "c1"]);
+        engine.nothing_is_left();
+    }
+}
+
+#[test]
+fn run_waits_for_the_end_and_has_its_code() {
+    needs!(root);
+    let engine = Engine::new("ends");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    let run = ["run", "--bundle", &bundle, "c1"];
+    let output = engine.run(&run);
+    assert_eq!(
+        (output.status.code(), &*output.stdout),
+        (Some(7), &b"in the container\n"[..])
+    );
+    engine.nothing_is_left();
+
+    engine.folder.file("mode", "stays");
+    let mut child = engine.command(&run).stdout(Stdio::piped()).spawn().unwrap();
+    common::wait_until("it runs", || {
+        engine
+            .run(&["state", "c1"])
+            .stdout
+            .windows(9)
+            .any(|it| it == b"\"running\"")
+    });
+    signal(&child, rustix::process::Signal::TERM);
+    let mut text = String::new();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    // The stand-in's own code for a signal that it was sent.
+    assert_eq!(child.wait().unwrap().code(), Some(33));
+    engine.nothing_is_left();
+
+    engine.folder.file("mode", "refuses");
+    assert_eq!(engine.run(&run).status.code(), Some(125));
+    engine.nothing_is_left();
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).unwrap();
+}
+
+#[test]
+fn container_that_stands_still_ends_with_kill_or_delete() {
+    needs!(root);
+    for command in [&["kill", "c1", "9"][..], &["delete", "--force", "c1"]] {
+        let engine = Engine::new("stays");
+        engine.create();
+        engine.works(&["start", "c1"]);
+        engine.works(&["pause", "c1"]);
+        engine.works(command);
+        if command[0] == "kill" {
+            common::wait_until("it has ended", || engine.state()["status"] == "stopped");
+            engine.works(&["delete", "c1"]);
+        }
+        engine.nothing_is_left();
+    }
+}
+
+#[test]
+fn exec_becomes_the_jailer_with_a_process() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    engine.create();
+    engine.works(&["start", "c1"]);
+    let output = engine.run(&[
+        "exec", "-cwd", "/tmp", "-env", "B=2", "-user", "5:6", "c1", "id", "-u",
+    ]);
+    let process: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let expected = json!({
+        "args": ["id", "-u"], "cwd": "/tmp", "env": ["A=1", "B=2"], "terminal": false, "user": { "uid": 5, "gid": 6 },
+    });
+    assert_eq!((output.status.code(), process), (Some(5), expected));
+    let file = engine.folder.file("process.json", "{\"args\": [\"x\"]}");
+    let output = engine.run(&[
+        "exec",
+        "--process",
+        file.to_str().unwrap(),
+        "--detach",
+        "c1",
+    ]);
+    assert_eq!(&*output.stdout, b"{\"args\": [\"x\"]}");
+    // The microVM ends whatever its guest does.
+    engine.works(&["kill", "c1", "KILL"]);
+    common::wait_until("it has ended", || engine.state()["status"] == "stopped");
+    engine.works(&["delete", "c1"]);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn templates_are_written() {
+    let engine = Engine::new("stays");
+    let folder = engine.folder.path().display().to_string();
+    engine.works(&["spec", "-bundle", &folder]);
+    let config: Value = serde_json::from_str(&engine.folder.read("config.json")).unwrap();
+    assert_eq!(config["process"]["args"], json!(["sh"]));
+    assert!(
+        engine
+            .refused(&["spec", "--bundle", &folder])
+            .contains("it is there already")
+    );
+    let features: Value = serde_json::from_str(&engine.works(&["features"])).unwrap();
+    assert_eq!(features["linux"]["cgroup"]["systemd"], false);
+    assert!(
+        engine
+            .works(&["--version"])
+            .starts_with("mayfly-oci version")
+    );
+    assert!(engine.works(&["--help"]).contains("--resources FILE"));
+    assert_eq!(engine.run(&["checkpoint", "c1"]).status.code(), Some(1));
+}

@@ -1,0 +1,489 @@
+//! Containers of podman that are microVMs: `mayfly-oci` under the real engine, with real guests. As root, with
+//! storage, state and network of the test's own.
+//!
+//! A guest takes long to boot where its kernel is emulated, so that one container serves many checks.
+
+mod common;
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+use common::sys::Terminal;
+use common::{Folder, LINUX_PATIENCE, Netns, needs};
+use serde_json::json;
+
+const APPLETS: &[&str] = &[
+    "sh",
+    "cat",
+    "sleep",
+    "true",
+    "id",
+    "hostname",
+    "nc",
+    "ls",
+    "stty",
+    "wc",
+    "kill",
+    "grep",
+    "dd",
+    "sha256sum",
+];
+
+/// podman with everything of its own.
+struct Podman {
+    folder: Folder,
+    netns: Netns,
+}
+
+impl Podman {
+    fn new() -> Podman {
+        let podman = Podman {
+            folder: Folder::new(),
+            netns: Netns::new(),
+        };
+        let linux = common::linux();
+        fs::create_dir(podman.folder.join("bin")).unwrap();
+        for (program, name) in [
+            (common::oci(), "mayfly-oci"),
+            (common::jailer(), "mayfly-jailer"),
+            (common::agent(), "mayfly-agent"),
+            (common::mayfly(), "mayfly"),
+        ] {
+            // By another process: a program that is open for writing here cannot be started by another test.
+            let to = podman.path(&format!("bin/{name}"));
+            common::run(
+                "install",
+                &["-m", "755", &program.display().to_string(), &to],
+            );
+        }
+        let settings = json!({
+            "kernel": linux.kernel,
+            "cmdline": linux.cmdline,
+            "memory_mib": 128,
+            "cache": podman.folder.join("cache"),
+            "ready_seconds": LINUX_PATIENCE.as_secs(),
+        });
+        podman.folder.file("oci.json", settings.to_string());
+        podman.make_root();
+        podman
+    }
+
+    /// A folder with a shell and some data, which containers are made of.
+    fn make_root(&self) {
+        let root = self.folder.join("rootfs");
+        for folder in ["bin", "dev", "etc", "proc", "sys", "tmp", "run"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+        for applet in APPLETS {
+            symlink("busybox", root.join("bin").join(applet)).unwrap();
+        }
+        let plain = self.folder.file("rootfs/etc/plain", "no program");
+        fs::set_permissions(plain, fs::Permissions::from_mode(0o644)).unwrap();
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.netns.0));
+        command.args([
+            "podman",
+            "--cgroup-manager",
+            "cgroupfs",
+            "--events-backend",
+            "file",
+            "--storage-driver",
+            "vfs",
+        ]);
+        command.args([
+            "--root",
+            &self.path("store"),
+            "--runroot",
+            &self.path("run"),
+        ]);
+        command.args(["--runtime", &self.path("bin/mayfly-oci")]);
+        command.args([
+            "--runtime-flag",
+            &format!("config={}", self.path("oci.json")),
+        ]);
+        command.args(["--runtime-flag", &format!("root={}", self.path("state"))]);
+        command.args(words);
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        let output = self.command(words).stdin(Stdio::null()).output().unwrap();
+        eprintln!("{words:?}: {output:?}");
+        output
+    }
+
+    fn works(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// The words of `podman run` before the command.
+    fn container<'a>(&self, root: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        let mut words = vec!["run"];
+        words.extend(more);
+        words.extend(["--rootfs", root]);
+        words
+    }
+
+    fn logs_have(&self, name: &str, text: &str) {
+        common::wait_until_within(LINUX_PATIENCE, text, || {
+            let logs = self.command(&["logs", name]).output().unwrap();
+            String::from_utf8_lossy(&logs.stdout).contains(text)
+        });
+    }
+
+    /// Waits until nothing of a container is there any more.
+    fn nothing_is_left(&self) {
+        common::wait_until("the state folder is empty", || {
+            fs::read_dir(self.folder.join("state"))
+                .is_ok_and(|mut entries| entries.next().is_none())
+        });
+        let folder = self.folder.path().display().to_string();
+        common::wait_until("no process is left", || {
+            processes(&format!("{folder}/bin")).is_empty()
+        });
+        let users = fs::read_dir("/run/mayfly-oci.users")
+            .into_iter()
+            .flatten()
+            .flatten();
+        for entry in users {
+            let owner = fs::read_to_string(entry.path()).unwrap_or_default();
+            assert!(!owner.starts_with(&folder), "{entry:?}");
+        }
+    }
+}
+
+/// The ids of processes whose command line has `text`.
+fn processes(text: &str) -> Vec<i32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let has_it = |entry: &fs::DirEntry| {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(text)
+    };
+    entries
+        .filter(|entry| has_it(entry))
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+impl Drop for Podman {
+    fn drop(&mut self) {
+        let _ = self
+            .command(&["rm", "--all", "--force", "--time", "0"])
+            .output();
+    }
+}
+
+/// The groups of a container, by its id.
+fn groups(id: &str) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let of = |line: &str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        let group = PathBuf::from(words[1])
+            .join("libpod_parent")
+            .join(format!("libpod-{id}"));
+        (words[2].starts_with("cgroup") && group.exists()).then_some(group)
+    };
+    mounts.lines().filter_map(of).collect()
+}
+
+fn read_in(groups: &[PathBuf], files: &[&str]) -> String {
+    let paths = files
+        .iter()
+        .flat_map(|file| groups.iter().map(move |group| group.join(file)));
+    let text = paths
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .next();
+    text.expect("one of the files is there").trim().to_owned()
+}
+
+#[test]
+fn twenty_containers_at_once_have_each_their_output_and_code() {
+    needs!(root, kvm, guest, podman, nsenter);
+    let podman = Podman::new();
+    let root = podman.path("rootfs");
+    let special = [
+        (vec!["/etc/plain"], 126),
+        (vec!["/nonexistent/program"], 127),
+        (vec!["sh", "-c", "kill -9 $$"], 137),
+        (vec!["sh", "-c", "kill -15 $$"], 143),
+    ];
+    let start = |words: &[&str]| {
+        let words = [
+            &podman.container(&root, &["--rm", "--network", "none"])[..],
+            words,
+        ]
+        .concat();
+        let mut command = podman.command(&words);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut children: Vec<(Child, String, i32)> = Vec::new();
+    for (words, code) in &special {
+        children.push((start(words), String::new(), *code));
+    }
+    for code in 0..16 {
+        let script = format!("echo inside {code}; exit {code}");
+        children.push((
+            start(&["sh", "-c", &script]),
+            format!("inside {code}\n"),
+            code,
+        ));
+    }
+    for (child, text, code) in children {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(
+            (
+                output.status.code(),
+                String::from_utf8_lossy(&output.stdout).into_owned()
+            ),
+            (Some(code), text),
+            "{output:?}"
+        );
+    }
+    podman.nothing_is_left();
+    // One disk for all of them.
+    let disks = fs::read_dir(podman.folder.join("cache/disks"))
+        .unwrap()
+        .flatten();
+    let disks = disks.filter(|entry| {
+        entry
+            .metadata()
+            .is_ok_and(|it| it.is_file() && it.len() > 1 << 20)
+    });
+    assert_eq!(disks.count(), 1);
+}
+
+#[test]
+fn container_that_stays_is_served_by_podmans_commands() {
+    needs!(root, kvm, guest, podman, nsenter);
+    let podman = Podman::new();
+    let root = podman.path("rootfs");
+    fs::create_dir(podman.folder.join("data")).unwrap();
+    podman.folder.file("data/file", "from the host\n");
+    let volume = format!("{}:/data:ro", podman.path("data"));
+    let script = "trap 'echo got usr1' USR1; echo begun; while :; do sleep 1; done";
+    let more = [
+        "-d",
+        "--name",
+        "c1",
+        "--memory",
+        "128m",
+        "--volume",
+        &volume,
+        "--network",
+        "none",
+    ];
+    let words = [&podman.container(&root, &more)[..], &["sh", "-c", script]].concat();
+    let id = podman.works(&words);
+    podman.logs_have("c1", "begun");
+
+    // Streams and codes of further processes.
+    let output = podman.run(&[
+        "exec",
+        "c1",
+        "sh",
+        "-c",
+        "cat /data/file; id -u; echo apart >&2; exit 3",
+    ]);
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(
+        (&*output.stdout, &*output.stderr),
+        (&b"from the host\n0\n"[..], &b"apart\n"[..])
+    );
+    let mut exec = podman.command(&[
+        "exec",
+        "-i",
+        "--user",
+        "7",
+        "--env",
+        "A=b",
+        "--workdir",
+        "/tmp",
+        "c1",
+        "sh",
+        "-c",
+        "cat; id -u; echo $A $PWD",
+    ]);
+    let mut exec = exec
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    exec.stdin.take().unwrap().write_all(b"typed\n").unwrap();
+    let output = exec.wait_with_output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "typed\n7\nb /tmp\n"
+    );
+    assert_eq!(
+        podman
+            .run(&[
+                "exec",
+                "c1",
+                "sh",
+                "-c",
+                "echo x > /data/file; cat /data/file"
+            ])
+            .status
+            .code(),
+        Some(0)
+    );
+    assert_eq!(podman.folder.read("data/file"), "from the host\n");
+    assert!(
+        podman
+            .works(&["exec", "c1", "hostname"])
+            .starts_with(&id[..12])
+    );
+
+    // Limits, as the groups have them.
+    let memory = ["memory.limit_in_bytes", "memory.max"];
+    assert_eq!(read_in(&groups(&id), &memory), (128 << 20).to_string());
+    podman.works(&["update", "--memory", "160m", "c1"]);
+    assert_eq!(read_in(&groups(&id), &memory), (160 << 20).to_string());
+
+    podman.works(&["kill", "--signal", "USR1", "c1"]);
+    podman.logs_have("c1", "got usr1");
+    podman.works(&["pause", "c1"]);
+    assert_eq!(
+        podman.works(&["inspect", "--format", "{{.State.Status}}", "c1"]),
+        "paused"
+    );
+    podman.works(&["unpause", "c1"]);
+    assert_eq!(
+        podman.works(&["exec", "c1", "sh", "-c", "echo goes on"]),
+        "goes on"
+    );
+
+    podman.works(&["stop", "--time", "300", "c1"]);
+    assert_eq!(podman.works(&["wait", "c1"]), "143");
+    assert!(groups(&id).is_empty());
+    podman.works(&["rm", "c1"]);
+    podman.nothing_is_left();
+}
+
+#[test]
+fn terminal_is_the_containers() {
+    needs!(root, kvm, guest, podman, nsenter);
+    let podman = Podman::new();
+    let root = podman.path("rootfs");
+    let words = [
+        &podman.container(&root, &["--rm", "-it", "--network", "none"])[..],
+        &["sh"],
+    ]
+    .concat();
+    let mut terminal = Terminal::new();
+    let line = || Stdio::from(terminal.line.try_clone().unwrap());
+    let mut child = podman
+        .command(&words)
+        .stdin(line())
+        .stdout(line())
+        .stderr(line())
+        .spawn()
+        .unwrap();
+    let mut keyboard = terminal.keyboard.try_clone().unwrap();
+    let shown = std::thread::spawn(move || {
+        let mut shown = Vec::new();
+        let mut piece = [0; 4096];
+        loop {
+            match keyboard.read(&mut piece) {
+                Ok(count) if count > 0 => shown.extend_from_slice(&piece[..count]),
+                _ => return shown,
+            }
+            if String::from_utf8_lossy(&shown).contains("the end is 42") {
+                return shown;
+            }
+        }
+    });
+    terminal
+        .keyboard
+        .write_all(b"test -t 0 && echo the end is $((40+2)); exit 9\n")
+        .unwrap();
+    let shown = shown.join().unwrap();
+    assert!(
+        String::from_utf8_lossy(&shown).contains("the end is 42"),
+        "{shown:?}"
+    );
+    assert_eq!(child.wait().unwrap().code(), Some(9));
+    podman.nothing_is_left();
+}
+
+#[test]
+fn container_ends_with_its_conmon() {
+    needs!(root, kvm, guest, podman, nsenter);
+    let podman = Podman::new();
+    let root = podman.path("rootfs");
+    let more = [
+        "-d",
+        "--name",
+        "c1",
+        "--network",
+        "none",
+        "--pidfile",
+        &podman.path("pid"),
+    ];
+    let words = [&podman.container(&root, &more)[..], &["sleep", "100000"]].concat();
+    let id = podman.works(&words);
+    let conmon = podman.works(&["inspect", "--format", "{{.State.ConmonPid}}", "c1"]);
+    let pid: i32 = podman
+        .works(&["inspect", "--format", "{{.State.Pid}}", "c1"])
+        .parse()
+        .unwrap();
+    common::run("kill", &["-9", &conmon]);
+    common::wait_until("the microVM has ended", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    });
+    // podman 4.3 does not delete what it finds stopped without its conmon, under any runtime.
+    let _ = podman.run(&["rm", "--force", "--time", "0", "c1"]);
+    let delete = ["--root", &podman.path("state"), "delete", "--force", &id];
+    common::run(&podman.path("bin/mayfly-oci"), &delete);
+    assert!(groups(&id).is_empty());
+    podman.nothing_is_left();
+}
+
+#[test]
+fn what_a_microvm_cannot_have_is_refused_with_the_reason() {
+    needs!(root, kvm, guest, podman, nsenter);
+    let podman = Podman::new();
+    let root = podman.path("rootfs");
+    let shared = format!("{}:/data", podman.path("bin"));
+    for (more, expected) in [
+        (&["--volume", &shared][..], ":ro"),
+        (&["--memory", "32m"], "64 MiB or more"),
+        (&["--device", "/dev/kvm"], "/dev/kvm"),
+        (&["--network", "host"], "the network of the host"),
+        (&["--network", "bridge"], "/run/netns/"),
+    ] {
+        let network: &[&str] = if more[0] == "--network" {
+            &[]
+        } else {
+            &["--network", "none"]
+        };
+        let more = [&["--rm"], network, more].concat();
+        let words = [&podman.container(&root, &more)[..], &["true"]].concat();
+        let output = podman.run(&words);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && text.contains(expected),
+            "{more:?}"
+        );
+        assert_eq!(text.matches(expected).count(), 1, "said once: {text}");
+        podman.nothing_is_left();
+    }
+}
