@@ -76,6 +76,8 @@ impl Images {
             "pwd",
             "mount",
             "kill",
+            "nc",
+            "ip",
         ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -855,6 +857,121 @@ fn files_memory_and_a_disk_for_what_is_written_are_there_when_the_command_starts
     let words = ["--upper", &image];
     let output = ends(images.run(&image, &words, &["true"]), 125);
     assert!(err(&output).contains("not an ext4"), "{}", err(&output));
+    images.nothing_is_left();
+}
+
+/// A network namespace with a name, gone with its owner.
+struct Namespace(String);
+
+impl Namespace {
+    fn new(letter: char) -> Namespace {
+        let name = format!("mfns{}{letter}", std::process::id());
+        common::run("ip", &["netns", "add", &name]);
+        Namespace(name)
+    }
+
+    fn path(&self) -> String {
+        format!("/run/netns/{}", self.0)
+    }
+
+    fn ip(&self, words: &str) {
+        let words: Vec<_> = ["-n", &self.0]
+            .into_iter()
+            .chain(words.split(' '))
+            .collect();
+        common::run("ip", &words);
+    }
+
+    /// What `tc` says of its interface: nothing where there is no redirect.
+    fn redirect(&self) -> String {
+        let words = [
+            "netns", "exec", &self.0, "tc", "filter", "show", "dev", "eth0", "ingress",
+        ];
+        let output = Command::new("ip").args(words).output().unwrap();
+        out(&output)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+#[test]
+fn guest_takes_over_the_interface_of_a_network_namespace_and_gives_it_back() {
+    needs!(root, kvm, guest, "mkfs.erofs", "busybox", "ip", "tc");
+    let images = Images::new("agnet", Who::Root);
+    let (engine, peer) = (Namespace::new('a'), Namespace::new('b'));
+    let pair = format!(
+        "link add mfpeer type veth peer name eth0 netns {}",
+        engine.0
+    );
+    peer.ip(&pair);
+    peer.ip("addr add 10.77.0.1/24 dev mfpeer");
+    peer.ip("link set mfpeer up");
+    engine.ip("link set eth0 mtu 1400 address 06:11:22:33:44:55");
+    engine.ip("addr add 10.77.0.2/24 dev eth0");
+    engine.ip("link set eth0 up");
+    engine.ip("route add default via 10.77.0.1");
+    let path = peer.path();
+    let (tell, port) = std::sync::mpsc::channel();
+    let server = std::thread::spawn(move || {
+        common::sys::enter_netns(Path::new(&path));
+        let listener = std::net::TcpListener::bind("10.77.0.1:0").unwrap();
+        tell.send(listener.local_addr().unwrap().port()).unwrap();
+        let (mut stream, from) = listener.accept().unwrap();
+        stream.write_all(&random_bytes()).unwrap();
+        from.ip().to_string()
+    });
+    let port = port.recv().unwrap();
+
+    let image = images.erofs();
+    let own = engine.path();
+    let words = ["--net-from-namespace", &own];
+    let script =
+        format!("ip addr show eth0; ip route; nc 10.77.0.1 {port} </dev/null | sha256sum; exit 4");
+    let output = ends(images.run(&image, &words, &["sh", "-c", &script]), 4);
+    let text = out(&output);
+    for part in [
+        "mtu 1400",
+        "link/ether 06:11:22:33:44:55",
+        "inet 10.77.0.2/24 ",
+        "default via 10.77.0.1 dev eth0",
+        &hash(&random_bytes()),
+    ] {
+        assert!(text.contains(part), "{part} in {text} {}", err(&output));
+    }
+    assert_eq!(server.join().unwrap(), "10.77.0.2");
+    assert_eq!(engine.redirect(), "");
+    images.nothing_is_left();
+
+    // A supervisor that is killed leaves the namespace as it was.
+    let mut command = images.run(&image, &words, &["sleep", "1000"]);
+    let mut jailer = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    common::wait_until("the redirect", || engine.redirect().contains("mirred"));
+    jailer.child().kill().unwrap();
+    jailer.output();
+    common::wait_until("the redirect to go", || engine.redirect().is_empty());
+    common::wait_until("the socket to go", || !images.socket().exists());
+
+    // One without an interface gives none, and what is no namespace is refused.
+    let bare = Namespace::new('c');
+    let own = bare.path();
+    let words = ["--net-from-namespace", &own];
+    let output = ends(
+        images.run(&image, &words, &["ip", "addr", "show", "eth0"]),
+        1,
+    );
+    assert!(err(&output).contains("eth0"), "{}", err(&output));
+    let words = ["--net-from-namespace", "/dev/null"];
+    let output = ends(images.run(&image, &words, &["true"]), 125);
+    assert!(
+        err(&output).contains("not a network namespace"),
+        "{}",
+        err(&output)
+    );
+    assert_eq!(err(&output).lines().count(), 1);
     images.nothing_is_left();
 }
 

@@ -115,6 +115,14 @@ pub fn replace_standard_streams(file: &OwnedFd) -> Result<(), Errno> {
     rustix::stdio::dup2_stderr(file)
 }
 
+/// Lets go of the standard streams, where there is something to put in their place.
+pub fn leave_standard_streams() -> Result<(), Errno> {
+    match open("/dev/null", OFlags::RDWR) {
+        Ok(null) => replace_standard_streams(&null),
+        Err(_) => Ok(()),
+    }
+}
+
 /// Leaves the namespaces in `flags` for new ones (for the pid namespace: its next child does).
 pub fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
     // SAFETY: unshare_unsafe is unsafe for FILES alone (descriptors of other threads); this

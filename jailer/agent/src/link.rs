@@ -33,7 +33,7 @@ impl Link {
     pub fn open() -> Result<Link, Text> {
         let socket = sys::packet_socket()
             .map_err(|error| Text::of(b"make a packet socket (CONFIG_PACKET)", error))?;
-        let Some((index, mut request)) = find(&socket) else {
+        let Some((index, mut request)) = find(&socket, &AGENT_MAC) else {
             let mut text = Text::new();
             text.add(b"cannot find the agent's network interface");
             return Err(text);
@@ -98,16 +98,15 @@ impl Link {
     }
 }
 
-/// The number of the interface with the agent's address, and a request that names it.
-fn find(socket: &Fd) -> Option<(i32, InterfaceRequest)> {
+/// The number of the interface with an address, and a request that names it.
+fn find(socket: &Fd, mac: &[u8]) -> Option<(i32, InterfaceRequest)> {
     for index in 1..=INTERFACES {
         let mut request = InterfaceRequest([0; 40]);
         request.0[16..20].copy_from_slice(&index.to_le_bytes());
         if request.ask(socket, InterfaceRequest::GET_NAME).is_err() {
             continue;
         }
-        if request.ask(socket, InterfaceRequest::GET_MAC).is_ok() && request.0[18..24] == AGENT_MAC
-        {
+        if request.ask(socket, InterfaceRequest::GET_MAC).is_ok() && request.0[18..24] == *mac {
             return Some((index, request));
         }
     }
@@ -118,6 +117,11 @@ fn bring_up(socket: &Fd, request: &mut InterfaceRequest) -> sys::Result<()> {
     request.0[16..].fill(0);
     request.0[16] = UP;
     request.ask(socket, InterfaceRequest::SET_FLAGS)
+}
+
+/// The number of the interface with an address.
+pub fn index_of(link: &Link, mac: &[u8]) -> Option<i32> {
+    find(&link.socket, mac).map(|(index, _)| index)
 }
 
 /// Brings up the loopback interface, which programs expect.

@@ -26,6 +26,7 @@
 mod archive;
 mod child;
 mod link;
+mod net;
 mod process;
 mod root;
 #[expect(
@@ -235,6 +236,9 @@ impl Machine<'_> {
                     Err(text) => fail(self.link, self.frame, text.bytes()),
                 };
                 link::bring_up_loopback(self.link);
+                if let Err(text) = net::set_up(setup.fields, self.link) {
+                    fail(self.link, self.frame, text.bytes());
+                }
                 *self.is_set_up = true;
                 *self.root = Root {
                     is_written: setup.is_written(),

@@ -23,7 +23,8 @@ pub struct Setup<'a> {
     upper: Option<&'a CStr>,
     /// Whether no program writes to the root.
     pub is_sealed: bool,
-    fields: Fields<'a>,
+    /// All that was said.
+    pub fields: Fields<'a>,
 }
 
 impl<'a> Setup<'a> {
@@ -43,6 +44,9 @@ impl<'a> Setup<'a> {
                 fields::ROOT_TYPE => setup.kind = field.text()?,
                 fields::UPPER_TYPE => setup.upper = Some(field.text()?),
                 fields::SEALED => setup.is_sealed = true,
+                fields::INTERFACE if field.bytes().len() == 10 => {}
+                fields::ADDRESS if matches!(field.bytes().len(), 5 | 17) => {}
+                fields::ROUTE if matches!(field.bytes().len(), 5 | 9 | 17 | 33) => {}
                 fields::MEMORY => drop(field.text()?),
                 fields::MEMORY_OPTIONS if field.bytes().len() >= 4 => {}
                 fields::ROOT_MODE => match field.bytes() {

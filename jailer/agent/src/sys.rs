@@ -569,6 +569,13 @@ pub fn packet_socket() -> Result<Fd> {
     ))
 }
 
+/// A socket for requests about the network (rtnetlink(7)).
+pub fn netlink_socket() -> Result<Fd> {
+    const FAMILY: usize = 16;
+    const RAW: usize = 3;
+    fd(call!(SOCKET, FAMILY, RAW | CLOSE_ON_EXEC as usize, 0))
+}
+
 /// The link-layer address of a peer on an interface (packet(7)).
 pub fn packet_address(interface: i32, ether_type: u16, mac: [u8; 6]) -> [u8; 20] {
     let mut address = [0; 20];

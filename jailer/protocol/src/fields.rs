@@ -21,6 +21,13 @@ pub const UPPER_TYPE: u8 = 5;
 pub const MEMORY: u8 = 6;
 /// Of a setup: flags of mount(2), 4 bytes, and options of tmpfs(5).
 pub const MEMORY_OPTIONS: u8 = 7;
+/// Of a setup: a network interface: its address, 6 bytes, and its MTU, 4 bytes. With [`ADDRESS`]es and [`ROUTE`]s of it
+/// behind.
+pub const INTERFACE: u8 = 8;
+/// Of a setup: bits of the network, 1 byte, and an address, 4 or 16 bytes.
+pub const ADDRESS: u8 = 9;
+/// Of a setup: bits of the network, 1 byte, an address in it, and the gateway's, if there is one: 4 or 16 bytes each.
+pub const ROUTE: u8 = 10;
 
 /// Of a process: its words, in order.
 pub const ARGUMENT: u8 = 32;
@@ -60,7 +67,16 @@ pub const MAKE_FOLDER: u8 = 46;
 pub fn is_binary(tag: u8) -> bool {
     matches!(
         tag,
-        ROOT_MODE | MEMORY_OPTIONS | TERMINAL | GROUP | UMASK | LIMIT | CAPABILITIES
+        ROOT_MODE
+            | MEMORY_OPTIONS
+            | INTERFACE
+            | ADDRESS
+            | ROUTE
+            | TERMINAL
+            | GROUP
+            | UMASK
+            | LIMIT
+            | CAPABILITIES
     )
 }
 

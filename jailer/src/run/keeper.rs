@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use serde_json::json;
@@ -187,7 +186,9 @@ fn keep(
         Report::of(files, place.clone())
     });
     let mut holdings = Holdings::default();
-    let silent = closed.and_then(|()| be_silent()).step(START);
+    let silent = closed
+        .and_then(|()| sys::leave_standard_streams())
+        .step(START);
     let made = silent.map_err(AnyError::from);
     let made = made.and_then(|()| holdings.make(assignment));
     let told = made.and_then(|(sockets, entrances)| {
@@ -253,14 +254,6 @@ fn next(channel: &Channel, supervisor: BorrowedFd<'_>) -> Option<Message> {
         return None;
     }
     channel.receive().ok().flatten()
-}
-
-/// Lets go of the standard streams, where there is something to put in their place.
-fn be_silent() -> Result<(), Errno> {
-    match sys::open("/dev/null", OFlags::RDWR) {
-        Ok(null) => sys::replace_standard_streams(&null),
-        Err(_) => Ok(()),
-    }
 }
 
 /// What was made.

@@ -12,6 +12,7 @@
 //! all its interfaces down at once, later, the cable's other end with them. So nothing has to be
 //! removed, whichever process is killed when.
 
+pub mod namespace;
 mod netlink;
 
 use std::net::Ipv4Addr;

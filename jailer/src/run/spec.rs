@@ -324,6 +324,7 @@ fn open_guest(
         is_sealed,
         upper_type: guest.upper.as_deref().map(image::upper_type).transpose()?,
         memory: guest.memory,
+        interface: None,
         copies: guest.copies,
     };
     let initramfs = agent::initramfs::make(guest.agent.as_deref())?;

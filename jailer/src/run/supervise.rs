@@ -22,6 +22,7 @@ use super::agent::{Agent, AgentError, AgentPart};
 use super::channel::Channel;
 use super::jail;
 use super::keeper::Keeper;
+use super::network::namespace::Redirected;
 use super::outcome::{Asked, Seen, Times, Verdict};
 use super::spec::vm::Vm;
 use super::spec::{Ender, WatchSpec};
@@ -74,6 +75,8 @@ pub struct Watch {
     pub log: Relay,
     /// The session with the guest's agent, if it has one.
     pub agent: Option<Agent>,
+    /// The hold on what connects the guest to an interface of a network namespace.
+    pub redirected: Option<Redirected>,
     /// Where the monitor reports how the guest ended.
     pub end: OwnedFd,
     /// Signals that end this program, and SIGCONT.
@@ -591,6 +594,7 @@ impl Watch {
         self.progress.seen.end = EndReport::parse(heard);
         self.write_the_rest();
         self.console.close();
+        self.redirected = None;
         // A socket that is still held here would not count as dead.
         (self.spec.vm, self.spec.console_socket) = (None, None);
         let progress = &mut self.progress;

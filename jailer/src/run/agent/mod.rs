@@ -89,6 +89,8 @@ pub struct Plan {
     pub upper_type: Option<&'static str>,
     /// Where memory is mounted.
     pub memory: Vec<Memory>,
+    /// The network interface that it is to set up.
+    pub interface: Option<Interface>,
     /// What is copied into the guest before the command starts.
     pub copies: Vec<CopyIn>,
     /// Whether it is to run only when it is asked for ([`Agent::begin`]).
@@ -104,6 +106,54 @@ pub struct Memory {
     pub flags: u32,
     /// Options of tmpfs(5).
     pub options: String,
+}
+
+/// A network interface that the guest sets up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// By which the guest knows it.
+    pub mac: [u8; 6],
+    /// Longest packet.
+    pub mtu: u32,
+    /// Its addresses.
+    pub addresses: Vec<Address>,
+    /// Routes by it; those without a gateway first.
+    pub routes: Vec<Route>,
+}
+
+/// An address of 4 or 16 bytes, and how many of its bits are the network's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// In the network's order.
+    pub bytes: Vec<u8>,
+    /// Bits of the network.
+    pub prefix: u8,
+}
+
+/// A route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// To this network.
+    pub to: Address,
+    /// By way of this address, if it is not empty.
+    pub gateway: Vec<u8>,
+}
+
+impl Interface {
+    fn add_to(&self, setup: &mut Body) -> Result<(), CommandError> {
+        let interface = [&self.mac[..], &self.mtu.to_le_bytes()].concat();
+        setup.add(fields::INTERFACE, &interface)?;
+        for Address { bytes, prefix } in &self.addresses {
+            setup.add(fields::ADDRESS, &[&[*prefix][..], bytes].concat())?;
+        }
+        for Route { to, gateway } in &self.routes {
+            setup.add(
+                fields::ROUTE,
+                &[&[to.prefix][..], &to.bytes, gateway].concat(),
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// The number of the process that unpacks what is copied in; no client's.
@@ -206,6 +256,9 @@ impl Agent {
         }
         if let Some(kind) = plan.upper_type {
             setup.add(fields::UPPER_TYPE, kind.as_bytes())?;
+        }
+        if let Some(interface) = &plan.interface {
+            interface.add_to(&mut setup)?;
         }
         for memory in &plan.memory {
             setup.add(fields::MEMORY, memory.path.as_bytes())?;
@@ -504,6 +557,7 @@ mod tests {
                 is_sealed: false,
                 upper_type: None,
                 memory: Vec::new(),
+                interface: None,
                 copies: Vec::new(),
             };
             let (mut agent, link) = Agent::new(&plan, None).unwrap();

@@ -1,5 +1,6 @@
 //! The few requests to the kernel's routing socket that a jail's network takes (rtnetlink(7)): make
-//! a cable, bring an interface up, give an address, add a route.
+//! a cable, bring an interface up, give an address, add a route, list what there is, and pass all that comes in by one
+//! interface out of another (tc-mirred(8)).
 //!
 //! A request is a header, a fixed structure and attributes; every one is answered by an error number,
 //! 0 if there was none. All of it is written byte by byte: no structure of the kernel's is needed.
@@ -8,13 +9,27 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use libc::{AF_INET, IFA_ADDRESS, IFA_LOCAL, IFF_UP, RTA_DST, RTA_GATEWAY, RTA_OIF};
-use libc::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR};
+use libc::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+};
 use libc::{RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST, RTPROT_STATIC};
 use libc::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
+/// Of linux/rtnetlink.h and linux/pkt_sched.h.
+const RTM_NEWQDISC: u16 = 36;
+const RTM_DELQDISC: u16 = 37;
+const RTM_NEWTFILTER: u16 = 44;
+const INGRESS: u32 = 0xffff_0000;
+const INGRESS_PARENT: u32 = 0xffff_fff1;
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+const TCA_U32_SEL: u16 = 5;
+const TCA_U32_ACT: u16 = 7;
+const TCA_MIRRED_PARMS: u16 = 2;
+const IFLA_MTU: u16 = 4;
 /// Attributes of an interface.
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINKINFO: u16 = 18;
@@ -51,6 +66,14 @@ impl Request {
         self.0.extend(index.to_ne_bytes());
         self.0.extend(up.to_ne_bytes());
         self.0.extend(up.to_ne_bytes());
+    }
+
+    /// `struct tcmsg`.
+    fn traffic_control(&mut self, index: u32, handle: u32, parent: u32, info: u32) {
+        self.0.extend([0; 4]);
+        for word in [index, handle, parent, info] {
+            self.0.extend(word.to_ne_bytes());
+        }
     }
 
     fn attribute(&mut self, kind: u16, value: &[u8]) {
@@ -161,6 +184,85 @@ impl Netlink {
         self.ask(request)
     }
 
+    /// Brings an interface up, with this MTU.
+    pub fn set_up_with_mtu(&self, index: u32, mtu: u32) -> Result<(), Errno> {
+        let mut request = Request::new(RTM_NEWLINK, 0);
+        request.interface(index, true);
+        request.attribute(IFLA_MTU, &mtu.to_ne_bytes());
+        self.ask(request)
+    }
+
+    /// Passes all that comes in by the interface `from` out of the interface `to`. Nothing of it reaches this kernel.
+    pub fn redirect(&self, from: u32, to: u32) -> Result<(), Errno> {
+        let mut request = Request::new(RTM_NEWQDISC, NEW);
+        request.traffic_control(from, INGRESS, INGRESS_PARENT, 0);
+        request.name(TCA_KIND, "ingress");
+        self.ask(request)?;
+        let mut request = Request::new(RTM_NEWTFILTER, NEW);
+        // Priority 1, of all protocols (ETH_P_ALL).
+        let all = 1 << 16 | u32::from(3_u16.to_be());
+        request.traffic_control(from, 0, INGRESS, all);
+        request.name(TCA_KIND, "u32");
+        request.nest(TCA_OPTIONS, |request| {
+            // struct tc_u32_sel: terminal, and one key of zeros, which everything has.
+            let mut selector = [0; 32];
+            (selector[0], selector[2]) = (1, 1);
+            request.attribute(TCA_U32_SEL, &selector);
+            request.nest(TCA_U32_ACT, |request| {
+                request.nest(1, |request| {
+                    request.name(TCA_KIND, "mirred");
+                    request.nest(TCA_OPTIONS, |request| {
+                        // struct tc_mirred: TC_ACT_STOLEN, TCA_EGRESS_REDIR.
+                        let words = [0, 0, 4, 0, 0, 1, to];
+                        let words: Vec<u8> = words.iter().flat_map(|it| it.to_ne_bytes()).collect();
+                        request.attribute(TCA_MIRRED_PARMS, &words);
+                    });
+                });
+            });
+        });
+        self.ask(request)
+    }
+
+    /// Takes back what [`Netlink::redirect`] made of an interface.
+    pub fn remove_redirect(&self, from: u32) -> Result<(), Errno> {
+        let mut request = Request::new(RTM_DELQDISC, 0);
+        request.traffic_control(from, INGRESS, INGRESS_PARENT, 0);
+        self.ask(request)
+    }
+
+    /// All there is of a kind, for a request of it: each one's fixed part of so many bytes, and its attributes.
+    pub fn list(&self, request: u16, fixed: usize) -> Result<Vec<Listed>, Errno> {
+        let mut bytes = Request::new(request, NLM_F_DUMP).0;
+        // No answer besides, and a fixed part of zeros.
+        let flags = (NLM_F_REQUEST | NLM_F_DUMP) as u16;
+        bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        bytes.resize(HEADER + fixed, 0);
+        let length = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&length.to_ne_bytes());
+        rustix::net::send(&self.0, &bytes, SendFlags::empty())?;
+        let mut all = Vec::new();
+        let mut answer = vec![0_u8; 64 * 1024];
+        loop {
+            let receive = || rustix::net::recv(&self.0, &mut answer[..], RecvFlags::empty());
+            let (count, _) = rustix::io::retry_on_intr(receive)?;
+            let mut rest = &answer[..count];
+            while let Some((kind, body, more)) = split_message(rest) {
+                match i32::from(kind) {
+                    NLMSG_DONE => return Ok(all),
+                    NLMSG_ERROR => {
+                        let number = body.first_chunk().map_or(0, |it| i32::from_ne_bytes(*it));
+                        return Err(Errno::from_raw_os_error(number.wrapping_neg()));
+                    }
+                    _ => all.extend(Listed::of(body, fixed)),
+                }
+                rest = more;
+            }
+            if count == 0 {
+                return Err(Errno::BADMSG);
+            }
+        }
+    }
+
     /// Sends a request and waits for its answer.
     fn ask(&self, request: Request) -> Result<(), Errno> {
         let mut bytes = request.0;
@@ -181,6 +283,59 @@ impl Netlink {
             number if is_error => Err(Errno::from_raw_os_error(number.wrapping_neg())),
             _ => Err(Errno::BADMSG),
         }
+    }
+}
+
+/// A message: its kind, its body, and what follows it.
+fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
+    let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
+    let body = bytes.get(HEADER..length)?;
+    let rest = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Some((kind, body, rest))
+}
+
+/// One of what was listed.
+#[derive(Debug)]
+pub struct Listed {
+    /// Its fixed part.
+    pub fixed: Vec<u8>,
+    attributes: Vec<(u16, Vec<u8>)>,
+}
+
+impl Listed {
+    fn of(body: &[u8], fixed: usize) -> Option<Listed> {
+        let (fixed, mut rest) = body.split_at_checked(fixed)?;
+        let mut attributes = Vec::new();
+        while let Some((length, kind)) = rest.first_chunk::<4>().map(|it| {
+            let [a, b, c, d] = *it;
+            (
+                usize::from(u16::from_ne_bytes([a, b])),
+                u16::from_ne_bytes([c, d]),
+            )
+        }) {
+            let Some(value) = rest.get(4..length) else {
+                break;
+            };
+            attributes.push((kind, value.to_vec()));
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+        Some(Listed {
+            fixed: fixed.to_vec(),
+            attributes,
+        })
+    }
+
+    /// The value of an attribute.
+    pub fn attribute(&self, kind: u16) -> Option<&[u8]> {
+        let found = self.attributes.iter().find(|(other, _)| *other == kind);
+        found.map(|(_, value)| value.as_slice())
+    }
+
+    /// The same of one that is a number.
+    pub fn number(&self, kind: u16) -> Option<u32> {
+        let value = self.attribute(kind)?.first_chunk()?;
+        Some(u32::from_ne_bytes(*value))
     }
 }
 

@@ -69,6 +69,8 @@ pub struct Options {
     pub guest: Option<GuestCommand>,
     /// Where the socket of a guest with a command is.
     pub place: Place,
+    /// The network namespace whose interface the guest takes over.
+    pub net_namespace: Option<PathBuf>,
     /// Tell this passed descriptor when the command runs, or could.
     pub ready_fd: Option<RawFd>,
 }
@@ -137,7 +139,7 @@ const KNOWN: Known = Known {
             --snapshot-and-continue -t --tty -i --interactive --hold",
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
            --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report \
-           --ready-fd --runtime-dir --process --console-socket --upper",
+           --ready-fd --runtime-dir --process --console-socket --upper --net-from-namespace",
     repeatable: "--drive --net --limit --cgroup --resource-limit --env --tmpfs --copy-in",
     text: "--cmdline",
     help: "see run --help",
@@ -196,13 +198,14 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         quiet: words.has("--quiet"),
         guest,
         place: Place::new(words.path("--runtime-dir")),
+        net_namespace: words.path("--net-from-namespace"),
         ready_fd: words.parsed("--ready-fd", descriptor)?,
     }))
 }
 
 /// Those that only a command has.
 const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
-                          --ready-fd --runtime-dir --process --console-socket --upper --tmpfs --copy-in";
+                          --ready-fd --runtime-dir --process --console-socket --upper --tmpfs --copy-in --net-from-namespace";
 /// Those that a machine with a command does not have.
 const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
 
@@ -243,6 +246,10 @@ fn guest(
     }
     let missing = "what to run is missing; give it after --, e.g. -- /bin/sh, or with --process";
     let missing = ArgsError::Value(NAME, given, missing.into());
+    if words.has("--net-from-namespace") && words.has("--net") {
+        let why = "the guest's interface is that of the namespace; leave one of both out";
+        return refuse("--net-from-namespace", words, why);
+    }
     let upper = words.path("--upper");
     if let (Some(upper), Some(_)) = (&upper, mode) {
         let why = "what is written goes there only of an image without :ro and :rw";

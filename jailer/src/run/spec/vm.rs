@@ -228,6 +228,17 @@ impl Vm {
         serial.get_or_insert_default().console_socket = Some(source);
     }
 
+    /// Takes the tap by which a guest takes over an interface of this host.
+    pub fn set_interface(&mut self, tap: OwnedFd, mac: [u8; 6], mtu: u32) {
+        let tap = self.add(tap, "tap in the network namespace");
+        if let Request::Boot(config) = &mut self.request {
+            let mut interface = NetworkInterface::new("eth0", tap);
+            interface.guest_mac = Some(Mac(mac));
+            interface.mtu = u16::try_from(mtu).ok();
+            config.devices.network_interfaces.push(interface);
+        }
+    }
+
     /// Takes what a guest with an agent has besides: the initial RAM disk, and the other end of the link.
     pub fn set_agent(&mut self, initramfs: OwnedFd, link: OwnedFd) {
         let initramfs = self.add(initramfs, "initial RAM disk of the agent");

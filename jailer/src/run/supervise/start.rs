@@ -19,7 +19,7 @@ use crate::run::agent::Agent;
 use crate::run::channel::Channel;
 use crate::run::jail::{self, explained, obstacle};
 use crate::run::keeper::{Assignment, Keeper};
-use crate::run::network::{self, Network};
+use crate::run::network::{self, Network, namespace};
 use crate::run::outcome::report::Report;
 use crate::run::spec::Spec;
 use crate::run::spec::options::Console as To;
@@ -138,8 +138,18 @@ fn make_jail(
     }
     watched.console_socket = sockets.next();
     let has_command = watched.guest.is_some();
+    let mut redirected = None;
     let agent = match watched.guest.take() {
-        Some((plan, initramfs)) => {
+        Some((mut plan, initramfs)) => {
+            if let Some(path) = &watched.options.net_namespace
+                && let Some((tap, interface, hold)) = namespace::take_over(path, own.as_fd())?
+            {
+                if let Some(vm) = &mut watched.vm {
+                    vm.set_interface(tap, interface.mac, interface.mtu);
+                }
+                plan.interface = Some(interface);
+                redirected = Some(hold);
+            }
             let (agent, link) = Agent::new(&plan, for_agent)?;
             if let Some(vm) = &mut watched.vm {
                 vm.set_agent(initramfs, link);
@@ -201,6 +211,7 @@ fn make_jail(
         console: Console::new(console, typed.flatten(), to_guest.1),
         log: Relay::new(Some(log.0), to_log),
         agent,
+        redirected,
         end: end.0,
         signals,
         client,

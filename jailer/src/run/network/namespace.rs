@@ -1,0 +1,253 @@
+//! The network of a container engine, for a guest (`--net-from-namespace`): the engine made a network namespace with
+//! one interface, its addresses and routes, and the guest takes that interface's place.
+//!
+//! ```text
+//!   engine's network ---- eth0 [namespace] ==redirect== tap "mfguest" ---- guest
+//!                        its addresses stay, and reach       the same MAC address,
+//!                        nothing: all that comes goes on     addresses and routes
+//! ```
+//!
+//! A process of its own goes into the namespace, makes the tap and the redirects, and stays: it takes them back when
+//! the supervisor closes its channel, or is killed. The tap goes with its last descriptor.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use libc::{RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST, RTPROT_KERNEL};
+use libc::{RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE};
+use mayfly::wire::tap::{self, Tap};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::Pid;
+use serde::{Deserialize, Serialize};
+
+use super::netlink::{Listed, Netlink};
+use crate::error::{Advice as _, AnyError, Step as _, message};
+use crate::netns::NetNs;
+use crate::run::agent::{Address, Interface, Route};
+use crate::run::channel::Channel;
+use crate::run::spec::resources::tun_remedy;
+use crate::sys;
+
+/// The tap's name in the namespace.
+const TAP: &str = "mfguest";
+/// From that process: what it found, and the tap; or the message of an error.
+const FOUND: u8 = b'+';
+const FAILED: u8 = b'-';
+
+const WHAT: &str = "take over the network of the namespace (--net-from-namespace)";
+
+/// What the process is told.
+#[derive(Clone, Debug)]
+struct Order(PathBuf);
+
+/// The hold on that process.
+#[derive(Debug)]
+pub struct Redirected {
+    channel: Option<Channel>,
+    pid: Pid,
+}
+
+impl Drop for Redirected {
+    fn drop(&mut self) {
+        // Which ends it.
+        self.channel = None;
+        let _ = sys::wait(self.pid);
+    }
+}
+
+#[derive(Deserialize, Serialize)]
+struct Found {
+    mac: [u8; 6],
+    mtu: u32,
+    /// Bytes of each, and the length of its network.
+    addresses: Vec<(Vec<u8>, u8)>,
+    /// Where to, the length of that, and the gateway.
+    routes: Vec<(Vec<u8>, u8, Vec<u8>)>,
+}
+
+/// Takes over the network of a namespace, if it has one: the tap, what the guest is to have, and the hold on both.
+pub fn take_over(
+    path: &Path,
+    supervisor: BorrowedFd<'_>,
+) -> Result<Option<(OwnedFd, Interface, Redirected)>, AnyError> {
+    let (channel, theirs) = Channel::pair().step(WHAT)?;
+    let order = Order(path.to_owned());
+    let pid = sys::fork_apart(theirs.into(), supervisor, &order, stay).step(WHAT)?;
+    let redirected = |channel| Redirected {
+        channel: Some(channel),
+        pid,
+    };
+    let told = channel.receive().step(WHAT)?;
+    let redirected = redirected(channel);
+    let Some(told) = told else {
+        return Err(
+            "cannot take over the network (--net-from-namespace): the process that does was killed"
+                .into(),
+        );
+    };
+    if told.kind != FOUND {
+        return Err(told.text.into());
+    }
+    let Some(tap) = told.files.into_iter().next() else {
+        return Ok(None);
+    };
+    let found: Found = serde_json::from_str(&told.text).step(WHAT)?;
+    let address = |(bytes, prefix)| Address { bytes, prefix };
+    let route = |(to, prefix, gateway)| Route {
+        to: Address { bytes: to, prefix },
+        gateway,
+    };
+    let interface = Interface {
+        mac: found.mac,
+        mtu: found.mtu,
+        addresses: found.addresses.into_iter().map(address).collect(),
+        routes: found.routes.into_iter().map(route).collect(),
+    };
+    Ok(Some((tap, interface, redirected)))
+}
+
+/// The life of that process.
+fn stay(
+    closed: Result<(), Errno>,
+    channel: OwnedFd,
+    supervisor: BorrowedFd<'_>,
+    Order(path): &Order,
+) {
+    let channel = Channel::from(channel);
+    let made = closed
+        .step(WHAT)
+        .map_err(AnyError::from)
+        .and_then(|()| make(path));
+    let told = match &made {
+        Ok(Some((_, tap, found))) => {
+            let text = serde_json::json!(found).to_string();
+            channel.send(FOUND, &text, &[std::os::fd::AsFd::as_fd(tap)])
+        }
+        Ok(None) => channel.send(FOUND, "", &[]),
+        Err(error) => channel.send(FAILED, &message(&**error), &[]),
+    };
+    let Ok(Some((index, tap, _))) = made else {
+        return;
+    };
+    drop(tap);
+    if told.is_ok() {
+        let _ = sys::leave_standard_streams();
+        let ends = [std::os::fd::AsFd::as_fd(&channel), supervisor];
+        let mut ends = ends.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let _ = rustix::io::retry_on_intr(|| poll(&mut ends, None));
+    }
+    // The namespace is the caller's, who may want to use it otherwise.
+    let _ = Netlink::open().and_then(|netlink| netlink.remove_redirect(index));
+}
+
+/// Goes into the namespace, and makes what the guest needs; none where there is no network.
+fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Found)>, AnyError> {
+    NetNs::open(path)?.join()?;
+    let netlink = Netlink::open().step(WHAT)?;
+    let Some((index, found)) = look(&netlink).step(WHAT)? else {
+        return Ok(None);
+    };
+    let tun = tap::open_tun()
+        .step("open /dev/net/tun")
+        .hints(tun_remedy)?;
+    let tap =
+        Tap::attach(tun, TAP).step("make a tap in the network namespace (--net-from-namespace)")?;
+    // The tap has no use for an address of its own.
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1");
+    let redirect = || {
+        let guest = netlink.index(TAP)?;
+        netlink.set_up_with_mtu(guest, found.mtu)?;
+        netlink.redirect(guest, index)?;
+        netlink.redirect(index, guest)
+    };
+    let remedy = |answer| match answer {
+        Errno::EXIST => Some(
+            "its interface has an ingress queueing discipline already: `tc qdisc del dev IFACE ingress`",
+        ),
+        Errno::NOENT => Some(
+            "this kernel lacks one of CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_U32 and CONFIG_NET_ACT_MIRRED: load it with \
+             `modprobe`",
+        ),
+        _ => None,
+    };
+    let redirected = redirect();
+    if redirected.is_err() && redirected != Err(Errno::EXIST) {
+        let _ = netlink.remove_redirect(index);
+    }
+    redirected.step(WHAT).hints(remedy)?;
+    Ok(Some((index, tap.into(), found)))
+}
+
+/// The interface that is not the loopback: the one with a default route, if there are several.
+fn look(netlink: &Netlink) -> Result<Option<(u32, Found)>, Errno> {
+    /// `ARPHRD_ETHER`.
+    const ETHERNET: u16 = 1;
+    const ADDRESS: u16 = 1;
+    const MTU: u16 = 4;
+    let links = netlink.list(RTM_GETLINK, 16)?;
+    let routes = netlink.list(RTM_GETROUTE, 12)?;
+    let addresses = netlink.list(RTM_GETADDR, 8)?;
+    let word = |it: &Listed, at: usize| {
+        let bytes = it.fixed.get(at..).and_then(|it| it.first_chunk());
+        bytes.map_or(0, |it| u32::from_ne_bytes(*it))
+    };
+    let routes_of = |index: u32| routes.iter().filter_map(move |it| route(it, index));
+    let mut found: Vec<_> = links
+        .iter()
+        .filter(|it| {
+            let kind = it.fixed.get(2..).and_then(|it| it.first_chunk());
+            let is_up = word(it, 8) & libc::IFF_UP as u32 != 0;
+            is_up && kind.map(|it| u16::from_ne_bytes(*it)) == Some(ETHERNET)
+        })
+        .filter_map(|it| {
+            let mac = <[u8; 6]>::try_from(it.attribute(ADDRESS)?).ok()?;
+            Some((word(it, 4), mac, it.number(MTU)?))
+        })
+        .collect();
+    let has_default = |index: u32| routes_of(index).any(|(_, length, _)| length == 0);
+    found.sort_by_key(|(index, ..)| !has_default(*index));
+    let Some((index, mac, mtu)) = found.into_iter().next() else {
+        return Ok(None);
+    };
+    let mut routes: Vec<_> = routes_of(index).collect();
+    // A gateway may be reached by another of them.
+    routes.sort_by_key(|(_, _, gateway)| !gateway.is_empty());
+    let addresses = addresses.iter().filter_map(|it| address(it, index));
+    let found = Found {
+        mac,
+        mtu,
+        addresses: addresses.collect(),
+        routes,
+    };
+    Ok(Some((index, found)))
+}
+
+/// An address of an interface that others reach it by.
+fn address(listed: &Listed, index: u32) -> Option<(Vec<u8>, u8)> {
+    const ADDRESS: u16 = 1;
+    const LOCAL: u16 = 2;
+    let [_, prefix, _, scope, number @ ..] = *listed.fixed.first_chunk::<8>()?;
+    let is_ours = u32::from_ne_bytes(number) == index && scope == RT_SCOPE_UNIVERSE;
+    let bytes = listed.attribute(LOCAL).or(listed.attribute(ADDRESS))?;
+    (is_ours && matches!(bytes.len(), 4 | 16)).then(|| (bytes.to_vec(), prefix))
+}
+
+/// A route by an interface; not those that come with its addresses.
+fn route(listed: &Listed, index: u32) -> Option<(Vec<u8>, u8, Vec<u8>)> {
+    const TO: u16 = 1;
+    const OUT: u16 = 4;
+    const GATEWAY: u16 = 5;
+    let [family, length, _, _, table, protocol, _, kind, ..] = *listed.fixed.first_chunk::<12>()?;
+    let size = match i32::from(family) {
+        libc::AF_INET => 4,
+        libc::AF_INET6 => 16,
+        _ => return None,
+    };
+    let is_ours = listed.number(OUT) == Some(index)
+        && (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST)
+        && protocol != RTPROT_KERNEL;
+    let to = listed.attribute(TO).map_or(vec![0; size], <[u8]>::to_vec);
+    let gateway = listed.attribute(GATEWAY).unwrap_or_default().to_vec();
+    is_ours.then_some((to, length, gateway))
+}
