@@ -116,6 +116,11 @@ def boot(machine):
     return result, ray.get_runtime_context().get_node_id()
 
 
+@ray.remote(resources={"microvm": 1}, max_retries=0)
+def limited(machine, timeout):
+    return mayfly_ray.run_kernel(machine, timeout=timeout)
+
+
 @ray.remote(resources={"microvm": 1}, max_retries=1)
 def boot_again(first, then, marker):
     """The first time a guest that stays, and another one when it is tried again."""
@@ -163,6 +168,9 @@ def errors(machine):
     missing = dataclasses.replace(machine, kernel="/nowhere/vmlinux")
     error = fails(mayfly_ray.NotStarted, boot.remote(missing))
     assert "/nowhere/vmlinux" in error.message, error.message
+    stays = words_of(machine, "late", "stay")
+    error = fails(mayfly_ray.TimedOut, limited.remote(stays, 1.5))
+    assert (error.ended, error.exit_code) == ("time-limit", 124) and b"halted" in error.stdout, error
     ok("errors")
 
 

@@ -242,6 +242,35 @@ class Stops(Case):
             child.wait()
         wait_until(lambda: not is_running(self.started()[0]["pid"]), "the end of the microVM")
 
+    def test_microvm_ends_at_once_although_a_forked_process_has_a_copy_of_all_descriptors(self):
+        self.plan(run={"stays": True, "ready": True})
+        vm = mayfly_ray.MicroVM(self.machine, "/i").start()
+        pid = self.started()[0]["pid"]
+        dropped = os.fork()
+        if dropped == 0:
+            try:
+                del vm
+                gc.collect()
+            finally:
+                os._exit(0)
+        os.waitpid(dropped, 0)
+        kept = os.fork()
+        if kept == 0:
+            try:
+                signal.pause()
+            finally:
+                os._exit(0)
+        try:
+            # The end of a copy is not the end of the microVM.
+            self.assertTrue(is_running(pid))
+            vm.stop()
+            self.assertFalse(is_running(pid))
+            # By the hang-up, and not by a signal after that was in vain.
+            self.assertEqual(vm._supervisor.exit_code, 129)
+        finally:
+            os.kill(kept, signal.SIGKILL)
+            os.waitpid(kept, 0)
+
     def test_program_that_does_not_heed_the_hang_up_is_killed(self):
         self.plan(run={"stays": True, "deaf": True, "ready": True})
         with mock.patch.object(_process, "GRACE", 0.2):

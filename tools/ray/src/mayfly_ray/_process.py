@@ -2,10 +2,11 @@
 
 What ends it, whatever happens to the caller:
 
-- A pipe (the lease) whose write end only this process holds. Its hang-up ends the microVM (``--end-with-fd``): by
+- A pair of sockets (the lease) of which this process holds one. Its hang-up ends the microVM (``--end-with-fd``): by
   :meth:`Process.stop`, when the object is freed, when the interpreter ends, when this process is killed. It is made
-  before the child, so that an exception between the start of the child and its assignment leaves nothing behind.
-- ``--with-parent``: also when a process that was forked from this one holds the lease.
+  before the child, so that an exception between the start of the child and its assignment leaves nothing behind. It is
+  shut down, not only closed: a process that was forked from this one has a copy of it.
+- ``--with-parent``: where this process is killed, and such a copy is left.
 - The child stays in the process group of its caller, to which Ray sends signals: no session of its own.
 
 Waits never block for more than :data:`TICK` seconds: ``ray.cancel`` sets a flag that the interpreter looks at between
@@ -15,6 +16,7 @@ its instructions, and interrupts no system call. Everything runs on the calling 
 import json
 import os
 import selectors
+import socket
 import subprocess
 import time
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
@@ -44,6 +46,29 @@ class Descriptor:
 
     def __del__(self) -> None:
         self.close()
+
+
+class Lease:
+    """One of two sockets, shut down with its last reference at the latest."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self._socket = ours
+        self._maker = os.getpid()
+
+    def close(self) -> None:
+        # In a process that was forked from the one that made it, the copy goes and the microVM stays.
+        if self._socket.fileno() >= 0 and os.getpid() == self._maker:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def lease() -> Tuple[Lease, Descriptor]:
+    """A lease, and the descriptor whose hang-up is its end."""
+    ours, theirs = socket.socketpair()
+    return Lease(ours), Descriptor(theirs.detach())
 
 
 def pipe() -> Tuple[Descriptor, Descriptor]:
@@ -89,7 +114,7 @@ class Process:
         self._report = Output(REPORT_LIMIT)
         self._streams: Dict[str, Descriptor] = {}
         self._stdin = stdin
-        self._lease: Optional[Descriptor] = None
+        self._lease: Optional[Lease] = None
         self._process: Optional["subprocess.Popen[bytes]"] = None
         self.ready: Optional[Descriptor] = None
 
@@ -108,7 +133,7 @@ class Process:
             theirs += [for_out, for_err]
             self._streams.update(stdout=out, stderr=err)
             if is_run:
-                end, self._lease = pipe()
+                self._lease, end = lease()
                 report, for_report = pipe()
                 self._streams["report"] = report
                 words += ["--with-parent", "--end-with-fd", str(passes(end))]
