@@ -141,9 +141,10 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
     if let Some(number) = machine.starter {
         words.option("--end-with-fd", number.to_string());
     }
-    match machine.console {
-        Some(path) => words.option("--console-socket", path),
-        None => words.add("-i"),
+    // Also of a terminal.
+    words.add("-i");
+    if let Some(path) = machine.console {
+        words.option("--console-socket", path);
     }
     for (from, to) in &container.mounts.copies {
         words.option("--copy-in", pair(from, to.as_os_str()));

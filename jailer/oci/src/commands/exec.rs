@@ -37,10 +37,11 @@ pub fn exec(host: &Host, exec: Exec) -> Result<u8, AnyError> {
     if let Some(path) = &exec.pid_file {
         option("--pid-file", absolute(path)?);
     }
-    match &exec.console_socket {
-        Some(path) => option("--console-socket", absolute(path)?),
-        None => words.push("-i".into()),
+    if let Some(path) = &exec.console_socket {
+        option("--console-socket", absolute(path)?);
     }
+    // Also of a terminal.
+    words.push("-i".into());
     if exec.is_detached {
         words.push("--detach".into());
     }
