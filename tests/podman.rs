@@ -111,7 +111,6 @@ impl Podman {
             "--runtime-flag",
             &format!("config={}", self.path("oci.json")),
         ]);
-        command.args(["--runtime-flag", &format!("root={}", self.path("state"))]);
         command.args(words);
         command
     }
@@ -145,22 +144,18 @@ impl Podman {
 
     /// Waits until nothing of a container is there any more.
     fn nothing_is_left(&self) {
-        common::wait_until("the state folder is empty", || {
-            fs::read_dir(self.folder.join("state"))
-                .is_ok_and(|mut entries| entries.next().is_none())
-        });
         let folder = self.folder.path().display().to_string();
+        common::wait_until("no container of this test is left", || {
+            let states = fs::read_dir("/run/mayfly-oci")
+                .into_iter()
+                .flatten()
+                .flatten();
+            let records = states.map(|entry| fs::read_to_string(entry.path().join("state.json")));
+            !records.flatten().any(|record| record.contains(&folder))
+        });
         common::wait_until("no process is left", || {
             processes(&format!("{folder}/bin")).is_empty()
         });
-        let users = fs::read_dir("/run/mayfly-oci.users")
-            .into_iter()
-            .flatten()
-            .flatten();
-        for entry in users {
-            let owner = fs::read_to_string(entry.path()).unwrap_or_default();
-            assert!(!owner.starts_with(&folder), "{entry:?}");
-        }
     }
 }
 
@@ -404,7 +399,7 @@ fn container_ends_with_its_conmon() {
     });
     // podman 4.3 does not delete what it finds stopped without its conmon, under any runtime.
     let _ = podman.run(&["rm", "--force", "--time", "0", "c1"]);
-    let delete = ["--root", &podman.path("state"), "delete", "--force", &id];
+    let delete = ["delete", "--force", &id];
     common::run(&podman.path("bin/mayfly-oci"), &delete);
     assert!(groups(&id).is_empty());
     podman.nothing_is_left();
