@@ -85,6 +85,8 @@ fn ray_cluster_when_tasks_workers_and_nodes_end_leaves_no_microvm() {
         "errors",
         "cancel with force=False",
         "cancel with force=True",
+        "actor killed",
+        "mayfly-jailer killed",
         "worker killed and task tried again",
         "worker killed while Linux boots",
         "command and files of a Linux guest",

@@ -80,10 +80,10 @@ class Guest:
                     while more := {pid for pid, (parent, _) in known.items() if parent in family} - family:
                         family |= more
                     if len(family) > 1 and any(command(pid) == "mayfly" for pid in family):
-                        return known[top][0], {pid: known[pid][1] for pid in family}
+                        return top, known[top][0], {pid: known[pid][1] for pid in family}
             return None
 
-        self.worker, self.family = wait_until(whole, f"the microVM {name}")
+        self.jailer, self.worker, self.family = wait_until(whole, f"the microVM {name}")
 
     def is_gone(self):
         return not any((facts := stat(pid)) and facts[1] == start for pid, start in self.family.items())
@@ -127,6 +127,12 @@ def boot_again(first, then, marker):
     is_first = not os.path.exists(marker)
     open(marker, "w").close()
     return mayfly_ray.run_kernel(first if is_first else then, timeout=PATIENCE).exit_code
+
+
+@ray.remote(resources={"microvm": 1})
+class Actor:
+    def boot(self, machine):
+        return mayfly_ray.run_kernel(machine, timeout=PATIENCE)
 
 
 @ray.remote(resources={"microvm": 1}, max_retries=0)
@@ -184,6 +190,26 @@ def cancelled(machine):
         fails((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError), ref)
         guest.goes()
         ok(f"cancel with force={force}")
+
+
+def actor_killed(machine):
+    actor = Actor.remote()
+    ref = actor.boot.remote(words_of(machine, "actor", "stay", limits={"memory": "200M"}))
+    guest = Guest(PREFIX + "actor", ref)
+    ray.kill(actor)
+    guest.goes()
+    fails(ray.exceptions.RayActorError, ref)
+    ok("actor killed")
+
+
+def jailer_killed(machine):
+    ref = boot.remote(words_of(machine, "jailer", "stay", limits={"memory": "200M"}))
+    guest = Guest(PREFIX + "jailer", ref)
+    os.kill(guest.jailer, signal.SIGKILL)
+    error = fails(mayfly_ray.GuestEnded, ref)
+    assert (error.ended, error.exit_code) == ("jailer-killed", 137), error
+    guest.goes()
+    ok("mayfly-jailer killed")
 
 
 def worker_killed(machine, folder):
@@ -255,6 +281,8 @@ def main(jailer, probe, folder, kernel=None, image=None):
         twenty(machine, {one.node_id for one in nodes})
         errors(machine)
         cancelled(machine)
+        actor_killed(machine)
+        jailer_killed(machine)
         worker_killed(machine, folder)
         if image:
             guest = dataclasses.replace(machine, kernel=kernel, memory_mib=128)
