@@ -136,8 +136,8 @@ class Actor:
 
 
 @ray.remote(resources={"microvm": 1}, max_retries=0)
-def use(machine, image, folder):
-    with MicroVM(machine, image, start_timeout=PATIENCE) as vm:
+def use(machine, image, name, folder):
+    with MicroVM(machine, image, start_timeout=PATIENCE, id=name) as vm:
         vm.put(__file__, "/tmp/in")
         result = vm.run(["/bin/sh", "-c", "cat /tmp/in >/tmp/out; echo $WORD; echo apart >&2; exit 7"], env={"WORD": "hello"})
         vm.get("/tmp/out", folder + "/out")
@@ -241,9 +241,9 @@ def node_killed(machine, cluster, node):
 
 def linux_worker_killed(machine, image):
     """While Linux boots: the socket of the microVM goes, too."""
-    ref = use.remote(machine, image, "/nowhere")
-    guest = Guest("ray-", ref)
-    sockets = glob.glob("/run/mayfly/ray-*.sock")
+    ref = use.remote(machine, image, PREFIX + "booting", "/nowhere")
+    guest = Guest(PREFIX + "booting", ref)
+    sockets = glob.glob(f"/run/mayfly/{PREFIX}booting.sock")
     assert sockets
     os.kill(guest.worker, signal.SIGKILL)
     guest.goes()
@@ -253,7 +253,7 @@ def linux_worker_killed(machine, image):
 
 
 def linux(machine, image, folder):
-    result = ray.get(use.remote(machine, image, folder), timeout=PATIENCE)
+    result = ray.get(use.remote(machine, image, PREFIX + "linux", folder), timeout=PATIENCE)
     assert (result.exit_code, result.stdout, result.stderr) == (7, b"hello\n", b"apart\n"), result
     with open(__file__, "rb") as sent, open(folder + "/out", "rb") as came:
         assert sent.read() == came.read()
@@ -261,9 +261,8 @@ def linux(machine, image, folder):
 
 
 def nothing_is_left():
-    wait_until(lambda: not jailers(PREFIX) and not jailers("ray-"), "the end of all microVMs")
-    left = glob.glob("/run/mayfly/ray-*") + glob.glob(f"/run/mayfly/{PREFIX}*")
-    left += cgroups()
+    wait_until(lambda: not jailers(PREFIX), "the end of all microVMs")
+    left = glob.glob(f"/run/mayfly/{PREFIX}*") + cgroups()
     assert not left, left
     ok("nothing left")
 

@@ -292,7 +292,7 @@ class Stops(Case):
 class Several(Case):
     def test_commands_and_files_go_to_the_microvm_of_the_block(self):
         self.plan(run={"stays": True, "ready": True}, exec={"cat": True, "stderr": "e", "code": 3}, cp={})
-        with mayfly_ray.MicroVM(self.machine, "/i", lifetime=60) as vm:
+        with mayfly_ray.MicroVM(self.machine, "/i", lifetime=60, id="box") as vm:
             result = vm.run(["sh", "-c", "x"], stdin=b"text", env={"A": "b"})
             vm.put("file", "/tmp/f")
             vm.get("/tmp/f", "back", merge=True)
@@ -300,6 +300,7 @@ class Several(Case):
         run, first, put, get = [fact["words"] for fact in self.started()]
         for word in ("--hold", "--ready-fd", "--timeout", "--log"):
             self.assertIn(word, run)
+        self.assertEqual((vm.id, run[run.index("--id") + 1]), ("box", "box"))
         self.assertEqual(first, ["exec", vm.id, "--interactive", "--env", "A", "--", "sh", "-c", "x"])
         self.assertEqual(put, ["cp", os.path.abspath("file"), f"{vm.id}:/tmp/f"])
         self.assertEqual(get, ["cp", "--merge", f"{vm.id}:/tmp/f", os.path.abspath("back")])

@@ -92,6 +92,7 @@ class MicroVM:
         *,
         start_timeout: Optional[float] = None,
         lifetime: Optional[float] = None,
+        id: Optional[str] = None,
     ) -> None:
         """Describes a microVM; :meth:`start` or ``with`` starts it.
 
@@ -100,12 +101,13 @@ class MicroVM:
             image: as of :func:`run`.
             start_timeout: seconds until the guest has to be ready for commands; None: no limit.
             lifetime: seconds until the microVM is ended, whatever it does; None: no limit.
+            id: its name, which no other microVM of this user on the node may have; None: a random one.
         """
         self.machine = machine
         self.image = image
         self.start_timeout = start_timeout
         self.lifetime = lifetime
-        self.id = f"ray-{uuid.uuid4().hex[:24]}"
+        self.id = id or f"ray-{uuid.uuid4().hex[:24]}"
         self._supervisor: Optional[Process] = None
 
     def start(self) -> "MicroVM":
