@@ -545,3 +545,81 @@ fn templates_are_written() {
     assert!(engine.works(&["--help"]).contains("--resources FILE"));
     assert_eq!(engine.run(&["checkpoint", "c1"]).status.code(), Some(1));
 }
+
+#[test]
+fn group_with_processes_of_others_is_refused_and_they_go_on() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    engine.create();
+    let first = engine.state();
+    // Another container of the same group, and one whose root is not there.
+    let create = ["create", "--bundle", &bundle, "c2"];
+    let text = engine.refused(&create);
+    assert!(text.contains("there are processes in it"), "{text}");
+    engine.configure(|config| config["root"]["path"] = json!("/dev/null"));
+    engine.refused(&create);
+    assert!(!engine.folder.join("state/c2").exists());
+    // What a create left that was killed before it had looked at its groups.
+    let record = engine.folder.read("state/c1/state.json");
+    let mut record: Value = serde_json::from_str(&record).unwrap();
+    record["id"] = json!("c2");
+    record["process"] = Value::Null;
+    record["has_groups"] = json!(false);
+    fs::create_dir(engine.folder.join("state/c2")).unwrap();
+    engine
+        .folder
+        .file("state/c2/state.json", record.to_string());
+    engine.works(&["delete", "--force", "c2"]);
+    assert!(!engine.folder.join("state/c2").exists());
+    assert_eq!(engine.state(), first);
+    engine.works(&["delete", "--force", "c1"]);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn root_that_looks_like_an_image_layout_is_the_root() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    engine.folder.file("bundle/rootfs/oci-layout", "{}");
+    engine.folder.file("bundle/rootfs/index.json", "no JSON");
+    engine.create();
+    engine.works(&["delete", "--force", "c1"]);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn bundle_whose_config_has_no_end_is_refused() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    let config = engine.folder.join("bundle/config.json");
+    fs::remove_file(&config).unwrap();
+    common::run("mkfifo", &[&config.display().to_string()]);
+    let create = ["create", "--bundle", &bundle, "c1"];
+    assert!(engine.refused(&create).contains("not a regular file"));
+    fs::remove_file(&config).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", &config).unwrap();
+    assert!(engine.refused(&create).contains("not a regular file"));
+    engine.nothing_is_left();
+}
+
+#[test]
+fn create_whose_state_cannot_be_written_leaves_nothing() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    let bundle = engine.folder.join("bundle").display().to_string();
+    let state = engine.folder.join("state");
+    fs::create_dir(&state).unwrap();
+    let state = state.display().to_string();
+    // Room for the folder of the container, and for no file in it.
+    common::run(
+        "mount",
+        &["-t", "tmpfs", "-o", "nr_inodes=2,mode=700", "tmpfs", &state],
+    );
+    let output = engine.run(&["create", "--bundle", &bundle, "c1"]);
+    let is_left = engine.folder.join("state/c1").exists();
+    common::run("umount", &[&state]);
+    assert!(!output.status.success() && !is_left);
+    engine.nothing_is_left();
+}

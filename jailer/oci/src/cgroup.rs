@@ -271,6 +271,14 @@ impl Groups {
         self.0.iter().all(|(_, path)| processes(path).is_empty())
     }
 
+    /// Removes those that nothing is in. `above` were missing before.
+    pub fn remove_empty(&self, above: &[PathBuf]) {
+        for (hierarchy, path) in &self.0 {
+            let _ = rustix::fs::rmdir(path);
+            remove_above(hierarchy, path, above);
+        }
+    }
+
     /// Removes them, with all processes that are still in them. `above` were missing before.
     pub fn remove(&self, above: &[PathBuf]) -> Result<(), AnyError> {
         let until = Instant::now() + PATIENCE;

@@ -37,7 +37,7 @@ impl Disk {
             .cache_mib
             .map_or(SIZE, |mib| mib.saturating_mul(1 << 20));
         let cache = Cache::open(&cache, limit).map_err(NoDisk)?;
-        let disk = cache.disk(&Source::new(folder)).map_err(NoDisk)?;
+        let disk = cache.disk(&Source::root(folder)).map_err(NoDisk)?;
         let left_out = disk.left_out.lines();
         notes.extend(left_out.iter().map(|note| format!("root.path: {note}")));
         Ok(Disk::Cached(disk))

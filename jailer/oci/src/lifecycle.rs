@@ -226,6 +226,8 @@ impl Making<'_> {
         let settings = resources::settings(&self.container.resources);
         if !self.groups.paths().is_empty() {
             self.groups.make()?;
+            held.record.has_groups = true;
+            held.write()?;
             self.groups.set(&settings, &mut notes)?;
             self.groups.enter()?;
         }
@@ -355,7 +357,10 @@ pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
             return Err(LifecycleError::DoesNotEnd(held.record.id.clone(), known.pid).into());
         }
     }
-    if !held.record.groups.is_empty() {
+    if !held.record.has_groups {
+        // Others' processes may be in them.
+        groups(&held.record)?.remove_empty(&held.record.above);
+    } else {
         let groups = groups(&held.record)?;
         let until = std::time::Instant::now() + TIDY;
         while !groups.are_empty() && std::time::Instant::now() < until {

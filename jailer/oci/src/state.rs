@@ -61,6 +61,9 @@ pub struct Record {
     pub groups: Vec<PathBuf>,
     /// Groups above those that were missing before.
     pub above: Vec<PathBuf>,
+    /// No other's processes were in its groups when they were made: what is in them is its own.
+    #[serde(default)]
+    pub has_groups: bool,
     /// The user of its monitor, where root runs this.
     pub uid: Option<u32>,
     /// The process that stands for it.
@@ -117,16 +120,13 @@ pub fn create(root: &Path, record: Record) -> Result<Held, AnyError> {
         record,
         _lock: lock,
     });
-    match held {
-        Ok(held) => {
-            held.write()?;
-            Ok(held)
-        }
-        Err(error) => {
-            let _ = std::fs::remove_dir(&path);
-            Err(error.into())
-        }
+    let written = held
+        .map_err(AnyError::from)
+        .and_then(|held| held.write().map(|()| held));
+    if written.is_err() {
+        let _ = std::fs::remove_dir(&path);
     }
+    written
 }
 
 /// Takes hold of a container.
