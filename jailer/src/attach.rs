@@ -1,5 +1,6 @@
 //! `mayfly-jailer exec` and `cp`: further processes in a guest that runs a command, and files in and out of
-//! it, through the socket of its supervisor. And what else is asked of that (`control`).
+//! it, through the socket of its supervisor. And `start`, `signal` and `state`, which are requests to the
+//! supervisor (`control`).
 //!
 //! One thread, one loop over the connection and the caller's streams, which are those of the process
 //! (`process::front`). What is copied is packed or unpacked by a child of this program (`copy`), with a

@@ -3,9 +3,9 @@
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
 //! everyday command with the empty jail, `attach` what reaches a guest that runs a command, `check`
-//! tries whether this host can run microVMs. What they
-//! are made of: `process` (one in a guest), `console`, `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`,
-//! `monitor` (its executable and limits), `error`, and `sys`, the only unsafe code.
+//! tries whether this host can run microVMs. What they are made of: `process` (one in a guest), `console`,
+//! `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`, `monitor` (its
+//! executable and limits), `error`, and `sys`, the only unsafe code.
 
 mod args;
 mod attach;
