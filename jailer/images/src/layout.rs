@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::archive::{Archive, EntryKind};
 use crate::content::{hex, sum_of};
 use crate::failure::{Context, Failure, Result, clean};
-use crate::source::{self, Blobs, LeftOut, bad_archive};
+use crate::fill::{self, Blobs, LeftOut, bad_archive};
 use crate::sparse;
 use crate::tree::Tree;
 use crate::unpack::{self, Compression};
@@ -280,11 +280,11 @@ impl Layout {
             let compression = Compression::of(&file).cannot("read", layer)?;
             if let Some(kind) = compression {
                 unpack::with(layer, kind, |from| {
-                    source::archive(from, tree, blobs, true, left_out)
+                    fill::archive(from, tree, blobs, true, left_out)
                 })
                 .map_err(|error| error.within(layer, self.path()))?;
             } else {
-                source::archive(&mut BufReader::new(file), tree, blobs, true, left_out)
+                fill::archive(&mut BufReader::new(file), tree, blobs, true, left_out)
                     .map_err(|error| bad_archive(self.path(), &error))?;
             }
         }

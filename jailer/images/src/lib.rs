@@ -3,7 +3,7 @@
 //! page cache. docs/images.md is its page for users.
 //!
 //! It is a library of its own for its three users: the program `mayfly-image`, `mayfly-oci`, and `tools/disks`, whose
-//! `rootfs` reads the same sources ([`archive`], [`layout`], [`source`], [`tree`]) and makes a system that boots of them, and
+//! `rootfs` reads the same sources ([`archive`], [`fill`], [`layout`], [`source`], [`tree`]) and makes a system that boots of them, and
 //! whose `import` reads the same archives and compressions. It is below `jailer` because engines need it at run time, where
 //! there are no tools; and it is no part of the jailer, which starts `mayfly-image` as a program: so neither readers of
 //! foreign files nor their dependencies are in what runs beside a guest.
@@ -12,6 +12,9 @@
 //! programs only unpack ([`unpack`]). All sources are hostile input: names never reach the host's file system ([`tree`]),
 //! files of folders are opened without following links ([`content`]), sizes and counts are bounded, digests of images are
 //! checked. It never mounts anything, never becomes another user, and opens no device.
+//!
+//! Imports point down this list: [`Cache`], `known`, `identity`, [`digest`], [`erofs`], [`source`], [`layout`], [`fill`],
+//! [`archive`], [`tree`], [`content`], [`unpack`], [`tool`], [`sparse`], [`bytes`], [`progress`], [`failure`].
 
 #![expect(
     missing_docs,
@@ -25,6 +28,7 @@ pub mod content;
 pub mod digest;
 pub mod erofs;
 pub mod failure;
+pub mod fill;
 mod identity;
 mod known;
 pub mod layout;

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use clap::{Args, Parser, Subcommand};
 use mayfly_images::bytes::{given_size, size};
 use mayfly_images::failure::{Context, Result, printable};
-use mayfly_images::source::LeftOut;
+use mayfly_images::fill::LeftOut;
 use mayfly_images::{Cache, Listed, SIZE, SOURCE_MAX, Source, default_folder};
 
 #[derive(Debug, Parser)]

@@ -1,5 +1,6 @@
 //! Copies that keep holes and make holes of zeros.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -50,6 +51,23 @@ pub fn fill(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(len)
 }
 
+/// A stream has more than this many bytes, which is as much as it may have.
+#[derive(Debug)]
+struct TooLong(u64);
+
+impl fmt::Display for TooLong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "more than {} MiB", self.0 >> 20)
+    }
+}
+
+impl std::error::Error for TooLong {}
+
+/// Whether [`from_stream`] has failed because there was more than it was to write.
+pub fn is_too_long(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|it| it.is::<TooLong>())
+}
+
 /// Writes all that `from` has, at most `max` bytes, into the empty file `to`; its length.
 pub fn from_stream(
     from: &mut dyn Read,
@@ -65,7 +83,7 @@ pub fn from_stream(
             return Ok(at);
         }
         if at + len as u64 > max {
-            return Err(io::Error::other(format!("more than {} MiB", max >> 20)));
+            return Err(io::Error::other(TooLong(max)));
         }
         write_data(to, &buffer[..len], at)?;
         at += len as u64;

@@ -23,6 +23,9 @@ const PATH_MAX: usize = 3072;
 /// The bytes of all paths together.
 const PATHS_MAX: usize = 256 << 20;
 
+/// The extended attribute in which a file's capabilities are.
+pub const CAPABILITY: &str = "security.capability";
+
 pub type Id = usize;
 pub const ROOT: Id = 0;
 
@@ -32,7 +35,7 @@ pub struct Meta {
     pub uid: u32,
     pub gid: u32,
     pub mtime: i64,
-    /// The value of security.capability.
+    /// The value of [`CAPABILITY`].
     pub capability: Option<Vec<u8>>,
 }
 

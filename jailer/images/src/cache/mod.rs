@@ -32,10 +32,11 @@ use crate::content::{Folder, Place, Stamp, Sum, hex};
 use crate::digest;
 use crate::erofs;
 use crate::failure::{Context, Failure, Result};
+use crate::fill::{Blobs, LeftOut};
 use crate::identity::Identity;
 use crate::known::{List, Lists};
 use crate::layout::Layout;
-use crate::source::{Blobs, LeftOut, Request};
+use crate::source::Request;
 use crate::tree::{Node, ROOT, Tree};
 pub use prune::Listed;
 use stamps::Stamps;
@@ -105,8 +106,8 @@ pub struct Cache {
     limit: u64,
 }
 
-/// Where the disks of this user are: where the variable MAYFLY_IMAGES says, `/var/cache/mayfly/images` of root, `mayfly/images` in the user's own folder of
-/// caches otherwise.
+/// Where the disks of this user are: where the variable MAYFLY_IMAGES says, `/var/cache/mayfly/images` of root,
+/// `mayfly/images` in the user's own folder of caches otherwise.
 pub fn default_folder() -> Result<PathBuf> {
     if let Some(given) = std::env::var_os("MAYFLY_IMAGES").filter(|it| !it.is_empty()) {
         return Ok(given.into());
@@ -213,14 +214,8 @@ impl Cache {
         let disk = match self.take(&sum)? {
             Some(disk) => disk,
             None => {
-                let _lock = self.lock("disk", &sum)?;
-                match self.take(&sum)? {
-                    Some(disk) => disk,
-                    None => {
-                        let work = Work::new(&self.folder.join(WORK))?;
-                        self.make(&tree, &sum, &work)?
-                    }
-                }
+                let work = Work::new(&self.folder.join(WORK))?;
+                self.take_or_make(&tree, &sum, &work)?
             }
         };
         // A few files of each container's own are read each time, which takes less than to note them.
@@ -241,9 +236,8 @@ impl Cache {
 
     fn of_archive(&self, path: &Path, source: &Source) -> Result<Disk> {
         let stamps = Stamps::of(path)?;
-        let key = stamps
-            .as_ref()
-            .and_then(|it| it.key(source.name.as_deref()));
+        let name = source.name.as_deref();
+        let key = stamps.as_ref().and_then(|it| it.key(name));
         if let Some(disk) = self.remembered(&key)? {
             return Ok(disk);
         }
@@ -257,7 +251,6 @@ impl Cache {
         let (mut tree, mut left_out) = (Tree::new(), LeftOut::default());
         let mut read = || -> Result<()> {
             let mut blobs = Blobs::new(work.join("blobs"), source.max)?;
-            let name = source.name.as_deref();
             if let Some(layout) = Layout::of_folder(path).filter(|_| path.is_dir()) {
                 return layout
                     .read(name, &mut tree, &mut blobs, &mut left_out)
@@ -280,15 +273,9 @@ impl Cache {
         };
         read().map_err(|error| error.within(work.path(), &source.path))?;
         let sum = finish(&mut tree, path)?;
-        let disk = {
-            let _lock = self.lock("disk", &sum)?;
-            match self.take(&sum)? {
-                Some(disk) => disk,
-                None => self
-                    .make(&tree, &sum, &work)
-                    .map_err(|error| error.within(work.path(), &source.path))?,
-            }
-        };
+        let disk = self
+            .take_or_make(&tree, &sum, &work)
+            .map_err(|error| error.within(work.path(), &source.path))?;
         // Only if it is still what it was, and was so for a while before.
         let again = Stamps::of(path)?;
         if let (Some(key), Some(before)) = (key, stamps)
@@ -339,6 +326,15 @@ impl Cache {
                 is_new: false,
                 left_out: LeftOut::default(),
             }));
+        }
+    }
+
+    /// The disk of a tree, which one of those who want it at the same time makes.
+    fn take_or_make(&self, tree: &Tree, sum: &Sum, work: &Work) -> Result<Disk> {
+        let _lock = self.lock("disk", sum)?;
+        match self.take(sum)? {
+            Some(disk) => Ok(disk),
+            None => self.make(tree, sum, work),
         }
     }
 

@@ -14,11 +14,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use rustix::fs::{AtFlags, CWD, Timespec, Timestamps};
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags};
 
 use mayfly_images::content::Place;
-use mayfly_images::source::set_capability;
-use mayfly_images::tree::{Id, Node, ROOT, Tree};
+use mayfly_images::tree::{CAPABILITY, Id, Node, ROOT, Tree};
 
 use crate::failure::{Context, Failure, Result};
 use crate::sparse;
@@ -145,7 +144,7 @@ fn lay_out(tree: &Tree, id: Id, place: &Path, staged: &mut Staged) -> Result<()>
         }
     }
     if let (Some(value), Node::File(..)) = (&tree.meta(id).capability, tree.node(id))
-        && !set_capability(place, value)
+        && rustix::fs::lsetxattr(place, CAPABILITY, value, XattrFlags::empty()).is_err()
     {
         staged.capabilities_lost += 1;
     }

@@ -18,8 +18,9 @@ use crate::output::Output;
 use crate::tool::Tool;
 use bytes::given_size;
 use image::FileSystem;
+use mayfly_images::fill::{self, Blobs, LeftOut};
 use mayfly_images::layout::{Config, Layout};
-use mayfly_images::source::{self, Blobs, LeftOut, Request};
+use mayfly_images::source::Request;
 use mayfly_images::tree::{self, Tree};
 use mayfly_images::{digest, erofs};
 
@@ -220,8 +221,8 @@ fn debian(
         command.extend([target.as_os_str(), OsStr::new(&args.mirror)]);
         installed(&tool, &command)?;
         let file = File::open(&target).cannot("open", &target)?;
-        return source::archive(&mut BufReader::new(file), tree, blobs, false, left_out)
-            .map_err(|error| source::bad_archive(&target, &error));
+        return fill::archive(&mut BufReader::new(file), tree, blobs, false, left_out)
+            .map_err(|error| fill::bad_archive(&target, &error));
     }
     if !rustix::process::geteuid().is_root() {
         Tool::find("mmdebstrap", "mmdebstrap")?;

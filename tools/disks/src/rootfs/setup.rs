@@ -4,8 +4,8 @@
 
 use std::io::Read;
 
+use mayfly_images::fill::Blobs;
 use mayfly_images::layout::Config;
-use mayfly_images::source::Blobs;
 use mayfly_images::tree::{Meta, Node, Tree};
 
 use crate::failure::{Failure, Result};
