@@ -3,201 +3,17 @@
 
 #[path = "layering/source.rs"]
 mod source;
+#[path = "layering/tables.rs"]
+mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use source::Source;
-
-/// The height of each module of the monitor: it may see what is lower.
-const MONITOR: &[(&str, u8)] = &[
-    ("main", 11),
-    ("program", 10),
-    ("args", 9),
-    ("api", 8),
-    ("vmm", 7),
-    ("vcpu", 6),
-    ("virtio", 5),
-    ("arch", 5),
-    ("files", 5),
-    ("threads", 5),
-    ("serial", 4),
-    ("memory", 4),
-    ("error", 4),
-    ("snapshot", 4),
-    ("overlay", 4),
-    ("rate_limiter", 3),
-    ("bus", 3),
-    ("inbox", 3),
-    ("seccomp", 3),
-    ("metrics", 3),
-    ("log", 3),
-    ("timeline", 3),
-    ("steps", 3),
-    ("wire", 1),
-    ("state", 1),
-    ("sys", 0),
-];
-
-/// Imports that may go up or sideways all the same, by whole module and by what they begin with.
-const MONITOR_EXCEPTIONS: &[(&str, &str)] = &[];
-
-/// Of modules that are lower, what alone may be seen: the API thread sees control's vocabulary,
-/// not control.
-const MONITOR_ONLY: &[(&str, &str, &str)] = &[("api", "vmm", "action")];
-
-/// Macros and other names at the root of the crate, and the module that they stand for.
-const MACROS: &[(&str, &str)] = &[
-    ("error", "log"),
-    ("warn", "log"),
-    ("info", "log"),
-    ("debug", "log"),
-    ("guest_warn", "log"),
-    ("exit", "wire"),
-    ("Allocator", "sys"),
-    ("ALLOCATOR", "sys"),
-];
-
-/// The same for the jailer.
-const JAILER: &[(&str, u8)] = &[
-    ("main", 10),
-    ("attach", 9),
-    ("check", 9),
-    ("run", 8),
-    ("compat", 8),
-    ("process", 7),
-    ("args", 6),
-    ("guest", 5),
-    ("cgroup", 5),
-    ("netns", 5),
-    ("root", 4),
-    ("monitor", 3),
-    ("undo", 3),
-    ("console", 2),
-    ("error", 1),
-    ("filter", 1),
-    ("sys", 0),
-];
-
-/// What the jailer may see of the monitor's library: what both know, and the format of a snapshot's
-/// files, which it opens for the jail.
-const JAILER_SEES: &[&str] = &["wire", "snapshot"];
-
-/// Which files hold unsafe code outside of tests, how many items (blocks, functions,
-/// implementations), and why they cannot do without. SECURITY.md refers to this list.
-const UNSAFE: &[(&str, usize, &str)] = &[
-    (
-        "src/memory/mapping.rs",
-        3,
-        "maps files into guest memory, advises the host of it, and registers it with KVM: the mapping must outlive the VM",
-    ),
-    (
-        "src/sys/allocator.rs",
-        9,
-        "the allocator of the process: GlobalAlloc is an unsafe trait",
-    ),
-    (
-        "src/sys/cache.rs",
-        1,
-        "a prefetch takes an address, and is a hint only",
-    ),
-    (
-        "src/sys/clock.rs",
-        1,
-        "clock_gettime fills a timespec of ours",
-    ),
-    (
-        "src/sys/fd.rs",
-        5,
-        "takes descriptors by number that were passed at the start, and calls that rustix does not offer",
-    ),
-    (
-        "src/sys/io.rs",
-        3,
-        "a buffer of whole pages, and calls on guest memory, which no reference points to",
-    ),
-    (
-        "src/sys/kvm.rs",
-        9,
-        "the page that KVM shares with a vCPU thread, and ioctls that kvm-ioctls does not offer",
-    ),
-    (
-        "src/sys/kvm/blocks.rs",
-        7,
-        "a vCPU's XSAVE state, whose length the host says, and unions of KVM's: interrupt chips, nested state",
-    ),
-    (
-        "src/sys/landlock.rs",
-        3,
-        "the three calls of Landlock, which libc gives no wrappers for",
-    ),
-    (
-        "src/sys/packets.rs",
-        2,
-        "packets read into and written out of guest memory, by one piece or by vectors",
-    ),
-    (
-        "src/sys/pagemap.rs",
-        2,
-        "PAGEMAP_SCAN and mincore, with structures and a buffer of ours, to find the pages that hold something",
-    ),
-    (
-        "src/sys/process.rs",
-        2,
-        "_exit from places where nothing else may run, and mallopt, which libc has no safe form of",
-    ),
-    (
-        "src/sys/ring.rs",
-        3,
-        "io_uring entries that name guest memory, and the lists of its pieces, which must stay while the kernel uses them",
-    ),
-    (
-        "src/sys/signal.rs",
-        5,
-        "handlers of signals: sigaction, and what may be called inside of one",
-    ),
-    (
-        "src/sys/socket.rs",
-        3,
-        "setsockopt and getsockopt for options that rustix does not know, and the descriptor that one of them makes",
-    ),
-    (
-        "src/sys/tap.rs",
-        3,
-        "the ioctls of TUN/TAP, with structures that libc describes",
-    ),
-    (
-        "src/sys/terminal.rs",
-        1,
-        "the ioctls of terminals, which also a signal handler makes",
-    ),
-    (
-        "src/sys/uffd.rs",
-        4,
-        "userfaultfd: the ioctls that make and set it up, the system call, and the descriptor that they make",
-    ),
-    (
-        "src/sys/zeroed.rs",
-        2,
-        "a mapping of fresh memory, used as a buffer of atomics without writing to it",
-    ),
-    (
-        "jailer/src/sys.rs",
-        28,
-        "fork, clone3, exec and what happens between them; mounts, ioctls and prctl that rustix does not offer",
-    ),
-    (
-        "jailer/agent/src/sys.rs",
-        22,
-        "the guest's agent has no standard library: system calls, memory, the start of a program",
-    ),
-    (
-        "jailer/exit/src/sys.rs",
-        18,
-        "the guest's helper has no standard library: system calls, two port instructions, the stack at its start",
-    ),
-];
+use tables::{
+    IMAGES, JAILER, JAILER_SEES, MACROS, MONITOR, MONITOR_EXCEPTIONS, MONITOR_ONLY, OCI, UNSAFE,
+};
 
 /// A crate, as its files and the module that each of them is.
 struct Crate {
@@ -317,6 +133,18 @@ const JAILER_RULES: Rules = Rules {
     sees: Some(JAILER_SEES),
 };
 
+const OCI_RULES: Rules = Rules {
+    layers: OCI,
+    crates: &[],
+    sees: None,
+    ..JAILER_RULES
+};
+
+const IMAGES_RULES: Rules = Rules {
+    layers: IMAGES,
+    ..OCI_RULES
+};
+
 impl Rules {
     fn check(&self, module: &[String], path: &source::Path) -> Result<(), String> {
         let first = path.parts.first().map_or("", String::as_str);
@@ -377,8 +205,25 @@ fn imports_of_the_jailer_when_followed_point_downwards() {
 }
 
 #[test]
+fn imports_of_the_oci_runtime_when_followed_point_downwards() {
+    let faults = Crate::read("jailer/oci/src").faults(&OCI_RULES);
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn imports_of_the_disks_of_images_when_followed_point_downwards() {
+    let faults = Crate::read("jailer/images/src").faults(&IMAGES_RULES);
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
 fn tables_when_compared_with_the_sources_name_modules_that_exist() {
-    for (folder, layers) in [("src", MONITOR), ("jailer/src", JAILER)] {
+    for (folder, layers) in [
+        ("src", MONITOR),
+        ("jailer/src", JAILER),
+        ("jailer/oci/src", OCI),
+        ("jailer/images/src", IMAGES),
+    ] {
         let read = Crate::read(folder);
         for (name, _) in layers {
             let is_it = |(_, module, _): &(String, Vec<String>, Source)| {
@@ -543,6 +388,8 @@ fn unsafe_code_when_counted_is_what_is_listed() {
         "jailer/agent/src",
         "jailer/exit/src",
         "jailer/protocol/src",
+        "jailer/images/src",
+        "jailer/oci/src",
     ] {
         for (file, _, source) in Crate::read_any(folder).files {
             if source.unsafe_items() > 0 {
