@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use common::LINUX_PATIENCE;
 use common::sys::Terminal;
+use common::{LINUX_PATIENCE, containers};
 use run::{Place, Who, fact};
 
 const SIZE: usize = 1 << 20;
@@ -52,11 +52,7 @@ impl Images {
     /// A folder with a shell, a user, and a file of random bytes.
     fn make_root(&self) {
         let root = PathBuf::from(self.place.path("root"));
-        for folder in ["bin", "etc", "dev", "proc", "srv", "home"] {
-            fs::create_dir_all(root.join(folder)).unwrap();
-        }
-        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
-        for applet in [
+        let applets = [
             "sh",
             "cat",
             "sleep",
@@ -78,8 +74,10 @@ impl Images {
             "kill",
             "nc",
             "ip",
-        ] {
-            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+        ];
+        containers::busybox_root(&root, &applets);
+        for folder in ["etc", "srv", "home"] {
+            fs::create_dir(root.join(folder)).unwrap();
         }
         fs::write(
             root.join("etc/passwd"),

@@ -108,7 +108,7 @@ impl Jailed {
         let inside = ["-n", &namespace.0];
         common::run("ip", &[&inside[..], &tap].concat());
         let namespace_file = format!("/run/netns/{}", namespace.0);
-        let mut command = Command::new(jailer());
+        let mut command = Command::new(common::jailer());
         command
             .args(["--id", "fuzzed", "--uid", UID, "--gid", UID, "--exec-file"])
             .arg(common::mayfly())
@@ -140,20 +140,6 @@ impl Jailed {
             _folder: folder,
         }
     }
-}
-
-/// The jailer: MAYFLY_JAILER_BIN, else the one beside the monitor.
-fn jailer() -> PathBuf {
-    let path = std::env::var_os("MAYFLY_JAILER_BIN").map_or_else(
-        || common::mayfly().with_file_name("mayfly-jailer"),
-        Into::into,
-    );
-    assert!(
-        path.exists(),
-        "{} is missing: build it with `cargo build -p mayfly-jailer`",
-        path.display()
-    );
-    path
 }
 
 /// Passes TCP connections to the API socket at `socket`, bytes as they are; its port on the

@@ -4,11 +4,9 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::process::{Child, Command, Output, Stdio};
 
-use common::{Folder, LINUX_PATIENCE, needs};
-use serde_json::json;
+use common::{Folder, containers, needs};
 
 /// The daemon, with everything of its own.
 struct Containerd {
@@ -19,43 +17,13 @@ struct Containerd {
 impl Containerd {
     fn new() -> Containerd {
         let folder = Folder::new();
-        let linux = common::linux();
         let path = |name: &str| folder.join(name).display().to_string();
-        for name in [
-            "bin",
-            "rootfs/bin",
-            "rootfs/dev",
-            "rootfs/proc",
-            "rootfs/sys",
-            "rootfs/tmp",
-        ] {
-            fs::create_dir_all(folder.join(name)).unwrap();
+        let root = folder.join("rootfs");
+        containers::busybox_root(&root, &["sh", "echo", "sleep", "id"]);
+        for name in ["sys", "tmp"] {
+            fs::create_dir(root.join(name)).unwrap();
         }
-        for (program, name) in [
-            (common::oci(), "mayfly-oci"),
-            (common::jailer(), "mayfly-jailer"),
-            (common::agent(), "mayfly-agent"),
-            (common::mayfly(), "mayfly"),
-            ("/bin/busybox".into(), "../rootfs/bin/busybox"),
-        ] {
-            // By another process: a program that is open for writing here cannot be started by another test.
-            let to = path(&format!("bin/{name}"));
-            common::run(
-                "install",
-                &["-m", "755", &program.display().to_string(), &to],
-            );
-        }
-        for applet in ["sh", "echo", "sleep", "id"] {
-            symlink("busybox", folder.join("rootfs/bin").join(applet)).unwrap();
-        }
-        let settings = json!({
-            "kernel": linux.kernel,
-            "cmdline": linux.cmdline,
-            "memory_mib": 128,
-            "cache": path("cache"),
-            "ready_seconds": LINUX_PATIENCE.as_secs(),
-        });
-        let settings = folder.file("oci.json", settings.to_string());
+        let settings = containers::install_runtime(&folder);
         // The shim has no place for options of its runtime.
         let script = format!(
             "#!/bin/sh\nexec {} --config {} \"$@\"\n",
@@ -63,15 +31,7 @@ impl Containerd {
             settings.display()
         );
         let script = folder.file("script", script);
-        common::run(
-            "install",
-            &[
-                "-m",
-                "755",
-                &script.display().to_string(),
-                &path("bin/runtime"),
-            ],
-        );
+        containers::install(&script, &folder.join("bin/runtime"));
         let config = format!(
             "version = 2\nroot = \"{0}/root\"\nstate = \"{0}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
              [grpc]\naddress = \"{0}/sock\"\n[ttrpc]\naddress = \"{0}/sock.ttrpc\"\n\
@@ -103,7 +63,6 @@ impl Containerd {
     fn ctr(&self, words: &[&str]) -> Command {
         let mut command = Command::new("ctr");
         command.arg("-a").arg(self.folder.join("sock")).args(words);
-        // In the host's groups one name may be used by one container at a time.
         command.stdin(Stdio::null());
         command
     }

@@ -5,7 +5,6 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
-use std::path::PathBuf;
 use std::process::Command;
 
 use common::{Folder, LINUX_PATIENCE, Monitor, needs};
@@ -191,7 +190,7 @@ fn linux_boots_from_an_imported_disk_and_reads_and_writes_one_of_every_format() 
         common::mayfly().display(),
         drives.join(" ")
     );
-    let jailer = jailer();
+    let jailer = common::jailer();
     let mut shell = Command::new("sh");
     shell
         .args(["-c", &format!("exec {command}")])
@@ -226,12 +225,6 @@ fn linux_boots_from_an_imported_disk_and_reads_and_writes_one_of_every_format() 
         );
         run(&folder, "cmp", &[&disk, &back]);
     }
-}
-
-/// The jailer: MAYFLY_JAILER_BIN, else the one beside the monitor.
-fn jailer() -> PathBuf {
-    let beside = || common::mayfly().with_file_name("mayfly-jailer");
-    std::env::var_os("MAYFLY_JAILER_BIN").map_or_else(beside, PathBuf::from)
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::needs;
+use common::{containers, needs};
 #[path = "jail/host.rs"]
 mod host;
 #[path = "jail/run.rs"]
@@ -32,14 +32,7 @@ impl Images {
         let place = Place::real(test, &common::mayfly());
         fs::copy(common::agent(), place.path("agent")).unwrap();
         fs::copy(common::mayfly_image(), place.path("mayfly-image")).unwrap();
-        for folder in [
-            "runtime",
-            "root/bin",
-            "root/srv/nested/deep",
-            "root/dev",
-            "root/proc",
-            "cache",
-        ] {
+        for folder in ["runtime", "root/srv/nested/deep", "cache"] {
             fs::create_dir_all(place.path(folder)).unwrap();
         }
         if who == Who::User {
@@ -48,10 +41,8 @@ impl Images {
             }
         }
         let root = PathBuf::from(place.path("root"));
-        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
-        for applet in ["sh", "cat", "stat", "readlink", "md5sum", "mkdir", "rm"] {
-            symlink("busybox", root.join("bin").join(applet)).unwrap();
-        }
+        let applets = ["sh", "cat", "stat", "readlink", "md5sum", "mkdir", "rm"];
+        containers::busybox_root(&root, &applets);
         fs::write(root.join("srv/mine"), "x").unwrap();
         fs::write(root.join("srv/su"), "x").unwrap();
         fs::write(root.join("srv/data"), "data".repeat(100_000)).unwrap();

@@ -147,6 +147,12 @@ impl Engine {
         text
     }
 
+    /// That it is refused for a reason with these words.
+    fn refuses(&self, words: &[&str], why: &str) {
+        let text = self.refused(words);
+        assert!(text.contains(why), "{words:?}: {text}");
+    }
+
     /// The streams of `create` are the container's, which outlive it.
     fn create(&self) {
         let out = fs::File::create(self.folder.join("out")).unwrap();
@@ -220,22 +226,14 @@ fn container_from_create_to_delete() {
 
     engine.works(&["start", "c1"]);
     assert_eq!(engine.state()["status"], "running");
-    assert!(engine.refused(&["start", "c1"]).contains("it is running"));
-    assert!(engine.refused(&["delete", "c1"]).contains("it is running"));
+    engine.refuses(&["start", "c1"], "it is running");
+    engine.refuses(&["delete", "c1"], "it is running");
     engine.works(&["pause", "c1"]);
     assert_eq!(engine.state()["status"], "paused");
-    assert!(
-        engine
-            .refused(&["exec", "c1", "true"])
-            .contains("it is paused")
-    );
-    assert!(
-        engine
-            .refused(&["kill", "c1", "15"])
-            .contains("it is paused")
-    );
+    engine.refuses(&["exec", "c1", "true"], "it is paused");
+    engine.refuses(&["kill", "c1", "15"], "it is paused");
     engine.works(&["resume", "c1"]);
-    assert!(engine.refused(&["resume", "c1"]).contains("it is running"));
+    engine.refuses(&["resume", "c1"], "it is running");
     let pid = engine.folder.read("pid");
     assert_eq!(engine.works(&["ps", "c1"]), format!("PID\n{pid}\n"));
     assert_eq!(
@@ -248,30 +246,14 @@ fn container_from_create_to_delete() {
         engine.state()["status"] == "stopped"
     });
     assert_eq!(engine.state()["pid"], 0);
-    assert!(
-        engine
-            .refused(&["kill", "c1", "KILL"])
-            .contains("container not running")
-    );
-    assert!(
-        engine
-            .refused(&["exec", "c1", "true"])
-            .contains("container not running")
-    );
+    engine.refuses(&["kill", "c1", "KILL"], "container not running");
+    engine.refuses(&["exec", "c1", "true"], "container not running");
     engine.works(&["delete", "c1"]);
     assert_eq!(engine.folder.read("out"), "in the container\n");
     engine.nothing_is_left();
 
-    assert!(
-        engine
-            .refused(&["state", "c1"])
-            .contains("container does not exist")
-    );
-    assert!(
-        engine
-            .refused(&["delete", "c1"])
-            .contains("container does not exist")
-    );
+    engine.refuses(&["state", "c1"], "container does not exist");
+    engine.refuses(&["delete", "c1"], "container does not exist");
     engine.works(&["delete", "--force", "c1"]);
 }
 
@@ -368,7 +350,7 @@ fn create_that_fails_says_why_once_and_leaves_nothing() {
 
     let path = json!([{ "type": "network", "path": "/run/netns/x" }]);
     engine.configure(|config| config["linux"]["namespaces"] = path);
-    assert!(engine.refused(&create).contains("/run/netns/x"));
+    engine.refuses(&create, "/run/netns/x");
 
     let folder = json!([{ "destination": "/x", "type": "bind", "source": "/usr", "options": ["rbind", "rw"] }]);
     engine.configure(|config| config["mounts"] = folder);
@@ -378,9 +360,9 @@ fn create_that_fails_says_why_once_and_leaves_nothing() {
         "{text}"
     );
     engine.configure(|config| config["process"]["terminal"] = json!(true));
-    assert!(engine.refused(&create).contains("--console-socket"));
+    engine.refuses(&create, "--console-socket");
     fs::remove_file(engine.folder.join("bundle/config.json")).unwrap();
-    assert!(engine.refused(&create).contains("config.json"));
+    engine.refuses(&create, "config.json");
     engine.nothing_is_left();
 }
 
@@ -400,11 +382,7 @@ fn create_that_is_killed_leaves_what_delete_removes() {
     create.kill().unwrap();
     create.wait().unwrap();
     assert!(!engine.groups().is_empty());
-    assert!(
-        engine
-            .refused(&["create", "--bundle", &bundle, "c1"])
-            .contains("already exists")
-    );
+    engine.refuses(&["create", "--bundle", &bundle, "c1"], "already exists");
     engine.works(&["delete", "--force", "c1"]);
     engine.nothing_is_left();
 }
@@ -530,11 +508,7 @@ fn templates_are_written() {
     engine.works(&["spec", "-bundle", &folder]);
     let config: Value = serde_json::from_str(&engine.folder.read("config.json")).unwrap();
     assert_eq!(config["process"]["args"], json!(["sh"]));
-    assert!(
-        engine
-            .refused(&["spec", "--bundle", &folder])
-            .contains("it is there already")
-    );
+    engine.refuses(&["spec", "--bundle", &folder], "it is there already");
     let features: Value = serde_json::from_str(&engine.works(&["features"])).unwrap();
     assert_eq!(features["linux"]["cgroup"]["systemd"], false);
     assert!(

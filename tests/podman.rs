@@ -7,12 +7,11 @@ mod common;
 
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
-use common::{Folder, LINUX_PATIENCE, Netns, needs};
-use serde_json::json;
+use common::{Folder, LINUX_PATIENCE, Netns, containers, needs};
 
 const APPLETS: &[&str] = &[
     "sh",
@@ -43,29 +42,7 @@ impl Podman {
             folder: Folder::new(),
             netns: Netns::new(),
         };
-        let linux = common::linux();
-        fs::create_dir(podman.folder.join("bin")).unwrap();
-        for (program, name) in [
-            (common::oci(), "mayfly-oci"),
-            (common::jailer(), "mayfly-jailer"),
-            (common::agent(), "mayfly-agent"),
-            (common::mayfly(), "mayfly"),
-        ] {
-            // By another process: a program that is open for writing here cannot be started by another test.
-            let to = podman.path(&format!("bin/{name}"));
-            common::run(
-                "install",
-                &["-m", "755", &program.display().to_string(), &to],
-            );
-        }
-        let settings = json!({
-            "kernel": linux.kernel,
-            "cmdline": linux.cmdline,
-            "memory_mib": 128,
-            "cache": podman.folder.join("cache"),
-            "ready_seconds": LINUX_PATIENCE.as_secs(),
-        });
-        podman.folder.file("oci.json", settings.to_string());
+        containers::install_runtime(&podman.folder);
         podman.make_root();
         podman
     }
@@ -73,12 +50,9 @@ impl Podman {
     /// A folder with a shell and some data, which containers are made of.
     fn make_root(&self) {
         let root = self.folder.join("rootfs");
-        for folder in ["bin", "dev", "etc", "proc", "sys", "tmp", "run"] {
-            fs::create_dir_all(root.join(folder)).unwrap();
-        }
-        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
-        for applet in APPLETS {
-            symlink("busybox", root.join("bin").join(applet)).unwrap();
+        containers::busybox_root(&root, APPLETS);
+        for folder in ["etc", "sys", "tmp", "run"] {
+            fs::create_dir(root.join(folder)).unwrap();
         }
         let plain = self.folder.file("rootfs/etc/plain", "no program");
         fs::set_permissions(plain, fs::Permissions::from_mode(0o644)).unwrap();

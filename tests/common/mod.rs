@@ -2,6 +2,7 @@
 //! that nothing outlives a test.
 #![expect(dead_code, reason = "each test file uses a part of it")]
 
+pub mod containers;
 pub mod fuse;
 pub mod needs;
 pub mod sys;
@@ -47,35 +48,44 @@ pub fn needs_root(test: &str) -> bool {
 
 /// The bare-metal probe guest: MAYFLY_PROBE, else the one `tools/test` built.
 pub fn probe() -> PathBuf {
-    guest_binary("MAYFLY_PROBE", "probe")
+    built("MAYFLY_PROBE", "probe")
 }
 
 /// The guest whose first instruction writes a byte.
 pub fn firstbyte() -> PathBuf {
-    guest_binary("MAYFLY_FIRSTBYTE", "firstbyte")
+    built("MAYFLY_FIRSTBYTE", "firstbyte")
 }
 
 /// The agent of guests that run a command: MAYFLY_AGENT, else the one `tools/test` built.
 pub fn agent() -> PathBuf {
-    guest_binary("MAYFLY_AGENT", "mayfly-agent")
+    built("MAYFLY_AGENT", "mayfly-agent")
 }
 
-/// The program that makes disks of folders, archives and container images.
+/// The program that makes disks of folders, archives and container images: MAYFLY_IMAGE_BIN, else the one
+/// `tools/test` built.
 pub fn mayfly_image() -> PathBuf {
-    guest_binary("MAYFLY_IMAGE_BIN", "mayfly-image")
+    built("MAYFLY_IMAGE_BIN", "mayfly-image")
 }
 
 /// The command line of an OCI runtime: MAYFLY_OCI_BIN, else the one `tools/test` built.
 pub fn oci() -> PathBuf {
-    guest_binary("MAYFLY_OCI_BIN", "mayfly-oci")
+    built("MAYFLY_OCI_BIN", "mayfly-oci")
 }
 
-/// The jailer under test: MAYFLY_JAILER_BIN, else the one `tools/test` built.
+/// The jailer under test: MAYFLY_JAILER_BIN, else the one beside the monitor.
 pub fn jailer() -> PathBuf {
-    guest_binary("MAYFLY_JAILER_BIN", "mayfly-jailer")
+    let path = std::env::var_os("MAYFLY_JAILER_BIN")
+        .map_or_else(|| mayfly().with_file_name("mayfly-jailer"), Into::into);
+    assert!(
+        path.exists(),
+        "{} is missing: build it with `cargo build -p mayfly-jailer`",
+        path.display()
+    );
+    path
 }
 
-fn guest_binary(variable: &str, name: &str) -> PathBuf {
+/// The program that a variable names, else the release build of this tree.
+fn built(variable: &str, name: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
@@ -88,6 +98,7 @@ fn guest_binary(variable: &str, name: &str) -> PathBuf {
         path.display(),
         match name {
             "firstbyte" => "probe",
+            "mayfly-image" => "mayfly-images",
             _ => name,
         }
     );

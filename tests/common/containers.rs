@@ -1,0 +1,49 @@
+//! What tests of guests with a command share: a root folder, and the programs that container engines start.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::{Folder, LINUX_PATIENCE};
+
+/// A root folder with busybox by the names of `applets`, and where a guest mounts what it needs.
+pub fn busybox_root(root: &Path, applets: &[&str]) {
+    for folder in ["bin", "dev", "proc"] {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+    for applet in applets {
+        symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+}
+
+/// Installs a program for a container engine.
+pub fn install(program: &Path, to: &Path) {
+    // By another process: a program that is open for writing here cannot be started by another test.
+    let [program, to] = [program, to].map(|path| path.display().to_string());
+    super::run("install", &["-m", "755", &program, &to]);
+}
+
+/// Installs `mayfly-oci`, with what it starts, in the folder `bin`; its settings, for a Linux guest.
+pub fn install_runtime(folder: &Folder) -> PathBuf {
+    fs::create_dir(folder.join("bin")).unwrap();
+    for (program, name) in [
+        (super::oci(), "mayfly-oci"),
+        (super::jailer(), "mayfly-jailer"),
+        (super::agent(), "mayfly-agent"),
+        (super::mayfly(), "mayfly"),
+    ] {
+        install(&program, &folder.join("bin").join(name));
+    }
+    let linux = super::linux();
+    let settings = json!({
+        "kernel": linux.kernel,
+        "cmdline": linux.cmdline,
+        "memory_mib": 128,
+        "cache": folder.join("cache"),
+        "ready_seconds": LINUX_PATIENCE.as_secs(),
+    });
+    folder.file("oci.json", settings.to_string())
+}
