@@ -3,31 +3,33 @@
 //! One loop over one set of descriptors. What has to happen in order (the jail stands, the
 //! configuration is sent, the guest starts) happens as soon as each has been heard of; the console,
 //! the log, signals and the time limit are served all the while.
+//!
+//! `start` makes what is watched, `waiting` is what is waited for, `requests` are those of other programs,
+//! `snapshot` those for snapshots, `ending` is what follows when the monitor is gone.
 
+mod ending;
 mod requests;
 mod snapshot;
 pub mod start;
+mod waiting;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
-use mayfly::wire::limits::END_REPORT_MAX;
-use mayfly::wire::{Client, ClientError, EndReport, Response};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use mayfly::wire::{Client, ClientError, Response};
 use rustix::process::{Pid, Signal};
 
 use self::snapshot::{Snapshots, pagemap_of};
-use super::agent::{Agent, AgentError, AgentPart};
+use self::waiting::Ready;
+use super::agent::{Agent, AgentError};
 use super::channel::Channel;
 use super::jail;
 use super::keeper::Keeper;
 use super::network::namespace::Redirected;
 use super::outcome::{Asked, Seen, Times, Verdict};
+use super::spec::WatchSpec;
 use super::spec::vm::Vm;
-use super::spec::{Ender, WatchSpec};
-use crate::cgroup::exclusive;
-use crate::console::{Console, LOOK_EVERY, Part, Relay};
+use crate::console::{Console, Part, Relay};
 use crate::error::{AnyError, Failure, Step as _, message};
 use crate::sys::{self, Ended, Used};
 
@@ -35,10 +37,6 @@ use crate::sys::{self, Ended, Used};
 const START_US: u64 = 60_000_000;
 /// How long the monitor may take to end when it is asked to.
 const GRACE_US: u64 = 3_000_000;
-/// How long clients of a guest that ended may take to read what is held for them.
-const CLIENTS_US: u64 = 3_000_000;
-/// How long the last of console and log may take to be written.
-const LAST_WORDS: Duration = Duration::from_millis(500);
 
 const SPEAK: &str = "speak to the monitor";
 const NO_SNAPSHOT: &str = "cannot take a snapshot (--snapshot-to): the guest ended before it was \
@@ -144,21 +142,6 @@ impl Progress {
             (None, None) => Verdict::unknown("the microVM was not watched to its end".into()),
         }
     }
-}
-
-/// Something that became ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ready {
-    Ended,
-    Signal,
-    Ender(Ender),
-    Jail,
-    Api,
-    Booted,
-    Console(Part),
-    Typed(Part),
-    Log(Part),
-    Agent(AgentPart),
 }
 
 /// What the monitor is being asked.
@@ -300,120 +283,6 @@ impl Watch {
         agent.front().signal(signal);
         agent.settle();
         true
-    }
-
-    /// When the guest has to have started, until it has.
-    fn start_by_us(&self) -> Option<u64> {
-        let is_starting = !self.progress.has_started && self.progress.failure.is_none();
-        is_starting.then_some(START_US)
-    }
-
-    /// When to end the microVM for its time limit, until that has come.
-    fn time_limit_us(&self) -> Option<u64> {
-        let limit = self.spec.options.timeout.map(|it| it.as_micros() as u64);
-        limit.filter(|_| !self.progress.seen.timed_out)
-    }
-
-    fn look_at_clock(&mut self) {
-        if self.console.is_in_background() {
-            self.console.look_at_terminal();
-        }
-        if let Some(agent) = self.agent.as_mut().filter(|it| it.is_in_background()) {
-            agent.front().look_at_terminal();
-        }
-        let is_due = |it: &&mut Agent| it.due() == Some(Duration::ZERO);
-        if let Some(agent) = self.agent.as_mut().filter(is_due) {
-            agent.settle();
-        }
-        let now = self.now_us();
-        if self.progress.kill_at_us.take_if(|at| now >= *at).is_some() {
-            self.kill();
-        }
-        if let Some((_, error)) = self.progress.hung_up.take_if(|(at, _)| now >= *at) {
-            self.give_up(Failure::new(SPEAK, error).into());
-        }
-        if self.time_limit_us().is_some_and(|at| now >= at) {
-            self.progress.seen.timed_out = true;
-            self.kill();
-        }
-        if self.start_by_us().is_some_and(|at| now >= at) {
-            self.give_up(WatchError::NoAnswer(START_US / 1_000_000).into());
-        }
-    }
-
-    /// Waits until something is ready or due.
-    fn wait(&self) -> Result<Vec<Ready>, Failure> {
-        let progress = &self.progress;
-        let mut polled = Vec::with_capacity(12);
-        let mut kinds = Vec::with_capacity(12);
-        let mut add = |ready: Ready, fd, flags| {
-            kinds.push(ready);
-            polled.push(PollFd::from_borrowed_fd(fd, flags));
-        };
-        add(Ready::Signal, self.signals.as_fd(), PollFlags::IN);
-        for (fd, ender) in &self.spec.enders {
-            let flags = match ender {
-                _ if progress.seen.asked.is_some() => continue,
-                Ender::HangUp => PollFlags::RDHUP,
-                Ender::Parent | Ender::Process => PollFlags::IN,
-            };
-            add(Ready::Ender(*ender), fd.as_fd(), flags);
-        }
-        if !progress.is_monitor {
-            add(Ready::Jail, self.jail.as_fd(), PollFlags::IN);
-        }
-        if let Some(client) = self.client.as_ref().filter(|_| progress.question.is_some()) {
-            let mut flags = PollFlags::IN;
-            flags.set(PollFlags::OUT, client.is_sending());
-            add(Ready::Api, client.as_fd(), flags);
-        }
-        if progress.snapshots.is_waiting() {
-            add(Ready::Booted, self.end.as_fd(), PollFlags::IN);
-        }
-        self.log
-            .interests(|part, fd, flags| add(Ready::Log(part), fd, flags));
-        self.console
-            .out
-            .interests(|part, fd, flags| add(Ready::Console(part), fd, flags));
-        self.console.input.interests(|part, fd, flags| {
-            if part == Part::Sink || !self.console.is_in_background() {
-                add(Ready::Typed(part), fd, flags);
-            }
-        });
-        if let Some(agent) = &self.agent {
-            agent.interests(|part, fd, flags| add(Ready::Agent(part), fd, flags));
-        }
-        add(Ready::Ended, self.pidfd.as_fd(), PollFlags::IN);
-        match poll(&mut polled, self.patience().as_ref()) {
-            Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
-            other => other.step("wait for the microVM")?,
-        };
-        let all = kinds.into_iter().zip(&polled);
-        let ready = all.filter(|(_, fd)| !fd.revents().is_empty());
-        Ok(ready.map(|(ready, _)| ready).collect())
-    }
-
-    fn patience(&self) -> Option<Timespec> {
-        let progress = &self.progress;
-        let is_in_background = self.console.is_in_background()
-            || self.agent.as_ref().is_some_and(Agent::is_in_background);
-        let look = is_in_background.then(|| self.now_us() + LOOK_EVERY.as_micros() as u64);
-        let agent = self.agent.as_ref().and_then(Agent::due);
-        let due = [
-            // Not before it: the poll ends at a whole microsecond.
-            agent.map(|it| self.now_us() + it.as_nanos().div_ceil(1000) as u64),
-            self.start_by_us(),
-            self.time_limit_us(),
-            progress.kill_at_us,
-            progress.hung_up.as_ref().map(|(at, _)| *at),
-            look,
-        ];
-        let rest = due
-            .into_iter()
-            .flatten()
-            .min()?
-            .saturating_sub(self.now_us());
-        Timespec::try_from(Duration::from_micros(rest)).ok()
     }
 
     fn handle(&mut self, ready: Ready) -> Result<(), AnyError> {
@@ -566,120 +435,5 @@ impl Watch {
             progress.question = Some(Question::Timeline);
         }
         Ok(())
-    }
-
-    /// The process in the jail is gone: hears its last words and has everything removed.
-    fn finish(&mut self) {
-        self.progress.times.ended_us = Some(self.now_us());
-        let ended = sys::wait(self.pid).step("learn how the monitor ended");
-        // A failure may have been told just before the end.
-        while !self.progress.is_monitor {
-            if let Err(error) = self.hear_jail() {
-                self.progress.failure.get_or_insert(error);
-            }
-        }
-        if self.progress.question.is_some()
-            && let Err(error) = self.hear_monitor()
-        {
-            self.progress.failure.get_or_insert(error);
-        }
-        while self.log.take() {}
-        while self.console.out.take() {}
-        self.hear_the_rest();
-        // A monitor that was taken over may have written anything, but this much is read.
-        let mut report = [0; END_REPORT_MAX];
-        let count = rustix::io::read(&self.end, &mut report).unwrap_or(0);
-        let heard = &mut self.progress.snapshots.heard;
-        heard.extend(report.get(..count).unwrap_or_default());
-        self.progress.seen.end = EndReport::parse(heard);
-        self.write_the_rest();
-        self.console.close();
-        self.redirected = None;
-        // A socket that is still held here would not count as dead.
-        (self.spec.vm, self.spec.console_socket) = (None, None);
-        let progress = &mut self.progress;
-        if let Some(keeper) = &self.keeper {
-            progress.seen.usage = keeper.remove();
-        }
-        let kills = exclusive::kills_around().zip(self.kills_before);
-        let kills = kills.map_or(0, |(now, before)| now.saturating_sub(before));
-        let counted = &mut progress.seen.usage.out_of_memory;
-        *counted = kills.max(*counted);
-        let is_expected = progress.seen.asked.is_some() || progress.seen.timed_out;
-        if !progress.has_started && !is_expected && progress.failure.is_none() {
-            let why = match &ended {
-                Ok((Ended::Exited(code), _)) => Some(format!("it ended with code {code}")),
-                Ok((Ended::Killed(signal), _)) => Some(format!("signal {signal} ended it")),
-                Err(_) => None,
-            };
-            progress.failure = why.map(|why| WatchError::EndedEarly(why).into());
-        }
-        progress.ended = Some(ended);
-    }
-
-    /// What the agent said before the machine ended, and what of the command's output readers have not taken
-    /// yet: they have all the time they need, up to the time limit or a signal.
-    fn hear_the_rest(&mut self) {
-        let Some(mut agent) = self.agent.take() else {
-            return;
-        };
-        if self.progress.seen.agent_fault.is_none() {
-            if let Err(error) = agent.hear_the_rest() {
-                self.end_for(error);
-            }
-            let status = agent.status().map(|status| status.code());
-            self.progress.seen.command = self.progress.seen.command.or(status);
-        }
-        agent.dismiss_clients();
-        if !agent.is_ready() {
-            self.progress.console_tail = self.console.out.tail();
-        }
-        let clients_until = self.now_us() + CLIENTS_US;
-        while self.progress.failure.is_none() {
-            let is_holding = agent.front().is_holding();
-            let awaits_clients =
-                self.now_us() < clients_until && agent.clients().held().next().is_some();
-            if !is_holding && !awaits_clients {
-                break;
-            }
-            let due = [
-                self.time_limit_us(),
-                awaits_clients.then_some(clients_until),
-            ];
-            if self.time_limit_us().is_some_and(|at| self.now_us() >= at) {
-                break;
-            }
-            let limit = due.into_iter().flatten().min();
-            let limit = limit.map(|at| at.saturating_sub(self.now_us()));
-            let limit = limit.and_then(|us| Timespec::try_from(Duration::from_micros(us)).ok());
-            let mut polled = vec![PollFd::from_borrowed_fd(
-                self.signals.as_fd(),
-                PollFlags::IN,
-            )];
-            agent.holders(awaits_clients, |fd| {
-                polled.push(PollFd::from_borrowed_fd(fd, PollFlags::OUT));
-            });
-            let has_waited = poll(&mut polled, limit.as_ref()).is_ok();
-            let is_signal = has_waited && !polled[0].revents().is_empty();
-            let signal = is_signal
-                .then(|| sys::next_signal(self.signals.as_fd()))
-                .flatten();
-            if signal.is_some_and(|it| !matches!(it, libc::SIGCONT | libc::SIGWINCH)) {
-                break;
-            }
-            agent.front().flush_all();
-            agent.clients().flush_all();
-        }
-        agent.front().close();
-    }
-
-    /// Gives slow readers of console and log a moment for what is still held for them.
-    fn write_the_rest(&mut self) {
-        let until = self.now_us() + LAST_WORDS.as_micros() as u64;
-        while (self.log.is_holding() || self.console.out.is_holding()) && self.now_us() < until {
-            if !(self.log.flush() | self.console.out.flush()) {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-        }
     }
 }

@@ -1,4 +1,9 @@
-//! The command line of `mayfly-jailer run`: words to a checked plain struct. Pure.
+//! The command line of `mayfly-jailer run`: words to a checked plain struct. Pure. `guest` is what of it is about a
+//! command for the guest.
+
+mod guest;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
@@ -9,19 +14,17 @@ use std::time::Duration;
 use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{Source, VmConfig};
 
+pub use self::guest::GuestCommand;
 use super::boot_args;
-use super::devices::{DriveSettings, GivenDrive, drive, net};
-use super::memory::memory_mount;
+use super::devices::{drive, net};
 use super::snapshot::Restoring;
 use super::{LEAST_OPEN_FILES, OwnTap};
 use crate::args::{self, ArgsError, Known, Why, Words, account, asks_for_help, resource_limits};
 use crate::cgroup::exclusive::Wanted;
 use crate::cgroup::limit::Limit;
 use crate::monitor::ResourceLimits;
-use crate::process::command::{Command, split_command};
-use crate::process::pack::CopyIn;
+use crate::process::command::split_command;
 use crate::process::place::Place;
-use crate::run::agent::{Memory, RootMode};
 
 /// What `run --help` prints.
 pub const HELP: &str = include_str!("help.txt");
@@ -75,29 +78,6 @@ pub struct Options {
     pub ready_fd: Option<RawFd>,
 }
 
-/// A command for the guest, and what it runs in.
-#[derive(Debug, Default, PartialEq)]
-pub struct GuestCommand {
-    /// The root disk's image.
-    pub image: PathBuf,
-    /// What the root disk is to the guest.
-    pub mode: Option<RootMode>,
-    /// The name of the guest's host; that of the microVM without it.
-    pub hostname: Option<String>,
-    /// The agent's program.
-    pub agent: Option<PathBuf>,
-    /// The image of the disk that takes what is written.
-    pub upper: Option<PathBuf>,
-    /// Where memory is mounted.
-    pub memory: Vec<Memory>,
-    /// What is copied into the guest.
-    pub copies: Vec<CopyIn>,
-    /// Whether it waits for `mayfly-jailer start`.
-    pub is_held: bool,
-    /// What is to be run.
-    pub command: Command,
-}
-
 /// Where the description of the machine comes from.
 #[derive(Debug, Default, PartialEq)]
 pub enum Machine {
@@ -137,9 +117,10 @@ impl Console {
 const KNOWN: Known = Known {
     flags: "--with-parent --quiet --same-disks --ignore-cpu-differences \
             --snapshot-and-continue -t --tty -i --interactive --hold",
-    once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version \
-           --parent-cgroup --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report \
-           --ready-fd --runtime-dir --process --console-socket --upper --net-from-namespace",
+    once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to \
+           --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version --parent-cgroup \
+           --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report --ready-fd \
+           --runtime-dir --process --console-socket --upper --net-from-namespace",
     repeatable: "--drive --net --limit --cgroup --resource-limit --env --tmpfs --copy-in",
     text: "--cmdline",
     help: "see run --help",
@@ -155,7 +136,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         return Ok(None);
     }
     let mut words = Words::sort(words, &KNOWN)?;
-    let guest = guest(&mut words, command)?;
+    let guest = guest::take(&mut words, command)?;
     let machine = machine(&mut words, guest.as_ref())?;
     let snapshot_to = words.path("--snapshot-to");
     if snapshot_to.is_none() && words.has("--snapshot-and-continue") {
@@ -201,94 +182,6 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         net_namespace: words.path("--net-from-namespace"),
         ready_fd: words.parsed("--ready-fd", descriptor)?,
     }))
-}
-
-/// Those that only a command has.
-const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
-                          --ready-fd --runtime-dir --process --console-socket --upper --tmpfs --copy-in --net-from-namespace";
-/// Those that a machine with a command does not have.
-const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
-
-/// The command for the guest.
-fn guest(
-    words: &mut Words,
-    command: Option<Vec<OsString>>,
-) -> Result<Option<GuestCommand>, ArgsError> {
-    const NAME: &str = "--image";
-    let Some((image, mode)) = words.parsed(NAME, image)? else {
-        if let Some(name) = OF_COMMAND.split(' ').find(|name| words.has(name)) {
-            return refuse(name, words, "it needs --image, and a command after --");
-        }
-        return match command {
-            Some(command) => {
-                let first = command.first().cloned().unwrap_or_default();
-                let why = "a command needs --image; the arguments of a kernel go into --cmdline";
-                Err(ArgsError::Value(
-                    "--",
-                    first.display().to_string(),
-                    why.into(),
-                ))
-            }
-            None => Ok(None),
-        };
-    };
-    let given = image.display().to_string();
-    if let Some(name) = NOT_OF_COMMAND.split(' ').find(|name| words.has(name)) {
-        return refuse(
-            name,
-            words,
-            "--image boots a kernel with an agent of its own; leave one of both out",
-        );
-    }
-    if !words.has("--kernel") {
-        let why = "--kernel is missing: a kernel that tools/guest makes, or one that docs/images.md describes";
-        return Err(ArgsError::Value(NAME, given, why.into()));
-    }
-    let missing = "what to run is missing; give it after --, e.g. -- /bin/sh, or with --process";
-    let missing = ArgsError::Value(NAME, given, missing.into());
-    if words.has("--net-from-namespace") && words.has("--net") {
-        let why = "the guest's interface is that of the namespace; leave one of both out";
-        return refuse("--net-from-namespace", words, why);
-    }
-    let upper = words.path("--upper");
-    if let (Some(upper), Some(_)) = (&upper, mode) {
-        let why = "what is written goes there only of an image without :ro and :rw";
-        let upper = upper.display().to_string();
-        return Err(ArgsError::Value("--upper", upper, why.into()));
-    }
-    Ok(Some(GuestCommand {
-        image,
-        mode,
-        upper,
-        memory: words.all("--tmpfs", memory_mount)?,
-        copies: words.all("--copy-in", CopyIn::parse)?,
-        hostname: words.parsed("--hostname", hostname)?,
-        agent: words.path("--agent"),
-        is_held: words.has("--hold"),
-        command: Command::take(words, command, missing)?,
-    }))
-}
-
-/// Reads `FILE`, `FILE:ro` or `FILE:rw`.
-fn image(text: &str) -> Result<(PathBuf, Option<RootMode>), Why> {
-    let (path, mode) = match text.rsplit_once(':') {
-        Some((path, "ro")) => (path, Some(RootMode::ReadOnly)),
-        Some((path, "rw")) => (path, Some(RootMode::ReadWrite)),
-        _ => (text, None),
-    };
-    match path {
-        "" => Err("it names no file".into()),
-        _ => Ok((path.into(), mode)),
-    }
-}
-
-/// The name of a host: the kernel takes 64 bytes.
-fn hostname(text: &str) -> Result<String, Why> {
-    let is_fit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
-    match (1..=64).contains(&text.len()) && text.bytes().all(is_fit) {
-        true => Ok(text.to_owned()),
-        false => Err("a name has 1 to 64 letters, digits, - and .".into()),
-    }
 }
 
 /// Those that a snapshot has its own of.
@@ -444,31 +337,7 @@ fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machin
     };
     let mut drives = words.all("--drive", drive)?;
     if let Some(guest) = guest {
-        let image = guest.image.to_str().ok_or(ArgsError::Value(
-            "--image",
-            guest.image.display().to_string(),
-            "it is not UTF-8".into(),
-        ))?;
-        let image = GivenDrive {
-            image: image.into(),
-            read_only: guest.mode != Some(RootMode::ReadWrite),
-            overlay: None,
-            settings: DriveSettings::default(),
-        };
-        drives.insert(0, image);
-        if let Some(upper) = &guest.upper {
-            let path = upper.to_str().ok_or_else(|| {
-                let given = upper.display().to_string();
-                ArgsError::Value("--upper", given, "it is not UTF-8".into())
-            })?;
-            let upper = GivenDrive {
-                image: path.into(),
-                read_only: false,
-                overlay: None,
-                settings: DriveSettings::default(),
-            };
-            drives.insert(1, upper);
-        }
+        drives.splice(0..0, guest.drives()?);
     }
     let has_root = has_root || guest.is_some();
     for (index, given) in drives.into_iter().enumerate() {
@@ -578,163 +447,5 @@ fn limit(text: &str) -> Result<Limit, Why> {
             above_zero(size(bytes)).map(|bytes| Limit::Io(device.into(), bytes))
         }
         _ => Err(refuse("that limit is not known")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::OWN_TAP;
-    use super::*;
-
-    use crate::error::message;
-
-    fn line(text: &str) -> Result<Option<Options>, ArgsError> {
-        parse(text.split_whitespace().map(OsString::from).collect())
-    }
-
-    fn options(text: &str) -> Options {
-        line(text).unwrap().unwrap()
-    }
-
-    #[test]
-    fn the_first_drive_is_the_root_unless_the_command_line_names_one() {
-        let is_root = |text: &str| match options(text).machine {
-            Machine::Plain(config, _) => config.devices.drives[0].is_root_device,
-            other => panic!("{other:?}"),
-        };
-        assert!(is_root("--kernel k --drive a"));
-        assert!(is_root("--kernel k --cmdline quiet --drive a"));
-        assert!(!is_root("--kernel k --cmdline root=/dev/vda2 --drive a"));
-        assert!(!names_root("quiet -- root=x noroot=x") && names_root("quiet root=LABEL=x -- y"));
-    }
-
-    #[test]
-    fn parse_of_plain_options() {
-        let options = options(
-            "--kernel k --initrd i --cmdline --x --drive a --drive b:ro --net fd:7 \
-             --net tap0 --net user --vcpus 2 --memory 1G --id x --timeout 1.5 --quiet --limit \
-             cpus=1.5 --limit memory=1M --limit pids=5 --limit io=/dev/x:2K --console unix:/s \
-             --with-parent --end-with-fd 9",
-        );
-        let Machine::Plain(config, own_tap) = options.machine else {
-            panic!("{:?}", options.machine)
-        };
-        assert_eq!(own_tap, Some(OwnTap::User));
-        let boot = config.boot_source.unwrap();
-        assert_eq!(boot.kernel_image_path, "k".into());
-        assert_eq!(boot.initrd_path, Some("i".into()));
-        assert_eq!(boot.boot_args, Some("--x".into()));
-        let [root, second] = &config.devices.drives[..] else {
-            panic!("{:?}", config.devices.drives)
-        };
-        assert_eq!(
-            (root.drive_id.as_str(), &root.path_on_host),
-            ("root", &"a".into())
-        );
-        // The initrd is the root file system.
-        assert!(!root.is_root_device && !root.read_only());
-        assert!(second.read_only() && second.path_on_host == "b".into());
-        let taps = config.devices.network_interfaces.into_iter();
-        let taps: Vec<Source> = taps.map(|it| it.host_dev_name).collect();
-        assert_eq!(taps, [Source::fd(7), "tap0".into(), OWN_TAP.into()]);
-        let machine = config.machine_config.unwrap();
-        assert_eq!((machine.vcpu_count, machine.mem_size_mib), (2, 1024));
-        assert_eq!(options.timeout, Some(Duration::from_millis(1500)));
-        assert_eq!(options.console, Console::None);
-        assert_eq!(options.console_socket, Some("/s".into()));
-        assert_eq!(
-            options.cgroups.limits,
-            [
-                Limit::Cpus(1500),
-                Limit::Memory(1 << 20),
-                Limit::Pids(5),
-                Limit::Io("/dev/x".into(), 2048)
-            ]
-        );
-        assert!(options.quiet && options.with_parent);
-        assert_eq!(options.end_with_fd, Some(9));
-    }
-
-    #[test]
-    fn parse_of_a_snapshot_names_its_disks_and_taps_as_at_boot() {
-        let options = options(
-            "--snapshot d --drive a --drive data=b:ro --drive ./x=y --drive more=c:overlay=o --net tap0 --net e=user \
-             --same-disks --ignore-cpu-differences --working-set w --snapshot-to t \
-             --snapshot-and-continue",
-        );
-        let expected = Restoring {
-            folder: "d".into(),
-            drives: vec![
-                ("root".into(), drive("a").unwrap()),
-                ("data".into(), drive("b:ro").unwrap()),
-                ("disk1".into(), drive("./x=y").unwrap()),
-                ("more".into(), drive("c:overlay=o").unwrap()),
-            ],
-            taps: vec![("eth0".into(), "tap0".into()), ("e".into(), OWN_TAP.into())],
-            working_set: Some("w".into()),
-            same_disks: true,
-            ignore_cpu_differences: true,
-        };
-        let user = Some(OwnTap::User);
-        assert_eq!(options.machine, Machine::Snapshot(expected, user));
-        assert_eq!(options.snapshot_to, Some("t".into()));
-        assert!(options.snapshot_and_continue);
-    }
-
-    #[test]
-    fn parse_of_a_config_or_nothing() {
-        assert_eq!(options("--config f").machine, Machine::Config("f".into()));
-        assert_eq!(options("--api-sock s").machine, Machine::Client);
-        assert!(line("--config f -h").unwrap().is_none());
-    }
-
-    #[test]
-    fn parse_when_wrong_says_what() {
-        for (text, expected) in [
-            ("--config f --kernel k", "describes the machine already"),
-            ("--vcpus 1", "--kernel is missing"),
-            ("--snapshot d --config c", "--config \"c\""),
-            ("--snapshot d --kernel k", "--kernel \"k\""),
-            ("--snapshot d --initrd k", "--initrd \"k\""),
-            ("--snapshot d --cmdline k", "--cmdline \"k\""),
-            ("--snapshot d --vcpus 1", "--vcpus \"1\""),
-            ("--snapshot d --memory 1", "leave it out"),
-            ("--snapshot d --drive a --drive root=b", "given twice"),
-            ("--snapshot d --net a --net eth0=b", "given twice"),
-            ("--snapshot d --drive a:queues=3", "leave out :queues="),
-            ("--snapshot d --drive a:cache=none", "leave out :cache="),
-            ("--snapshot d --drive a:poll_us=0", "leave out :poll_us="),
-            ("--snapshot d --drive a:ops=9", "leave out :ops="),
-            ("--snapshot d --net t:poll_us=0", "leave out :poll_us="),
-            ("--snapshot d --net t:queues=2", "leave out :queues="),
-            ("--kernel k --same-disks", "needs --snapshot"),
-            ("--ignore-cpu-differences", "needs --snapshot"),
-            ("--kernel k --working-set w", "needs --snapshot"),
-            ("--kernel k --snapshot-and-continue", "needs --snapshot-to"),
-            ("--nonsense", "not known"),
-            ("--config", "value is missing"),
-            ("--kernel k --kernel k", "given twice"),
-            ("--kernel k --net fd:1", "descriptor above 2"),
-            ("--kernel k --memory 5K", "MiB"),
-            ("--kernel k --memory x", "MiB"),
-            ("--kernel k --vcpus x", "not a number"),
-            ("--config f --end-with-fd 2", "descriptor above 2"),
-            ("--config f --timeout 0", "above 0"),
-            ("--config f --timeout -1", "above 0"),
-            ("--config f --limit x=1", "not known"),
-            ("--config f --limit cpus=0", "above 0"),
-            ("--config f --limit memory", "no ="),
-            ("--config f --id a/b", "1 to 100 letters"),
-            ("--config f --uid x", "--uid"),
-            ("--kernel k --net user --net auto", "given twice"),
-            ("--config f --resource-limit x=1", "not known"),
-            (
-                "--config f --resource-limit no-file=41",
-                "no-file=42 or more",
-            ),
-        ] {
-            let failure = message(&line(text).unwrap_err());
-            assert!(failure.contains(expected), "{text}: {failure}");
-        }
     }
 }

@@ -1,0 +1,241 @@
+//! Clients that behave, that do not, and that are gone.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use mayfly_agent_protocol::messages;
+use rustix::event::{PollFd, poll};
+
+use super::*;
+use crate::testing::Folder;
+
+/// A socket for clients, one of them, and the guest's end of the link.
+struct Session {
+    clients: Clients,
+    client: UnixStream,
+    link: Link,
+    guest: OwnedFd,
+}
+
+const RUN: Message<'_> = Message::Start {
+    process: COMMAND,
+    // One word.
+    body: &[fields::ARGUMENT, 1, 0, b'x', 0],
+};
+
+fn frame_of(sequence: u32, message: &Message<'_>) -> Vec<u8> {
+    let mut frame = Frame::new();
+    assert!(frame.push(message));
+    frame.finish(sequence).to_vec()
+}
+
+impl Session {
+    fn new(name: &str) -> Session {
+        let place = Folder::new(name);
+        let listener = UnixListener::bind(place.path().join("s")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let client = UnixStream::connect(place.path().join("s")).unwrap();
+        let (link, guest) = Link::pair().unwrap();
+        let mut clients = Clients::new(Some(listener.into()));
+        clients.handle(ClientPart::New);
+        Session {
+            clients,
+            client,
+            link,
+            guest,
+        }
+    }
+
+    /// What a turn of the loop does when the client has sent something.
+    fn serve(&mut self) {
+        let process = self.clients.all[0].process;
+        self.clients.handle(ClientPart::Of(process));
+        self.clients.serve(&mut self.link, true);
+    }
+
+    /// The kinds of the messages that reached the guest.
+    fn heard(&self) -> Vec<u8> {
+        let mut kinds = Vec::new();
+        let mut packet = vec![0; 70_000];
+        let mut sequence = 0;
+        loop {
+            let now = Default::default();
+            let mut fds = [PollFd::new(&self.guest, PollFlags::IN)];
+            if poll(&mut fds, Some(&now)) != Ok(1) {
+                return kinds;
+            }
+            let count = rustix::io::read(&self.guest, &mut packet).unwrap();
+            for message in messages(&packet[26..count], sequence).unwrap() {
+                kinds.push(message.unwrap().kind());
+            }
+            sequence += 1;
+        }
+    }
+}
+
+#[test]
+fn frames_that_came_at_once_are_all_passed_on() {
+    let mut session = Session::new("clients-at-once");
+    let stream = Stream::Input;
+    let all = [
+        RUN,
+        Message::Data {
+            process: COMMAND,
+            stream,
+            bytes: b"input",
+        },
+        Message::End {
+            process: COMMAND,
+            stream,
+        },
+    ];
+    let frames = (0..).zip(&all).map(|(at, it)| frame_of(at, it));
+    let bytes = frames.collect::<Vec<_>>().concat();
+    session.client.write_all(&bytes).unwrap();
+    session.serve();
+    let expected: Vec<u8> = all.iter().map(Message::kind).collect();
+    assert_eq!(session.heard(), expected);
+}
+
+#[test]
+fn frames_beyond_a_turn_are_told_of() {
+    let mut session = Session::new("clients-turn");
+    let mut bytes = frame_of(0, &RUN);
+    let signal = Message::Signal {
+        process: COMMAND,
+        number: 1,
+    };
+    for at in 1..=TURN {
+        bytes.extend(frame_of(at as u32, &signal));
+    }
+    session.client.write_all(&bytes).unwrap();
+    session.serve();
+    let mut count = session.heard().len();
+    assert!(count <= TURN);
+    while session.clients.has_frame(true) {
+        assert!(session.link.takes_data() || !session.heard().is_empty());
+        session.clients.serve(&mut session.link, true);
+        session.link.flush();
+        count += 1;
+    }
+    assert_eq!(count, TURN + 1);
+}
+
+#[test]
+fn client_that_takes_no_output_gets_it_and_the_end_after_the_guest_is_gone() {
+    let mut session = Session::new("clients-slow");
+    session.client.write_all(&frame_of(0, &RUN)).unwrap();
+    session.serve();
+    let process = session.clients.all[0].process;
+    let piece = vec![b'x'; 32 * 1024];
+    let data = Message::Data {
+        process,
+        stream: Stream::Output,
+        bytes: &piece,
+    };
+    for _ in 0..OUTPUT_WINDOW as usize / piece.len() {
+        session.clients.receive(process, &data).unwrap();
+    }
+    session.clients.dismiss();
+    assert_eq!(session.clients.held().count(), 1);
+    let client = session.client.try_clone().unwrap();
+    let reader = std::thread::spawn(move || {
+        let (mut client, mut bytes) = (client, Vec::new());
+        client.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    while session.clients.held().count() > 0 {
+        session.clients.flush_all();
+    }
+    let bytes = reader.join().unwrap().unwrap();
+    let status = Status::Killed(KILL);
+    let mut last = Frame::new();
+    assert!(last.push(&Message::Exited {
+        process: COMMAND,
+        status
+    }));
+    let count = (OUTPUT_WINDOW as usize / piece.len()) as u32;
+    assert!(bytes.len() > OUTPUT_WINDOW as usize);
+    assert!(bytes.ends_with(last.finish(count)));
+}
+
+#[test]
+fn client_of_a_process_that_ended_may_still_give_credit() {
+    let mut session = Session::new("clients-credit");
+    session.client.write_all(&frame_of(0, &RUN)).unwrap();
+    session.serve();
+    let process = session.clients.all[0].process;
+    session.clients.all[0].state = State::Ended;
+    let credit = Message::Credit {
+        process: COMMAND,
+        stream: Stream::Output,
+        bytes: 1,
+    };
+    session.client.write_all(&frame_of(1, &credit)).unwrap();
+    session.clients.handle(ClientPart::Of(process));
+    session.clients.all[0].serve(&mut Frame::new());
+    assert!(!session.clients.all[0].link.is_closed);
+}
+
+#[test]
+fn request_is_answered_and_a_process_waits_until_it_can_be_started() {
+    let mut session = Session::new("clients-request");
+    session.client.write_all(&frame_of(0, &RUN)).unwrap();
+    let process = session.clients.all[0].process;
+    session.clients.handle(ClientPart::Of(process));
+    assert!(!session.clients.has_frame(false) && session.clients.has_frame(true));
+    session.clients.serve(&mut session.link, false);
+    assert!(session.heard().is_empty());
+    session.clients.serve(&mut session.link, true);
+    assert_eq!(session.heard(), [RUN.kind()]);
+
+    let mut session = Session::new("clients-answer");
+    let request = frame_of(0, &Message::Request(b"signal 15"));
+    session.client.write_all(&request).unwrap();
+    session.serve();
+    let (client, request) = session.clients.next_request().unwrap();
+    assert_eq!(request, Request::Signal(15));
+    assert_eq!(session.clients.next_request(), None);
+    session.clients.answer(client, Err("why".into()));
+    let expected = frame_of(0, &Message::Answer(b"-why"));
+    let mut got = vec![0; expected.len()];
+    session.client.read_exact(&mut got).unwrap();
+    assert_eq!(got, expected);
+    session.clients.serve(&mut session.link, true);
+    assert!(session.clients.all.is_empty() && session.heard().is_empty());
+}
+
+#[test]
+fn request_that_is_not_known_closes_the_connection_and_not_the_guest() {
+    for text in [&b""[..], b"stop", b"signal 65", b"signal x", b"start\xff"] {
+        assert_eq!(Request::of(text), None);
+        let mut session = Session::new("clients-unknown");
+        let request = frame_of(0, &Message::Request(text));
+        session.client.write_all(&request).unwrap();
+        session.serve();
+        assert_eq!(session.clients.next_request(), None);
+        assert!(session.clients.all.is_empty() && session.heard().is_empty());
+    }
+}
+
+#[test]
+fn listener_is_not_looked_at_for_a_while_after_a_client_could_not_be_taken() {
+    let mut session = Session::new("clients-pause");
+    let is_listening = |clients: &Clients| {
+        let mut found = false;
+        clients.interests(true, |part, _, _| found |= part == ClientPart::New);
+        found
+    };
+    assert!(is_listening(&session.clients));
+    // Of a descriptor that is no socket, as of a process without a free descriptor.
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let listener = session.clients.listener.replace(null.into());
+    session.clients.handle(ClientPart::New);
+    assert!(!is_listening(&session.clients));
+    session.clients.listener = listener;
+    let until = session.clients.paused_until().unwrap();
+    assert!(until > Instant::now());
+    // A client that goes gives a descriptor back.
+    let _ = session.client.shutdown(std::net::Shutdown::Both);
+    session.serve();
+    assert!(is_listening(&session.clients));
+}
