@@ -55,14 +55,10 @@ fn ray_package_when_alone_keeps_its_promises() {
 /// Tasks, cancelled tasks, a killed worker and a killed node on a cluster; what it said.
 fn cluster(python: &Path, guest: &[PathBuf]) -> String {
     let (folder, namespace) = (Folder::new(), Netns::new());
-    let jailer = std::env::var_os("MAYFLY_JAILER_BIN").map_or_else(
-        || common::mayfly().with_file_name("mayfly-jailer"),
-        Into::into,
-    );
     let mut command = Command::new(python);
     command
         .arg(program("cluster.py"))
-        .args([jailer, common::probe(), folder.path().to_owned()])
+        .args([common::jailer(), common::probe(), folder.path().to_owned()])
         .args(guest)
         // Short: sockets are made below.
         .env("RAY_TMPDIR", folder.join("r"))
