@@ -23,6 +23,8 @@ const LAYERS_MAX: usize = 512;
 /// An index of indexes is one that was made to be.
 const DEPTH_MAX: u32 = 4;
 const FILES_MAX: usize = 4096;
+/// How many manifests are looked at for the one of this machine, in all indexes together.
+const MANIFESTS_MAX: u32 = 256;
 
 /// What an image says of how it is run.
 #[derive(Debug, Default)]
@@ -163,7 +165,13 @@ impl Layout {
     }
 
     /// The manifest for this machine, of the image with that name where there are several.
-    fn manifest(&self, index: &Value, name: Option<&str>, depth: u32) -> Result<Option<Value>> {
+    fn manifest(
+        &self,
+        index: &Value,
+        name: Option<&str>,
+        depth: u32,
+        left: &mut u32,
+    ) -> Result<Option<Value>> {
         let entries = index["manifests"].as_array().map_or(&[][..], Vec::as_slice);
         let named = |entry: &&Value| {
             let of = |key: &str| entry["annotations"][key].as_str();
@@ -188,12 +196,16 @@ impl Layout {
             return Err(Failure::new(self.path(), what, "choose one with --name"));
         }
         for entry in fitting {
+            *left = left.checked_sub(1).ok_or_else(|| {
+                let what = format!("its indexes have more than {MANIFESTS_MAX} manifests");
+                damaged(self.path(), &what)
+            })?;
             let json = self.json(&self.blob(entry)?)?;
             if json["manifests"].is_array() {
                 if depth >= DEPTH_MAX {
                     return Err(damaged(self.path(), "an index in an index in an index"));
                 }
-                if let Some(found) = self.manifest(&json, None, depth + 1)? {
+                if let Some(found) = self.manifest(&json, None, depth + 1, left)? {
                     return Ok(Some(found));
                 }
             } else if json["layers"].is_array() {
@@ -217,7 +229,9 @@ impl Layout {
         };
         if let Ok(index) = self.file("index.json") {
             let index = self.json(&index)?;
-            let manifest = self.manifest(&index, name, 0)?.ok_or_else(nothing)?;
+            let mut left = MANIFESTS_MAX;
+            let manifest = self.manifest(&index, name, 0, &mut left)?;
+            let manifest = manifest.ok_or_else(nothing)?;
             let layers = manifest["layers"].as_array().map_or(&[][..], Vec::as_slice);
             if layers.len() > LAYERS_MAX {
                 return Err(damaged(self.path(), "it has more than 512 layers"));

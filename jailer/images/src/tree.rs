@@ -235,6 +235,11 @@ impl Tree {
 
     /// The folder for a new entry: what is missing of it is made.
     fn parent(&mut self, path: &[&[u8]]) -> Result<Id> {
+        // Most are there, deep ones too: an archive of millions of entries in one costs each of them one walk.
+        let found = self.walk(path, true).and_then(|at| at.last().copied());
+        if let Some(found) = found.filter(|&id| self.children(id).is_some()) {
+            return Ok(found);
+        }
         let mut done = 0;
         let mut at = ROOT;
         while done < path.len() {

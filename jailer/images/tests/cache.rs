@@ -331,3 +331,17 @@ fn disk_or_note_that_a_crash_of_the_host_damaged_is_made_again() {
     assert_eq!(folder.disk("root"), disk);
     assert!(fs::read(&disk).unwrap() == right);
 }
+
+#[test]
+fn note_that_cannot_be_written_is_done_without() {
+    let folder = Folder::new();
+    folder.write("root/file", "content");
+    let disk = folder.disk("root");
+    let sum = disk.file_stem().unwrap().to_str().unwrap();
+    // A folder in its place, as a full file system would be.
+    fs::remove_file(folder.join("cache/files").join(sum)).unwrap();
+    folder.write(&format!("cache/files/{sum}/in-the-way"), "");
+    fs::remove_file(&disk).unwrap();
+    assert_eq!(folder.disk("root"), disk);
+    assert_eq!(folder.names("cache/work"), [""; 0]);
+}

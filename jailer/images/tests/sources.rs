@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use support::archives::{Entry, file, image, index, layers, link, tar};
+use support::archives::{Entry, blob, file, image, index, layers, link, tar};
 use support::needs::{self, needs};
 use support::{Folder, Random};
 
@@ -233,6 +233,20 @@ fn image_whose_content_is_not_that_of_its_digest_is_refused() {
     folder.disk("layout");
     fs::write(layout.join("index.json"), "not JSON").unwrap();
     folder.refuses(&["disk", "layout"], &["not JSON"]);
+}
+
+#[test]
+fn indexes_of_many_indexes_are_refused_before_all_are_read() {
+    let folder = Folder::new();
+    let layout = folder.join("layout");
+    // Each names the one below it 1000 times: 10^12 to be read.
+    let mut below = blob(&layout, b"{}");
+    for _ in 0..4 {
+        let all = vec![below; 1000].join(",");
+        below = blob(&layout, format!("{{\"manifests\":[{all}]}}").as_bytes());
+    }
+    index(&layout, std::slice::from_ref(&below));
+    folder.refuses(&["disk", "layout"], &["more than 256 manifests"]);
 }
 
 #[test]

@@ -228,7 +228,7 @@ impl Cache {
                     true => list,
                     false => list.with(old),
                 };
-                self.save(&place, &list.bytes())?;
+                self.save(&place, &list.bytes());
             }
         }
         Ok(Disk { left_out, ..disk })
@@ -283,7 +283,7 @@ impl Cache {
             && again.is_some_and(|again| again.is_as(&before))
         {
             let place = self.folder.join(SOURCES).join(hex(&key));
-            self.save(&place, hex(&sum).as_bytes())?;
+            self.save(&place, hex(&sum).as_bytes());
         }
         Ok(Disk { left_out, ..disk })
     }
@@ -409,13 +409,17 @@ impl Cache {
         }
     }
 
-    /// Writes a small file whole.
-    fn save(&self, to: &Path, bytes: &[u8]) -> Result<()> {
-        let work = Work::new(&self.folder.join(WORK))?;
+    /// Writes a small file whole, that only saves time: where it cannot, the disk is there all the same.
+    fn save(&self, to: &Path, bytes: &[u8]) {
+        let Ok(work) = Work::new(&self.folder.join(WORK)) else {
+            return;
+        };
         let unfinished = work.join("file");
-        let mut file = File::create_new(&unfinished).cannot("create", &unfinished)?;
-        file.write_all(bytes).cannot("write", &unfinished)?;
-        fs::rename(&unfinished, to).cannot("create", to)
+        let write = || -> std::io::Result<()> {
+            File::create_new(&unfinished)?.write_all(bytes)?;
+            fs::rename(&unfinished, to)
+        };
+        let _ = write();
     }
 }
 
