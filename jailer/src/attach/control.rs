@@ -3,8 +3,12 @@
 
 use std::ffi::OsString;
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
 
 use mayfly_agent_protocol::{Frame, Malformed, Message};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::options::{separate, text};
 use super::{AttachError, Target, connect};
@@ -22,6 +26,18 @@ pub struct Control {
     target: Target,
     request: String,
 }
+
+/// How long an answer may take. The supervisor answers at once, but where it is stopped; the command starts when the
+/// guest, which may not want to, has started it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The supervisor does not answer.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot hear from the microVM {0}: it has not answered for {1} seconds; its mayfly-jailer is stopped, or the guest \
+     does not start the command"
+)]
+struct NoAnswer(String, u64);
 
 /// The supervisor refused.
 #[derive(Debug, thiserror::Error)]
@@ -94,8 +110,8 @@ impl Control {
     /// Asks; prints what is answered.
     pub fn run(self) -> Result<i32, AnyError> {
         let socket = connect(&self.target)?;
-        rustix::io::ioctl_fionbio(&socket, false).step("use the connection")?;
         let mut link = StreamLink::new(socket);
+        let until = Instant::now() + PATIENCE;
         let mut frame = Box::new(Frame::new());
         // It is empty: there is room.
         let _ = frame.push(&Message::Request(self.request.as_bytes()));
@@ -104,6 +120,16 @@ impl Control {
         while answer.is_none() {
             if link.is_closed {
                 return Err(AttachError::Lost(self.target.id).into());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(NoAnswer(self.target.id, PATIENCE.as_secs()).into());
+            }
+            let left = Timespec::try_from(left).unwrap_or_default();
+            let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), PollFlags::IN)];
+            let waited = poll(&mut fds, Some(&left));
+            if waited != Err(Errno::INTR) {
+                waited.step("wait for the answer")?;
             }
             link.fill();
             let taken = link.take(|message| match *message {

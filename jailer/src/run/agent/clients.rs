@@ -34,6 +34,9 @@ const START: u8 = Message::Start {
 .kind();
 /// Most frames of one client that are passed on in one turn.
 const TURN: usize = 16;
+/// Most clients at once: those whose processes run, those that wait for their turn, and requests, which are answered
+/// whatever runs.
+const CLIENTS_MAX: usize = 4 * PROCESSES_MAX;
 /// How long no client is taken after one could not be: this process has no descriptor for it.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -131,8 +134,7 @@ impl Clients {
         can_send: bool,
         mut add: impl FnMut(ClientPart, BorrowedFd<'a>, PollFlags),
     ) {
-        // The command is one of the processes.
-        let is_full = self.all.len() + 1 >= PROCESSES_MAX;
+        let is_full = self.all.len() >= CLIENTS_MAX;
         let is_paused = self.paused_until.is_some();
         let listener = self.listener.as_ref();
         if let Some(listener) = listener.filter(|_| !is_full && !is_paused) {
@@ -215,7 +217,15 @@ impl Clients {
 
     /// Whether there is a frame that could be passed on, if there is room.
     pub fn has_frame(&self, can_start: bool) -> bool {
+        let can_start = can_start && self.has_place();
         self.all.iter().any(|it| it.has_frame(can_start))
+    }
+
+    /// Whether the guest's agent takes one more process. The command is one of them.
+    fn has_place(&self) -> bool {
+        let has_process =
+            |it: &&Client| matches!(it.state, State::Running | State::Gone | State::Killed);
+        self.all.iter().filter(has_process).count() + 1 < PROCESSES_MAX
     }
 
     /// What a client asks of the supervisor, in turn, and which one it is.
@@ -246,7 +256,9 @@ impl Clients {
     /// if they can be.
     pub fn serve(&mut self, link: &mut Link, can_start: bool) {
         let count = self.all.len();
-        for client in &mut self.all {
+        for index in 0..count {
+            let can_start = can_start && self.has_place();
+            let client = &mut self.all[index];
             let mut left = TURN;
             while left > 0 && link.takes_data() && client.has_frame(can_start) {
                 client.serve(&mut link.out);

@@ -98,6 +98,54 @@ fn frames_that_came_at_once_are_all_passed_on() {
 }
 
 #[test]
+fn request_is_answered_while_as_many_processes_run_as_can_and_more_wait() {
+    let place = Folder::new("clients-full");
+    let listener = UnixListener::bind(place.path().join("s")).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let mut clients = Clients::new(Some(listener.into()));
+    let (mut link, guest) = Link::pair().unwrap();
+    let mut others = Vec::new();
+    let mut session = |message: &Message<'_>| {
+        let mut client = UnixStream::connect(place.path().join("s")).unwrap();
+        client.write_all(&frame_of(0, message)).unwrap();
+        others.push(client);
+        let mut is_taken = false;
+        clients.interests(true, |part, _, _| is_taken |= part == ClientPart::New);
+        assert!(is_taken, "the next one is not taken");
+        clients.handle(ClientPart::New);
+        let process = clients.all.last().unwrap().process;
+        clients.handle(ClientPart::Of(process));
+        clients.serve(&mut link, true);
+        let mut packet = [0; 1024];
+        let mut fds = [PollFd::new(&guest, PollFlags::IN)];
+        let has_come = poll(&mut fds, Some(&Default::default())) == Ok(1);
+        if has_come {
+            rustix::io::read(&guest, &mut packet).unwrap();
+        }
+        (has_come, clients.next_request().map(|(_, request)| request))
+    };
+    for count in 1..PROCESSES_MAX {
+        assert_eq!(session(&RUN), (true, None), "{count}");
+    }
+    // The agent has no place for more.
+    assert_eq!(session(&RUN), (false, None));
+    let signal = session(&Message::Request(b"signal 9"));
+    assert_eq!(signal, (false, Some(Request::Signal(9))));
+    assert!(!clients.has_frame(true), "there is nothing to do");
+    // Once one has ended, the one that waits has its turn.
+    let exited = |process| Message::Exited {
+        process,
+        status: Status::Exited(0),
+    };
+    let first = clients.all[0].process;
+    clients.receive(first, &exited(first)).unwrap();
+    assert!(clients.has_frame(true));
+    clients.serve(&mut link, true);
+    let mut fds = [PollFd::new(&guest, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&Default::default())), Ok(1));
+}
+
+#[test]
 fn frames_beyond_a_turn_are_told_of() {
     let mut session = Session::new("clients-turn");
     let mut bytes = frame_of(0, &RUN);
