@@ -18,6 +18,7 @@ here=$(dirname "$0")
 echo "$*" >> "$here/calls"
 mode=$(cat "$here/mode")
 command=$1
+[ -e "$here/silent" ] && exec sleep 600
 case $command in
 run)
     while [ $# -gt 0 ]; do
@@ -595,5 +596,18 @@ fn create_whose_state_cannot_be_written_leaves_nothing() {
     let is_left = engine.folder.join("state/c1").exists();
     common::run("umount", &[&state]);
     assert!(!output.status.success() && !is_left);
+    engine.nothing_is_left();
+}
+
+#[test]
+fn container_whose_process_does_not_answer_ends_with_kill() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    engine.create();
+    // As where it is stopped: nothing that is asked of it is answered.
+    engine.folder.file("silent", "");
+    engine.works(&["kill", "c1", "KILL"]);
+    fs::remove_file(engine.folder.join("silent")).unwrap();
+    engine.works(&["delete", "--force", "c1"]);
     engine.nothing_is_left();
 }

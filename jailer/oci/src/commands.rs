@@ -164,22 +164,23 @@ fn print_state(host: &Host, id: &str) -> Result<(), AnyError> {
 }
 
 fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
-    let target = Target::find(host, id)?;
-    let pidfd = target
-        .record
-        .process
-        .as_ref()
-        .and_then(process::Known::open);
-    let Some(pidfd) = pidfd.filter(|_| target.status != Status::Stopped) else {
+    let record = state::read(&host.root, id)?;
+    let pidfd = record.process.as_ref().and_then(process::Known::open);
+    let Some(pidfd) = pidfd else {
         return Err(CommandError::NotRunning("signal").into());
     };
     if signal == SIGKILL {
-        // The microVM ends whatever its guest does, also while it stands still.
+        // The microVM ends whatever its guest does, and also where its process does not answer.
         process::send(&pidfd, signal).step("end the microVM")?;
-        if target.status == Status::Paused {
-            lifecycle::groups(&target.record)?.freeze(false)?;
+        let groups = lifecycle::groups(&record)?;
+        if groups.is_frozen() {
+            groups.freeze(false)?;
         }
         return Ok(());
+    }
+    let target = Target::find(host, id)?;
+    if target.status == Status::Stopped {
+        return Err(CommandError::NotRunning("signal").into());
     }
     if target.status == Status::Paused {
         return Err(CommandError::State("signal", Status::Paused.name()).into());
