@@ -407,7 +407,10 @@ fn create_that_is_killed_at_any_moment_leaves_what_delete_removes() {
         std::thread::sleep(std::time::Duration::from_micros(seed >> 32 & 0x7fff));
         create.kill().unwrap();
         create.wait().unwrap();
-        engine.works(&["delete", "--force", "c1"]);
+        // By a link to the state folder, as /var/run is.
+        let _ = std::os::unix::fs::symlink("state", engine.folder.join("link"));
+        let link = engine.folder.join("link").display().to_string();
+        engine.works(&["--root", &link, "delete", "--force", "c1"]);
         engine.nothing_is_left();
     }
 }

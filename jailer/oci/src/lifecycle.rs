@@ -377,6 +377,10 @@ pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
 
 /// Processes that were started for the container whose folder this is.
 fn started_in(folder: &Path, id: &str) -> Vec<Known> {
+    // The link to a process's folder has no links in it.
+    let Ok(folder) = std::fs::canonicalize(folder) else {
+        return Vec::new();
+    };
     let found = process::with_words(&["--id", id, "--runtime-dir", "."]);
     let is_ours = |known: &Known| {
         std::fs::read_link(format!("/proc/{}/cwd", known.pid)).is_ok_and(|cwd| cwd == folder)

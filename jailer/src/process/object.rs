@@ -83,6 +83,9 @@ struct Capabilities {
     ambient: Vec<String>,
 }
 
+/// Further groups that the agent takes.
+const GROUPS_MAX: usize = 64;
+
 /// Members that say nothing to a guest.
 const OF_HOST: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
 
@@ -188,6 +191,10 @@ impl Object {
                 "oomScoreAdj",
                 "is not from -1000 to 1000".into(),
             ));
+        }
+        if self.user.additional_gids.len() > GROUPS_MAX {
+            let why = format!("has more than {GROUPS_MAX} additionalGids");
+            return Err(ObjectError::Value("user", why));
         }
         let limits = self.rlimits.iter().map(limit).collect::<Result<_, _>>()?;
         let capabilities = self.capabilities.as_ref().map(sets).transpose()?;
@@ -333,5 +340,13 @@ mod tests {
             let text = read(text).unwrap_err();
             assert!(text.contains(expected), "{expected}: {text}");
         }
+        let groups = |count| {
+            let groups = serde_json::json!(vec![7; count]);
+            read(&format!(
+                r#"{{ "args": ["x"], "cwd": "/", "user": {{ "additionalGids": {groups} }} }}"#
+            ))
+        };
+        assert!(groups(64).is_ok());
+        assert!(groups(65).unwrap_err().contains("additionalGids"));
     }
 }

@@ -93,6 +93,10 @@ fn add(
     if OWN.iter().any(|own| to == Path::new(own)) {
         return Ok(());
     }
+    if to.as_os_str().as_encoded_bytes().contains(&b':') {
+        let why = "a place in a microVM cannot have a colon in its path; choose another";
+        return Ok(refuse(field, why)?);
+    }
     let options = mount.options().as_deref().unwrap_or_default();
     let is_bind = options
         .iter()
@@ -276,6 +280,11 @@ mod tests {
                 "source",
             ),
             (json!({ "destination": "/o", "type": "overlay" }), "overlay"),
+            (json!({ "destination": "/a:/b", "type": "tmpfs" }), "colon"),
+            (
+                json!({ "destination": "/a:/b", "type": "bind", "source": "/usr", "options": ["ro"] }),
+                "colon",
+            ),
             (json!({ "destination": "o", "type": "tmpfs" }), "absolute"),
             (
                 json!({ "destination": "/a/../b", "type": "tmpfs" }),

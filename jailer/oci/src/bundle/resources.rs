@@ -9,6 +9,8 @@ use super::{FieldError, refuse};
 const HOST_MIB: u64 = 16;
 /// The least memory of a guest, in MiB.
 const GUEST_MIN_MIB: u64 = 48;
+/// More than any host has, in MiB.
+const MEMORY_MAX_MIB: u64 = 16 << 20;
 /// The least number of processes and threads that a microVM is made of, with some to spare.
 const PIDS_MIN: i64 = 64;
 /// The most processors of a guest.
@@ -90,7 +92,7 @@ pub fn memory_mib(resources: &LinuxResources, otherwise: u64) -> Result<u64, Fie
         );
     }
     // More than any host has is no limit.
-    Ok(mib.min(1 << 20))
+    Ok(if mib > MEMORY_MAX_MIB { otherwise } else { mib })
 }
 
 /// How many processors the guest has: what a quota comes to, or `otherwise`.
@@ -295,6 +297,14 @@ mod tests {
             .filter_map(of)
             .map(|(file, text)| format!("{file}={text}"))
             .collect()
+    }
+
+    #[test]
+    fn limit_above_what_any_host_has_is_none() {
+        for limit in [i64::MAX, 0x7fff_ffff_ffff_f000, -1, 0] {
+            let given = resources(json!({ "memory": { "limit": limit } }));
+            assert_eq!(memory_mib(&given, 256).unwrap(), 256, "{limit}");
+        }
     }
 
     #[test]
