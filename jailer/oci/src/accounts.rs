@@ -72,7 +72,12 @@ impl Accounts {
             return;
         };
         let path = self.file(number);
-        if owner(&path).is_some_and(|owner| owner == state) {
+        // It may have been taken by another name of the same folder.
+        let is_same = |owner: &Path| {
+            let plain = |path: &Path| path.canonicalize().ok();
+            owner == state || (plain(owner).is_some() && plain(owner) == plain(state))
+        };
+        if owner(&path).is_some_and(|owner| is_same(&owner)) {
             let _ = std::fs::remove_file(path);
         }
     }
