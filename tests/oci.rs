@@ -23,6 +23,7 @@ case $command in
 run)
     while [ $# -gt 0 ]; do
         [ "$1" = --ready-fd ] && ready=$2
+        [ "$1" = --net-from-namespace ] && echo "$2" > "$here/network"
         shift
     done
     if [ "$mode" = refuses ]; then
@@ -351,7 +352,9 @@ fn create_that_fails_says_why_once_and_leaves_nothing() {
 
     let path = json!([{ "type": "network", "path": "/run/netns/x" }]);
     engine.configure(|config| config["linux"]["namespaces"] = path);
-    engine.refuses(&create, "/run/netns/x");
+    engine.refuses(&create, "cannot run it: said by the stand-in");
+    let network = fs::read_to_string(engine.folder.join("network"));
+    assert_eq!(network.unwrap(), "/run/netns/x\n");
 
     let folder = json!([{ "destination": "/x", "type": "bind", "source": "/usr", "options": ["rbind", "rw"] }]);
     engine.configure(|config| config["mounts"] = folder);

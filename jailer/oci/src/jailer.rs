@@ -11,8 +11,7 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-use crate::bundle::Container;
-use crate::bundle::resources;
+use crate::bundle::{Container, Network, resources};
 use crate::error::AnyError;
 use crate::host;
 
@@ -127,6 +126,9 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
     words.option("--memory", machine.memory_mib.to_string());
     words.option("--vcpus", machine.vcpus.to_string());
     words.option("--hostname", hostname(container, machine.id));
+    if let Network::Namespace(path) = &container.network {
+        words.option("--net-from-namespace", path);
+    }
     words.option("--process", PROCESS);
     words.option("--exit-report", REPORT);
     words.add("--hold");

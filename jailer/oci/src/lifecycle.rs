@@ -17,7 +17,7 @@ use rustix::pipe::PipeFlags;
 
 use crate::accounts::Accounts;
 use crate::args::Create;
-use crate::bundle::{self, Container, Network, process_text, refuse, resources};
+use crate::bundle::{self, Container, Network, process_text, resources};
 use crate::cgroup::{self, Groups, Home};
 use crate::error::{self, AnyError, Level, Log, Step as _};
 use crate::host::Host;
@@ -136,13 +136,6 @@ pub fn create(
     let mut container = bundle::read(&bundle)?;
     if has_no_network {
         container.network = Network::None;
-    }
-    if let Network::Namespace(path) = &container.network {
-        let why = format!(
-            "the network of {} cannot be given to a microVM yet; use none (podman --network none)",
-            path.display()
-        );
-        return Err(refuse::<()>("linux.namespaces", why).unwrap_err().into());
     }
     check_terminal(&container, create, kind)?;
     let kernel = host.kernel()?;
