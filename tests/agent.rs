@@ -1142,7 +1142,7 @@ fn commands_that_cannot_be_run_are_refused_in_one_line() {
         (
             &["--image", &plain, "--kernel", &kernel],
             &["--", "true"],
-            "neither an EROFS nor an ext4",
+            "names no EROFS or ext4 file",
         ),
         (
             &["--image", &rw, "--kernel", &kernel],

@@ -807,7 +807,7 @@ fn socket_from_a_service_manager_is_handed_on() {
 fn bad_input_gets_a_sentence_and_makes_nothing() {
     let place = place!("rbad");
     let path = |name: &str| place.path(name);
-    let long = "a".repeat(65);
+    let long = "a".repeat(101);
     fs::write(place.path("broken.json"), "{ \"boot-source\": ").unwrap();
     fs::write(place.path("list.json"), "[]").unwrap();
     fs::write(place.path("odd.json"), "{ \"drives\": 7 }").unwrap();
@@ -831,9 +831,9 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     let endless = path(&"x".repeat(300));
     let kernel = path("kernel");
     let many: &[(&[&str], &str)] = &[
-        (&["--id", "a/b"], "1 to 64 letters"),
-        (&["--id", &long], "1 to 64 letters"),
-        (&["--id", ""], "1 to 64 letters"),
+        (&["--id", "a/b"], "1 to 100 letters"),
+        (&["--id", &long], "1 to 100 letters"),
+        (&["--id", ""], "1 to 100 letters"),
         (&["--id", "a\nb"], "use --id \"a?b\""),
         (&["--initrd", "/x\x1b[31m"], "/x?[31m: No such file"),
         (&["--drive", &none], "No such file"),
