@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -179,15 +180,15 @@ fn read_in(groups: &[PathBuf], files: &[&str]) -> String {
 }
 
 #[test]
-fn twenty_containers_at_once_have_each_their_output_and_code() {
+fn containers_at_once_have_each_their_output_and_code() {
     needs!(root, kvm, guest, podman, nsenter);
     let podman = Podman::new();
     let root = podman.path("rootfs");
     let special = [
-        (vec!["/etc/plain"], 126),
-        (vec!["/nonexistent/program"], 127),
-        (vec!["sh", "-c", "kill -9 $$"], 137),
-        (vec!["sh", "-c", "kill -15 $$"], 143),
+        (&["/etc/plain"][..], 126),
+        (&["/nonexistent/program"], 127),
+        (&["sh", "-c", "kill -9 $$"], 137),
+        (&["sh", "-c", "kill -15 $$"], 143),
     ];
     let start = |words: &[&str]| {
         let words = [
@@ -202,19 +203,31 @@ fn twenty_containers_at_once_have_each_their_output_and_code() {
             .stderr(Stdio::piped());
         command.spawn().unwrap()
     };
-    let mut children: Vec<(Child, String, i32)> = Vec::new();
-    for (words, code) in &special {
-        children.push((start(words), String::new(), *code));
+    let mut wanted: Vec<(Vec<String>, String, i32)> = Vec::new();
+    for (words, code) in special {
+        let words = words.iter().map(|word| (*word).to_owned()).collect();
+        wanted.push((words, String::new(), code));
     }
-    for code in 0..16 {
+    // An emulated guest with a tenth of a processor does not boot: its timer's interrupts take all of that.
+    let (plain, at_once) = match common::is_software_kvm() {
+        true => (4, 3),
+        false => (16, 20),
+    };
+    for code in 0..plain {
         let script = format!("echo inside {code}; exit {code}");
-        children.push((
-            start(&["sh", "-c", &script]),
-            format!("inside {code}\n"),
-            code,
-        ));
+        let words = ["sh", "-c", &script].map(str::to_owned).to_vec();
+        wanted.push((words, format!("inside {code}\n"), code));
     }
-    for (child, text, code) in children {
+    let mut children = VecDeque::new();
+    let mut wanted = wanted.into_iter().peekable();
+    while wanted.peek().is_some() || !children.is_empty() {
+        while children.len() < at_once
+            && let Some((words, text, code)) = wanted.next()
+        {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            children.push_back((start(&words), text, code));
+        }
+        let (child, text, code): (Child, String, i32) = children.pop_front().unwrap();
         let output = child.wait_with_output().unwrap();
         assert_eq!(
             (
