@@ -208,7 +208,8 @@ impl Queue {
     pub fn prefetch(&self, ram: &Ram) {
         let next = self.ring.next_avail();
         let ahead = self.offered.wrapping_sub(next);
-        let descriptor = |index| self.descriptor_at(self.head_at(ram, index).ok()?);
+        let table = GuestAddress(self.ring.desc_table());
+        let descriptor = |index| descriptor_at(table, self.head_at(ram, index).ok()?);
         if ahead >= 2
             && let Some(at) = descriptor(next.wrapping_add(1))
         {
@@ -343,10 +344,8 @@ impl Queue {
         // The entries must be visible before the driver's wish is read.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let offset = u64::from(self.ring.size())
-                .saturating_mul(ring::AVAIL_ENTRY)
-                .saturating_add(ring::HEADER);
-            let event = self.load_avail(ram, offset, Ordering::Relaxed)?;
+            // It is behind the last entry.
+            let event = self.avail_entry(ram, self.ring.size())?;
             // Whether the event index is among the entries just published (2.7.7.1).
             let behind = self.next_used.wrapping_sub(event).wrapping_sub(1);
             Ok(behind < published)
@@ -378,16 +377,7 @@ impl Queue {
         let slot = index
             .checked_rem(self.ring.size())
             .ok_or(BrokenRing::Layout)?;
-        let offset = u64::from(slot)
-            .saturating_mul(ring::AVAIL_ENTRY)
-            .saturating_add(ring::HEADER);
-        self.load_avail(ram, offset, Ordering::Relaxed)
-    }
-
-    /// Where the descriptor `head` of the table is.
-    fn descriptor_at(&self, head: u16) -> Option<GuestAddress> {
-        let offset = u64::from(head).saturating_mul(ring::DESCRIPTOR_SIZE);
-        GuestAddress(self.ring.desc_table()).checked_add(offset)
+        self.avail_entry(ram, slot)
     }
 
     fn walk(&self, ram: &Ram, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
@@ -405,9 +395,7 @@ impl Queue {
             if steps > entries {
                 return Err(ChainError::TooLong);
             }
-            let at = table
-                .checked_add(u64::from(index).saturating_mul(ring::DESCRIPTOR_SIZE))
-                .ok_or(ChainError::OutsideRam)?;
+            let at = descriptor_at(table, index).ok_or(ChainError::OutsideRam)?;
             let descriptor: Descriptor = ram.read_obj(at).map_err(|_| ChainError::OutsideRam)?;
             let flags = descriptor.flags();
             let (addr, len) = (descriptor.addr(), descriptor.len());
@@ -450,6 +438,14 @@ impl Queue {
             .ok_or(BrokenRing::Memory)
     }
 
+    /// The entry `slot` of the available ring.
+    fn avail_entry(&self, ram: &Ram, slot: u16) -> Result<u16, BrokenRing> {
+        let offset = u64::from(slot)
+            .saturating_mul(ring::AVAIL_ENTRY)
+            .saturating_add(ring::HEADER);
+        self.load_avail(ram, offset, Ordering::Relaxed)
+    }
+
     fn load_avail(&self, ram: &Ram, offset: u64, order: Ordering) -> Result<u16, BrokenRing> {
         let at = GuestAddress(self.ring.avail_ring())
             .checked_add(offset)
@@ -458,6 +454,11 @@ impl Queue {
             .map(u16::from_le)
             .map_err(|_| BrokenRing::Memory)
     }
+}
+
+/// Where descriptor `index` of a table is.
+fn descriptor_at(table: GuestAddress, index: u16) -> Option<GuestAddress> {
+    table.checked_add(u64::from(index).saturating_mul(ring::DESCRIPTOR_SIZE))
 }
 
 fn indirect_entries(len: u32) -> Result<u16, ChainError> {
