@@ -1,6 +1,7 @@
 //! What a guest that runs a command is to be, and the message that tells its agent.
 
 use mayfly_agent_protocol::fields;
+use serde::{Deserialize, Serialize};
 
 use crate::process::command::{Body, Command, CommandError};
 use crate::process::pack::CopyIn;
@@ -53,7 +54,7 @@ pub struct Memory {
 }
 
 /// A network interface that the guest sets up.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
     /// By which the guest knows it.
     pub mac: [u8; 6],
@@ -66,7 +67,7 @@ pub struct Interface {
 }
 
 /// An address of 4 or 16 bytes, and how many of its bits are the network's.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Address {
     /// In the network's order.
     pub bytes: Vec<u8>,
@@ -75,7 +76,7 @@ pub struct Address {
 }
 
 /// A route.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
     /// To this network.
     pub to: Address,

@@ -19,7 +19,6 @@ use mayfly::wire::tap::{self, Tap};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::Pid;
-use serde::{Deserialize, Serialize};
 
 use super::netlink::{Listed, Netlink};
 use crate::error::{Advice as _, AnyError, Step as _, message};
@@ -56,16 +55,6 @@ impl Drop for Redirected {
     }
 }
 
-#[derive(Deserialize, Serialize)]
-struct Found {
-    mac: [u8; 6],
-    mtu: u32,
-    /// Bytes of each, and the length of its network.
-    addresses: Vec<(Vec<u8>, u8)>,
-    /// Where to, the length of that, and the gateway.
-    routes: Vec<(Vec<u8>, u8, Vec<u8>)>,
-}
-
 /// Takes over the network of a namespace, if it has one: the tap, what the guest is to have, and the hold on both.
 pub fn take_over(
     path: &Path,
@@ -74,12 +63,11 @@ pub fn take_over(
     let (channel, theirs) = Channel::pair().step(WHAT)?;
     let order = Order(path.to_owned());
     let pid = sys::fork_apart(theirs.into(), supervisor, &order, stay).step(WHAT)?;
-    let redirected = |channel| Redirected {
+    let told = channel.receive().step(WHAT)?;
+    let redirected = Redirected {
         channel: Some(channel),
         pid,
     };
-    let told = channel.receive().step(WHAT)?;
-    let redirected = redirected(channel);
     let Some(told) = told else {
         return Err(
             "cannot take over the network (--net-from-namespace): the process that does was killed"
@@ -92,18 +80,7 @@ pub fn take_over(
     let Some(tap) = told.files.into_iter().next() else {
         return Ok(None);
     };
-    let found: Found = serde_json::from_str(&told.text).step(WHAT)?;
-    let address = |(bytes, prefix)| Address { bytes, prefix };
-    let route = |(to, prefix, gateway)| Route {
-        to: Address { bytes: to, prefix },
-        gateway,
-    };
-    let interface = Interface {
-        mac: found.mac,
-        mtu: found.mtu,
-        addresses: found.addresses.into_iter().map(address).collect(),
-        routes: found.routes.into_iter().map(route).collect(),
-    };
+    let interface = serde_json::from_str(&told.text).step(WHAT)?;
     Ok(Some((tap, interface, redirected)))
 }
 
@@ -142,7 +119,7 @@ fn stay(
 }
 
 /// Goes into the namespace, and makes what the guest needs; none where there is no network.
-fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Found)>, AnyError> {
+fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Interface)>, AnyError> {
     NetNs::open(path)?.join()?;
     let netlink = Netlink::open().step(WHAT)?;
     let Some((index, found)) = look(&netlink).step(WHAT)? else {
@@ -180,7 +157,7 @@ fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Found)>, AnyError> {
 }
 
 /// The interface that is not the loopback: the one with a default route, if there are several.
-fn look(netlink: &Netlink) -> Result<Option<(u32, Found)>, Errno> {
+fn look(netlink: &Netlink) -> Result<Option<(u32, Interface)>, Errno> {
     /// `ARPHRD_ETHER`.
     const ETHERNET: u16 = 1;
     const ADDRESS: u16 = 1;
@@ -205,16 +182,16 @@ fn look(netlink: &Netlink) -> Result<Option<(u32, Found)>, Errno> {
             Some((word(it, 4), mac, it.number(MTU)?))
         })
         .collect();
-    let has_default = |index: u32| routes_of(index).any(|(_, length, _)| length == 0);
+    let has_default = |index: u32| routes_of(index).any(|route| route.to.prefix == 0);
     found.sort_by_key(|(index, ..)| !has_default(*index));
     let Some((index, mac, mtu)) = found.into_iter().next() else {
         return Ok(None);
     };
     let mut routes: Vec<_> = routes_of(index).collect();
     // A gateway may be reached by another of them.
-    routes.sort_by_key(|(_, _, gateway)| !gateway.is_empty());
+    routes.sort_by_key(|route| !route.gateway.is_empty());
     let addresses = addresses.iter().filter_map(|it| address(it, index));
-    let found = Found {
+    let found = Interface {
         mac,
         mtu,
         addresses: addresses.collect(),
@@ -224,21 +201,22 @@ fn look(netlink: &Netlink) -> Result<Option<(u32, Found)>, Errno> {
 }
 
 /// An address of an interface that others reach it by.
-fn address(listed: &Listed, index: u32) -> Option<(Vec<u8>, u8)> {
+fn address(listed: &Listed, index: u32) -> Option<Address> {
     const ADDRESS: u16 = 1;
     const LOCAL: u16 = 2;
     let [_, prefix, _, scope, number @ ..] = *listed.fixed.first_chunk::<8>()?;
     let is_ours = u32::from_ne_bytes(number) == index && scope == RT_SCOPE_UNIVERSE;
     let bytes = listed.attribute(LOCAL).or(listed.attribute(ADDRESS))?;
-    (is_ours && matches!(bytes.len(), 4 | 16)).then(|| (bytes.to_vec(), prefix))
+    let bytes = bytes.to_vec();
+    (is_ours && matches!(bytes.len(), 4 | 16)).then_some(Address { bytes, prefix })
 }
 
 /// A route by an interface; not those that come with its addresses.
-fn route(listed: &Listed, index: u32) -> Option<(Vec<u8>, u8, Vec<u8>)> {
+fn route(listed: &Listed, index: u32) -> Option<Route> {
     const TO: u16 = 1;
     const OUT: u16 = 4;
     const GATEWAY: u16 = 5;
-    let [family, length, _, _, table, protocol, _, kind, ..] = *listed.fixed.first_chunk::<12>()?;
+    let [family, prefix, _, _, table, protocol, _, kind, ..] = *listed.fixed.first_chunk::<12>()?;
     let size = match i32::from(family) {
         libc::AF_INET => 4,
         libc::AF_INET6 => 16,
@@ -247,7 +225,10 @@ fn route(listed: &Listed, index: u32) -> Option<(Vec<u8>, u8, Vec<u8>)> {
     let is_ours = listed.number(OUT) == Some(index)
         && (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST)
         && protocol != RTPROT_KERNEL;
-    let to = listed.attribute(TO).map_or(vec![0; size], <[u8]>::to_vec);
+    let bytes = listed.attribute(TO).map_or(vec![0; size], <[u8]>::to_vec);
     let gateway = listed.attribute(GATEWAY).unwrap_or_default().to_vec();
-    is_ours.then_some((to, length, gateway))
+    is_ours.then_some(Route {
+        to: Address { bytes, prefix },
+        gateway,
+    })
 }
