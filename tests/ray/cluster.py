@@ -297,4 +297,6 @@ def main(jailer, probe, folder, kernel=None, image=None):
 
 
 if __name__ == "__main__":
+    # A script that starts this in the background has it ignored, and so have the workers: tasks cannot be cancelled then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(*sys.argv[1:])

@@ -353,6 +353,8 @@ class Several(Case):
 
 
 if __name__ == "__main__":
+    # A script that starts this in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A test that hangs is to say where.
     import faulthandler
 
