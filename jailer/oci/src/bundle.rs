@@ -120,14 +120,14 @@ pub fn read(bundle: &Path) -> Result<Container, AnyError> {
 fn read_file(path: &Path) -> Result<Vec<u8>, AnyError> {
     // A pipe or a device may have no end.
     if !std::fs::metadata(path).step_on("read", path)?.is_file() {
-        return Ok(refuse("the file", "it is not a regular file").map(|()| Vec::new())?);
+        return Ok(refuse("the file", "it is not a regular file")?);
     }
     let mut text = Vec::new();
     let file = File::open(path).step_on("read", path)?;
     let read = file.take(CONFIG_MAX + 1).read_to_end(&mut text);
     read.step_on("read", path)?;
     if text.len() as u64 > CONFIG_MAX {
-        return Ok(refuse("the file", "it is longer than 16 MiB").map(|()| Vec::new())?);
+        return Ok(refuse("the file", "it is longer than 16 MiB")?);
     }
     Ok(text)
 }
@@ -159,8 +159,7 @@ fn understand(bundle: &Path, mut config: Value) -> Result<Container, AnyError> {
     let spec: Spec =
         serde_path_to_error::deserialize(&config).step_on("understand config.json of", bundle)?;
     unknown::find(&config, &serde_json::to_value(&spec)?, &mut notes);
-    let container = take(bundle, &spec, process, notes)?;
-    Ok(container)
+    take(bundle, &spec, process, notes)
 }
 
 fn is_empty(value: &Value) -> bool {
@@ -182,14 +181,12 @@ fn take(
     check_version(spec.version())?;
     check_hooks(spec)?;
     let Some(process) = process else {
-        return Err(refuse::<()>("process", "it is missing").unwrap_err().into());
+        return Ok(refuse("process", "it is missing")?);
     };
     let typed = spec.process().as_ref();
     let words = typed.and_then(|process| process.args().as_ref());
     if words.is_none_or(|words| words.is_empty()) {
-        return Err(refuse::<()>("process.args", "there is nothing to run")
-            .unwrap_err()
-            .into());
+        return Ok(refuse("process.args", "there is nothing to run")?);
     }
     let linux = spec.linux().clone().unwrap_or_default();
     check_ids(&linux)?;
@@ -297,9 +294,7 @@ fn root(
     if let Some(source) = annotations.get(ROOT_SOURCE) {
         if let Some(other) = annotations.get(ROOT_TYPE).filter(|kind| *kind != "erofs") {
             let why = format!("\"{other}\" is no type of file system that is taken: erofs is");
-            return Err(refuse::<()>(format!("annotations.{ROOT_TYPE}"), why)
-                .unwrap_err()
-                .into());
+            return Ok(refuse(format!("annotations.{ROOT_TYPE}"), why)?);
         }
         return Ok((
             Root::Image(bundle.join(source)),
@@ -307,7 +302,7 @@ fn root(
         ));
     }
     let Some(root) = spec.root() else {
-        return Err(refuse::<()>("root", "it is missing").unwrap_err().into());
+        return Ok(refuse("root", "it is missing")?);
     };
     let path = bundle.join(root.path());
     let kind = std::fs::metadata(&path).step_on("use root.path", &path)?;

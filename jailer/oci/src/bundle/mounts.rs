@@ -102,8 +102,7 @@ fn add(
         .iter()
         .any(|option| option == "bind" || option == "rbind");
     match mount.typ().as_deref() {
-        _ if is_bind => bind(bundle, mount, to, field, sorted),
-        Some("bind") => bind(bundle, mount, to, field, sorted),
+        kind if is_bind || kind == Some("bind") => bind(bundle, mount, to, field, sorted),
         Some("tmpfs") => {
             sorted
                 .tmpfs
@@ -127,13 +126,12 @@ fn add(
 }
 
 fn tmpfs_options(options: &[String], field: &str, notes: &mut Vec<String>) -> Vec<String> {
-    let name = |option: &str| option.split('=').next().unwrap_or_default().to_owned();
     let mut taken = Vec::new();
     for option in options {
-        let name = name(option);
-        if TMPFS.contains(&name.as_str()) {
+        let name = option.split('=').next().unwrap_or_default();
+        if TMPFS.contains(&name) {
             taken.push(option.clone());
-        } else if !WITHOUT_MEANING.contains(&name.as_str()) {
+        } else if !WITHOUT_MEANING.contains(&name) {
             notes.push(format!("{field}: the mount option {option} is left out"));
         }
     }
