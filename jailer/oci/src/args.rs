@@ -241,7 +241,7 @@ fn parse_command(command: &str, words: Vec<String>) -> Result<Command, ArgsError
         }
         "exec" => exec(words)?,
         "ps" => {
-            let mut sorted = sort("ps", "", "format/f", words)?;
+            let sorted = sort("ps", "", "format/f", words)?;
             let as_json = match sorted.last("format") {
                 None | Some("table") => false,
                 Some("json") => true,
@@ -253,9 +253,7 @@ fn parse_command(command: &str, words: Vec<String>) -> Result<Command, ArgsError
                     ));
                 }
             };
-            let id = sorted.id()?;
-            sorted.end()?;
-            Command::Ps(id, as_json)
+            Command::Ps(only_id(sorted)?, as_json)
         }
         "update" => {
             let sorted = sort("update", "", "resources/r", words)?;
@@ -273,16 +271,24 @@ fn parse_command(command: &str, words: Vec<String>) -> Result<Command, ArgsError
 const CREATE: &str = "bundle/b pid-file console-socket preserve-fds";
 
 fn create(sorted: Sorted) -> Result<Create, ArgsError> {
-    if let Some(count) = sorted.last("preserve-fds").filter(|count| *count != "0") {
-        let why = "descriptors cannot be passed into a microVM";
-        return Err(ArgsError::Value("--preserve-fds", count.to_owned(), why));
-    }
+    check_no_descriptors(&sorted)?;
     Ok(Create {
         bundle: sorted.path("bundle").unwrap_or_else(|| ".".into()),
         pid_file: sorted.path("pid-file"),
         console_socket: sorted.path("console-socket"),
         id: only_id(sorted)?,
     })
+}
+
+fn check_no_descriptors(sorted: &Sorted) -> Result<(), ArgsError> {
+    match sorted.last("preserve-fds") {
+        None | Some("0") => Ok(()),
+        Some(count) => Err(ArgsError::Value(
+            "--preserve-fds",
+            count.to_owned(),
+            "descriptors cannot be passed into a microVM",
+        )),
+    }
 }
 
 fn only_id(mut sorted: Sorted) -> Result<String, ArgsError> {
@@ -297,10 +303,7 @@ fn exec(words: Vec<String>) -> Result<Command, ArgsError> {
         values: "process/p env/e cwd user/u pid-file console-socket preserve-fds",
     };
     let mut sorted = Sorted::new("exec", known, words)?;
-    if let Some(count) = sorted.last("preserve-fds").filter(|count| *count != "0") {
-        let why = "descriptors cannot be passed into a microVM";
-        return Err(ArgsError::Value("--preserve-fds", count.to_owned(), why));
-    }
+    check_no_descriptors(&sorted)?;
     let id = sorted.id()?;
     let exec = Exec {
         id,
