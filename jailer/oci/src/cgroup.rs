@@ -8,8 +8,6 @@
 //! A group above that had to be made is marked, and goes with the last one in it.
 
 use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -58,6 +56,12 @@ pub struct Hierarchy {
     mount: PathBuf,
     /// Its controllers; of version 2, those that its root offers.
     controllers: Vec<String>,
+}
+
+impl Hierarchy {
+    fn has(&self, controller: &str) -> bool {
+        self.controllers.iter().any(|one| one == controller)
+    }
 }
 
 /// The hierarchies of this host.
@@ -170,9 +174,7 @@ impl Groups {
     fn set_one(&self, setting: &Setting, notes: &mut Vec<String>) -> Result<(), AnyError> {
         let of_file = |file: &str| file.split('.').next().unwrap_or_default().to_owned();
         let find = |is_v2: bool, controller: &str| {
-            let has_it = |it: &&(Hierarchy, PathBuf)| {
-                it.0.is_v2 == is_v2 && it.0.controllers.iter().any(|one| one == controller)
-            };
+            let has_it = |it: &&(Hierarchy, PathBuf)| it.0.is_v2 == is_v2 && it.0.has(controller);
             self.0.iter().find(has_it).map(|(_, path)| path)
         };
         let (v2, v1) = setting.controllers;
@@ -248,9 +250,7 @@ impl Groups {
 
     /// The group that stops processes: that of version 1, where a host has both.
     fn freezer(&self) -> Option<&(Hierarchy, PathBuf)> {
-        let is_it = |one: &&(Hierarchy, PathBuf)| {
-            !one.0.is_v2 && one.0.controllers.iter().any(|it| it == "freezer")
-        };
+        let is_it = |one: &&(Hierarchy, PathBuf)| !one.0.is_v2 && one.0.has("freezer");
         let of_v1 = self.0.iter().find(is_it);
         of_v1.or_else(|| self.0.iter().find(|one| one.0.is_v2))
     }
@@ -336,9 +336,7 @@ fn home_in<'a>(memberships: &'a str, hierarchy: &Hierarchy) -> Option<&'a str> {
         let (number, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
         let is_it = match hierarchy.is_v2 {
             true => number == "0" && controllers.is_empty(),
-            false => controllers
-                .split(',')
-                .any(|name| hierarchy.controllers.iter().any(|it| it == name)),
+            false => controllers.split(',').any(|name| hierarchy.has(name)),
         };
         is_it.then_some(path)
     })
@@ -388,9 +386,9 @@ fn make_once(hierarchy: &Hierarchy, path: &Path) -> Result<(), Errno> {
             Ok(()) if at != path => mark(&at),
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+            Err(error) => return Err(errno(error)),
         }
-        if hierarchy.controllers.iter().any(|one| one == "cpuset") && !hierarchy.is_v2 {
+        if hierarchy.has("cpuset") && !hierarchy.is_v2 {
             fill_cpuset(&above, &at)?;
         }
     }
@@ -416,10 +414,7 @@ fn enable(group: &Path, controllers: &[String]) {
 
 /// Version 1: a cpuset lets no process in before it has processors and memory nodes.
 fn fill_cpuset(above: &Path, group: &Path) -> Result<(), Errno> {
-    let read = |path: &Path| {
-        let text = std::fs::read_to_string(path);
-        text.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
-    };
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(errno);
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let own = group.join(file);
         if read(&own)?.trim().is_empty() {
@@ -472,13 +467,15 @@ fn remove_above(hierarchy: &Hierarchy, path: &Path, listed: &[PathBuf]) {
 
 /// Writes a value in one piece: that is how the kernel wants these files written.
 fn write(path: &Path, text: &str) -> Result<(), Errno> {
-    let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
-    let mut file = File::options().write(true).open(path).map_err(errno)?;
-    let count = rustix::io::write(file.as_fd(), format!("{text}\n").as_bytes())?;
-    match count {
+    let file = File::options().write(true).open(path).map_err(errno)?;
+    match rustix::io::write(&file, format!("{text}\n").as_bytes())? {
         0 => Err(Errno::IO),
-        _ => file.flush().map_err(errno),
+        _ => Ok(()),
     }
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 #[cfg(test)]
