@@ -107,22 +107,18 @@ fn parse(mounts: &str) -> Vec<Hierarchy> {
 }
 
 /// The groups of a container: a folder in each hierarchy.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Groups(Vec<(Hierarchy, PathBuf)>);
 
 impl Groups {
     /// Those at `below`, which need not be there.
-    pub fn at(below: &Path, hierarchies: Vec<Hierarchy>) -> Groups {
-        Groups(
-            hierarchies
-                .into_iter()
-                .map(|one| (one.clone(), one.mount.join(below)))
-                .collect(),
-        )
+    pub fn at(below: &Path, hierarchies: &[Hierarchy]) -> Groups {
+        let of = |one: &Hierarchy| (one.clone(), one.mount.join(below));
+        Groups(hierarchies.iter().map(of).collect())
     }
 
     /// Those that were made at `paths`.
-    pub fn made(paths: &[PathBuf], hierarchies: Vec<Hierarchy>) -> Groups {
+    pub fn made(paths: &[PathBuf], hierarchies: &[Hierarchy]) -> Groups {
         let of = |path: &PathBuf| {
             let hierarchy = hierarchies
                 .iter()
@@ -531,7 +527,7 @@ cgroup2 /c/unified cgroup2 rw 0 0
         let (one, two) = (top.join("one"), top.join("two"));
         let groups = Groups::at(
             Path::new("a/b"),
-            vec![
+            &[
                 hierarchy(&one, false, &["cpu", "memory"]),
                 hierarchy(&two, true, &["memory"]),
             ],
@@ -562,7 +558,7 @@ cgroup2 /c/unified cgroup2 rw 0 0
             let error = groups.set(&[setting], &mut notes).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
         }
-        let made = Groups::made(&groups.paths(), parse(""));
+        let made = Groups::made(&groups.paths(), &parse(""));
         assert!(made.paths().is_empty());
         std::fs::remove_dir_all(&top).unwrap();
     }

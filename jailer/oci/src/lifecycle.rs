@@ -115,7 +115,7 @@ pub fn status(root: &Path, record: &Record, jailer: &Jailer) -> Status {
 
 /// A container's control groups.
 pub fn groups(record: &Record) -> Result<Groups, AnyError> {
-    Ok(Groups::made(&record.groups, cgroup::hierarchies()?))
+    Ok(Groups::made(&record.groups, &cgroup::hierarchies()?))
 }
 
 /// Whether a `create` has hold of it.
@@ -140,9 +140,11 @@ pub fn create(
     check_terminal(&container, create, kind)?;
     let kernel = host.kernel()?;
     let jailer = Jailer::find()?;
+    let hierarchies = cgroup::hierarchies()?;
+    let home = Home::find(&hierarchies);
     let groups = match &container.cgroup {
-        Some(below) => Groups::at(below, cgroup::hierarchies()?),
-        None => Groups::made(&[], Vec::new()),
+        Some(below) => Groups::at(below, &hierarchies),
+        None => Groups::default(),
     };
     let record = Record {
         id: create.id.clone(),
@@ -154,7 +156,6 @@ pub fn create(
         ..Record::default()
     };
     let mut held = state::create(&host.root, record)?;
-    let home = Home::find(&cgroup::hierarchies()?);
     let making = Making {
         host,
         container: &container,
