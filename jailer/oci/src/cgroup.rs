@@ -232,6 +232,14 @@ impl Groups {
         Ok(())
     }
 
+    /// Lets all processes in them go on, if they stand still.
+    pub fn thaw(&self) -> Result<(), AnyError> {
+        match self.is_frozen() {
+            true => self.freeze(false),
+            false => Ok(()),
+        }
+    }
+
     /// Whether all processes in them stand still.
     pub fn is_frozen(&self) -> bool {
         let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();

@@ -172,11 +172,7 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
     if signal == SIGKILL {
         // The microVM ends whatever its guest does, and also where its process does not answer.
         process::send(&pidfd, signal).step("end the microVM")?;
-        let groups = lifecycle::groups(&record)?;
-        if groups.is_frozen() {
-            groups.freeze(false)?;
-        }
-        return Ok(());
+        return lifecycle::groups(&record)?.thaw();
     }
     let target = Target::find(host, id)?;
     if target.status == Status::Stopped {

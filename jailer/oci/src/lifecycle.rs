@@ -217,11 +217,11 @@ impl Making<'_> {
         }
         let disk = Disk::of(&self.container.root, &self.host.settings, &mut notes)?;
         held.write_file(jailer::PROCESS, &process_text(&self.container.process)?)?;
-        let settings = resources::settings(&self.container.resources);
         if !self.groups.paths().is_empty() {
             self.groups.make()?;
             held.record.has_groups = true;
             held.write()?;
+            let settings = resources::settings(&self.container.resources);
             self.groups.set(&settings, &mut notes)?;
             self.groups.enter()?;
         }
@@ -231,7 +231,7 @@ impl Making<'_> {
         let (ready, told) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("make a pipe")?;
         let mut child = self.start(held, disk.path(), &told)?;
         drop(told);
-        if let Err(error) = self.wait_until_ready(held, &mut child, ready) {
+        if let Err(error) = self.wait_until_ready(held, ready) {
             // It is this process's child: no other waits for it.
             let _ = child.kill();
             let _ = child.wait();
@@ -244,7 +244,6 @@ impl Making<'_> {
     }
 
     fn start(&self, held: &mut Held, disk: &Path, told: &OwnedFd) -> Result<Child, AnyError> {
-        let own = Path::new(&self.create.id);
         let console = self
             .create
             .console_socket
@@ -279,19 +278,15 @@ impl Making<'_> {
         for passed in [Some(told), starter.as_ref()].into_iter().flatten() {
             rustix::io::fcntl_setfd(passed, FdFlags::empty()).step("pass a descriptor")?;
         }
-        let mut child = self.jailer.command(held.path(), &words);
-        let child = child.spawn().step_on("start mayfly-jailer for", own)?;
+        let mut command = self.jailer.command(held.path(), &words);
+        let started = command.spawn();
+        let child = started.step_on("start mayfly-jailer for", &self.create.id)?;
         held.record.process = Known::of(child.id() as i32);
         held.write()?;
         Ok(child)
     }
 
-    fn wait_until_ready(
-        &self,
-        held: &Held,
-        child: &mut Child,
-        ready: OwnedFd,
-    ) -> Result<(), AnyError> {
+    fn wait_until_ready(&self, held: &Held, ready: OwnedFd) -> Result<(), AnyError> {
         let seconds = self.host.settings.ready_seconds;
         let patience = Timespec {
             tv_sec: seconds.try_into().unwrap_or(i64::MAX),
@@ -309,8 +304,7 @@ impl Making<'_> {
         if !byte.is_empty() {
             return Ok(());
         }
-        let ended = Known::of(child.id() as i32).and_then(|known| known.open());
-        if let Some(pidfd) = ended {
+        if let Some(pidfd) = held.record.process.as_ref().and_then(Known::open) {
             process::wait(&pidfd, TIDY);
         }
         Err(Told(reason(held.path())).into())
@@ -342,20 +336,18 @@ pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
         };
         let _ = process::send(&pidfd, 9);
         // One that stands still ends when it goes on.
-        if let Ok(groups) = groups(&held.record)
-            && groups.is_frozen()
-        {
-            groups.freeze(false)?;
+        if let Ok(groups) = groups(&held.record) {
+            groups.thaw()?;
         }
         if !process::wait(&pidfd, PATIENCE) {
             return Err(LifecycleError::DoesNotEnd(held.record.id.clone(), known.pid).into());
         }
     }
+    let groups = groups(&held.record)?;
     if !held.record.has_groups {
         // Others' processes may be in them.
-        groups(&held.record)?.remove_empty(&held.record.above);
+        groups.remove_empty(&held.record.above);
     } else {
-        let groups = groups(&held.record)?;
         let until = std::time::Instant::now() + TIDY;
         while !groups.are_empty() && std::time::Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
@@ -365,8 +357,7 @@ pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
     if let Some(uid) = held.record.uid {
         Accounts::new(host.settings.uids).give_back(uid, held.path());
     }
-    held.remove()?;
-    Ok(())
+    held.remove()
 }
 
 /// Processes that were started for the container whose folder this is.
