@@ -200,22 +200,11 @@ fn hostname(container: &Container, id: &str) -> String {
 /// The limits of groups that the jailer makes itself, where the engine names no group.
 pub fn limits(container: &Container) -> Vec<String> {
     let mut limits = Vec::new();
-    let resources = &container.resources;
-    let memory = resources
-        .memory()
-        .as_ref()
-        .and_then(|memory| memory.limit());
-    if let Some(bytes) = memory.filter(|bytes| *bytes > 0) {
+    if let Some(bytes) = resources::memory_limit(&container.resources) {
         limits.push(format!("memory={bytes}"));
     }
-    let cpu = resources.cpu().as_ref();
-    let quota = cpu.and_then(|cpu| cpu.quota()).filter(|quota| *quota > 0);
-    if let Some(quota) = quota {
-        let period = cpu
-            .and_then(|cpu| cpu.period())
-            .filter(|period| *period > 0)
-            .unwrap_or(resources::PERIOD_US);
-        let thousandths = u64::try_from(quota).unwrap_or(0).saturating_mul(1000) / period;
+    if let Some((quota, period)) = resources::quota(&container.resources) {
+        let thousandths = quota.saturating_mul(1000) / period;
         limits.push(format!(
             "cpus={}.{:03}",
             thousandths / 1000,

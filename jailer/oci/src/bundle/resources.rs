@@ -74,11 +74,7 @@ pub fn check(resources: &LinuxResources, notes: &mut Vec<String>) -> Result<(), 
 
 /// The guest's memory in MiB: what a limit leaves, or `otherwise`.
 pub fn memory_mib(resources: &LinuxResources, otherwise: u64) -> Result<u64, FieldError> {
-    let limit = resources.memory().as_ref().and_then(LinuxMemory::limit);
-    let Some(bytes) = limit
-        .and_then(|limit| u64::try_from(limit).ok())
-        .filter(|bytes| *bytes > 0)
-    else {
+    let Some(bytes) = memory_limit(resources) else {
         return Ok(otherwise);
     };
     let mib = (bytes >> 20).saturating_sub(HOST_MIB);
@@ -97,22 +93,32 @@ pub fn memory_mib(resources: &LinuxResources, otherwise: u64) -> Result<u64, Fie
 
 /// How many processors the guest has: what a quota comes to, or `otherwise`.
 pub fn vcpus(resources: &LinuxResources, otherwise: u64) -> u64 {
-    let cpu = resources.cpu().as_ref();
-    let quota = cpu
-        .and_then(LinuxCpu::quota)
-        .and_then(|quota| u64::try_from(quota).ok());
-    let period = cpu
-        .and_then(LinuxCpu::period)
-        .filter(|period| *period > 0)
-        .unwrap_or(PERIOD_US);
-    match quota.filter(|quota| *quota > 0) {
-        Some(quota) => quota.div_ceil(period).clamp(1, VCPUS_MAX),
+    match quota(resources) {
+        Some((quota, period)) => quota.div_ceil(period).clamp(1, VCPUS_MAX),
         None => otherwise,
     }
 }
 
 /// The kernel's own period, in microseconds.
-pub const PERIOD_US: u64 = 100_000;
+const PERIOD_US: u64 = 100_000;
+
+/// The limit of memory in bytes, if there is one.
+pub fn memory_limit(resources: &LinuxResources) -> Option<u64> {
+    let limit = resources.memory().as_ref().and_then(LinuxMemory::limit)?;
+    above_zero(limit)
+}
+
+/// The limit of processor time, if there is one: microseconds of it in each period, which is above 0.
+pub fn quota(resources: &LinuxResources) -> Option<(u64, u64)> {
+    let cpu = resources.cpu().as_ref()?;
+    let period = cpu.period().filter(|period| *period > 0);
+    Some((above_zero(cpu.quota()?)?, period.unwrap_or(PERIOD_US)))
+}
+
+/// Limits of zero and below are none.
+fn above_zero(limit: i64) -> Option<u64> {
+    u64::try_from(limit).ok().filter(|limit| *limit > 0)
+}
 
 /// What the groups are to be told, in this order.
 pub fn settings(resources: &LinuxResources) -> Vec<Setting> {
