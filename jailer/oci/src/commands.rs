@@ -12,7 +12,6 @@ use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SI
 use signal_hook::iterator::Signals;
 
 use crate::args::{self, Command, Create, Global};
-use crate::bundle;
 use crate::error::{AnyError, Log, Step as _};
 use crate::host::Host;
 use crate::jailer::Jailer;
@@ -74,14 +73,12 @@ fn pretty(value: &Value) -> String {
 
 fn spec(bundle: &Path) -> Result<(), AnyError> {
     let path = bundle.join("config.json");
-    let opened = File::options().write(true).create_new(true).open(&path);
-    if opened
-        .as_ref()
-        .is_err_and(|error| error.kind() == std::io::ErrorKind::AlreadyExists)
-    {
-        return Err(CommandError::ConfigExists(path).into());
-    }
-    let mut file = opened.step_on("make", &path)?;
+    let mut file = match File::options().write(true).create_new(true).open(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            return Err(CommandError::ConfigExists(path).into());
+        }
+        opened => opened.step_on("make", &path)?,
+    };
     Ok(file
         .write_all(pretty(&templates::config()).as_bytes())
         .step_on("write", &path)?)
@@ -97,10 +94,13 @@ struct Target {
 
 impl Target {
     fn find(host: &Host, id: &str) -> Result<Target, AnyError> {
-        let record = state::read(&host.root, id)?;
+        Target::of(host, state::read(&host.root, id)?)
+    }
+
+    fn of(host: &Host, record: Record) -> Result<Target, AnyError> {
         let jailer = Jailer::find()?;
         let status = status(&host.root, &record, &jailer);
-        let folder = state::folder(&host.root, id);
+        let folder = state::folder(&host.root, &record.id);
         Ok(Target {
             record,
             folder,
@@ -125,10 +125,7 @@ impl Target {
 }
 
 fn start(host: &Host, id: &str) -> Result<(), AnyError> {
-    let _held = state::hold(&host.root, id)?;
-    let target = Target::find(host, id)?;
-    target.needs("start", Status::Created)?;
-    target.ask("start", &[]).map(drop)
+    start_held(host, &state::hold(&host.root, id)?)
 }
 
 /// Has all of a container stand still on the host, or go on.
@@ -174,7 +171,7 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
         process::send(&pidfd, signal).step("end the microVM")?;
         return lifecycle::groups(&record)?.thaw();
     }
-    let target = Target::find(host, id)?;
+    let target = Target::of(host, record)?;
     if target.status == Status::Stopped {
         return Err(CommandError::NotRunning("signal").into());
     }
@@ -312,9 +309,4 @@ fn wait(mut child: Child, mut signals: Signals) -> Result<u8, AnyError> {
         .code()
         .or_else(|| status.signal().map(|signal| 128 + signal));
     Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(255))
-}
-
-/// What a container's config.json says its process is.
-fn process_of(record: &Record) -> Result<serde_json::Map<String, Value>, AnyError> {
-    Ok(bundle::read(&record.bundle)?.process)
 }

@@ -10,8 +10,9 @@ use std::os::unix::process::CommandExt as _;
 use rustix::fs::MemfdFlags;
 use serde_json::{Map, Value, json};
 
-use super::{Target, process_of};
+use super::Target;
 use crate::args::Exec;
+use crate::bundle::{self, process_text};
 use crate::error::{AnyError, Step as _};
 use crate::host::Host;
 use crate::lifecycle::Status;
@@ -29,8 +30,8 @@ pub fn exec(host: &Host, exec: Exec) -> Result<u8, AnyError> {
     match &exec.process {
         Some(path) => option("--process", absolute(path)?),
         None => {
-            let text = serde_json::to_vec(&process(&exec, process_of(&target.record)?));
-            passed = pass(&text.step("write the process")?)?;
+            let own = bundle::read(&target.record.bundle)?.process;
+            passed = pass(&process_text(&process(&exec, own))?)?;
             option("--process", format!("fd:{}", passed.as_raw_fd()).into());
         }
     }
