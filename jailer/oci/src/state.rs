@@ -110,23 +110,24 @@ pub fn create(root: &Path, record: Record) -> Result<Held, AnyError> {
         }
         made => made.step_on("make the folder", &path)?,
     }
-    let held = File::open(&path).step_on("open", &path).and_then(|folder| {
-        // It has no record yet: nothing but a delete takes hold of it before this does.
-        rustix::fs::flock(&folder, FlockOperation::LockExclusive).step_on("lock", &path)?;
-        Ok(folder)
-    });
-    let held = held.map(|lock| Held {
-        path: path.clone(),
-        record,
-        _lock: lock,
-    });
-    let written = held
-        .map_err(AnyError::from)
-        .and_then(|held| held.write().map(|()| held));
-    if written.is_err() {
+    let held = hold_new(&path, record);
+    if held.is_err() {
         let _ = std::fs::remove_dir(&path);
     }
-    written
+    held
+}
+
+fn hold_new(path: &Path, record: Record) -> Result<Held, AnyError> {
+    let lock = File::open(path).step_on("open", path)?;
+    // It has no record yet: nothing but a delete takes hold of it before this does.
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive).step_on("lock", path)?;
+    let held = Held {
+        path: path.to_owned(),
+        record,
+        _lock: lock,
+    };
+    held.write()?;
+    Ok(held)
 }
 
 /// Takes hold of a container.
