@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use common::{Folder, containers, needs};
@@ -105,19 +106,8 @@ impl Drop for Containerd {
 
 /// Whether a container's groups and state are gone.
 fn is_gone(id: &str) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let has_group = mounts.lines().any(|line| {
-        let words: Vec<&str> = line.split(' ').collect();
-        words[2].starts_with("cgroup")
-            && std::path::Path::new(words[1])
-                .join("default")
-                .join(id)
-                .exists()
-    });
-    !has_group
-        && !std::path::Path::new("/run/containerd/runc/default")
-            .join(id)
-            .exists()
+    let groups = containers::groups(format!("default/{id}"));
+    groups.is_empty() && !Path::new("/run/containerd/runc/default").join(id).exists()
 }
 
 #[test]

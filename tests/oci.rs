@@ -5,10 +5,10 @@ mod common;
 
 use std::fs;
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
-use common::{Folder, needs};
+use common::{Folder, containers, needs};
 use serde_json::{Value, json};
 
 /// Stands in for the jailer, in the container's folder. What it is to do stands in files of the bundle; what
@@ -72,13 +72,9 @@ impl Engine {
             std::process::id(),
             folder.path().file_name().unwrap().display()
         );
-        let path = |name: &str| folder.join(name).display().to_string();
-        // By another process: a program that is open for writing here cannot be started by another test.
-        let install =
-            |from: &str, to: &str| common::run("install", &["-m", "755", from, &path(to)]);
-        install(&common::oci().display().to_string(), "mayfly-oci");
+        containers::install(&common::oci(), &folder.join("mayfly-oci"));
         let jailer = folder.file("jailer", JAILER);
-        install(&jailer.display().to_string(), "mayfly-jailer");
+        containers::install(&jailer, &folder.join("mayfly-jailer"));
         let settings = json!({ "kernel": folder.join("vmlinux"), "cache": folder.join("cache") });
         folder.file("oci.json", settings.to_string());
         folder.file("mode", mode);
@@ -174,16 +170,9 @@ impl Engine {
         serde_json::from_str(&self.works(&["state", "c1"])).unwrap()
     }
 
-    /// The groups of the container, in all hierarchies.
+    /// The groups above the container's, in all hierarchies.
     fn groups(&self) -> Vec<PathBuf> {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let mounts = mounts.lines().filter_map(|line| {
-            let words: Vec<&str> = line.split(' ').collect();
-            words[2]
-                .starts_with("cgroup")
-                .then(|| Path::new(words[1]).join(&self.group))
-        });
-        mounts.filter(|group| group.exists()).collect()
+        containers::groups(&self.group)
     }
 
     fn nothing_is_left(&self) {
@@ -304,16 +293,7 @@ fn limits_are_in_the_groups_and_change_with_update() {
     });
     engine.create();
     let read = |files: &[&str]| {
-        let groups = engine.groups();
-        let files = files
-            .iter()
-            .flat_map(|file| groups.iter().map(move |group| group.join("c1").join(file)));
-        let mut texts = files.filter_map(|path| fs::read_to_string(path).ok());
-        texts
-            .next()
-            .expect("one of the files is there")
-            .trim()
-            .to_owned()
+        containers::read_in(&containers::groups(format!("{}/c1", engine.group)), files)
     };
     let memory = ["memory.limit_in_bytes", "memory.max"];
     assert_eq!(read(&memory), (128 << 20).to_string());

@@ -158,25 +158,7 @@ impl Drop for Podman {
 
 /// The groups of a container, by its id.
 fn groups(id: &str) -> Vec<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let of = |line: &str| {
-        let words: Vec<&str> = line.split(' ').collect();
-        let group = PathBuf::from(words[1])
-            .join("libpod_parent")
-            .join(format!("libpod-{id}"));
-        (words[2].starts_with("cgroup") && group.exists()).then_some(group)
-    };
-    mounts.lines().filter_map(of).collect()
-}
-
-fn read_in(groups: &[PathBuf], files: &[&str]) -> String {
-    let paths = files
-        .iter()
-        .flat_map(|file| groups.iter().map(move |group| group.join(file)));
-    let text = paths
-        .filter_map(|path| fs::read_to_string(path).ok())
-        .next();
-    text.expect("one of the files is there").trim().to_owned()
+    containers::groups(format!("libpod_parent/libpod-{id}"))
 }
 
 #[test]
@@ -337,9 +319,10 @@ fn container_that_stays_is_served_by_podmans_commands() {
 
     // Limits, as the groups have them.
     let memory = ["memory.limit_in_bytes", "memory.max"];
-    assert_eq!(read_in(&groups(&id), &memory), (128 << 20).to_string());
+    let limit = || containers::read_in(&groups(&id), &memory);
+    assert_eq!(limit(), (128 << 20).to_string());
     podman.works(&["update", "--memory", "160m", "c1"]);
-    assert_eq!(read_in(&groups(&id), &memory), (160 << 20).to_string());
+    assert_eq!(limit(), (160 << 20).to_string());
 
     podman.works(&["kill", "--signal", "USR1", "c1"]);
     podman.logs_have("c1", "got usr1");

@@ -47,3 +47,24 @@ pub fn install_runtime(folder: &Folder) -> PathBuf {
     });
     folder.file("oci.json", settings.to_string())
 }
+
+/// The control groups of this path, in all hierarchies that have them.
+pub fn groups(path: impl AsRef<Path>) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let of = |line: &str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        let group = Path::new(words[1]).join(&path);
+        (words[2].starts_with("cgroup") && group.exists()).then_some(group)
+    };
+    mounts.lines().filter_map(of).collect()
+}
+
+/// What the first of `files` that one of the groups has says: a limit has another name in each version.
+pub fn read_in(groups: &[PathBuf], files: &[&str]) -> String {
+    let paths = files
+        .iter()
+        .flat_map(|file| groups.iter().map(move |group| group.join(file)));
+    let mut texts = paths.filter_map(|path| fs::read_to_string(path).ok());
+    let text = texts.next().expect("one of the files is there");
+    text.trim().to_owned()
+}
