@@ -60,6 +60,7 @@ esac
 /// An installation with a stand-in, a state folder, and a bundle.
 struct Engine {
     folder: Folder,
+    bundle: String,
     /// The control group above the containers'.
     group: String,
 }
@@ -82,7 +83,11 @@ impl Engine {
         folder.file("vmlinux", "");
         fs::create_dir_all(folder.join("bundle/rootfs/etc")).unwrap();
         folder.file("bundle/rootfs/etc/plain", "");
-        let engine = Engine { folder, group };
+        let engine = Engine {
+            bundle: folder.join("bundle").display().to_string(),
+            folder,
+            group,
+        };
         engine.configure(|_| {});
         engine
     }
@@ -151,19 +156,30 @@ impl Engine {
         assert!(text.contains(why), "{words:?}: {text}");
     }
 
+    /// The words of a command that makes a container of the bundle.
+    fn of_bundle<'a>(&'a self, command: &'a str, id: &'a str) -> [&'a str; 4] {
+        [command, "--bundle", &self.bundle, id]
+    }
+
     /// The streams of `create` are the container's, which outlive it.
     fn create(&self) {
         let out = fs::File::create(self.folder.join("out")).unwrap();
-        let bundle = self.folder.join("bundle").display().to_string();
         let pid_file = self.folder.join("pid").display().to_string();
-        let mut command =
-            self.command(&["create", "--bundle", &bundle, "--pid-file", &pid_file, "c1"]);
+        let [create, option, bundle, id] = self.of_bundle("create", "c1");
+        let mut command = self.command(&[create, option, bundle, "--pid-file", &pid_file, id]);
         let status = command
             .stdout(out.try_clone().unwrap())
             .stderr(out)
             .status()
             .unwrap();
         assert!(status.success(), "{}", self.folder.read("out"));
+    }
+
+    /// A `create` to be killed.
+    fn spawn_create(&self) -> Child {
+        let mut create = self.command(&self.of_bundle("create", "c1"));
+        create.stdout(Stdio::null()).stderr(Stdio::null());
+        create.spawn().unwrap()
     }
 
     fn state(&self) -> Value {
@@ -173,6 +189,18 @@ impl Engine {
     /// The groups above the container's, in all hierarchies.
     fn groups(&self) -> Vec<PathBuf> {
         containers::groups(&self.group)
+    }
+
+    fn waits_until_it_has_ended(&self) {
+        common::wait_until("the container has ended", || {
+            self.state()["status"] == "stopped"
+        });
+    }
+
+    /// That `delete --force` leaves nothing of the container.
+    fn delete_removes_all(&self) {
+        self.works(&["delete", "--force", "c1"]);
+        self.nothing_is_left();
     }
 
     fn nothing_is_left(&self) {
@@ -233,9 +261,7 @@ fn container_from_create_to_delete() {
     );
 
     engine.works(&["kill", "c1", "15"]);
-    common::wait_until("the container has ended", || {
-        engine.state()["status"] == "stopped"
-    });
+    engine.waits_until_it_has_ended();
     assert_eq!(engine.state()["pid"], 0);
     engine.refuses(&["kill", "c1", "KILL"], "container not running");
     engine.refuses(&["exec", "c1", "true"], "container not running");
@@ -305,18 +331,18 @@ fn limits_are_in_the_groups_and_change_with_update() {
     );
     engine.works(&["update", &format!("--resources={}", more.display()), "c1"]);
     assert_eq!(read(&memory), (192 << 20).to_string());
-    let text = engine.refused(&["update", "--resources", "/dev/null", "c1"]);
-    assert!(text.contains("understand the resources"), "{text}");
-    engine.works(&["delete", "--force", "c1"]);
-    engine.nothing_is_left();
+    engine.refuses(
+        &["update", "--resources", "/dev/null", "c1"],
+        "understand the resources",
+    );
+    engine.delete_removes_all();
 }
 
 #[test]
 fn create_that_fails_says_why_once_and_leaves_nothing() {
     needs!(root);
     let engine = Engine::new("refuses");
-    let bundle = engine.folder.join("bundle").display().to_string();
-    let create = ["create", "--bundle", &bundle, "c1"];
+    let create = engine.of_bundle("create", "c1");
     assert_eq!(
         engine.refused(&create),
         "cannot run it: said by the stand-in"
@@ -326,8 +352,7 @@ fn create_that_fails_says_why_once_and_leaves_nothing() {
     engine.configure(|config| {
         config["linux"]["resources"] = json!({ "cpu": { "cpus": "4096" } });
     });
-    let text = engine.refused(&create);
-    assert!(text.contains("cpuset.cpus"), "{text}");
+    engine.refuses(&create, "cpuset.cpus");
     engine.nothing_is_left();
 
     let path = json!([{ "type": "network", "path": "/run/netns/x" }]);
@@ -354,38 +379,25 @@ fn create_that_fails_says_why_once_and_leaves_nothing() {
 fn create_that_is_killed_leaves_what_delete_removes() {
     needs!(root);
     let engine = Engine::new("hangs");
-    let bundle = engine.folder.join("bundle").display().to_string();
-    let mut create = engine.command(&["create", "--bundle", &bundle, "c1"]);
-    let mut create = create
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut create = engine.spawn_create();
     common::wait_until("the jailer runs", || engine.folder.join("hanging").exists());
     assert_eq!(engine.state()["status"], "creating");
     create.kill().unwrap();
     create.wait().unwrap();
     assert!(!engine.groups().is_empty());
-    engine.refuses(&["create", "--bundle", &bundle, "c1"], "already exists");
-    engine.works(&["delete", "--force", "c1"]);
-    engine.nothing_is_left();
+    engine.refuses(&engine.of_bundle("create", "c1"), "already exists");
+    engine.delete_removes_all();
 }
 
 #[test]
 fn create_that_is_killed_at_any_moment_leaves_what_delete_removes() {
     needs!(root);
     let engine = Engine::new("stays");
-    let bundle = engine.folder.join("bundle").display().to_string();
     let mut seed = u64::from(std::process::id());
     eprintln!("seed {seed}");
     for _ in 0..40 {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let mut create = engine.command(&["create", "--bundle", &bundle, "c1"]);
-        let mut create = create
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut create = engine.spawn_create();
         // Anywhere in it: no moment is better than another.
         std::thread::sleep(std::time::Duration::from_micros(seed >> 32 & 0x7fff));
         create.kill().unwrap();
@@ -402,8 +414,7 @@ fn create_that_is_killed_at_any_moment_leaves_what_delete_removes() {
 fn run_waits_for_the_end_and_has_its_code() {
     needs!(root);
     let engine = Engine::new("ends");
-    let bundle = engine.folder.join("bundle").display().to_string();
-    let run = ["run", "--bundle", &bundle, "c1"];
+    let run = engine.of_bundle("run", "c1");
     let output = engine.run(&run);
     assert_eq!(
         (output.status.code(), &*output.stdout),
@@ -451,7 +462,7 @@ fn container_that_stands_still_ends_with_kill_or_delete() {
         engine.works(&["pause", "c1"]);
         engine.works(command);
         if command[0] == "kill" {
-            common::wait_until("it has ended", || engine.state()["status"] == "stopped");
+            engine.waits_until_it_has_ended();
             engine.works(&["delete", "c1"]);
         }
         engine.nothing_is_left();
@@ -483,7 +494,7 @@ fn exec_becomes_the_jailer_with_a_process() {
     assert_eq!(&*output.stdout, b"{\"args\": [\"x\"]}");
     // The microVM ends whatever its guest does.
     engine.works(&["kill", "c1", "KILL"]);
-    common::wait_until("it has ended", || engine.state()["status"] == "stopped");
+    engine.waits_until_it_has_ended();
     engine.works(&["delete", "c1"]);
     engine.nothing_is_left();
 }
@@ -511,13 +522,11 @@ fn templates_are_written() {
 fn group_with_processes_of_others_is_refused_and_they_go_on() {
     needs!(root);
     let engine = Engine::new("stays");
-    let bundle = engine.folder.join("bundle").display().to_string();
     engine.create();
     let first = engine.state();
     // Another container of the same group, and one whose root is not there.
-    let create = ["create", "--bundle", &bundle, "c2"];
-    let text = engine.refused(&create);
-    assert!(text.contains("there are processes in it"), "{text}");
+    let create = engine.of_bundle("create", "c2");
+    engine.refuses(&create, "there are processes in it");
     engine.configure(|config| config["root"]["path"] = json!("/dev/null"));
     engine.refused(&create);
     assert!(!engine.folder.join("state/c2").exists());
@@ -534,8 +543,7 @@ fn group_with_processes_of_others_is_refused_and_they_go_on() {
     engine.works(&["delete", "--force", "c2"]);
     assert!(!engine.folder.join("state/c2").exists());
     assert_eq!(engine.state(), first);
-    engine.works(&["delete", "--force", "c1"]);
-    engine.nothing_is_left();
+    engine.delete_removes_all();
 }
 
 #[test]
@@ -545,23 +553,21 @@ fn root_that_looks_like_an_image_layout_is_the_root() {
     engine.folder.file("bundle/rootfs/oci-layout", "{}");
     engine.folder.file("bundle/rootfs/index.json", "no JSON");
     engine.create();
-    engine.works(&["delete", "--force", "c1"]);
-    engine.nothing_is_left();
+    engine.delete_removes_all();
 }
 
 #[test]
 fn bundle_whose_config_has_no_end_is_refused() {
     needs!(root);
     let engine = Engine::new("stays");
-    let bundle = engine.folder.join("bundle").display().to_string();
     let config = engine.folder.join("bundle/config.json");
     fs::remove_file(&config).unwrap();
     common::run("mkfifo", &[&config.display().to_string()]);
-    let create = ["create", "--bundle", &bundle, "c1"];
-    assert!(engine.refused(&create).contains("not a regular file"));
+    let create = engine.of_bundle("create", "c1");
+    engine.refuses(&create, "not a regular file");
     fs::remove_file(&config).unwrap();
     std::os::unix::fs::symlink("/dev/zero", &config).unwrap();
-    assert!(engine.refused(&create).contains("not a regular file"));
+    engine.refuses(&create, "not a regular file");
     engine.nothing_is_left();
 }
 
@@ -569,7 +575,6 @@ fn bundle_whose_config_has_no_end_is_refused() {
 fn create_whose_state_cannot_be_written_leaves_nothing() {
     needs!(root);
     let engine = Engine::new("stays");
-    let bundle = engine.folder.join("bundle").display().to_string();
     let state = engine.folder.join("state");
     fs::create_dir(&state).unwrap();
     let state = state.display().to_string();
@@ -578,7 +583,7 @@ fn create_whose_state_cannot_be_written_leaves_nothing() {
         "mount",
         &["-t", "tmpfs", "-o", "nr_inodes=2,mode=700", "tmpfs", &state],
     );
-    let output = engine.run(&["create", "--bundle", &bundle, "c1"]);
+    let output = engine.run(&engine.of_bundle("create", "c1"));
     let is_left = engine.folder.join("state/c1").exists();
     common::run("umount", &[&state]);
     assert!(!output.status.success() && !is_left);
@@ -594,6 +599,5 @@ fn container_whose_process_does_not_answer_ends_with_kill() {
     engine.folder.file("silent", "");
     engine.works(&["kill", "c1", "KILL"]);
     fs::remove_file(engine.folder.join("silent")).unwrap();
-    engine.works(&["delete", "--force", "c1"]);
-    engine.nothing_is_left();
+    engine.delete_removes_all();
 }
