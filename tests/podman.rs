@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use common::{Folder, LINUX_PATIENCE, Netns, containers, needs};
@@ -35,13 +35,17 @@ const APPLETS: &[&str] = &[
 /// podman with everything of its own.
 struct Podman {
     folder: Folder,
+    /// The folder that containers are made of.
+    root: String,
     netns: Netns,
 }
 
 impl Podman {
     fn new() -> Podman {
+        let folder = Folder::new();
         let podman = Podman {
-            folder: Folder::new(),
+            root: folder.join("rootfs").display().to_string(),
+            folder,
             netns: Netns::new(),
         };
         containers::install_runtime(&podman.folder);
@@ -49,10 +53,10 @@ impl Podman {
         podman
     }
 
-    /// A folder with a shell and some data, which containers are made of.
+    /// A folder with a shell and some data.
     fn make_root(&self) {
-        let root = self.folder.join("rootfs");
-        containers::busybox_root(&root, APPLETS);
+        let root = Path::new(&self.root);
+        containers::busybox_root(root, APPLETS);
         for folder in ["etc", "sys", "tmp", "run"] {
             fs::create_dir(root.join(folder)).unwrap();
         }
@@ -103,12 +107,14 @@ impl Podman {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
-    /// The words of `podman run` before the command.
-    fn container<'a>(&self, root: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-        let mut words = vec!["run"];
-        words.extend(more);
-        words.extend(["--rootfs", root]);
-        words
+    /// The words of `podman run`.
+    fn container<'a>(&'a self, more: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
+        [&["run"], more, &["--rootfs", &self.root], command].concat()
+    }
+
+    /// What podman says of the container `c1`.
+    fn inspect(&self, format: &str) -> String {
+        self.works(&["inspect", "--format", format, "c1"])
     }
 
     fn logs_have(&self, name: &str, text: &str) {
@@ -165,7 +171,6 @@ fn groups(id: &str) -> Vec<PathBuf> {
 fn containers_at_once_have_each_their_output_and_code() {
     needs!(root, kvm, guest, podman, nsenter);
     let podman = Podman::new();
-    let root = podman.path("rootfs");
     let special = [
         (&["/etc/plain"][..], 126),
         (&["/nonexistent/program"], 127),
@@ -173,11 +178,7 @@ fn containers_at_once_have_each_their_output_and_code() {
         (&["sh", "-c", "kill -15 $$"], 143),
     ];
     let start = |words: &[&str]| {
-        let words = [
-            &podman.container(&root, &["--rm", "--network", "none"])[..],
-            words,
-        ]
-        .concat();
+        let words = podman.container(&["--rm", "--network", "none"], words);
         let mut command = podman.command(&words);
         command
             .stdin(Stdio::null())
@@ -200,16 +201,18 @@ fn containers_at_once_have_each_their_output_and_code() {
         let words = ["sh", "-c", &script].map(str::to_owned).to_vec();
         wanted.push((words, format!("inside {code}\n"), code));
     }
-    let mut children = VecDeque::new();
-    let mut wanted = wanted.into_iter().peekable();
-    while wanted.peek().is_some() || !children.is_empty() {
+    let mut children: VecDeque<(Child, String, i32)> = VecDeque::new();
+    let mut wanted = wanted.into_iter();
+    loop {
         while children.len() < at_once
             && let Some((words, text, code)) = wanted.next()
         {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             children.push_back((start(&words), text, code));
         }
-        let (child, text, code): (Child, String, i32) = children.pop_front().unwrap();
+        let Some((child, text, code)) = children.pop_front() else {
+            break;
+        };
         let output = child.wait_with_output().unwrap();
         assert_eq!(
             (
@@ -237,7 +240,6 @@ fn containers_at_once_have_each_their_output_and_code() {
 fn container_that_stays_is_served_by_podmans_commands() {
     needs!(root, kvm, guest, podman, nsenter);
     let podman = Podman::new();
-    let root = podman.path("rootfs");
     fs::create_dir(podman.folder.join("data")).unwrap();
     podman.folder.file("data/file", "from the host\n");
     let volume = format!("{}:/data:ro", podman.path("data"));
@@ -253,8 +255,7 @@ fn container_that_stays_is_served_by_podmans_commands() {
         "--publish",
         "8080:80",
     ];
-    let words = [&podman.container(&root, &more)[..], &["sh", "-c", script]].concat();
-    let id = podman.works(&words);
+    let id = podman.works(&podman.container(&more, &["sh", "-c", script]));
     podman.logs_have("c1", "begun");
 
     // Streams and codes of further processes.
@@ -327,10 +328,7 @@ fn container_that_stays_is_served_by_podmans_commands() {
     podman.works(&["kill", "--signal", "USR1", "c1"]);
     podman.logs_have("c1", "got usr1");
     podman.works(&["pause", "c1"]);
-    assert_eq!(
-        podman.works(&["inspect", "--format", "{{.State.Status}}", "c1"]),
-        "paused"
-    );
+    assert_eq!(podman.inspect("{{.State.Status}}"), "paused");
     podman.works(&["unpause", "c1"]);
     assert_eq!(
         podman.works(&["exec", "c1", "sh", "-c", "echo goes on"]),
@@ -358,12 +356,7 @@ fn a_published_port_carries_bytes(podman: &Podman) {
         .read_exact(&mut bytes)
         .unwrap();
     podman.folder.file("sent", &bytes);
-    let address = podman.works(&[
-        "inspect",
-        "--format",
-        "{{.NetworkSettings.IPAddress}}",
-        "c1",
-    ]);
+    let address = podman.inspect("{{.NetworkSettings.IPAddress}}");
     podman.netns.inside(|| {
         let mut connection = None;
         common::wait_until_within(LINUX_PATIENCE, "the port is open", || {
@@ -392,7 +385,7 @@ fn a_published_port_carries_bytes(podman: &Podman) {
 fn container_ends_with_its_conmon() {
     needs!(root, kvm, guest, podman, nsenter);
     let podman = Podman::new();
-    let root = podman.path("rootfs");
+    let pid_file = podman.path("pid");
     let more = [
         "-d",
         "--name",
@@ -400,15 +393,11 @@ fn container_ends_with_its_conmon() {
         "--network",
         "none",
         "--pidfile",
-        &podman.path("pid"),
+        &pid_file,
     ];
-    let words = [&podman.container(&root, &more)[..], &["sleep", "100000"]].concat();
-    let id = podman.works(&words);
-    let conmon = podman.works(&["inspect", "--format", "{{.State.ConmonPid}}", "c1"]);
-    let pid: i32 = podman
-        .works(&["inspect", "--format", "{{.State.Pid}}", "c1"])
-        .parse()
-        .unwrap();
+    let id = podman.works(&podman.container(&more, &["sleep", "100000"]));
+    let conmon = podman.inspect("{{.State.ConmonPid}}");
+    let pid: i32 = podman.inspect("{{.State.Pid}}").parse().unwrap();
     common::run("kill", &["-9", &conmon]);
     common::wait_until("the microVM has ended", || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -426,7 +415,6 @@ fn container_ends_with_its_conmon() {
 fn what_a_microvm_cannot_have_is_refused_with_the_reason() {
     needs!(root, kvm, guest, podman, nsenter);
     let podman = Podman::new();
-    let root = podman.path("rootfs");
     let shared = format!("{}:/data", podman.path("bin"));
     for (more, expected) in [
         (&["--volume", &shared][..], ":ro"),
@@ -440,8 +428,7 @@ fn what_a_microvm_cannot_have_is_refused_with_the_reason() {
             &["--network", "none"]
         };
         let more = [&["--rm"], network, more].concat();
-        let words = [&podman.container(&root, &more)[..], &["true"]].concat();
-        let output = podman.run(&words);
+        let output = podman.run(&podman.container(&more, &["true"]));
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(
             !output.status.success() && text.contains(expected),
