@@ -317,23 +317,17 @@ fn root(
 fn network(linux: &oci_spec::runtime::Linux) -> Result<Network, FieldError> {
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
     let mut namespaces = namespaces.iter();
-    match namespaces.find(|one| one.typ() == LinuxNamespaceType::Network) {
-        Some(namespace) => Ok(
-            match namespace
-                .path()
-                .as_ref()
-                .filter(|path| !path.as_os_str().is_empty())
-            {
-                Some(path) => Network::Namespace(path.clone()),
-                None => Network::None,
-            },
-        ),
-        None => refuse(
+    let Some(namespace) = namespaces.find(|one| one.typ() == LinuxNamespaceType::Network) else {
+        return refuse(
             "linux.namespaces",
             "the network of the host cannot be given to a microVM; use none (podman --network none; ctr without \
              --net-host)",
-        ),
-    }
+        );
+    };
+    let path = namespace.path().clone();
+    Ok(path
+        .filter(|path| !path.as_os_str().is_empty())
+        .map_or(Network::None, Network::Namespace))
 }
 
 /// A path that leads down only.
