@@ -150,6 +150,12 @@ mod tests {
             ..known.clone()
         };
         assert!(!other.is_there() && !earlier.is_there());
+        // The kernel lets this process go on before the new program's words are in place.
+        let until = Instant::now() + Duration::from_secs(60);
+        let words = format!("/proc/{}/cmdline", known.pid);
+        while std::fs::read(&words).unwrap().is_empty() && Instant::now() < until {
+            std::thread::yield_now();
+        }
         assert_eq!(
             with_words(&["sleep", "60"])
                 .iter()
