@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -78,8 +78,12 @@ pub fn write(tree: &Tree, sum: &Sum, to: &File, path: &Path) -> Result<()> {
     to.set_len(plan.blocks * BLOCK).cannot("write", path)?;
     to.write_all_at(&superblock(&plan, sum), SUPERBLOCK_AT)
         .cannot("write", path)?;
+    let mut from_first = to;
+    from_first
+        .seek(SeekFrom::Start(FIRST))
+        .cannot("write", path)?;
     let mut inodes = Inodes {
-        to: BufWriter::with_capacity(1 << 20, At { to, at: FIRST }),
+        to: BufWriter::with_capacity(1 << 20, from_first),
         at: FIRST,
     };
     for &id in &plan.order {
@@ -382,28 +386,9 @@ fn superblock(plan: &Plan, sum: &Sum) -> [u8; SUPERBLOCK_LEN] {
     block
 }
 
-/// A place in a file that moves on.
-#[derive(Debug)]
-struct At<'a> {
-    to: &'a File,
-    at: u64,
-}
-
-impl Write for At<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let len = self.to.write_at(bytes, self.at)?;
-        self.at += len as u64;
-        Ok(len)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[derive(Debug)]
 struct Inodes<'a> {
-    to: BufWriter<At<'a>>,
+    to: BufWriter<&'a File>,
     at: u64,
 }
 
