@@ -2,7 +2,6 @@
 //! whatever they are (a folder, a tarball, an image), and so one disk.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest, Sha256};
@@ -30,39 +29,31 @@ pub fn complete(tree: &mut Tree) -> Result<()> {
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = AtomicUsize::new(0);
-    let sums = Mutex::new(Ok(Vec::with_capacity(missing.len())));
-    std::thread::scope(|scope| {
-        for _ in 0..threads.min(THREADS_MAX).min(missing.len()) {
-            scope.spawn(|| {
-                let read = || -> Result<Vec<(Id, Sum)>> {
-                    let mut read = Vec::new();
-                    while let Some((id, content)) =
-                        missing.get(next.fetch_add(1, Ordering::Relaxed))
-                    {
-                        match content.read(&mut |_| Ok(())) {
-                            Ok(sum) => read.push((*id, sum)),
-                            Err(error) => {
-                                // The others need not go on.
-                                next.store(missing.len(), Ordering::Relaxed);
-                                return Err(error);
-                            }
-                        }
-                    }
-                    Ok(read)
-                };
-                let read = read();
-                let mut sums = sums.lock().expect("no thread panics with it");
-                match (&mut *sums, read) {
-                    (Ok(sums), Ok(read)) => sums.extend(read),
-                    (sums @ Ok(_), Err(error)) => *sums = Err(error),
-                    (Err(_), _) => {}
-                }
-            });
+    let read = || -> Result<Vec<(Id, Sum)>> {
+        let mut read = Vec::new();
+        while let Some((id, content)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // Where one fails, the others need not go on.
+            let sum = content
+                .read(&mut |_| Ok(()))
+                .inspect_err(|_| next.store(missing.len(), Ordering::Relaxed))?;
+            read.push((*id, sum));
         }
+        Ok(read)
+    };
+    let sums: Vec<Result<Vec<(Id, Sum)>>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.min(THREADS_MAX).min(missing.len()))
+            .map(|_| scope.spawn(read))
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined
+            .map(|sums| sums.expect("reading does not panic"))
+            .collect()
     });
-    for (id, sum) in sums.into_inner().expect("no thread panics with it")? {
-        if let Some(content) = tree.content_mut(id) {
-            content.sum = Some(sum);
+    for sums in sums {
+        for (id, sum) in sums? {
+            if let Some(content) = tree.content_mut(id) {
+                content.sum = Some(sum);
+            }
         }
     }
     Ok(())
