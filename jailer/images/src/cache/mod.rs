@@ -164,7 +164,7 @@ impl Cache {
         let path = source.path.canonicalize().cannot("open", &source.path)?;
         if path.is_dir() {
             return match Layout::of_folder(&path).filter(|_| !source.is_root) {
-                Some(_) => self.of_archive(&path, source),
+                Some(layout) => self.of_archive(&path, Some(layout), source),
                 None => self.of_folder(&path, source),
             };
         }
@@ -184,7 +184,7 @@ impl Cache {
                 left_out: LeftOut::default(),
             });
         }
-        self.of_archive(&path, source)
+        self.of_archive(&path, None, source)
     }
 
     fn of_folder(&self, path: &Path, source: &Source) -> Result<Disk> {
@@ -234,7 +234,8 @@ impl Cache {
         Ok(Disk { left_out, ..disk })
     }
 
-    fn of_archive(&self, path: &Path, source: &Source) -> Result<Disk> {
+    /// Of an archive, or of a folder that is the layout `folder`.
+    fn of_archive(&self, path: &Path, folder: Option<Layout>, source: &Source) -> Result<Disk> {
         let stamps = Stamps::of(path)?;
         let name = source.name.as_deref();
         let key = stamps.as_ref().and_then(|it| it.key(name));
@@ -251,7 +252,7 @@ impl Cache {
         let (mut tree, mut left_out) = (Tree::new(), LeftOut::default());
         let mut read = || -> Result<()> {
             let mut blobs = Blobs::new(work.join("blobs"), source.max)?;
-            if let Some(layout) = Layout::of_folder(path).filter(|_| path.is_dir()) {
+            if let Some(layout) = &folder {
                 return layout
                     .read(name, &mut tree, &mut blobs, &mut left_out)
                     .map(|_| ());
