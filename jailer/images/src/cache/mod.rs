@@ -210,7 +210,6 @@ impl Cache {
         let (files, new) = files(&tree);
         digest::complete(&mut tree)?;
         let sum = finish(&mut tree, path)?;
-        let list = || identity.as_ref().map(|identity| list(&tree, identity));
         let disk = match self.take(&sum)? {
             Some(disk) => disk,
             None => {
@@ -219,17 +218,17 @@ impl Cache {
             }
         };
         // A few files of each container's own are read each time, which takes less than to note them.
-        if new * 10 > files || disk.is_new {
+        if let Some(identity) = &identity
+            && (new * 10 > files || disk.is_new)
+        {
             let place = self.folder.join(FILES).join(hex(&sum));
             let old = List::read(&place).unwrap_or_default();
-            if let Some(list) = list() {
-                let len = list.len();
-                let list = match old.len() > LIST_GROWTH * len {
-                    true => list,
-                    false => list.with(old),
-                };
-                self.save(&place, &list.bytes());
-            }
+            let list = list(&tree, identity);
+            let list = match old.len() > LIST_GROWTH * list.len() {
+                true => list,
+                false => list.with(old),
+            };
+            self.save(&place, &list.bytes());
         }
         Ok(Disk { left_out, ..disk })
     }
