@@ -127,7 +127,32 @@ fn capability(folder: &Folder, name: &Path) -> Result<Option<Vec<u8>>> {
     Ok(Some(value))
 }
 
-/// What a source is read with.
+/// Reads a folder of this host, on its own file system, of at most `max` bytes of content. Content is not read, and
+/// capabilities only of files that are not known.
+pub fn folder(
+    folder: Folder,
+    max: u64,
+    tree: &mut Tree,
+    known: Known<'_>,
+    left_out: &mut LeftOut,
+) -> Result<()> {
+    let it = rustix::fs::fstat(folder.fd()).cannot("open", folder.path())?;
+    tree.set_meta(ROOT, meta_of(&it));
+    let mut reader = Reader {
+        folder: Arc::new(folder),
+        known,
+        links: HashMap::new(),
+        device: it.st_dev,
+        left: max,
+    };
+    let mut todo = vec![(PathBuf::new(), ROOT)];
+    while let Some((below, id)) = todo.pop() {
+        reader.read(&below, id, tree, &mut todo, left_out)?;
+    }
+    Ok(())
+}
+
+/// What an archive is read with.
 #[derive(Debug)]
 pub struct Request<'a> {
     pub path: &'a Path,
@@ -140,26 +165,6 @@ pub struct Request<'a> {
 }
 
 impl Request<'_> {
-    /// Reads a folder of this host, on its own file system. Content is not read, and capabilities only of files that are
-    /// not known.
-    pub fn folder(&self, tree: &mut Tree, known: Known<'_>, left_out: &mut LeftOut) -> Result<()> {
-        let folder = Arc::new(Folder::open(self.path)?);
-        let it = rustix::fs::fstat(folder.fd()).cannot("open", self.path)?;
-        tree.set_meta(ROOT, meta_of(&it));
-        let mut reader = Reader {
-            folder,
-            known,
-            links: HashMap::new(),
-            device: it.st_dev,
-            left: self.max,
-        };
-        let mut todo = vec![(PathBuf::new(), ROOT)];
-        while let Some((below, id)) = todo.pop() {
-            reader.read(&below, id, tree, &mut todo, left_out)?;
-        }
-        Ok(())
-    }
-
     /// Reads an archive: of files, or of an image. None: it is no archive.
     pub fn archive(
         &self,

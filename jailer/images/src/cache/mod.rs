@@ -200,13 +200,7 @@ impl Cache {
         let lists = Lists::new(self.lists()?);
         let known = |stamp: &Stamp| lists.find(&identity.as_ref()?.key(stamp)?);
         let (mut tree, mut left_out) = (Tree::new(), LeftOut::default());
-        let request = Request {
-            path,
-            name: None,
-            work: &self.folder,
-            max: source.max,
-        };
-        request.folder(&mut tree, &known, &mut left_out)?;
+        crate::source::folder(folder, source.max, &mut tree, &known, &mut left_out)?;
         let (files, new) = files(&tree);
         digest::complete(&mut tree)?;
         let sum = finish(&mut tree, path)?;

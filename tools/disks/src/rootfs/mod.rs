@@ -18,9 +18,10 @@ use crate::output::Output;
 use crate::tool::Tool;
 use bytes::given_size;
 use image::FileSystem;
+use mayfly_images::content::Folder;
 use mayfly_images::fill::{self, Blobs, LeftOut};
 use mayfly_images::layout::{Config, Layout};
-use mayfly_images::source::Request;
+use mayfly_images::source::{self, Request};
 use mayfly_images::tree::{self, Tree};
 use mayfly_images::{digest, erofs};
 
@@ -133,12 +134,6 @@ fn read(
         return Ok(Config::default());
     }
     let path = args.source.canonicalize().cannot("open", &args.source)?;
-    let request = Request {
-        path: &path,
-        name: args.name.as_deref(),
-        work: output.work(),
-        max: args.max_size,
-    };
     if path.is_dir() {
         // It would be a part of itself.
         if output.path().starts_with(&path) {
@@ -151,7 +146,8 @@ fn read(
         if let Some(layout) = Layout::of_folder(&path) {
             return layout.read(args.name.as_deref(), tree, blobs, left_out);
         }
-        request.folder(tree, &|_| None, left_out)?;
+        let folder = Folder::open(&path)?;
+        source::folder(folder, args.max_size, tree, &|_| None, left_out)?;
         return Ok(Config::default());
     }
     if !path.is_file() {
@@ -161,6 +157,12 @@ fn read(
             "name one",
         ));
     }
+    let request = Request {
+        path: &path,
+        name: args.name.as_deref(),
+        work: output.work(),
+        max: args.max_size,
+    };
     if let Some(config) = request.archive(tree, blobs, left_out)? {
         return Ok(config);
     }
@@ -232,13 +234,8 @@ fn debian(
     let mut command: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
     command.extend([target.as_os_str(), OsStr::new(&args.mirror)]);
     installed(&tool, &command)?;
-    let request = Request {
-        path: &target,
-        name: None,
-        work: output.work(),
-        max: args.max_size,
-    };
-    request.folder(tree, &|_| None, left_out)
+    let folder = Folder::open(&target)?;
+    source::folder(folder, args.max_size, tree, &|_| None, left_out)
 }
 
 fn installed(tool: &Tool, args: &[&OsStr]) -> Result<()> {
