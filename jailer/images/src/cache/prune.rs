@@ -15,7 +15,6 @@ use crate::failure::{Context, Result};
 #[derive(Debug)]
 pub struct Listed {
     pub path: PathBuf,
-    pub sum: String,
     /// What it takes of its file system.
     pub allocated: u64,
     pub last_use: SystemTime,
@@ -30,9 +29,9 @@ impl Cache {
         for entry in fs::read_dir(&folder).cannot("list", &folder)? {
             let path = entry.cannot("list", &folder)?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let Some(sum) = name.strip_suffix(ENDING).map(str::to_owned) else {
+            if !name.ends_with(ENDING) {
                 continue;
-            };
+            }
             // It may go meanwhile.
             let Ok(file) = File::open(&path) else {
                 continue;
@@ -42,7 +41,6 @@ impl Cache {
             let since = Duration::new(it.atime().max(0) as u64, it.atime_nsec().max(0) as u32);
             all.push(Listed {
                 path,
-                sum,
                 allocated: it.blocks() * 512,
                 last_use: SystemTime::UNIX_EPOCH + since,
                 is_in_use: lock.is_err(),
