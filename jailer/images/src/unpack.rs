@@ -21,7 +21,7 @@ pub enum Compression {
 }
 
 /// What a compressed file begins with.
-pub const MAGIC: &[(&[u8], Compression)] = &[
+const MAGIC: &[(&[u8], Compression)] = &[
     (b"\x1f\x8b\x08", Compression::Gzip),
     (b"\xfd7zXZ\0", Compression::Xz),
     (b"\x28\xb5\x2f\xfd", Compression::Zstd),
@@ -30,9 +30,13 @@ pub const MAGIC: &[(&[u8], Compression)] = &[
 impl Compression {
     /// That of the file, by its content.
     pub fn of(file: &File) -> std::io::Result<Option<Compression>> {
-        let head = bytes::read(file, 0, 8)?;
+        Ok(Compression::of_head(&bytes::read(file, 0, 8)?))
+    }
+
+    /// That of a file which begins with these bytes.
+    pub fn of_head(head: &[u8]) -> Option<Compression> {
         let found = MAGIC.iter().find(|(magic, _)| head.starts_with(magic));
-        Ok(found.map(|(_, kind)| *kind))
+        found.map(|(_, kind)| *kind)
     }
 
     /// The program for it, its package and its options. The memory that a file may claim is bounded.

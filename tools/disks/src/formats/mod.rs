@@ -93,7 +93,7 @@ impl Kind {
         }
         let head = bytes::read(file, 0, 1024).cannot("read", path)?;
         let tail = bytes::read(file, len.saturating_sub(512), 512).cannot("read", path)?;
-        if let Some(kind) = Compression::of(file).cannot("read", path)? {
+        if let Some(kind) = Compression::of_head(&head) {
             return Ok(Kind::Compressed(kind));
         }
         let by_head = MAGIC.iter().find(|(at, magic, _)| has(&head, *at, magic));
