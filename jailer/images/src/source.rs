@@ -152,6 +152,14 @@ pub fn folder(
     Ok(())
 }
 
+/// Refuses the tree of the source `path` if nothing is in it.
+pub fn check_not_empty(tree: &Tree, path: &Path) -> Result<()> {
+    match tree.children(ROOT) {
+        Some(children) if !children.is_empty() => Ok(()),
+        _ => Err(Failure::new(path, "holds no files", "name another source")),
+    }
+}
+
 /// What an archive is read with.
 #[derive(Debug)]
 pub struct Request<'a> {

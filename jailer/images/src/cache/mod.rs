@@ -36,8 +36,8 @@ use crate::fill::{Blobs, LeftOut};
 use crate::identity::Identity;
 use crate::known::{List, Lists};
 use crate::layout::Layout;
-use crate::source::Request;
-use crate::tree::{Node, ROOT, Tree};
+use crate::source::{self, Request};
+use crate::tree::{Node, Tree};
 pub use prune::Listed;
 use stamps::Stamps;
 use work::Work;
@@ -200,7 +200,7 @@ impl Cache {
         let lists = Lists::new(self.lists()?);
         let known = |stamp: &Stamp| lists.find(&identity.as_ref()?.key(stamp)?);
         let (mut tree, mut left_out) = (Tree::new(), LeftOut::default());
-        crate::source::folder(folder, source.max, &mut tree, &known, &mut left_out)?;
+        source::folder(folder, source.max, &mut tree, &known, &mut left_out)?;
         let (files, new) = files(&tree);
         digest::complete(&mut tree)?;
         let sum = finish(&mut tree, path)?;
@@ -446,12 +446,7 @@ fn list(tree: &Tree, identity: &Identity) -> List {
 
 /// The identity of a tree that is read.
 fn finish(tree: &mut Tree, path: &Path) -> Result<Sum> {
-    if tree
-        .children(ROOT)
-        .is_none_or(|children| children.is_empty())
-    {
-        return Err(Failure::new(path, "holds no files", "name another source"));
-    }
+    source::check_not_empty(tree, path)?;
     tree.keep_times_of_files();
     digest::of(tree)
 }

@@ -22,7 +22,7 @@ use mayfly_images::content::Folder;
 use mayfly_images::fill::{self, Blobs, LeftOut};
 use mayfly_images::layout::{Config, Layout};
 use mayfly_images::source::{self, Request};
-use mayfly_images::tree::{self, Tree};
+use mayfly_images::tree::Tree;
 use mayfly_images::{digest, erofs};
 
 const MIRROR: &str = "http://deb.debian.org/debian";
@@ -82,16 +82,7 @@ fn make(args: &Rootfs, output: &Output) -> Result<()> {
     let mut blobs = Blobs::new(output.scratch("blobs"), args.max_size)?;
     let mut left_out = LeftOut::default();
     let config = read(args, output, &mut tree, &mut blobs, &mut left_out)?;
-    if tree
-        .children(tree::ROOT)
-        .is_none_or(|children| children.is_empty())
-    {
-        return Err(Failure::new(
-            &args.source,
-            "holds no files",
-            "name another source",
-        ));
-    }
+    source::check_not_empty(&tree, &args.source)?;
     // What is made here belongs to the newest layer.
     tree.layer = u32::MAX;
     let done = match args.as_is {
