@@ -3,10 +3,12 @@
 #![expect(dead_code, reason = "each test file uses a part of it")]
 
 pub mod containers;
+mod folder;
 pub mod fuse;
 pub mod needs;
 pub mod sys;
 
+pub use folder::Folder;
 pub(crate) use needs::needs;
 
 use std::fs::{self, File};
@@ -142,27 +144,7 @@ pub fn linux_with_acpi() -> Linux {
     Linux { kernel, ..linux }
 }
 
-/// A folder that goes away with its test, and with the next test run if this one is killed.
-pub struct Folder(PathBuf);
-
 impl Folder {
-    pub fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        sweep();
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("mf-test-{}-{n}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    pub fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
     /// A file of `len` bytes, all zero.
     pub fn disk(&self, name: &str, len: u64) -> PathBuf {
         let path = self.join(name);
@@ -184,33 +166,6 @@ impl Folder {
         fs::write(&path, content).unwrap();
         path
     }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Removes folders of test processes that no longer exist.
-fn sweep() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        for entry in fs::read_dir(std::env::temp_dir())
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(rest) = name.strip_prefix("mf-test-") else {
-                continue;
-            };
-            let pid = rest.split('-').next().unwrap_or("");
-            if !Path::new("/proc").join(pid).exists() {
-                let _ = fs::remove_dir_all(entry.path());
-            }
-        }
-    });
 }
 
 #[derive(Default)]

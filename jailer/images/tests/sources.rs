@@ -148,7 +148,7 @@ fn ordinary_user_gets_the_same_disk_of_an_archive() {
     fs::create_dir(folder.join("home")).unwrap();
     folder.run("chown", &["1000:1000", "home"]);
     let mut command = Command::new("setpriv");
-    command.current_dir(&folder.0);
+    command.current_dir(folder.path());
     command.args(["--reuid", "1000", "--regid", "1000", "--clear-groups"]);
     command.args(["./program", "disk", "root.tar"]);
     command.env("HOME", folder.join("home"));

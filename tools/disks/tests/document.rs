@@ -96,7 +96,7 @@ fn commands_of_the_table_coming_from_work_as_they_stand() {
         let mut shell = Command::new("sh");
         shell
             .args(["-c", command])
-            .current_dir(&folder.0)
+            .current_dir(folder.path())
             .env("PATH", &path);
         let output = shell.output().unwrap();
         assert!(output.status.success(), "{command}: {output:?}");

@@ -123,7 +123,7 @@ fn a_run_that_is_killed_leaves_nothing() {
     );
     let child = Command::new(env!("CARGO_BIN_EXE_mayfly-disks"))
         .args(["import", "disk.raw.gz", "out"])
-        .current_dir(&folder.0)
+        .current_dir(folder.path())
         .env("PATH", path)
         .stdout(Stdio::null())
         .spawn()

@@ -456,7 +456,7 @@ fn debian_is_installed_by_mmdebstrap_or_its_reason_is_told() {
             "curl,vim",
         ]);
         command
-            .current_dir(&folder.0)
+            .current_dir(folder.path())
             .env("PATH", path)
             .output()
             .unwrap()

@@ -1,30 +1,18 @@
 //! What the tests of mayfly-image share: a folder, the program, a cache.
 
 pub mod archives;
+#[path = "../../../../tests/common/folder.rs"]
+mod folder;
 #[path = "../../../../tests/common/needs.rs"]
 pub mod needs;
 
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A folder that is removed with all that is in it.
-pub struct Folder(pub PathBuf);
+pub use folder::Folder;
 
 impl Folder {
-    pub fn new() -> Folder {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("mf-test-{}-images-{n}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path.canonicalize().unwrap())
-    }
-
-    pub fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
     pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
         let path = self.join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -46,7 +34,7 @@ impl Folder {
     /// The program with the cache `cache` of this folder.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mayfly-image"));
-        command.current_dir(&self.0).arg("--cache").arg("cache");
+        command.current_dir(self.path()).arg("--cache").arg("cache");
         command.args(args).stdin(Stdio::null());
         command
     }
@@ -88,16 +76,6 @@ impl Folder {
         assert_eq!(self.names("cache/disks"), before.1, "{args:?}");
     }
 
-    /// Runs another program here, which must succeed; its output.
-    pub fn run(&self, program: &str, args: &[&str]) -> String {
-        let mut command = Command::new(program);
-        let path = std::env::var("PATH").unwrap();
-        command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-        let output = command.args(args).current_dir(&self.0).output().unwrap();
-        assert!(output.status.success(), "{program} {args:?}: {output:?}");
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
     pub fn shell(&self, script: &str) -> String {
         self.run("sh", &["-ec", script])
     }
@@ -112,12 +90,6 @@ impl Folder {
     pub fn unpack(&self, disk: &std::path::Path, to: &str) {
         let to = format!("--extract={}", self.join(to).display());
         self.run("fsck.erofs", &[&to, disk.to_str().unwrap()]);
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

@@ -1,36 +1,25 @@
 //! What the tests of mayfly-disks share: the program, a folder, disks with known content.
 #![expect(dead_code, reason = "each test file uses a part of it")]
 
+#[path = "../../../../tests/common/folder.rs"]
+mod folder;
 #[path = "../../../../tests/common/needs.rs"]
 pub mod needs;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// No whole number of MiB, of cylinders or of clusters: 100 MiB and a sector.
 pub const SIZE: u64 = (100 << 20) + 512;
 const PARTITION: u64 = 1 << 20;
 
-pub struct Folder(pub PathBuf);
+pub use folder::Folder;
 
 impl Folder {
-    pub fn new() -> Folder {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("mf-test-{}-disks-{n}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path.canonicalize().unwrap())
-    }
-
-    pub fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
     pub fn names(&self) -> Vec<String> {
-        let entries = fs::read_dir(&self.0).unwrap();
+        let entries = fs::read_dir(self.path()).unwrap();
         let mut names: Vec<String> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
@@ -45,7 +34,7 @@ impl Folder {
     /// Runs the program in this folder; its exit code, output and messages.
     pub fn disks(&self, args: &[&str]) -> (i32, String, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mayfly-disks"));
-        command.args(args).current_dir(&self.0);
+        command.args(args).current_dir(self.path());
         let output = command.output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         (
@@ -78,17 +67,6 @@ impl Folder {
             "a file of the program's own: {text}"
         );
         assert_eq!(self.names(), before, "{args:?} left something");
-    }
-
-    /// Runs another program here, which must succeed; its output.
-    pub fn run(&self, program: &str, args: &[&str]) -> String {
-        let mut command = Command::new(program);
-        command.args(args).current_dir(&self.0);
-        let path = std::env::var("PATH").unwrap();
-        command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{program} {args:?}: {output:?}");
-        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// Runs qemu-img with `words`, which are split at spaces.
@@ -179,12 +157,6 @@ impl Folder {
             args.extend(["-o", options]);
         }
         self.run("qemu-img", &[&args[..], &[from, to]].concat());
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
