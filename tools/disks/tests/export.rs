@@ -1,5 +1,6 @@
 //! Raw disks to other formats, and back.
 
+#[expect(dead_code, reason = "another test file uses the rest of it")]
 mod support;
 
 use std::fs;

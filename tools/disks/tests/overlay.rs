@@ -1,5 +1,6 @@
 //! What overlays hold, and their way into a base.
 
+#[expect(dead_code, reason = "another test file uses the rest of it")]
 mod support;
 
 use std::fs::{self, File, OpenOptions};

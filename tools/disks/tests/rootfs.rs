@@ -2,6 +2,7 @@
 
 #[path = "../../../jailer/images/tests/support/archives.rs"]
 mod archives;
+#[expect(dead_code, reason = "another test file uses the rest of it")]
 mod support;
 
 use std::fs;

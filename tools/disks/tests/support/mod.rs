@@ -1,5 +1,4 @@
 //! What the tests of mayfly-disks share: the program, a folder, disks with known content.
-#![expect(dead_code, reason = "each test file uses a part of it")]
 
 #[path = "../../../../tests/common/folder.rs"]
 mod folder;
@@ -8,7 +7,6 @@ pub mod needs;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::process::Command;
 
 /// No whole number of MiB, of cylinders or of clusters: 100 MiB and a sector.
@@ -158,9 +156,4 @@ impl Folder {
         }
         self.run("qemu-img", &[&args[..], &[from, to]].concat());
     }
-}
-
-/// Whether a path is in the folder of tests.
-pub fn exists(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
 }
