@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use archives::{Entry, blob, file, image, index, layers, link, program, tar};
+use archives::{Entry, blob, file, hostile, image, index, layers, link, program, tar};
 use support::Folder;
 use support::needs::{self, needs};
 
@@ -161,18 +161,8 @@ fn a_hostile_archive_reaches_nothing_and_is_refused() {
     let folder = Folder::new();
     fs::write(folder.join("outside"), "untouched").unwrap();
     let absolute = folder.join("outside").display().to_string();
-    let refused: &[(&[Entry<'_>], &str)] = &[
-        (&[file("../outside", "x")], "leads out"),
-        (&[file("a/../../outside", "x")], "leads out"),
-        (&[Entry("a", b'1', 0, 0, "../../outside", b"")], "leads out"),
-        (&[Entry("a", b'1', 0, 0, "/etc/passwd", b"")], "not there"),
-        (&[file("a", "x"), file("a/b", "x")], "used as a folder"),
-        (&[link("a", "a"), file("a/b", "x")], "used as a folder"),
-        (&[Entry("a", b'V', 0, 0, "", b"")], "unknown type"),
-        (&[Entry("a", b'S', 0, 0, "", b"")], "--sparse"),
-    ];
-    for (entries, why) in refused {
-        fs::write(folder.join("bad.tar"), tar(entries)).unwrap();
+    for (archive, why) in hostile() {
+        fs::write(folder.join("bad.tar"), archive).unwrap();
         folder.refuses(&["rootfs", "bad.tar", "disk"], &["bad.tar", why]);
     }
     // Links that lead out of the root on a host stay inside of it.

@@ -54,6 +54,26 @@ pub fn tar(entries: &[Entry<'_>]) -> Vec<u8> {
     archive
 }
 
+/// Archives that lead out or are damaged, and what they are refused with.
+pub fn hostile() -> [(Vec<u8>, &'static str); 8] {
+    [
+        (tar(&[file("../outside", "x")]), "leads out"),
+        (tar(&[file("a/../../outside", "x")]), "leads out"),
+        (
+            tar(&[Entry("a", b'1', 0, 0, "../../outside", b"")]),
+            "leads out",
+        ),
+        (
+            tar(&[Entry("a", b'1', 0, 0, "/etc/passwd", b"")]),
+            "not there",
+        ),
+        (tar(&[file("a", "x"), file("a/b", "x")]), "used as a folder"),
+        (tar(&[link("a", "a"), file("a/b", "x")]), "used as a folder"),
+        (tar(&[Entry("a", b'V', 0, 0, "", b"")]), "unknown type"),
+        (tar(&[Entry("a", b'S', 0, 0, "", b"")]), "--sparse"),
+    ]
+}
+
 /// Writes a blob and gives its descriptor.
 pub fn blob(layout: &Path, content: &[u8]) -> String {
     let blobs = layout.join("blobs/sha256");
