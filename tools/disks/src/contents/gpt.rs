@@ -8,8 +8,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crc32fast::hash as crc32;
+
 use super::Partition;
-use crate::bytes::{self, crc32, has, le32, le64};
+use crate::bytes::{self, has, le32, le64};
 use crate::failure::{Context, Failure, Result};
 
 const SECTOR: u64 = 512;
@@ -201,5 +203,15 @@ impl Gpt {
             file.write_all_at(&sector, 0).cannot("write", path)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crc32_is_that_of_the_standard() {
+        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
     }
 }
