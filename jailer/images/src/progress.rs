@@ -1,6 +1,6 @@
 //! How far a long step is: one line that is rewritten, on a terminal only.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Write};
 
 const WIDTH: usize = 30;
 
@@ -51,28 +51,6 @@ impl Progress {
         eprint!("\r{} [{bar}] {:5.1} % ", self.what, permille as f64 / 10.0);
         let _ = std::io::stderr().flush();
     }
-
-    /// Follows what `qemu-img -p` prints: `    (12.34/100%)` and a carriage return, again and again.
-    pub fn follow(&mut self, output: &mut dyn Read) -> std::io::Result<Vec<u8>> {
-        self.total = 10_000;
-        let (mut piece, mut buffer) = (Vec::new(), [0; 256]);
-        loop {
-            let len = output.read(&mut buffer)?;
-            if len == 0 {
-                return Ok(Vec::new());
-            }
-            for &byte in &buffer[..len] {
-                if byte == b'\r' || byte == b'\n' {
-                    if let Some(hundredths) = percent(&piece) {
-                        self.set(hundredths);
-                    }
-                    piece.clear();
-                } else if piece.len() < 64 {
-                    piece.push(byte);
-                }
-            }
-        }
-    }
 }
 
 impl Drop for Progress {
@@ -81,26 +59,5 @@ impl Drop for Progress {
             // The line goes: what follows says more.
             eprint!("\r{:width$}\r", "", width = self.what.len() + WIDTH + 14);
         }
-    }
-}
-
-/// Hundredths of a percent in one piece of qemu-img's output.
-fn percent(piece: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(piece).ok()?.trim();
-    let number = text.strip_prefix('(')?.strip_suffix("/100%)")?;
-    let (whole, part) = number.split_once('.')?;
-    Some(whole.parse::<u64>().ok()?.checked_mul(100)? + part.get(..2)?.parse::<u64>().ok()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percent_is_read_from_what_qemu_img_prints() {
-        assert_eq!(percent(b"    (12.34/100%)"), Some(1234));
-        assert_eq!(percent(b"    (100.00/100%)"), Some(10_000));
-        assert_eq!(percent(b"    (x/100%)"), None);
-        assert_eq!(percent(b""), None);
     }
 }

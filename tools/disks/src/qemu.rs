@@ -147,8 +147,8 @@ impl Qemu {
         let mut command = self.0.command();
         // Absolute, so that it is neither an option nor a protocol.
         command.args(["convert", "-p"]).args(args).arg(to);
-        let mut progress = Progress::new("converting", 0);
-        let ended = self.0.finish(command, |out| progress.follow(out))?;
+        let mut progress = Progress::new("converting", 10_000);
+        let ended = self.0.finish(command, |out| follow(out, &mut progress))?;
         drop(progress);
         if ended.code != Some(0) {
             return Err(Qemu::refused(from, "convert", &ended));
@@ -187,5 +187,47 @@ impl Qemu {
                 printable(path)
             ))
         })
+    }
+}
+
+/// Shows what `qemu-img -p` prints: `    (12.34/100%)` and a carriage return, again and again.
+fn follow(output: &mut dyn Read, progress: &mut Progress) -> std::io::Result<Vec<u8>> {
+    let (mut piece, mut buffer) = (Vec::new(), [0; 256]);
+    loop {
+        let len = output.read(&mut buffer)?;
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        for &byte in &buffer[..len] {
+            if byte == b'\r' || byte == b'\n' {
+                if let Some(hundredths) = percent(&piece) {
+                    progress.set(hundredths);
+                }
+                piece.clear();
+            } else if piece.len() < 64 {
+                piece.push(byte);
+            }
+        }
+    }
+}
+
+/// Hundredths of a percent in one piece of qemu-img's output.
+fn percent(piece: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(piece).ok()?.trim();
+    let number = text.strip_prefix('(')?.strip_suffix("/100%)")?;
+    let (whole, part) = number.split_once('.')?;
+    Some(whole.parse::<u64>().ok()?.checked_mul(100)? + part.get(..2)?.parse::<u64>().ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_is_read_from_what_qemu_img_prints() {
+        assert_eq!(percent(b"    (12.34/100%)"), Some(1234));
+        assert_eq!(percent(b"    (100.00/100%)"), Some(10_000));
+        assert_eq!(percent(b"    (x/100%)"), None);
+        assert_eq!(percent(b""), None);
     }
 }
