@@ -10,6 +10,7 @@
 mod boot;
 mod cleaner;
 mod contents;
+mod copy;
 mod export;
 mod formats;
 mod import;

@@ -15,10 +15,10 @@ use mayfly::overlay::{BaseId, Content, Durability, Overlay, Refusal, State, Stor
 use rustix::fs::{FallocateFlags, SeekFrom};
 
 use crate::bytes;
+use crate::copy::copy_part;
 use crate::failure::{Context, Failure, Result, printable};
 use crate::output::Output;
 use crate::progress::Progress;
-use crate::sparse;
 
 const CHUNK: u64 = 1 << 20;
 /// Sectors are what a guest sees of a disk.
@@ -221,7 +221,7 @@ fn commit(args: &Commit) -> Result<()> {
     let output = Output::new(out, args.force, &[path, &args.base])?;
     let made = output.scratch("disk");
     let len = rustix::fs::seek(&base, SeekFrom::End(0)).cannot("read", &args.base)?;
-    sparse::copy(&base, 0, len, &made, "copying the base")?;
+    copy_part(&base, 0, len, &made, "copying the base")?;
     let target = OpenOptions::new().read(true).write(true).open(&made);
     let target = target.cannot("open", out)?;
     let (data, zeros) = apply(&overlay, &target, out)?;

@@ -11,11 +11,11 @@ use crate::boot;
 use crate::bytes;
 use crate::contents::Contents;
 use crate::contents::gpt::{Gpt, State};
+use crate::copy::copy_part;
 use crate::failure::{Context, Failure, Result, clean, printable};
 use crate::formats::{self, Image, Kind, Reach, Snapshot};
 use crate::output::Output;
 use crate::qemu::Qemu;
-use crate::sparse;
 
 /// The largest file of ext4; what claims more is no disk.
 const DISK_MAX: u64 = 16 << 40;
@@ -256,7 +256,7 @@ fn prepare(args: &Import, image: &mut Image, output: &Output) -> Result<Vec<Stri
     let copy = output.scratch("copy");
     let file = File::open(&image.path).cannot("open", &image.path)?;
     let len = file.metadata().cannot("open", &image.path)?.len();
-    sparse::copy(&file, 0, len, &copy, "copying")?;
+    copy_part(&file, 0, len, &copy, "copying")?;
     image.path = copy;
     let qemu = Qemu::find()?;
     if image.has_log {
@@ -283,7 +283,7 @@ fn convert(image: &Image, disk: &Path, output: &Output) -> Result<()> {
         return fs::rename(&image.path, disk).cannot("create", disk);
     }
     let file = File::open(&image.path).cannot("open", &image.path)?;
-    sparse::copy(&file, 0, image.size, disk, "copying")
+    copy_part(&file, 0, image.size, disk, "copying")
 }
 
 /// Reports what the disk holds, and moves it to its place.

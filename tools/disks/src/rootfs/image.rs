@@ -19,8 +19,8 @@ use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags};
 use mayfly_images::content::Place;
 use mayfly_images::tree::{CAPABILITY, Id, Node, ROOT, Tree};
 
+use crate::copy::copy_part;
 use crate::failure::{Context, Failure, Result};
-use crate::sparse;
 use crate::tool::Tool;
 
 const BLOCK: u64 = 4096;
@@ -128,7 +128,7 @@ fn lay_out(tree: &Tree, id: Id, place: &Path, staged: &mut Staged) -> Result<()>
                 Place::Own(path) => fs::rename(path, place).cannot("create", place)?,
                 Place::Below(..) => {
                     let opened = content.open()?;
-                    sparse::copy(&opened.file, 0, content.len, place, "copying")?;
+                    copy_part(&opened.file, 0, content.len, place, "copying")?;
                     opened.check()?;
                 }
             }
