@@ -9,6 +9,8 @@ mod common;
 use common::needs;
 #[path = "jail/host.rs"]
 mod host;
+#[path = "jail/image.rs"]
+mod image;
 #[path = "jail/run.rs"]
 mod run;
 
@@ -22,30 +24,16 @@ use std::time::Duration;
 
 use common::sys::Terminal;
 use common::{LINUX_PATIENCE, containers};
+use image::Images;
 use run::{Place, Who, fact};
 
 const SIZE: usize = 1 << 20;
 
-/// A test's programs, an image, and how to run commands from it.
-struct Images {
-    place: Place,
-    who: Who,
-}
-
 impl Images {
-    /// With the real monitor and an agent.
+    /// With a root of which images are made.
     fn new(test: &str, who: Who) -> Images {
-        let place = Place::real(test, &common::mayfly());
-        fs::copy(common::agent(), place.path("agent")).unwrap();
-        let images = Images { place, who };
+        let images = Images::real(test, who);
         images.make_root();
-        fs::create_dir(images.place.path("runtime")).unwrap();
-        if who == Who::User {
-            common::run(
-                "chown",
-                &[&host::UID.to_string(), &images.place.path("runtime")],
-            );
-        }
         images
     }
 
@@ -107,30 +95,6 @@ impl Images {
         common::run("/usr/sbin/mke2fs", &words);
         common::run("chmod", &["666", &image]);
         image
-    }
-
-    /// `mayfly-jailer run --image`.
-    fn run(&self, image: &str, more: &[&str], command: &[&str]) -> Command {
-        let linux = common::linux();
-        let kernel = linux.kernel.display().to_string();
-        let agent = self.place.path("agent");
-        let words = [
-            "run",
-            "--image",
-            image,
-            "--kernel",
-            &kernel,
-            "--cmdline",
-            &linux.cmdline,
-            "--agent",
-            &agent,
-        ];
-        let mut jailer = self.place.jailer(self.who, &[&words[..], more].concat());
-        jailer.env("XDG_RUNTIME_DIR", self.place.path("runtime"));
-        if !command.is_empty() {
-            jailer.arg("--").args(command);
-        }
-        jailer
     }
 
     /// `mayfly-jailer` with other words, as the same user.

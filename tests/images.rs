@@ -6,6 +6,8 @@ mod common;
 use common::{containers, needs};
 #[path = "jail/host.rs"]
 mod host;
+#[path = "jail/image.rs"]
+mod image;
 #[path = "jail/run.rs"]
 mod run;
 
@@ -15,31 +17,21 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-use run::{Place, Who};
+use image::Images;
+use run::Who;
 
 /// What a guest says of the owners, modes, links and devices of its root.
 const LOOK: &str = "cd /srv; stat -c '%n %u %g %a %h' mine su link; stat -c '%n %F %t,%T' zero; readlink far; \
                     cat data | md5sum; cat nested/deep/er; echo written >data; cat data";
 
-struct Images {
-    place: Place,
-    who: Who,
-}
-
 impl Images {
-    /// With the real programs.
+    /// With the program that makes disks, and a root to make them of.
     fn new(test: &str, who: Who) -> Images {
-        let place = Place::real(test, &common::mayfly());
-        fs::copy(common::agent(), place.path("agent")).unwrap();
+        let images = Images::real(test, who);
+        let place = &images.place;
         fs::copy(common::mayfly_image(), place.path("mayfly-image")).unwrap();
-        for folder in ["runtime", "root/srv/nested/deep", "cache"] {
-            fs::create_dir_all(place.path(folder)).unwrap();
-        }
-        if who == Who::User {
-            for folder in ["cache", "runtime"] {
-                common::run("chown", &[&host::UID.to_string(), &place.path(folder)]);
-            }
-        }
+        images.make_folder("cache");
+        fs::create_dir_all(place.path("root/srv/nested/deep")).unwrap();
         let root = PathBuf::from(place.path("root"));
         let applets = ["sh", "cat", "stat", "readlink", "md5sum", "mkdir", "rm"];
         containers::busybox_root(&root, &applets);
@@ -53,20 +45,7 @@ impl Images {
         common::run("chown", &["1234:70000", &srv("mine")]);
         common::run("chmod", &["4711", &srv("su")]);
         common::run("mknod", &[&srv("zero"), "c", "1", "5"]);
-        Images { place, who }
-    }
-
-    fn run(&self, image: &str, more: &[&str], command: &[&str]) -> Command {
-        let linux = common::linux();
-        let kernel = linux.kernel.display().to_string();
-        let agent = self.place.path("agent");
-        let words = ["run", "--image", image, "--kernel", &kernel, "--cmdline"];
-        let words = [&words[..], &[&linux.cmdline, "--agent", &agent], more].concat();
-        let mut jailer = self.place.jailer(self.who, &words);
-        jailer.env("MAYFLY_IMAGES", self.place.path("cache"));
-        jailer.env("XDG_RUNTIME_DIR", self.place.path("runtime"));
-        jailer.arg("--").args(command);
-        jailer
+        images
     }
 
     fn image(&self, words: &[&str]) -> String {
