@@ -172,7 +172,7 @@ impl Layout {
         depth: u32,
         left: &mut u32,
     ) -> Result<Option<Value>> {
-        let entries = index["manifests"].as_array().map_or(&[][..], Vec::as_slice);
+        let entries = items(&index["manifests"]);
         let named = |entry: &&Value| {
             let of = |key: &str| entry["annotations"][key].as_str();
             let names = [
@@ -215,6 +215,16 @@ impl Layout {
         Ok(None)
     }
 
+    /// The entries of a list of layers, as many as an image may have.
+    fn layers<'a>(&self, list: &'a Value) -> Result<&'a [Value]> {
+        match items(list) {
+            layers if layers.len() > LAYERS_MAX => {
+                Err(damaged(self.path(), "it has more than 512 layers"))
+            }
+            layers => Ok(layers),
+        }
+    }
+
     /// The layers, lowest first, and the configuration.
     fn parts(&self, name: Option<&str>) -> Result<(Vec<PathBuf>, Value)> {
         let nothing = || {
@@ -232,19 +242,15 @@ impl Layout {
             let mut left = MANIFESTS_MAX;
             let manifest = self.manifest(&index, name, 0, &mut left)?;
             let manifest = manifest.ok_or_else(nothing)?;
-            let layers = manifest["layers"].as_array().map_or(&[][..], Vec::as_slice);
-            if layers.len() > LAYERS_MAX {
-                return Err(damaged(self.path(), "it has more than 512 layers"));
-            }
-            let layers: Result<Vec<PathBuf>> =
-                layers.iter().map(|layer| self.blob(layer)).collect();
+            let layers = self.layers(&manifest["layers"])?.iter();
+            let layers: Result<Vec<PathBuf>> = layers.map(|layer| self.blob(layer)).collect();
             let config = self.json(&self.blob(&manifest["config"])?)?;
             return Ok((layers?, config));
         }
         let list = self.json(&self.file("manifest.json")?)?;
-        let images = list.as_array().map_or(&[][..], Vec::as_slice);
+        let images = items(&list);
         let named = |image: &&Value| {
-            let tags = image["RepoTags"].as_array().map_or(&[][..], Vec::as_slice);
+            let tags = items(&image["RepoTags"]);
             name.is_none_or(|name| tags.iter().any(|tag| tag == name))
         };
         let fitting: Vec<&Value> = images.iter().filter(named).collect();
@@ -258,12 +264,8 @@ impl Layout {
                 )),
             };
         };
-        let layers = image["Layers"].as_array().map_or(&[][..], Vec::as_slice);
-        if layers.len() > LAYERS_MAX {
-            return Err(damaged(self.path(), "it has more than 512 layers"));
-        }
+        let layers = self.layers(&image["Layers"])?.iter();
         let layers: Result<Vec<PathBuf>> = layers
-            .iter()
             .map(|layer| self.file(layer.as_str().unwrap_or("")))
             .collect();
         let config = self.json(&self.file(image["Config"].as_str().unwrap_or(""))?)?;
@@ -306,6 +308,11 @@ impl Layout {
     }
 }
 
+/// What is in a list; what is no list has nothing.
+fn items(list: &Value) -> &[Value] {
+    list.as_array().map_or(&[], Vec::as_slice)
+}
+
 /// `./index.json` is `index.json`.
 fn plain(name: &str) -> &str {
     name.trim_start_matches("./")
@@ -318,8 +325,8 @@ fn damaged(path: &Path, what: &str) -> Failure {
 impl Config {
     fn read(config: &Value) -> Config {
         let list = |name: &str| -> Vec<String> {
-            let list = config[name].as_array().map_or(&[][..], Vec::as_slice);
-            list.iter()
+            items(&config[name])
+                .iter()
                 .filter_map(|it| it.as_str().map(str::to_owned))
                 .collect()
         };
