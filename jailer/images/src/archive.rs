@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use crate::bytes::has;
+use crate::bytes::{has, until_zero};
 use crate::sparse::fill;
 
 const BLOCK: usize = 512;
@@ -113,13 +113,7 @@ impl<R: Read> Archive<R> {
             self.begin(size);
             let mut record = vec![0; size as usize];
             self.read_exact(&mut record)?;
-            let text = || {
-                record
-                    .split(|&byte| byte == 0)
-                    .next()
-                    .unwrap_or(&[])
-                    .to_vec()
-            };
+            let text = || until_zero(&record).to_vec();
             match kind {
                 b'L' => extended.name = Some(text()),
                 b'K' => extended.link = Some(text()),
@@ -133,14 +127,7 @@ impl<R: Read> Archive<R> {
     }
 
     fn entry(&mut self, header: &[u8; BLOCK], size: u64, extended: Extended) -> io::Result<Entry> {
-        let field = |from: usize, to: usize| {
-            let field = &header[from..to];
-            field
-                .split(|&byte| byte == 0)
-                .next()
-                .unwrap_or(&[])
-                .to_vec()
-        };
+        let field = |from: usize, to: usize| until_zero(&header[from..to]).to_vec();
         let kind = match header[156] {
             0 | b'0' | b'7' => EntryKind::File,
             b'1' => EntryKind::HardLink,

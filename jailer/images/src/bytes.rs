@@ -56,11 +56,15 @@ pub fn has(bytes: &[u8], at: usize, what: &[u8]) -> bool {
     bytes.get(at..).is_some_and(|rest| rest.starts_with(what))
 }
 
+/// The bytes before the first zero.
+pub fn until_zero(bytes: &[u8]) -> &[u8] {
+    bytes.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
 /// Text up to its first zero byte, without control characters.
 pub fn text(bytes: &[u8], at: usize, len: usize) -> String {
     let end = at.saturating_add(len).min(bytes.len());
-    let field = bytes.get(at..end).unwrap_or_default();
-    let field = field.split(|&byte| byte == 0).next().unwrap_or_default();
+    let field = until_zero(bytes.get(at..end).unwrap_or_default());
     crate::failure::clean(String::from_utf8_lossy(field).trim())
 }
 
