@@ -18,6 +18,7 @@ use crate::args::{ArgsError, Known, Words, account, asks_for_help};
 use crate::cgroup::hierarchy::Hierarchies;
 use crate::error::{AnyError, Step as _, message};
 use crate::guest;
+use crate::host;
 use crate::run::jail::obstacle;
 use crate::run::spec::inherited::Passed;
 use crate::run::spec::vm::Described;
@@ -197,7 +198,7 @@ fn kvm() -> Finding {
         return bad("/dev/kvm cannot be used", message(&*error));
     }
     let has = |module: &str| Path::new("/sys/module").join(module).exists();
-    if has("kvm_pvm") {
+    if host::has_software_kvm() {
         return less(
             "software KVM (kvm_pvm): guest kernels are emulated",
             "use a guest kernel made for it (tools/guest), or a host with VT-x or SVM",

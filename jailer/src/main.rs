@@ -16,6 +16,7 @@ mod console;
 mod error;
 mod filter;
 mod guest;
+mod host;
 mod monitor;
 mod netns;
 mod process;

@@ -10,6 +10,7 @@ use mayfly_agent_protocol::{BODY_MAX, fields};
 use super::{object, pty};
 use crate::args::{ArgsError, Why, Words};
 use crate::error::AnyError;
+use crate::host;
 
 /// Where programs are looked for, unless --env says it.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -158,6 +159,10 @@ impl Command {
 
     /// The body of the message that starts it.
     pub fn body(&self, hostname: &str) -> Result<Vec<u8>, CommandError> {
+        self.body_where(host::has_software_kvm(), hostname)
+    }
+
+    fn body_where(&self, kvm_is_software: bool, hostname: &str) -> Result<Vec<u8>, CommandError> {
         let mut body = Body::default();
         for word in &self.words {
             body.add(fields::ARGUMENT, word.as_bytes())?;
@@ -175,6 +180,10 @@ impl Command {
         }
         if !is_exact && !has("HOSTNAME") && !hostname.is_empty() {
             body.add(fields::VARIABLE, format!("HOSTNAME={hostname}").as_bytes())?;
+        }
+        let (name, variable) = host::software_kvm_variable();
+        if kvm_is_software && !has(name) {
+            body.add(fields::VARIABLE, variable.as_bytes())?;
         }
         if self.is_terminal {
             if !is_exact && !has("TERM") {
@@ -288,7 +297,7 @@ fn folder(text: &str) -> Result<String, Why> {
 
 #[cfg(test)]
 mod tests {
-    use mayfly_agent_protocol::Fields;
+    use mayfly_agent_protocol::{Field, Fields};
 
     use super::*;
 
@@ -301,7 +310,7 @@ mod tests {
             has_input: true,
             ..Command::default()
         };
-        let body = command.body("h").unwrap();
+        let body = command.body_where(false, "h").unwrap();
         let found: Vec<_> = Fields(&body)
             .map(Result::unwrap)
             .map(|it| (it.tag, it.bytes()))
@@ -315,6 +324,27 @@ mod tests {
             (fields::USER, b"me:5"),
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn variable_for_software_kvm_is_there_unless_the_caller_gives_it() {
+        let variables = |given: &[&str], kvm_is_software| {
+            let command = Command {
+                variables: given.iter().map(|&it| it.to_owned()).collect(),
+                exact: Some(Box::default()),
+                ..Command::default()
+            };
+            let body = command.body_where(kvm_is_software, "").unwrap();
+            let found = Fields(&body).map(Result::unwrap);
+            let found = found.filter(|it| it.tag == fields::VARIABLE);
+            let text = |it: Field| String::from_utf8(it.bytes().to_vec()).unwrap();
+            found.map(text).collect::<Vec<_>>()
+        };
+        let (name, variable) = host::software_kvm_variable();
+        assert_eq!(variables(&["A=b"], true), ["A=b", variable]);
+        assert_eq!(variables(&["A=b"], false), ["A=b"]);
+        let given = format!("{name}=");
+        assert_eq!(variables(&[&given], true), [given]);
     }
 
     #[test]
@@ -332,7 +362,7 @@ mod tests {
             })),
             ..Command::default()
         };
-        let body = command.body("h").unwrap();
+        let body = command.body_where(false, "h").unwrap();
         fields::check_process(&body).unwrap();
         let tags: Vec<_> = Fields(&body).map(|it| it.unwrap().tag).collect();
         let expected = [

@@ -1,15 +1,12 @@
 //! The kernel command line of a guest whose caller gives none.
 
-use std::path::Path;
-
 use mayfly::wire::DEFAULT_BOOT_ARGS;
 
-/// What a kernel of `tools/guest` needs on a host whose KVM emulates the guest's kernel.
-const SOFTWARE_KVM: &str = include_str!("../../../../resources/guest/cmdline.software-kvm");
+use crate::host;
 
 /// The default line on this host.
 pub fn default() -> String {
-    line(Path::new("/sys/module/kvm_pvm").exists())
+    line(host::has_software_kvm())
 }
 
 /// The monitor's default line with a console, which this command shows: the word that keeps Linux from looking for
@@ -26,13 +23,13 @@ fn line(is_emulated: bool) -> String {
     all.join(" ")
 }
 
-/// The words of [`SOFTWARE_KVM`] that say nothing about what `known` says, and do not name an init.
+/// What software KVM needs: the words that say nothing about what `known` says, and do not name an init.
 fn emulated(known: &[&str]) -> Vec<&'static str> {
     let name = |word: &str| word.split('=').next().unwrap_or_default().to_owned();
     let known: Vec<String> = known.iter().copied().chain(["init"]).map(name).collect();
-    let lines = SOFTWARE_KVM.lines().filter(|line| !line.starts_with('#'));
-    let words = lines.flat_map(str::split_whitespace);
-    words.filter(|word| !known.contains(&name(word))).collect()
+    host::software_kvm_words()
+        .filter(|word| !known.contains(&name(word)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -51,7 +48,10 @@ mod tests {
         let line = line(true);
         let more = line.strip_prefix(HARDWARE).unwrap();
         assert!(more.starts_with(" clearcpuid=popcnt,"), "{more}");
-        assert!(more.ends_with(" clocksource=kvm-clock"), "{more}");
+        assert!(
+            more.contains(" clocksource=kvm-clock GLIBC_TUNABLES="),
+            "{more}"
+        );
         for word in ["init=", "console=", "panic=", "quiet", "#"] {
             assert!(!more.contains(word), "{more}");
         }
