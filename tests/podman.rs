@@ -345,7 +345,7 @@ fn container_that_stays_is_served_by_podmans_commands() {
 fn a_published_port_carries_bytes(podman: &Podman) {
     const SIZE: usize = 1 << 20;
     let mut server = podman.command(&["exec", "c1", "sh", "-c", "nc -l -p 80 | sha256sum"]);
-    let server = server
+    let mut server = server
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -362,6 +362,7 @@ fn a_published_port_carries_bytes(podman: &Podman) {
         common::wait_until_within(LINUX_PATIENCE, "the port is open", || {
             // The address of the bridge: from the host itself, podman's rules take 8080 to the container.
             connection = TcpStream::connect("10.88.0.1:8080").ok();
+            assert_eq!(server.try_wait().unwrap(), None, "the server has ended");
             connection.is_some()
         });
         connection.unwrap().write_all(&bytes).unwrap();
