@@ -126,7 +126,7 @@ impl Engine {
     }
 
     fn run(&self, words: &[&str]) -> Output {
-        let output = self.command(words).output().unwrap();
+        let output = common::output_of(self.command(words));
         eprintln!("{words:?}: {output:?}");
         output
     }

@@ -15,10 +15,11 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -844,6 +845,30 @@ fn sweep_namespaces() {
             }
         }
     });
+}
+
+/// Runs a command to its end, and to that of its outputs. Where that does not come, what it started is
+/// killed, as far as that is of its process group.
+pub fn output_of(command: Command) -> std::process::Output {
+    output_within(PATIENCE, command)
+}
+
+pub fn output_within(patience: Duration, mut command: Command) -> std::process::Output {
+    command.process_group(0);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command
+        .spawn()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let group = child.id();
+    let (tell, ended) = mpsc::channel();
+    thread::spawn(move || tell.send(child.wait_with_output()));
+    match ended.recv_timeout(patience) {
+        Ok(output) => output.unwrap(),
+        Err(_) => {
+            sys::kill_group(group);
+            panic!("{command:?} does not end");
+        }
+    }
 }
 
 /// Runs a command that must succeed.

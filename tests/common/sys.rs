@@ -183,6 +183,13 @@ pub fn wait_readable(file: &impl AsRawFd, millis: i32) -> bool {
 }
 
 /// Sends `signal` to the process `pid`, which is a child of ours.
+/// Kills the processes of a group.
+pub fn kill_group(group: u32) {
+    let group = i32::try_from(group).unwrap();
+    // SAFETY: touches no memory.
+    let _ = check(unsafe { libc::kill(-group, libc::SIGKILL) });
+}
+
 pub fn kill(pid: u32, signal: i32) {
     let pid = i32::try_from(pid).unwrap();
     // SAFETY: touches no memory.
