@@ -331,8 +331,10 @@ fn limits_are_in_the_groups_and_change_with_update() {
     );
     engine.works(&["update", &format!("--resources={}", more.display()), "c1"]);
     assert_eq!(read(&memory), (192 << 20).to_string());
+    let nothing = engine.folder.file("nothing.json", "");
+    let nothing = nothing.display().to_string();
     engine.refuses(
-        &["update", "--resources", "/dev/null", "c1"],
+        &["update", "--resources", &nothing, "c1"],
         "understand the resources",
     );
     engine.delete_removes_all();
@@ -569,6 +571,30 @@ fn bundle_whose_config_has_no_end_is_refused() {
     std::os::unix::fs::symlink("/dev/zero", &config).unwrap();
     engine.refuses(&create, "not a regular file");
     engine.nothing_is_left();
+}
+
+#[test]
+fn settings_and_resources_without_an_end_are_refused() {
+    needs!(root);
+    let engine = Engine::new("stays");
+    engine.create();
+    let long = engine.folder.file("long", vec![b' '; (1 << 20) + 1]);
+    let pipe = engine.folder.join("pipe");
+    common::run("mkfifo", &[&pipe.display().to_string()]);
+    for (file, why) in [
+        (&pipe, "not a regular file"),
+        (&long, "longer than 1024 KiB"),
+    ] {
+        let file = file.display().to_string();
+        engine.refuses(&["update", "--resources", &file, "c1"], why);
+        engine.refuses(&["--config", &file, "state", "c1"], why);
+    }
+    let mut update = engine.command(&["update", "--resources", "-", "c1"]);
+    update.stdin(fs::File::open("/dev/zero").unwrap());
+    let output = common::output_of(update);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("longer than 1024 KiB"), "{told}");
+    engine.delete_removes_all();
 }
 
 #[test]

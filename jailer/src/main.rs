@@ -5,7 +5,7 @@
 //! everyday command with the empty jail, `attach` what reaches a guest that runs a command, `check`
 //! tries whether this host can run microVMs. What they are made of: `process` (one in a guest), `console`,
 //! `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`, `monitor` (its
-//! executable and limits), `error`, and `sys`, the only unsafe code.
+//! executable and limits), `input` (small files of the caller's), `error`, and `sys`, the only unsafe code.
 
 mod args;
 mod attach;
@@ -17,6 +17,7 @@ mod error;
 mod filter;
 mod guest;
 mod host;
+mod input;
 mod monitor;
 mod netns;
 mod process;

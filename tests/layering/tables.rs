@@ -65,6 +65,7 @@ pub const JAILER: &[(&str, u8)] = &[
     ("monitor", 3),
     ("undo", 3),
     ("console", 2),
+    ("input", 2),
     ("error", 1),
     ("filter", 1),
     ("sys", 0),
@@ -85,6 +86,7 @@ pub const OCI: &[(&str, u8)] = &[
     ("process", 3),
     ("host", 2),
     ("error", 1),
+    ("input", 1),
     ("args", 0),
 ];
 

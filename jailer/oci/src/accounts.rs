@@ -13,9 +13,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 
 use crate::error::{AnyError, Step as _};
+use crate::input;
 
 /// Where the files are: one place for all state folders.
 const FOLDER: &str = "/run/mayfly-oci.users";
+
+/// How long a path may be.
+const OWNER_MAX: u64 = 4096;
 
 /// All numbers are taken.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +99,7 @@ impl Accounts {
 
 /// The folder of the container that has a number, which may be gone.
 fn owner(file: &Path) -> Option<PathBuf> {
-    let path = std::fs::read(file).ok()?;
+    let path = input::read(file, OWNER_MAX).ok()?;
     Some(OsString::from_vec(path).into())
 }
 

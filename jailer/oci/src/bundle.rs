@@ -6,8 +6,6 @@ pub mod resources;
 pub mod unknown;
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
@@ -15,6 +13,7 @@ use serde_json::{Map, Value};
 
 use self::mounts::Mounts;
 use crate::error::{AnyError, Failure, Step as _};
+use crate::input;
 
 /// Where config.json is read from at most this much: engines' are some tens of KiB.
 const CONFIG_MAX: u64 = 16 << 20;
@@ -112,24 +111,9 @@ const ROOT_OVERLAY: &str = "dev.gvisor.spec.rootfs.overlay";
 /// Reads the config.json of `bundle`.
 pub fn read(bundle: &Path) -> Result<Container, AnyError> {
     let path = bundle.join("config.json");
-    let text = read_file(&path)?;
+    let text = input::read(&path, CONFIG_MAX).step_on("read", &path)?;
     let config: Value = serde_json::from_slice(&text).step_on("read", &path)?;
     understand(bundle, config)
-}
-
-fn read_file(path: &Path) -> Result<Vec<u8>, AnyError> {
-    // A pipe or a device may have no end.
-    if !std::fs::metadata(path).step_on("read", path)?.is_file() {
-        return Ok(refuse("the file", "it is not a regular file")?);
-    }
-    let mut text = Vec::new();
-    let file = File::open(path).step_on("read", path)?;
-    let read = file.take(CONFIG_MAX + 1).read_to_end(&mut text);
-    read.step_on("read", path)?;
-    if text.len() as u64 > CONFIG_MAX {
-        return Ok(refuse("the file", "it is longer than 16 MiB")?);
-    }
-    Ok(text)
 }
 
 /// Understands the text of a config.json.

@@ -1,7 +1,7 @@
 //! The commands: what each does with a container, in the order in which a container meets them.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -14,6 +14,7 @@ use signal_hook::iterator::Signals;
 use crate::args::{self, Command, Create, Global};
 use crate::error::{AnyError, Log, Step as _};
 use crate::host::Host;
+use crate::input;
 use crate::jailer::Jailer;
 use crate::lifecycle::{self, Kind, Status, status};
 use crate::process;
@@ -21,6 +22,9 @@ use crate::state::{self, Held, Record, StateError};
 use crate::templates;
 
 mod exec;
+
+/// How long the resources of `update` may be.
+const RESOURCES_MAX: u64 = 1 << 20;
 
 /// A container is not in the state that a command needs.
 #[derive(Debug, thiserror::Error)]
@@ -222,15 +226,10 @@ fn ps(host: &Host, id: &str, as_json: bool) -> Result<(), AnyError> {
 }
 
 fn update(host: &Host, log: &Log, id: &str, file: Option<&Path>) -> Result<(), AnyError> {
-    let mut text = Vec::new();
-    match file {
-        Some(path) => text = std::fs::read(path).step_on("read", path)?,
-        None => drop(
-            std::io::stdin()
-                .read_to_end(&mut text)
-                .step("read standard input")?,
-        ),
-    }
+    let text = match file {
+        Some(path) => input::read(path, RESOURCES_MAX).step_on("read", path)?,
+        None => input::read_stream(std::io::stdin(), RESOURCES_MAX).step("read standard input")?,
+    };
     let mut parser = serde_json::Deserializer::from_slice(&text);
     let resources: LinuxResources =
         serde_path_to_error::deserialize(&mut parser).step("understand the resources")?;

@@ -7,9 +7,12 @@ use serde::Deserialize;
 
 use crate::args::Global;
 use crate::error::{AnyError, Step as _};
+use crate::input::{self, InputError};
 
 /// Where the settings are.
 const SETTINGS: &str = "/etc/mayfly/oci.json";
+/// How long they may be.
+const SETTINGS_MAX: u64 = 1 << 20;
 /// The state folder of root.
 const ROOT: &str = "/run/mayfly-oci";
 
@@ -137,12 +140,12 @@ fn default_root() -> PathBuf {
 fn is_missing(error: &AnyError) -> bool {
     let cause = error
         .source()
-        .and_then(|cause| cause.downcast_ref::<std::io::Error>());
-    cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+        .and_then(|it| it.downcast_ref::<InputError>());
+    matches!(cause, Some(InputError::Io(cause)) if cause.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn read(path: &Path) -> Result<Settings, AnyError> {
-    let text = std::fs::read(path).step_on("read the settings", path)?;
+    let text = input::read(path, SETTINGS_MAX).step_on("read the settings", path)?;
     let mut parser = serde_json::Deserializer::from_slice(&text);
     let settings: Settings =
         serde_path_to_error::deserialize(&mut parser).step_on("use the settings", path)?;

@@ -22,6 +22,7 @@ use crate::cgroup::{self, Groups, Home};
 use crate::error::{self, AnyError, Level, Log, Step as _};
 use crate::host::Host;
 use crate::image::Disk;
+use crate::input;
 use crate::jailer::{self, Jailer, Machine, Told};
 use crate::process::{self, Known};
 use crate::state::{self, Held, Record};
@@ -30,6 +31,9 @@ use crate::state::{self, Held, Record};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long those that tidy up behind it may take, before they are killed too.
 const TIDY: Duration = Duration::from_secs(5);
+
+/// How long the jailer's report may be.
+const REPORT_MAX: u64 = 1 << 20;
 
 /// A container cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -314,7 +318,7 @@ impl Making<'_> {
 /// Why a container did not start, by the jailer's report. Its message went to the standard error that the
 /// container was to have.
 fn reason(folder: &Path) -> String {
-    let report = std::fs::read(folder.join(jailer::REPORT)).unwrap_or_default();
+    let report = input::read(&folder.join(jailer::REPORT), REPORT_MAX).unwrap_or_default();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap_or_default();
     let sentence = report["sentence"].as_str().unwrap_or_default();
     match sentence {

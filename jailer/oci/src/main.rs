@@ -7,7 +7,7 @@
 //! undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
 //!
 //! Imports point down this list: `commands`, `lifecycle`, `jailer`, `image`, `cgroup`, `accounts`,
-//! `bundle`, `state`, `process`, `host`, `error`, `args`.
+//! `bundle`, `state`, `process`, `host`, `input`, `error`, `args`.
 
 mod accounts;
 mod args;
@@ -17,6 +17,7 @@ mod commands;
 mod error;
 mod host;
 mod image;
+mod input;
 mod jailer;
 mod lifecycle;
 mod process;

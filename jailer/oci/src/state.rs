@@ -24,9 +24,12 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{AnyError, Step as _};
+use crate::input::{self, InputError};
 use crate::process::Known;
 
 const RECORD: &str = "state.json";
+/// How long it may be: the annotations of config.json are in it.
+const RECORD_MAX: u64 = 64 << 20;
 /// How long a command waits for another that changes the same container.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -91,9 +94,9 @@ pub fn read(root: &Path, id: &str) -> Result<Record, AnyError> {
 
 fn read_in(folder: &Path) -> Result<Record, AnyError> {
     let path = folder.join(RECORD);
-    match std::fs::read(&path) {
+    match input::read(&path, RECORD_MAX) {
         Ok(text) => Ok(serde_json::from_slice(&text).step_on("understand", &path)?),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        Err(InputError::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
             Err(StateError::Missing.into())
         }
         Err(error) => Ok(Err(error).step_on("read", &path)?),

@@ -4,7 +4,6 @@
 //! host, and nothing to a guest: they are passed over.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -12,6 +11,7 @@ use serde_json::Value;
 
 use super::command::{Command, Exact, Limit};
 use crate::error::{AnyError, Step as _};
+use crate::input;
 
 /// Longest file.
 const LONGEST: u64 = 1 << 20;
@@ -19,8 +19,6 @@ const LONGEST: u64 = 1 << 20;
 /// A process object cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum ObjectError {
-    #[error("cannot use the process object (--process): it is longer than 1 MiB")]
-    TooLong,
     #[error("cannot honour \"{0}\" of the process object (--process): leave it out")]
     Unknown(String),
     #[error("cannot use the process object (--process): its {0} {1}")]
@@ -157,13 +155,7 @@ const CAPABILITIES: [&str; 41] = [
 /// Reads what is to be run from the object in a file. It is closed again.
 pub fn read(path: &Path, has_input: bool) -> Result<Command, AnyError> {
     const WHAT: &str = "read the process object (--process)";
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).step_on(WHAT, path)?;
-    let read = file.take(LONGEST + 1).read_to_end(&mut bytes);
-    read.step_on(WHAT, path)?;
-    if bytes.len() as u64 > LONGEST {
-        return Err(ObjectError::TooLong.into());
-    }
+    let bytes = input::read(path, LONGEST).step_on(WHAT, path)?;
     let object: Object =
         serde_json::from_slice(&bytes).step_on("use the process object (--process)", path)?;
     Ok(object.into_command(has_input)?)

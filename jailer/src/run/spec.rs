@@ -83,8 +83,6 @@ pub enum SpecError {
          slirp4netns, or pass a tap with --net fd:N"
     )]
     AutoTakesRoot,
-    #[error("cannot use the configuration {0} (--config): it is longer than 1 MiB")]
-    LongConfig(PathBuf),
     #[error(
         "cannot use \"{0}\" of the configuration: it is not a path, and mayfly-jailer opens it \
          itself; give a path, or leave it out and redirect what is printed"

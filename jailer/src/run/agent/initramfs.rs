@@ -9,6 +9,7 @@ use std::path::Path;
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
+use crate::input;
 
 /// Folders in it.
 const FOLDERS: [&str; 4] = ["dev", "lower", "memory", "root"];
@@ -24,11 +25,8 @@ pub fn make(given: Option<&Path>) -> Result<OwnedFd, AnyError> {
             .advise("name it with --agent")?
             .with_file_name("mayfly-agent"),
     };
-    let mut agent = Vec::new();
-    let read = File::open(&path).and_then(|file| {
-        std::io::Read::read_to_end(&mut std::io::Read::take(file, AGENT_MAX), &mut agent)
-    });
-    read.step_on("read the guest's agent", &path)
+    let agent = input::read(&path, AGENT_MAX)
+        .step_on("read the guest's agent", &path)
         .advise("it is mayfly-agent, beside mayfly-jailer; or name it with --agent")?;
     Ok(in_memory(&archive(&agent))?)
 }

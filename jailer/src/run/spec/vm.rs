@@ -5,7 +5,6 @@
 //! and the configuration refers to it by number, with the user's name for messages. Then it is sent,
 //! in one request that carries all descriptors. A snapshot takes the same way (`snapshot`).
 
-use std::io::Read as _;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -25,6 +24,7 @@ use super::resources::{self, CONSOLE_SOCKET};
 use super::snapshot::{self, Restoring};
 use super::{OWN_TAP, OwnTap, SpecError};
 use crate::error::{AnyError, Step as _};
+use crate::input;
 
 /// How many frames an agent may send: 20,000 each second, which is a gigabyte of output, and of empty ones no
 /// more than a small part of one processor of the supervisor.
@@ -153,13 +153,7 @@ fn open(mut config: VmConfig, passed: &mut Passed) -> Result<Vm, AnyError> {
 
 fn read(path: &Path) -> Result<VmConfig, AnyError> {
     let name = format!("the configuration {} (--config)", path.display());
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut bytes))
-        .step(format!("read {name}"))?;
-    if bytes.len() as u64 > CONFIG_FILE_MAX {
-        return Err(SpecError::LongConfig(path.to_owned()).into());
-    }
+    let bytes = input::read(path, CONFIG_FILE_MAX).step(format!("read {name}"))?;
     Ok(config::parse_file(&bytes).step(format!("use {name}"))?)
 }
 
