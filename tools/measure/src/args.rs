@@ -23,6 +23,7 @@ figures
   life       exec to the end of the process, processor time of a life, lives per second
   snapshot   restore to first guest byte and ping reply; pauses for full and diff snapshots and forks; clones (needs root)
   block      a disk under load: requests and bytes per second, processor time of a request
+  overlay    mayfly's disk under the same load with an overlay, in a file and in memory, beside one without
   all        block and net
   net        a network interface under load: frames per second both ways, time to and fro (needs root)
   linux      a disk and TCP under a Linux guest: meaningful on hosts with hardware KVM only (needs root)
@@ -34,15 +35,15 @@ options
   --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
   --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
   --no-mayfly        leave mayfly out
-  --probe PATH       api-load, limits, snapshot, block, net and all: the probe guest, in place of the one just built
+  --probe PATH       api-load, limits, snapshot, block, overlay, net and all: the probe guest, in place of the one just built
   --linux DIR        console, snapshot and linux: the folder that tools/guest made (target/guest)
   --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
-                     seconds; api-load, limits, block, net and all: 5; others: 3)
+                     seconds; api-load, limits, block, overlay, net and all: 5; others: 3)
   --vms N            VMs at once, for density (50) and snapshot (1000)
-  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block, net and all: only the
-                     cases whose names hold NAME ('depth 32'); may be repeated
-  --media DIR        block: where the disk lies (/dev/shm, which is tmpfs)
-  --span MS          block, net and all: how long each case takes in each round (1000)
+  --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block, overlay, net and all: only
+                     the cases whose names hold NAME ('depth 32'); may be repeated
+  --media DIR        block and overlay: where the disk lies (/dev/shm, which is tmpfs)
+  --span MS          block, overlay, net and all: how long each case takes in each round (1000)
   --devices          start and api: with one drive and one network interface (needs root)
   --svg FILE         block, net and all: also draw the comparison to FILE
   --commit TEXT      the commit that was built, for --json and --svg (tools/bench gives it)
@@ -77,6 +78,8 @@ pub enum Which {
     Jail,
     /// Disks: see `load`.
     Block,
+    /// Disks with an overlay: see `load`.
+    Overlay,
     /// Network interfaces: see `load`.
     Net,
     /// Both.
@@ -152,6 +155,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "snapshot" => which = Some(Which::Snapshot),
             "jail" => which = Some(Which::Jail),
             "block" => which = Some(Which::Block),
+            "overlay" => which = Some(Which::Overlay),
             "net" => which = Some(Which::Net),
             "linux" => which = Some(Which::Linux),
             "all" => which = Some(Which::All),
@@ -216,16 +220,21 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let usual = match which {
         Which::Start | Which::Api | Which::Life | Which::Jail => 30,
         Which::Snapshot => 20,
-        Which::ApiLoad | Which::Limits | Which::Block | Which::Net | Which::All => 5,
+        Which::ApiLoad
+        | Which::Limits
+        | Which::Block
+        | Which::Overlay
+        | Which::Net
+        | Which::All => 5,
         Which::Console | Which::Memory | Which::Density | Which::Linux => 3,
     };
     match which {
         Which::Snapshot => snapshot::check_rows(&rows)?,
-        Which::Block | Which::Net | Which::All | Which::Linux => {}
+        Which::Block | Which::Overlay | Which::Net | Which::All | Which::Linux => {}
         _ if rows.is_empty() => {}
         _ => {
             return Err(Failure::new(
-                "--row goes with snapshot, block, net, all and linux only",
+                "--row goes with snapshot, block, overlay, net, all and linux only",
             ));
         }
     }
@@ -235,7 +244,11 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "--svg goes with block, net, all and linux only",
         ));
     }
-    let needs_probe = has_load || matches!(which, Which::ApiLoad | Which::Limits | Which::Snapshot);
+    let needs_probe = has_load
+        || matches!(
+            which,
+            Which::ApiLoad | Which::Limits | Which::Snapshot | Which::Overlay
+        );
     if needs_probe && probe.is_none() {
         return Err(Failure::new("say which probe guest: --probe PATH"));
     }

@@ -151,7 +151,9 @@ fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
         Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
-        Which::Console | Which::Block | Which::Net | Which::All | Which::Linux => 0,
+        Which::Console | Which::Block | Which::Overlay | Which::Net | Which::All | Which::Linux => {
+            0
+        }
     };
     Plan {
         warm_up,
@@ -181,7 +183,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
             };
             return snapshot::measure(workspace, &args.monitors, plan(args), &wanted);
         }
-        Which::Block | Which::Net | Which::All | Which::Linux => {
+        Which::Block | Which::Overlay | Which::Net | Which::All | Which::Linux => {
             let wanted = load::Wanted {
                 probe: args.probe.as_deref().unwrap_or_else(|| "".as_ref()),
                 media: &args.media,
@@ -199,6 +201,7 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
                     args.linux.as_deref(),
                 ),
                 Which::Net => load::net(workspace, &args.monitors, plan(args), &wanted),
+                Which::Overlay => load::overlay(workspace, &args.monitors, plan(args), &wanted),
                 _ => load::block(workspace, &args.monitors, plan(args), &wanted),
             };
         }
@@ -258,6 +261,7 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
         | Which::Snapshot
         | Which::Jail
         | Which::Block
+        | Which::Overlay
         | Which::Net
         | Which::All
         | Which::Linux => {

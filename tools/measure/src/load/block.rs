@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::guest::{Guest, Waits};
-use super::{BusyThread, Row, Wanted, boot_source};
+use super::{BusyThread, Overlay, Row, Wanted, boot_source};
 use crate::failure::{Context, Result};
 use crate::monitor::CommandLine;
 use crate::rounds::Sample;
@@ -24,6 +24,12 @@ one buffer only (no SEG_MAX), a scattered read is as many requests as it has pag
 pread and pwrite of the same sizes at the same kind of places by one thread of the host for each disk, without a VM,
 beside a thread that never sleeps in the vCPU's place. CPU is the processor time of the monitor for each read or write:
 all its threads (those of io_uring in the kernel too) but the vCPU's, which polls without end.
+";
+
+/// What is to be said of overlays besides.
+pub const OVERLAY_NOTES: &str = "\
+Overlays have all of their disks when the cases begin, as the disk without one has no holes: the guest writes everything
+first. Into an empty overlay each first write also takes memory or blocks of the file system.
 ";
 
 /// Bytes of the disk: more than caches hold, little enough for a small host.
@@ -63,6 +69,12 @@ const CASES: [Case; 9] = [
         ..requests("randread 4k, depth 32, two disks", "randread", 32)
     },
 ];
+
+/// Writes all of both disks, some times.
+const FILL: Case = Case {
+    disks: "0+1",
+    ..bytes("fill", "write")
+};
 
 const fn requests(name: &'static str, mode: &'static str, depth: u64) -> Case {
     Case {
@@ -132,8 +144,18 @@ impl<'a> Bench<'a> {
         if row.monitor.command_line == CommandLine::Floor {
             return cases.map(|case| self.floor(case)).collect();
         }
-        let config = self.config(row)?;
+        let overlays = match row.overlay {
+            Some(Overlay::File) => self
+                .disks
+                .each_ref()
+                .map(|disk| Some(OverlayFile::of(disk))),
+            _ => [None, None],
+        };
+        let config = self.config(row, &overlays)?;
         let mut guest = Guest::boot(&row.monitor, &config)?;
+        if row.overlay.is_some() {
+            guest.work(&FILL.word(self.wanted.span_ms))?;
+        }
         let mut samples = Vec::new();
         for case in cases {
             let work = guest.work(&case.word(self.wanted.span_ms))?;
@@ -150,7 +172,7 @@ impl<'a> Bench<'a> {
         Ok(samples)
     }
 
-    fn config(&self, row: &Row) -> Result<PathBuf> {
+    fn config(&self, row: &Row, overlays: &[Option<OverlayFile>; 2]) -> Result<PathBuf> {
         let drives = [0, 1].map(|number| {
             let mut drive = json!({
                 "drive_id": format!("disk{number}"),
@@ -160,6 +182,11 @@ impl<'a> Bench<'a> {
             });
             if let Some(engine) = row.engine {
                 drive["io_engine"] = engine.into();
+            }
+            if let Some(file) = &overlays[number] {
+                drive["overlay"] = json!({ "path_on_host": file.0 });
+            } else if row.overlay == Some(Overlay::Memory) {
+                drive["overlay"] = json!({ "memory": true });
             }
             drive
         });
@@ -280,6 +307,24 @@ impl Drop for Disk {
             let path = self.path.display();
             eprintln!("mayfly-measure: cannot remove {path}: {error}.");
         }
+    }
+}
+
+/// Where what a guest writes goes, for one round. The monitor makes the file.
+struct OverlayFile(PathBuf);
+
+impl OverlayFile {
+    fn of(disk: &Disk) -> Self {
+        let mut path = disk.path.clone().into_os_string();
+        path.push(".overlay");
+        Self(path.into())
+    }
+}
+
+impl Drop for OverlayFile {
+    fn drop(&mut self) {
+        // Without a guest that started there is none.
+        let _ = fs::remove_file(&self.0);
     }
 }
 

@@ -24,7 +24,7 @@ use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
 
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::monitor::{CommandLine, Monitor};
 use crate::report::Measured;
 use crate::rounds::{self, Figure, Plan};
@@ -54,11 +54,19 @@ impl Wanted<'_> {
     }
 }
 
-/// A row of the tables: a monitor, and the engine its disks have.
+/// A row of the tables: a monitor, and what its disks are.
 #[derive(Clone, Debug)]
 struct Row {
     monitor: Monitor,
     engine: Option<&'static str>,
+    overlay: Option<Overlay>,
+}
+
+/// Where an overlay is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Overlay {
+    File,
+    Memory,
 }
 
 /// The floor, our own monitor, and every other one; with each engine of its disks where that matters.
@@ -69,6 +77,7 @@ fn rows(monitors: &[Monitor], ours: &str, with_engines: bool) -> Vec<Row> {
             rows.push(Row {
                 monitor: monitor.clone(),
                 engine: None,
+                overlay: None,
             });
             continue;
         }
@@ -78,10 +87,32 @@ fn rows(monitors: &[Monitor], ours: &str, with_engines: bool) -> Vec<Row> {
             rows.push(Row {
                 monitor,
                 engine: Some(engine),
+                overlay: None,
             });
         }
     }
     rows
+}
+
+/// Our own monitor without an overlay, and with each.
+fn overlay_rows(monitors: &[Monitor], ours: &str) -> Result<Vec<Row>> {
+    let ours = monitors.iter().find(|monitor| monitor.name == ours);
+    let ours = ours.ok_or_else(|| Failure::new("overlay measures mayfly, which was left out"))?;
+    let row = |(what, overlay)| {
+        let mut monitor = ours.clone();
+        monitor.name.push_str(what);
+        Row {
+            monitor,
+            engine: None,
+            overlay,
+        }
+    };
+    let kinds = [
+        ("", None),
+        (", overlay in a file", Some(Overlay::File)),
+        (", overlay in memory", Some(Overlay::Memory)),
+    ];
+    Ok(kinds.map(row).into())
 }
 
 /// Measures disks.
@@ -96,6 +127,26 @@ pub fn block(
     let mut waits = Waits::default();
     let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
     Ok(measured(rows, figures, wanted, block::NOTES, &waits))
+}
+
+/// Measures disks with an overlay beside one without.
+pub fn overlay(
+    workspace: &Workspace,
+    monitors: &[Monitor],
+    plan: Plan,
+    wanted: &Wanted<'_>,
+) -> Result<Measured> {
+    let rows = overlay_rows(monitors, wanted.ours)?;
+    let bench = block::Bench::new(workspace, *wanted)?;
+    let mut waits = Waits::default();
+    let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
+    Ok(Measured {
+        rows: rows.into_iter().map(|row| row.monitor).collect(),
+        figures,
+        notes: format!("{}{}{}", block::NOTES, block::OVERLAY_NOTES, waits.text()),
+        has_failures: false,
+        is_too_busy: waits.too_busy(),
+    })
 }
 
 /// Measures network interfaces.
@@ -254,5 +305,10 @@ mod tests {
             .map(|row| row.monitor.name)
             .collect();
         assert_eq!(names, ["floor", "mayfly", "b sync", "b async"]);
+
+        let rows = overlay_rows(&monitors, "mayfly").unwrap();
+        let kinds: Vec<_> = rows.iter().map(|row| row.overlay).collect();
+        assert_eq!(kinds, [None, Some(Overlay::File), Some(Overlay::Memory)]);
+        assert!(overlay_rows(&monitors[..1], "mayfly").is_err());
     }
 }
