@@ -7,14 +7,19 @@ use std::io::{self, Read};
 
 use crate::bytes::{has, until_zero};
 use crate::sparse::fill;
+use crate::tree::CAPABILITY;
 
 const BLOCK: usize = 512;
 /// A long name, or a record of pax attributes.
 const EXTENSION_MAX: u64 = 1 << 20;
-/// The extended attributes of an entry, also where many records give them.
-const ATTRIBUTES_MAX: usize = 4096;
-/// What is kept of the name and of the value of one: capabilities have 24 bytes.
+/// What is kept of the value of an extended attribute: capabilities have 24 bytes.
 const ATTRIBUTE_MAX: usize = 64;
+/// Entries and extension records of all archives that are read into one tree. An image of a million
+/// files has some two million of them.
+const HEADERS_MAX: u64 = 1 << 23;
+/// The bytes of all their extension records, and of content that is passed over.
+const RECORDS_MAX: u64 = 1 << 30;
+const SKIPPED_MAX: u64 = 1 << 30;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EntryKind {
@@ -38,8 +43,10 @@ pub struct Entry {
     pub mtime: i64,
     pub device: (u32, u32),
     pub size: u64,
-    /// Extended attributes.
-    pub attributes: Vec<(String, Vec<u8>)>,
+    /// The value of [`CAPABILITY`].
+    pub capability: Option<Vec<u8>>,
+    /// How many other extended attributes it has.
+    pub attributes: u64,
 }
 
 /// What pax and GNU records before an entry say of it.
@@ -51,12 +58,41 @@ struct Extended {
     uid: Option<u32>,
     gid: Option<u32>,
     mtime: Option<i64>,
-    attributes: Vec<(String, Vec<u8>)>,
+    capability: Option<Vec<u8>>,
+    attributes: u64,
+}
+
+/// What archives may still have beside the content that is taken: without a bound, a small compressed
+/// one could be read for days.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget {
+    headers: u64,
+    records: u64,
+    skipped: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget {
+            headers: HEADERS_MAX,
+            records: RECORDS_MAX,
+            skipped: SKIPPED_MAX,
+        }
+    }
+}
+
+/// Takes `count` of what is left.
+fn take(left: &mut u64, count: u64, what: &str) -> io::Result<()> {
+    *left = left
+        .checked_sub(count)
+        .ok_or_else(|| invalid(&format!("there {what}")))?;
+    Ok(())
 }
 
 #[derive(Debug)]
 pub struct Archive<R> {
     from: R,
+    budget: Budget,
     /// Bytes of the current entry, and of its padding, that are still to come.
     left: u64,
     padding: u64,
@@ -75,13 +111,30 @@ impl Archive<File> {
 }
 
 impl<R: Read> Archive<R> {
+    /// With a budget of its own, and content that is passed over without a bound: that of a file of this
+    /// host.
     pub fn new(from: R) -> Self {
+        let budget = Budget {
+            skipped: u64::MAX,
+            ..Budget::default()
+        };
+        Archive::within(from, budget)
+    }
+
+    /// With what is left to the archives of one tree.
+    pub fn within(from: R, budget: Budget) -> Self {
         Archive {
             from,
+            budget,
             left: 0,
             padding: 0,
             global: Extended::default(),
         }
+    }
+
+    /// What it has left.
+    pub fn budget(&self) -> Budget {
+        self.budget
     }
 
     /// The next entry; its content is read from this archive.
@@ -99,6 +152,11 @@ impl<R: Read> Archive<R> {
             if header.iter().all(|&byte| byte == 0) {
                 return Ok(None);
             }
+            take(
+                &mut self.budget.headers,
+                1,
+                "are more than 8388608 entries and records",
+            )?;
             if checksum(&header) != number(&header[148..156]) {
                 return Err(invalid("a header of the archive is damaged"));
             }
@@ -110,6 +168,11 @@ impl<R: Read> Archive<R> {
             if size > EXTENSION_MAX {
                 return Err(invalid("an extension record is longer than 1 MiB"));
             }
+            take(
+                &mut self.budget.records,
+                size,
+                "is more than 1 GiB of records",
+            )?;
             self.begin(size);
             let mut record = vec![0; size as usize];
             self.read_exact(&mut record)?;
@@ -169,6 +232,7 @@ impl<R: Read> Archive<R> {
                 .unwrap_or(number(&header[136..148]).unwrap_or(0) as i64),
             device: (short(329, 337).unwrap_or(0), short(337, 345).unwrap_or(0)),
             size,
+            capability: extended.capability,
             attributes: extended.attributes,
         })
     }
@@ -180,6 +244,8 @@ impl<R: Read> Archive<R> {
 
     /// Skips what is left of the current entry.
     fn skip(&mut self) -> io::Result<()> {
+        const SKIPPED: &str = "is more than 1 GiB of content of entries that take none";
+        take(&mut self.budget.skipped, self.left, SKIPPED)?;
         let rest = self.left.saturating_add(self.padding);
         let skipped = io::copy(&mut (&mut self.from).take(rest), &mut io::sink())?;
         // The padding of the last entry may be missing.
@@ -269,14 +335,14 @@ fn pax(record: &[u8], into: &mut Extended) -> io::Result<()> {
                 return Err(invalid("it was made with --sparse, which is not read here"));
             }
             _ => {
-                if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
-                    let name: String = name.chars().take(ATTRIBUTE_MAX).collect();
-                    if into.attributes.len() >= ATTRIBUTES_MAX {
-                        return Err(invalid("an entry has more than 4096 extended attributes"));
+                match key.strip_prefix("SCHILY.xattr.") {
+                    Some(CAPABILITY) => {
+                        // What is longer is none, and is refused by its length.
+                        let value = value.get(..ATTRIBUTE_MAX).unwrap_or(value);
+                        into.capability = Some(value.to_vec());
                     }
-                    // A longer one than any that is kept is only counted.
-                    let value = value.get(..ATTRIBUTE_MAX).unwrap_or(value);
-                    into.attributes.push((name, value.to_vec()));
+                    Some(_) => into.attributes = into.attributes.saturating_add(1),
+                    None => {}
                 }
             }
         }
@@ -322,7 +388,7 @@ mod tests {
             (entry.name.as_slice(), entry.uid, entry.mode),
             (&b"a/b"[..], 100_000, 0o4755)
         );
-        assert_eq!(entry.attributes.len(), 1);
+        assert_eq!((entry.attributes, entry.capability), (1, None));
         let mut content = String::new();
         archive.read_to_string(&mut content).unwrap();
         assert_eq!(content, "hello");
@@ -342,15 +408,6 @@ mod tests {
         let mut archive = Archive::new(&file[..]);
         archive.next_entry().unwrap();
         assert!(archive.next_entry().is_err());
-        let record = b"22 SCHILY.xattr.u.a=b\n".repeat(3000);
-        let mut many = Vec::new();
-        for _ in 0..3 {
-            many.extend(header("g", b'g', record.len() as u64));
-            many.extend(padded(&record));
-        }
-        many.extend(header("a", b'0', 0));
-        let error = Archive::new(&many[..]).next_entry().unwrap_err();
-        assert!(error.to_string().contains("4096"), "{error}");
         let long = header("a", b'L', 7 << 30);
         assert!(Archive::new(&long[..]).next_entry().is_err());
         let mut wrong = header("a", b'0', 0);
@@ -360,6 +417,80 @@ mod tests {
             Archive::new(&header("a", b'0', 0)[..300])
                 .next_entry()
                 .is_err()
+        );
+    }
+
+    #[test]
+    fn archives_have_as_many_entries_records_and_passed_over_bytes_as_their_budget() {
+        let budget = Budget {
+            headers: 3,
+            records: 40,
+            skipped: 5,
+        };
+        let end = |archive: &[u8]| {
+            let mut archive = Archive::within(archive, budget);
+            while archive.next_entry()?.is_some() {}
+            Ok::<_, io::Error>(archive.budget())
+        };
+        let file = [&header("a", b'0', 5)[..], &padded(b"hello")].concat();
+        let folder = header("a/", b'5', 0);
+        let record = b"12 path=a/b\n";
+        let record = [&header("x", b'g', 12)[..], &padded(record)].concat();
+        let left = end(&[&record[..], &file, &folder].concat()).unwrap();
+        assert_eq!((left.headers, left.records, left.skipped), (0, 28, 0));
+        for (archive, expected) in [
+            (folder.repeat(4), "8388608 entries"),
+            (record.repeat(4), "8388608 entries"),
+            (file.repeat(2), "content of entries that take none"),
+        ] {
+            let error = end(&archive).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let long = [&header("x", b'x', 41)[..], &padded(&[0; 41])].concat();
+        let error = end(&long).unwrap_err().to_string();
+        assert!(error.contains("1 GiB of records"), "{error}");
+        // What is read is not passed over.
+        let mut archive = Archive::within(
+            &file[..],
+            Budget {
+                skipped: 0,
+                ..budget
+            },
+        );
+        archive.next_entry().unwrap();
+        archive.read_exact(&mut [0; 5]).unwrap();
+        assert!(archive.next_entry().unwrap().is_none());
+    }
+
+    #[test]
+    fn attributes_are_counted_and_a_capability_of_the_entry_counts_before_a_general_one() {
+        let of = |value: &str| format!("33 SCHILY.xattr.security.capability={value}\n");
+        let of = |value: &str| {
+            let line = of(value);
+            format!("{:02}{}", line.len(), &line[2..])
+        };
+        let many = [
+            b"22 SCHILY.xattr.u.a=b\n".repeat(5000),
+            of("all").into_bytes(),
+        ]
+        .concat();
+        let own = of("own").into_bytes();
+        let mut archive = header("g", b'g', many.len() as u64).to_vec();
+        archive.extend(padded(&many));
+        archive.extend(header("x", b'x', own.len() as u64));
+        archive.extend(padded(&own));
+        archive.extend(header("a", b'0', 0));
+        archive.extend(header("b", b'0', 0));
+        let mut archive = Archive::new(&archive[..]);
+        let mut next = || archive.next_entry().unwrap().unwrap();
+        let (a, b) = (next(), next());
+        assert_eq!(
+            (a.attributes, a.capability.unwrap()),
+            (5000, b"own".to_vec())
+        );
+        assert_eq!(
+            (b.attributes, b.capability.unwrap()),
+            (5000, b"all".to_vec())
         );
     }
 }

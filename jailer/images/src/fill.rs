@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::archive::{Archive, Entry, EntryKind};
+use crate::archive::{Archive, Budget, Entry, EntryKind};
 use crate::content::{Content, Hashing, Place};
 use crate::failure::{Context, Failure, Result, printable};
 use crate::progress::Progress;
 use crate::sparse;
-use crate::tree::{CAPABILITY, Meta, Node, Tree, names};
+use crate::tree::{Meta, Node, Tree, names};
 
 /// The numbered files of content, with a bound on all of them together.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub struct Blobs {
     count: u64,
     left: u64,
     max: u64,
+    /// What the archives of this content may still have besides.
+    budget: Budget,
 }
 
 impl Blobs {
@@ -30,6 +32,7 @@ impl Blobs {
             count: 0,
             left: max,
             max,
+            budget: Budget::default(),
         })
     }
 
@@ -108,9 +111,10 @@ pub fn archive(
     whiteouts: bool,
     left_out: &mut LeftOut,
 ) -> std::io::Result<()> {
-    let mut archive = Archive::new(from);
+    let mut archive = Archive::within(from, blobs.budget);
     let bad = |why: String| std::io::Error::new(std::io::ErrorKind::InvalidData, why);
     while let Some(entry) = archive.next_entry()? {
+        tree.check_work().map_err(bad)?;
         if whiteouts && whiteout(&entry.name, tree).map_err(bad)? {
             continue;
         }
@@ -133,22 +137,18 @@ pub fn archive(
         };
         tree.add(&entry.name, node, meta).map_err(bad)?;
     }
+    blobs.budget = archive.budget();
     Ok(())
 }
 
 fn meta(entry: &Entry, left_out: &mut LeftOut) -> Meta {
-    let capability = entry.attributes.iter().find(|(name, _)| name == CAPABILITY);
-    left_out.attributes += entry
-        .attributes
-        .iter()
-        .filter(|(name, _)| name != CAPABILITY)
-        .count() as u64;
+    left_out.attributes = left_out.attributes.saturating_add(entry.attributes);
     Meta {
         mode: entry.mode,
         uid: entry.uid,
         gid: entry.gid,
         mtime: entry.mtime,
-        capability: capability.map(|(_, value)| value.clone()),
+        capability: entry.capability.clone(),
     }
 }
 

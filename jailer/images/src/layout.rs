@@ -83,13 +83,13 @@ impl Layout {
                 }
                 EntryKind::File => return Err(damaged(path, "more than 4096 files")),
                 // Old versions of docker write a layer once, and links to it.
-                EntryKind::Symlink | EntryKind::HardLink => {
+                EntryKind::Symlink | EntryKind::HardLink if links.len() < FILES_MAX => {
                     links.push((name, String::from_utf8_lossy(&entry.link).into_owned()));
                 }
                 _ => {}
             }
         }
-        for (name, target) in links.into_iter().take(FILES_MAX) {
+        for (name, target) in links {
             let target = target.trim_start_matches("../").to_owned();
             if let Some(file) = files.get(&target).cloned() {
                 files.insert(name, file);
@@ -243,7 +243,19 @@ impl Layout {
             let manifest = self.manifest(&index, name, 0, &mut left)?;
             let manifest = manifest.ok_or_else(nothing)?;
             let layers = self.layers(&manifest["layers"])?.iter();
-            let layers: Result<Vec<PathBuf>> = layers.map(|layer| self.blob(layer)).collect();
+            // A layer that is named again is not read again for its sum.
+            let mut known: HashMap<&str, PathBuf> = HashMap::new();
+            let layers: Result<Vec<PathBuf>> = layers
+                .map(|layer| {
+                    let digest = layer["digest"].as_str().unwrap_or_default();
+                    if let Some(path) = known.get(digest) {
+                        return Ok(path.clone());
+                    }
+                    let path = self.blob(layer)?;
+                    known.insert(digest, path.clone());
+                    Ok(path)
+                })
+                .collect();
             let config = self.json(&self.blob(&manifest["config"])?)?;
             return Ok((layers?, config));
         }
@@ -292,16 +304,20 @@ impl Layout {
         }
         for (index, layer) in layers.iter().enumerate() {
             tree.layer = index as u32;
+            let of = |error: std::io::Error| {
+                let text = format!("layer {} of {}: {error}", index + 1, layers.len());
+                std::io::Error::new(error.kind(), text)
+            };
             let file = File::open(layer).cannot("open", layer)?;
             let compression = Compression::of(&file).cannot("read", layer)?;
             if let Some(kind) = compression {
                 unpack::with(layer, kind, |from| {
-                    fill::archive(from, tree, blobs, true, left_out)
+                    fill::archive(from, tree, blobs, true, left_out).map_err(of)
                 })
                 .map_err(|error| error.within(layer, self.path()))?;
             } else {
                 fill::archive(&mut BufReader::new(file), tree, blobs, true, left_out)
-                    .map_err(|error| bad_archive(self.path(), &error))?;
+                    .map_err(|error| bad_archive(self.path(), &of(error)))?;
             }
         }
         Ok(Config::read(&config["config"]))

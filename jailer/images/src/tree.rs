@@ -3,6 +3,7 @@
 //! the working folder, or in the folder that the tree was read from. Owners, modes and device nodes
 //! exist only here and in the disk.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use crate::content::Content;
@@ -20,6 +21,9 @@ const NAME_MAX: usize = 255;
 const TARGET_MAX: usize = 4095;
 /// A whole path stays below the system's limit with the working folder before it.
 const PATH_MAX: usize = 3072;
+/// Names that are looked up, and children that are looked through, for all entries of archives together:
+/// 64 for each of as many entries as there may be.
+const WORK_MAX: u64 = 1 << 29;
 /// The bytes of all paths together.
 const PATHS_MAX: usize = 256 << 20;
 
@@ -57,6 +61,8 @@ struct Entry {
     layer: u32,
     /// How often it was given a name.
     names: u32,
+    /// The layer after the one that hid all of lower layers in it.
+    hidden: u32,
 }
 
 #[derive(Debug)]
@@ -65,6 +71,8 @@ pub struct Tree {
     /// Names that were given, and the bytes of names and of targets.
     names: usize,
     text: usize,
+    /// What is done of [`WORK_MAX`].
+    work: Cell<u64>,
     /// Of what is added from now on.
     pub layer: u32,
 }
@@ -123,11 +131,13 @@ impl Tree {
             meta,
             layer: 0,
             names: 1,
+            hidden: 0,
         };
         Tree {
             entries: vec![root],
             names: 0,
             text: 0,
+            work: Cell::new(0),
             layer: 0,
         }
     }
@@ -190,6 +200,7 @@ impl Tree {
             meta,
             layer: self.layer,
             names: 0,
+            hidden: 0,
         });
         Ok(self.entries.len() - 1)
     }
@@ -200,6 +211,7 @@ impl Tree {
         let mut todo: Vec<Vec<u8>> = path.iter().rev().map(|name| name.to_vec()).collect();
         let (mut at, mut links) = (vec![ROOT], 0);
         while let Some(name) = todo.pop() {
+            self.work.set(self.work.get() + 1);
             match name.as_slice() {
                 b"" | b"." => continue,
                 b".." => {
@@ -225,6 +237,17 @@ impl Tree {
             at.push(id);
         }
         Some(at)
+    }
+
+    /// Refuses archives whose entries take more work than those of any image that is one.
+    pub fn check_work(&self) -> Result<()> {
+        match self.work.get() {
+            0..WORK_MAX => Ok(()),
+            _ => Err(format!(
+                "its names are too deep, or lead through too many links, {} times",
+                WORK_MAX
+            )),
+        }
     }
 
     /// The node at a path of the guest, through symbolic links.
@@ -377,9 +400,14 @@ impl Tree {
         let mut todo = vec![id];
         while let Some(id) = todo.pop() {
             let layer = self.layer;
+            // What came since is of this layer, also in the folders below.
+            if std::mem::replace(&mut self.entries[id].hidden, layer + 1) > layer {
+                continue;
+            }
             let Node::Folder(children) = &self.entries[id].node else {
                 continue;
             };
+            self.work.set(self.work.get() + children.len() as u64);
             let keep = |id: &Id| self.entries[*id].layer >= layer;
             let kept: BTreeMap<Vec<u8>, Id> = children
                 .iter()
@@ -546,5 +574,46 @@ mod tests {
         tree.hide(&[], b"missing");
         tree.hide_all(&[b"missing"]);
         assert_eq!(listed(&tree), ["a", "a/new", "c"]);
+    }
+
+    #[test]
+    fn whiteouts_that_are_repeated_look_through_a_folder_once() {
+        let mut tree = Tree::new();
+        for nth in 0..1000 {
+            add(&mut tree, &format!("a/low{nth}"), file("x")).unwrap();
+        }
+        tree.layer = 1;
+        for nth in 0..1000 {
+            add(&mut tree, &format!("a/b/new{nth}"), file("x")).unwrap();
+        }
+        let before = tree.work.get();
+        for _ in 0..1000 {
+            tree.hide_all(&[b"a"]);
+            tree.hide(&[b"a"], b"b");
+        }
+        let work = tree.work.get() - before;
+        assert!(work < 10_000, "{work}");
+        // It counts anew for the next layer.
+        tree.layer = 2;
+        add(&mut tree, "a/newer", file("x")).unwrap();
+        tree.hide_all(&[b"a"]);
+        assert_eq!(listed(&tree), ["a", "a/newer"]);
+    }
+
+    #[test]
+    fn names_through_many_links_are_work_that_is_bounded() {
+        let mut tree = Tree::new();
+        let link = Node::Symlink(b"./".repeat(1000));
+        add(&mut tree, "l", link).unwrap();
+        let mut count = 0;
+        while tree.check_work().is_ok() {
+            add(&mut tree, "l/l/l/l/l/l/l/l/f", folder()).unwrap();
+            // As the next entries do, without waiting for all of them.
+            tree.work.set(tree.work.get() * 2);
+            count += 1;
+        }
+        assert!((2..100).contains(&count), "{count}");
+        let error = tree.check_work().unwrap_err();
+        assert!(error.contains("too deep"), "{error}");
     }
 }

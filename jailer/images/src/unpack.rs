@@ -10,8 +10,8 @@ use crate::progress::Progress;
 use crate::sparse;
 use crate::tool::Tool;
 
-/// What may follow the end of an archive.
-const REST_MAX: u64 = 1 << 30;
+/// What may follow the end of an archive: programs fill their last block.
+const REST_MAX: u64 = 16 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {

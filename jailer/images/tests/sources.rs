@@ -210,9 +210,10 @@ fn image_layout_is_put_together_from_its_layers() {
     assert_eq!(folder.names("out/dir"), ["new"]);
     assert_eq!(fs::read(folder.join("out/kept")).unwrap(), b"2");
     let bad = tar(&[file("../../planted", "x")]);
-    let manifest = image(&folder.join("bad"), &[bad], "amd64");
+    let two = [layers().remove(0), bad];
+    let manifest = image(&folder.join("bad"), &two, "amd64");
     index(&folder.join("bad"), &[manifest]);
-    folder.refuses(&["disk", "bad"], &["leads out"]);
+    folder.refuses(&["disk", "bad"], &["layer 2 of 2", "leads out"]);
 }
 
 #[test]
