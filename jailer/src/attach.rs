@@ -11,6 +11,7 @@ mod copy;
 mod options;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use mayfly_agent_protocol::{COMMAND, Frame, Malformed, Message};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,7 +25,7 @@ use crate::console::terminal::LOOK_EVERY;
 use crate::error::{Advice as _, AnyError, Step as _, message};
 use crate::process::command::{Body, CommandError};
 use crate::process::front::{Front, FrontPart};
-use crate::process::place::{Place, connect_to};
+use crate::process::place::{PATIENCE, Place, connect_to};
 use crate::process::stream::StreamLink;
 use crate::sys::{self, Ended, Inherited};
 
@@ -47,6 +48,8 @@ enum AttachError {
     Protocol(#[from] Malformed),
     #[error("cannot start it: {0}")]
     Command(#[from] CommandError),
+    #[error("cannot start a process in the microVM {0}: {1}")]
+    Refused(String, String),
 }
 
 /// Runs a command in a guest; the exit code.
@@ -90,7 +93,7 @@ impl Exec {
     fn start(&mut self) -> Result<Session, AnyError> {
         self.command.prepare_terminal()?;
         let body = self.command.body("")?;
-        let socket = connect(&self.target)?;
+        let socket = connect(&self.target, PATIENCE)?;
         let front = Front::new(COMMAND, &self.command);
         let session = Session::start(&self.target.id, socket, front, &body)?;
         if let Some(path) = &self.pid_file {
@@ -137,14 +140,18 @@ pub struct Target {
     pub place: Place,
 }
 
-/// A connection to the supervisor of a microVM.
-fn connect(target: &Target) -> Result<OwnedFd, AnyError> {
+/// A connection to the supervisor of a microVM, which takes it within `patience`.
+fn connect(target: &Target, patience: Duration) -> Result<OwnedFd, AnyError> {
     let Target { id, place } = target;
     let path = place.socket(id);
     let remedy = |answer| match answer {
         Errno::NOENT | Errno::CONNREFUSED => Some(
             "no microVM of this user with that id runs a command; its id is that of --id of \
              mayfly-jailer run --image",
+        ),
+        Errno::AGAIN => Some(
+            "as many programs wait for it as may, and it has not taken one for a minute: its \
+             mayfly-jailer is stopped; continue or end that",
         ),
         _ => None,
     };
@@ -155,7 +162,9 @@ fn connect(target: &Target) -> Result<OwnedFd, AnyError> {
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
         .step(what.clone())?;
-    connect_to(&socket, &path).step(what).hints(remedy)?;
+    connect_to(&socket, &path, patience)
+        .step(what)
+        .hints(remedy)?;
     rustix::io::ioctl_fionbio(&socket, true).step("use the connection")?;
     Ok(socket)
 }
@@ -275,8 +284,13 @@ impl Session {
         self.link.flush();
         self.link.fill();
         while self.link.has_frame() {
-            let front = &mut self.front;
+            let (front, id) = (&mut self.front, &self.id);
             self.link.take(|message| match *message {
+                Message::Answer(text) => {
+                    let text = String::from_utf8_lossy(text);
+                    let why = text.trim_start_matches('-').to_owned();
+                    Err(AttachError::Refused(id.clone(), why))
+                }
                 Message::Data {
                     process: COMMAND, ..
                 }
@@ -288,8 +302,8 @@ impl Session {
                 }
                 | Message::Exited {
                     process: COMMAND, ..
-                } => front.receive(message),
-                _ => Err(Malformed::Kind(message.kind())),
+                } => Ok(front.receive(message)?),
+                _ => Err(Malformed::Kind(message.kind()).into()),
             })?;
         }
         Ok(())
@@ -304,4 +318,59 @@ fn archive_body(tag: u8, path: &str, has_input: bool) -> Result<Vec<u8>, Command
         body.add(mayfly_agent_protocol::fields::HAS_INPUT, b"")?;
     }
     body.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+    use crate::console::Sink;
+    use crate::testing::{Folder, own_working_folder};
+
+    #[test]
+    fn supervisor_that_takes_no_connection_is_not_waited_for_without_end() {
+        own_working_folder();
+        let folder = Folder::new("attach-full");
+        let place = Place::new(Some(folder.path().to_owned()));
+        let path = place.socket("vm");
+        let flags = SocketFlags::CLOEXEC;
+        let socket = || {
+            let made =
+                rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+            made.unwrap()
+        };
+        let listener = UnixListener::bind(&path).unwrap();
+        // Room for one, which is taken.
+        rustix::net::listen(&listener, 0).unwrap();
+        let first = socket();
+        connect_to(&first, &path, Duration::from_millis(1)).unwrap();
+        let target = Target {
+            id: "vm".into(),
+            place,
+        };
+        let error = connect(&target, Duration::from_millis(1)).unwrap_err();
+        let text = message(&*error);
+        assert!(text.contains("reach the microVM vm"), "{text}");
+        assert!(text.contains("is stopped"), "{text}");
+        // Once that one is taken, there is room again.
+        drop(listener.accept().unwrap());
+        connect(&target, Duration::from_millis(1)).unwrap();
+    }
+
+    #[test]
+    fn process_that_is_refused_says_why() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut frame = Frame::new();
+        assert!(frame.push(&Message::Answer(b"-there are many")));
+        std::io::Write::write_all(&mut theirs, frame.finish(0)).unwrap();
+        let front = Front::with(COMMAND, None, [Sink::Nowhere, Sink::Nowhere]);
+        let mut session = Session::start("vm", ours.into(), front, b"").unwrap();
+        let text = session.run().unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "cannot start a process in the microVM vm: there are many"
+        );
+    }
 }

@@ -14,7 +14,7 @@ use super::options::{separate, text};
 use super::{AttachError, Target, connect};
 use crate::args::{self, ArgsError, Why, asks_for_help};
 use crate::error::{AnyError, Step as _};
-use crate::process::place::Place;
+use crate::process::place::{PATIENCE, Place};
 use crate::process::stream::StreamLink;
 
 /// What their `--help` prints.
@@ -26,10 +26,6 @@ pub struct Control {
     target: Target,
     request: String,
 }
-
-/// How long an answer may take. The supervisor answers at once, but where it is stopped; the command starts when the
-/// guest, which may not want to, has started it.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The supervisor does not answer.
 #[derive(Debug, thiserror::Error)]
@@ -109,9 +105,15 @@ fn signal(text: &str) -> Result<u8, Why> {
 impl Control {
     /// Asks; prints what is answered.
     pub fn run(self) -> Result<i32, AnyError> {
-        let socket = connect(&self.target)?;
+        self.run_within(PATIENCE)
+    }
+
+    /// The same, where the answer may take that long. The supervisor answers at once, but where it is stopped; the
+    /// command starts when the guest, which may not want to, has started it.
+    fn run_within(self, patience: Duration) -> Result<i32, AnyError> {
+        let until = Instant::now() + patience;
+        let socket = connect(&self.target, patience)?;
         let mut link = StreamLink::new(socket);
-        let until = Instant::now() + PATIENCE;
         let mut frame = Box::new(Frame::new());
         // It is empty: there is room.
         let _ = frame.push(&Message::Request(self.request.as_bytes()));
@@ -123,7 +125,7 @@ impl Control {
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(NoAnswer(self.target.id, PATIENCE.as_secs()).into());
+                return Err(NoAnswer(self.target.id, patience.as_secs()).into());
             }
             let left = Timespec::try_from(left).unwrap_or_default();
             let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), PollFlags::IN)];
@@ -157,7 +159,11 @@ impl Control {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+    use crate::error::message;
+    use crate::testing::{Folder, own_working_folder};
 
     fn parse(name: &str, line: &str) -> Result<Option<Control>, ArgsError> {
         parse_control(name, line.split_whitespace().map(OsString::from).collect())
@@ -190,6 +196,52 @@ mod tests {
             ("signal", "a NONE"),
         ] {
             assert!(parse(name, line).is_err(), "{name} {line}");
+        }
+    }
+
+    fn asked(folder: &Folder, name: &str, line: &str) -> Control {
+        let mut control = parse(name, line).unwrap().unwrap();
+        control.target.place = Place::new(Some(folder.path().to_owned()));
+        control
+    }
+
+    #[test]
+    fn supervisor_that_does_not_answer_is_waited_for_so_long_and_no_longer() {
+        own_working_folder();
+        let folder = Folder::new("control-silent");
+        // It takes the connection, and says nothing.
+        let _listener = UnixListener::bind(folder.path().join("vm.sock")).unwrap();
+        for (name, line) in [("start", "vm"), ("signal", "vm TERM"), ("state", "vm")] {
+            let control = asked(&folder, name, line);
+            let error = control.run_within(Duration::from_millis(1)).unwrap_err();
+            let text = message(&*error);
+            assert!(text.contains("cannot hear from the microVM vm"), "{text}");
+        }
+        assert_eq!(PATIENCE, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn answer_that_comes_in_time_is_taken() {
+        own_working_folder();
+        let folder = Folder::new("control-answer");
+        let listener = UnixListener::bind(folder.path().join("vm.sock")).unwrap();
+        for (answer, expected) in [
+            (&b"+"[..], Ok(0)),
+            (b"-no", Err("cannot signal the microVM vm: no")),
+        ] {
+            let listener = listener.try_clone().unwrap();
+            let other = std::thread::spawn(move || {
+                let (mut supervisor, _) = listener.accept().unwrap();
+                let mut frame = Frame::new();
+                assert!(frame.push(&Message::Answer(answer)));
+                supervisor.write_all(frame.finish(0)).unwrap();
+            });
+            let code = asked(&folder, "signal", "vm 1").run_within(PATIENCE);
+            other.join().unwrap();
+            assert_eq!(
+                code.map_err(|error| message(&*error)),
+                expected.map_err(str::to_owned)
+            );
         }
     }
 }

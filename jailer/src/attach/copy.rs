@@ -19,6 +19,7 @@ use crate::console::{Sink, pipe};
 use crate::error::{AnyError, Step as _, message};
 use crate::process::front::Front;
 use crate::process::pack::Packer;
+use crate::process::place::PATIENCE;
 use crate::sys::{self, Ended};
 
 /// Most characters of what a guest says that are shown.
@@ -79,7 +80,7 @@ impl Copy {
                 merges,
             } => {
                 let destination = Destination::new(&path, &to, merges)?;
-                let socket = connect(&from)?;
+                let socket = connect(&from, PATIENCE)?;
                 let (reader, writer) = pipe(true, false).step("make a pipe")?;
                 let child = sys::fork().step("start the program that unpacks")?;
                 let Some(child) = child else {
@@ -103,7 +104,7 @@ impl Copy {
                 from,
             } => {
                 std::fs::symlink_metadata(&from).step_on("copy", &from)?;
-                let socket = connect(&to)?;
+                let socket = connect(&to, PATIENCE)?;
                 let (reader, writer) = pipe(true, true).step("make a pipe")?;
                 let child = sys::fork().step("start the program that packs")?;
                 let Some(child) = child else {

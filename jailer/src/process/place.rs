@@ -3,10 +3,12 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::SocketAddrUnix;
+use rustix::net::sockopt::{self, Timeout};
 
 use crate::error::{Advice as _, AnyError, Step as _};
 use crate::root::open_folder_of;
@@ -116,16 +118,39 @@ fn close_to_others(folder: &Path) {
     }
 }
 
-/// Connects to a socket at a path. The address of one has 107 bytes at most: so it is the name in the folder, which
-/// is the working folder meanwhile.
-pub fn connect_to(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
+/// How long who listens at a socket may take to take a connection, where as many wait as may.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Connects to a socket at a path; EAGAIN: none of those that wait was taken in time. The address of one has 107 bytes
+/// at most: so it is the name in the folder, which is the working folder meanwhile.
+pub fn connect_to(socket: &OwnedFd, path: &Path, patience: Duration) -> Result<(), Errno> {
     let (folder, name) = open_folder_of(path)?;
     let address = SocketAddrUnix::new(name)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY;
     let before = sys::open(".", flags)?;
     rustix::process::fchdir(&folder)?;
-    let connected = rustix::net::connect(socket, &address);
+    let connected = connect_within(socket, &address, patience);
     rustix::process::fchdir(&before)?;
+    connected
+}
+
+fn connect_within(
+    socket: &OwnedFd,
+    address: &SocketAddrUnix,
+    patience: Duration,
+) -> Result<(), Errno> {
+    let until = Instant::now() + patience;
+    let connected = loop {
+        let left = until.saturating_duration_since(Instant::now());
+        // Zero would be without end.
+        let left = left.max(Duration::from_millis(1));
+        sockopt::set_socket_timeout(socket, Timeout::Send, Some(left))?;
+        match rustix::net::connect(socket, address) {
+            Err(Errno::INTR) => {}
+            other => break other,
+        }
+    };
+    sockopt::set_socket_timeout(socket, Timeout::Send, None)?;
     connected
 }
 

@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, Winsize};
 
-use super::place::connect_to;
+use super::place::{PATIENCE, connect_to};
 use crate::error::{Failure, Step as _, errno};
 
 /// Makes one of this size (rows and columns), sends its controlling end to the socket, and makes the other one standard
@@ -44,7 +44,7 @@ pub fn make(socket: &Path, size: Option<(u16, u16)>) -> Result<(), Failure> {
     let send = || {
         let flags = SocketFlags::CLOEXEC;
         let to = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect_to(&to, socket)?;
+        connect_to(&to, socket, PATIENCE)?;
         let sent = send_with_descriptors(&to, b"/dev/ptmx", &[controller.as_fd()]);
         sent.map(drop).map_err(errno)
     };

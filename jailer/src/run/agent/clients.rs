@@ -34,9 +34,17 @@ const START: u8 = Message::Start {
 .kind();
 /// Most frames of one client that are passed on in one turn.
 const TURN: usize = 16;
-/// Most clients at once: those whose processes run, those that wait for their turn, and requests, which are answered
-/// whatever runs.
+/// The kind of a request.
+const REQUEST: u8 = Message::Request(&[]).kind();
+/// Most clients at once.
 const CLIENTS_MAX: usize = 4 * PROCESSES_MAX;
+/// Most of them for processes: those that run, those that wait for their turn, and those whose client has not taken
+/// all of its output. The other places are for requests, which are answered whatever runs.
+const FOR_PROCESSES_MAX: usize = 3 * PROCESSES_MAX;
+/// What a client beyond that is told.
+const FULL: &[u8] =
+    b"-as many processes as it takes run in it, and as many as may wait for their turn do; try it \
+    again when some have ended";
 /// How long no client is taken after one could not be: this process has no descriptor for it.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -134,7 +142,7 @@ impl Clients {
         can_send: bool,
         mut add: impl FnMut(ClientPart, BorrowedFd<'a>, PollFlags),
     ) {
-        let is_full = self.all.len() >= CLIENTS_MAX;
+        let is_full = self.all.len() >= CLIENTS_MAX && self.silent().is_none();
         let is_paused = self.paused_until.is_some();
         let listener = self.listener.as_ref();
         if let Some(listener) = listener.filter(|_| !is_full && !is_paused) {
@@ -145,7 +153,9 @@ impl Clients {
                 continue;
             }
             let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, can_send && client.link.is_wanting());
+            // A request reaches the supervisor also while the guest takes nothing.
+            let is_taken = can_send || client.state == State::New;
+            flags.set(PollFlags::IN, is_taken && client.link.is_wanting());
             flags.set(PollFlags::OUT, client.link.is_holding());
             if !flags.is_empty() {
                 add(ClientPart::Of(client.process), client.link.as_fd(), flags);
@@ -181,6 +191,11 @@ impl Clients {
                 return;
             }
         };
+        if self.all.len() >= CLIENTS_MAX
+            && let Some(silent) = self.silent()
+        {
+            self.all.remove(silent);
+        }
         // Numbers that are in use are those of clients that are here, far fewer than there are numbers.
         loop {
             self.next = self.next.wrapping_add(1).max(COMMAND + 1);
@@ -196,6 +211,12 @@ impl Clients {
             outputs: [Receiver::new(OUTPUT_WINDOW), Receiver::new(OUTPUT_WINDOW)],
             out: Box::new(Frame::new()),
         });
+    }
+
+    /// The client that has said nothing for the longest time: its place is the next one's where there is no other.
+    fn silent(&self) -> Option<usize> {
+        let is_silent = |it: &Client| it.state == State::New && !it.link.has_frame();
+        self.all.iter().position(is_silent)
     }
 
     /// Takes a message of the guest about a process.
@@ -256,11 +277,19 @@ impl Clients {
     /// if they can be.
     pub fn serve(&mut self, link: &mut Link, can_start: bool) {
         let count = self.all.len();
+        let mut for_processes = 0;
         for index in 0..count {
             let can_start = can_start && self.has_place();
             let client = &mut self.all[index];
+            for_processes += usize::from(client.is_for_a_process());
+            if client.state == State::New && for_processes > FOR_PROCESSES_MAX {
+                client.refuse();
+            }
             let mut left = TURN;
-            while left > 0 && link.takes_data() && client.has_frame(can_start) {
+            while left > 0 && client.has_frame(can_start) {
+                if !link.takes_data() && !client.has_request() {
+                    break;
+                }
                 client.serve(&mut link.out);
                 link.flush();
                 left -= 1;
@@ -335,6 +364,28 @@ impl Clients {
 }
 
 impl Client {
+    /// Whether its place is one of those for processes.
+    fn is_for_a_process(&self) -> bool {
+        match self.state {
+            State::New => self.link.next_kind() == Some(START),
+            State::Asking(_) | State::Waiting => false,
+            State::Running | State::Gone | State::Killed | State::Ended => true,
+        }
+    }
+
+    /// Whether it has a request, which needs nothing of the guest.
+    fn has_request(&self) -> bool {
+        self.state == State::New && self.link.next_kind() == Some(REQUEST)
+    }
+
+    /// Refuses to start its process.
+    fn refuse(&mut self) {
+        if self.is_for_a_process() {
+            self.send(&Message::Answer(FULL));
+            self.state = State::Ended;
+        }
+    }
+
     /// Whether it has sent a frame that can be served.
     fn has_frame(&self, can_start: bool) -> bool {
         let has_to_wait = match self.state {

@@ -287,3 +287,113 @@ fn listener_is_not_looked_at_for_a_while_after_a_client_could_not_be_taken() {
     session.serve();
     assert!(is_listening(&session.clients));
 }
+
+/// Clients that connect by themselves, and the guest's end of the link.
+struct Crowd {
+    place: Folder,
+    clients: Clients,
+    link: Link,
+    guest: OwnedFd,
+}
+
+impl Crowd {
+    fn new(name: &str) -> Crowd {
+        let place = Folder::new(name);
+        let listener = UnixListener::bind(place.path().join("s")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (link, guest) = Link::pair().unwrap();
+        Crowd {
+            place,
+            clients: Clients::new(Some(listener.into())),
+            link,
+            guest,
+        }
+    }
+
+    /// One more connection; whether it was taken.
+    fn connect(&mut self) -> (UnixStream, bool) {
+        let client = UnixStream::connect(self.place.path().join("s")).unwrap();
+        client.set_nonblocking(true).unwrap();
+        let mut is_taken = false;
+        let add = |part, _: BorrowedFd<'_>, _| is_taken |= part == ClientPart::New;
+        self.clients.interests(true, add);
+        if is_taken {
+            self.clients.handle(ClientPart::New);
+        }
+        (client, is_taken)
+    }
+
+    /// One more, which says something.
+    fn say(&mut self, message: &Message<'_>) -> UnixStream {
+        let (mut client, is_taken) = self.connect();
+        assert!(is_taken, "the next one is not taken");
+        client.write_all(&frame_of(0, message)).unwrap();
+        let process = self.clients.all.last().unwrap().process;
+        self.clients.handle(ClientPart::Of(process));
+        self.clients.serve(&mut self.link, true);
+        let mut packet = [0; 1024];
+        let mut fds = [PollFd::new(&self.guest, PollFlags::IN)];
+        if poll(&mut fds, Some(&Default::default())) == Ok(1) {
+            rustix::io::read(&self.guest, &mut packet).unwrap();
+        }
+        client
+    }
+}
+
+/// What has come, and whether there is more to come.
+fn received(client: &mut UnixStream) -> (Vec<u8>, bool) {
+    let mut bytes = Vec::new();
+    let is_open = client.read_to_end(&mut bytes).is_err();
+    (bytes, is_open)
+}
+
+#[test]
+fn processes_that_wait_leave_places_for_requests_and_those_beyond_are_told() {
+    let mut crowd = Crowd::new("clients-crowd");
+    let mut others: Vec<_> = (0..FOR_PROCESSES_MAX).map(|_| crowd.say(&RUN)).collect();
+    for other in &mut others {
+        assert_eq!(received(other), (Vec::new(), true));
+    }
+    for _ in 0..CLIENTS_MAX {
+        let mut refused = crowd.say(&RUN);
+        let (bytes, is_open) = received(&mut refused);
+        assert_eq!(bytes, frame_of(0, &Message::Answer(FULL)));
+        assert!(!is_open);
+    }
+    let _asks = crowd.say(&Message::Request(b"signal 9"));
+    let request = crowd.clients.next_request().map(|(_, request)| request);
+    assert_eq!(request, Some(Request::Signal(9)));
+    assert!(!crowd.clients.has_frame(true), "there is nothing to do");
+}
+
+#[test]
+fn clients_that_say_nothing_give_way_to_the_next_one() {
+    let mut crowd = Crowd::new("clients-silent");
+    let mut silent: Vec<_> = (0..CLIENTS_MAX).map(|_| crowd.connect().0).collect();
+    assert_eq!(crowd.clients.all.len(), CLIENTS_MAX);
+    let _asks = crowd.say(&Message::Request(b"state"));
+    assert!(crowd.clients.next_request().is_some());
+    assert_eq!(crowd.clients.all.len(), CLIENTS_MAX);
+    // The oldest of them.
+    assert_eq!(received(&mut silent[0]), (Vec::new(), false));
+    assert_eq!(received(&mut silent[1]), (Vec::new(), true));
+}
+
+#[test]
+fn request_is_heard_while_the_guest_takes_nothing() {
+    let mut session = Session::new("clients-stuck");
+    while session.link.takes_data() {
+        assert!(session.link.out.push(&RUN));
+        session.link.flush();
+    }
+    let request = frame_of(0, &Message::Request(b"signal 9"));
+    session.client.write_all(&request).unwrap();
+    let mut is_looked_at = false;
+    let can_send = session.link.takes_data();
+    session.clients.interests(can_send, |part, _, flags| {
+        is_looked_at |= matches!(part, ClientPart::Of(_)) && flags.contains(PollFlags::IN);
+    });
+    assert!(is_looked_at && !can_send);
+    session.serve();
+    assert!(session.clients.next_request().is_some());
+}
