@@ -89,6 +89,7 @@ pub fn folder(root: &Path, id: &str) -> PathBuf {
 
 /// Reads a container's record, which another command may be about to change.
 pub fn read(root: &Path, id: &str) -> Result<Record, AnyError> {
+    check_root(root)?;
     read_in(&folder(root, id))
 }
 
@@ -135,6 +136,7 @@ fn hold_new(path: &Path, record: Record) -> Result<Held, AnyError> {
 
 /// Takes hold of a container.
 pub fn hold(root: &Path, id: &str) -> Result<Held, AnyError> {
+    check_root(root)?;
     let path = folder(root, id);
     let lock = match File::open(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -230,7 +232,18 @@ pub fn replace(path: &Path, text: &[u8], mode: u32) -> Result<(), crate::error::
 fn make_root(root: &Path) -> Result<(), AnyError> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(root);
     made.step_on("make the state folder", root)?;
-    let found = std::fs::metadata(root).step_on("look at", root)?;
+    check_root(root)
+}
+
+/// A record says which processes and control groups go with its container: root takes no other user's word
+/// for that.
+fn check_root(root: &Path) -> Result<(), AnyError> {
+    let found = match std::fs::metadata(root) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(StateError::Missing.into());
+        }
+        found => found.step_on("look at", root)?,
+    };
     let is_own = found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
     match is_own {
         true => Ok(()),
@@ -256,6 +269,26 @@ mod tests {
         fn drop(&mut self) {
             let _ = std::fs::remove_dir_all(&self.0);
         }
+    }
+
+    #[test]
+    fn state_folder_of_another_user_is_not_believed() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let root = Root::new("owner");
+        drop(create(&root.0, record("c1")).unwrap());
+        std::os::unix::fs::chown(&root.0, Some(65534), None).unwrap();
+        let error = read(&root.0, "c1").unwrap_err();
+        assert!(
+            error.to_string().contains("not this user's alone"),
+            "{error}"
+        );
+        let error = hold(&root.0, "c1").unwrap_err();
+        assert!(
+            error.to_string().contains("not this user's alone"),
+            "{error}"
+        );
     }
 
     fn record(id: &str) -> Record {
