@@ -61,6 +61,8 @@ pub struct Global {
     pub kernel: Option<PathBuf>,
     /// No network, whatever config.json says.
     pub has_no_network: bool,
+    /// No control groups, whatever config.json says.
+    pub has_no_groups: bool,
 }
 
 /// What is to be done.
@@ -136,7 +138,7 @@ fn check_id(id: String) -> Result<String, ArgsError> {
 }
 
 const GLOBAL: Known = Known {
-    flags: "help/h version/v systemd-cgroup rootless debug",
+    flags: "help/h version/v systemd-cgroup rootless ignore-cgroups debug",
     values: "root log log-format log-level network config kernel",
 };
 
@@ -176,6 +178,7 @@ pub fn parse(words: Vec<OsString>) -> Result<(Global, Command), ArgsError> {
                 ));
             }
         },
+        has_no_groups: sorted.has("ignore-cgroups"),
     };
     if sorted.has("help") {
         return Ok((global, Command::Help));
@@ -423,7 +426,9 @@ mod tests {
         assert_eq!(other, Command::Delete("c1".into(), true));
         let (global, other) =
             line("--rootless --root /r --network none run --bundle d c1").unwrap();
-        assert!(global.has_no_network);
+        assert!(global.has_no_network && !global.has_no_groups);
+        let (global, _) = line("--ignore-cgroups --root /r run --bundle d c1").unwrap();
+        assert!(global.has_no_groups);
         assert!(matches!(other, Command::Run(Create { .. }, false)));
         assert_eq!(
             command("delete -force c1"),

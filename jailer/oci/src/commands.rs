@@ -49,10 +49,10 @@ pub fn execute(global: &Global, command: Command, log: &Log) -> Result<u8, AnyEr
         Command::Features => print(&pretty(&templates::features()))?,
         Command::Spec(bundle) => spec(&bundle)?,
         Command::Create(create) => {
-            lifecycle::create(&host()?, log, &create, global.has_no_network, Kind::Created)?;
+            lifecycle::create(&host()?, log, &create, global, Kind::Created)?;
         }
         Command::Run(create, is_detached) => {
-            return run(&host()?, log, &create, global.has_no_network, is_detached);
+            return run(&host()?, log, &create, global, is_detached);
         }
         Command::Start(id) => start(&host()?, &id)?,
         Command::State(id) => print_state(&host()?, &id)?,
@@ -249,7 +249,7 @@ fn run(
     host: &Host,
     log: &Log,
     create: &Create,
-    has_no_network: bool,
+    global: &Global,
     is_detached: bool,
 ) -> Result<u8, AnyError> {
     let kind = if is_detached {
@@ -260,7 +260,7 @@ fn run(
     // A signal from here on is the container's, or ends the wait for it.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT]);
     let signals = signals.step("hold back signals")?;
-    let (held, child) = lifecycle::create(host, log, create, has_no_network, kind)?;
+    let (held, child) = lifecycle::create(host, log, create, global, kind)?;
     let started = start_held(host, &held);
     if let Err(error) = started {
         lifecycle::destroy(host, held)?;

@@ -36,7 +36,7 @@ pub struct Settings {
     pub uids: (u32, u32),
     /// Seconds that a guest may take until it is ready.
     pub ready_seconds: u64,
-    /// Names of engines' processes: a container ends with its own.
+    /// How names of engines' processes begin: a container ends with its own.
     pub end_with: Vec<String>,
 }
 
@@ -53,7 +53,9 @@ impl Default for Settings {
             // negative.
             uids: (1_900_000_000, 65_536),
             ready_seconds: 180,
-            end_with: ["conmon", "containerd-shim"].map(str::to_owned).into(),
+            end_with: ["conmon", "containerd-shim", "slurmstepd", "ray::"]
+                .map(str::to_owned)
+                .into(),
         }
     }
 }

@@ -16,7 +16,7 @@ use rustix::io::FdFlags;
 use rustix::pipe::PipeFlags;
 
 use crate::accounts::Accounts;
-use crate::args::Create;
+use crate::args::{Create, Global};
 use crate::bundle::{self, Container, Network, process_text, resources};
 use crate::cgroup::{self, Groups, Home};
 use crate::error::{self, AnyError, Level, Log, Step as _};
@@ -133,13 +133,16 @@ pub fn create(
     host: &Host,
     log: &Log,
     create: &Create,
-    has_no_network: bool,
+    global: &Global,
     kind: Kind,
 ) -> Result<(Held, Child), AnyError> {
     let bundle = std::path::absolute(&create.bundle)?;
     let mut container = bundle::read(&bundle)?;
-    if has_no_network {
+    if global.has_no_network {
         container.network = Network::None;
+    }
+    if global.has_no_groups {
+        container.cgroup = None;
     }
     check_terminal(&container, create, kind)?;
     let kernel = host.kernel()?;
@@ -168,6 +171,7 @@ pub fn create(
         kernel,
         jailer,
         groups,
+        has_no_groups: global.has_no_groups,
     };
     match making.make(&mut held, log) {
         Ok(child) => {
@@ -207,6 +211,7 @@ struct Making<'a> {
     kernel: PathBuf,
     jailer: Jailer,
     groups: Groups,
+    has_no_groups: bool,
 }
 
 impl Making<'_> {
@@ -254,10 +259,8 @@ impl Making<'_> {
             .as_deref()
             .map(std::path::absolute)
             .transpose()?;
-        let starter = match self.kind {
-            Kind::Created => process::starter(&self.host.settings.end_with),
-            Kind::Foreground => None,
-        };
+        // Also of a program that waits in the foreground: the engine's death alone does not end that one.
+        let starter = process::starter(&self.host.settings.end_with);
         let container = self.container;
         let machine = Machine {
             id: &self.create.id,
@@ -271,7 +274,7 @@ impl Making<'_> {
             console: console.as_deref(),
             starter: starter.as_ref().map(AsRawFd::as_raw_fd),
             is_in_foreground: self.kind == Kind::Foreground,
-            limits: if self.groups.paths().is_empty() {
+            limits: if self.groups.paths().is_empty() && !self.has_no_groups {
                 jailer::limits(container)
             } else {
                 Vec::new()
