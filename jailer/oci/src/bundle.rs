@@ -2,6 +2,7 @@
 //! left out, or refused where safety or data depend on it. Only reads.
 
 pub mod mounts;
+mod process;
 pub mod resources;
 pub mod unknown;
 
@@ -12,7 +13,8 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use serde_json::{Map, Value};
 
 use self::mounts::Mounts;
-use crate::error::{AnyError, Failure, Step as _};
+pub use self::process::process_text;
+use crate::error::{AnyError, Step as _};
 use crate::input;
 
 /// Where config.json is read from at most this much: engines' are some tens of KiB.
@@ -164,9 +166,10 @@ fn take(
 ) -> Result<Container, AnyError> {
     check_version(spec.version())?;
     check_hooks(spec)?;
-    let Some(process) = process else {
+    let Some(mut process) = process else {
         return Ok(refuse("process", "it is missing")?);
     };
+    process::keep_last_values(&mut process);
     let typed = spec.process().as_ref();
     let words = typed.and_then(|process| process.args().as_ref());
     if words.is_none_or(|words| words.is_empty()) {
@@ -337,11 +340,6 @@ fn cgroup(path: &Path) -> Result<PathBuf, FieldError> {
             format!("\"{text}\" is not a path that leads down from the root of the control groups"),
         ),
     }
-}
-
-/// Writes the process for the jailer.
-pub fn process_text(process: &Map<String, Value>) -> Result<Vec<u8>, Failure> {
-    serde_json::to_vec(process).step("write the process")
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! The mounts of config.json: what every guest has anyway, what is in its memory, and what is copied
 //! in. Nothing of the host is shared with a guest.
 
-use std::os::unix::fs::FileTypeExt as _;
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
@@ -102,7 +103,7 @@ fn add(
         .iter()
         .any(|option| option == "bind" || option == "rbind");
     match mount.typ().as_deref() {
-        kind if is_bind || kind == Some("bind") => bind(bundle, mount, to, field, sorted),
+        kind if is_bind || kind == Some("bind") => bind(bundle, mount, to, field, sorted, notes),
         Some("tmpfs") => {
             sorted
                 .tmpfs
@@ -144,14 +145,24 @@ fn bind(
     to: PathBuf,
     field: &str,
     sorted: &mut Mounts,
+    notes: &mut Vec<String>,
 ) -> Result<(), AnyError> {
     let Some(source) = mount.source() else {
         return Ok(refuse(field, "its source is missing")?);
     };
     let source = bundle.join(source);
-    let kind = std::fs::metadata(&source)
-        .step_on(&format!("use {field}: look at"), &source)?
-        .file_type();
+    let found = std::fs::metadata(&source).step_on(&format!("use {field}: look at"), &source)?;
+    if is_writable(mount) {
+        if let Some(why) = needs_no_mount(bundle, &source, &found) {
+            notes.push(format!("{field} is left out: {why}"));
+            return Ok(());
+        }
+        if is_scratch(bundle, &source) {
+            sorted.tmpfs.push((to, Vec::new()));
+            return Ok(());
+        }
+    }
+    let kind = found.file_type();
     if kind.is_socket() || kind.is_fifo() || kind.is_block_device() || kind.is_char_device() {
         let why = format!(
             "{} is a socket, a pipe or a device of the host, which a microVM cannot reach",
@@ -164,6 +175,32 @@ fn bind(
     }
     sorted.copies.push((source, to));
     Ok(())
+}
+
+/// What Slurm mounts in every job, for writing: the files that are the container's standard streams anyway,
+/// and the folder in which it makes the bundles of a job's steps.
+fn needs_no_mount(bundle: &Path, source: &Path, found: &Metadata) -> Option<&'static str> {
+    let is_it = |number: i32| {
+        let stream = std::fs::metadata(format!("/proc/self/fd/{number}"));
+        stream.is_ok_and(|it| (it.dev(), it.ino()) == (found.dev(), found.ino()))
+    };
+    if found.is_file() && (0..=2).any(is_it) {
+        return Some("the file is a standard stream of the container, which writes to it there");
+    }
+    let source: PathBuf = source.components().collect();
+    let own = bundle.parent().filter(|parent| parent.parent().is_some());
+    [Some(bundle), own]
+        .contains(&Some(&source))
+        .then_some("it is the engine's folder, with the bundle in it")
+}
+
+/// An empty folder of the bundle goes with it, so that nothing that is written there is kept: Ray makes one
+/// as the place of a container whose root is read-only.
+fn is_scratch(bundle: &Path, source: &Path) -> bool {
+    let entries = std::fs::read_dir(source);
+    source != bundle
+        && source.starts_with(bundle)
+        && entries.is_ok_and(|mut entries| entries.next().is_none())
 }
 
 fn refuse_writable(field: &str, source: &Path) -> Result<(), FieldError> {
@@ -236,6 +273,39 @@ mod tests {
             copy("/usr", "/data"),
         ];
         assert_eq!(mounts.copies, expected);
+    }
+
+    #[test]
+    fn folders_that_an_engine_makes_for_a_bundle_are_not_shared() {
+        let top = std::env::temp_dir().join(format!("mayfly-oci-spool-{}", std::process::id()));
+        let bundle = top.join("spool/job1");
+        std::fs::create_dir_all(bundle.join("work")).unwrap();
+        std::fs::create_dir(bundle.join("kept")).unwrap();
+        std::fs::write(bundle.join("kept/file"), "").unwrap();
+        let sorted = |source: PathBuf| {
+            let mount = json!({ "destination": "/d", "type": "none", "source": source, "options": ["bind"] });
+            let mount = serde_json::from_value(mount).unwrap();
+            let mut notes = Vec::new();
+            let mounts = sort(&bundle, &[mount], &mut notes);
+            mounts
+                .map(|mounts| (mounts, notes))
+                .map_err(|error| crate::error::message(&*error))
+        };
+        for source in [bundle.clone(), top.join("spool/")] {
+            let (mounts, notes) = sorted(source).unwrap();
+            assert_eq!(mounts, Mounts::default());
+            assert!(
+                notes.len() == 1 && notes[0].contains("mounts.0 (/d)"),
+                "{notes:?}"
+            );
+        }
+        let (mounts, _) = sorted(bundle.join("work")).unwrap();
+        assert_eq!(mounts.tmpfs, [("/d".into(), Vec::new())]);
+        for source in [bundle.join("kept"), top.clone(), "/".into()] {
+            let error = sorted(source).unwrap_err();
+            assert!(error.contains(":ro"), "{error}");
+        }
+        std::fs::remove_dir_all(&top).unwrap();
     }
 
     #[test]
