@@ -326,7 +326,8 @@ mod tests {
 
     use super::*;
     use crate::console::Sink;
-    use crate::testing::{Folder, own_working_folder};
+    use crate::process::place::own_working_folder;
+    use crate::testing::Folder;
 
     #[test]
     fn supervisor_that_takes_no_connection_is_not_waited_for_without_end() {

@@ -2,11 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-/// Gives the thread of this test a working folder of its own: others change theirs meanwhile.
-pub fn own_working_folder() {
-    crate::sys::unshare(rustix::thread::UnshareFlags::FS).expect("it needs no privilege");
-}
-
 /// A folder of one test, gone when the test ends.
 pub struct Folder(PathBuf);
 

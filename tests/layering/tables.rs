@@ -68,6 +68,7 @@ pub const JAILER: &[(&str, u8)] = &[
     ("input", 2),
     ("error", 1),
     ("filter", 1),
+    ("host", 1),
     ("sys", 0),
 ];
 

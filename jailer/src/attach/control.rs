@@ -163,7 +163,8 @@ mod tests {
 
     use super::*;
     use crate::error::message;
-    use crate::testing::{Folder, own_working_folder};
+    use crate::process::place::own_working_folder;
+    use crate::testing::Folder;
 
     fn parse(name: &str, line: &str) -> Result<Option<Control>, ArgsError> {
         parse_control(name, line.split_whitespace().map(OsString::from).collect())

@@ -154,6 +154,12 @@ fn connect_within(
     connected
 }
 
+/// Gives the thread of a test a working folder of its own: others change theirs meanwhile.
+#[cfg(test)]
+pub fn own_working_folder() {
+    sys::unshare(rustix::thread::UnshareFlags::FS).expect("it needs no privilege");
+}
+
 /// Whether it is a folder of this user, and others have none of the permissions in `denied`.
 fn is_own(folder: &Path, denied: u32) -> Result<bool, AnyError> {
     let found = std::fs::symlink_metadata(folder).step_on("look at the folder", folder)?;
