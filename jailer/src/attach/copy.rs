@@ -25,6 +25,9 @@ use crate::sys::{self, Ended};
 /// Most characters of what a guest says that are shown.
 const LINE_MAX: usize = 400;
 
+/// The code of the child that unpacks where nothing came.
+const NOTHING_CAME: i32 = 2;
+
 /// What is to be copied.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Copy {
@@ -67,6 +70,8 @@ enum CopyError {
     Several,
     #[error("cannot copy: the guest sent nothing; it is not a file, a folder or a link there")]
     Nothing,
+    #[error("cannot copy: the guest's side of it ended with code {0}, and gave no reason")]
+    Silent(i32),
 }
 
 impl Copy {
@@ -95,8 +100,7 @@ impl Copy {
                 let front = Front::with(COMMAND, None, [out, Sink::Tail(Vec::new())]);
                 let body = archive_body(fields::PACK, &path, false)?;
                 // The end of the session is the end of the pipe.
-                let code = run(Session::start(&from.id, socket, front, &body)?)?;
-                combined(code, child)
+                run(Session::start(&from.id, socket, front, &body)?)?.combined(child)
             }
             Copy::ToGuest {
                 target: to,
@@ -119,22 +123,31 @@ impl Copy {
                 let sinks = [Sink::Nowhere, Sink::Tail(Vec::new())];
                 let front = Front::with(COMMAND, Some(reader), sinks);
                 let body = archive_body(fields::UNPACK, &path, true)?;
-                let code = run(Session::start(&to.id, socket, front, &body)?)?;
-                combined(code, child)
+                run(Session::start(&to.id, socket, front, &body)?)?.combined(child)
             }
         }
     }
 }
 
+/// How the guest's side of a copy ended.
+struct OfGuest {
+    code: i32,
+    /// Whether it gave a reason, which is shown then.
+    has_spoken: bool,
+}
+
 /// Runs the session to its end, and shows what the guest said of it. The pipe is closed then.
-fn run(mut session: Session) -> Result<i32, AnyError> {
+fn run(mut session: Session) -> Result<OfGuest, AnyError> {
     let code = session.run();
     let line = last_line(&session.front.error_tail());
     if !line.is_empty() {
         // With standard error gone, the exit code still says it.
         let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
     }
-    Ok(code?)
+    Ok(OfGuest {
+        code: code?,
+        has_spoken: !line.is_empty(),
+    })
 }
 
 /// The last line of a text without control characters, no longer than a message is.
@@ -143,22 +156,46 @@ fn last_line(text: &str) -> String {
     line.unwrap_or_default().chars().take(LINE_MAX).collect()
 }
 
-/// The code of both ends.
-fn combined(code: i32, child: rustix::process::Pid) -> Result<i32, AnyError> {
-    let (ended, _) = sys::wait(child).step("learn how the copy ended")?;
-    let is_well = ended == Ended::Exited(0);
-    Ok(if code == 0 && !is_well {
-        super::NOT_COPIED
-    } else {
-        code
-    })
+impl OfGuest {
+    /// The code of both ends. One that failed without a word is spoken for.
+    fn combined(&self, child: rustix::process::Pid) -> Result<i32, AnyError> {
+        let (ended, _) = sys::wait(child).step("learn how the copy ended")?;
+        if let Some(error) = self.unsaid(ended) {
+            say(&error);
+        }
+        Ok(match (self.code, ended) {
+            (0, Ended::Exited(0)) => 0,
+            (0, _) => super::NOT_COPIED,
+            (code, _) => code,
+        })
+    }
+
+    /// What is wrong and was not said yet, where this program's side ended so.
+    fn unsaid(&self, ended: Ended) -> Option<CopyError> {
+        match (self.code, ended) {
+            _ if self.has_spoken => None,
+            (0, Ended::Exited(NOTHING_CAME)) => Some(CopyError::Nothing),
+            (0, _) => None,
+            (code, Ended::Exited(0 | NOTHING_CAME)) => Some(CopyError::Silent(code)),
+            _ => None,
+        }
+    }
 }
 
 fn child_ends(result: Result<(), AnyError>) -> ! {
     let Err(error) = result else { sys::exit_now(0) };
-    let text = format!("mayfly-jailer: {}\n", message(&*error));
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    if matches!(error.downcast_ref(), Some(CopyError::Nothing)) {
+        // The guest says why, where it behaves.
+        sys::exit_now(NOTHING_CAME);
+    }
+    say(&*error);
     sys::exit_now(super::NOT_COPIED)
+}
+
+/// Says on standard error that the copy failed.
+fn say(error: &(dyn std::error::Error + 'static)) {
+    let text = format!("mayfly-jailer: {}\n", message(error));
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 #[cfg(test)]
@@ -210,5 +247,21 @@ mod tests {
         assert_eq!(last_line("first\nlast\n \n"), "last");
         assert_eq!(last_line(&"x".repeat(10_000)).len(), LINE_MAX);
         assert_eq!(last_line(""), "");
+    }
+
+    #[test]
+    fn guest_that_fails_without_a_reason_is_spoken_for() {
+        let told = |code, has_spoken, ended| {
+            let unsaid = OfGuest { code, has_spoken }.unsaid(Ended::Exited(ended));
+            unsaid.map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(told(0, false, 0), "");
+        assert!(told(0, false, NOTHING_CAME).contains("sent nothing"));
+        assert!(told(3, false, NOTHING_CAME).contains("ended with code 3"));
+        assert!(told(3, false, 0).contains("ended with code 3"));
+        // Either side has said it.
+        assert_eq!(told(3, true, NOTHING_CAME), "");
+        assert_eq!(told(0, true, NOTHING_CAME), "");
+        assert_eq!(told(0, false, super::super::NOT_COPIED), "");
     }
 }

@@ -3,22 +3,23 @@
 //! It is hostile. One file, folder or link is made, no more, and its name is the caller's: the last part of
 //! the path that was asked for, or the name that it is to have. Names in it are entries of a folder and never
 //! paths; each folder is opened by its name in the one above, and no link is followed. A folder that is there
-//! is written into only where the caller asked for that. A file takes its place when all of it has come. The
-//! caller's umask holds, and nothing is set-user-ID. A guest can fill the file system that it is copied to,
+//! is written into only where the caller asked for that. A file takes its place when all of it has come: it has
+//! no name before, so that nothing of it is left when this program is killed. On file systems that have no such
+//! files it has a name of ours, and the next copy removes what was left there. The caller's umask holds, and
+//! nothing is set-user-ID. A guest can fill the file system that it is copied to,
 //! as any file that is copied can.
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 
 use mayfly_agent_protocol::Malformed;
 use mayfly_agent_protocol::archive::{DEPTH_MAX, Entry, HEADER, Kind, LINK_MAX, is_name};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::CopyError;
-use crate::attach::NOT_COPIED;
 use crate::error::{Advice as _, AnyError, Step as _, errno};
 use crate::process::pack::{FOLDER, PackError, split};
 use crate::sys;
@@ -35,6 +36,8 @@ pub struct Destination {
     merges: bool,
     /// Permissions that nothing gets.
     umask: u32,
+    /// Whether files without a name are tried.
+    has_unnamed: bool,
 }
 
 impl Destination {
@@ -59,6 +62,8 @@ impl Destination {
             name,
             merges,
             umask: umask.as_raw_mode(),
+            // What gives such a file its name.
+            has_unnamed: Path::new(OWN).exists(),
         })
     }
 
@@ -69,8 +74,7 @@ impl Destination {
         loop {
             let mut header = [0; HEADER];
             match from.read_exact(&mut header) {
-                // The guest has said why there is nothing.
-                Err(_) if !has_begun => sys::exit_now(NOT_COPIED),
+                Err(_) if !has_begun => return Err(CopyError::Nothing.into()),
                 other => other.step("read from the guest")?,
             }
             let entry = Entry::decode(&header).map_err(CopyError::Archive)?;
@@ -136,7 +140,8 @@ impl Destination {
         Mode::from_raw_mode(mode & 0o777 & !self.umask)
     }
 
-    /// Makes a file or a link under another name, and gives it its own when it is whole.
+    /// Makes a file or a link, which has its name when it is whole. What is there is replaced, and not written
+    /// through.
     fn make_file(
         &self,
         folder: &OwnedFd,
@@ -144,56 +149,124 @@ impl Destination {
         entry: &Entry,
         from: &mut File,
     ) -> Result<(), Errno> {
-        let mut to = vec![0; LINK_MAX.min(usize::try_from(entry.size).unwrap_or(LINK_MAX))];
         if entry.kind == Kind::Link {
+            let mut to = vec![0; LINK_MAX.min(usize::try_from(entry.size).unwrap_or(LINK_MAX))];
             from.read_exact(&mut to).map_err(errno)?;
+            let make = |aside: &[u8]| rustix::fs::symlinkat(&*to, folder, aside);
+            let (aside, ()) = with_free_name(folder, make)?;
+            return take_place(folder, &aside, name);
         }
-        let make = |temporary: &[u8]| match entry.kind {
-            Kind::Link => rustix::fs::symlinkat(&*to, folder, temporary).map(|()| None),
-            _ => rustix::fs::openat(folder, temporary, NEW, Mode::RUSR | Mode::WUSR).map(Some),
+        let mode = Mode::RUSR | Mode::WUSR;
+        let unnamed = match self.has_unnamed {
+            true => rustix::fs::openat(folder, ".", UNNAMED, mode).ok(),
+            false => None,
         };
-        let (temporary, file) = with_free_name(make)?;
-        let whole = match file {
-            Some(file) => self.fill(file, entry, from),
-            None => Ok(()),
+        if let Some(file) = unnamed {
+            let file = File::from(file);
+            // For the time that it has a name of ours.
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            self.fill(&file, entry, from)?;
+            return name_it(&file, folder, name);
+        }
+        let make = |aside: &[u8]| {
+            let file = File::from(rustix::fs::openat(folder, aside, NEW, mode)?);
+            // Held as long as this process is there.
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            // The next copy has taken it for one that was left.
+            match rustix::fs::fstat(&file)?.st_nlink {
+                0 => Err(Errno::EXIST),
+                _ => Ok(file),
+            }
         };
-        // What is there is replaced, and not written through.
-        let placed = whole.and_then(|()| rustix::fs::renameat(folder, &*temporary, folder, name));
+        let (aside, file) = with_free_name(folder, make)?;
+        let placed = self.fill(&file, entry, from);
+        let placed = placed.and_then(|()| take_place(folder, &aside, name));
         if placed.is_err() {
-            let _ = rustix::fs::unlinkat(folder, &*temporary, AtFlags::empty());
+            let _ = rustix::fs::unlinkat(folder, &*aside, AtFlags::empty());
         }
         placed
     }
 
-    fn fill(&self, file: OwnedFd, entry: &Entry, from: &mut File) -> Result<(), Errno> {
-        let mut file = File::from(file);
+    fn fill(&self, mut file: &File, entry: &Entry, from: &mut File) -> Result<(), Errno> {
         let copied = std::io::copy(&mut from.take(entry.size), &mut file).map_err(errno)?;
         if copied < entry.size {
             return Err(Errno::IO);
         }
-        rustix::fs::fchmod(&file, self.mode(entry.mode))
+        rustix::fs::fchmod(file, self.mode(entry.mode))
     }
 }
 
+/// Where this process's descriptors have names.
+const OWN: &str = "/proc/self/fd";
+const UNNAMED: OFlags = OFlags::WRONLY.union(OFlags::TMPFILE).union(OFlags::CLOEXEC);
 const NEW: OFlags = OFlags::WRONLY
     .union(OFlags::CREATE)
     .union(OFlags::EXCL)
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-/// Makes something under a name that is not there yet; the name, and what `make` gave.
+/// Gives a file without a name one.
+fn name_it(file: &File, folder: &OwnedFd, name: &[u8]) -> Result<(), Errno> {
+    let own = format!("{OWN}/{}", file.as_raw_fd());
+    let link = |name: &[u8]| rustix::fs::linkat(CWD, &*own, folder, name, AtFlags::SYMLINK_FOLLOW);
+    match link(name) {
+        Err(Errno::EXIST) => {}
+        other => return other,
+    }
+    // A link does not replace what is there.
+    let (aside, ()) = with_free_name(folder, link)?;
+    take_place(folder, &aside, name)
+}
+
+/// Gives what is aside its name, in place of what has that.
+fn take_place(folder: &OwnedFd, aside: &[u8], name: &[u8]) -> Result<(), Errno> {
+    let placed = rustix::fs::renameat(folder, aside, folder, name);
+    if placed.is_err() {
+        let _ = rustix::fs::unlinkat(folder, aside, AtFlags::empty());
+    }
+    placed
+}
+
+/// Makes something under a name that no copy uses; the name, and what `make` gave. What one that was killed has left
+/// there is removed.
 fn with_free_name<T>(
+    folder: &OwnedFd,
     mut make: impl FnMut(&[u8]) -> Result<T, Errno>,
 ) -> Result<(Vec<u8>, T), Errno> {
-    let process = std::process::id();
     for number in 0..TRIES {
-        let name = format!(".mayfly-cp-{process}-{number}").into_bytes();
-        match make(&name) {
-            Err(Errno::EXIST) => {}
-            made => return Ok((name, made?)),
+        let name = format!(".mayfly-cp-{number}").into_bytes();
+        // Twice: once more where it was left.
+        for _ in 0..2 {
+            match make(&name) {
+                Err(Errno::EXIST) if remove_left(folder, &name) => {}
+                Err(Errno::EXIST | Errno::WOULDBLOCK) => break,
+                made => return Ok((name, made?)),
+            }
         }
     }
     Err(Errno::EXIST)
+}
+
+/// Removes a file that no process has locked; whether there was one.
+fn remove_left(folder: &OwnedFd, name: &[u8]) -> bool {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let removed = || {
+        let file = rustix::fs::openat(folder, name, flags | OFlags::NOCTTY, Mode::empty())?;
+        if !FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode).is_file() {
+            return Err(Errno::EXIST);
+        }
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        // It may have taken its place meanwhile, and another have been made.
+        let (own, there) = (
+            rustix::fs::fstat(&file)?,
+            rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?,
+        );
+        match (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino) {
+            true => rustix::fs::unlinkat(folder, name, AtFlags::empty()),
+            false => Err(Errno::EXIST),
+        }
+    };
+    removed().is_ok()
 }
 
 #[cfg(test)]
@@ -372,5 +445,70 @@ mod tests {
         unpack(&parts, &target, false).unwrap();
         assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
         assert_eq!(std::fs::read(target.join("asked")).unwrap(), b"new");
+    }
+
+    #[test]
+    fn file_that_has_not_come_whole_has_no_name() {
+        let place = Folder::new("unpack-unnamed");
+        let path = place.path().to_owned();
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let unpacking = std::thread::spawn(move || {
+            let target = Destination::new("/srv/asked", &path, false).unwrap();
+            assert!(target.has_unnamed);
+            let mut reader = File::from(OwnedFd::from(reader));
+            target.unpack(&mut reader).map_err(|error| message(&*error))
+        });
+        let whole = named(Kind::File, b"asked", 0o644, &vec![7; 1 << 20]);
+        // More than a pipe holds: most of it was taken.
+        writer.write_all(&whole[..whole.len() / 2]).unwrap();
+        assert_eq!(listing(place.path()), BTreeSet::new());
+        writer.write_all(&whole[whole.len() / 2..]).unwrap();
+        writer.write_all(&bare(Kind::End)).unwrap();
+        unpacking.join().unwrap().unwrap();
+        assert_eq!(listing(place.path()), ["asked".into()].into());
+        assert_eq!(
+            std::fs::metadata(place.path().join("asked")).unwrap().len(),
+            1 << 20
+        );
+    }
+
+    #[test]
+    fn what_a_copy_that_was_killed_has_left_is_removed_by_the_next_one() {
+        let place = Folder::new("unpack-left");
+        let at = |name: &str| place.path().join(name);
+        let parts = [named(Kind::File, b"x", 0o600, b"new"), bare(Kind::End)].concat();
+        let copy = |has_unnamed| {
+            std::fs::write(at("asked"), "old").unwrap();
+            let mut target = Destination::new("/srv/asked", place.path(), false).unwrap();
+            target.has_unnamed = has_unnamed;
+            target.unpack(&mut archive(&parts)).unwrap();
+            assert_eq!(std::fs::read(at("asked")).unwrap(), b"new");
+        };
+        for has_unnamed in [true, false] {
+            std::fs::write(at(".mayfly-cp-0"), "half").unwrap();
+            copy(has_unnamed);
+            assert_eq!(listing(place.path()), ["asked".into()].into());
+        }
+        // One that another copy writes, and what is none of ours, stay.
+        let other = File::create(at(".mayfly-cp-0")).unwrap();
+        rustix::fs::flock(&other, FlockOperation::LockExclusive).unwrap();
+        symlink("/nonexistent", at(".mayfly-cp-1")).unwrap();
+        std::fs::create_dir(at(".mayfly-cp-2")).unwrap();
+        let before = listing(place.path());
+        for has_unnamed in [true, false] {
+            copy(has_unnamed);
+            assert_eq!(listing(place.path()), before);
+        }
+        // Nor is anything left where a folder has the name.
+        std::fs::remove_file(at("asked")).unwrap();
+        std::fs::create_dir(at("asked")).unwrap();
+        let before = listing(place.path());
+        for has_unnamed in [true, false] {
+            let mut target = Destination::new("/srv/x", &at("asked"), false).unwrap();
+            (target.has_unnamed, target.name) = (has_unnamed, b"asked".to_vec());
+            target.folder = sys::open_folder(place.path()).unwrap();
+            target.unpack(&mut archive(&parts)).unwrap_err();
+            assert_eq!(listing(place.path()), before);
+        }
     }
 }
