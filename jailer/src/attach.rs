@@ -9,6 +9,7 @@
 mod control;
 mod copy;
 mod options;
+mod pid_file;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -91,6 +92,10 @@ impl Exec {
     }
 
     fn start(&mut self) -> Result<Session, AnyError> {
+        if let Some(path) = &self.pid_file {
+            // Before something runs.
+            pid_file::check(path).step_on("write the file (--pid-file)", path)?;
+        }
         self.command.prepare_terminal()?;
         let body = self.command.body("")?;
         let socket = connect(&self.target, PATIENCE)?;
@@ -98,7 +103,7 @@ impl Exec {
         let session = Session::start(&self.target.id, socket, front, &body)?;
         if let Some(path) = &self.pid_file {
             let number = std::process::id().to_string();
-            std::fs::write(path, number).step_on("write the file (--pid-file)", path)?;
+            pid_file::write(path, &number).step_on("write the file (--pid-file)", path)?;
         }
         Ok(session)
     }

@@ -8,9 +8,11 @@ use std::borrow::Cow;
 use std::error::Error;
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::OFlags;
 use serde_json::json;
 
 use crate::args::LogFormat;
@@ -88,7 +90,14 @@ impl Log {
     /// Opens it.
     pub fn open(path: Option<&Path>, format: LogFormat) -> Result<Log, Failure> {
         let open = |path: &Path| {
-            let opened = File::options().append(true).create(true).open(path);
+            // NONBLOCK: a pipe that has no reader, or a slow one, must not hold up a container.
+            let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
+            let mut options = File::options();
+            let opened = options
+                .append(true)
+                .create(true)
+                .custom_flags(flags)
+                .open(path);
             opened.step_on("open the log (--log)", path)
         };
         Ok(Log {
@@ -192,5 +201,15 @@ mod tests {
             "{plain}"
         );
         Log::default().write(Level::Warning, "to nowhere");
+    }
+
+    #[test]
+    fn log_that_is_a_pipe_without_a_reader_is_refused_and_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("mayfly-oci-pipe-{}", std::process::id()));
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
+        let opened = Log::open(Some(&path), LogFormat::Json);
+        std::fs::remove_file(&path).unwrap();
+        assert!(message(&opened.unwrap_err()).contains("--log"));
     }
 }

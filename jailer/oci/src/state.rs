@@ -206,19 +206,26 @@ impl Held {
     }
 }
 
-/// Writes a file in place of another, so that a reader sees one of both.
+/// What is to be replaced is not a file.
+#[derive(Debug, thiserror::Error)]
+#[error("it is there and is not a regular file; remove it, or name another")]
+struct NotAFile;
+
+/// Writes a file in place of another, so that a reader sees one of both. What is not a file is left as it is, and no
+/// link is followed: in a folder of others it may lead anywhere.
 pub fn replace(path: &Path, text: &[u8], mode: u32) -> Result<(), crate::error::Failure> {
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".{}.new", std::process::id()));
+    let is_other = std::fs::symlink_metadata(path).is_ok_and(|it| !it.is_file());
+    if is_other {
+        return Err(NotAFile).step_on("write", path);
+    }
+    // It has nothing of the name, which may be as long as one can be.
+    let aside = path.with_file_name(format!(".mayfly-oci-{}", std::process::id()));
+    // What a process of the same number has left.
+    let _ = std::fs::remove_file(&aside);
     let written = || {
         let mut options = File::options();
-        let mut file = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(mode)
-            .open(&aside)?;
-        file.write_all(text)?;
+        options.write(true).create_new(true).mode(mode);
+        options.open(&aside)?.write_all(text)?;
         std::fs::rename(&aside, path)
     };
     let written = written();
@@ -357,5 +364,37 @@ mod tests {
             error.to_string().contains("not this user's alone"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn file_is_replaced_and_neither_a_link_nor_what_is_no_file_is_written_to() {
+        let folder = std::env::temp_dir().join(format!("mayfly-oci-put-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let at = |name: &str| folder.join(name);
+        std::fs::write(at("precious"), "precious").unwrap();
+        std::os::unix::fs::symlink(at("precious"), at("link")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", at("null")).unwrap();
+        // Where the file is made before it has its name.
+        let aside = at(&format!(".mayfly-oci-{}", std::process::id()));
+        std::os::unix::fs::symlink(at("precious"), aside).unwrap();
+        for text in ["1", "22"] {
+            replace(&at("pid"), text.as_bytes(), 0o644).unwrap();
+            assert_eq!(std::fs::read(at("pid")).unwrap(), text.as_bytes());
+        }
+        for name in ["link", "null", "."] {
+            let error = replace(&at(name), b"1", 0o644).unwrap_err();
+            assert!(
+                crate::error::message(&error).contains("not a regular file"),
+                "{name}"
+            );
+        }
+        assert_eq!(std::fs::read(at("precious")).unwrap(), b"precious");
+        let mut names: Vec<_> = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|it| it.unwrap().file_name())
+            .collect();
+        names.sort();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(names, ["link", "null", "pid", "precious"]);
     }
 }
