@@ -57,6 +57,13 @@ mod args;
 mod bus;
 mod error;
 mod files;
+/// Entry points for `tools/fuzz`.
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
+#[cfg(test)]
+#[path = "../tests/common/fuzz_run.rs"]
+mod fuzz_run;
 mod inbox;
 mod log;
 mod memory;

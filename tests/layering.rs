@@ -265,6 +265,7 @@ fn import_when_it_points_up_is_found_wherever_it_stands() {
             BUS,
             "#[cfg(test)]\nfn t() { if true {} }\nuse crate::api::Server;",
         ),
+        (BUS, "#[cfg(any(test, unix))]\nuse crate::api::Server;"),
         (
             BUS,
             "#[cfg(test)]\n#[expect(dead_code)]\nmod tests { fn t() { {} } }\nuse crate::api;",
@@ -321,6 +322,7 @@ fn import_when_it_points_down_or_is_no_import_is_no_fault() {
             "#[cfg(test)]\nmod tests { use crate::vmm::Vmm; fn f() { crate::api::g() } }",
         ),
         (BUS, "#[cfg(test)]\nuse crate::vmm::{Vmm, action};"),
+        (BUS, "#[cfg(any(test, fuzzing))]\nuse crate::vmm::Vmm;"),
         (
             BUS,
             "struct A { #[cfg(test)] a: Vec<crate::vmm::Vmm>, b: u8 }",

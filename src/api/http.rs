@@ -13,6 +13,8 @@ mod testing;
 
 pub use crate::wire::Method;
 pub use decoder::Decoder;
+#[cfg(any(test, fuzzing))]
+pub use decoder::fuzz;
 
 /// Bytes of a request line or header line, its end included.
 pub const LINE_MAX: usize = 1024;

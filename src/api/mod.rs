@@ -26,6 +26,8 @@
 mod bind;
 mod connection;
 mod counters;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod http;
 #[cfg(test)]
 mod openapi;

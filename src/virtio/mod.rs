@@ -31,6 +31,8 @@
 
 pub mod block;
 mod chain;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 pub mod handle;
 mod interrupt;
 pub mod net;

@@ -14,6 +14,8 @@
 //! Everything the guest wrote is read once, checked, and not read again. A [`Chain`] is fixed
 //! storage that is filled anew for each request, so nothing here allocates once it exists.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;
 

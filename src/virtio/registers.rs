@@ -12,6 +12,8 @@
 //! writes nothing. The configuration space takes any size; beyond its end there are zeros. What
 //! the driver may not do at this moment is ignored and counted.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -204,7 +206,7 @@ impl Registers {
     }
 
     /// The interrupt these registers show.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }

@@ -113,7 +113,7 @@ fn tokens(code: &str) -> Vec<Token> {
     tokens
 }
 
-/// What of a file is compiled without `cfg(test)`.
+/// What of a file is compiled without `cfg(test)` and `cfg(fuzzing)`.
 pub struct Source {
     tokens: Vec<Token>,
     /// Modules in files of their own that are there for tests only.
@@ -124,9 +124,10 @@ impl Source {
     pub fn new(text: &str) -> Self {
         let all = tokens(&strip(text));
         let (mut kept, mut test_modules, mut i) = (Vec::new(), Vec::new(), 0);
-        let marker = tokens("#[cfg(test)]");
+        // What is compiled for tests and for fuzzing only, is not part of the program either.
+        let markers = ["#[cfg(test)]", "#[cfg(any(test, fuzzing))]"].map(tokens);
         while i < all.len() {
-            if all[i..].starts_with(&marker) {
+            if let Some(marker) = markers.iter().find(|it| all[i..].starts_with(it)) {
                 let start = i + marker.len();
                 i = end_of_item(&all, start);
                 let words: Vec<&Token> = all[start..i].iter().collect();

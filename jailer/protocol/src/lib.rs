@@ -15,12 +15,17 @@
 //! - A process is known by a number that the supervisor chooses. 1 is the command of the microVM, whose
 //!   end is the end of the guest.
 
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, fuzzing)), no_std)]
 
 pub mod archive;
 pub mod credit;
 pub mod fields;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+#[cfg(test)]
+#[path = "../../../tests/common/fuzz_run.rs"]
+mod fuzz_run;
 pub mod message;
 
 pub use credit::{Receiver, Sender};

@@ -1,6 +1,9 @@
 //! Bytes to pieces: where requests begin and end in what a client sends, however it is cut up.
 //! Pure: it is fed and asked, and keeps less than one request and what was fed beyond.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use super::head::{Head, Refused, head_too_large};
 use super::{HEAD_MAX, LINE_MAX, Piece};
 

@@ -16,6 +16,8 @@ mod bounce;
 mod counters;
 mod disk;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod job;
 mod overlay;
 mod pool;
@@ -39,7 +41,7 @@ use self::bounce::{Bounce, Bounced, NoBuffer};
 use self::disk::Extents;
 use self::engine::Engine;
 use self::job::{Job, Jobs};
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 use self::request::status;
 use self::request::{Outcome, Request, status_place};
 use self::steps::Step;
@@ -220,7 +222,7 @@ impl Block {
     }
 
     /// [`Block::for_queues`] with one.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn new(
         disk: Disk,
         id: &str,
