@@ -228,6 +228,7 @@ fn override_sources(devices: &mut wire::Devices, load: &SnapshotLoad) -> Result<
         let mut changes = load.network_overrides.iter();
         if let Some(change) = changes.find(|change| change.iface_id == network.iface_id) {
             network.queue_fds.clone_from(&change.queue_fds);
+            network.guest_mac = change.guest_mac.or(network.guest_mac);
         }
     }
     match named.first() {

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::cpu::CpuConfig;
 use super::json::{JsonError, object, objects, optional_object};
 use super::{
-    BootSource, Devices, DriveOverlay, Logger, MachineConfig, Metrics, PassedFd, Serial, Source,
+    BootSource, Devices, DriveOverlay, Logger, Mac, MachineConfig, Metrics, PassedFd, Serial,
+    Source,
 };
 
 /// Which kind of snapshot to take.
@@ -114,6 +115,10 @@ pub struct NetworkOverride {
     /// Where that is a descriptor: the tap's other queues, one for each pair but the first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queue_fds: Vec<Source>,
+    /// The MAC address that the device tells of from now on. A driver that runs does not ask again: the guest has to
+    /// set it as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<Mac>,
 }
 
 /// A disk that gets another image, or another overlay, than it was saved with; one of them is there.
@@ -467,7 +472,7 @@ mod tests {
                 "mem_backend":{"backend_type":"Uffd","backend_path":{"fd":1}},
                 "track_dirty_pages":true,"resume_vm":true,"clock_realtime":true,
                 "network_overrides":[{"iface_id":"e","host_dev_name":"t","more":1},
-                  {"iface_id":"f","fd":2}],
+                  {"iface_id":"f","fd":2,"guest_mac":"06:00:00:00:00:01"}],
                 "drive_overrides":[{"drive_id":"a","path_on_host":"p"},
                   {"drive_id":"b","path_on_host":{"fd":3}},{"drive_id":"c","fd":4}],
                 "vsock_override":null,"mem_file_path":null,"huge_pages":"2M","working_set":"w",
@@ -476,6 +481,9 @@ mod tests {
         .unwrap();
         assert_eq!(all.mem_backend.backend_type, MemoryBackendType::Uffd);
         assert_eq!(all.network_overrides[1].host_dev_name, Source::fd(2));
+        assert_eq!(all.network_overrides[0].guest_mac, None);
+        let mac = Some(Mac([6, 0, 0, 0, 0, 1]));
+        assert_eq!(all.network_overrides[1].guest_mac, mac);
         assert_eq!(all.drive_overrides[2].path_on_host, Some(Source::fd(4)));
         assert_eq!(all.huge_pages, LoadPages::TwoMib);
         assert!(all.track_dirty_pages && all.resume_vm && all.clock_realtime);

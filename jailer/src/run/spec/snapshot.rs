@@ -182,6 +182,7 @@ impl Restoring {
                 iface_id,
                 host_dev_name,
                 queue_fds,
+                guest_mac: None,
             };
             opened.request.load.network_overrides.push(change);
         }
