@@ -62,6 +62,7 @@ impl Images {
             "kill",
             "nc",
             "ip",
+            "date",
         ];
         containers::busybox_root(&root, &applets);
         for folder in ["etc", "srv", "home"] {
@@ -872,19 +873,20 @@ fn guest_takes_over_the_interface_of_a_network_namespace_and_gives_it_back() {
     peer.ip(&pair);
     peer.ip("addr add 10.77.0.1/24 dev mfpeer");
     peer.ip("link set mfpeer up");
-    engine.ip("link set eth0 mtu 1400 address 06:11:22:33:44:55");
+    engine.ip("link set eth0 mtu 1400");
     engine.ip("addr add 10.77.0.2/24 dev eth0");
-    engine.ip("link set eth0 up");
-    engine.ip("route add default via 10.77.0.1");
     let path = peer.path();
     let (tell, port) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
         common::sys::enter_netns(Path::new(&path));
         let listener = std::net::TcpListener::bind("10.77.0.1:0").unwrap();
         tell.send(listener.local_addr().unwrap().port()).unwrap();
-        let (mut stream, from) = listener.accept().unwrap();
-        stream.write_all(&random_bytes()).unwrap();
-        from.ip().to_string()
+        let one = |_| {
+            let (mut stream, from) = listener.accept().unwrap();
+            stream.write_all(&random_bytes()).unwrap();
+            from.ip().to_string()
+        };
+        [1, 2].map(one)
     });
     let port = port.recv().unwrap();
 
@@ -893,20 +895,30 @@ fn guest_takes_over_the_interface_of_a_network_namespace_and_gives_it_back() {
     let words = ["--net-from-namespace", &own];
     let script =
         format!("ip addr show eth0; ip route; nc 10.77.0.1 {port} </dev/null | sha256sum; exit 4");
-    let output = ends(images.run(&image, &words, &["sh", "-c", &script]), 4);
-    let text = out(&output);
-    for part in [
-        "mtu 1400",
-        "link/ether 06:11:22:33:44:55",
-        "inet 10.77.0.2/24 ",
-        "default via 10.77.0.1 dev eth0",
-        &hash(&random_bytes()),
-    ] {
-        assert!(text.contains(part), "{part} in {text} {}", err(&output));
+    // The first one boots, and the second one is a copy of it with another address.
+    settle();
+    let template = images.place.path("templates");
+    let warm = [&words[..], &["--template", &template]].concat();
+    for mac in ["06:11:22:33:44:55", "06:11:22:33:44:66"] {
+        engine.ip("link set eth0 down");
+        engine.ip(&format!("link set eth0 address {mac}"));
+        engine.ip("link set eth0 up");
+        engine.ip("route add default via 10.77.0.1");
+        let output = ends(images.run(&image, &warm, &["sh", "-c", &script]), 4);
+        let text = out(&output);
+        for part in [
+            "mtu 1400",
+            &format!("link/ether {mac}"),
+            "inet 10.77.0.2/24 ",
+            "default via 10.77.0.1 dev eth0",
+            &hash(&random_bytes()),
+        ] {
+            assert!(text.contains(part), "{part} in {text} {}", err(&output));
+        }
+        assert_eq!(engine.redirect(), "");
+        images.nothing_is_left();
     }
-    assert_eq!(server.join().unwrap(), "10.77.0.2");
-    assert_eq!(engine.redirect(), "");
-    images.nothing_is_left();
+    assert_eq!(server.join().unwrap(), ["10.77.0.2", "10.77.0.2"]);
 
     // A supervisor that is killed leaves the namespace as it was.
     let mut command = images.run(&image, &words, &["sleep", "1000"]);
@@ -935,6 +947,138 @@ fn guest_takes_over_the_interface_of_a_network_namespace_and_gives_it_back() {
     );
     assert_eq!(err(&output).lines().count(), 1);
     images.nothing_is_left();
+}
+
+/// Waits until no file of a test counts as one that was changed just now: such a one is of no template yet.
+fn settle() {
+    std::thread::sleep(Duration::from_millis(3500));
+}
+
+/// What an exit report says of a template: whether it was used, and the note.
+fn template_of(report: &str) -> (bool, String) {
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
+    let template = &report["template"];
+    let note = template["note"].as_str().expect("it is told");
+    (template["used"] == true, note.to_owned())
+}
+
+#[test]
+fn copies_of_a_template_have_their_own_disk_name_time_and_random_numbers() {
+    let images = Images::new("agwarm", Who::Root);
+    let small = images.erofs();
+    let large = images.place.path("large.erofs");
+    let root = images.place.path("root");
+    fs::write(format!("{root}/etc/more"), random_bytes()).unwrap();
+    common::run("mkfs.erofs", &[&large, &root]);
+    let sectors = |image: &str| (fs::metadata(image).unwrap().len() / 512).to_string();
+    assert_ne!(sectors(&small), sectors(&large));
+    let templates = images.place.path("templates");
+    settle();
+    let script = "hostname; cat /sys/block/vda/size; date +%s; head -c 32 /dev/urandom | sha256sum; \
+                  sha256sum /srv/data /etc/more; cat >/file && cat /file";
+    let run = |image: &str, name: &str| {
+        let report = images.place.path(name);
+        let words = [
+            "--template",
+            &templates,
+            "--hostname",
+            name,
+            "--exit-report",
+        ];
+        let id = format!("{}-{name}", images.place.host.name);
+        let more = [&words[..], &[&report, "-i", "--id", &id]].concat();
+        let mut command = images.run(image, &more, &["sh", "-c", script]);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut running = Running::start(&mut command);
+        let input = running.child().stdin.take();
+        input.unwrap().write_all(name.as_bytes()).unwrap();
+        running
+    };
+    let now = || std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let began = now();
+    let check = |output: Output, image: &str, name: &str| {
+        let text = out(&output);
+        assert!(output.status.code().is_some(), "{}", err(&output));
+        let lines: Vec<_> = text.lines().collect();
+        assert!(lines.len() >= 6, "{text} {}", err(&output));
+        assert_eq!(lines[..2], [name, &sectors(image)], "{text}");
+        let time: u64 = lines[2].parse().unwrap();
+        // A guest's clock and the host's differ by less than a second.
+        assert!(
+            (began - 1..=now() + 1).contains(&time),
+            "{time} after {began}"
+        );
+        assert!(lines[4].starts_with(&hash(&random_bytes())), "{text}");
+        assert_eq!(lines.last(), Some(&name), "{text}");
+        assert_eq!(text.contains("/etc/more"), image == large, "{text}");
+        lines[3].to_owned()
+    };
+    let first = check(run(&small, "first").output(), &small, "first");
+    let (is_copy, note) = template_of(&images.place.path("first"));
+    assert!(!is_copy && note.contains("is made"), "{note}");
+    // Two at once, of different images.
+    let one = run(&small, "one");
+    let other = run(&large, "other");
+    let one = check(one.output(), &small, "one");
+    let other = check(other.output(), &large, "other");
+    for name in ["one", "other"] {
+        assert!(template_of(&images.place.path(name)).0, "{name}");
+    }
+    assert!(first != one && one != other && first != other);
+    what_does_not_fit_boots(&images, &small, &templates);
+    images.nothing_is_left();
+}
+
+/// Templates that are of another shape, or that were damaged, or that no guest of this kind may have, are not used; and a
+/// maker that was killed leaves nothing for long.
+fn what_does_not_fit_boots(images: &Images, image: &str, templates: &str) {
+    let report = images.place.path("report");
+    let note = |image: &str, more: &[&str]| {
+        let words = [
+            "--template",
+            templates,
+            "--exit-report",
+            &report,
+            "--timeout",
+            "2",
+        ];
+        let words = [&words[..], more].concat();
+        ends(images.run(image, &words, &["true"]), 124);
+        let (is_copy, note) = template_of(&report);
+        assert!(!is_copy, "{note}");
+        note
+    };
+    let work = Path::new(templates).join("work");
+    fs::create_dir(work.join("1-0")).unwrap();
+    fs::write(work.join("1-0/memory"), "of a maker that was killed").unwrap();
+    assert!(note(image, &["--memory", "160"]).contains("none of its kind"));
+    assert_eq!(fs::read_dir(&work).unwrap().count(), 0);
+    let disk = images.ext4();
+    let written = format!("{disk}:rw");
+    assert!(note(&written, &[]).contains("writes to"));
+    assert!(note(image, &["--drive", &disk]).contains("writes to"));
+    let entries = fs::read_dir(templates).unwrap().flatten();
+    let template = entries
+        .map(|it| it.path())
+        .find(|it| it.join("state").exists());
+    let template = template.expect("one was made");
+    for (name, length) in [("memory", 4096), ("state", 1000)] {
+        let file = File::options()
+            .write(true)
+            .open(template.join(name))
+            .unwrap();
+        file.set_len(length).unwrap();
+        let note = note(image, &[]);
+        assert!(note.contains("cannot be used, and is made anew"), "{note}");
+    }
+    fs::set_permissions(templates, fs::Permissions::from_mode(0o777)).unwrap();
+    let words = ["--template", templates];
+    let output = ends(images.run(image, &words, &["true"]), 125);
+    let text = err(&output);
+    assert!(text.contains("other users can write to it"), "{text}");
 }
 
 /// A program to which its own standard output is passed as descriptor 9 as well.

@@ -17,6 +17,9 @@
 //!   root   mounts          child, user   what a copy does until it is the program
 //! ```
 //!
+//! Until the setup comes it looks at no disk and reads nothing random: this machine may be saved then, and go on as
+//! any number of copies with other disks. What is to be new in each of them comes with the setup.
+//!
 //! What it is told is the supervisor's, which owns this guest; it is checked all the same. What it does for
 //! programs of the guest gives them no more than root of this guest has: they could do as the agent does.
 
@@ -85,6 +88,9 @@ fn main() -> ! {
         is_set_up: false,
         root: Root::default(),
     };
+    // A supervisor may wait for it, and have this machine saved and copied before it sends the setup. There is room.
+    let _ = agent.frame.push(&Message::Hello);
+    agent.link.flush(agent.frame);
     loop {
         agent.turn();
     }

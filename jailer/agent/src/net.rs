@@ -76,9 +76,14 @@ fn family(length: usize) -> Option<u8> {
 pub fn set_up(all: Fields<'_>, link: &Link) -> Result<(), Text> {
     let mut socket = None;
     let mut index = [0; 4];
+    let mut found_by = None;
     for field in all.flatten() {
         let bytes = field.bytes();
         let done = match (field.tag, bytes.split_first()) {
+            (fields::FOUND_BY, _) => {
+                found_by = Some(bytes);
+                continue;
+            }
             (fields::INTERFACE, _) => {
                 let opened = sys::netlink_socket();
                 let opened = opened.map_err(|error| Text::of(b"make a netlink socket", error))?;
@@ -86,7 +91,7 @@ pub fn set_up(all: Fields<'_>, link: &Link) -> Result<(), Text> {
                 let Some((mac, mtu)) = bytes.split_at_checked(6) else {
                     continue;
                 };
-                let Some(found) = link::index_of(link, mac) else {
+                let Some(found) = link::index_of(link, found_by.unwrap_or(mac)) else {
                     let mut text = Text::new();
                     text.add(b"cannot find the network interface of the namespace");
                     return Err(text);
@@ -97,6 +102,9 @@ pub fn set_up(all: Fields<'_>, link: &Link) -> Result<(), Text> {
                 let fixed = [0, 0, 0, 0, a, b, c, d, 1, 0, 0, 0, 1, 0, 0, 0];
                 let mut request = Request::new(NEW_LINK, &fixed);
                 request.attribute(4, mtu);
+                if found_by.take().is_some() {
+                    request.attribute(1, mac);
+                }
                 request.ask(socket)
             }
             (fields::ADDRESS, Some((prefix, address))) => match (&socket, family(address.len())) {

@@ -47,6 +47,9 @@ impl<'a> Setup<'a> {
                 fields::INTERFACE if field.bytes().len() == 10 => {}
                 fields::ADDRESS if matches!(field.bytes().len(), 5 | 17) => {}
                 fields::ROUTE if matches!(field.bytes().len(), 5 | 9 | 17 | 33) => {}
+                fields::SEED if field.bytes().len() == fields::SEED_LEN => {}
+                fields::SECTORS if field.bytes().len() == 8 => {}
+                fields::FOUND_BY if field.bytes().len() == 6 => {}
                 fields::MEMORY => drop(field.text()?),
                 fields::MEMORY_OPTIONS if field.bytes().len() >= 4 => {}
                 fields::ROOT_MODE => match field.bytes() {
@@ -81,6 +84,7 @@ impl<'a> Setup<'a> {
                 c"",
             ),
         )?;
+        self.begin_anew()?;
         self.mount_disk()?;
         step(b"enter the root", sys::change_folder(c"/root"))?;
         if self.mode != fields::READ_ONLY {
@@ -123,6 +127,27 @@ impl<'a> Setup<'a> {
         step(b"name the host", sys::set_hostname(self.hostname))?;
         self.mount_memory()?;
         Ok(upper)
+    }
+
+    /// Gives the kernel what is new in this guest, where that was saved and copied before: random bytes, and its disks.
+    fn begin_anew(&self) -> Result<(), Text> {
+        let mut disk = b'a';
+        for field in self.fields.flatten() {
+            match field.tag {
+                fields::SEED => {
+                    sys::seed(field.bytes())
+                        .map_err(|error| Text::of(b"give the kernel new random numbers", error))?;
+                }
+                fields::SECTORS => {
+                    let sectors = field.bytes().first_chunk();
+                    let sectors = sectors.map_or(0, |it| u64::from_le_bytes(*it));
+                    wait_for_disk(disk, sectors)?;
+                    disk = disk.saturating_add(1);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Mounts memory where it is asked for.
@@ -184,6 +209,30 @@ impl<'a> Setup<'a> {
             }
         }
     }
+}
+
+/// Waits until the kernel knows that the disk of this letter has so many sectors, and has it drop what it knows of
+/// another in that place.
+fn wait_for_disk(letter: u8, sectors: u64) -> Result<(), Text> {
+    /// The kernel is told by an interrupt: so many milliseconds are far more than that takes.
+    const TRIES: u32 = 10_000;
+    let mut path = Text::new();
+    path.add(b"/dev/vd").add(&[letter]);
+    let failed = |error| {
+        let mut text = Text::new();
+        text.add(b"open the disk ").add(path.bytes());
+        Text::of(text.bytes(), error)
+    };
+    let disk = sys::open(path.c_str(), sys::READ, 0).map_err(failed)?;
+    for _ in 0..TRIES {
+        if sys::disk_size(&disk).map_err(failed)? == sectors.saturating_mul(512) {
+            return sys::drop_cached(&disk).map_err(failed);
+        }
+        let _ = sys::poll(&mut [], 1);
+    }
+    let mut text = Text::new();
+    text.add(b"was not told of the size of ").add(path.bytes());
+    Err(text)
 }
 
 /// What shells and programs look for in /dev, and the kernel does not make.

@@ -115,7 +115,7 @@ fn play_agent(kind: &str, link: &OwnedFd) {
     let packet = |ether_type: [u8; 2], sequence: u32, messages: &[u8]| {
         let mut packet = vec![0; 24];
         packet.extend(ether_type);
-        packet.extend([2, 0]);
+        packet.extend([mayfly_agent_protocol::VERSION, 0]);
         packet.extend((messages.len() as u16).to_le_bytes());
         packet.extend(sequence.to_le_bytes());
         packet.extend(messages);

@@ -28,6 +28,17 @@ pub const INTERFACE: u8 = 8;
 pub const ADDRESS: u8 = 9;
 /// Of a setup: bits of the network, 1 byte, an address in it, and the gateway's, if there is one: 4 or 16 bytes each.
 pub const ROUTE: u8 = 10;
+/// Of a setup: [`SEED_LEN`] random bytes for the kernel's generator, which is to make nothing more of what it had: it may
+/// be that of other guests as well.
+pub const SEED: u8 = 11;
+/// Of a setup: how many sectors of 512 bytes a disk has, 8 bytes; one for each disk from the first one on. The kernel may have
+/// seen other disks in their places: it is waited until it knows of these, and what it has of the others is dropped.
+pub const SECTORS: u8 = 12;
+/// Of a setup: the address, 6 bytes, that the interface behind it ([`INTERFACE`]) has until now.
+pub const FOUND_BY: u8 = 13;
+
+/// Bytes of a [`SEED`].
+pub const SEED_LEN: usize = 32;
 
 /// Of a process: its words, in order.
 pub const ARGUMENT: u8 = 32;
@@ -72,6 +83,9 @@ pub fn is_binary(tag: u8) -> bool {
             | INTERFACE
             | ADDRESS
             | ROUTE
+            | SEED
+            | SECTORS
+            | FOUND_BY
             | TERMINAL
             | GROUP
             | UMASK

@@ -4,7 +4,7 @@ use crate::message::{self, Message};
 use crate::{FRAME_MAX, Malformed, u16_at, u32_at};
 
 /// The version of the protocol. Both sides have to be of the same: agent and supervisor are of one build.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// Length of a frame's header.
 pub const HEADER: usize = 8;
 

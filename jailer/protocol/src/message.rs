@@ -19,6 +19,7 @@ const FAILED: u8 = 11;
 const READY: u8 = 12;
 const REQUEST: u8 = 13;
 const ANSWER: u8 = 14;
+const HELLO: u8 = 15;
 
 /// A stream of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +131,9 @@ pub enum Message<'a> {
         /// Characters of a line.
         columns: u16,
     },
-    /// From the agent, first of all: the guest is set up, and processes can be started.
+    /// From the agent, first of all: it waits for the setup, and has looked at no disk yet.
+    Hello,
+    /// From the agent: the guest is set up, and processes can be started.
     Ready,
     /// From the agent: the command has been started. Of other processes it does not say so.
     Started {
@@ -209,6 +212,7 @@ impl<'a> Message<'a> {
                 (EXITED, 0, process, small.get(..2)?)
             }
             Message::Failed(text) => (FAILED, 0, 0, text),
+            Message::Hello => (HELLO, 0, 0, &[]),
             Message::Ready => (READY, 0, 0, &[]),
             Message::Request(text) => (REQUEST, 0, 0, text),
             Message::Answer(text) => (ANSWER, 0, 0, text),
@@ -251,7 +255,7 @@ impl<'a> Message<'a> {
         if !matches!(kind, DATA | END | CREDIT) && stream != 0 {
             return Err(Malformed::Stream(stream));
         }
-        if matches!(kind, SETUP | FAILED | READY | REQUEST | ANSWER) && process != 0 {
+        if matches!(kind, SETUP | FAILED | HELLO | READY | REQUEST | ANSWER) && process != 0 {
             return Err(Malformed::Reserved);
         }
         Ok(match kind {
@@ -303,6 +307,10 @@ impl<'a> Message<'a> {
                 }
                 Message::Failed(body)
             }
+            HELLO => {
+                exactly::<0>(body)?;
+                Message::Hello
+            }
             READY => {
                 exactly::<0>(body)?;
                 Message::Ready
@@ -326,6 +334,7 @@ impl<'a> Message<'a> {
             Message::Started { .. } => STARTED,
             Message::Exited { .. } => EXITED,
             Message::Failed(_) => FAILED,
+            Message::Hello => HELLO,
             Message::Ready => READY,
             Message::Request(_) => REQUEST,
             Message::Answer(_) => ANSWER,

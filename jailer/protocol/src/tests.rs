@@ -69,6 +69,7 @@ fn all_kinds<'a>(body: &'a [u8], number: u32) -> Vec<Message<'a>> {
             status: Status::Killed(9),
         },
         Message::Failed(&body[..body.len().min(TEXT_MAX)]),
+        Message::Hello,
         Message::Ready,
         Message::Request(body),
         Message::Answer(body),

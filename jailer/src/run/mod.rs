@@ -20,7 +20,9 @@
 //!   write.
 //! - A guest that runs a command has an agent, with which the supervisor has a session (`agent`).
 //!
-//! Imports point down this list: `supervise`, `keeper`, `outcome`, `jail`, `network`, `spec`, `agent`,
+//! - A guest with an agent may be a copy of one that waits for its disks (`template`).
+//!
+//! Imports point down this list: `supervise`, `keeper`, `outcome`, `jail`, `network`, `spec`, `template`, `agent`,
 //! `channel`.
 
 pub mod agent;
@@ -32,6 +34,7 @@ pub mod supervise;
 mod channel;
 mod keeper;
 mod network;
+mod template;
 
 use std::io::Write as _;
 

@@ -49,6 +49,8 @@ pub struct Seen {
     pub usage: Usage,
     /// The exit code of the guest's command.
     pub command: Option<i32>,
+    /// Of a guest that may be a copy of a template: whether it is, and what there is to say of that.
+    pub copied: Option<(bool, String)>,
     /// Why the guest was ended for what its agent said or did.
     pub agent_fault: Option<String>,
 }
@@ -314,6 +316,7 @@ pub fn facts(
         "peak_memory_by": if seen.usage.peak_memory.is_some() { "cgroup" } else { "process" },
         "out_of_memory_kills": seen.usage.out_of_memory,
         "crash": crash,
+        "template": seen.copied.as_ref().map(|(is_copy, note)| json!({ "used": is_copy, "note": note })),
         "times": times,
     })
 }

@@ -324,6 +324,7 @@ fn open_guest(
         memory: guest.memory,
         interface: None,
         copies: guest.copies,
+        renewal: None,
     };
     let initramfs = agent::initramfs::make(guest.agent.as_deref())?;
     Ok((plan, initramfs))

@@ -5,13 +5,14 @@
 //! the log, signals and the time limit are served all the while.
 //!
 //! `start` makes what is watched, `waiting` is what is waited for, `requests` are those of other programs,
-//! `snapshot` those for snapshots, `ending` is what follows when the monitor is gone.
+//! `snapshot` those for snapshots, `warm` has guests that are copies of a template, `ending` is what follows when the monitor is gone.
 
 mod ending;
 mod requests;
 mod snapshot;
 pub mod start;
 mod waiting;
+mod warm;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -21,6 +22,7 @@ use rustix::process::{Pid, Signal};
 
 use self::snapshot::{Snapshots, pagemap_of};
 use self::waiting::Ready;
+use self::warm::Making;
 use super::agent::{Agent, AgentError};
 use super::channel::Channel;
 use super::jail;
@@ -29,6 +31,7 @@ use super::network::namespace::Redirected;
 use super::outcome::{Asked, Seen, Times, Verdict};
 use super::spec::WatchSpec;
 use super::spec::vm::Vm;
+use super::template::Template;
 use crate::console::{Console, Part, Relay};
 use crate::error::{AnyError, Failure, Step as _, message};
 use crate::sys::{self, Ended, Used};
@@ -48,6 +51,10 @@ const NO_SNAPSHOT: &str = "cannot take a snapshot (--snapshot-to): the guest end
 pub enum WatchError {
     #[error("cannot start the microVM: {0}")]
     Refused(String),
+    #[error(
+        "cannot start the microVM as a copy of a template (--template): {0}. The template was removed: run it again"
+    )]
+    Template(String),
     #[error("cannot start the microVM: the monitor did not answer for {0} seconds")]
     NoAnswer(u64),
     #[error("cannot run the monitor: {0} before the guest started; its log may say why")]
@@ -73,6 +80,10 @@ pub struct Watch {
     pub log: Relay,
     /// The session with the guest's agent, if it has one.
     pub agent: Option<Agent>,
+    /// A template that is to be made of the guest.
+    pub making: Option<Making>,
+    /// The template that the guest is a copy of.
+    pub template: Option<Template>,
     /// The hold on what connects the guest to an interface of a network namespace.
     pub redirected: Option<Redirected>,
     /// Where the monitor reports how the guest ended.
@@ -166,6 +177,7 @@ impl Watch {
                 self.give_up(error.into());
             }
             self.take_snapshot_when_due();
+            self.make_template_when_due();
             self.answer_requests();
             self.tell_ready();
             self.end_with_command();
@@ -412,7 +424,17 @@ impl Watch {
                 }
             }
             Some(Question::Snapshot) => self.progress.snapshots.answer = Some(answer),
-            _ if !answer.is_success() => return Err(WatchError::Refused(answer.fault()).into()),
+            _ if !answer.is_success() => {
+                let fault = answer.fault();
+                return Err(match &self.template {
+                    Some(template) => {
+                        template.discard();
+                        WatchError::Template(fault)
+                    }
+                    None => WatchError::Refused(fault),
+                }
+                .into());
+            }
             Some(Question::Start) => {
                 self.progress.has_started = true;
                 self.progress.times.started_us = Some(self.now_us());

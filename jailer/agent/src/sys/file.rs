@@ -34,6 +34,35 @@ pub fn open_folder_in(folder: &Fd, name: &CStr) -> Result<Fd> {
     open_in(folder, name, FOLDER, 0)
 }
 
+/// Bytes of a disk (BLKGETSIZE64).
+pub fn disk_size(disk: &Fd) -> Result<u64> {
+    let mut size = [0; 8];
+    call!(IOCTL, disk.0, 0x8008_1272_u32, size.as_mut_ptr())?;
+    Ok(u64::from_ne_bytes(size))
+}
+
+/// Has the kernel drop what it has read of a disk (BLKFLSBUF).
+pub fn drop_cached(disk: &Fd) -> Result<()> {
+    call!(IOCTL, disk.0, 0x1261, 0).map(drop)
+}
+
+/// Gives the kernel's random number generator these bytes, as ones that only this machine has, and has it make all
+/// further numbers with them (RNDADDENTROPY, RNDRESEEDCRNG).
+pub fn seed(bytes: &[u8]) -> Result<()> {
+    /// struct rand_pool_info: bits, bytes, and the bytes.
+    const HEADER: usize = 8;
+    const ROOM: usize = 64;
+    let mut info = [0; HEADER + ROOM];
+    let bytes = bytes.get(..bytes.len().min(ROOM)).unwrap_or_default();
+    let count = bytes.len() as u32;
+    info[..4].copy_from_slice(&count.saturating_mul(8).to_ne_bytes());
+    info[4..HEADER].copy_from_slice(&count.to_ne_bytes());
+    info[HEADER..HEADER + bytes.len()].copy_from_slice(bytes);
+    let random = open(c"/dev/urandom", READ_WRITE, 0)?;
+    call!(IOCTL, random.0, 0x4008_5203, info.as_ptr())?;
+    call!(IOCTL, random.0, 0x5207, 0).map(drop)
+}
+
 pub fn read(from: &Fd, into: &mut [u8]) -> Result<usize> {
     call!(READ, from.0, into.as_mut_ptr(), into.len())
 }

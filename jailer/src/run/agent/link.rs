@@ -59,6 +59,11 @@ impl Link {
         Ok((link, theirs))
     }
 
+    /// The guest has sent one frame already, and was sent none.
+    pub fn is_behind_hello(&mut self) {
+        self.next_received = 1;
+    }
+
     /// Whether bytes of a stream may be added to what is to be sent. Small messages always find room.
     pub fn takes_data(&self) -> bool {
         self.out.is_empty() && !self.is_closed

@@ -33,7 +33,7 @@ pub use self::clients::Request;
 use self::clients::{ClientPart, Clients};
 use self::copying::{COPY_IN, Copying};
 use self::link::Link;
-pub use self::plan::{Address, Interface, Memory, Plan, RootMode, Route};
+pub use self::plan::{Address, Interface, Memory, Plan, Renewal, RootMode, Route};
 use crate::error::{AnyError, Step as _};
 use crate::process::command::CommandError;
 use crate::process::front::{Front, FrontPart};
@@ -52,6 +52,17 @@ pub enum AgentPart {
     CopyIn(FrontPart),
     /// A client, or one that comes.
     Client(ClientPart),
+}
+
+/// Where the session begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beginning {
+    /// With a guest that boots.
+    Boot,
+    /// With a guest that boots, and is told what it is to be when that is asked for ([`Agent::set_up`]).
+    Wait,
+    /// With a copy of a guest that waited for that.
+    Copy,
 }
 
 /// The guest's agent ended the session.
@@ -73,6 +84,10 @@ pub struct Agent {
     clients: Clients,
     /// What is copied into the guest, until it is there.
     copying: Option<Copying>,
+    /// The agent has said that it is there.
+    has_said_hello: bool,
+    /// What tells the guest what it is to be, until that is sent.
+    setup: Option<Vec<u8>>,
     /// What starts the command, until that is sent.
     start: Option<Vec<u8>>,
     /// The command is not to be started yet.
@@ -87,11 +102,15 @@ pub struct Agent {
 impl Agent {
     /// The session, and what the monitor is to have for a network interface. `listener` is the socket for
     /// clients.
-    pub fn new(plan: &Plan, listener: Option<OwnedFd>) -> Result<(Agent, OwnedFd), AnyError> {
+    pub fn new(
+        plan: &Plan,
+        listener: Option<OwnedFd>,
+        beginning: Beginning,
+    ) -> Result<(Agent, OwnedFd), AnyError> {
         let (mut link, theirs) = Link::pair().step("make the link to the guest's agent")?;
-        // The guest takes it when its agent is there.
-        if !link.out.push(&Message::Setup(&plan.setup()?)) {
-            return Err(CommandError::TooLong.into());
+        if beginning == Beginning::Copy {
+            // The first frame reached the supervisor of the guest that was copied.
+            link.is_behind_hello();
         }
         let mut agent = Agent {
             link,
@@ -101,18 +120,40 @@ impl Agent {
                 true => None,
                 false => Some(Copying::start(&plan.copies)?),
             },
+            has_said_hello: beginning == Beginning::Copy,
+            setup: Some(plan.setup()?),
             start: Some(plan.command.body(&plan.hostname)?),
             is_held: plan.is_held,
             is_ready: false,
             has_started: false,
             starter: None,
         };
-        // In the same frame, where nothing has to be done before.
-        if !agent.is_held && agent.copying.is_none() {
-            agent.send_start();
+        if beginning != Beginning::Wait {
+            // The guest takes it when its agent is there.
+            agent.set_up()?;
         }
-        agent.link.flush();
         Ok((agent, theirs))
+    }
+
+    /// Whether the agent is there, and waits for [`Agent::set_up`].
+    pub fn awaits_setup(&self) -> bool {
+        self.has_said_hello && self.setup.is_some()
+    }
+
+    /// Tells the guest what it is to be, once.
+    pub fn set_up(&mut self) -> Result<(), CommandError> {
+        let Some(setup) = self.setup.take() else {
+            return Ok(());
+        };
+        if !self.link.out.push(&Message::Setup(&setup)) {
+            return Err(CommandError::TooLong);
+        }
+        // In the same frame, where nothing has to be done before.
+        if !self.is_held && self.copying.is_none() {
+            self.send_start();
+        }
+        self.link.flush();
+        Ok(())
     }
 
     /// Starts the command, if there is room for that now.
@@ -256,6 +297,8 @@ impl Agent {
             front,
             clients,
             copying,
+            has_said_hello,
+            setup,
             start,
             is_ready,
             has_started,
@@ -264,7 +307,11 @@ impl Agent {
         } = self;
         let is_asked = start.is_none();
         link.receive(|_: &mut Frame, message| match *message {
-            Message::Ready if !*is_ready => {
+            Message::Hello if !*has_said_hello && !*is_ready => {
+                *has_said_hello = true;
+                Ok(())
+            }
+            Message::Ready if !*is_ready && setup.is_none() => {
                 *is_ready = true;
                 Ok(())
             }

@@ -38,8 +38,21 @@ pub struct Plan {
     pub interface: Option<Interface>,
     /// What is copied into the guest before the command starts.
     pub copies: Vec<CopyIn>,
+    /// What it is told where its machine was saved and copied before.
+    pub renewal: Option<Renewal>,
     /// Whether it is to run only when it is asked for ([`Agent::begin`](super::Agent::begin)).
     pub is_held: bool,
+}
+
+/// What is new in a guest whose machine was saved and copied before it had disks and a network.
+#[derive(Debug)]
+pub struct Renewal {
+    /// For its random numbers.
+    pub seed: [u8; fields::SEED_LEN],
+    /// Sectors of each of its disks, in order.
+    pub sectors: Vec<u64>,
+    /// The address that its interface had, if it is not the one that it is to have.
+    pub old_mac: Option<[u8; 6]>,
 }
 
 /// Memory that is mounted in the guest.
@@ -113,6 +126,15 @@ impl Plan {
         setup.add(fields::HOSTNAME, self.hostname.as_bytes())?;
         setup.add(fields::ROOT_TYPE, self.root_type.as_bytes())?;
         setup.add(fields::ROOT_MODE, &[mode])?;
+        if let Some(renewal) = &self.renewal {
+            setup.add(fields::SEED, &renewal.seed)?;
+            for sectors in &renewal.sectors {
+                setup.add(fields::SECTORS, &sectors.to_le_bytes())?;
+            }
+            if let Some(mac) = &renewal.old_mac {
+                setup.add(fields::FOUND_BY, mac)?;
+            }
+        }
         if self.is_sealed {
             setup.add(fields::SEALED, b"")?;
         }

@@ -1,6 +1,8 @@
 //! The guest plays the agent, as it is and as it may not be.
 
-use mayfly_agent_protocol::{AGENT_MAC, DATA_MAX, ETHER_TYPE, SUPERVISOR_MAC, Stream, messages};
+use mayfly_agent_protocol::{
+    AGENT_MAC, DATA_MAX, ETHER_TYPE, SUPERVISOR_MAC, Stream, VERSION, messages,
+};
 
 use super::*;
 use crate::console::{Sink, pipe};
@@ -22,6 +24,10 @@ impl Guest {
     }
 
     fn with(is_held: bool) -> Guest {
+        Guest::at(Beginning::Boot, is_held)
+    }
+
+    fn at(beginning: Beginning, is_held: bool) -> Guest {
         let plan = Plan {
             hostname: "h".into(),
             root_type: "erofs",
@@ -36,8 +42,9 @@ impl Guest {
             memory: Vec::new(),
             interface: None,
             copies: Vec::new(),
+            renewal: None,
         };
-        let (mut agent, link) = Agent::new(&plan, None).unwrap();
+        let (mut agent, link) = Agent::new(&plan, None, beginning).unwrap();
         let (out, to) = pipe(false, false).unwrap();
         let sinks = [Sink::Output { to, patient: false }, Sink::Nowhere];
         agent.front = Front::with(COMMAND, None, sinks);
@@ -131,6 +138,48 @@ fn agent_is_told_what_to_be_in_the_first_frame() {
 }
 
 #[test]
+fn guest_that_is_to_wait_is_set_up_when_that_is_asked_for() {
+    let mut guest = Guest::at(Beginning::Wait, false);
+    assert!(guest.heard().is_empty() && !guest.agent.awaits_setup());
+    guest.send(&[Message::Hello]);
+    guest.serve().unwrap();
+    assert!(guest.heard().is_empty() && guest.agent.awaits_setup());
+    guest.agent.set_up().unwrap();
+    let start = Message::Start {
+        process: COMMAND,
+        body: b"",
+    };
+    assert_eq!(guest.heard(), [Message::Setup(b"").kind(), start.kind()]);
+    assert!(!guest.agent.awaits_setup());
+    guest.send(&[Message::Ready, STARTED]);
+    guest.serve().unwrap();
+    assert!(guest.agent.is_running());
+}
+
+#[test]
+fn guest_that_was_not_told_what_to_be_cannot_be_ready() {
+    let fault = Guest::at(Beginning::Wait, false).fault(&[Message::Hello, Message::Ready]);
+    assert!(fault.contains("unexpected message"), "{fault}");
+}
+
+#[test]
+fn copy_of_a_guest_goes_on_behind_the_frame_that_the_first_one_sent() {
+    let mut guest = Guest::at(Beginning::Copy, false);
+    assert_eq!(guest.heard().len(), 2);
+    guest.sequence = 1;
+    guest.send(&[Message::Ready, STARTED]);
+    guest.serve().unwrap();
+    assert!(guest.agent.is_running());
+    let mut guest = Guest::at(Beginning::Copy, false);
+    guest.send(&[Message::Ready]);
+    let fault = crate::error::message(&guest.serve().unwrap_err());
+    assert!(
+        fault.contains("frame 0 came in place of frame 1"),
+        "{fault}"
+    );
+}
+
+#[test]
 fn command_that_runs_is_heard_to_its_end() {
     let mut guest = Guest::new();
     let status = Status::Exited(7);
@@ -214,11 +263,13 @@ fn messages_that_an_agent_may_not_send_end_the_session() {
         process: COMMAND,
         status: Status::Exited(0),
     };
-    let cases: [&[Message<'_>]; 16] = [
+    let cases: [&[Message<'_>]; 18] = [
         &[data(COMMAND, b"before the start")],
         &[exited],
         &[STARTED],
         &[Message::Ready, Message::Ready],
+        &[Message::Hello, Message::Hello],
+        &[Message::Ready, Message::Hello],
         &[Message::Ready, exited],
         &[Message::Ready, Message::Request(b"start")],
         &[Message::Ready, STARTED, STARTED],
@@ -295,10 +346,10 @@ fn frames_that_are_malformed_or_out_of_turn_end_the_session() {
     for (frame, expected) in [
         (&[][..], "cut short"),
         (&[1, 0, 0, 0, 0, 0, 0, 0], "version 1"),
-        (&[2, 0, 0xff, 0xff, 0, 0, 0, 0], "wrong length"),
-        (&[2, 0, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4], "cut short"),
+        (&[VERSION, 0, 0xff, 0xff, 0, 0, 0, 0], "wrong length"),
+        (&[VERSION, 0, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4], "cut short"),
         (
-            &[2, 0, 0, 0, 9, 0, 0, 0],
+            &[VERSION, 0, 0, 0, 9, 0, 0, 0],
             "frame 9 came in place of frame 0",
         ),
     ] {
@@ -331,7 +382,7 @@ fn random_packets_are_refused_and_nothing_panics() {
         for _ in 0..20 {
             let mut bytes: Vec<u8> = (0..next() % 100).map(|_| next() as u8 & 15).collect();
             if let Some(header) = bytes.first_chunk_mut::<8>() {
-                *header = [2, 0, 0, 0, guest.sequence as u8, 0, 0, 0];
+                *header = [VERSION, 0, 0, 0, guest.sequence as u8, 0, 0, 0];
                 bytes[2] = (bytes.len() - 8) as u8;
             }
             guest.send_bytes(ETHER_TYPE, &bytes);

@@ -74,6 +74,8 @@ pub struct Options {
     pub place: Place,
     /// The network namespace whose interface the guest takes over.
     pub net_namespace: Option<PathBuf>,
+    /// The folder of templates that guests may be copies of.
+    pub template: Option<PathBuf>,
     /// Tell this passed descriptor when the command runs, or could.
     pub ready_fd: Option<RawFd>,
 }
@@ -120,7 +122,7 @@ const KNOWN: Known = Known {
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to \
            --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version --parent-cgroup \
            --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report --ready-fd \
-           --runtime-dir --process --console-socket --upper --net-from-namespace",
+           --runtime-dir --process --console-socket --upper --net-from-namespace --template",
     repeatable: "--drive --net --limit --cgroup --resource-limit --env --tmpfs --copy-in",
     text: "--cmdline",
     help: "see run --help",
@@ -180,6 +182,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         guest,
         place: Place::new(words.path("--runtime-dir")),
         net_namespace: words.path("--net-from-namespace"),
+        template: words.path("--template"),
         ready_fd: words.parsed("--ready-fd", descriptor)?,
     }))
 }

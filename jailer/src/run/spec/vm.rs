@@ -9,8 +9,8 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use mayfly::wire::config::{
-    self, Backing, Mac, NetworkInterface, PassedFd, RateLimiterConfig, Restore, Serial,
-    TokenBucketConfig,
+    self, Backing, DriveOverride, Mac, NetworkInterface, NetworkOverride, PassedFd,
+    RateLimiterConfig, Restore, Serial, SnapshotLoad, TokenBucketConfig,
 };
 use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
 use mayfly::wire::{Source, VmConfig};
@@ -33,6 +33,9 @@ const AGENT_FRAMES: TokenBucketConfig = TokenBucketConfig {
     one_time_burst: None,
     refill_time: 100,
 };
+
+/// The id of the agent's interface.
+const AGENT: &str = "agent";
 
 /// What to run, in which descriptors still have the numbers that they were passed with.
 #[derive(Debug)]
@@ -151,6 +154,18 @@ fn open(mut config: VmConfig, passed: &mut Passed) -> Result<Vm, AnyError> {
     })
 }
 
+/// The interface by which the agent speaks to the supervisor.
+fn agent_interface(link: Source) -> NetworkInterface {
+    let mut interface = NetworkInterface::new(AGENT, link);
+    interface.guest_mac = Some(Mac(AGENT_MAC));
+    interface.mtu = Some(u16::MAX);
+    interface.tx_rate_limiter = Some(RateLimiterConfig {
+        bandwidth: None,
+        ops: Some(AGENT_FRAMES),
+    });
+    interface
+}
+
 fn read(path: &Path) -> Result<VmConfig, AnyError> {
     let name = format!("the configuration {} (--config)", path.display());
     let bytes = input::read(path, CONFIG_FILE_MAX).step(format!("read {name}"))?;
@@ -244,14 +259,151 @@ impl Vm {
             boot.initrd_path = Some(initramfs);
         }
         // The last one, so that the others have the names in the guest that they have without it.
-        let mut interface = NetworkInterface::new("agent", link);
-        interface.guest_mac = Some(Mac(AGENT_MAC));
-        interface.mtu = Some(u16::MAX);
-        interface.tx_rate_limiter = Some(RateLimiterConfig {
-            bandwidth: None,
-            ops: Some(AGENT_FRAMES),
-        });
+        let interface = agent_interface(link);
         config.devices.network_interfaces.push(interface);
+    }
+
+    /// The configuration of a machine that is to have an agent, without what a copy of it has anew: files, its interface's address. Or why
+    /// none can be a copy. `with_network`: it has the interface of a namespace.
+    pub fn shape(&self, with_network: bool) -> Result<String, &'static str> {
+        let Request::Boot(config) = &self.request else {
+            return Err("it starts from a snapshot");
+        };
+        let mut config = VmConfig::clone(config);
+        let devices = &mut config.devices;
+        if devices.network_interfaces.len() != usize::from(with_network) {
+            return Err("it has an interface of --net, which is configured while the kernel boots");
+        }
+        for drive in &mut devices.drives {
+            // What more a writable disk can do depends on its file, and a driver does not ask for that again.
+            if !drive.read_only() || drive.overlay.is_some() {
+                return Err("it has a disk that it writes to");
+            }
+            drive.path_on_host = Source::from("");
+        }
+        for interface in &mut devices.network_interfaces {
+            interface.host_dev_name = Source::from("");
+            interface.guest_mac = None;
+        }
+        let agent = agent_interface(Source::from(""));
+        devices.network_interfaces.push(agent);
+        if config.serial.take().is_some() {
+            return Err("it has a socket for its console");
+        }
+        let boot = config.boot_source.as_mut().ok_or("it has no kernel")?;
+        boot.kernel_image_path = Source::from("");
+        boot.initrd_path = None;
+        Ok(config.to_request(true))
+    }
+
+    /// A file that the configuration names.
+    fn file(&self, source: &Source) -> Option<&OwnedFd> {
+        let Source::Fd(PassedFd { fd, .. }) = source else {
+            return None;
+        };
+        self.files.get(usize::try_from(*fd).ok()?)
+    }
+
+    /// The guest's kernel.
+    pub fn kernel(&self) -> Option<&OwnedFd> {
+        let Request::Boot(config) = &self.request else {
+            return None;
+        };
+        let boot = config.boot_source.as_ref()?;
+        self.file(&boot.kernel_image_path)
+    }
+
+    /// The disks of a machine that boots, by id and in order.
+    pub fn disks(&self) -> Vec<(String, &OwnedFd)> {
+        let Request::Boot(config) = &self.request else {
+            return Vec::new();
+        };
+        let drives = config.devices.drives.iter();
+        drives
+            .filter_map(|drive| Some((drive.drive_id.clone(), self.file(&drive.path_on_host)?)))
+            .collect()
+    }
+
+    /// Gives the network interfaces of a machine with an agent, but for the agent's, this address.
+    pub fn set_macs(&mut self, mac: [u8; 6]) {
+        let Request::Boot(config) = &mut self.request else {
+            return;
+        };
+        for interface in &mut config.devices.network_interfaces {
+            if interface.iface_id != AGENT {
+                interface.guest_mac = Some(Mac(mac));
+            }
+        }
+    }
+
+    /// Has the machine boot with an empty disk in the place of each: those that it is to have, by id.
+    pub fn take_disks(&mut self, empty: &OwnedFd) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        let Request::Boot(config) = &mut self.request else {
+            return Ok(Vec::new());
+        };
+        let mut taken = Vec::new();
+        for drive in &mut config.devices.drives {
+            let Source::Fd(PassedFd { fd, .. }) = drive.path_on_host else {
+                continue;
+            };
+            let place = usize::try_from(fd).ok();
+            if let Some(file) = place.and_then(|at| self.files.get_mut(at)) {
+                let disk = std::mem::replace(file, empty.try_clone()?);
+                taken.push((drive.drive_id.clone(), disk));
+                drive.path_on_host = Source::passed(fd, "empty disk");
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Has the machine go on from a saved one of its shape, in place of booting.
+    pub fn start_from(self, state: OwnedFd, memory: OwnedFd) -> Vm {
+        let Request::Boot(config) = self.request else {
+            return self;
+        };
+        let mut old: Vec<_> = self.files.into_iter().map(Some).collect();
+        let mut files = vec![state, memory];
+        let mut keep = |source: &Source| match source {
+            Source::Fd(PassedFd { fd, name }) => {
+                let file = usize::try_from(*fd).ok().and_then(|at| old.get_mut(at));
+                let file = file.and_then(Option::take);
+                file.map_or_else(
+                    || source.clone(),
+                    |file| {
+                        files.push(file);
+                        Source::passed(files.len() as u32 - 1, name.clone().unwrap_or_default())
+                    },
+                )
+            }
+            Source::Named(_) => source.clone(),
+        };
+        let mut load = SnapshotLoad {
+            resume_vm: true,
+            clock_realtime: true,
+            ..SnapshotLoad::new(
+                Source::passed(0, "state of the template"),
+                Source::passed(1, "memory of the template"),
+            )
+        };
+        for drive in &config.devices.drives {
+            load.drive_overrides.push(DriveOverride {
+                drive_id: drive.drive_id.clone(),
+                path_on_host: Some(keep(&drive.path_on_host)),
+                overlay: None,
+            });
+        }
+        for interface in &config.devices.network_interfaces {
+            load.network_overrides.push(NetworkOverride {
+                iface_id: interface.iface_id.clone(),
+                host_dev_name: keep(&interface.host_dev_name),
+                queue_fds: Vec::new(),
+                guest_mac: interface.guest_mac,
+            });
+        }
+        Vm {
+            request: Request::Load(Box::new(Restore::new(load)), None),
+            files,
+        }
     }
 
     /// Whether the monitor may have a working set to record.

@@ -33,7 +33,7 @@ use crate::sys;
 
 /// The monitor has not given a snapshot.
 #[derive(Debug, thiserror::Error)]
-enum TakeError {
+pub(super) enum TakeError {
     #[error("the monitor refused: {0}")]
     Refused(String),
     #[error("the microVM is ending")]
@@ -138,13 +138,13 @@ impl Watch {
         self.kill();
     }
 
-    fn is_ending(&self) -> bool {
+    pub(super) fn is_ending(&self) -> bool {
         let progress = &self.progress;
         progress.failure.is_some() || progress.seen.asked.is_some() || progress.seen.timed_out
     }
 
     /// Takes one; what there is to say of it.
-    fn take_snapshot(
+    pub(super) fn take_snapshot(
         &mut self,
         folder: &Path,
         goes_on: bool,
@@ -215,7 +215,7 @@ impl Watch {
     }
 
     /// Asks the monitor and serves everything else until it has answered.
-    fn ask(
+    pub(super) fn ask(
         &mut self,
         method: &str,
         path: &str,

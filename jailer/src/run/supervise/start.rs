@@ -11,6 +11,7 @@ use mayfly::wire::Client;
 use mayfly::wire::limits::BODY_MAX;
 use rustix::process::{Pid, PidfdFlags};
 
+use super::warm::{self, Chosen};
 use super::{Progress, Watch};
 use crate::cgroup::exclusive::{self, Entrances};
 use crate::console::{self, Console, Relay, Sink};
@@ -139,6 +140,7 @@ fn make_jail(
     watched.console_socket = sockets.next();
     let has_command = watched.guest.is_some();
     let mut redirected = None;
+    let (mut making, mut template) = (None, None);
     let agent = match watched.guest.take() {
         Some((mut plan, initramfs)) => {
             if let Some(path) = &watched.options.net_namespace
@@ -150,10 +152,22 @@ fn make_jail(
                 plan.interface = Some(interface);
                 redirected = Some(hold);
             }
-            let (agent, link) = Agent::new(&plan, for_agent)?;
+            let chosen = match (&watched.options.template, &watched.vm) {
+                (Some(folder), Some(vm)) => {
+                    let monitor = spec.jail.monitor.file().as_fd();
+                    let (chosen, told) =
+                        warm::choose(folder, vm, monitor, initramfs.as_fd(), &mut plan)?;
+                    told.write(spec.log.as_ref());
+                    progress.seen.copied = Some((told.is_copy, told.note));
+                    chosen
+                }
+                _ => Chosen::Boot,
+            };
+            let (agent, link) = Agent::new(&plan, for_agent, chosen.beginning())?;
             if let Some(vm) = &mut watched.vm {
                 vm.set_agent(initramfs, link);
             }
+            (making, template) = chosen.apply(&mut watched.vm)?;
             Some(agent)
         }
         None => None,
@@ -211,6 +225,8 @@ fn make_jail(
         console: Console::new(console, typed.flatten(), to_guest.1),
         log: Relay::new(Some(log.0), to_log),
         agent,
+        making,
+        template,
         redirected,
         end: end.0,
         signals,

@@ -130,6 +130,7 @@ impl Watch {
             self.start_by_us(),
             self.time_limit_us(),
             progress.kill_at_us,
+            self.template_due_us(),
             progress.hung_up.as_ref().map(|(at, _)| *at),
             look,
         ];

@@ -62,7 +62,7 @@ fn plain_drive(name: &'static str, path: &Path, read_only: bool) -> Result<Given
 /// Those that only a command has.
 const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
                           --ready-fd --runtime-dir --process --console-socket --upper --tmpfs --copy-in \
-                          --net-from-namespace";
+                          --net-from-namespace --template";
 /// Those that a machine with a command does not have.
 const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
 
