@@ -304,6 +304,21 @@ fn jailer_is_told_what_config_json_asks_for() {
     ] {
         assert!(calls.contains(&words), "{words}: {calls}");
     }
+    assert!(!calls.contains("--template"), "{calls}");
+    engine.works(&["delete", "-force", "c1"]);
+
+    let templates = engine.folder.join("templates");
+    let path = |name: &str| engine.folder.join(name);
+    let settings =
+        json!({ "kernel": path("vmlinux"), "cache": path("cache"), "templates": templates });
+    engine.folder.file("oci.json", settings.to_string());
+    engine.create();
+    let calls = engine.folder.read("calls");
+    let words = format!(
+        "--vcpus 2 --template {} --hostname box ",
+        templates.display()
+    );
+    assert!(calls.contains(&words), "{words}: {calls}");
     engine.works(&["delete", "-force", "c1"]);
     engine.nothing_is_left();
 }

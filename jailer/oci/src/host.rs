@@ -32,6 +32,8 @@ pub struct Settings {
     pub cache: Option<PathBuf>,
     /// How large that may become, in MiB.
     pub cache_mib: Option<u64>,
+    /// Where templates of guests are kept; without it, each container's guest boots.
+    pub templates: Option<PathBuf>,
     /// The users for monitors, where root runs this: the first, and how many.
     pub uids: (u32, u32),
     /// Seconds that a guest may take until it is ready.
@@ -49,6 +51,7 @@ impl Default for Settings {
             vcpus: 1,
             cache: None,
             cache_mib: None,
+            templates: None,
             // Between the numbers that systemd gives to containers and those that programs take for
             // negative.
             uids: (1_900_000_000, 65_536),
@@ -168,6 +171,9 @@ impl Settings {
         if !(1..=32).contains(&self.vcpus) {
             return Err("vcpus must be 1 to 32");
         }
+        if self.templates.as_ref().is_some_and(|it| it.is_relative()) {
+            return Err("templates must be an absolute path");
+        }
         if self.memory_mib < 64 {
             return Err("memory_mib must be 64 or more");
         }
@@ -208,6 +214,7 @@ mod tests {
             ("{\"memory_mib\": \"x\"}", "memory_mib"),
             ("{\"memory_mib\": 12}", "64 or more"),
             ("{\"vcpus\": 0}", "1 to 32"),
+            ("{\"templates\": \"t\"}", "absolute"),
             ("{\"uids\": [0, 10]}", "uids"),
             ("{\"uids\": [4294967295, 10 ]}", "uids"),
             ("{\"ready_seconds\": 0}", "ready_seconds"),

@@ -52,6 +52,8 @@ pub struct Machine<'a> {
     pub cmdline: Option<&'a str>,
     pub memory_mib: u64,
     pub vcpus: u64,
+    /// The folder of templates of guests, if there is one.
+    pub templates: Option<&'a Path>,
     pub uid: Option<u32>,
     /// The number of the descriptor that is told when it is ready.
     pub ready: i32,
@@ -125,6 +127,9 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
     }
     words.option("--memory", machine.memory_mib.to_string());
     words.option("--vcpus", machine.vcpus.to_string());
+    if let Some(folder) = machine.templates {
+        words.option("--template", folder);
+    }
     words.option("--hostname", hostname(container, machine.id));
     if let Network::Namespace(path) = &container.network {
         words.option("--net-from-namespace", path);

@@ -269,6 +269,7 @@ impl Making<'_> {
             cmdline: self.host.settings.cmdline.as_deref(),
             memory_mib: resources::memory_mib(&container.resources, self.host.settings.memory_mib)?,
             vcpus: resources::vcpus(&container.resources, self.host.settings.vcpus),
+            templates: self.host.settings.templates.as_deref(),
             uid: held.record.uid,
             ready: told.as_raw_fd(),
             console: console.as_deref(),
