@@ -88,6 +88,11 @@ fn main() -> ! {
         is_set_up: false,
         root: Root::default(),
     };
+    // What takes no knowledge of what the guest is to be.
+    link::bring_up_loopback(&agent.link);
+    if let Err(text) = root::prepare() {
+        fail(&mut agent.link, agent.frame, text.bytes());
+    }
     // A supervisor may wait for it, and have this machine saved and copied before it sends the setup. There is room.
     let _ = agent.frame.push(&Message::Hello);
     agent.link.flush(agent.frame);
@@ -241,7 +246,6 @@ impl Machine<'_> {
                     Ok(upper) => upper,
                     Err(text) => fail(self.link, self.frame, text.bytes()),
                 };
-                link::bring_up_loopback(self.link);
                 if let Err(text) = net::set_up(setup.fields, self.link) {
                     fail(self.link, self.frame, text.bytes());
                 }

@@ -74,16 +74,6 @@ impl<'a> Setup<'a> {
     pub fn enter(&self) -> Result<Option<Fd>, Text> {
         let step =
             |what: &[u8], result: sys::Result<()>| result.map_err(|error| Text::of(what, error));
-        step(
-            b"mount /dev (CONFIG_DEVTMPFS)",
-            sys::mount(
-                c"dev",
-                c"/dev",
-                c"devtmpfs",
-                MOUNT_NO_SUID | MOUNT_NO_EXEC,
-                c"",
-            ),
-        )?;
         self.begin_anew()?;
         self.mount_disk()?;
         step(b"enter the root", sys::change_folder(c"/root"))?;
@@ -97,20 +87,13 @@ impl<'a> Setup<'a> {
             b"mount /dev in the root, which must have that folder",
             sys::mount(c"/dev", c"dev", c"", MOUNT_MOVE, c""),
         )?;
-        let safe = MOUNT_NO_SUID | MOUNT_NO_DEV | MOUNT_NO_EXEC;
         step(
             b"mount /proc in the root, which must have that folder",
-            sys::mount(c"proc", c"proc", c"proc", safe, c""),
+            sys::mount(c"/proc", c"proc", c"", MOUNT_MOVE, c""),
         )?;
         // Programs of a root without the folder do not expect it.
-        let _ = sys::mount(c"sysfs", c"sys", c"sysfs", safe, c"");
-        let _ = sys::make_folder(c"dev/pts", 0o755);
-        let _ = sys::make_folder(c"dev/shm", 0o1777);
-        let options = c"ptmxmode=0666,mode=0620,gid=5";
-        let no_exec = MOUNT_NO_SUID | MOUNT_NO_EXEC;
-        let _ = sys::mount(c"devpts", c"dev/pts", c"devpts", no_exec, options);
+        let _ = sys::mount(c"/sys", c"sys", c"", MOUNT_MOVE, c"");
         let safe_memory = MOUNT_NO_SUID | MOUNT_NO_DEV;
-        let _ = sys::mount(c"shm", c"dev/shm", c"tmpfs", safe_memory, c"mode=1777");
         if self.mode == fields::READ_ONLY || self.is_sealed {
             let _ = sys::mount(c"tmp", c"tmp", c"tmpfs", safe_memory, c"mode=1777");
             let _ = sys::mount(c"run", c"run", c"tmpfs", safe_memory, c"mode=0755");
@@ -123,7 +106,6 @@ impl<'a> Setup<'a> {
                 .and_then(|()| sys::change_root(c"."))
                 .and_then(|()| sys::change_folder(c"/")),
         )?;
-        make_links();
         step(b"name the host", sys::set_hostname(self.hostname))?;
         self.mount_memory()?;
         Ok(upper)
@@ -233,6 +215,34 @@ fn wait_for_disk(letter: u8, sectors: u64) -> Result<(), Text> {
     let mut text = Text::new();
     text.add(b"was not told of the size of ").add(path.bytes());
     Err(text)
+}
+
+/// Mounts what every root has, at places of the initial RAM disk: it is moved into the root then. A guest that is a
+/// copy of this one finds it done.
+pub fn prepare() -> Result<(), Text> {
+    let no_exec = MOUNT_NO_SUID | MOUNT_NO_EXEC;
+    let safe = no_exec | MOUNT_NO_DEV;
+    let step = |what: &[u8], result: sys::Result<()>| result.map_err(|error| Text::of(what, error));
+    step(
+        b"mount /dev (CONFIG_DEVTMPFS)",
+        sys::mount(c"dev", c"/dev", c"devtmpfs", no_exec, c""),
+    )?;
+    for folder in [c"/proc", c"/sys"] {
+        let _ = sys::make_folder(folder, 0o755);
+    }
+    step(
+        b"mount /proc (CONFIG_PROC_FS)",
+        sys::mount(c"proc", c"/proc", c"proc", safe, c""),
+    )?;
+    let _ = sys::mount(c"sysfs", c"/sys", c"sysfs", safe, c"");
+    let _ = sys::make_folder(c"/dev/pts", 0o755);
+    let _ = sys::make_folder(c"/dev/shm", 0o1777);
+    let options = c"ptmxmode=0666,mode=0620,gid=5";
+    let _ = sys::mount(c"devpts", c"/dev/pts", c"devpts", no_exec, options);
+    let safe_memory = MOUNT_NO_SUID | MOUNT_NO_DEV;
+    let _ = sys::mount(c"shm", c"/dev/shm", c"tmpfs", safe_memory, c"mode=1777");
+    make_links();
+    Ok(())
 }
 
 /// What shells and programs look for in /dev, and the kernel does not make.
