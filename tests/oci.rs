@@ -21,6 +21,9 @@ command=$1
 [ -e "$here/silent" ] && exec sleep 600
 case $command in
 run)
+    if grep -q '"terminal":true' process.json && ! [ -t 1 ]; then
+        case "$*" in *--console-socket*) ;; *) exit 125 ;; esac
+    fi
     while [ $# -gt 0 ]; do
         [ "$1" = --ready-fd ] && ready=$2
         [ "$1" = --net-from-namespace ] && echo "$2" > "$here/network"
@@ -432,11 +435,15 @@ fn run_waits_for_the_end_and_has_its_code() {
     needs!(root);
     let engine = Engine::new("ends");
     let run = engine.of_bundle("run", "c1");
+    // The config.json that `spec` writes asks for a terminal, which this test's streams are not.
+    engine.configure(|config| config["process"]["terminal"] = json!(true));
     let output = engine.run(&run);
     assert_eq!(
         (output.status.code(), &*output.stdout),
         (Some(7), &b"in the container\n"[..])
     );
+    let log = fs::read_to_string(engine.folder.join("log")).unwrap();
+    assert!(log.contains("process.terminal is left out"), "{log}");
     engine.nothing_is_left();
 
     engine.folder.file("mode", "stays");

@@ -3,7 +3,7 @@
 //! `create` makes everything in one order, and `destroy` undoes whatever of it is there: the one way to
 //! undo, also for a `create` that failed or was killed half-way.
 
-use std::io::Read as _;
+use std::io::{IsTerminal as _, Read as _, stdin, stdout};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -144,6 +144,9 @@ pub fn create(
     if global.has_no_groups {
         container.cgroup = None;
     }
+    if kind == Kind::Foreground && create.console_socket.is_none() {
+        leave_out_missing_terminal(&mut container);
+    }
     check_terminal(&container, create, kind)?;
     let kernel = host.kernel()?;
     let jailer = Jailer::find()?;
@@ -188,6 +191,17 @@ pub fn create(
             }
             Err(error)
         }
+    }
+}
+
+/// The config.json that `spec` writes asks for a terminal, which programs that start from it (Ray) leave as it
+/// is: who waits for the container without one gets its streams as they are.
+fn leave_out_missing_terminal(container: &mut Container) {
+    if container.has_terminal && !(stdin().is_terminal() && stdout().is_terminal()) {
+        container.has_terminal = false;
+        container.process.insert("terminal".into(), false.into());
+        let note = "process.terminal is left out: standard input and output are no terminal";
+        container.notes.push(note.into());
     }
 }
 
