@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{Folder, Netns, needs};
+use common::{Folder, Netns, containers, needs};
 
 /// The interpreter that has Ray and our package.
 fn python(test: &str) -> Option<PathBuf> {
@@ -91,6 +91,79 @@ fn ray_cluster_when_tasks_workers_and_nodes_end_leaves_no_microvm() {
     ] {
         assert!(
             said.contains(&format!("cluster: {step} ok")),
+            "{step}: {said}"
+        );
+    }
+}
+
+const DOCUMENT: &str = include_str!("../docs/ray.md");
+
+/// The stand-in for mkfs.erofs of the document, with the test's mayfly-image and a cache of its own.
+fn mkfs(folder: &Folder) -> String {
+    let (_, script) = DOCUMENT.split_once("```sh\n#!/bin/sh\n").unwrap();
+    let (script, _) = script.split_once("```").unwrap();
+    let program = "mayfly-image disk";
+    assert!(script.contains(program), "{script}");
+    let ours = format!(
+        "{} disk --cache {}",
+        folder.join("bin/mayfly-image").display(),
+        folder.join("cache").display()
+    );
+    format!("#!/bin/sh\n{}", script.replace(program, &ours))
+}
+
+#[test]
+fn rays_own_sandboxes_when_runsc_is_mayfly_oci_are_made_used_and_deleted() {
+    needs!(kvm, root, guest);
+    let Some(python) =
+        python("rays_own_sandboxes_when_runsc_is_mayfly_oci_are_made_used_and_deleted")
+    else {
+        return;
+    };
+    let (folder, namespace) = (Folder::new(), Netns::new());
+    let settings = containers::install_runtime(&folder);
+    let root = folder.join("root");
+    containers::busybox_root(&root, &["sh", "cat", "mkdir", "dirname", "sleep"]);
+    std::fs::create_dir(root.join("srv")).unwrap();
+    std::fs::write(root.join("srv/of-image"), "of the image\n").unwrap();
+    let image = folder.join(&format!("mf-{}.tar", std::process::id()));
+    let [archive, tree] = [&image, &root].map(|path| path.display().to_string());
+    folder.run("tar", &["-cf", &archive, "-C", &tree, "."]);
+
+    let bin = folder.join("bin");
+    containers::install(&common::mayfly_image(), &bin.join("mayfly-image"));
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", folder.join("path").display());
+    std::fs::create_dir(folder.join("path")).unwrap();
+    // Ray has no place for options of its runtime.
+    let runsc = format!(
+        "#!/bin/sh\nexec {} --config {} \"$@\"\n",
+        bin.join("mayfly-oci").display(),
+        settings.display()
+    );
+    for (name, script) in [("runsc", runsc), ("mkfs.erofs", mkfs(&folder))] {
+        let script = folder.file("script", script);
+        containers::install(&script, &folder.join("path").join(name));
+    }
+    let mut command = Command::new(python);
+    command
+        .arg(program("sandbox.py"))
+        .args([&image, &bin])
+        .env("PATH", path)
+        .env("RAY_TMPDIR", folder.join("r"))
+        .env("RAY_USAGE_STATS_ENABLED", "0");
+    std::fs::create_dir(folder.join("r")).unwrap();
+    let said = namespace.inside(|| succeeds(&mut command));
+    for step in [
+        "create",
+        "exec",
+        "write_file and read_file",
+        "delete",
+        "scratch folder",
+        "worker killed",
+    ] {
+        assert!(
+            said.contains(&format!("sandbox: {step} ok")),
             "{step}: {said}"
         );
     }
