@@ -6,8 +6,9 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
@@ -71,6 +72,27 @@ impl NetNs {
         }
     }
 
+    /// Waits until no other process holds the namespace so, and then holds it until this is dropped.
+    pub fn hold(&self, patience: Duration) -> Result<(), Failure> {
+        let until = Instant::now() + patience;
+        loop {
+            match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::INTR) => {}
+                Err(Errno::WOULDBLOCK) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => {
+                    return other
+                        .step_on("hold the network namespace", &self.path)
+                        .hint(
+                            Errno::WOULDBLOCK,
+                            "a microVM that has taken its network over has not given it back",
+                        );
+                }
+            }
+        }
+    }
+
     /// Moves this process into the namespace.
     pub fn join(&self) -> Result<(), Failure> {
         let network = Some(LinkNameSpaceType::Network);
@@ -102,5 +124,27 @@ mod tests {
     #[test]
     fn open_of_our_own_namespace_succeeds() {
         assert!(NetNs::open(Path::new("/proc/self/ns/net")).is_ok());
+    }
+
+    #[test]
+    fn namespace_is_held_by_one_at_a_time() {
+        // That of another thread, which no other test holds.
+        let (tell, number) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || {
+            tell.send(rustix::thread::gettid()).unwrap();
+            let _ = ended.recv();
+        });
+        let thread = number.recv().unwrap();
+        let path = format!("/proc/self/task/{}/ns/net", thread.as_raw_nonzero());
+        let open = || NetNs::open(Path::new(&path)).unwrap();
+        let (first, second) = (open(), open());
+        first.hold(Duration::from_secs(60)).unwrap();
+        let error = second.hold(Duration::ZERO).unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::WOULDBLOCK));
+        drop(first);
+        second.hold(Duration::ZERO).unwrap();
+        drop(end);
+        other.join().unwrap();
     }
 }

@@ -8,10 +8,13 @@
 //! ```
 //!
 //! A process of its own goes into the namespace, makes the tap and the redirects, and stays: it takes them back when
-//! the supervisor closes its channel, or is killed. The tap goes with its last descriptor.
+//! the supervisor closes its channel, or is killed. The tap goes with its last descriptor. What one that was killed
+//! has left is known by the priority of its filter, and the next one puts its own in its place; it holds the namespace
+//! meanwhile, so that one that ends late takes nothing back that is another's.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use libc::{RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST, RTPROT_KERNEL};
 use libc::{RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE};
@@ -33,6 +36,9 @@ const TAP: &str = "mfguest";
 /// From that process: what it found, and the tap; or the message of an error.
 const FOUND: u8 = b'+';
 const FAILED: u8 = b'-';
+
+/// How long the process of a microVM that has ended may take to take its redirects back.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const WHAT: &str = "take over the network of the namespace (--net-from-namespace)";
 
@@ -97,14 +103,20 @@ fn stay(
         .map_err(AnyError::from)
         .and_then(|()| make(path));
     let told = match &made {
-        Ok(Some((_, tap, found))) => {
-            let text = serde_json::json!(found).to_string();
-            channel.send(FOUND, &text, &[std::os::fd::AsFd::as_fd(tap)])
+        Ok(Some(made)) => {
+            let text = serde_json::json!(made.found).to_string();
+            channel.send(FOUND, &text, &[std::os::fd::AsFd::as_fd(&made.tap)])
         }
         Ok(None) => channel.send(FOUND, "", &[]),
         Err(error) => channel.send(FAILED, &message(&**error), &[]),
     };
-    let Ok(Some((index, tap, _))) = made else {
+    let Ok(Some(Made {
+        index,
+        tap,
+        namespace: _held,
+        ..
+    })) = made
+    else {
         return;
     };
     drop(tap);
@@ -118,9 +130,20 @@ fn stay(
     let _ = Netlink::open().and_then(|netlink| netlink.remove_redirect(index));
 }
 
+/// What the guest needs.
+struct Made {
+    /// The interface whose place it takes.
+    index: u32,
+    tap: OwnedFd,
+    found: Interface,
+    /// Held, so that nothing else takes it over.
+    namespace: NetNs,
+}
+
 /// Goes into the namespace, and makes what the guest needs; none where there is no network.
-fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Interface)>, AnyError> {
-    NetNs::open(path)?.join()?;
+fn make(path: &Path) -> Result<Option<Made>, AnyError> {
+    let namespace = NetNs::open(path)?;
+    namespace.join()?;
     let netlink = Netlink::open().step(WHAT)?;
     let Some((index, found)) = look(&netlink).step(WHAT)? else {
         return Ok(None);
@@ -130,13 +153,15 @@ fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Interface)>, AnyError> {
         .hints(tun_remedy)?;
     let tap =
         Tap::attach(tun, TAP).step("make a tap in the network namespace (--net-from-namespace)")?;
+    // No microVM has the network now, or there would have been such a tap; one may be about to have ended.
+    namespace.hold(PATIENCE)?;
     // The tap has no use for an address of its own.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1");
     let redirect = || {
         let guest = netlink.index(TAP)?;
         netlink.set_up_with_mtu(guest, found.mtu)?;
         netlink.redirect(guest, index)?;
-        netlink.redirect(index, guest)
+        redirect_anew(&netlink, index, guest)
     };
     let remedy = |answer| match answer {
         Errno::EXIST => Some(
@@ -153,7 +178,23 @@ fn make(path: &Path) -> Result<Option<(u32, OwnedFd, Interface)>, AnyError> {
         let _ = netlink.remove_redirect(index);
     }
     redirected.step(WHAT).hints(remedy)?;
-    Ok(Some((index, tap.into(), found)))
+    Ok(Some(Made {
+        index,
+        tap: tap.into(),
+        found,
+        namespace,
+    }))
+}
+
+/// Redirects what comes in by an interface, in place of a redirect of ours that was left there.
+fn redirect_anew(netlink: &Netlink, from: u32, to: u32) -> Result<(), Errno> {
+    match netlink.redirect(from, to) {
+        Err(Errno::EXIST) if netlink.is_redirected(from)? => {
+            netlink.remove_redirect(from)?;
+            netlink.redirect(from, to)
+        }
+        other => other,
+    }
 }
 
 /// The interface that is not the loopback: the one with a default route, if there are several.
@@ -231,4 +272,36 @@ fn route(listed: &Listed, index: u32) -> Option<Route> {
         to: Address { bytes, prefix },
         gateway,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::thread::UnshareFlags;
+
+    use super::*;
+
+    #[test]
+    fn redirect_that_was_left_is_replaced_and_that_of_another_program_is_not() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: it makes a network namespace, which only root may");
+            return;
+        }
+        // That of the thread of this test.
+        sys::unshare(UnshareFlags::NEWNET).unwrap();
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        let netlink = Netlink::open().unwrap();
+        netlink.make_cable("mfa", "mfb", thread).unwrap();
+        let (a, b) = (netlink.index("mfa").unwrap(), netlink.index("mfb").unwrap());
+        assert_eq!(netlink.is_redirected(a), Ok(false));
+        redirect_anew(&netlink, a, b).unwrap();
+        assert_eq!(netlink.is_redirected(a), Ok(true));
+        assert_eq!(netlink.redirect(a, b), Err(Errno::EXIST));
+        redirect_anew(&netlink, a, b).unwrap();
+        assert_eq!(netlink.is_redirected(a), Ok(true));
+        netlink.remove_redirect(a).unwrap();
+        netlink.redirect_with(1, a, b).unwrap();
+        assert_eq!(netlink.is_redirected(a), Ok(false));
+        assert_eq!(redirect_anew(&netlink, a, b), Err(Errno::EXIST));
+        assert_eq!(netlink.remove_redirect(a), Ok(()), "it is still there");
+    }
 }

@@ -22,6 +22,9 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 const RTM_NEWQDISC: u16 = 36;
 const RTM_DELQDISC: u16 = 37;
 const RTM_NEWTFILTER: u16 = 44;
+const RTM_GETTFILTER: u16 = 46;
+/// The priority of our filters, by which they are known ("mf").
+const PRIORITY: u16 = 0x6d66;
 const INGRESS: u32 = 0xffff_0000;
 const INGRESS_PARENT: u32 = 0xffff_fff1;
 const TCA_KIND: u16 = 1;
@@ -194,13 +197,18 @@ impl Netlink {
 
     /// Passes all that comes in by the interface `from` out of the interface `to`. Nothing of it reaches this kernel.
     pub fn redirect(&self, from: u32, to: u32) -> Result<(), Errno> {
+        self.redirect_with(PRIORITY, from, to)
+    }
+
+    /// The same by a filter of this priority.
+    pub fn redirect_with(&self, priority: u16, from: u32, to: u32) -> Result<(), Errno> {
         let mut request = Request::new(RTM_NEWQDISC, NEW);
         request.traffic_control(from, INGRESS, INGRESS_PARENT, 0);
         request.name(TCA_KIND, "ingress");
         self.ask(request)?;
         let mut request = Request::new(RTM_NEWTFILTER, NEW);
-        // Priority 1, of all protocols (ETH_P_ALL).
-        let all = 1 << 16 | u32::from(3_u16.to_be());
+        // Of all protocols (ETH_P_ALL).
+        let all = u32::from(priority) << 16 | u32::from(3_u16.to_be());
         request.traffic_control(from, 0, INGRESS, all);
         request.name(TCA_KIND, "u32");
         request.nest(TCA_OPTIONS, |request| {
@@ -230,13 +238,31 @@ impl Netlink {
         self.ask(request)
     }
 
+    /// Whether what is made of the packets that come in by an interface is a redirect of ours, and no more.
+    pub fn is_redirected(&self, from: u32) -> Result<bool, Errno> {
+        let mut request = Request(Vec::new());
+        request.traffic_control(from, 0, INGRESS, 0);
+        let filters = self.list_of(RTM_GETTFILTER, &request.0)?;
+        let is_ours = |it: &Listed| {
+            let info = it.fixed.last_chunk().map(|it| u32::from_ne_bytes(*it));
+            info.is_some_and(|info| info >> 16 == u32::from(PRIORITY))
+        };
+        Ok(!filters.is_empty() && filters.iter().all(is_ours))
+    }
+
     /// All there is of a kind, for a request of it: each one's fixed part of so many bytes, and its attributes.
     pub fn list(&self, request: u16, fixed: usize) -> Result<Vec<Listed>, Errno> {
+        self.list_of(request, &vec![0; fixed])
+    }
+
+    /// The same of what the request's fixed part says.
+    fn list_of(&self, request: u16, part: &[u8]) -> Result<Vec<Listed>, Errno> {
+        let fixed = part.len();
         let mut bytes = Request::new(request, NLM_F_DUMP).0;
-        // No answer besides, and a fixed part of zeros.
+        // No answer besides.
         let flags = (NLM_F_REQUEST | NLM_F_DUMP) as u16;
         bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
-        bytes.resize(HEADER + fixed, 0);
+        bytes.extend(part);
         let length = bytes.len() as u32;
         bytes[..4].copy_from_slice(&length.to_ne_bytes());
         rustix::net::send(&self.0, &bytes, SendFlags::empty())?;
