@@ -117,9 +117,11 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
     words.option("--id", machine.id);
     words.option("--runtime-dir", ".");
     let mut image = machine.disk.as_os_str().to_owned();
-    if container.is_read_only {
-        image.push(":ro");
-    }
+    // Always one of them: the name may end so itself.
+    image.push(match container.is_read_only {
+        true => ":ro",
+        false => ":overlay",
+    });
     words.option("--image", &image);
     words.option("--kernel", machine.kernel);
     if let Some(cmdline) = machine.cmdline {

@@ -138,16 +138,19 @@ impl GivenDrive {
 }
 
 /// Reads `FILE`, `FILE:ro`, `FILE:overlay=FILE` or `FILE:overlay=memory`, with settings at the end, before or after
-/// `:ro`; a file of the name memory is written `./memory`.
+/// `:ro`; a file of the name memory is written `./memory`. `FILE:rw` is `FILE`, also where its name ends with `:ro`.
 pub fn drive(text: &str) -> Result<GivenDrive, Why> {
     let mut settings = DriveSettings::default();
-    let (mut text, mut read_only) = (text, false);
+    let (mut text, mut read_only, mut has_mode) = (text, false, false);
     loop {
         if let Some((rest, name, value)) = last_setting(text, &DriveSettings::NAMES) {
             settings.set(name, value)?;
             text = rest;
-        } else if let (false, Some(rest)) = (read_only, text.strip_suffix(":ro")) {
-            read_only = true;
+        } else if let (false, Some(rest)) = (has_mode, text.strip_suffix(":ro")) {
+            (read_only, has_mode) = (true, true);
+            text = rest;
+        } else if let (false, Some(rest)) = (has_mode, text.strip_suffix(":rw")) {
+            has_mode = true;
             text = rest;
         } else {
             break;
@@ -391,5 +394,26 @@ mod tests {
             let refused = drive(text).unwrap_err();
             assert!(refused.contains(why), "{text}: {refused}");
         }
+    }
+
+    #[test]
+    fn drive_whose_name_ends_as_a_mode_can_be_named_with_each_of_them() {
+        for (text, image, read_only) in [
+            ("a:rw", "a", false),
+            ("a:ro:ro", "a:ro", true),
+            ("a:ro:rw", "a:ro", false),
+            ("a:ro:rw:queues=2", "a:ro", false),
+            ("a:ro:queues=2:rw", "a:ro", false),
+            ("a:rw:rw", "a:rw", false),
+        ] {
+            let drive = drive(text).unwrap();
+            assert_eq!(
+                (drive.image, drive.read_only),
+                (image.into(), read_only),
+                "{text}"
+            );
+        }
+        let drive = drive("a:ro:rw:overlay=memory");
+        assert_eq!(drive.unwrap().image, "a:ro:rw".into(), "only at the end");
     }
 }

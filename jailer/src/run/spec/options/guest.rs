@@ -126,11 +126,12 @@ pub fn take(
     }))
 }
 
-/// Reads `FILE`, `FILE:ro` or `FILE:rw`.
+/// Reads `FILE`, `FILE:ro`, `FILE:rw`, or `FILE:overlay`, which is `FILE` also where its name ends as one of these.
 fn image(text: &str) -> Result<(PathBuf, Option<RootMode>), Why> {
     let (path, mode) = match text.rsplit_once(':') {
         Some((path, "ro")) => (path, Some(RootMode::ReadOnly)),
         Some((path, "rw")) => (path, Some(RootMode::ReadWrite)),
+        Some((path, "overlay")) => (path, None),
         _ => (text, None),
     };
     match path {
@@ -145,5 +146,28 @@ fn hostname(text: &str) -> Result<String, Why> {
     match (1..=64).contains(&text.len()) && text.bytes().all(is_fit) {
         true => Ok(text.to_owned()),
         false => Err("a name has 1 to 64 letters, digits, - and .".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn image_whose_name_ends_as_a_mode_can_be_named_with_each_of_them() {
+        for (text, path, mode) in [
+            ("a", "a", None),
+            ("a:ro", "a", Some(RootMode::ReadOnly)),
+            ("a:rw", "a", Some(RootMode::ReadWrite)),
+            ("a:overlay", "a", None),
+            ("a:ro:ro", "a:ro", Some(RootMode::ReadOnly)),
+            ("a:ro:rw", "a:ro", Some(RootMode::ReadWrite)),
+            ("a:ro:overlay", "a:ro", None),
+            ("a:overlay:overlay", "a:overlay", None),
+            ("a:b", "a:b", None),
+        ] {
+            assert_eq!(image(text).unwrap(), (path.into(), mode), "{text}");
+        }
+        assert!(image(":ro").is_err());
     }
 }
