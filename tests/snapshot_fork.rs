@@ -31,7 +31,7 @@ fn patterned(folder: &Folder, name: &str, seed: u64) -> PathBuf {
 fn reader(disk: &Path) -> Value {
     let words = "fill:4:1,blkbench:0:4096:2500:16:randread,shell";
     let mut config = probe_vm_with_disks(words, &[disk]);
-    config["drives"][0]["rate_limiter"] = json!({"ops": {"size": 100, "refill_time": 50}});
+    config["drives"][0]["rate_limiter"] = json!({"ops": {"size": 100, "refill_time": 500}});
     config
 }
 

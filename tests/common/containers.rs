@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{Folder, LINUX_PATIENCE};
+use super::Folder;
 
 /// A root folder with busybox by the names of `applets`, and where a guest mounts what it needs.
 pub fn busybox_root(root: &Path, applets: &[&str]) {
@@ -43,7 +43,8 @@ pub fn install_runtime(folder: &Folder) -> PathBuf {
         "cmdline": linux.cmdline,
         "memory_mib": 128,
         "cache": folder.join("cache"),
-        "ready_seconds": LINUX_PATIENCE.as_secs(),
+        // podman gives a container 240.
+        "ready_seconds": 220,
     });
     folder.file("oci.json", settings.to_string())
 }
