@@ -12,6 +12,8 @@ use std::time::{Duration, SystemTime};
 
 use mayfly_agent_protocol::VERSION;
 
+use crate::host;
+
 /// File systems have ticks of up to two seconds.
 const SETTLED: Duration = Duration::from_secs(2);
 /// The first processor of /proc/cpuinfo is within so many bytes.
@@ -119,8 +121,7 @@ fn add_host(text: &mut String) {
     for part in [host.release(), host.version(), host.machine()] {
         let _ = writeln!(text, "host {}", part.to_string_lossy());
     }
-    let is_software = std::path::Path::new("/sys/module/kvm_pvm").exists();
-    let _ = writeln!(text, "software KVM {is_software}");
+    let _ = writeln!(text, "software KVM {}", host::has_software_kvm());
     let mut cpu = Vec::new();
     let file = std::fs::File::open("/proc/cpuinfo");
     let _ = file.map(|file| file.take(CPU_MAX).read_to_end(&mut cpu));
