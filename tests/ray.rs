@@ -100,7 +100,7 @@ const DOCUMENT: &str = include_str!("../docs/ray.md");
 
 /// The stand-in for mkfs.erofs of the document, with the test's mayfly-image and a cache of its own.
 fn mkfs(folder: &Folder) -> String {
-    let (_, script) = DOCUMENT.split_once("```sh\n#!/bin/sh\n").unwrap();
+    let (_, script) = DOCUMENT.split_once("```\n#!/bin/sh\n").unwrap();
     let (script, _) = script.split_once("```").unwrap();
     let program = "mayfly-image disk";
     assert!(script.contains(program), "{script}");
