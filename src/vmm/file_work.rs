@@ -3,7 +3,8 @@
 //! - A change of the configuration or of a device: its middle step, the opening. One change at a
 //!   time: what clients ask for meanwhile waits in order ([`Vmm::is_held_back`]), but for questions,
 //!   which are answered at once.
-//! - The start: the kernel and the initrd are read and mapped ([`super::boot`]).
+//! - The start: the kernel and the initrd are read and mapped ([`super::boot`]). One that fails meanwhile is answered
+//!   when what was opened for it is closed.
 //! - A line of metrics; the word about the guest's end; whatever is to be closed.
 //!
 //! Each has a deadline. When it passes, the client is told which file did not answer, nothing is
@@ -109,6 +110,9 @@ pub(super) enum Awaited {
     Change(Asker),
     /// The loading of a start, and what the machine does then.
     Start(Asker, Box<Begun>, Then),
+    /// What was loaded for a start that has failed meanwhile, to be closed before its answer: another start
+    /// may need what it holds.
+    Refusal(Asker, ActionError),
     /// A line of metrics, and the clients that asked for it, if any did.
     Metrics(Vec<Reply>),
     /// A snapshot that is written.
@@ -129,7 +133,12 @@ impl Vmm {
             return true;
         }
         let mut awaited = self.awaited.iter().map(|(_, awaited)| awaited);
-        awaited.any(|awaited| matches!(awaited, Awaited::Change(_) | Awaited::Start(..)))
+        awaited.any(|awaited| {
+            matches!(
+                awaited,
+                Awaited::Change(_) | Awaited::Start(..) | Awaited::Refusal(..)
+            )
+        })
     }
 
     /// Whether `action` must not overtake a change, nor be overtaken.
@@ -223,11 +232,25 @@ impl Vmm {
                     return end;
                 }
             }
+            (FileResult::Done, Some(Awaited::Refusal(asker, error))) => asker.answer(Err(error)),
             (FileResult::Done, _) => {}
+            (loaded, Some(Awaited::Refusal(asker, error))) => {
+                self.close(loaded);
+                self.refuse_when_closed(asker, error);
+            }
             (late, _) => self.close(late),
         }
         self.release_held();
         Next::GoOn
+    }
+
+    /// Answers once the files thread has closed what it was given until now.
+    fn refuse_when_closed(&mut self, asker: Asker, error: ActionError) {
+        let closed = Box::new(|_: &Steps| FileResult::Done);
+        match self.files.submit(Limit::Whole(FILE_PATIENCE), closed) {
+            Ok(token) => self.awaited.push((token, Awaited::Refusal(asker, error))),
+            Err(_) => asker.answer(Err(error)),
+        }
     }
 
     /// Tells clients whose file did not answer in time.
@@ -238,6 +261,7 @@ impl Vmm {
                 Some(Awaited::Change(asker) | Awaited::Start(asker, ..)) => {
                     asker.answer(Err(ActionError(message)));
                 }
+                Some(Awaited::Refusal(asker, error)) => asker.answer(Err(error)),
                 Some(Awaited::Metrics(asked)) => {
                     self.metrics_line = MetricsLine::Late;
                     let next = std::mem::take(&mut self.next_metrics);

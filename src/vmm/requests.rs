@@ -469,16 +469,22 @@ impl Vmm {
         let (prepared, kvm) = (self.prepared.take(), self.kvm.as_ref());
         let prepare = || prepared.map_or_else(|| boot::prepare(kvm), Ok);
         let files = &mut self.files;
+        let mut loading = None;
         let submit = |load: boot::Load| {
             let work = Box::new(move |_: &Steps| FileResult::Loaded(Box::new(load())));
-            files.submit(Limit::Whole(FILE_PATIENCE), work).bare()
+            let token = files.submit(Limit::Whole(FILE_PATIENCE), work).bare()?;
+            loading = Some(token);
+            Ok(token)
         };
         match boot::begin(&host, &self.configuration, origin, prepare, submit) {
             Ok((begun, token)) => {
                 let start = Awaited::Start(asker, Box::new(begun), then);
                 self.awaited.push((token, start));
             }
-            Err(error) => asker.answer(Err(error)),
+            Err(error) => match loading {
+                Some(token) => self.awaited.push((token, Awaited::Refusal(asker, error))),
+                None => asker.answer(Err(error)),
+            },
         }
     }
 
