@@ -10,7 +10,6 @@ import glob
 import os
 import signal
 import sys
-import time
 
 import ray
 from ray.cluster_utils import Cluster
@@ -18,21 +17,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import mayfly_ray
 from mayfly_ray import Machine, MicroVM
+from waiting import wait_until
 
 #: How long anything may take before the test gives up, in seconds; nothing is measured with it.
 PATIENCE = 600
 #: What the ids of this test's microVMs begin with.
 PREFIX = f"mfray-{os.getpid()}-"
 UID = 64321
-
-
-def wait_until(holds, what):
-    deadline = time.monotonic() + PATIENCE
-    while not (value := holds()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"still waiting for: {what}")
-        time.sleep(0.02)
-    return value
 
 
 def stat(pid):
@@ -83,13 +74,13 @@ class Guest:
                         return top, known[top][0], {pid: known[pid][1] for pid in family}
             return None
 
-        self.jailer, self.worker, self.family = wait_until(whole, f"the microVM {name}")
+        self.jailer, self.worker, self.family = wait_until(whole, f"the microVM {name}", PATIENCE)
 
     def is_gone(self):
         return not any((facts := stat(pid)) and facts[1] == start for pid, start in self.family.items())
 
     def goes(self):
-        wait_until(self.is_gone, f"the end of {self.family}")
+        wait_until(self.is_gone, f"the end of {self.family}", PATIENCE)
 
 
 def command(pid):
@@ -248,7 +239,7 @@ def linux_worker_killed(machine, image):
     os.kill(guest.worker, signal.SIGKILL)
     guest.goes()
     fails(ray.exceptions.WorkerCrashedError, ref)
-    wait_until(lambda: not any(map(os.path.exists, sockets)), f"the end of {sockets}")
+    wait_until(lambda: not any(map(os.path.exists, sockets)), f"the end of {sockets}", PATIENCE)
     ok("worker killed while Linux boots")
 
 
@@ -261,7 +252,7 @@ def linux(machine, image, folder):
 
 
 def nothing_is_left():
-    wait_until(lambda: not jailers(PREFIX), "the end of all microVMs")
+    wait_until(lambda: not jailers(PREFIX), "the end of all microVMs", PATIENCE)
     left = glob.glob(f"/run/mayfly/{PREFIX}*") + cgroups()
     assert not left, left
     ok("nothing left")

@@ -11,11 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import ray
 from ray.experimental.sandbox.image_manager import ImageManager
 from ray.experimental.sandbox.sandbox import Sandbox
+
+from waiting import wait_until
 
 #: How long a guest may take to boot, and anything to end, in seconds; nothing is measured with it.
 PATIENCE = 1200
@@ -27,15 +28,6 @@ SANDBOXES = "/tmp/ray/sandbox"
 
 def step(name):
     print(f"sandbox: {name} ok", flush=True)
-
-
-def wait_until(holds, what):
-    deadline = time.monotonic() + PATIENCE
-    while not (value := holds()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"still waiting for: {what}")
-        time.sleep(0.02)
-    return value
 
 
 def processes(programs):
@@ -91,7 +83,7 @@ def check(image, programs):
     step("write_file and read_file")
 
     ray.get(sandbox.delete.remote())
-    wait_until(lambda: not processes(programs), "the end of its processes")
+    wait_until(lambda: not processes(programs), "the end of its processes", PATIENCE)
     assert not os.path.exists(f"{RUNSC_ROOT}/{name}")
     step("delete")
 
@@ -101,8 +93,8 @@ def check(image, programs):
     assert ray.get(sandbox.read_file.remote("/scratch/file")) == b"kept"
     step("scratch folder")
     os.kill(worker_of(sandbox), signal.SIGKILL)
-    wait_until(lambda: not processes(programs), "the end of the microVM with its worker")
-    wait_until(lambda: not os.path.exists(f"{RUNSC_ROOT}/{name}"), "the end of its state")
+    wait_until(lambda: not processes(programs), "the end of the microVM with its worker", PATIENCE)
+    wait_until(lambda: not os.path.exists(f"{RUNSC_ROOT}/{name}"), "the end of its state", PATIENCE)
     shutil.rmtree(f"{SANDBOXES}/{name}")
     step("worker killed")
 

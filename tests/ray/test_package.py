@@ -10,24 +10,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unittest
 from unittest import mock
 
 import mayfly_ray
 from mayfly_ray import _process
+from waiting import wait_until
 
 #: How long anything may take before a test gives up, in seconds; no test measures time with it.
 PATIENCE = 120
 HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-def wait_until(holds, what):
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"still waiting for: {what}")
-        time.sleep(0.01)
 
 
 def is_running(pid):
@@ -211,7 +203,7 @@ class Stops(Case):
         self.plan(run={"stays": True})
 
         def interrupt():
-            wait_until(self.started, "the start")
+            wait_until(self.started, "the start", PATIENCE)
             # Sets the flag that ray.cancel sets, and interrupts no system call.
             _thread.interrupt_main()
 
@@ -229,18 +221,18 @@ class Stops(Case):
         self.assertTrue(is_running(pid))
         del vm
         gc.collect()
-        wait_until(lambda: not is_running(pid), "the end of the microVM")
+        wait_until(lambda: not is_running(pid), "the end of the microVM", PATIENCE)
 
     def test_interpreter_that_is_killed_ends_the_microvm(self):
         self.plan(run={"stays": True})
         code = f"import mayfly_ray as m; m.run_kernel(m.Machine(kernel='/k', jailer={self.jailer!r}))"
         child = subprocess.Popen([sys.executable, "-c", code])
         try:
-            wait_until(self.started, "the start")
+            wait_until(self.started, "the start", PATIENCE)
         finally:
             child.send_signal(signal.SIGKILL)
             child.wait()
-        wait_until(lambda: not is_running(self.started()[0]["pid"]), "the end of the microVM")
+        wait_until(lambda: not is_running(self.started()[0]["pid"]), "the end of the microVM", PATIENCE)
 
     def test_microvm_ends_at_once_although_a_forked_process_has_a_copy_of_all_descriptors(self):
         self.plan(run={"stays": True, "ready": True})
