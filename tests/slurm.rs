@@ -13,14 +13,13 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
-use cluster::{Cluster, MICROVMS, field};
+use cluster::{Cluster, MICROVMS, Running, field, kill_slurmstepd_of, text_of};
 use common::needs;
 use common::sys::Terminal;
 use host::{GID, UID, wait_until};
 use run::Place;
-use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 const DOCUMENT: &str = include_str!("../docs/slurm.md");
@@ -81,8 +80,7 @@ impl Slurm {
     }
 
     fn has_ended(&self, name: &str, state: &str, code: &str) {
-        let ended = self.cluster.end_of(name);
-        assert_eq!(ended, (state.to_owned(), code.to_owned()), "{name}");
+        self.cluster.ends_so(name, state, code);
         self.is_clean();
     }
 
@@ -243,38 +241,11 @@ impl Slurm {
             assert_ne!(length, 0, "{output}");
             output += &String::from_utf8_lossy(&piece[..length]);
         }
-        let starters: Vec<u32> = self.place.processes().into_iter().map(parent).collect();
-        let step = starters.into_iter().find(|pid| {
-            let comm = fs::read_to_string(format!("/proc/{pid}/comm"));
-            comm.is_ok_and(|comm| comm.trim() == "slurmstepd")
-        });
-        let step = Pid::from_raw(step.expect("mayfly-jailer is its child").cast_signed());
-        rustix::process::kill_process(step.unwrap(), Signal::KILL).unwrap();
+        kill_slurmstepd_of(self.place.processes());
         self.place.nothing_is_left();
         // Slurm has not noticed, and srun would wait for KillWait.
         self.cluster.ask("scancel", &["--name", name]);
         drop(srun);
         self.is_clean();
     }
-}
-
-/// `srun`, which is ended if the test fails.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn parent(pid: u32) -> u32 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    line.map_or(0, |pid| pid.trim().parse().unwrap())
-}
-
-fn text_of(output: &Output) -> String {
-    let text = [&output.stdout[..], &output.stderr].concat();
-    String::from_utf8_lossy(&text).into_owned()
 }

@@ -10,12 +10,11 @@ mod host;
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
-use cluster::Cluster;
+use cluster::{Cluster, Running, kill_slurmstepd_of, text_of};
 use common::{Folder, containers, needs};
 use host::wait_until;
-use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 const DOCUMENT: &str = include_str!("../docs/slurm.md");
@@ -100,8 +99,7 @@ impl Slurm {
     }
 
     fn has_ended(&self, name: &str, state: &str, code: &str) {
-        let ended = self.cluster.end_of(name);
-        assert_eq!(ended, (state.to_owned(), code.to_owned()), "{name}");
+        self.cluster.ends_so(name, state, code);
         self.nothing_is_left();
     }
 
@@ -210,28 +208,12 @@ impl Slurm {
 
     fn microvm_ends_with_slurmstepd(&self) {
         let srun = self.started("killed");
-        let starters: Vec<u32> = self.processes().into_iter().map(parent).collect();
-        let step = starters.into_iter().find(|pid| {
-            let comm = fs::read_to_string(format!("/proc/{pid}/comm"));
-            comm.is_ok_and(|comm| comm.trim() == "slurmstepd")
-        });
-        let step = Pid::from_raw(step.expect("mayfly-oci is its child").cast_signed());
-        rustix::process::kill_process(step.unwrap(), Signal::KILL).unwrap();
+        kill_slurmstepd_of(self.processes());
         wait_until("the end of all processes", || self.processes().is_empty());
         assert!(entries(&self.folder.join("state-root")).is_empty());
         // Slurm has not noticed, and srun would wait for KillWait.
         self.cluster.ask("scancel", &["--name", "killed"]);
         drop(srun);
-    }
-}
-
-/// `srun`, which is ended if the test fails.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 
@@ -243,15 +225,4 @@ fn path() -> String {
 fn entries(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).collect()
-}
-
-fn parent(pid: u32) -> u32 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    line.map_or(0, |pid| pid.trim().parse().unwrap())
-}
-
-fn text_of(output: &Output) -> String {
-    let text = [&output.stdout[..], &output.stderr].concat();
-    String::from_utf8_lossy(&text).into_owned()
 }

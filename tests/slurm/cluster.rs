@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal};
 
@@ -106,6 +106,12 @@ impl Cluster {
         )
     }
 
+    /// The job of this name ends in this state and with this code.
+    pub fn ends_so(&self, name: &str, state: &str, code: &str) {
+        let ended = self.end_of(name);
+        assert_eq!(ended, (state.to_owned(), code.to_owned()), "{name}");
+    }
+
     fn configure(&self) {
         let key = self.path("key");
         let mut bytes = [0; 1024];
@@ -188,6 +194,39 @@ impl Drop for Cluster {
         }
         remove(&groups(std::process::id()), &self.folder);
     }
+}
+
+/// `srun`, which is ended if the test fails.
+pub struct Running(pub Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Kills the slurmstepd that started one of these processes.
+pub fn kill_slurmstepd_of(processes: Vec<u32>) {
+    let mut starters = processes.into_iter().map(parent);
+    let step = starters.find(|pid| {
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm"));
+        comm.is_ok_and(|comm| comm.trim() == "slurmstepd")
+    });
+    let step = Pid::from_raw(step.expect("it started one of them").cast_signed());
+    rustix::process::kill_process(step.unwrap(), Signal::KILL).unwrap();
+}
+
+fn parent(pid: u32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    line.map_or(0, |pid| pid.trim().parse().unwrap())
+}
+
+/// What a command said, both streams.
+pub fn text_of(output: &Output) -> String {
+    let text = [&output.stdout[..], &output.stderr].concat();
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The name of a node of this test.
