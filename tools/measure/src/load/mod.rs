@@ -123,10 +123,21 @@ pub fn block(
     wanted: &Wanted<'_>,
 ) -> Result<Measured> {
     let rows = rows(monitors, wanted.ours, true);
+    let (figures, waits) = disks(workspace, &rows, plan, wanted)?;
+    Ok(measured(rows, figures, wanted, block::NOTES, &waits))
+}
+
+/// The figures of disks, and what was waited for.
+fn disks(
+    workspace: &Workspace,
+    rows: &[Row],
+    plan: Plan,
+    wanted: &Wanted<'_>,
+) -> Result<(Vec<Figure>, Waits)> {
     let bench = block::Bench::new(workspace, *wanted)?;
     let mut waits = Waits::default();
-    let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
-    Ok(measured(rows, figures, wanted, block::NOTES, &waits))
+    let figures = rounds::run(plan, rows, |row| bench.round(row, &mut waits))?;
+    Ok((figures, waits))
 }
 
 /// Measures disks with an overlay beside one without.
@@ -137,9 +148,7 @@ pub fn overlay(
     wanted: &Wanted<'_>,
 ) -> Result<Measured> {
     let rows = overlay_rows(monitors, wanted.ours)?;
-    let bench = block::Bench::new(workspace, *wanted)?;
-    let mut waits = Waits::default();
-    let figures = rounds::run(plan, &rows, |row| bench.round(row, &mut waits))?;
+    let (figures, waits) = disks(workspace, &rows, plan, wanted)?;
     Ok(Measured {
         rows: rows.into_iter().map(|row| row.monitor).collect(),
         figures,
