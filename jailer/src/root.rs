@@ -17,6 +17,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::path::Arg;
 use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 
@@ -427,6 +428,16 @@ pub fn open_folder_of(path: &Path) -> Result<(OwnedFd, &OsStr), Errno> {
         .filter(|folder| !folder.as_os_str().is_empty());
     let folder = sys::open_folder(folder.unwrap_or(Path::new(".")))?;
     Ok((folder, name))
+}
+
+/// Gives the file `aside` its `name` in a folder, in place of what has that; `aside` is gone afterwards, also
+/// where this fails.
+pub fn take_place(folder: &OwnedFd, aside: impl Arg + Copy, name: impl Arg) -> Result<(), Errno> {
+    let placed = rustix::fs::renameat(folder, aside, folder, name);
+    if placed.is_err() {
+        let _ = rustix::fs::unlinkat(folder, aside, AtFlags::empty());
+    }
+    placed
 }
 
 /// Opens an entry of `dir` that is no link and leads nowhere else.

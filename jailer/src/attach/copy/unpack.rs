@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use super::CopyError;
 use crate::error::{Advice as _, AnyError, Step as _, errno};
 use crate::process::pack::{FOLDER, PackError, split};
+use crate::root::take_place;
 use crate::sys;
 
 /// How many names are tried for a file that is not whole yet.
@@ -154,7 +155,7 @@ impl Destination {
             from.read_exact(&mut to).map_err(errno)?;
             let make = |aside: &[u8]| rustix::fs::symlinkat(&*to, folder, aside);
             let (aside, ()) = with_free_name(folder, make)?;
-            return take_place(folder, &aside, name);
+            return take_place(folder, &*aside, name);
         }
         let mode = Mode::RUSR | Mode::WUSR;
         let unnamed = match self.has_unnamed {
@@ -180,7 +181,7 @@ impl Destination {
         };
         let (aside, file) = with_free_name(folder, make)?;
         let placed = self.fill(&file, entry, from);
-        let placed = placed.and_then(|()| take_place(folder, &aside, name));
+        let placed = placed.and_then(|()| take_place(folder, &*aside, name));
         if placed.is_err() {
             let _ = rustix::fs::unlinkat(folder, &*aside, AtFlags::empty());
         }
@@ -215,16 +216,7 @@ fn name_it(file: &File, folder: &OwnedFd, name: &[u8]) -> Result<(), Errno> {
     }
     // A link does not replace what is there.
     let (aside, ()) = with_free_name(folder, link)?;
-    take_place(folder, &aside, name)
-}
-
-/// Gives what is aside its name, in place of what has that.
-fn take_place(folder: &OwnedFd, aside: &[u8], name: &[u8]) -> Result<(), Errno> {
-    let placed = rustix::fs::renameat(folder, aside, folder, name);
-    if placed.is_err() {
-        let _ = rustix::fs::unlinkat(folder, aside, AtFlags::empty());
-    }
-    placed
+    take_place(folder, &*aside, name)
 }
 
 /// Makes something under a name that no copy uses; the name, and what `make` gave. What one that was killed has left

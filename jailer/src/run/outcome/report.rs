@@ -136,13 +136,8 @@ impl Report {
         // the time.
         let aside = format!(".mayfly-{}-{:x}", std::process::id(), sys::monotonic_us());
         let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        rustix::fs::linkat(CWD, own, folder, &aside, AtFlags::SYMLINK_FOLLOW).and_then(|()| {
-            let renamed = rustix::fs::renameat(folder, &aside, folder, &self.place.name);
-            if renamed.is_err() {
-                let _ = rustix::fs::unlinkat(folder, &aside, AtFlags::empty());
-            }
-            renamed
-        })
+        rustix::fs::linkat(CWD, own, folder, &aside, AtFlags::SYMLINK_FOLLOW)?;
+        root::take_place(folder, aside.as_str(), self.place.name.as_os_str())
     }
 }
 
