@@ -110,7 +110,7 @@ fn run() -> Result<()> {
     }
     if let Some(path) = &args.svg {
         let heading = heading(&args, &host, is_too_busy);
-        let text = picture::svg(&figures, &rows, OURS, &heading);
+        let text = picture::draw(&figures, &rows, OURS, &heading);
         fs::write(path, text).cannot(|| format!("write {}", path.display()))?;
     }
     if has_failures {

@@ -15,7 +15,7 @@ use crate::sys;
 use crate::workspace::Kernel;
 
 /// Longer than any monitor takes for anything here.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Lets a monitor finish what follows its guest's first byte.
 pub const SETTLE: Duration = Duration::from_millis(50);

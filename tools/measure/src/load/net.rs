@@ -1,12 +1,8 @@
 //! A network interface: the cases, what the host's side of them does, and their floor.
 
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -15,6 +11,7 @@ use super::guest::{Guest, Waits, Work};
 use super::{BusyThread, Row, Wanted, boot_source};
 use crate::failure::{Context, Failure, Result};
 use crate::monitor::CommandLine;
+use crate::peer::{self, LARGE, Mode, Peer, frame};
 use crate::rounds::Sample;
 use crate::sys;
 use crate::workspace::{MEMORY_MIB, TAP, Workspace};
@@ -29,15 +26,6 @@ vCPU's place: write, read, or one after the other. CPU is the processor time of 
 threads (those of io_uring in the kernel too) but the vCPU's, which polls without end.
 ";
 
-/// Headers of a TCP segment, and the data between two of them after it was cut up.
-const TCP_HEADERS: usize = 54;
-const SEGMENT: usize = 1448;
-/// A frame of TCP of 45 segments.
-const LARGE: usize = TCP_HEADERS + 45 * SEGMENT;
-/// Bytes on their way to the guest before the sending thread sleeps.
-const SENDING: i32 = 512 << 10;
-/// How soon threads of the host notice that they are no longer needed.
-const NOTICE: Duration = Duration::from_millis(50);
 /// The share of sent frames that the host must have seen: others (neighbour discovery) may be counted with them.
 const SEEN: f64 = 0.999;
 
@@ -46,13 +34,6 @@ struct Case {
     name: &'static str,
     mode: Mode,
     size: usize,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Mode {
-    Transmit,
-    Receive,
-    PingPong,
 }
 
 const CASES: [Case; 5] = [
@@ -69,12 +50,7 @@ const fn case(name: &'static str, mode: Mode, size: usize) -> Case {
 
 impl Case {
     fn word(&self, ms: usize) -> String {
-        let mode = match self.mode {
-            Mode::Transmit => "tx",
-            Mode::Receive => "rx",
-            Mode::PingPong => "pingpong",
-        };
-        format!("netload:0:{mode}:{}:{ms}", self.size)
+        format!("netload:0:{}:{}:{ms}", self.mode.word(), self.size)
     }
 
     /// The figure of so many frames in so much time.
@@ -95,14 +71,7 @@ pub struct Bench<'a> {
 impl<'a> Bench<'a> {
     /// Brings up the tap of the workspace.
     pub fn new(workspace: &'a Workspace, wanted: Wanted<'a>) -> Result<Self> {
-        // Where there is no IPv6, nothing has to be turned off.
-        let _ = fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
-        let up = Command::new("ip").args(["link", "set", TAP, "up"]).status();
-        if !up.is_ok_and(|status| status.success()) {
-            return Err(Failure::new(
-                "cannot bring the tap up: is iproute2 installed?",
-            ));
-        }
+        peer::bring_up(TAP)?;
         Ok(Self { workspace, wanted })
     }
 
@@ -139,7 +108,7 @@ impl<'a> Bench<'a> {
     fn work(&self, guest: &mut Guest, case: &Case) -> Result<Work> {
         let before = frames_seen()?;
         let word = case.word(self.wanted.span_ms);
-        let (work, peer) = guest.work_with(&word, || Peer::start(case))?;
+        let (work, peer) = guest.work_with(&word, || Peer::start(TAP, case.mode, case.size))?;
         if let Some(peer) = peer {
             peer.stop()?;
         }
@@ -172,7 +141,7 @@ impl<'a> Bench<'a> {
         let frame = frame(case.size, sys::TAP_HEADER);
         let mut space = vec![0; 1 << 17];
         let _vcpu = BusyThread::start();
-        let peer = Peer::start(case)?;
+        let peer = Peer::start(TAP, case.mode, case.size)?;
         if case.mode == Mode::Receive {
             tap.read(&mut space).cannot(using)?;
         }
@@ -214,120 +183,6 @@ fn parse_frames(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// A thread on the other side of the tap.
-struct Peer {
-    enough: Arc<AtomicBool>,
-    thread: JoinHandle<std::io::Result<()>>,
-}
-
-impl Peer {
-    /// Starts what the case needs, if it needs something.
-    fn start(case: &Case) -> Result<Option<Self>> {
-        let opening = || format!("open a socket on {TAP}");
-        let enough = Arc::new(AtomicBool::new(false));
-        let noticed = enough.clone();
-        let thread = match case.mode {
-            Mode::Transmit => return Ok(None),
-            Mode::Receive => {
-                let socket = sys::frame_socket(TAP).cannot(opening)?;
-                sys::with_header(&socket).cannot(opening)?;
-                sys::limit_sending(&socket, SENDING).cannot(opening)?;
-                sys::limit_waiting(&socket, NOTICE).cannot(opening)?;
-                let frame = frame(case.size, SOCKET_HEADER);
-                std::thread::spawn(move || send(&socket, &frame, &noticed))
-            }
-            Mode::PingPong => {
-                let socket = sys::experiment_socket(TAP).cannot(opening)?;
-                sys::limit_waiting(&socket, NOTICE).cannot(opening)?;
-                std::thread::spawn(move || answer(socket, &noticed))
-            }
-        };
-        Ok(Some(Self { enough, thread }))
-    }
-
-    fn stop(self) -> Result<()> {
-        self.enough.store(true, Ordering::Relaxed);
-        let ended = self.thread.join().expect("a peer does not panic");
-        ended.cannot(|| format!("send frames to {TAP}"))
-    }
-}
-
-/// Sends a frame again and again. Writes wait while too much is on its way.
-fn send(socket: &fs::File, frame: &[u8], enough: &AtomicBool) -> std::io::Result<()> {
-    while !enough.load(Ordering::Relaxed) {
-        match sys::send_many(socket, frame) {
-            Ok(()) => {}
-            Err(error) if is_for_now(&error) => {}
-            // The queue of the interface is full.
-            Err(error) if error.raw_os_error() == Some(ENOBUFS) => std::thread::yield_now(),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-const ENOBUFS: i32 = 105;
-
-/// Sends each frame back to where it came from.
-fn answer(mut socket: fs::File, enough: &AtomicBool) -> std::io::Result<()> {
-    let mut frame = [0; 2048];
-    while !enough.load(Ordering::Relaxed) {
-        let len = match socket.read(&mut frame) {
-            Ok(len) => len,
-            Err(error) if is_for_now(&error) => continue,
-            Err(error) => return Err(error),
-        };
-        if len < 14 {
-            continue;
-        }
-        let (to, from) = frame.split_at_mut(6);
-        to.copy_from_slice(&from[..6]);
-        socket.write_all(&frame[..len])?;
-    }
-    Ok(())
-}
-
-fn is_for_now(error: &std::io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
-}
-
-/// Size of the header that a socket takes before a frame.
-const SOCKET_HEADER: usize = 10;
-
-/// A frame of `size` bytes behind a virtio-net header of `header` bytes. A large one is a TCP segment to be cut up.
-fn frame(size: usize, header: usize) -> Vec<u8> {
-    let mut bytes = vec![0; header + size];
-    let (virtio, frame) = bytes.split_at_mut(header);
-    frame[..6].fill(0xff);
-    frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
-    if size <= 1514 {
-        frame[12..14].copy_from_slice(&sys::EXPERIMENT.to_be_bytes());
-        return bytes;
-    }
-    // Flags: the checksum is still to be made; then the kind (TCP over IPv4) and sizes.
-    virtio[..2].copy_from_slice(&[1, 1]);
-    for (at, value) in [(2, TCP_HEADERS), (4, SEGMENT), (6, 34), (8, 16)] {
-        virtio[at..at + 2].copy_from_slice(&(value as u16).to_le_bytes());
-    }
-    frame[12..14].copy_from_slice(&[8, 0]);
-    let ip = &mut frame[14..];
-    let length = ip.len() as u16;
-    ip[..2].copy_from_slice(&[0x45, 0]);
-    ip[2..4].copy_from_slice(&length.to_be_bytes());
-    ip[8..10].copy_from_slice(&[64, 6]);
-    // Addresses for measurements (RFC 2544).
-    ip[12..20].copy_from_slice(&[198, 18, 0, 1, 198, 18, 0, 2]);
-    let sum: u32 = ip[..20]
-        .chunks(2)
-        .map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])))
-        .sum();
-    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    ip[20..24].copy_from_slice(&[0x13, 0x89, 0x13, 0x89]);
-    ip[32..36].copy_from_slice(&[0x50, 0x10, 0xff, 0xff]);
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -337,18 +192,6 @@ mod tests {
         let text = "Inter-|   Receive\n face |bytes    packets\n   mf01:   5      6    0\n    mf0:  1200      3    0    0\n";
         assert_eq!(parse_frames(text, "mf0"), Some(3));
         assert_eq!(parse_frames(text, "mf2"), None);
-    }
-
-    #[test]
-    fn frame_when_large_has_a_right_ip_header() {
-        let bytes = frame(LARGE, SOCKET_HEADER);
-        let ip = &bytes[SOCKET_HEADER + 14..];
-        let sum: u32 = ip[..20]
-            .chunks(2)
-            .map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])))
-            .sum();
-        assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff);
-        assert_eq!(u16::from_be_bytes([ip[2], ip[3]]) as usize, LARGE - 14);
     }
 
     #[test]

@@ -4,12 +4,11 @@
 //! of the median of the best peer; the thin line reaches from the minimum to the maximum. The floor is a mark, where it
 //! is within the panel.
 
-use std::fmt::Write;
-
 use super::summary::{best_peer, more_is_better};
 use crate::monitor::{CommandLine, Monitor};
 use crate::rounds::Figure;
 use crate::stats;
+use crate::svg::{self, line, rect, text};
 
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 250.0;
@@ -30,7 +29,7 @@ pub struct Heading {
 }
 
 /// The chart as the text of an SVG file.
-pub fn svg(figures: &[Figure], rows: &[Monitor], ours: &str, heading: &Heading) -> String {
+pub fn draw(figures: &[Figure], rows: &[Monitor], ours: &str, heading: &Heading) -> String {
     let mut body = String::new();
     let mut y = 34.0;
     text(&mut body, (16.0, y), "title", &heading.title);
@@ -54,11 +53,7 @@ pub fn svg(figures: &[Figure], rows: &[Monitor], ours: &str, heading: &Heading) 
         }
     }
     let height = y + 10.0;
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <style>.title{{font-size:18px;font-weight:bold}}.head{{font-size:14px;font-weight:bold}}.small{{fill:#57606a}}.num{{font-size:11px;fill:#24292f}}</style>\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{body}</svg>\n"
-    )
+    svg::document((WIDTH, height), &body)
 }
 
 fn legend(body: &mut String, y: f64, rows: &[Monitor], ours: &str) -> f64 {
@@ -180,32 +175,6 @@ fn number(value: f64) -> String {
     }
 }
 
-fn text(body: &mut String, (x, y): (f64, f64), class: &str, words: &str) {
-    let words = words
-        .replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;");
-    let _ = writeln!(
-        body,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" class=\"{class}\">{words}</text>"
-    );
-}
-
-fn rect(body: &mut String, (x, y): (f64, f64), (width, height): (f64, f64), colour: &str) {
-    let _ = writeln!(
-        body,
-        "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"{colour}\"/>"
-    );
-}
-
-fn line(body: &mut String, from: (f64, f64), to: (f64, f64), colour: &str, width: f64) {
-    let _ = writeln!(
-        body,
-        "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" stroke=\"{colour}\" stroke-width=\"{width}\"/>",
-        from.0, from.1, to.0, to.1
-    );
-}
-
 /// The floor.
 fn mark(body: &mut String, x: f64, top: f64, bottom: f64) {
     line(body, (x, top), (x, bottom), "#24292f", 2.0);
@@ -240,7 +209,7 @@ mod tests {
             title: "title".to_owned(),
             lines: vec!["2026-11-29".to_owned()],
         };
-        svg(&[figure], &rows(), "mayfly", &heading)
+        draw(&[figure], &rows(), "mayfly", &heading)
     }
 
     #[test]

@@ -23,6 +23,7 @@ const WORDS: [&str; 3] = ["--level", "Error", "--boot-timer"];
 const LOAD: &str = "/snapshot/load";
 
 /// A running guest with its monitor's API.
+#[derive(Debug)]
 pub struct Machine {
     /// The process.
     pub running: Running,
@@ -46,19 +47,23 @@ impl Machine {
         let text = fs::read_to_string(config).cannot(|| format!("read {}", config.display()))?;
         let config: Value =
             serde_json::from_str(&text).cannot(|| format!("read {} as JSON", config.display()))?;
-        machine
-            .client
+        machine.configure(&config)?;
+        Ok(machine)
+    }
+
+    /// Sends the requests of what would be a configuration file, and starts the guest.
+    pub fn configure(&mut self, config: &Value) -> Result<()> {
+        self.client
             .put("/machine-config", &config["machine-config"])?;
-        machine.client.put("/boot-source", &config["boot-source"])?;
+        self.client.put("/boot-source", &config["boot-source"])?;
         for (kind, id) in [("drives", "drive_id"), ("network-interfaces", "iface_id")] {
             for device in config[kind].as_array().into_iter().flatten() {
                 let id = device[id].as_str().unwrap_or_default();
-                machine.client.put(&format!("/{kind}/{id}"), device)?;
+                self.client.put(&format!("/{kind}/{id}"), device)?;
             }
         }
         let start = json!({ "action_type": "InstanceStart" });
-        machine.client.put("/actions", &start)?;
-        Ok(machine)
+        self.client.put("/actions", &start)
     }
 
     /// Starts a monitor without a guest.

@@ -16,9 +16,9 @@
 
 mod clones;
 mod linux;
-mod machine;
+pub mod machine;
 mod pause;
-mod place;
+pub mod place;
 mod restore;
 mod working_set;
 

@@ -97,6 +97,11 @@ impl<'a> Place<'a> {
         Ok(names)
     }
 
+    /// The folder of all.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where API sockets go, and nothing else. On a disk, making one may wait for its journal.
     fn sockets(&self) -> PathBuf {
         self.folder.join("sockets")
