@@ -16,7 +16,7 @@ use crate::rounds::{self, Figure, Plan, Sample};
 use crate::workspace::{Kernel, MEMORY_MIB, Workspace};
 
 /// The user that jailed monitors run as, and nothing else.
-const USER: &str = "64321";
+pub const USER: &str = "64321";
 
 /// Starts or lives whose rate is taken.
 const COUNT: usize = 100;
@@ -264,21 +264,25 @@ impl Place<'_> {
 impl Drop for Place<'_> {
     /// The jailer may leave the group that its groups were in.
     fn drop(&mut self) {
-        let root = Path::new("/sys/fs/cgroup");
-        // What is not there, or not empty, cannot be removed.
-        let _ = fs::remove_dir(root.join(&self.group));
-        for hierarchy in fs::read_dir(root).into_iter().flatten().flatten() {
-            let _ = fs::remove_dir(hierarchy.path().join(&self.group));
-        }
+        remove_groups(&self.group);
+    }
+}
+
+/// Removes the group `name` from each hierarchy, where it is there and empty.
+pub fn remove_groups(name: &str) {
+    let root = Path::new("/sys/fs/cgroup");
+    let _ = fs::remove_dir(root.join(name));
+    for hierarchy in fs::read_dir(root).into_iter().flatten().flatten() {
+        let _ = fs::remove_dir(hierarchy.path().join(name));
     }
 }
 
 /// The folder of one jail, removed with this value.
-struct Folder(PathBuf);
+pub struct Folder(PathBuf);
 
 impl Folder {
     /// Makes it where a jailer looks for it, with the kernel and a configuration in it.
-    fn new(jails: &Path, monitor: &Path, id: &str, kernel: &Path) -> Result<Self> {
+    pub fn new(jails: &Path, monitor: &Path, id: &str, kernel: &Path) -> Result<Self> {
         let folder = jails.join(monitor.file_name().unwrap_or_default()).join(id);
         let making = || format!("make the jail {}", folder.display());
         let root = folder.join("root");

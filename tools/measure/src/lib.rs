@@ -1,4 +1,4 @@
-//! What `tools/bench` runs: measures of mayfly beside a bare-KVM floor and beside any monitor with the same command line.
+//! What `tools/bench` and `tools/soak` run: measures of mayfly beside a bare-KVM floor and beside any monitor with the same command line.
 //!
 //! One file per figure (`start`, `api`, `api_load`, `limits`, `memory`, `density`, `jail`, `life`; `snapshot` and `load` are folders), each with one `measure` function. What they share:
 //!
@@ -10,7 +10,9 @@
 //! - `filter`: whether a monitor's seccomp filters are there and forbid something;
 //! - `sys`: the only file with `unsafe`.
 //!
-//! This program measures and never judges: targets are in the project's issues, not here.
+//! A second program, `mayfly-soak`, is the folder `soak`: lives in great number, which must leave nothing.
+//!
+//! The first measures and never judges: targets are in the project's issues, not here.
 
 pub mod api;
 pub mod api_load;
@@ -34,6 +36,7 @@ pub mod progress;
 pub mod report;
 pub mod rounds;
 pub mod snapshot;
+pub mod soak;
 pub mod start;
 pub mod stats;
 pub mod svg;

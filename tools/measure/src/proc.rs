@@ -30,7 +30,7 @@ pub struct Mapping {
 impl Mapping {
     /// KiB that the process wrote for itself alone. A page of a file on disk that is not yet written back (a program
     /// built just now) is called dirty too, but belongs to the file.
-    fn own_dirty(&self) -> u64 {
+    pub fn own_dirty(&self) -> u64 {
         let of_a_file = self.name.starts_with('/')
             && !["/memfd:", "/dev/", "/SYSV"]
                 .iter()
@@ -212,6 +212,14 @@ pub fn available() -> Result<f64> {
         .ok_or_else(|| Failure::new("cannot find MemAvailable in /proc/meminfo"))
 }
 
+/// Memory that the kernel has for its own tables, in MiB.
+pub fn slab() -> Result<f64> {
+    let text = fs::read_to_string("/proc/meminfo").cannot(|| "read /proc/meminfo".into())?;
+    kib_after(&text, "Slab:")
+        .map(mib)
+        .ok_or_else(|| Failure::new("cannot find Slab in /proc/meminfo"))
+}
+
 /// How many files this program may open.
 pub fn open_files_limit() -> Option<usize> {
     let text = fs::read_to_string("/proc/self/limits").ok()?;
@@ -221,7 +229,8 @@ pub fn open_files_limit() -> Option<usize> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-fn status_kib(pid: u32, key: &str) -> Result<u64> {
+/// A line of a process's status, in KiB.
+pub fn status_kib(pid: u32, key: &str) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))
         .cannot(|| format!("read /proc/{pid}/status"))?;
     kib_after(&text, key)
@@ -233,7 +242,8 @@ fn kib_after(text: &str, key: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-fn mib(kib: u64) -> f64 {
+/// KiB in MiB.
+pub fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 

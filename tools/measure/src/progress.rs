@@ -33,6 +33,12 @@ impl Progress {
         self.draw();
     }
 
+    /// So many steps are done.
+    pub fn at(&mut self, done: usize) {
+        self.done = done.min(self.total);
+        self.draw();
+    }
+
     fn draw(&self) {
         if self.shown {
             let seconds = self.began.elapsed().as_secs_f64();

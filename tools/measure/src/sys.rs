@@ -314,6 +314,37 @@ pub fn enter_own_network() -> io::Result<()> {
     Ok(())
 }
 
+/// Has processes whose parent ends before them become children of this one, as a host's first process does.
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: the call has five integer arguments.
+    if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Takes the end of a child, if it has ended.
+pub fn reap(pid: u32) {
+    let mut status = 0;
+    // SAFETY: `status` is an integer of ours.
+    unsafe { libc::waitpid(pid as libc::pid_t, &mut status, libc::WNOHANG) };
+}
+
+/// SIGUSR1.
+pub const USR1: libc::c_int = libc::SIGUSR1;
+
+/// SIGKILL.
+pub const KILL: libc::c_int = libc::SIGKILL;
+
+/// Sends a signal to a process.
+pub fn signal(pid: u32, signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: the call has two integer arguments.
+    if unsafe { libc::kill(pid as libc::pid_t, signal) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A socket that sends ICMP messages to an IPv4 address and receives, with their IPv4 headers, those that it sends.
 pub fn icmp_socket(peer: [u8; 4]) -> io::Result<File> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
