@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::failure::{Context, Failure, Result};
 use crate::sys;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A connection to an API socket.
 #[derive(Debug)]

@@ -11,11 +11,12 @@ use crate::failure::{Context, Failure, Result};
 use crate::filter::{self, Filters};
 use crate::guest::MARKER;
 use crate::http::Client;
-use crate::sys;
 use crate::workspace::Kernel;
+use crate::{proc, sys};
 
-/// Longer than any monitor takes for anything here.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than any monitor takes for anything here, also where this program and its monitors are stopped meanwhile (by
+/// SIGSTOP, say).
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Lets a monitor finish what follows its guest's first byte.
 pub const SETTLE: Duration = Duration::from_millis(50);
@@ -398,8 +399,9 @@ impl Running {
         }
     }
 
-    /// A failure that quotes what the monitor said last.
+    /// A failure that quotes what the monitor said last, with what its threads were doing.
     fn failure(&mut self, what: &str) -> Failure {
+        let threads = proc::threads(self.pid());
         self.kill();
         let status = self.reap();
         let mut said = String::new();
@@ -418,6 +420,9 @@ impl Running {
         let mut text = format!("{} {what}", self.name);
         if let Ok(status) = status {
             text.push_str(&format!(" ({status})"));
+        }
+        if !threads.is_empty() {
+            text.push_str(&format!("; its threads: {}", threads.join(", ")));
         }
         if !said.is_empty() {
             text.push_str(&format!("; it said: {}", said[last..].join(" / ")));

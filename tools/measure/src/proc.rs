@@ -220,6 +220,22 @@ pub fn slab() -> Result<f64> {
         .ok_or_else(|| Failure::new("cannot find Slab in /proc/meminfo"))
 }
 
+/// The threads of a process, each with the letter of its state: R runs, S sleeps, D waits in the kernel, T is stopped.
+pub fn threads(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    tasks
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|task| {
+            let text = fs::read_to_string(task.path().join("stat")).ok()?;
+            let (_, rest) = text.split_once('(')?;
+            let (name, rest) = rest.rsplit_once(") ")?;
+            Some(format!("{name} {}", rest.split(' ').next()?))
+        })
+        .collect()
+}
+
 /// How many files this program may open.
 pub fn open_files_limit() -> Option<usize> {
     let text = fs::read_to_string("/proc/self/limits").ok()?;
@@ -289,6 +305,13 @@ Rss:                   0 kB
         assert_eq!(mapping("/usr/bin/monitor").own_dirty(), 4);
         assert_eq!(mapping("/memfd:guest (deleted)").own_dirty(), 8);
         assert_eq!(mapping("[heap]").own_dirty(), 8);
+    }
+
+    #[test]
+    fn threads_when_of_this_process_have_names_and_states() {
+        let found = threads(std::process::id());
+        assert!(found.iter().any(|one| one.ends_with(" R")), "{found:?}");
+        assert!(threads(u32::MAX).is_empty());
     }
 
     #[test]
