@@ -257,6 +257,46 @@ mod tests {
         assert!(!none.limits());
         none.charge(0, u64::MAX);
         assert_eq!(none.wait(0, u64::MAX), 0);
+        let bucket = || TokenBucket::new(5, 0, 100);
+        assert!(RateLimiter::new(bucket(), None).limits());
+        assert!(RateLimiter::new(None, bucket()).limits());
+    }
+
+    #[test]
+    fn wait_when_tokens_are_no_whole_nanoseconds_is_rounded_up_and_counts_what_is_earned() {
+        let mut limiter = bytes(3, 0, 10);
+        limiter.charge(0, 3);
+        assert_eq!(limiter.wait(0, 1), 3_333_334);
+        assert_eq!(limiter.wait(1, 1), 3_333_333);
+        assert_eq!(limiter.wait(3_333_333, 1), 1);
+        assert_eq!(limiter.wait(3_333_334, 1), 0);
+    }
+
+    #[test]
+    fn fraction_when_the_bucket_is_just_full_is_not_kept() {
+        let mut limiter = bytes(3, 0, 10);
+        limiter.charge(0, 1);
+        // A token and two thirds are earned, and there is room for one.
+        let now = 5_555_555;
+        assert_eq!(limiter.wait(now, 3), 0);
+        limiter.charge(now, 3);
+        assert_eq!(limiter.wait(now, 1), 3_333_334);
+    }
+
+    #[test]
+    fn burst_when_there_is_no_token_is_taken_at_once() {
+        let empty = LimiterState {
+            bandwidth: BucketState {
+                missing: 100,
+                burst_used: 0,
+            },
+            ..LimiterState::default()
+        };
+        let mut limiter = bytes(100, 50, 100).restore(&empty, 0);
+        assert_eq!(limiter.wait(0, 50), 0);
+        assert_eq!(limiter.wait(0, 51), MS);
+        limiter.charge(0, 50);
+        assert_eq!(limiter.wait(0, 1), MS);
     }
 
     #[test]

@@ -197,6 +197,8 @@ mod tests {
         };
         assert_eq!(lookups(&[(0, 16), (0xfff, 1), (0, 0x1000), (5, 7)]), 1);
         assert_eq!(lookups(&[(0, 16), (0x1000, 1), (0x2fff, 1), (1, 1)]), 3);
+        // One that ends where its region does makes that known too.
+        assert_eq!(lookups(&[(0xfff, 1), (0, 16)]), 1);
         // One over two regions is looked up, and leaves what is known.
         assert_eq!(lookups(&[(0, 1), (0xfff, 2), (0xfff, 2), (0, 1)]), 3);
     }
@@ -234,7 +236,10 @@ mod tests {
             .collect();
         for skip in 0..20 {
             for len in 0..20 {
-                let cut: Vec<u64> = window(segments.into_iter(), skip, len)
+                let pieces: Vec<Segment> = window(segments.into_iter(), skip, len).collect();
+                assert!(pieces.iter().all(|piece| piece.len > 0), "{skip} {len}");
+                let cut: Vec<u64> = pieces
+                    .iter()
                     .flat_map(|s| (0..u64::from(s.len)).map(move |i| s.addr.0 + i))
                     .collect();
                 let from = (skip as usize).min(bytes.len());
@@ -242,6 +247,43 @@ mod tests {
                 assert_eq!(cut, bytes[from..to], "{skip} {len}");
             }
         }
+    }
+
+    #[test]
+    fn window_when_it_is_full_looks_at_no_further_segment() {
+        let segment = Segment {
+            addr: GuestAddress(DATA),
+            len: 4,
+        };
+        let mut seen = 0;
+        let endless = std::iter::repeat(segment).inspect(|_| seen += 1);
+        assert_eq!(window(endless, 2, 6).count(), 2);
+        assert_eq!(seen, 2);
+    }
+
+    #[test]
+    fn clear_when_done_has_made_all_bytes_0_and_no_others() {
+        let ram = ram();
+        let around = vec![7; 0x4000];
+        ram.write_slice(&around, GuestAddress(DATA)).unwrap();
+        let segments =
+            [(DATA + 1, 0x2801), (DATA + 0x3000, 0x1000 - 1)].map(|(addr, len)| Segment {
+                addr: GuestAddress(addr),
+                len,
+            });
+        assert!(clear(&ram, segments.into_iter()));
+        let mut found = vec![0; 0x4000];
+        ram.read_slice(&mut found, GuestAddress(DATA)).unwrap();
+        for (at, byte) in found.into_iter().enumerate() {
+            let is_in = (1..0x2802).contains(&at) || (0x3000..0x3fff).contains(&at);
+            assert_eq!(byte, if is_in { 0 } else { 7 }, "{at:#x}");
+        }
+        // Where memory ends, what there is no memory for is not made so.
+        let beyond = Segment {
+            addr: GuestAddress((1 << 20) - 1),
+            len: 2,
+        };
+        assert!(!clear(&ram, [beyond].into_iter()));
     }
 
     #[test]
@@ -257,5 +299,12 @@ mod tests {
         assert_eq!(&back, b"abcde");
         assert!(!copy_out(&ram, segments.into_iter(), b"abcdef"));
         assert!(!copy_in(&ram, segments.into_iter(), &mut [0; 6]));
+        // Where memory ends.
+        let beyond = Segment {
+            addr: GuestAddress((1 << 20) - 1),
+            len: 2,
+        };
+        assert!(!copy_out(&ram, [beyond].into_iter(), b"ab"));
+        assert!(!copy_in(&ram, [beyond].into_iter(), &mut [0; 2]));
     }
 }
