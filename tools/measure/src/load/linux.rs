@@ -1,14 +1,15 @@
 //! A disk and a network interface under a Linux guest: what a guest's kernel and its programs get.
 //!
 //! The guest is the one that `tools/guest` makes. A shell on its console runs `dd` with direct I/O, which has one request
-//! in flight, `nc` for a stream of TCP each way, and `fio` where the guest's root has it (as another root with the same
-//! shell may). On a host that emulates the guest's kernel, the kernel is what is measured.
+//! in flight, and `nc` for a stream of TCP each way; `fio` where the guest's root has it, and `iperf3` where the host has
+//! it too: the root that `tools/guest` makes has neither, another one with the same init may. On a host that emulates the
+//! guest's kernel, the kernel is what is measured.
 
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -24,7 +25,7 @@ use crate::workspace::{TAP, Workspace};
 pub const NOTES: &str = "\
 counted: Linux with one vCPU, its root read-only, a second disk of 256 MiB; by its own clock. dd: direct I/O with one
 request in flight; fio, where the guest's root has it: libaio with 32. TCP: nc, from the connection to its end, by the
-host's clock. These figures mean something on hosts with hardware KVM only: elsewhere the guest's kernel is emulated,
+host's clock; iperf3, where host and guest have it: one stream of 2 s, as its receiver counts. These figures mean something on hosts with hardware KVM only: elsewhere the guest's kernel is emulated,
 and they say what that costs.
 ";
 
@@ -64,8 +65,9 @@ const CASES: [Case; 3] = [
     },
 ];
 
-/// Whether there is `fio`.
-const HAS_FIO: &str = "command -v fio >/dev/null && echo fi''o=yes || echo fi''o=no";
+/// Which of `fio` and `iperf3` there are.
+const HAS: &str =
+    "for p in fio iperf3; do command -v $p >/dev/null && h=\"$h $p\"; done; echo programs''=$h";
 
 /// Runs of `fio`: figure, mode, and the field of its terse output (version 3) that has the requests per second.
 const FIO: [(&str, &str, usize); 2] = [
@@ -75,6 +77,10 @@ const FIO: [(&str, &str, usize); 2] = [
 
 /// Streams of TCP: figure, and whether the guest is sent to.
 const STREAMS: [(&str, bool); 2] = [("Linux: TCP out", false), ("Linux: TCP in", true)];
+
+/// Runs of `iperf3`: figure, and the option for its direction.
+const IPERF3: [(&str, &str); 2] = [("Linux: iperf3 out", ""), ("Linux: iperf3 in", "--reverse")];
+const IPERF3_PORT: u16 = 5002;
 
 /// This program's address and port, and the guest's address.
 const HOST: &str = "172.16.11.1";
@@ -132,18 +138,26 @@ impl<'a> Bench<'a> {
         }
         let mut running = row.monitor.boot_config_quietly(&self.config(row)?)?;
         running.next_line("mayfly-guest: shell ready", PATIENCE)?;
-        let has_fio = ask(&mut running, HAS_FIO, "fio=")? == "yes";
+        let programs = ask(&mut running, HAS, "programs=")?;
+        let has = |name| programs.split(' ').any(|it| it == name);
         let mut samples = Vec::new();
         for case in CASES.iter().filter(|case| self.wanted.has(case.name)) {
             samples.push(dd(&mut running, case)?);
         }
-        if has_fio {
+        if has("fio") {
             for (name, mode, field) in FIO.iter().filter(|(name, ..)| self.wanted.has(name)) {
                 samples.push(fio(&mut running, name, mode, *field)?);
             }
         }
         for (name, to_guest) in STREAMS.iter().filter(|(name, ..)| self.wanted.has(name)) {
             samples.push(stream(&mut running, name, *to_guest)?);
+        }
+        if has("iperf3")
+            && let Some(_server) = Server::start()?
+        {
+            for (name, direction) in IPERF3.iter().filter(|(name, _)| self.wanted.has(name)) {
+                samples.push(iperf3(&mut running, name, direction)?);
+            }
         }
         running.stop()?;
         Ok(samples)
@@ -234,6 +248,47 @@ fn fio(running: &mut Running, name: &str, mode: &str, field: usize) -> Result<Sa
     Ok(Sample::new(name, "IOPS", iops))
 }
 
+/// The host's `iperf3`, which is ended with this.
+struct Server(Child);
+
+impl Server {
+    /// None if this host has no such program.
+    fn start() -> Result<Option<Server>> {
+        let mut command = Command::new("iperf3");
+        command.args(["--server", "--bind", HOST, "--port"]);
+        command.arg(IPERF3_PORT.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        match command.spawn() {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            spawned => Ok(Some(Server(spawned.cannot(|| "start iperf3".into())?))),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn iperf3(running: &mut Running, name: &str, direction: &str) -> Result<Sample> {
+    // The server may not listen yet: a refused connection is tried again.
+    let line = format!(
+        "for t in 1 2 3 4 5; do r=$(iperf3 --client {HOST} --port {IPERF3_PORT} --time 2 --format k {direction} | grep receiver) && break; sleep 1; done; echo receiv''ed=$r"
+    );
+    let said = ask(running, &line, "received=")?;
+    let rate = kilobits(&said);
+    let rate = rate.ok_or_else(|| Failure::new(format!("iperf3 in Linux says: {said}")))?;
+    Ok(Sample::new(name, "MB/s", rate / 8e3))
+}
+
+/// The number before the unit, in a line of `iperf3 --format k`.
+fn kilobits(said: &str) -> Option<f64> {
+    let (before, _) = said.split_once(" Kbits/sec")?;
+    before.rsplit(' ').next()?.parse().ok()
+}
+
 /// Bytes per second of a stream.
 fn stream(running: &mut Running, name: &str, to_guest: bool) -> Result<Sample> {
     let pace = FIRST_WRITES as f64 / carried(running, to_guest, FIRST_WRITES)?;
@@ -311,5 +366,12 @@ mod tests {
         assert_eq!(between("10.25,12.75"), Some(2.5));
         assert_eq!(between("10.25,10.25"), Some(0.01));
         assert_eq!(between("10.25,"), None);
+    }
+
+    #[test]
+    fn rate_when_iperf3_says_it_is_read() {
+        let line = "[  5]   0.00-2.00   sec  2383 KBytes  9762 Kbits/sec                  receiver";
+        assert_eq!(kilobits(line), Some(9762.0));
+        assert_eq!(kilobits("iperf3: error"), None);
     }
 }
