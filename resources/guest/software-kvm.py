@@ -103,6 +103,12 @@ EDITS = [
         "\n\t(void)param_sysfs_builtin;\n",
         "/sys/module/*/parameters takes 1 s",
     ),
+    (
+        "kernel/Kconfig.hz",
+        "default 100 if HZ_100",
+        "default 25 if HZ_100",
+        "a tick takes a millisecond: a tenth of the time at 100 Hz, and most of it where the host has much else to do",
+    ),
 ]
 
 
