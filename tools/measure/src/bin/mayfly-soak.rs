@@ -57,10 +57,9 @@ fn write(args: &Args, host: &Host, record: &Record) -> Result<()> {
         };
         let heading = [
             format!(
-                "{}; commit {commit}; {} short lives, {} turns of the long ones; {found}",
+                "{}; commit {commit}; {}; {found}",
                 host.date(),
-                record.count(),
-                record.turns
+                record.line()
             ),
             host.line(),
         ];

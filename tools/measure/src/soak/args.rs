@@ -11,7 +11,7 @@ tools/soak [OPTIONS]: many short lives of microVMs beside two long ones, and whe
 Needs root and /dev/kvm. Ends with 1 when it has found something.
 
 options
-  --minutes N, --seconds N   how long (10 minutes); a turn that has begun is ended
+  --minutes N, --seconds N   how long (10 minutes); Ctrl-C ends it before
   --settle N                 how many seconds what a life leaves may take to go (60)
   --seed N                   what is random is as in the run that printed this number
   --json FILE                write all samples

@@ -59,9 +59,13 @@ pub fn run(args: &Args) -> Result<Record> {
     let place = Place::new(&workspace, &args.probe)?;
     let bench = Bench::new(&place, args)?;
     let mut record = Record::new(args.seed);
-    record.failure = soak(&bench, args.seconds, &mut record)
-        .err()
-        .map(|error| error.to_string());
+    let ended = soak(&bench, args.seconds, &mut record);
+    record.is_cut = sys::interrupted();
+    record.failure = match ended {
+        // What was under way did not fail by itself.
+        Err(_) if record.is_cut => None,
+        ended => ended.err().map(|error| error.to_string()),
+    };
     census::end_all(args.settle);
     Ok(record)
 }

@@ -27,6 +27,8 @@ pub struct Record {
     pub lives: BTreeMap<Kind, Vec<(f64, f64)>>,
     /// What ended the run before its time.
     pub failure: Option<String>,
+    /// A signal ended it before its time; what was seen by then counts.
+    pub is_cut: bool,
 }
 
 /// What there was at one moment.
@@ -50,6 +52,7 @@ impl Record {
             samples: Vec::new(),
             lives: BTreeMap::new(),
             failure: None,
+            is_cut: false,
         }
     }
 
@@ -105,21 +108,31 @@ impl Record {
             "seed": self.seed,
             "seconds": self.seconds(),
             "turns": self.turns,
+            "ended_by_a_signal": self.is_cut,
             "lives": lives,
             "samples": samples,
             "findings": self.findings(),
         })
     }
 
-    /// For people.
-    pub fn text(&self) -> String {
-        let mut text = format!(
-            "{} short lives and {} turns of two long ones in {:.0} s (seed {})\n\n",
+    /// How much there was, in a line.
+    pub fn line(&self) -> String {
+        let cut = if self.is_cut {
+            ", ended by a signal"
+        } else {
+            ""
+        };
+        format!(
+            "{} short lives and {} turns of two long ones in {:.0} s{cut}",
             self.count(),
             self.turns,
-            self.seconds(),
-            self.seed
-        );
+            self.seconds()
+        )
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let mut text = format!("{} (seed {})\n\n", self.line(), self.seed);
         let _ = writeln!(
             text,
             "  {:22} {:>7} {:>30}",
@@ -266,6 +279,14 @@ mod tests {
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].contains("7 descriptors, and has 8 (socket:[#]: 7, 8)"));
         assert!(found[1].contains("3 threads, and has 4"));
+    }
+
+    #[test]
+    fn run_when_ended_by_a_signal_is_judged_by_what_was_seen() {
+        let mut record = record(&[(1.0, 7, 3), (3.1, 7, 3)]);
+        record.is_cut = true;
+        assert_eq!(record.findings().len(), 1);
+        assert!(record.line().ends_with("ended by a signal"));
     }
 
     #[test]
