@@ -10,8 +10,9 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::Thread;
+
+use crate::sys::sync::atomic::{AtomicU64, Ordering};
+use crate::sys::sync::thread::{self, Thread};
 
 /// The part of a device that vCPUs touch, at offsets from the start of its block.
 ///
@@ -92,7 +93,7 @@ impl Tickets {
         let completed = Arc::clone(&self.completed);
         let ticket = Ticket { number, completed };
         let completed = Arc::clone(&self.completed);
-        let waiter = std::thread::current();
+        let waiter = thread::current();
         let completers = (0..completed.len()).map(move |thread| Completer {
             number,
             completed: Arc::clone(&completed),

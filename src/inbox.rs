@@ -20,14 +20,13 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
-
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::sys::clock;
 use crate::sys::fd::{self, Interest};
+use crate::sys::sync::atomic::{AtomicBool, Ordering};
+use crate::sys::sync::{Bell, Mutex, MutexGuard};
 
 /// The receiving end: owned by one thread.
 pub struct Inbox<T>(Arc<Shared<T>>);
@@ -41,7 +40,7 @@ struct Shared<T> {
     /// There is a message. Changed with the queue locked.
     is_pending: AtomicBool,
     /// For a receiver that sleeps.
-    bell: EventFd,
+    bell: Bell,
 }
 
 struct Waiting<T> {
@@ -91,7 +90,7 @@ pub fn inbox<T>(capacity: usize) -> io::Result<(Sender<T>, Inbox<T>)> {
             is_closed: false,
         }),
         is_pending: AtomicBool::new(false),
-        bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        bell: Bell::new()?,
     });
     Ok((Sender(Arc::clone(&shared)), Inbox(shared)))
 }
@@ -137,8 +136,7 @@ impl<T> Inbox<T> {
 
     /// Acknowledges the wake-up. Call it before fetching, never after.
     pub fn silence(&self) {
-        // Nothing to read only means that the wake-up was spurious.
-        let _ = self.0.bell.read();
+        self.0.bell.silence();
     }
 }
 
@@ -161,8 +159,7 @@ impl<T> Sender<T> {
         queue.messages.push_back(message);
         self.0.is_pending.store(true, Ordering::Release);
         drop(queue);
-        // An eventfd refuses a write only when its counter is at 2^64 - 2: then it rings anyway.
-        let _ = self.0.bell.write(1);
+        self.0.bell.ring();
         Ok(())
     }
 
@@ -230,6 +227,8 @@ impl<U> fmt::Debug for Outbox<U> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::sync::scheduled::{explore, spawn, yield_now};
+    use crate::sys::sync::wait_for;
 
     #[test]
     fn send_when_full_gives_the_message_back() {
@@ -256,7 +255,7 @@ mod tests {
         tx.send(1).unwrap();
         rx.silence();
         tx.send(2).unwrap();
-        assert_eq!(rx.0.bell.read().unwrap(), 1);
+        assert_eq!(rx.0.bell.count(), 1);
     }
 
     #[test]
@@ -301,5 +300,54 @@ mod tests {
         let out: Outbox<u32> = tx.outbox();
         assert!(out.post(5));
         assert_eq!(rx.next(), Some(5u64));
+    }
+
+    #[test]
+    fn messages_when_senders_and_a_sleeper_meet_in_any_order_of_steps_all_arrive() {
+        explore(|| {
+            let (tx, rx) = inbox::<u32>(2).unwrap();
+            let senders: Vec<_> = (0..2)
+                .map(|from| {
+                    let tx = tx.clone();
+                    spawn("sender", move || {
+                        for n in 0..3 {
+                            let mut message = 10 * from + n;
+                            while let Err(Undelivered(back)) = tx.send(message) {
+                                message = back;
+                                yield_now();
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let mut last = [None; 2];
+            for _ in 0..6 {
+                let message = loop {
+                    // As a thread does that has other work too: it sleeps only when there is no message.
+                    if let Some(message) = rx.next() {
+                        break message;
+                    }
+                    sleep_until_it_rings(&rx);
+                    rx.silence();
+                };
+                let (from, n) = (message / 10, message % 10);
+                let next = last[from as usize].map_or(0, |last| last + 1);
+                assert_eq!(n, next, "messages of one sender keep their order");
+                last[from as usize] = Some(n);
+            }
+            assert_eq!(rx.next(), None);
+            for sender in senders {
+                sender.join().unwrap();
+            }
+        });
+    }
+
+    fn sleep_until_it_rings(rx: &Inbox<u32>) {
+        let mut interests = [Interest::read(rx.as_raw_fd())];
+        let waited = wait_for(-1, |_| {
+            fd::wait(&mut interests, Some(0))?;
+            Ok::<_, io::Error>(usize::from(interests[0].is_ready()))
+        });
+        waited.unwrap();
     }
 }

@@ -6,15 +6,15 @@
 //! reports ready, and works: from then on it lasts until the process ends.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::{self, JoinHandle, Thread};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::error::{ActionError, Context};
 use crate::inbox::{TaskSender, tasks};
 use crate::seccomp::{self, Category};
-use crate::sys::{self, process};
+use crate::sys::sync::atomic::{AtomicUsize, Ordering};
+use crate::sys::{self, process, sync};
 use crate::{exit, log};
 
 /// Stack of a thread, in bytes: address space; only what is touched costs memory.
@@ -36,7 +36,7 @@ pub struct ParkedThread {
 #[derive(Debug)]
 pub struct ReadyLatch {
     missing: AtomicUsize,
-    waiter: Thread,
+    waiter: sync::thread::Thread,
 }
 
 impl ReadyLatch {
@@ -44,7 +44,7 @@ impl ReadyLatch {
     pub fn of(count: usize) -> Arc<Self> {
         Arc::new(ReadyLatch {
             missing: AtomicUsize::new(count),
-            waiter: thread::current(),
+            waiter: sync::thread::current(),
         })
     }
 
@@ -59,7 +59,7 @@ impl ReadyLatch {
     /// install a filter, and one that cannot ends the process.
     pub fn wait(&self) {
         while self.missing.load(Ordering::Acquire) > 0 {
-            thread::park();
+            sync::thread::park();
         }
     }
 }
@@ -161,6 +161,7 @@ pub fn filter_or_end(category: Option<Category>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::sync::scheduled::{explore, spawn};
     use std::sync::atomic::AtomicBool;
 
     #[test]
@@ -179,5 +180,23 @@ mod tests {
             let _ = thread.start(None, &latch, || DONE.store(true, Ordering::Release));
         }
         latch.wait();
+    }
+
+    #[test]
+    fn latch_when_threads_report_in_any_order_of_steps_is_waited_for_to_the_last() {
+        explore(|| {
+            let latch = ReadyLatch::of(3);
+            let threads: Vec<_> = (0..3)
+                .map(|_| {
+                    let latch = Arc::clone(&latch);
+                    spawn("reporter", move || latch.report())
+                })
+                .collect();
+            latch.wait();
+            assert_eq!(latch.missing.load(Ordering::Acquire), 0);
+            for thread in threads {
+                thread.join().unwrap();
+            }
+        });
     }
 }

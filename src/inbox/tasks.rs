@@ -6,8 +6,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Thread};
+use std::sync::{Arc, PoisonError};
+
+use crate::sys::sync::thread::{self, Thread};
+use crate::sys::sync::{Mutex, MutexGuard};
 
 /// The sending end. When it goes, the receiver gets what is left, and then the end.
 pub struct TaskSender<T>(Arc<Shared<T>>);
@@ -114,7 +116,9 @@ impl<T> TaskReceiver<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::sync::scheduled::{explore, spawn, yield_now};
     use std::sync::Barrier;
+    use std::thread;
 
     #[test]
     fn tasks_when_sent_from_another_thread_arrive_in_order_and_then_the_end() {
@@ -158,5 +162,26 @@ mod tests {
         sender.send(7).unwrap();
         drop(sender);
         assert_eq!(receiving.join().unwrap(), (Some(7), None));
+    }
+
+    #[test]
+    fn receiver_when_tasks_come_in_any_order_of_steps_gets_each_and_then_the_end() {
+        explore(|| {
+            let (sender, receiver) = tasks(2);
+            let sending = spawn("sender", move || {
+                for n in 0..5 {
+                    let mut task = n;
+                    while let Err(back) = sender.send(task) {
+                        task = back;
+                        yield_now();
+                    }
+                }
+            });
+            for n in 0..5 {
+                assert_eq!(receiver.receive(), Some(n));
+            }
+            assert_eq!(receiver.receive(), None);
+            sending.join().unwrap();
+        });
     }
 }

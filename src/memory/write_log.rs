@@ -98,6 +98,8 @@ impl BitmapSlice for WriteLogSlice<'_> {}
 
 impl Bitmap for WriteLogSlice<'_> {
     fn mark_dirty(&self, offset: usize, len: usize) {
+        #[cfg(test)]
+        crate::sys::sync::scheduled::point();
         if let Some(words) = self.words {
             mark(words, self.from.wrapping_add(offset), len);
         }

@@ -19,6 +19,7 @@ pub mod process;
 pub mod ring;
 pub mod signal;
 pub mod socket;
+pub mod sync;
 pub mod syscalls;
 pub mod tap;
 pub mod terminal;

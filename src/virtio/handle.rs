@@ -12,7 +12,6 @@ mod answers;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 
 use self::answers::Answers;
 pub use self::answers::Gathered;
@@ -23,6 +22,7 @@ use super::worker::state::StateBuffer;
 use super::{Device, DeviceState, Registers, WorkerCounters, WorkerReply};
 use crate::inbox::Sender;
 use crate::metrics::Report;
+use crate::sys::sync::mpsc::Receiver;
 
 /// A message was not delivered: the worker's inbox is full, or the worker has ended.
 #[derive(Debug)]

@@ -3,9 +3,10 @@
 //! Shared by the worker, which raises, and the registers, which show and acknowledge. Atomics and
 //! an eventfd: no thread ever waits here.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::sys::sync::Bell;
+use crate::sys::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// Bits of InterruptStatus and InterruptACK (virtio 1.2, 4.2.2).
 mod bit {
@@ -24,7 +25,7 @@ pub struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
     /// Registered with KVM as an irqfd.
-    line: EventFd,
+    line: Bell,
 }
 
 impl Interrupt {
@@ -33,7 +34,7 @@ impl Interrupt {
         Interrupt {
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
-            line,
+            line: line.into(),
         }
     }
 
@@ -96,8 +97,7 @@ impl Interrupt {
 
     fn raise(&self, bits: u32) {
         self.status.fetch_or(bits, Ordering::SeqCst);
-        // Refused only when the counter is full: then the interrupt is already on its way.
-        let _ = self.line.write(1);
+        self.line.ring();
     }
 }
 

@@ -20,7 +20,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -30,6 +30,7 @@ use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, 
 use super::{ConfigSpace, Counter, Interrupt, feature};
 use crate::bus::{self, Completer, Ticket, Tickets, Written};
 use crate::inbox::Sender;
+use crate::sys::sync::{Mutex, MutexGuard};
 pub use state::RegistersState;
 
 /// Length of the block in bytes.

@@ -23,7 +23,6 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -43,6 +42,8 @@ use super::{
 };
 use crate::inbox::{Inbox, Outbox, inbox};
 use crate::sys::clock;
+use crate::sys::sync::mpsc::sync_channel;
+use crate::sys::sync::wait_for;
 pub use counters::WorkerCounters;
 pub use messages::{Done, WorkerEvent, WorkerReply};
 pub use polling::DEFAULT_MICROS;
@@ -235,9 +236,14 @@ impl<D: Device> Worker<D> {
 
     /// Has it poll for up to `micros` microseconds before it sleeps; without this call it never does.
     pub fn poll_up_to(&mut self, micros: u16) {
+        self.poll_by(micros, clock::monotonic_nanos);
+    }
+
+    /// The same, by the time that `clock` tells.
+    pub(crate) fn poll_by(&mut self, micros: u16, clock: fn() -> u64) {
         if let Ok(subscriber) = self.manager.subscriber_mut(self.id) {
             let polling = Polling::up_to(micros);
-            subscriber.body.set_polling(polling, clock::monotonic_nanos);
+            subscriber.body.set_polling(polling, clock);
         }
     }
 
@@ -263,7 +269,7 @@ impl<D: Device> Worker<D> {
         // Messages from before this call still ring: their edge has not been seen yet.
         let mut wait = (self.has_entered == Some(true)).then_some(0);
         while let Some(millis) = wait {
-            let waited = self.manager.run_with_timeout(millis);
+            let waited = wait_for(millis, |millis| self.manager.run_with_timeout(millis));
             let (Ok(_), Ok(subscriber)) = (&waited, self.manager.subscriber_mut(self.id)) else {
                 self.fail(io::Error::last_os_error());
                 break;

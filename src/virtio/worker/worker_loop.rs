@@ -34,7 +34,6 @@ use std::hint;
 use std::io;
 use std::mem;
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 
 use super::counters::WorkerCounters;
 use super::messages::{ControlMsg, Done, WorkerReply};
@@ -44,6 +43,7 @@ use crate::bus::Completer;
 use crate::guest_warn;
 use crate::inbox::{Inbox, Outbox};
 use crate::sys::io::ErrorText;
+use crate::sys::sync::mpsc::SyncSender;
 use crate::sys::{clock, thread};
 use crate::virtio::queue::QueueState;
 use crate::virtio::registers::DriverMsg;
