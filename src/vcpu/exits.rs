@@ -5,8 +5,10 @@ use std::time::Instant;
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::Buses;
+use super::Crash;
+use super::crash::LastExits;
 use crate::bus::{Ticket, Written};
-use crate::sys::kvm::{Exit, PortAccess, Vcpu};
+use crate::sys::kvm::{Exit, InternalError, PortAccess, Vcpu};
 
 /// What the guest left for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,8 +90,65 @@ pub(super) struct Ran {
     pub outcome: Outcome,
 }
 
+/// What runs guest code until it leaves for something: KVM's vCPU, on the thread that owns it.
+pub trait Processor {
+    /// Lets the guest run until its next exit.
+    ///
+    /// # Errors
+    /// KVM's, EINTR included.
+    fn run(&self) -> Result<Exit, i32>;
+    /// Lets the next run go on, whatever kicks there were before.
+    fn forget_kicks(&self);
+    /// Makes the next run finish the instruction of the last exit and return before another one.
+    fn leave_at_once(&self);
+    /// Unit number `index` of what the guest wrote to a port; its bytes are the first ones.
+    fn port_data(&self, access: PortAccess, index: usize) -> [u8; 4];
+    /// Gives the guest unit number `index` of what it reads from a port.
+    fn answer_port(&self, access: PortAccess, index: usize, unit: &[u8]);
+    /// Gives the guest what it reads from memory.
+    fn answer_memory(&self, data: &[u8]);
+    /// What is told after [`Exit::InternalError`].
+    fn internal_error(&self) -> InternalError;
+    /// What is known after `end`.
+    fn crash(&self, end: End, last_exits: LastExits) -> Crash;
+}
+
+impl Processor for Vcpu {
+    fn run(&self) -> Result<Exit, i32> {
+        Vcpu::run(self)
+    }
+
+    fn forget_kicks(&self) {
+        Vcpu::forget_kicks(self);
+    }
+
+    fn leave_at_once(&self) {
+        Vcpu::leave_at_once(self);
+    }
+
+    fn port_data(&self, access: PortAccess, index: usize) -> [u8; 4] {
+        Vcpu::port_data(self, access, index)
+    }
+
+    fn answer_port(&self, access: PortAccess, index: usize, unit: &[u8]) {
+        Vcpu::answer_port(self, access, index, unit);
+    }
+
+    fn answer_memory(&self, data: &[u8]) {
+        Vcpu::answer_memory(self, data);
+    }
+
+    fn internal_error(&self) -> InternalError {
+        Vcpu::internal_error(self)
+    }
+
+    fn crash(&self, end: End, last_exits: LastExits) -> Crash {
+        Crash::of(self, end, last_exits)
+    }
+}
+
 /// Runs the guest until its next exit and answers that.
-pub(super) fn run_once(vcpu: &Vcpu, buses: &Buses) -> Ran {
+pub(super) fn run_once(vcpu: &impl Processor, buses: &Buses) -> Ran {
     let exit = vcpu.run();
     let since = Instant::now();
     let (access, address, outcome) = match exit {
@@ -117,7 +176,7 @@ const fn not_run(errno: i32) -> Outcome {
     }
 }
 
-fn answer(vcpu: &Vcpu, buses: &Buses, exit: Exit) -> Outcome {
+fn answer(vcpu: &impl Processor, buses: &Buses, exit: Exit) -> Outcome {
     match exit {
         Exit::PortRead(access) => read_port(vcpu, buses, access),
         Exit::PortWrite(access) => write_port(vcpu, buses, access),
@@ -157,7 +216,7 @@ fn answer(vcpu: &Vcpu, buses: &Buses, exit: Exit) -> Outcome {
     }
 }
 
-fn read_port(vcpu: &Vcpu, buses: &Buses, access: PortAccess) -> Outcome {
+fn read_port(vcpu: &impl Processor, buses: &Buses, access: PortAccess) -> Outcome {
     for index in 0..access.count {
         let mut unit = [0; 4];
         if let Some(unit) = unit.get_mut(..access.unit) {
@@ -169,7 +228,7 @@ fn read_port(vcpu: &Vcpu, buses: &Buses, access: PortAccess) -> Outcome {
 }
 
 /// Writes every unit, until one asks for more than to go on.
-fn write_port(vcpu: &Vcpu, buses: &Buses, access: PortAccess) -> Outcome {
+fn write_port(vcpu: &impl Processor, buses: &Buses, access: PortAccess) -> Outcome {
     for index in 0..access.count {
         let unit = vcpu.port_data(access, index);
         let unit = unit.get(..access.unit).unwrap_or_default();

@@ -17,29 +17,29 @@
 mod crash;
 mod end;
 mod exits;
+mod handle;
 mod instruction;
+#[cfg(test)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 
-use std::error::Error;
-use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
-
-use kvm_ioctls::Kvm;
 
 pub use self::crash::Crash;
 use self::crash::LastExits;
 pub use self::end::GuestStatus;
 pub use self::exits::End;
-use self::exits::{Access, Outcome, Ran, run_once};
-use crate::arch::vcpu::{MsrList, VcpuError, VcpuState};
-use crate::arch::{self, VcpuAccess, Vm};
+use self::exits::{Access, Outcome, Processor, Ran, run_once};
+use self::handle::VcpuMessages;
+pub use self::handle::{UnresponsiveVcpu, VcpuHandle, VcpuLink};
+use crate::arch;
 use crate::bus::{Bus, Ticket};
 use crate::inbox::Outbox;
-use crate::metrics::{Counter, Report, TimeSummary, micros_since};
+use crate::metrics::{Counter, TimeSummary, micros_since};
+use crate::sys::sync::atomic::{AtomicBool, Ordering};
+use crate::sys::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+use crate::sys::sync::thread;
 use crate::sys::{kvm, signal};
 use crate::timeline::{Moment, Timeline};
 
@@ -160,39 +160,6 @@ struct VcpuLoop {
     shared: Arc<Shared>,
 }
 
-/// Control's end of a vCPU.
-#[derive(Debug)]
-pub struct VcpuHandle {
-    index: u8,
-    messages: SyncSender<VcpuMessage>,
-    shared: Arc<Shared>,
-    thread: JoinHandle<()>,
-    access: VcpuAccess,
-}
-
-/// Control's end of a vCPU whose thread is not known yet: becomes a [`VcpuHandle`].
-#[derive(Debug)]
-pub struct VcpuLink {
-    index: u8,
-    messages: SyncSender<VcpuMessage>,
-    shared: Arc<Shared>,
-    access: VcpuAccess,
-}
-
-/// A vCPU does not take messages: its thread is gone or does not answer.
-#[derive(Debug)]
-pub struct UnresponsiveVcpu {
-    index: u8,
-}
-
-impl fmt::Display for UnresponsiveVcpu {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "The thread of vCPU {} takes no messages", self.index)
-    }
-}
-
-impl Error for UnresponsiveVcpu {}
-
 /// How often in a row KVM may refuse to run the first vCPU.
 const REFUSALS: u32 = 1000;
 
@@ -213,13 +180,36 @@ impl Vcpu {
         events: Outbox<VcpuEvent>,
         timeline: Timeline,
     ) -> (Self, VcpuLink) {
+        let (body, messages) = VcpuLoop::new(index, buses, events, timeline);
+        let access = fd.access();
+        (Vcpu { fd, body }, VcpuLink { messages, access })
+    }
+
+    /// The body of the thread. Begins paused; returns only if control is gone.
+    pub fn run(self) {
+        let Vcpu { fd, body } = self;
+        // For good: kicks, which may come at any time, write to the page that it shares with KVM.
+        let vcpu: &'static arch::Vcpu = Box::leak(Box::new(fd));
+        signal::aim_kicks_at(vcpu.immediate_exit());
+        let vcpu: &kvm::Vcpu = vcpu;
+        body.run(vcpu);
+    }
+}
+
+impl VcpuLoop {
+    /// The loop of vCPU `index`, and where control talks to it.
+    fn new(
+        index: u8,
+        buses: Arc<Buses>,
+        events: Outbox<VcpuEvent>,
+        timeline: Timeline,
+    ) -> (Self, VcpuMessages) {
         let (sender, messages) = sync_channel(MESSAGES);
         let shared = Arc::new(Shared::default());
-        let link = VcpuLink {
+        let control = VcpuMessages {
             index,
             messages: sender,
             shared: Arc::clone(&shared),
-            access: fd.access(),
         };
         let body = VcpuLoop {
             index,
@@ -233,28 +223,22 @@ impl Vcpu {
             last_exits: LastExits::default(),
             shared,
         };
-        (Vcpu { fd, body }, link)
+        (body, control)
     }
 
-    /// The body of the thread. Begins paused; returns only if control is gone.
-    pub fn run(self) {
-        let Vcpu { fd, mut body } = self;
-        // For good: kicks, which may come at any time, write to the page that it shares with KVM.
-        let vcpu: &'static arch::Vcpu = Box::leak(Box::new(fd));
-        signal::aim_kicks_at(vcpu.immediate_exit());
+    /// Runs guest code on `vcpu` as control says; begins paused.
+    fn run(mut self, vcpu: &impl Processor) {
         let mut state = Stage::Paused;
         loop {
             state = match state {
-                Stage::Paused => body.paused(),
-                Stage::Running => body.running(vcpu),
-                Stage::Ended => body.ended(),
+                Stage::Paused => self.paused(),
+                Stage::Running => self.running(vcpu),
+                Stage::Ended => self.ended(),
                 Stage::Abandoned => return,
             }
         }
     }
-}
 
-impl VcpuLoop {
     /// Edges: to running, to abandoned.
     fn paused(&mut self) -> Stage {
         loop {
@@ -267,7 +251,7 @@ impl VcpuLoop {
     }
 
     /// Edges: to paused, to ended, to abandoned.
-    fn running(&mut self, vcpu: &kvm::Vcpu) -> Stage {
+    fn running(&mut self, vcpu: &impl Processor) -> Stage {
         self.timeline.mark(Moment::GuestEntered);
         loop {
             // Cleared before the look at the messages: a kick after it makes KVM_RUN return.
@@ -303,7 +287,7 @@ impl VcpuLoop {
     }
 
     /// One run of the guest, up to its next exit; why it will not run again, if so.
-    fn step(&mut self, vcpu: &kvm::Vcpu) -> Option<End> {
+    fn step(&mut self, vcpu: &impl Processor) -> Option<End> {
         let ran = run_once(vcpu, &self.buses);
         self.shared.exits.count(&ran);
         self.in_access = ran.access != Access::None;
@@ -325,7 +309,7 @@ impl VcpuLoop {
     /// be before the instruction. No guest code runs meanwhile. What of the instruction needs another
     /// exit (the next bytes of a string, an access that crosses pages) is answered as ever; a write
     /// among them that waits is the last, and waits on.
-    fn finish_access(&mut self, vcpu: &kvm::Vcpu) -> Option<End> {
+    fn finish_access(&mut self, vcpu: &impl Processor) -> Option<End> {
         let mut end = None;
         for _ in 0..RUNS_TO_FINISH {
             if !self.in_access || end.is_some() {
@@ -355,10 +339,10 @@ impl VcpuLoop {
     }
 
     /// Tells control that no guest code runs here again, and why.
-    fn end(&self, vcpu: &kvm::Vcpu, end: End) {
+    fn end(&self, vcpu: &impl Processor, end: End) {
         if !matches!(end, End::Reset | End::PowerOff) {
             // It is set once: a vCPU ends once.
-            let _ = self.shared.crash.set(Crash::of(vcpu, end, self.last_exits));
+            let _ = self.shared.crash.set(vcpu.crash(end, self.last_exits));
         }
         self.tell(VcpuEvent::Ended {
             index: self.index,
@@ -388,126 +372,4 @@ enum Stage {
     Running,
     Ended,
     Abandoned,
-}
-
-impl VcpuHandle {
-    /// A handle of the vCPU that runs on `thread`.
-    pub fn new(link: VcpuLink, thread: JoinHandle<()>) -> Self {
-        let VcpuLink {
-            index,
-            messages,
-            shared,
-            access,
-        } = link;
-        VcpuHandle {
-            index,
-            messages,
-            shared,
-            thread,
-            access,
-        }
-    }
-
-    /// Writes what the vCPU has counted into `report`.
-    pub fn read_counters(&self, report: &mut Report) {
-        let index = self.index.to_string();
-        let exits = &self.shared.exits;
-        let exit = |report: &mut Report, kind: &str, count: &Counter| {
-            report.counter(
-                "mayfly_vcpu_exits_total",
-                "Times a vCPU left the guest and came to the monitor.",
-                &[("vcpu", &index), ("kind", kind)],
-                count.get(),
-            );
-        };
-        for (kind, key, times_key, TimedCounter { count, times }) in [
-            (
-                "port_read",
-                "exit_io_in",
-                "exit_io_in_agg",
-                &exits.port_reads,
-            ),
-            (
-                "port_write",
-                "exit_io_out",
-                "exit_io_out_agg",
-                &exits.port_writes,
-            ),
-            (
-                "mmio_read",
-                "exit_mmio_read",
-                "exit_mmio_read_agg",
-                &exits.memory_reads,
-            ),
-            (
-                "mmio_write",
-                "exit_mmio_write",
-                "exit_mmio_write_agg",
-                &exits.memory_writes,
-            ),
-        ] {
-            exit(report, kind, count);
-            report.add("vcpu", key, count.get());
-            report.times("vcpu", times_key, times);
-        }
-        exit(report, "interrupted", &exits.interruptions);
-        exit(report, "other", &exits.others);
-    }
-
-    /// What is known of the vCPU's end, when it could not go on.
-    pub fn crash(&self) -> Option<&Crash> {
-        self.shared.crash.get()
-    }
-
-    /// Keeps the guest's watchdog from taking the time of a pause for a lock-up. The vCPU is paused.
-    pub fn forgive_pause(&self) {
-        arch::vcpu::forgive_pause(&self.access);
-    }
-
-    /// Lets guest code run.
-    ///
-    /// # Errors
-    /// [`UnresponsiveVcpu`] when the thread takes no messages.
-    pub fn run(&self) -> Result<(), UnresponsiveVcpu> {
-        self.send(VcpuMessage::Run)
-    }
-
-    /// Asks the vCPU to stop running guest code. It answers with [`VcpuEvent::Paused`].
-    ///
-    /// # Errors
-    /// [`UnresponsiveVcpu`] when the thread takes no messages.
-    pub fn pause(&self) -> Result<(), UnresponsiveVcpu> {
-        self.send(VcpuMessage::Pause)?;
-        signal::kick(&self.thread);
-        self.thread.thread().unpark();
-        Ok(())
-    }
-
-    fn send(&self, message: VcpuMessage) -> Result<(), UnresponsiveVcpu> {
-        self.messages
-            .try_send(message)
-            .map_err(|_| UnresponsiveVcpu { index: self.index })
-    }
-}
-
-impl VcpuHandle {
-    /// Which model-specific registers the vCPUs of this host have. The vCPU is paused.
-    ///
-    /// # Errors
-    /// KVM's.
-    pub fn ask_msrs(&self, kvm: &Kvm) -> Result<MsrList, VcpuError> {
-        MsrList::ask(kvm, &self.access)
-    }
-
-    /// Takes the state of the vCPU, one of `vm`, which is paused; `msrs` is what
-    /// [`VcpuHandle::ask_msrs`] has told of this vCPU or another one.
-    ///
-    /// # Errors
-    /// When KVM does not give a part of it, or the vCPU could not finish its last instruction.
-    pub fn save(&self, vm: &Vm, msrs: &MsrList) -> Result<VcpuState, VcpuError> {
-        if self.shared.in_access.load(Ordering::Relaxed) {
-            return Err(VcpuError::unfinished());
-        }
-        arch::vcpu::save(vm, &self.access, msrs)
-    }
 }

@@ -98,9 +98,16 @@ impl Running {
         self.handle.pause().unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         let event = self.events.next_until(deadline);
-        let index = self.handle.index;
+        let index = self.handle.messages.index;
         assert_eq!(event, Some(VcpuEvent::Paused { index }));
-        assert!(!self.handle.shared.in_access.load(Ordering::Relaxed));
+        assert!(
+            !self
+                .handle
+                .messages
+                .shared
+                .in_access
+                .load(Ordering::Relaxed)
+        );
     }
 
     fn reads(&self) -> u32 {
