@@ -254,7 +254,6 @@ impl Registers {
             reg::VERSION => return Some(VERSION),
             reg::DEVICE_ID => return Some(self.device_id),
             reg::VENDOR_ID => return Some(VENDOR),
-            reg::INTERRUPT_STATUS => return Some(self.interrupt.status()),
             reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => return Some(NO_SHARED_MEMORY),
             _ => {}
         }
@@ -273,6 +272,8 @@ impl Registers {
                 .selected()
                 .and_then(|i| block.layouts.get(i))
                 .map_or(0, |layout| u32::from(layout.ready)),
+            // Behind the lock too: a reset that has just been completed clears it.
+            reg::INTERRUPT_STATUS => self.interrupt.status(),
             reg::STATUS if self.interrupt.needs_reset() => block.status | DEVICE_NEEDS_RESET,
             reg::STATUS => block.status,
             reg::CONFIG_GENERATION => block.generation,

@@ -268,6 +268,18 @@ fn reset_when_never_active_is_done_at_once() {
 }
 
 #[test]
+fn interrupt_status_when_it_is_the_first_thing_read_after_a_reset_is_zero() {
+    let (registers, inbox) = active();
+    registers.interrupt().used_buffers();
+    let Written::After(ticket) = reset(&registers) else {
+        panic!("an active device is reset by its worker");
+    };
+    drop(inbox.next());
+    assert!(ticket.is_done());
+    assert_eq!(read32(&registers, reg::INTERRUPT_STATUS), 0);
+}
+
+#[test]
 fn reset_when_active_is_done_when_the_worker_says_so() {
     let (registers, inbox) = active();
     registers.interrupt().used_buffers();
