@@ -42,7 +42,7 @@ mod segment;
 mod share;
 mod state;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod throttle;

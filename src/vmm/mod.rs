@@ -24,6 +24,8 @@ mod cpu;
 mod devices;
 mod ending;
 mod file_work;
+#[cfg(test)]
+mod interleavings;
 mod lifecycle;
 mod machine;
 mod pausing;

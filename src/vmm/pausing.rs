@@ -11,6 +11,7 @@ use super::lifecycle::{Input, Lifecycle, Task, VCPU_PATIENCE};
 use super::machine::Machine;
 use crate::error::{ActionError, Context};
 use crate::metrics::{micros, micros_since};
+use crate::virtio::DeviceControl;
 use crate::{error, info, warn};
 
 /// In a token: that it belongs to a pause, which one, and to which device. Other tokens count up
@@ -19,12 +20,12 @@ const PAUSE: u64 = 1 << 63;
 const DEVICE_BITS: u32 = 8;
 
 /// The token with which device number `device` is told of pause number `pause`.
-pub(super) fn pause_token(pause: u64, device: u32) -> u64 {
+fn pause_token(pause: u64, device: u32) -> u64 {
     PAUSE | pause.wrapping_shl(DEVICE_BITS) | u64::from(device)
 }
 
 /// The pause and the device of a token, if it is one of a pause.
-fn of_pause_token(token: u64) -> Option<(u64, u32)> {
+pub(super) fn of_pause_token(token: u64) -> Option<(u64, u32)> {
     let device = token & ((1 << DEVICE_BITS) - 1);
     let device = u32::try_from(device).ok()?;
     (token & PAUSE != 0).then_some(((token & !PAUSE) >> DEVICE_BITS, device))
@@ -87,18 +88,12 @@ impl Vmm {
                 self.machine.as_ref().map(Machine::pause_vcpus);
             }
             Task::PauseDevices(pause) => {
-                for (number, device) in (0..).zip(self.configuration.devices.running()) {
-                    // A device that hangs may have an inbox full of what it was told before:
-                    // `tell_again`.
-                    let _ = device.pause(pause_token(pause, number));
-                }
+                pause_devices(self.configuration.devices.running(), pause);
             }
             Task::Resume(waiter) => {
                 let since = Instant::now();
                 let token = self.new_token();
-                for device in self.configuration.devices.running() {
-                    let _ = device.resume(token);
-                }
+                resume_devices(self.configuration.devices.running(), token);
                 let resumed = self.machine.as_ref().map_or(Ok(()), Machine::resume_vcpus);
                 self.counters.resume_us = micros_since(since);
                 self.tell_waiter(waiter, resumed.bare());
@@ -145,13 +140,37 @@ impl Vmm {
         let Some(lifecycle) = &self.lifecycle else {
             return;
         };
-        for (number, device) in (0..).zip(self.configuration.devices.running()) {
-            if device.has_missed() {
-                let _ = match lifecycle.devices_paused_by() {
-                    Some(pause) => device.pause(pause_token(pause, number)),
-                    None => device.resume(token),
-                };
-            }
+        tell_devices_again(self.configuration.devices.running(), lifecycle, token);
+    }
+}
+
+/// Tells `devices`, all that there are, of pause number `pause`. One that hangs may have an inbox full of what it
+/// was told before: [`tell_devices_again`].
+pub(super) fn pause_devices<'a>(devices: impl Iterator<Item = &'a dyn DeviceControl>, pause: u64) {
+    for (number, device) in (0..).zip(devices) {
+        let _ = device.pause(pause_token(pause, number));
+    }
+}
+
+/// Tells `devices` to go on.
+pub(super) fn resume_devices<'a>(devices: impl Iterator<Item = &'a dyn DeviceControl>, token: u64) {
+    for device in devices {
+        let _ = device.resume(token);
+    }
+}
+
+/// Tells those of `devices`, all that there are, what they could not be told before.
+pub(super) fn tell_devices_again<'a, C>(
+    devices: impl Iterator<Item = &'a dyn DeviceControl>,
+    lifecycle: &Lifecycle<C>,
+    token: u64,
+) {
+    for (number, device) in (0..).zip(devices) {
+        if device.has_missed() {
+            let _ = match lifecycle.devices_paused_by() {
+                Some(pause) => device.pause(pause_token(pause, number)),
+                None => device.resume(token),
+            };
         }
     }
 }
