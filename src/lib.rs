@@ -75,6 +75,8 @@ mod needs;
 #[doc(hidden)]
 pub mod overlay;
 mod program;
+#[cfg(test)]
+mod properties;
 mod rate_limiter;
 mod seccomp;
 mod serial;

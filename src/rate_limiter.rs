@@ -240,6 +240,9 @@ impl RateLimiter {
 }
 
 #[cfg(test)]
+mod properties;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

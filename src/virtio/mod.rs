@@ -36,6 +36,8 @@ mod fuzz;
 pub mod handle;
 mod interrupt;
 pub mod net;
+#[cfg(test)]
+mod properties;
 pub mod queue;
 pub mod registers;
 mod segment;

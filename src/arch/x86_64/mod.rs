@@ -19,6 +19,8 @@ mod mirror;
 mod mptable;
 mod msr;
 pub mod power;
+#[cfg(test)]
+mod properties;
 pub mod split;
 #[cfg(test)]
 mod state_tests;
