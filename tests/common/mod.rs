@@ -3,6 +3,7 @@
 #![expect(dead_code, reason = "each test file uses a part of it")]
 
 pub mod containers;
+pub mod filters;
 mod folder;
 pub mod fuse;
 pub mod needs;
