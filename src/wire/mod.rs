@@ -11,6 +11,7 @@
 
 pub mod check;
 pub mod client;
+pub mod command_line;
 pub mod config;
 pub mod end;
 pub mod exit;

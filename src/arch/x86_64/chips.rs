@@ -10,8 +10,8 @@
 
 use kvm_ioctls::{Cap, Kvm};
 
-use super::command_line::parameters;
 use super::mask::{CpuidMask, CpuidRegister};
+use crate::wire::command_line::parameters;
 
 /// Where the interrupt chips are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

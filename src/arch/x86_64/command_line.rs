@@ -5,6 +5,7 @@ use std::error::Error;
 use std::fmt;
 
 use super::layout;
+use crate::wire::command_line::{parameters, split};
 
 /// What the kernel is to mount as `/`.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +49,7 @@ impl fmt::Display for CommandLineError {
 
 impl Error for CommandLineError {}
 
-/// The command line: `boot_args` as given, then what mayfly adds, before any ` -- ` that begins
+/// The command line: `boot_args` as given, then what mayfly adds, before any `--` that begins
 /// the arguments of init. `devices` are address and interrupt line of each virtio device that is to be
 /// announced there: all of them for a kernel without ACPI, none for one that finds them in its tables,
 /// which would try to attach each a second time.
@@ -64,7 +65,8 @@ pub fn command_line(
     if boot_args.contains('\0') || root.is_some_and(|r| r.partuuid.unwrap_or("").contains('\0')) {
         return Err(CommandLineError::ZeroByte);
     }
-    let (mut line, init_args) = split_init_args(boot_args);
+    let (line, init_args) = split(boot_args);
+    let mut line = line.to_owned();
     let init_args = match init_args {
         "" => String::new(),
         args => format!(" -- {args}"),
@@ -113,9 +115,9 @@ pub fn command_line(
 /// Whether `boot_args` have Linux do without ACPI: the last `acpi=` that switches it counts. With
 /// `acpi=rsdt` it looks for tables where there are none, and then goes on without.
 pub fn acpi_is_off(boot_args: &str) -> bool {
-    let (line, _) = split_init_args(boot_args);
+    let (line, _) = split(boot_args);
     let mut off = false;
-    for parameter in parameters(&line) {
+    for parameter in parameters(line) {
         match &*parameter {
             "acpi=off" => off = true,
             "acpi=force" => off = false,
@@ -124,49 +126,6 @@ pub fn acpi_is_off(boot_args: &str) -> bool {
         }
     }
     off
-}
-
-/// The parameters in `line` as Linux reads them (`lib/cmdline.c`, `next_arg`): between white space
-/// that is not in double quotes, and without the quotes around one of them or around its value.
-pub fn parameters(line: &str) -> impl Iterator<Item = String> + '_ {
-    let mut is_quoted = false;
-    let words = line.split(move |character: char| {
-        is_quoted ^= character == '"';
-        !is_quoted && character.is_ascii_whitespace()
-    });
-    words.filter(|word| !word.is_empty()).map(without_quotes)
-}
-
-fn without_quotes(word: &str) -> String {
-    let inner = |text: &str| text.strip_suffix('"').unwrap_or(text).to_owned();
-    if let Some(rest) = word.strip_prefix('"') {
-        return inner(rest);
-    }
-    match word.split_once('=') {
-        Some((name, value)) => match value.strip_prefix('"') {
-            Some(rest) => format!("{name}={}", inner(rest)),
-            None => word.to_owned(),
-        },
-        None => word.to_owned(),
-    }
-}
-
-/// What is before and after the first ` -- ` that is not inside double quotes.
-fn split_init_args(boot_args: &str) -> (String, &str) {
-    const SEPARATOR: &str = " -- ";
-    let mut quotes = 0usize;
-    let mut seen = 0usize;
-    for (at, _) in boot_args.match_indices(SEPARATOR) {
-        let since = boot_args.get(seen..at).unwrap_or("");
-        quotes = quotes.saturating_add(since.matches('"').count());
-        seen = at;
-        if quotes.is_multiple_of(2) {
-            let (line, rest) = boot_args.split_at(at);
-            let rest = rest.strip_prefix(SEPARATOR).unwrap_or("");
-            return (line.trim().to_owned(), rest.trim());
-        }
-    }
-    (boot_args.trim().to_owned(), "")
 }
 
 #[cfg(test)]
@@ -206,7 +165,10 @@ mod tests {
                 "a=\" -- \" pci=off -- init",
             ),
             (" -- init", None, &[], "pci=off -- init"),
-            ("a --", None, &[], "a -- pci=off"),
+            ("a --", None, &[], "a pci=off"),
+            ("-- init", None, &[], "pci=off -- init"),
+            ("a\t--\tb", None, &[], "a pci=off -- b"),
+            ("\"--\" a", None, &[], "pci=off -- a"),
         ] {
             assert_eq!(command_line(args, root, devices).unwrap(), expected);
         }
@@ -235,23 +197,6 @@ mod tests {
             ("acpi=off\tquiet\nro", true),
         ] {
             assert_eq!(acpi_is_off(args), off, "{args}");
-        }
-    }
-
-    #[test]
-    fn parameters_when_they_have_quotes_are_as_linux_reads_them() {
-        for (line, expected) in [
-            ("", &[][..]),
-            ("  a  b=c\t\nd ", &["a", "b=c", "d"]),
-            ("a=\"b c\" d", &["a=b c", "d"]),
-            ("\"a=b c\" d", &["a=b c", "d"]),
-            ("a=b\"c d\"e f", &["a=b\"c d\"e", "f"]),
-            ("a=\"b", &["a=b"]),
-            ("\"", &[""]),
-            ("=\"\" é=\"ü ö\"", &["=", "é=ü ö"]),
-        ] {
-            let found: Vec<String> = parameters(line).collect();
-            assert_eq!(found, expected, "{line}");
         }
     }
 

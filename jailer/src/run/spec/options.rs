@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mayfly::wire::command_line;
 use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
 use mayfly::wire::{Source, VmConfig};
 
@@ -364,8 +365,8 @@ fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machin
 
 /// Whether a kernel command line says where the root file system is, before what is for init.
 fn names_root(line: &str) -> bool {
-    let words = line.split_whitespace().take_while(|word| *word != "--");
-    words.into_iter().any(|word| word.starts_with("root="))
+    let (kernel, _) = command_line::split(line);
+    command_line::parameters(kernel).any(|word| word.starts_with("root="))
 }
 
 /// A file by its path.

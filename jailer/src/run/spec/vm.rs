@@ -8,6 +8,7 @@
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use mayfly::wire::command_line;
 use mayfly::wire::config::{
     self, Backing, DriveOverride, Mac, NetworkInterface, NetworkOverride, PassedFd,
     RateLimiterConfig, Restore, Serial, SnapshotLoad, TokenBucketConfig,
@@ -437,12 +438,13 @@ impl Vm {
         };
         if let Some(boot) = &mut config.boot_source {
             let line = boot.boot_args.get_or_insert_with(boot_args::default);
-            if !line.split_whitespace().any(|word| word.starts_with("ip=")) {
-                // Before what is for init.
-                *line = match line.split_once(" -- ") {
-                    Some((kernel, init)) => format!("{kernel} {words} -- {init}"),
-                    None => format!("{line} {words}"),
+            let (kernel, init) = command_line::split(line);
+            if !command_line::parameters(kernel).any(|word| word.starts_with("ip=")) {
+                let more = match init {
+                    "" => format!("{kernel} {words}"),
+                    init => format!("{kernel} {words} -- {init}"),
                 };
+                *line = more.trim_start().to_owned();
             }
         }
         let mut interfaces = config.devices.network_interfaces.iter_mut();
@@ -561,6 +563,9 @@ mod tests {
     fn address_goes_before_the_words_for_init_and_a_given_one_stays() {
         for (line, expected) in [
             ("quiet -- single", "quiet ip=1 -- single"),
+            ("-- single", "ip=1 -- single"),
+            ("quiet\t--\tip=2", "quiet ip=1 -- ip=2"),
+            ("a=\" -- \"", "a=\" -- \" ip=1"),
             ("ip=9", "ip=9"),
         ] {
             let config = r#"{ "boot-source": { "kernel_image_path": "/k" }, "drives": [] }"#;
