@@ -10,10 +10,31 @@ use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor}
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JsonError(String);
 
+/// The most bytes of a reason: it may quote what was read, and goes to logs and clients.
+const REASON_MAX: usize = 2048;
+
+/// `reason` without its middle, where that is too long. The end says what was expected, and where.
+fn shortened(reason: String) -> String {
+    if reason.len() <= REASON_MAX {
+        return reason;
+    }
+    let is_boundary = |at: &usize| reason.is_char_boundary(*at);
+    let half = REASON_MAX / 2;
+    let begin = (0..=half).rev().find(is_boundary);
+    let end = (reason.len().saturating_sub(half)..=reason.len()).find(is_boundary);
+    let begin = begin.and_then(|at| reason.get(..at));
+    let end = end.and_then(|at| reason.get(at..));
+    format!(
+        "{}...{}",
+        begin.unwrap_or_default(),
+        end.unwrap_or_default()
+    )
+}
+
 impl JsonError {
     /// A reason found after the bytes had been read as JSON.
     pub fn new(reason: impl Into<String>) -> Self {
-        JsonError(reason.into())
+        JsonError(shortened(reason.into()))
     }
 }
 
@@ -41,12 +62,14 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
         let reason = error.inner().to_string();
         let member = path.rsplit('.').next().unwrap_or_default();
         if path == "." || path == "?" || reason.contains(&format!("`{member}`")) {
-            JsonError(reason)
+            JsonError::new(reason)
         } else {
-            JsonError(format!("{reason} (in `{path}`)"))
+            JsonError::new(format!("{reason} (in `{path}`)"))
         }
     })?;
-    input.end().map_err(|error| JsonError(error.to_string()))?;
+    input
+        .end()
+        .map_err(|error| JsonError::new(error.to_string()))?;
     Ok(value)
 }
 
@@ -56,7 +79,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
 /// # Errors
 /// The reason, line and column as serde_json says them.
 pub fn parse_written<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
-    serde_json::from_slice(bytes).map_err(|error| JsonError(error.to_string()))
+    serde_json::from_slice(bytes).map_err(|error| JsonError::new(error.to_string()))
 }
 
 /// Reads a struct from an object and from nothing else: serde by itself also takes the members of
@@ -170,6 +193,25 @@ mod tests {
         for (body, reason) in cases {
             let error = parse::<MachineConfig>(body.as_bytes()).unwrap_err();
             assert!(error.to_string().contains(reason), "{body}: {error}");
+        }
+    }
+
+    #[test]
+    fn reason_when_it_quotes_much_has_its_two_ends() {
+        for name in ["x".repeat(50_000), "\u{20ac}".repeat(20_000)] {
+            let body = format!(r#"{{"vcpu_count":1,"{name}":1}}"#);
+            for error in [
+                parse::<MachineConfig>(body.as_bytes()).unwrap_err(),
+                parse_written::<MachineConfig>(body.as_bytes()).unwrap_err(),
+            ] {
+                let text = error.to_string();
+                assert!(text.len() <= REASON_MAX + 3, "{}", text.len());
+                assert!(text.starts_with("unknown field `"), "{text}");
+                assert!(
+                    text.contains("...") && text.contains("expected one of"),
+                    "{text}"
+                );
+            }
         }
     }
 
