@@ -154,6 +154,8 @@ struct Inner {
     routes: Option<Routes>,
     /// Eventfds of lines to which KVM does not listen yet.
     unconnected: [Option<EventFd>; PINS],
+    /// Those to which it listens: vCPU threads have no system call to close them with.
+    connected: Vec<EventFd>,
     pace: Pace,
     failure_logged: bool,
 }
@@ -201,6 +203,8 @@ impl<R: Router> IoApic<R> {
                 state: state.clone(),
                 routes: Some(routes),
                 unconnected: [const { None }; PINS],
+                // Allocated here once: each line is connected once.
+                connected: Vec::with_capacity(PINS),
                 pace: Pace::new(Instant::now()),
                 failure_logged: false,
             }),
@@ -265,8 +269,7 @@ impl<R: Router> IoApic<R> {
             if let Err(cause) = self.router.listen(&line, gsi) {
                 inner.log_failure("KVM_IRQFD", &cause);
             }
-            // The thread's filter has no call to close it with.
-            std::mem::forget(line);
+            inner.connected.push(line);
         }
     }
 }
