@@ -5,6 +5,8 @@
 //! refused with a message.
 
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod given;
 mod options;
 

@@ -8,65 +8,20 @@
 
 pub use crate::api::fuzz::api;
 pub use crate::api::http::fuzz::http;
+pub use crate::arch::cmdline;
+pub use crate::arch::i8042::fuzz::i8042;
+pub use crate::arch::kernel::fuzz::kernel;
+pub use crate::arch::split::fuzz::chips;
+pub use crate::args::fuzz::args;
+pub use crate::fuzz_input::Input;
+pub use crate::overlay::fuzz::overlay;
+pub use crate::rate_limiter::fuzz::limiter;
+pub use crate::serial::fuzz::uart;
 pub use crate::virtio::block::fuzz::block;
+pub use crate::virtio::net::fuzz::net;
 pub use crate::virtio::queue::fuzz::queue;
 pub use crate::virtio::registers::fuzz::registers;
-
-/// Bytes, taken from the front; zeros when there are no more.
-pub(crate) struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Input(bytes)
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The next `len` bytes, or what is left of them.
-    pub(crate) fn bytes(&mut self, len: usize) -> &'a [u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-
-    fn array<const LEN: usize>(&mut self) -> [u8; LEN] {
-        let mut array = [0; LEN];
-        let bytes = self.bytes(LEN);
-        array[..bytes.len()].copy_from_slice(bytes);
-        array
-    }
-
-    pub(crate) fn u8(&mut self) -> u8 {
-        u8::from_le_bytes(self.array())
-    }
-
-    pub(crate) fn u16(&mut self) -> u16 {
-        u16::from_le_bytes(self.array())
-    }
-
-    pub(crate) fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.array())
-    }
-
-    pub(crate) fn u64(&mut self) -> u64 {
-        u64::from_le_bytes(self.array())
-    }
-
-    pub(crate) fn flag(&mut self) -> bool {
-        self.u8() & 1 != 0
-    }
-
-    /// A number below `end`, by one byte: `end` is at most 256.
-    pub(crate) fn below(&mut self, end: usize) -> usize {
-        usize::from(self.u8()) % end
-    }
-
-    pub(crate) fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
-    }
-}
+pub use crate::vmm::state;
 
 #[cfg(test)]
 mod tests {
@@ -88,8 +43,58 @@ mod tests {
     }
 
     #[test]
+    fn frames_when_anything_arrive_whole_and_in_order_or_are_counted_as_dropped() {
+        run("net", super::net);
+    }
+
+    #[test]
     fn http_when_fed_anything_finds_the_same_requests_in_any_pieces() {
         run("http", super::http);
+    }
+
+    #[test]
+    fn command_line_when_anything_is_taken_in_any_order_or_refused_in_a_line() {
+        run("args", super::args);
+    }
+
+    #[test]
+    fn boot_arguments_when_anything_are_found_by_kernel_and_init() {
+        run("cmdline", super::cmdline);
+    }
+
+    #[test]
+    fn kernel_when_anything_is_loaded_as_its_headers_say_or_refused() {
+        run("kernel", super::kernel);
+    }
+
+    #[test]
+    fn chips_when_accessed_in_any_order_keep_their_promises() {
+        run("chips", super::chips);
+    }
+
+    #[test]
+    fn overlay_when_its_file_holds_anything_agrees_with_the_model_or_is_refused() {
+        run("overlay", super::overlay);
+    }
+
+    #[test]
+    fn state_when_anything_is_a_machine_that_is_written_as_the_same_or_refused() {
+        run("state", super::state);
+    }
+
+    #[test]
+    fn limiter_when_asked_anything_agrees_with_the_model() {
+        run("limiter", super::limiter);
+    }
+
+    #[test]
+    fn uart_when_accessed_in_any_order_keeps_its_promises() {
+        run("uart", super::uart);
+    }
+
+    #[test]
+    fn keyboard_controller_when_accessed_in_any_order_keeps_its_promises() {
+        run("i8042", super::i8042);
     }
 
     #[test]

@@ -61,6 +61,9 @@ mod files;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
+#[cfg(any(test, fuzzing))]
+#[path = "../tests/common/fuzz_input.rs"]
+mod fuzz_input;
 #[cfg(test)]
 #[path = "../tests/common/fuzz_run.rs"]
 mod fuzz_run;

@@ -8,6 +8,9 @@
 //! debt is paid.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};

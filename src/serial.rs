@@ -42,6 +42,8 @@ use self::ring::Ring;
 use self::sink::Sink;
 use self::uart::Uart;
 pub use self::uart::UartState;
+#[cfg(any(test, fuzzing))]
+pub use self::uart::fuzz;
 use crate::inbox::{Inbox, Outbox};
 use crate::metrics::{Counter, Report};
 use crate::rate_limiter::TokenBucket;

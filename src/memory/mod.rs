@@ -117,7 +117,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError`] when the size is 0 or more than the host can map.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn anonymous(size_mib: u64) -> Result<Memory, MemoryError> {
         Memory::new(size_mib, Pages::Ordinary, Backing::Anonymous, false)
     }

@@ -259,11 +259,16 @@ impl Map {
         for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        let check = check(&self.id, index, &bytes);
+        Map::sign(&self.id, index, &mut bytes);
+        bytes
+    }
+
+    /// Gives sector `index` of the overlay `id` its check value.
+    pub fn sign(id: &[u8; 16], index: u64, bytes: &mut [u8; SECTOR]) {
+        let check = check(id, index, bytes);
         if let Some(place) = bytes.get_mut(8..16) {
             place.copy_from_slice(&u64::from(check).to_le_bytes());
         }
-        bytes
     }
 
     /// Takes sector `index` out of a file.

@@ -24,6 +24,8 @@
 //! checked, and the memory of the map is two bits for each unit of a disk of at most `SIZE_MAX` bytes.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod header;
 mod layout;
 mod map;

@@ -18,6 +18,8 @@
 //! changes of the modem's inputs other than in loop-back mode. The interrupt output is not gated
 //! by OUT2.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod properties;
 mod state;

@@ -11,6 +11,8 @@
 //! what a guest or another program may have written. It makes no thread and keeps no state.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod header;
 mod place;
 mod read;

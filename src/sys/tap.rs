@@ -26,7 +26,7 @@ pub struct Tap {
     name: String,
     /// Other descriptors may be other queues of it.
     has_queues: bool,
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     fake: bool,
 }
 
@@ -198,7 +198,7 @@ impl Tap {
             file,
             name,
             has_queues: request.flags & SEVERAL != 0,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             fake: false,
         })
     }
@@ -220,7 +220,7 @@ impl Tap {
             file: self.file.try_clone()?,
             name: self.name.clone(),
             has_queues: self.has_queues,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             fake: self.fake,
         })
     }
@@ -236,7 +236,7 @@ impl Tap {
     /// # Errors
     /// The host's, also when it is so already.
     pub fn set_attached(&self, attached: bool) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if self.fake {
             return Ok(());
         }
@@ -269,7 +269,7 @@ impl Tap {
     /// # Errors
     /// When the tap has vanished.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if self.fake {
             return Ok(());
         }
@@ -297,7 +297,7 @@ impl Tap {
     /// Whether the host's kernel knows UDP segmentation (Linux 6.2 does). TUNGETFEATURES does not tell:
     /// it is tried, which leaves the tap without offloads.
     pub fn takes_uso(&self) -> bool {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if self.fake {
             return true;
         }
@@ -316,7 +316,7 @@ impl Tap {
     }
 
     /// A stand-in for tests: a datagram socket carries whole frames just as a tap does.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn fake(socket: std::os::unix::net::UnixDatagram) -> Self {
         socket.set_nonblocking(true).unwrap();
         Tap {

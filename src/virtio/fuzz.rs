@@ -80,6 +80,9 @@ impl Memory {
 
     /// Where the two differ first.
     pub fn difference(&self, other: &Memory) -> Option<usize> {
+        if self == other {
+            return None;
+        }
         self.0.iter().zip(&other.0).position(|(a, b)| a != b)
     }
 

@@ -36,6 +36,9 @@ pub mod rules;
 mod saved;
 mod saving;
 
+#[cfg(any(test, fuzzing))]
+pub use self::saved::fuzz::state;
+
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;

@@ -5,6 +5,9 @@
 //! distrusted: each part checks its own state when it is made, [`SavedMachine::checked`] what belongs to
 //! none of them.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use serde::{Deserialize, Serialize};
 
 use super::devices::SavedDevices;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 /// Inputs beside the corpus, and the time after which there are no more.
 const INPUTS: usize = 20_000;
 const TIME: Duration = Duration::from_secs(3);
-/// Bytes of the longest input.
+/// Bytes of the longest input, unless one of the corpus is longer.
 const LENGTH_MAX: usize = 1024;
 
 /// Runs `target`, whose corpus is that of `name`. The seed is printed, and taken from MAYFLY_SEED if
@@ -97,7 +97,8 @@ fn input(corpus: &[(PathBuf, Vec<u8>)], random: &mut Random) -> Vec<u8> {
             }
         }
     }
-    bytes.truncate(LENGTH_MAX);
+    let longest = corpus.iter().map(|(_, bytes)| bytes.len()).max();
+    bytes.truncate(LENGTH_MAX.max(longest.unwrap_or(0)));
     bytes
 }
 

@@ -1,6 +1,9 @@
 //! The kernel's command line: what was asked for, and what the kernel must be told besides.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use std::error::Error;
 use std::fmt;
 

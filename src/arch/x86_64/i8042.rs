@@ -4,6 +4,9 @@
 //! handful of instructions, need. One lock: vCPUs read and write the ports, control presses keys.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -7,6 +7,8 @@
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 pub(super) mod bzimage;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 
 use std::error::Error;
 use std::fmt;

@@ -28,5 +28,7 @@ pub mod vcpu;
 pub mod vm;
 
 pub use boot::Protocol;
+#[cfg(any(test, fuzzing))]
+pub use command_line::fuzz::cmdline;
 pub use kernel::Kernel;
 pub use vm::{Vcpu, VcpuAccess, Vm};

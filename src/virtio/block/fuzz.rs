@@ -10,6 +10,7 @@ use super::disk::FileIndex;
 use super::*;
 use crate::fuzz::Input;
 use crate::overlay::{BaseId, Content, Durability, Overlay};
+use crate::virtio::DeviceState;
 use crate::virtio::fuzz::{Memory, Piece, address, describe, empty_ram, length, poke};
 use crate::virtio::queue::{QueueLayout, QueueState};
 
@@ -392,4 +393,13 @@ impl Test {
         let again = Disk::with_overlay(self.file, overlay).unwrap();
         assert!(contents(&again) == self.disk, "the overlay, opened again");
     }
+}
+
+/// A device of a saved state: refused just where the disk is not what it was.
+pub fn restore(state: &DeviceState<BlockState>) {
+    let disk = || Disk::new(memory_file(&[0; 512]), true).unwrap();
+    let limiter = RateLimiter::default();
+    let made = Block::new(disk(), "root", false, limiter, &state.device, 0);
+    let is_another = state.device.is_writable || state.device.overlay.is_some();
+    assert_eq!(made.is_err(), is_another);
 }

@@ -10,6 +10,8 @@ mod announce;
 mod batch;
 mod buffers;
 mod counters;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod pairs;
 mod receive;
 mod state;

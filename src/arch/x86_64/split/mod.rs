@@ -14,6 +14,8 @@
 //! these take none. Which guests need KVM's, and who decides: [`super::chips`].
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod ioapic;
 pub mod pic;
 pub mod pit;
