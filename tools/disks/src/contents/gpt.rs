@@ -166,6 +166,14 @@ impl Gpt {
             header[16..20].copy_from_slice(&sum.to_le_bytes());
             header
         };
+        // Both tables, each with its header, and a sector of the MBR.
+        if self.last_sector < 2 * (sectors + 1) {
+            return Err(Failure::new(
+                path,
+                "cannot mend its GPT: the disk has no room for two of its tables",
+                "leave out --mend-gpt",
+            ));
+        }
         if first_usable < 2 + sectors {
             return Err(Failure::new(
                 path,
@@ -213,5 +221,50 @@ mod tests {
     #[test]
     fn crc32_is_that_of_the_standard() {
         assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+    }
+
+    /// A disk of `sectors` whose table has no partition and `count` entries at sector 2, and no backup.
+    fn disk(sectors: u64, count: u32) -> File {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("disk", flags).unwrap());
+        file.set_len(sectors * SECTOR).unwrap();
+        let mut header = [0; 512];
+        header[..8].copy_from_slice(b"EFI PART");
+        let entries = vec![0; count as usize * 128];
+        for (at, number) in [
+            (12, 92),
+            (24, 1),
+            (40, 1000),
+            (72, 2),
+            (80, count),
+            (84, 128),
+        ] {
+            header[at..at + 4].copy_from_slice(&number.to_le_bytes());
+        }
+        header[88..92].copy_from_slice(&crc32(&entries).to_le_bytes());
+        let sum = crc32(&header[..92]);
+        header[16..20].copy_from_slice(&sum.to_le_bytes());
+        file.write_all_at(&header, SECTOR).unwrap();
+        file
+    }
+
+    #[test]
+    fn table_is_mended_where_there_is_room_for_two_and_refused_where_not() {
+        for (sectors, count, has_room) in [
+            (8, 8, true),
+            (8, 12, false),
+            (8, 20, false),
+            (8, 24, false),
+            (4096, 128, true),
+        ] {
+            let file = disk(sectors, count);
+            let len = sectors * SECTOR;
+            let found = Gpt::read(&file, len).unwrap().unwrap();
+            assert_eq!(found.state, State::BackupMissing);
+            let mended = found.mend(&file, Path::new("disk"));
+            assert_eq!(mended.is_ok(), has_room, "{sectors} {count}");
+            let again = Gpt::read(&file, len).unwrap().unwrap();
+            assert_eq!(again.state == State::Good, has_room);
+        }
     }
 }

@@ -11,6 +11,8 @@ use crate::failure::{Context, Result};
 /// QEMU's own limit of a name in the header.
 const NAME_MAX: u32 = 1023;
 const SNAPSHOTS_MAX: u32 = 65_536;
+/// QEMU's own limit of the table of snapshots, in bytes.
+const TABLE_MAX: u64 = 64 << 20;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
@@ -144,7 +146,14 @@ fn snapshots(file: &File, path: &Path, mut at: u64, count: u32) -> Result<Vec<Sn
         return Err(damaged(path, "it claims more than 65,536 snapshots"));
     }
     let mut found = Vec::new();
+    let table_end = at.saturating_add(TABLE_MAX);
     for _ in 0..count {
+        if at > table_end {
+            return Err(damaged(
+                path,
+                "its table of snapshots is longer than 64 MiB",
+            ));
+        }
         let cannot = || damaged(path, "its table of snapshots cannot be read");
         let entry = bytes::read(file, at, 40 + 1024 + 2 * 65_536).cannot("read", path)?;
         let (id_len, name_len) = (be16(&entry, 12), be16(&entry, 14));
@@ -172,4 +181,27 @@ fn snapshots(file: &File, path: &Path, mut at: u64, count: u32) -> Result<Vec<Sn
         at = at.saturating_add(end.next_multiple_of(8) as u64);
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn snapshots_whose_table_is_longer_than_that_of_qemu_are_refused() {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("disk", flags).unwrap());
+        // Each with a name as long as names can be.
+        let (count, len) = (1100, 40 + 65_535u64);
+        let len = len.next_multiple_of(8);
+        for nth in 0..count {
+            file.write_all_at(&[0xff; 2], nth * len + 14).unwrap();
+        }
+        file.set_len(count * len + 8).unwrap();
+        let few = snapshots(&file, Path::new("disk"), 0, 1000).unwrap();
+        assert_eq!((few.len(), few[999].name.len()), (1000, 65_535));
+        let error = snapshots(&file, Path::new("disk"), 0, count as u32).unwrap_err();
+        assert!(error.to_string().contains("longer than 64 MiB"), "{error}");
+    }
 }

@@ -21,6 +21,9 @@ const NO_PARENT: &str = "ffffffff";
 /// Where the offset of the grain directory is only in a copy of the header, at the file's end.
 const AT_END: u64 = u64::MAX;
 const COMPRESSED: u32 = 1 << 16;
+/// Tables of grains that qemu-img reads at most, and how much of their directory is read at once.
+const TABLES_MAX: u64 = 32 << 20;
+const DIRECTORY_CHUNK: usize = 64 << 10;
 /// A disk of 8 TiB in parts of 2 GiB.
 const EXTENTS_MAX: usize = 4096;
 /// The types of disks in files whose extents qemu-img reads.
@@ -432,17 +435,33 @@ impl Header {
         is_possible.then_some(header)
     }
 
-    /// That every grain which the tables name is in the file.
+    /// That every grain which the tables name is in the file. Each has a place of its own there, as each
+    /// table has: so no more are looked at than there is room for.
     fn check_grains(&self, file: &File, path: &Path, len: u64) -> Result<()> {
+        let mut left = len;
+        let mut take = |size: u64| {
+            left = left
+                .checked_sub(size)
+                .ok_or_else(|| damaged(path, "its tables name more than the file has"))?;
+            Ok(())
+        };
         let tables = self.capacity.div_ceil(self.grain * self.grains_per_table);
         let directory = self.directory.saturating_mul(SECTOR);
         let end = directory.saturating_add(tables * 4);
         if end > len {
             return Err(truncated(path, end, len));
         }
+        if tables > TABLES_MAX {
+            return Err(damaged(path, "it has more tables than qemu-img reads"));
+        }
+        let mut chunk = Vec::new();
         for index in 0..tables {
-            let entry = bytes::read(file, directory + index * 4, 4).cannot("read", path)?;
-            let table = u64::from(le32(&entry, 0).unwrap_or(0)) * SECTOR;
+            let within = index as usize * 4 % DIRECTORY_CHUNK;
+            if within == 0 {
+                let at = directory + index * 4;
+                chunk = bytes::read(file, at, DIRECTORY_CHUNK).cannot("read", path)?;
+            }
+            let table = u64::from(le32(&chunk, within).unwrap_or(0)) * SECTOR;
             if table == 0 {
                 continue;
             }
@@ -450,6 +469,7 @@ impl Header {
             if table + size > len {
                 return Err(truncated(path, table + size, len));
             }
+            take(size)?;
             let entries = bytes::read(file, table, size as usize).cannot("read", path)?;
             for nth in 0..self.grains_per_table {
                 let at = u64::from(le32(&entries, nth as usize * 4).unwrap_or(0)) * SECTOR;
@@ -468,6 +488,7 @@ impl Header {
                 if at + size > len {
                     return Err(truncated(path, at + size, len));
                 }
+                take(size)?;
             }
         }
         Ok(())
@@ -477,6 +498,7 @@ impl Header {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn extents_are_read_as_vmware_writes_them() {
@@ -489,6 +511,50 @@ mod tests {
         assert_eq!(extents("RW 63 ZERO"), Some((63, text("ZERO"), text(""), 0)));
         assert_eq!(extents(r#"RW x FLAT "a" 0"#), None);
         assert_eq!(extents("version=1"), None);
+    }
+
+    #[test]
+    fn tables_and_grains_that_share_a_place_or_are_too_many_are_refused() {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("disk", flags).unwrap());
+        let header = |capacity: u64| Header {
+            capacity,
+            grain: 8,
+            descriptor: 0,
+            descriptor_len: 0,
+            directory: 2,
+            grains_per_table: 128,
+            is_compressed: false,
+        };
+        let tables = 1 << 18;
+        let len = 4 << 20;
+        file.set_len(len).unwrap();
+        let check = |capacity| header(capacity).check_grains(&file, Path::new("disk"), len);
+        let put = |at: u64, numbers: &[u8]| file.write_all_at(numbers, at).unwrap();
+        // One table with a grain, beyond the first piece of the directory.
+        put(1024 + 20_000 * 4, &4000u32.to_le_bytes());
+        put(4000 * SECTOR, &5000u32.to_le_bytes());
+        assert!(check(tables * 1024).is_ok());
+        put(4000 * SECTOR, &u32::MAX.to_le_bytes());
+        assert!(
+            check(tables * 1024)
+                .unwrap_err()
+                .to_string()
+                .contains("truncated")
+        );
+        // Every table is the same one, and so is every grain.
+        put(4000 * SECTOR, &5000u32.to_le_bytes().repeat(128));
+        put(
+            1024 + tables * 2,
+            &4000u32.to_le_bytes().repeat(tables as usize / 2),
+        );
+        let error = check(tables * 1024).unwrap_err().to_string();
+        assert!(error.contains("more than the file has"), "{error}");
+        let sparse = header((TABLES_MAX + 1) * 1024);
+        let error = sparse
+            .check_grains(&file, Path::new("disk"), u64::MAX)
+            .unwrap_err();
+        assert!(error.to_string().contains("more tables"), "{error}");
     }
 
     #[test]
