@@ -344,3 +344,25 @@ fn verify_when_the_holes_of_a_copy_are_filled_minds_those_of_a_diff_only() {
         "{told}"
     );
 }
+
+#[test]
+fn snapshot_when_its_memory_is_longer_than_any_machines_is_refused_before_memory_is_taken_for_it() {
+    let folder = TempDir::new().unwrap();
+    let all = places(&folder, &["full"]);
+    let header = Header {
+        version: VERSION,
+        id: SnapshotId([1; 16]),
+        kind: Kind::Full,
+        parent: None,
+        memory: MemoryImage {
+            len: 1 << 62,
+            check: None,
+            id_at: 0,
+        },
+        taken: 1,
+    };
+    fs::write(&all[0].state, encode(&header, &"state").unwrap()).unwrap();
+    fs::write(&all[0].memory, []).unwrap();
+    let told = reason(verify::run(&all[0]));
+    assert!(told.contains("which no machine has"), "{told}");
+}

@@ -52,6 +52,9 @@ impl Paths {
     }
 }
 
+/// Bytes of memory that no machine has more of: there is a bit in this process's memory for each page.
+const MEMORY_MAX: u64 = 16 << 40;
+
 /// A snapshot whose files belong together.
 pub struct Opened {
     /// Where they are.
@@ -68,6 +71,14 @@ impl Opened {
     /// Opens both files; the content of the memory file is not looked at.
     pub fn at(paths: &Paths) -> Result<Self, Failure> {
         let (header, state) = read_state(&paths.state)?;
+        let len = header.memory.len;
+        if len > MEMORY_MAX {
+            let name = paths.state.display();
+            return Err(Failure(format!(
+                "The state file `{name}` says that its memory has {len} bytes, which no machine has. \
+                 Take the snapshot again"
+            )));
+        }
         let refused = |refusal| Failure::of("memory file", &paths.memory, &refusal);
         let memory = memory_of(&header, open_regular(&paths.memory), Some(&paths.memory));
         let memory = memory.map_err(refused)?;
