@@ -79,8 +79,16 @@ pub struct Tree {
 
 pub type Result<T> = std::result::Result<T, String>;
 
+/// A name in a message, or its first part: one of an archive may have a MiB.
 fn shown(path: &[u8]) -> String {
-    crate::failure::clean(&String::from_utf8_lossy(path))
+    const SHOWN_MAX: usize = 512;
+    match path.get(..SHOWN_MAX) {
+        Some(begin) if path.len() > SHOWN_MAX => {
+            let begin = crate::failure::clean(&String::from_utf8_lossy(begin));
+            format!("{begin}...")
+        }
+        _ => crate::failure::clean(&String::from_utf8_lossy(path)),
+    }
 }
 
 /// The names of a path, without what means nothing. `..` is refused.
@@ -484,6 +492,12 @@ mod tests {
         assert!(add(&mut tree, &long, file("x")).is_err());
         assert!(add(&mut tree, &"a/".repeat(300), folder()).is_err());
         assert!(tree.add(b"a\0b", file("x"), Meta::default()).is_err());
+    }
+
+    #[test]
+    fn names_in_messages_are_bounded() {
+        let error = names("n/".repeat(1 << 19).as_bytes()).unwrap_err();
+        assert!(error.len() < 1000 && error.contains("n/n/..."), "{error}");
     }
 
     #[test]
