@@ -6,6 +6,9 @@
 //! but for `--cgroup` and `--resource-limit`; a value does not begin with two dashes; everything
 //! after a bare `--` belongs to the monitor.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

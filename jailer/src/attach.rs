@@ -30,6 +30,9 @@ use crate::process::place::{PATIENCE, Place, connect_to};
 use crate::process::stream::StreamLink;
 use crate::sys::{self, Ended, Inherited};
 
+#[cfg(any(test, fuzzing))]
+pub use self::copy::fuzz;
+
 pub use self::control::{CONTROL_HELP, Control, parse_control};
 pub use self::options::{COPY_HELP, EXEC_HELP, parse_copy, parse_exec};
 

@@ -29,6 +29,14 @@ pub mod digest;
 pub mod erofs;
 pub mod failure;
 pub mod fill;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+#[cfg(any(test, fuzzing))]
+#[path = "../../../tests/common/fuzz_input.rs"]
+mod fuzz_input;
+#[cfg(test)]
+#[path = "../../../tests/common/fuzz_run.rs"]
+mod fuzz_run;
 mod identity;
 mod known;
 pub mod layout;

@@ -1,6 +1,8 @@
 //! A bundle's config.json, and what of it a microVM has: every field is honoured, named in the log as
 //! left out, or refused where safety or data depend on it. Only reads.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod mounts;
 mod process;
 pub mod resources;

@@ -6,6 +6,9 @@
 
 mod unpack;
 
+#[cfg(any(test, fuzzing))]
+pub use self::unpack::fuzz;
+
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;

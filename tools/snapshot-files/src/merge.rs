@@ -1,5 +1,8 @@
 //! `merge`: what a snapshot and the diffs after it amount to.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use std::fs::File;
 use std::io;
 
@@ -28,8 +31,21 @@ impl Layer {
     }
 }
 
-/// Writes the result to `output`.
+/// Writes the result to `output`, and prints what it is.
 pub fn run(base: &Paths, diffs: &[Paths], output: &Paths) -> Result<(), Failure> {
+    let header = merge(base, diffs, output)?;
+    println!(
+        "merged {} diffs: snapshot {} in `{}` and `{}`",
+        diffs.len(),
+        header.id,
+        output.state.display(),
+        output.memory.display()
+    );
+    Ok(())
+}
+
+/// Writes the result to `output`; its header, but for what is said of the memory's content.
+fn merge(base: &Paths, diffs: &[Paths], output: &Paths) -> Result<Header, Failure> {
     let mut layers = vec![Layer::open(base)?];
     for paths in diffs {
         let diff = Layer::open(paths)?;
@@ -38,9 +54,7 @@ pub fn run(base: &Paths, diffs: &[Paths], output: &Paths) -> Result<(), Failure>
         }
         layers.push(diff);
     }
-    let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
-        return Ok(());
-    };
+    let (first, last) = (&layers[0], &layers[layers.len() - 1]);
     // A diff and those after it are a diff of what it was applied to; a machine's first is whole.
     let keeps_zeros = first.header().parent.is_some();
     let header = Header {
@@ -71,14 +85,7 @@ pub fn run(base: &Paths, diffs: &[Paths], output: &Paths) -> Result<(), Failure>
         let cause = cause.map_or(String::new(), |cause| format!(": {cause}"));
         Failure(format!("{error}{cause}"))
     })?;
-    println!(
-        "merged {} diffs: snapshot {} in `{}` and `{}`",
-        diffs.len(),
-        header.id,
-        output.state.display(),
-        output.memory.display()
-    );
-    Ok(())
+    Ok(header)
 }
 
 /// Whether `diff` was taken right after `before`.

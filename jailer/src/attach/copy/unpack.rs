@@ -9,6 +9,9 @@
 //! nothing is set-user-ID. A guest can fill the file system that it is copied to,
 //! as any file that is copied can.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd as _, OwnedFd};

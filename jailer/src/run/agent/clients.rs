@@ -191,6 +191,11 @@ impl Clients {
                 return;
             }
         };
+        self.add(socket);
+    }
+
+    /// Takes a client on a socket that does not wait.
+    pub(super) fn add(&mut self, socket: OwnedFd) {
         if self.all.len() >= CLIENTS_MAX
             && let Some(silent) = self.silent()
         {

@@ -17,6 +17,8 @@
 
 mod clients;
 mod copying;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod initramfs;
 mod link;
 mod plan;

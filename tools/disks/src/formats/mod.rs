@@ -2,6 +2,8 @@
 //! files that belong to it, what it lacks. Everything here only reads. Once this module has looked
 //! at a file, qemu-img is told its format and all of its files; it never guesses.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod parallels;
 pub mod qcow;
 pub mod vdi;
