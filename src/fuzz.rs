@@ -43,7 +43,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "some inputs break its model of sent frames, or the device; `tools/fuzz net` runs it"]
     fn frames_when_anything_arrive_whole_and_in_order_or_are_counted_as_dropped() {
         run("net", super::net);
     }
