@@ -145,7 +145,7 @@ impl VcpuHandle {
         self.messages.send(VcpuMessage::Run)
     }
 
-    /// Asks the vCPU to stop running guest code. It answers with [`VcpuEvent::Paused`].
+    /// Asks the vCPU to stop running guest code. It answers with [`VcpuEvent::Paused`](super::VcpuEvent::Paused).
     ///
     /// # Errors
     /// [`UnresponsiveVcpu`] when the thread takes no messages.
