@@ -8,11 +8,10 @@ use mayfly_agent_protocol::{
 use rustix::event::{PollFd, poll};
 use rustix::io::{Errno, read, write};
 
+use super::testing::session;
 use super::*;
-use crate::console::{Sink, pipe};
 use crate::error::message;
 use crate::fuzz::Input;
-use crate::process::command::Command;
 
 /// A session in which the guest sends any messages and any bytes, and up to four clients do too. Checked:
 /// what the command's output is given is what the guest sent, in order; the guest sends no more than it
@@ -55,26 +54,7 @@ struct Client {
 impl Test {
     fn new(input: &mut Input<'_>) -> Self {
         let beginning = input.one_of(&[Beginning::Boot, Beginning::Copy, Beginning::Wait]);
-        let plan = Plan {
-            hostname: "h".into(),
-            root_type: "erofs",
-            root_mode: RootMode::Overlay,
-            command: Command {
-                words: vec!["true".into()],
-                ..Command::default()
-            },
-            is_held: input.below(4) == 0,
-            is_sealed: false,
-            upper_type: None,
-            memory: Vec::new(),
-            interface: None,
-            copies: Vec::new(),
-            renewal: None,
-        };
-        let (mut agent, link) = Agent::new(&plan, None, beginning).unwrap();
-        let (out, to) = pipe(false, false).unwrap();
-        let sinks = [Sink::Output { to, patient: false }, Sink::Nowhere];
-        agent.front = Front::with(COMMAND, None, sinks);
+        let (agent, link, out) = session(beginning, input.below(4) == 0);
         Test {
             agent,
             link,

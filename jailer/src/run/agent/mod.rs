@@ -22,6 +22,8 @@ pub mod fuzz;
 pub mod initramfs;
 mod link;
 mod plan;
+#[cfg(any(test, fuzzing))]
+mod testing;
 #[cfg(test)]
 mod tests;
 

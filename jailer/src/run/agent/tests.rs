@@ -4,9 +4,9 @@ use mayfly_agent_protocol::{
     AGENT_MAC, DATA_MAX, ETHER_TYPE, SUPERVISOR_MAC, Stream, VERSION, messages,
 };
 
+use super::testing::session;
 use super::*;
 use crate::console::{Sink, pipe};
-use crate::process::command::Command;
 
 /// The guest's end of a session, which says what it likes.
 struct Guest {
@@ -28,26 +28,7 @@ impl Guest {
     }
 
     fn at(beginning: Beginning, is_held: bool) -> Guest {
-        let plan = Plan {
-            hostname: "h".into(),
-            root_type: "erofs",
-            root_mode: RootMode::Overlay,
-            command: Command {
-                words: vec!["true".into()],
-                ..Command::default()
-            },
-            is_held,
-            is_sealed: false,
-            upper_type: None,
-            memory: Vec::new(),
-            interface: None,
-            copies: Vec::new(),
-            renewal: None,
-        };
-        let (mut agent, link) = Agent::new(&plan, None, beginning).unwrap();
-        let (out, to) = pipe(false, false).unwrap();
-        let sinks = [Sink::Output { to, patient: false }, Sink::Nowhere];
-        agent.front = Front::with(COMMAND, None, sinks);
+        let (agent, link, out) = session(beginning, is_held);
         Guest {
             agent,
             link,
