@@ -1,16 +1,16 @@
-//! Images that nobody would make: layers of any archives, to a tree, to a disk, which is read again.
+//! Images of any content: layers of any archives, to a tree, to a disk, which is read again.
 //! Compiled for tests and `tools/fuzz` only.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::erofs;
 use crate::fill::{self, Blobs, LeftOut};
+use crate::fuzz_folder::Folder;
 pub use crate::fuzz_input::Input;
 use crate::tree::{Id, Node, ROOT, Tree};
 
@@ -25,7 +25,7 @@ pub fn layers(bytes: &[u8]) {
     let input = &mut Input::new(bytes);
     let work = Folder::new();
     let (mut tree, mut left_out) = (Tree::new(), LeftOut::default());
-    let mut blobs = Blobs::new(work.0.join("content"), CONTENT_MAX).unwrap();
+    let mut blobs = Blobs::new(work.path().join("content"), CONTENT_MAX).unwrap();
     let whiteouts = input.below(4) > 0;
     for layer in 0..4 {
         if input.is_empty() {
@@ -66,26 +66,6 @@ pub fn layers(bytes: &[u8]) {
     let disk = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).unwrap());
     erofs::write(&tree, &[7; 32], &disk, Path::new("disk")).unwrap();
     Reader::new(disk).check(&tree);
-}
-
-/// A folder for the content, which goes when this does.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("mayfly-fuzz-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).unwrap();
-        Folder(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// An archive of some entries.

@@ -32,6 +32,9 @@ pub mod fill;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 #[cfg(any(test, fuzzing))]
+#[path = "../../../tests/common/fuzz_folder.rs"]
+mod fuzz_folder;
+#[cfg(any(test, fuzzing))]
 #[path = "../../../tests/common/fuzz_input.rs"]
 mod fuzz_input;
 #[cfg(test)]

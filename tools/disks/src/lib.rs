@@ -18,6 +18,9 @@ mod formats;
 #[doc(hidden)]
 pub mod fuzz;
 #[cfg(any(test, fuzzing))]
+#[path = "../../../tests/common/fuzz_folder.rs"]
+mod fuzz_folder;
+#[cfg(any(test, fuzzing))]
 #[path = "../../../tests/common/fuzz_input.rs"]
 mod fuzz_input;
 #[cfg(test)]

@@ -12,6 +12,9 @@ mod files_tests;
 #[doc(hidden)]
 pub mod fuzz;
 #[cfg(any(test, fuzzing))]
+#[path = "../../../tests/common/fuzz_folder.rs"]
+mod fuzz_folder;
+#[cfg(any(test, fuzzing))]
 #[path = "../../../tests/common/fuzz_input.rs"]
 mod fuzz_input;
 #[cfg(test)]

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crc32fast::hash as crc32;
 
@@ -10,6 +9,7 @@ use super::*;
 use crate::contents::Contents;
 use crate::contents::gpt::{Gpt, State};
 use crate::fuzz::Input;
+use crate::fuzz_folder::Folder;
 
 /// A file of pieces at some places, beside another one. Checked: it is taken for one kind, and looked at as that
 /// it is an image of a bounded size whose other files are in its folder, or refused in one bounded line; as a
@@ -18,8 +18,8 @@ use crate::fuzz::Input;
 pub fn disk(bytes: &[u8]) {
     let input = &mut Input::new(bytes);
     let folder = Folder::new();
-    let path = folder.0.join("disk.img");
-    let other = folder.0.join("other.vmdk");
+    let path = folder.path().join("disk.img");
+    let other = folder.path().join("other.vmdk");
     let file = file(&path, input);
     fs::write(&other, OTHER[input.below(OTHER.len())]).unwrap();
     let len = file.metadata().unwrap().len();
@@ -29,30 +29,10 @@ pub fn disk(bytes: &[u8]) {
     };
     assert!(!kind.name().is_empty());
     match Image::open(&path, kind, Reach::new(false)) {
-        Ok(image) => check(&image, &folder.0),
+        Ok(image) => check(&image, folder.path()),
         Err(refusal) => is_short(&refusal.to_string()),
     }
     raw(&file, &path, len);
-}
-
-/// A folder that goes when this does.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("mayfly-fuzz-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().canonicalize().unwrap().join(name);
-        fs::create_dir(&path).unwrap();
-        Folder(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// What the file beside may be.

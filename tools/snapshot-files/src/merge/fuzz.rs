@@ -3,13 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use mayfly::snapshot::{Header, Kind, MemoryImage, SnapshotId, VERSION, encode_json};
 use mayfly::wire::check::{PAGE, of_page};
 
 use crate::fuzz::Input;
+use crate::fuzz_folder::Folder;
 use crate::image::Page;
 use crate::opened::Paths;
 
@@ -27,12 +26,12 @@ pub fn merge(bytes: &[u8]) {
     for number in 0..count {
         machine.run(input);
         let kind = if number == 0 { Kind::Full } else { Kind::Diff };
-        let paths = folder.place(&number.to_string());
+        let paths = place(&folder, &number.to_string());
         machine.save(kind, &paths, number == 0 && begins_with_diff);
         all.push(paths);
     }
     let is_altered = input.flag() && alter(input, &all, &mut machine);
-    let output = folder.place("out");
+    let output = place(&folder, "out");
     let (base, diffs) = all.split_first().unwrap();
     let merged = super::merge(base, diffs, &output);
     let mut left: Vec<_> = fs::read_dir(output.state.parent().unwrap())
@@ -63,30 +62,11 @@ pub fn merge(bytes: &[u8]) {
     }
 }
 
-/// A folder that goes when this does.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("mayfly-fuzz-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path).unwrap();
-        Folder(path)
-    }
-
-    fn place(&self, name: &str) -> Paths {
-        let path = self.0.join(name);
-        fs::create_dir(&path).unwrap();
-        Paths::in_folder(&path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+/// The files of a snapshot in a new folder of this name.
+fn place(folder: &Folder, name: &str) -> Paths {
+    let path = folder.path().join(name);
+    fs::create_dir(&path).unwrap();
+    Paths::in_folder(&path)
 }
 
 struct Machine {
