@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use crate::failure::{Failure, Result};
 use crate::jail;
@@ -137,11 +138,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     let mut extras = Vec::new();
     let mut jailers = Vec::new();
     while let Some(word) = words.next() {
-        let mut value = || {
-            words
-                .next()
-                .ok_or_else(|| Failure::new(format!("{word} needs a value")))
-        };
+        let mut value = || value_of(&word, &mut words);
         match word.as_str() {
             "--help" | "-h" => return Ok(None),
             "start" => which = Some(Which::Start),
@@ -178,11 +175,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "--svg" => svg = Some(PathBuf::from(value()?)),
             "--commit" => commit = Some(value()?),
             "--json" => json = Some(PathBuf::from(value()?)),
-            _ => {
-                return Err(Failure::new(format!(
-                    "{word} is not known here; --help lists what is"
-                )));
-            }
+            _ => return Err(unknown(&word)),
         }
     }
     let which = which.ok_or_else(|| {
@@ -281,9 +274,22 @@ fn named(option: &str, text: &str) -> Result<(String, String)> {
     }
 }
 
-fn count(option: &str, text: &str) -> Result<usize> {
+/// What follows an option.
+pub(crate) fn value_of(option: &str, words: &mut impl Iterator<Item = String>) -> Result<String> {
+    words
+        .next()
+        .ok_or_else(|| Failure::new(format!("{option} needs a value")))
+}
+
+/// A word that no option is.
+pub(crate) fn unknown(word: &str) -> Failure {
+    Failure::new(format!("{word} is not known here; --help lists what is"))
+}
+
+/// A number above 0.
+pub(crate) fn count<T: FromStr + Default + PartialOrd>(option: &str, text: &str) -> Result<T> {
     match text.parse() {
-        Ok(number) if number > 0 => Ok(number),
+        Ok(number) if number > T::default() => Ok(number),
         _ => Err(Failure::new(format!(
             "{option} takes a number above 0, not {text}"
         ))),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::args::{count, unknown, value_of};
 use crate::failure::{Failure, Result};
 
 /// What `--help` prints.
@@ -51,28 +52,20 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Option<Args>> {
     let (mut mayfly, mut jailer, mut probe) = (None, None, None);
     let (mut commit, mut json, mut svg) = (None, None, None);
     while let Some(word) = words.next() {
-        let mut value = || {
-            words
-                .next()
-                .ok_or_else(|| Failure::new(format!("{word} needs a value")))
-        };
+        let mut value = || value_of(&word, &mut words);
         match word.as_str() {
             "--help" | "-h" => return Ok(None),
-            "--minutes" => seconds = number(&word, &value()?)?.saturating_mul(60),
-            "--seconds" => seconds = number(&word, &value()?)?,
-            "--settle" => settle = number(&word, &value()?)?,
-            "--seed" => seed = number(&word, &value()?)?,
+            "--minutes" => seconds = count::<u64>(&word, &value()?)?.saturating_mul(60),
+            "--seconds" => seconds = count(&word, &value()?)?,
+            "--settle" => settle = count(&word, &value()?)?,
+            "--seed" => seed = count(&word, &value()?)?,
             "--mayfly" => mayfly = Some(value()?),
             "--jailer" => jailer = Some(value()?),
             "--probe" => probe = Some(value()?),
             "--commit" => commit = Some(value()?),
             "--json" => json = Some(PathBuf::from(value()?)),
             "--svg" => svg = Some(PathBuf::from(value()?)),
-            _ => {
-                return Err(Failure::new(format!(
-                    "{word} is not known here; --help lists what is"
-                )));
-            }
+            _ => return Err(unknown(&word)),
         }
     }
     Ok(Some(Args {
@@ -86,15 +79,6 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Option<Args>> {
         json,
         svg,
     }))
-}
-
-fn number(option: &str, text: &str) -> Result<u64> {
-    match text.parse() {
-        Ok(number) if number > 0 => Ok(number),
-        _ => Err(Failure::new(format!(
-            "{option} takes a number above 0, not {text}"
-        ))),
-    }
 }
 
 fn executable(option: &str, path: Option<String>) -> Result<PathBuf> {
