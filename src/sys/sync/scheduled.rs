@@ -13,6 +13,7 @@
 //! What this cannot find: memory is as if each access was in one order for all threads (no weak memory), and two
 //! accesses between which there is no point are one.
 
+mod apart;
 pub mod mpsc;
 
 use std::cell::RefCell;
@@ -20,14 +21,15 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LockResult, Once, PoisonError, TryLockError};
+use std::sync::{Arc, LockResult, PoisonError, TryLockError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use shuttle::rand::Rng;
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
+
+use apart::{Failure, apart, at_seed};
 
 /// Orders that a test tries unless the environment says how many, and the time after which there are no more.
 const ORDERS: usize = 300;
@@ -43,11 +45,7 @@ type Key = usize;
 /// Any descriptor.
 const BELLS: Key = 1;
 
-type Tell = Box<dyn FnOnce(String)>;
-
 thread_local! {
-    /// Takes the message of a panic of this thread of the host.
-    static TELL: RefCell<Option<Tell>> = const { RefCell::new(None) };
     /// The run that this thread of the host is in.
     static RUN: RefCell<Option<Run>> = const { RefCell::new(None) };
 }
@@ -176,23 +174,26 @@ pub fn explore(body: impl Fn() + Send + Sync + 'static) {
     let until = orders.is_none().then(|| Instant::now() + TIME);
     let orders = orders.map_or(ORDERS, |orders| orders as usize);
     let seed = variable("MAYFLY_SEED").unwrap_or_else(|| u64::from(std::process::id()) << 32);
-    let current = Arc::new(AtomicU64::new(seed));
-    let batch = Arc::clone(&current);
     let done = apart(move || {
         let body = Arc::new(body);
         let mut done = 0;
-        while done < orders && until.is_none_or(|until| Instant::now() < until) {
-            one_batch(batch.load(Ordering::Relaxed), &body);
-            batch.fetch_add(1, Ordering::Relaxed);
+        for batch in seed.. {
+            if done >= orders || until.is_some_and(|until| Instant::now() >= until) {
+                break;
+            }
+            one_batch(batch, &body);
             done += BATCH;
         }
-        done
+        done as u64
     });
     match done {
         Ok(done) => println!("{done} orders from MAYFLY_SEED={seed}"),
-        Err(why) => {
-            let batch = current.load(Ordering::Relaxed);
-            panic!("{why}\nwith MAYFLY_SEED={batch} MAYFLY_INTERLEAVINGS={BATCH}");
+        Err(Failure {
+            message,
+            seed: batch,
+        }) => {
+            let batch = batch.unwrap_or(seed);
+            panic!("{message}\nwith MAYFLY_SEED={batch} MAYFLY_INTERLEAVINGS={BATCH}");
         }
     }
 }
@@ -200,43 +201,16 @@ pub fn explore(body: impl Fn() + Send + Sync + 'static) {
 /// The message of the first order of `body` that fails, if one does.
 pub fn finds(body: impl Fn() + Send + Sync + 'static) -> Option<String> {
     let body = Arc::new(body);
-    apart(move || (0..100).for_each(|batch| one_batch(batch, &body))).err()
-}
-
-/// Does `work` on a thread of its own. When that panics its message is given, and the thread stands still for ever: to
-/// take apart what the threads of a run have would make them wait for each other.
-fn apart<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> Result<R, String> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            before(panic);
-            let Some(tell) = TELL.take() else {
-                return;
-            };
-            let payload = panic.payload();
-            let text = payload.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| payload.downcast_ref().map(|text: &&str| (*text).into()));
-            tell(text.unwrap_or_default());
-            loop {
-                std::thread::park();
-            }
-        }));
+    let done = apart(move || {
+        (0..100).for_each(|batch| one_batch(batch, &body));
+        100
     });
-    let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let failed = sender.clone();
-        let tell = move |text| drop(failed.send(Err(text)));
-        TELL.set(Some(Box::new(tell)));
-        let result = work();
-        TELL.set(None);
-        drop(sender.send(Ok(result)));
-    });
-    receiver.recv().expect("the thread tells its end")
+    done.err().map(|failure| failure.message)
 }
 
 /// [`BATCH`] orders of `seed`.
 fn one_batch(seed: u64, body: &Arc<impl Fn() + Send + Sync + 'static>) {
+    at_seed(seed);
     let mut config = Config::new();
     config.stack_size = STACK;
     config.failure_persistence = FailurePersistence::None;
