@@ -28,19 +28,22 @@ figures
   all        block and net
   net        a network interface under load: frames per second both ways, time to and fro (needs root)
   linux      a disk and TCP under a Linux guest: meaningful on hosts with hardware KVM only (needs root)
+  oci        containers: create to first byte, exec, whole lives, many at once; warm, cold and by other runtimes (needs root)
   jail       exec to first guest byte and to the end, and lives per second, in and out of jails (needs root)
 
 options
-  --with NAME=PATH   also measure this monitor, which has Firecracker's command line; may be repeated
+  --with NAME=PATH   also measure this monitor, which has Firecracker's command line (oci: this runtime, runc say); may be
+                     repeated
   --extra NAME=WORDS more words (split at spaces) for that monitor's command line, --seccomp-filter FILE say
   --jailer NAME=PATH jail: also start that monitor by this jailer, which has Firecracker's command line
-  --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail: mayfly-jailer is beside it
+  --mayfly PATH      measure this executable as mayfly, in place of the one just built; jail and oci: the other programs
+                     are beside it
   --no-mayfly        leave mayfly out
   --probe PATH       api-load, limits, snapshot, block, overlay, net and all: the probe guest, in place of the one just built
-  --linux DIR        console, snapshot and linux: the folder that tools/guest made (target/guest)
+  --linux DIR        console, snapshot, linux and oci: the folder that tools/guest made (target/guest)
   --runs N           rounds that count (start, api, life and jail: 30; snapshot: 20, and fewer where a round takes
-                     seconds; api-load, limits, block, overlay, net and all: 5; others: 3)
-  --vms N            VMs at once, for density (50) and snapshot (1000)
+                     seconds; api-load, limits, block, overlay, net, all and oci: 5; others: 3)
+  --vms N            VMs at once, for density (50), snapshot (1000) and oci (50)
   --row NAME         snapshot: only restore, full, fork, diff, clones, working-set or linux; block, overlay, net and all: only
                      the cases whose names hold NAME ('depth 32'); may be repeated
   --media DIR        block and overlay: where the disk lies (/dev/shm, which is tmpfs)
@@ -87,6 +90,8 @@ pub enum Which {
     All,
     /// A disk under a Linux guest: see `load`.
     Linux,
+    /// See `oci`.
+    Oci,
 }
 
 /// What was asked for.
@@ -156,6 +161,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
             "net" => which = Some(Which::Net),
             "linux" => which = Some(Which::Linux),
             "all" => which = Some(Which::All),
+            "oci" => which = Some(Which::Oci),
             "--with" => others.push(named(&word, &value()?)?),
             "--extra" => extras.push(named(&word, &value()?)?),
             "--jailer" => {
@@ -180,7 +186,7 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
     }
     let which = which.ok_or_else(|| {
         Failure::new(
-            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block, net, all or linux",
+            "say what to measure: start, api, api-load, limits, console, memory, density, life, snapshot, jail, block, net, all, linux or oci",
         )
     })?;
     if devices && !matches!(which, Which::Start | Which::Api) {
@@ -191,11 +197,15 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         let path = ours.ok_or_else(|| Failure::new("say which mayfly: --mayfly PATH"))?;
         monitors.push(monitor(OURS, path.into(), CommandLine::Firecracker)?);
     }
+    let theirs = match which {
+        Which::Oci => CommandLine::Runtime,
+        _ => CommandLine::Firecracker,
+    };
     for (name, path) in others {
         if monitors.iter().any(|known| known.name == name) {
             return Err(Failure::new(format!("two monitors are called {name}")));
         }
-        monitors.push(monitor(&name, path.into(), CommandLine::Firecracker)?);
+        monitors.push(monitor(&name, path.into(), theirs)?);
     }
     for (name, words) in extras {
         let known = monitors
@@ -218,7 +228,8 @@ pub fn parse(words: impl IntoIterator<Item = String>, floor: PathBuf) -> Result<
         | Which::Block
         | Which::Overlay
         | Which::Net
-        | Which::All => 5,
+        | Which::All
+        | Which::Oci => 5,
         Which::Console | Which::Memory | Which::Density | Which::Linux => 3,
     };
     match which {
@@ -355,6 +366,15 @@ mod tests {
         ] {
             assert!(parsed(mistake).is_err(), "{mistake:?} was taken");
         }
+    }
+
+    #[test]
+    fn others_when_containers_are_measured_are_runtimes() {
+        let args = parsed("oci --with runc=/proc/self/exe --mayfly /proc/self/exe").unwrap();
+        let monitors = args.unwrap().monitors;
+        let lines: Vec<CommandLine> = monitors.iter().map(|m| m.command_line).collect();
+        use CommandLine::{Firecracker, Floor, Runtime};
+        assert_eq!(lines, [Floor, Firecracker, Runtime]);
     }
 
     #[test]

@@ -48,7 +48,7 @@ process, with two under way at a time. Both rates are taken in a third of the ro
 
 /// What is said in place of figures to a user who may not make jails.
 pub const SKIPPED: &str =
-    "jail: skipped, because jails for other users, taps and cgroups are made by root only.\n";
+    "skipped, because jails for other users, taps and cgroups are made by root only.\n";
 
 /// How a row of the table is started.
 enum Start {

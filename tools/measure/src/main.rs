@@ -15,7 +15,8 @@ use mayfly_measure::rounds::{Figure, Plan};
 use mayfly_measure::snapshot::Wanted;
 use mayfly_measure::workspace::Workspace;
 use mayfly_measure::{
-    api, api_load, console, density, jail, life, limits, load, memory, report, snapshot, start, sys,
+    api, api_load, console, density, jail, life, limits, load, memory, oci, report, snapshot,
+    start, sys,
 };
 use serde_json::json;
 
@@ -38,7 +39,7 @@ fn run() -> Result<()> {
         return Ok(());
     };
     sys::catch_interrupts();
-    if args.which == Which::Jail && !jail::permitted() {
+    if matches!(args.which, Which::Jail | Which::Oci) && !jail::permitted() {
         print!("{}", jail::SKIPPED);
         return Ok(());
     }
@@ -60,6 +61,17 @@ fn run() -> Result<()> {
     print!("{}", host.text());
     for (monitor, filters) in args.monitors.iter().zip(&filters) {
         println!("{}", described(monitor, *filters));
+    }
+    for runtime in args
+        .monitors
+        .iter()
+        .filter(|it| it.command_line == CommandLine::Runtime)
+    {
+        println!(
+            "{}: {}",
+            runtime.name,
+            runtime.version().unwrap_or_default()
+        );
     }
     println!(
         "{} rounds after {} to warm up; guests with 1 vCPU and {}\n",
@@ -150,7 +162,7 @@ fn heading(args: &Args, host: &Host, is_too_busy: bool) -> Heading {
 fn plan(args: &Args) -> Plan {
     let warm_up = match args.which {
         Which::Start | Which::Api | Which::Life | Which::Jail | Which::Snapshot => 2,
-        Which::ApiLoad | Which::Limits | Which::Memory | Which::Density => 1,
+        Which::ApiLoad | Which::Limits | Which::Memory | Which::Density | Which::Oci => 1,
         Which::Console | Which::Block | Which::Overlay | Which::Net | Which::All | Which::Linux => {
             0
         }
@@ -166,6 +178,7 @@ fn filters(args: &Args, workspace: &Workspace) -> Result<Vec<Filters>> {
     let staying = workspace.kernel("stay", Size::Tiny, Task::Stay)?;
     args.monitors
         .iter()
+        .filter(|monitor| monitor.command_line != CommandLine::Runtime)
         .map(|monitor| monitor.filters(&staying))
         .collect()
 }
@@ -209,6 +222,12 @@ fn measured(args: &Args, workspace: &Workspace) -> Result<Measured> {
             let (monitors, jailers) = (&args.monitors, &args.jailers);
             let (rows, figures) = jail::measure(workspace, monitors, OURS, jailers, plan(args))?;
             (rows, figures, jail::NOTES)
+        }
+        Which::Oci => {
+            let rows = oci::rows(&args.monitors, OURS);
+            let linux = args.linux.as_deref();
+            let figures = oci::measure(workspace, &rows, plan(args), linux, args.vms)?;
+            (rows, figures, oci::NOTES)
         }
         Which::Life => {
             let rows = life::rows(&args.monitors);
@@ -264,6 +283,7 @@ fn figures(args: &Args, workspace: &Workspace) -> Result<(Vec<Figure>, &'static 
         | Which::Overlay
         | Which::Net
         | Which::All
+        | Which::Oci
         | Which::Linux => {
             unreachable!("their rows are their own")
         }

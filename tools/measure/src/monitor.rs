@@ -28,6 +28,8 @@ pub enum CommandLine {
     Floor,
     /// Firecracker's.
     Firecracker,
+    /// That of an OCI runtime (see `oci`): no monitor, and only measured with containers.
+    Runtime,
 }
 
 /// A program to measure.
@@ -68,6 +70,10 @@ impl Monitor {
                 .arg("--no-api")
                 .arg("--config-file")
                 .arg(&kernel.config),
+            CommandLine::Runtime => {
+                let name = &self.name;
+                return Err(Failure::new(format!("{name} runs containers only")));
+            }
         };
         Running::start(&self.name, command)
     }

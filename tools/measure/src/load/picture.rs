@@ -67,7 +67,7 @@ fn legend(body: &mut String, y: f64, rows: &[Monitor], ours: &str) -> f64 {
         }
         let name = match row.command_line {
             CommandLine::Floor => "the host's own floor",
-            CommandLine::Firecracker => &row.name,
+            CommandLine::Firecracker | CommandLine::Runtime => &row.name,
         };
         text(body, (x + 15.0, y), "small", name);
         x += 40.0 + 7.0 * name.len() as f64;
