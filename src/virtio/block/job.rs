@@ -68,6 +68,11 @@ impl Job {
         }
     }
 
+    /// Bytes of its transfer that are done.
+    pub fn offset(&self) -> io::Result<u32> {
+        u32::try_from(self.done).map_err(|_| io::ErrorKind::InvalidInput.into())
+    }
+
     /// What the host answered to the step under way: the outcome, when that was the last.
     pub fn answered(&mut self, result: io::Result<u32>) -> Option<Outcome> {
         match (self.request, result) {

@@ -13,6 +13,7 @@
 //! stop find nothing in flight: the worker waits until the host has answered to everything.
 
 mod bounce;
+mod bounced_steps;
 mod counters;
 mod disk;
 mod engine;

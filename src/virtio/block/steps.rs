@@ -142,7 +142,7 @@ impl Block {
         slot: Option<u16>,
         extent: Extent,
     ) -> io::Result<Moved> {
-        let skip = offset(job)?;
+        let skip = job.offset()?;
         if let Some(moved) = self.read_what_is_there(ram, slot, extent, skip)? {
             return Ok(moved);
         }
@@ -199,7 +199,7 @@ impl Block {
         slot: Option<u16>,
         extent: Extent,
     ) -> io::Result<Moved> {
-        let skip = HEADER.saturating_add(offset(job)?);
+        let skip = HEADER.saturating_add(job.offset()?);
         let access = self.disk.file(extent.file).map(|(_, access)| access);
         if matches!(access, Some(Access::Direct | Access::MayWait))
             && let Some(slot) = self.push(job, slot, Transfer::Write, extent, skip)
@@ -386,9 +386,4 @@ impl Block {
         sys::io::write_zeros_at(file, extent.at, len)?;
         Ok(Moved::Bytes(len))
     }
-}
-
-/// Bytes of a transfer that are done.
-pub fn offset(job: &Job) -> io::Result<u32> {
-    u32::try_from(job.done).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
