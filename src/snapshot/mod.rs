@@ -17,6 +17,7 @@ mod header;
 mod place;
 mod read;
 mod write;
+mod write_error;
 
 #[cfg(test)]
 mod tests;
@@ -26,7 +27,8 @@ pub use self::header::{
 };
 pub use self::place::{Target, partial_name};
 pub use self::read::{RawState, Refusal, check_memory, memory_of, open_regular, read};
-pub use self::write::{WriteError, write_pair, write_state};
+pub use self::write::{write_pair, write_state};
+pub use self::write_error::WriteError;
 
 /// What the state file of a snapshot is called, where only its folder is named.
 pub const STATE_NAME: &str = "state";

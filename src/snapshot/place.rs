@@ -12,7 +12,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use super::read::kind_of;
-use super::write::{WriteError, step};
+use super::write_error::{WriteError, step};
 use crate::sys::fd;
 use crate::sys::folder::{FileType, Folder, lock};
 
