@@ -37,6 +37,7 @@ const OPTIONS: [&str; 50] = [
     "--kernel",
     "--cmdline",
     "--vcpus",
+    "--interrupt-controller",
     "--memory",
     "--limit",
     "--console",

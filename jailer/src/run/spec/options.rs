@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mayfly::wire::command_line;
-use mayfly::wire::config::{BootSource, Drive, MachineConfig, NetworkInterface};
+use mayfly::wire::config::{
+    BootSource, Drive, InterruptController, MachineConfig, NetworkInterface,
+};
 use mayfly::wire::{Source, VmConfig};
 
 pub use self::guest::GuestCommand;
@@ -123,14 +125,16 @@ const KNOWN: Known = Known {
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to \
            --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version --parent-cgroup \
            --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report --ready-fd \
-           --runtime-dir --process --console-socket --upper --net-from-namespace --template",
+           --runtime-dir --process --console-socket --upper --net-from-namespace --template \
+           --interrupt-controller",
     repeatable: "--drive --net --limit --cgroup --resource-limit --env --tmpfs --copy-in",
     text: "--cmdline",
     help: "see run --help",
 };
 
 /// Those that describe the machine, which a config file does as well.
-const OF_MACHINE: &str = "--kernel --initrd --cmdline --vcpus --memory --drive --net";
+const OF_MACHINE: &str =
+    "--kernel --initrd --cmdline --vcpus --memory --interrupt-controller --drive --net";
 
 /// Understands the words after `run`; none when help is asked for.
 pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
@@ -189,7 +193,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
 }
 
 /// Those that a snapshot has its own of.
-const SAVED: &str = "--config --kernel --initrd --cmdline --vcpus --memory";
+const SAVED: &str = "--config --kernel --initrd --cmdline --vcpus --memory --interrupt-controller";
 /// Those that say something of a snapshot.
 const OF_SNAPSHOT: [&str; 3] = ["--same-disks", "--ignore-cpu-differences", "--working-set"];
 
@@ -335,6 +339,9 @@ fn new_machine(words: &mut Words, guest: Option<&GuestCommand>) -> Result<Machin
         machine_config: Some(MachineConfig {
             vcpu_count: words.parsed("--vcpus", vcpus)?.unwrap_or(1),
             mem_size_mib: words.parsed("--memory", memory)?.unwrap_or(128),
+            interrupt_controller: words
+                .parsed("--interrupt-controller", interrupt_controller)?
+                .unwrap_or_default(),
             ..MachineConfig::default()
         }),
         ..VmConfig::default()
@@ -377,6 +384,15 @@ pub(super) fn source(text: &str) -> Result<Source, Why> {
 fn vcpus(text: &str) -> Result<u8, Why> {
     let count = text.parse().ok();
     count.ok_or("it is not a number from 0 to 255".into())
+}
+
+fn interrupt_controller(text: &str) -> Result<InterruptController, Why> {
+    match text {
+        "auto" => Ok(InterruptController::Auto),
+        "split" => Ok(InterruptController::Split),
+        "kernel" => Ok(InterruptController::Kernel),
+        _ => Err("it is none of auto, split and kernel".into()),
+    }
 }
 
 /// The number of a descriptor that was passed.

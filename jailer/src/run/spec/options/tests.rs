@@ -30,7 +30,7 @@ fn parse_of_plain_options() {
         "--kernel k --initrd i --cmdline --x --drive a --drive b:ro --net fd:7 \
          --net tap0 --net user --vcpus 2 --memory 1G --id x --timeout 1.5 --quiet --limit \
          cpus=1.5 --limit memory=1M --limit pids=5 --limit io=/dev/x:2K --console unix:/s \
-         --with-parent --end-with-fd 9",
+         --with-parent --end-with-fd 9 --interrupt-controller kernel",
     );
     let Machine::Plain(config, own_tap) = options.machine else {
         panic!("{:?}", options.machine)
@@ -55,6 +55,7 @@ fn parse_of_plain_options() {
     assert_eq!(taps, [Source::fd(7), "tap0".into(), OWN_TAP.into()]);
     let machine = config.machine_config.unwrap();
     assert_eq!((machine.vcpu_count, machine.mem_size_mib), (2, 1024));
+    assert_eq!(machine.interrupt_controller, InterruptController::Kernel);
     assert_eq!(options.timeout, Some(Duration::from_millis(1500)));
     assert_eq!(options.console, Console::None);
     assert_eq!(options.console_socket, Some("/s".into()));
@@ -115,6 +116,15 @@ fn parse_when_wrong_says_what() {
         ("--snapshot d --cmdline k", "--cmdline \"k\""),
         ("--snapshot d --vcpus 1", "--vcpus \"1\""),
         ("--snapshot d --memory 1", "leave it out"),
+        ("--snapshot d --interrupt-controller split", "leave it out"),
+        (
+            "--config f --interrupt-controller split",
+            "describes the machine already",
+        ),
+        (
+            "--kernel k --interrupt-controller pic",
+            "auto, split and kernel",
+        ),
         ("--snapshot d --drive a --drive root=b", "given twice"),
         ("--snapshot d --net a --net eth0=b", "given twice"),
         ("--snapshot d --drive a:queues=3", "leave out :queues="),
