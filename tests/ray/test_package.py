@@ -93,6 +93,14 @@ class Words(Case):
         self.assertEqual(fact["env"]["SECRET"], "s3cret")
         self.assertNotEqual(fact["env"].get("XDG_RUNTIME_DIR"), "/guest")
 
+    def test_variable_whose_name_only_begins_as_one_of_this_host_is_not_in_the_command_line(self):
+        names = ["HOMEBREW_TOKEN", "PATHS", "TMPDIRS"]
+        hosts = ["HOME", "PATH", "TMPDIR", "LD_X", "MAYFLY_X", "RUST_X", "XDG_X"]
+        self.run_true(env={name: "v4lue" for name in names + hosts})
+        words = self.started()[0]["words"]
+        given = [words[place + 1] for place, word in enumerate(words) if word == "--env"]
+        self.assertEqual(given, names + [f"{name}=v4lue" for name in hosts])
+
     def test_child_stays_in_the_process_group_and_session_of_its_caller(self):
         self.run_true()
         (fact,) = self.started()
@@ -175,6 +183,25 @@ class Ends(Case):
         self.plan(run={"stdout": "done"})
         self.assertEqual(self.run_true(stdin=text).stdout, b"done")
         self.assertIn("--interactive", self.started()[0]["words"])
+
+    def test_long_standard_input_is_not_copied_with_each_piece(self):
+        self.plan(run={"cat": True})
+        pieces = 0
+        real = _process.Process._move
+
+        def watched(process, name):
+            nonlocal pieces
+            before = process._stdin
+            goes_on = real(process, name)
+            if name == "stdin" and process._stdin is not None and before is not None:
+                self.assertIs(process._stdin.obj, before.obj)
+                pieces += 1
+            return goes_on
+
+        with mock.patch.object(_process.Process, "_move", watched):
+            text = b"line\n" * 100_000
+            self.assertEqual(self.run_true(stdin=text).stdout, text)
+        self.assertGreater(pieces, 1)
 
     def test_no_descriptor_is_left(self):
         self.run_true(stdin=b"x")

@@ -17,7 +17,9 @@ ORDERLY = ("exited", "reset", "shutdown", "ended")
 #: Words for a microVM that there never was.
 NEVER_STARTED = ("", "not-started", "no-snapshot", "refused", "error", "unknown")
 #: Variables that the programs of this host read themselves: their values go by the command line.
-HOST_NAMES = ("HOME", "PATH", "TMPDIR", "LD_", "MAYFLY_", "RUST_", "XDG_")
+HOST_NAMES = ("HOME", "PATH", "TMPDIR")
+#: How the names of further such variables begin.
+HOST_PREFIXES = ("LD_", "MAYFLY_", "RUST_", "XDG_")
 
 
 def run_kernel(machine: Machine, *, timeout: Optional[float] = None, max_output: int = MAX_OUTPUT) -> Result:
@@ -57,8 +59,8 @@ def run(
         machine: the machine; its kernel has to have what docs/images.md names.
         command: the program and its arguments; no shell is involved.
         image: a disk, folder, archive or image layout, as of ``--image``, with ``:ro`` or ``:rw`` where wanted.
-        env: variables of the command. Values are in no command line of the host, but for the names that begin as
-            those of :data:`HOST_NAMES`.
+        env: variables of the command. Values are in no command line of the host, but for those of
+            :data:`HOST_NAMES` and of names that begin as :data:`HOST_PREFIXES` says.
         workdir: its working folder; None: ``/``.
         user: ``USER[:GROUP]`` of the image; None: root.
         stdin: what it reads from standard input; None: nothing.
@@ -278,7 +280,7 @@ def _of_command(
     for name, value in (env or {}).items():
         if not name or "=" in name or "\0" in name + value:
             raise ValueError(f"{name!r} is not a variable with a valid name and value")
-        if name.startswith(HOST_NAMES):
+        if name in HOST_NAMES or name.startswith(HOST_PREFIXES):
             words += ["--env", f"{name}={value}"]
         else:
             words += ["--env", name]

@@ -113,7 +113,8 @@ class Process:
         self.outputs = {"stdout": Output(max_output), "stderr": Output(max_output)}
         self._report = Output(REPORT_LIMIT)
         self._streams: Dict[str, Descriptor] = {}
-        self._stdin = stdin
+        # A view: what is left of a long input is not copied each time.
+        self._stdin = None if stdin is None else memoryview(stdin)
         self._lease: Optional[Lease] = None
         self._process: Optional["subprocess.Popen[bytes]"] = None
         self.ready: Optional[Descriptor] = None
