@@ -8,7 +8,7 @@
 //!
 //! - Runs in the supervisor, before there is a jail ([`Store::find`]), and once more when a guest that booted may be
 //!   saved ([`Work`]). It reads and writes only below the folder of `--template`, which has to be the caller's
-//!   own: who can write there decides what guests run. It asks the monitor nothing, and never waits.
+//!   own, as the files that are loaded have to be: who can write there decides what guests run. It asks the monitor nothing, and never waits.
 //! - `shape` is a text of all that has to be the same: monitor, kernel, agent, host, machine. It is compared
 //!   as a whole; its name is only where to look. Disks, addresses and the agent's connection are not part of it.
 //! - A template appears whole, by rename, after its files were synced. Of two makers the later one's stays, and both are
@@ -20,7 +20,7 @@ mod shape;
 use std::fs::{self, DirBuilder, File};
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -118,14 +118,7 @@ impl Store {
         if (&file).take(SHAPE_MAX).read_to_end(&mut text).is_err() || text != shape.bytes() {
             return Found::Damaged("its shape is another".into());
         }
-        let opened = snapshot::open_regular(&path.join(STATE_NAME)).and_then(|state| {
-            let (header, _) = snapshot::read(&state)?;
-            header.check_whole()?;
-            let memory = path.join(MEMORY_NAME);
-            let memory = snapshot::memory_of(&header, snapshot::open_regular(&memory), None)?;
-            Ok((state.into(), memory.into()))
-        });
-        match opened {
+        match open_pair(&path) {
             Ok((state, memory)) => {
                 // Those that are used are kept.
                 let _ = file.set_modified(SystemTime::now());
@@ -135,7 +128,7 @@ impl Store {
                     path,
                 })
             }
-            Err(refusal) => Found::Damaged(refusal.to_string()),
+            Err(why) => Found::Damaged(why),
         }
     }
 
@@ -171,6 +164,11 @@ impl Store {
         const WHAT: &str = "keep the template in";
         let (from, to) = (work.path.as_path(), self.place(shape));
         fs::write(from.join(SHAPE), shape.bytes()).step_on(WHAT, from)?;
+        // Whatever the umask is: a file that a group can write to is not taken.
+        for entry in fs::read_dir(from).step_on(WHAT, from)?.flatten() {
+            let alone = fs::Permissions::from_mode(0o600);
+            fs::set_permissions(entry.path(), alone).step_on(WHAT, entry.path())?;
+        }
         let moved = rustix::fs::renameat_with(CWD, from, CWD, &to, RenameFlags::NOREPLACE);
         match moved {
             // The other one's place is the work's then, and it is removed with that.
@@ -232,11 +230,33 @@ fn make_folder(path: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
+/// What is saved in the folder of a template: state and memory. Or why it is not taken.
+fn open_pair(path: &Path) -> Result<(OwnedFd, OwnedFd), String> {
+    let open = |name| {
+        let file = snapshot::open_regular(&path.join(name)).map_err(|why| why.to_string())?;
+        // Of what is open, whichever names led to it.
+        let found = file.metadata().map_err(|error| error.to_string())?;
+        not_own(&found).map_or(Ok(file), |why| Err(format!("its {name}: {why}")))
+    };
+    let (state, memory) = (open(STATE_NAME)?, open(MEMORY_NAME)?);
+    let checked = snapshot::read(&state).and_then(|(header, _)| {
+        header.check_whole()?;
+        snapshot::memory_of(&header, Ok(memory), None)
+    });
+    let memory = checked.map_err(|refusal| refusal.to_string())?;
+    Ok((state.into(), memory.into()))
+}
+
 /// Why a folder is not this user's alone, if it is not.
 fn foreign(found: &fs::Metadata) -> Option<&'static str> {
     if !found.is_dir() {
         return Some("it is not a folder");
     }
+    not_own(found)
+}
+
+/// Why a folder or a file is not this user's alone, if it is not.
+fn not_own(found: &fs::Metadata) -> Option<&'static str> {
     if found.uid() != rustix::process::geteuid().as_raw() {
         return Some("it belongs to another user");
     }

@@ -99,7 +99,6 @@ fn what_a_killed_maker_left_goes_and_what_another_makes_stays() {
 
 #[test]
 fn folder_that_others_can_write_to_is_refused() {
-    use std::os::unix::fs::PermissionsExt as _;
     let folder = Folder::new("template-foreign");
     for mode in [0o777, 0o770] {
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).unwrap();
@@ -109,6 +108,35 @@ fn folder_that_others_can_write_to_is_refused() {
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
     Store::open(&file).unwrap_err();
+}
+
+#[test]
+fn template_with_a_file_that_others_can_write_to_is_not_used() {
+    let folder = Folder::new("template-foreign-file");
+    let store = Store::open(folder.path()).unwrap();
+    let shape = shape("foreign file");
+    let names = [STATE_NAME, MEMORY_NAME];
+    for name in names {
+        let work = store.begin().unwrap();
+        let state = work.path().join(STATE_NAME);
+        fs::write(&state, "state").unwrap();
+        // As with a umask that leaves groups their access.
+        fs::set_permissions(&state, fs::Permissions::from_mode(0o664)).unwrap();
+        store.keep(work, &shape).unwrap();
+        let kept = fs::metadata(store.place(&shape).join(STATE_NAME)).unwrap();
+        assert_eq!(kept.mode() & 0o777, 0o600);
+        for file in names {
+            let path = store.place(&shape).join(file);
+            fs::write(&path, "state").unwrap();
+            let mode = if file == name { 0o620 } else { 0o600 };
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let Found::Damaged(why) = store.find(&shape) else {
+            panic!("{name} can be written to by a group");
+        };
+        let expected = format!("its {name}: other users can write to it");
+        assert_eq!(why, expected);
+    }
 }
 
 #[test]
