@@ -1248,6 +1248,17 @@ fn commands_that_cannot_be_run_are_refused_in_one_line() {
             "leave one of both out",
         ),
         (
+            &[
+                "--image",
+                &image,
+                "--kernel",
+                &kernel,
+                "--reach-from-namespace",
+            ],
+            &["--", "true"],
+            "needs --net-from-namespace",
+        ),
+        (
             &["--image", &plain, "--kernel", &kernel],
             &["--", "true"],
             "names no EROFS or ext4 file",

@@ -9,7 +9,7 @@ use crate::fuzz::Input;
 use crate::{attach, check, run};
 
 /// Options of all subcommands, with those that have no value first.
-const OPTIONS: [&str; 50] = [
+const OPTIONS: [&str; 51] = [
     "--daemonize",
     "--new-pid-ns",
     "--quiet",
@@ -17,6 +17,7 @@ const OPTIONS: [&str; 50] = [
     "-t",
     "-i",
     "--hold",
+    "--reach-from-namespace",
     "--with-parent",
     "--merge",
     "--",
@@ -62,7 +63,7 @@ const OPTIONS: [&str; 50] = [
     "--api-sock",
     "--snapshot-to",
 ];
-const WITHOUT_VALUE: usize = 10;
+const WITHOUT_VALUE: usize = 11;
 
 /// Values that some option takes, and others.
 const VALUES: [&str; 32] = [

@@ -12,6 +12,8 @@
 //! has left is known by the priority of its filter, and the next one puts its own in its place; it holds the namespace
 //! meanwhile, so that one that ends late takes nothing back that is another's.
 
+mod reach;
+
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,6 +25,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::Pid;
 
+use self::reach::Reach;
 use super::netlink::{Listed, Netlink};
 use crate::error::{Advice as _, AnyError, Step as _, message};
 use crate::netns::NetNs;
@@ -44,7 +47,11 @@ const WHAT: &str = "take over the network of the namespace (--net-from-namespace
 
 /// What the process is told.
 #[derive(Clone, Debug)]
-struct Order(PathBuf);
+struct Order {
+    path: PathBuf,
+    /// Programs of the namespace reach the guest.
+    is_reachable: bool,
+}
 
 /// The hold on that process.
 #[derive(Debug)]
@@ -64,10 +71,14 @@ impl Drop for Redirected {
 /// Takes over the network of a namespace, if it has one: the tap, what the guest is to have, and the hold on both.
 pub fn take_over(
     path: &Path,
+    is_reachable: bool,
     supervisor: BorrowedFd<'_>,
 ) -> Result<Option<(OwnedFd, Interface, Redirected)>, AnyError> {
     let (channel, theirs) = Channel::pair().step(WHAT)?;
-    let order = Order(path.to_owned());
+    let order = Order {
+        path: path.to_owned(),
+        is_reachable,
+    };
     let pid = sys::fork_apart(theirs.into(), supervisor, &order, stay).step(WHAT)?;
     let told = channel.receive().step(WHAT)?;
     let redirected = Redirected {
@@ -91,17 +102,12 @@ pub fn take_over(
 }
 
 /// The life of that process.
-fn stay(
-    closed: Result<(), Errno>,
-    channel: OwnedFd,
-    supervisor: BorrowedFd<'_>,
-    Order(path): &Order,
-) {
+fn stay(closed: Result<(), Errno>, channel: OwnedFd, supervisor: BorrowedFd<'_>, order: &Order) {
     let channel = Channel::from(channel);
     let made = closed
         .step(WHAT)
         .map_err(AnyError::from)
-        .and_then(|()| make(path));
+        .and_then(|()| make(order));
     let told = match &made {
         Ok(Some(made)) => {
             let text = serde_json::json!(made.found).to_string();
@@ -113,6 +119,7 @@ fn stay(
     let Ok(Some(Made {
         index,
         tap,
+        reach,
         namespace: _held,
         ..
     })) = made
@@ -127,7 +134,13 @@ fn stay(
         let _ = rustix::io::retry_on_intr(|| poll(&mut ends, None));
     }
     // The namespace is the caller's, who may want to use it otherwise.
-    let _ = Netlink::open().and_then(|netlink| netlink.remove_redirect(index));
+    let Ok(netlink) = Netlink::open() else {
+        return;
+    };
+    if let Some(reach) = reach {
+        reach.close(&netlink);
+    }
+    let _ = netlink.remove_redirect(index);
 }
 
 /// What the guest needs.
@@ -136,16 +149,18 @@ struct Made {
     index: u32,
     tap: OwnedFd,
     found: Interface,
+    /// The way to it from the namespace.
+    reach: Option<Reach>,
     /// Held, so that nothing else takes it over.
     namespace: NetNs,
 }
 
 /// Goes into the namespace, and makes what the guest needs; none where there is no network.
-fn make(path: &Path) -> Result<Option<Made>, AnyError> {
-    let namespace = NetNs::open(path)?;
+fn make(order: &Order) -> Result<Option<Made>, AnyError> {
+    let namespace = NetNs::open(&order.path)?;
     namespace.join()?;
     let netlink = Netlink::open().step(WHAT)?;
-    let Some((index, found)) = look(&netlink).step(WHAT)? else {
+    let Some((index, mut found)) = look(&netlink).step(WHAT)? else {
         return Ok(None);
     };
     let tun = tap::open_tun()
@@ -178,10 +193,26 @@ fn make(path: &Path) -> Result<Option<Made>, AnyError> {
         let _ = netlink.remove_redirect(index);
     }
     redirected.step(WHAT).hints(remedy)?;
+    let reach = match order.is_reachable {
+        true => netlink
+            .index(TAP)
+            .and_then(|tap| reach::open(&netlink, tap, &mut found)),
+        false => Ok(None),
+    };
+    if reach.is_err() {
+        let _ = netlink.remove_redirect(index);
+    }
+    let reach = reach
+        .step("make a way to the guest in the network namespace (--reach-from-namespace)")
+        .hint(
+            Errno::OPNOTSUPP,
+            "this kernel lacks CONFIG_IP_MULTIPLE_TABLES",
+        )?;
     Ok(Some(Made {
         index,
         tap: tap.into(),
         found,
+        reach,
         namespace,
     }))
 }

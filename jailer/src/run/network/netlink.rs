@@ -5,6 +5,8 @@
 //! A request is a header, a fixed structure and attributes; every one is answered by an error number,
 //! 0 if there was none. All of it is written byte by byte: no structure of the kernel's is needed.
 
+mod rules;
+
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
@@ -17,6 +19,8 @@ use libc::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+pub use self::rules::Rule;
 
 /// Of linux/rtnetlink.h and linux/pkt_sched.h.
 const RTM_NEWQDISC: u16 = 36;
@@ -206,16 +210,10 @@ impl Netlink {
         request.traffic_control(from, INGRESS, INGRESS_PARENT, 0);
         request.name(TCA_KIND, "ingress");
         self.ask(request)?;
-        let mut request = Request::new(RTM_NEWTFILTER, NEW);
         // Of all protocols (ETH_P_ALL).
-        let all = u32::from(priority) << 16 | u32::from(3_u16.to_be());
-        request.traffic_control(from, 0, INGRESS, all);
-        request.name(TCA_KIND, "u32");
+        let mut request = filter(from, priority, 3);
         request.nest(TCA_OPTIONS, |request| {
-            // struct tc_u32_sel: terminal, and one key of zeros, which everything has.
-            let mut selector = [0; 32];
-            (selector[0], selector[2]) = (1, 1);
-            request.attribute(TCA_U32_SEL, &selector);
+            request.attribute(TCA_U32_SEL, &selector([0; 16]));
             request.nest(TCA_U32_ACT, |request| {
                 request.nest(1, |request| {
                     request.name(TCA_KIND, "mirred");
@@ -227,6 +225,28 @@ impl Netlink {
                     });
                 });
             });
+        });
+        self.ask(request)
+    }
+
+    /// Of what comes in by an interface that is redirected, this kernel has the packets of a protocol that have
+    /// `address` at an offset. `number`, 0 or 1, is another for each protocol.
+    pub fn keep(
+        &self,
+        from: u32,
+        number: u16,
+        protocol: u16,
+        offset: i32,
+        address: Ipv4Addr,
+    ) -> Result<(), Errno> {
+        // Before that of all protocols; one filter is of one protocol.
+        let mut request = filter(from, PRIORITY - 2 + number, protocol);
+        // struct tc_u32_key: mask, value, offset, mask of the offset.
+        let words = [[0xff; 4], address.octets(), offset.to_ne_bytes(), [0; 4]];
+        let mut key = [0; 16];
+        key.copy_from_slice(words.as_flattened());
+        request.nest(TCA_OPTIONS, |request| {
+            request.attribute(TCA_U32_SEL, &selector(key));
         });
         self.ask(request)
     }
@@ -310,6 +330,23 @@ impl Netlink {
             _ => Err(Errno::BADMSG),
         }
     }
+}
+
+/// A new filter of what comes in by an interface, of packets of a protocol.
+fn filter(from: u32, priority: u16, protocol: u16) -> Request {
+    let mut request = Request::new(RTM_NEWTFILTER, NEW);
+    let info = u32::from(priority) << 16 | u32::from(protocol.to_be());
+    request.traffic_control(from, 0, INGRESS, info);
+    request.name(TCA_KIND, "u32");
+    request
+}
+
+/// `struct tc_u32_sel`: terminal, and one key. Everything has that of zeros.
+fn selector(key: [u8; 16]) -> [u8; 32] {
+    let mut selector = [0; 32];
+    (selector[0], selector[2]) = (1, 1);
+    selector[16..].copy_from_slice(&key);
+    selector
 }
 
 /// A message: its kind, its body, and what follows it.

@@ -77,6 +77,8 @@ pub struct Options {
     pub place: Place,
     /// The network namespace whose interface the guest takes over.
     pub net_namespace: Option<PathBuf>,
+    /// Programs of that namespace reach the guest.
+    pub is_reachable_from_namespace: bool,
     /// The folder of templates that guests may be copies of.
     pub template: Option<PathBuf>,
     /// Tell this passed descriptor when the command runs, or could.
@@ -121,7 +123,7 @@ impl Console {
 
 const KNOWN: Known = Known {
     flags: "--with-parent --quiet --same-disks --ignore-cpu-differences \
-            --snapshot-and-continue -t --tty -i --interactive --hold",
+            --snapshot-and-continue -t --tty -i --interactive --hold --reach-from-namespace",
     once: "--image --agent --hostname --user --workdir --config --snapshot --working-set --snapshot-to \
            --kernel --initrd --vcpus --memory --id --uid --gid --cgroup-version --parent-cgroup \
            --mayfly --console --log --api-sock --timeout --end-with-fd --exit-report --ready-fd \
@@ -187,6 +189,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         guest,
         place: Place::new(words.path("--runtime-dir")),
         net_namespace: words.path("--net-from-namespace"),
+        is_reachable_from_namespace: words.has("--reach-from-namespace"),
         template: words.path("--template"),
         ready_fd: words.parsed("--ready-fd", descriptor)?,
     }))

@@ -144,7 +144,11 @@ fn make_jail(
     let agent = match watched.guest.take() {
         Some((mut plan, initramfs)) => {
             if let Some(path) = &watched.options.net_namespace
-                && let Some((tap, interface, hold)) = namespace::take_over(path, own.as_fd())?
+                && let Some((tap, interface, hold)) = namespace::take_over(
+                    path,
+                    watched.options.is_reachable_from_namespace,
+                    own.as_fd(),
+                )?
             {
                 if let Some(vm) = &mut watched.vm {
                     vm.set_interface(tap, interface.mac, interface.mtu);

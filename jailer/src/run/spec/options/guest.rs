@@ -62,7 +62,7 @@ fn plain_drive(name: &'static str, path: &Path, read_only: bool) -> Result<Given
 /// Those that only a command has.
 const OF_COMMAND: &str = "--agent --hostname --user --workdir --env -t --tty -i --interactive --hold \
                           --ready-fd --runtime-dir --process --console-socket --upper --tmpfs --copy-in \
-                          --net-from-namespace --template";
+                          --net-from-namespace --reach-from-namespace --template";
 /// Those that a machine with a command does not have.
 const NOT_OF_COMMAND: &str = "--config --snapshot --snapshot-to --initrd --api-sock";
 
@@ -106,6 +106,10 @@ pub fn take(
     if words.has("--net-from-namespace") && words.has("--net") {
         let why = "the guest's interface is that of the namespace; leave one of both out";
         return refuse("--net-from-namespace", words, why);
+    }
+    if words.has("--reach-from-namespace") && !words.has("--net-from-namespace") {
+        let why = "it needs --net-from-namespace";
+        return refuse("--reach-from-namespace", words, why);
     }
     let upper = words.path("--upper");
     if let (Some(upper), Some(_)) = (&upper, mode) {
