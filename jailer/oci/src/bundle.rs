@@ -6,6 +6,7 @@ pub mod fuzz;
 pub mod mounts;
 mod process;
 pub mod resources;
+pub mod ungrouped;
 pub mod unknown;
 
 use std::collections::HashMap;

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-use crate::bundle::{Container, Network, resources};
+use crate::bundle::{Container, Network};
 use crate::error::AnyError;
 use crate::host;
 
@@ -64,7 +64,7 @@ pub struct Machine<'a> {
     /// Ends with the process that starts it.
     pub is_in_foreground: bool,
     /// Limits of groups of its own, where the engine names none.
-    pub limits: Vec<String>,
+    pub limits: &'a [String],
 }
 
 impl Jailer {
@@ -202,21 +202,4 @@ fn hostname(container: &Container, id: &str) -> String {
         plain.take(12).collect()
     };
     container.hostname.clone().unwrap_or_else(short)
-}
-
-/// The limits of groups that the jailer makes itself, where the engine names no group.
-pub fn limits(container: &Container) -> Vec<String> {
-    let mut limits = Vec::new();
-    if let Some(bytes) = resources::memory_limit(&container.resources) {
-        limits.push(format!("memory={bytes}"));
-    }
-    if let Some((quota, period)) = resources::quota(&container.resources) {
-        let thousandths = quota.saturating_mul(1000) / period;
-        limits.push(format!(
-            "cpus={}.{:03}",
-            thousandths / 1000,
-            thousandths % 1000
-        ));
-    }
-    limits
 }

@@ -17,7 +17,7 @@ use rustix::pipe::PipeFlags;
 
 use crate::accounts::Accounts;
 use crate::args::{Create, Global};
-use crate::bundle::{self, Container, Network, process_text, resources};
+use crate::bundle::{self, Container, Network, process_text, resources, ungrouped};
 use crate::cgroup::{self, Groups, Home};
 use crate::error::{self, AnyError, Level, Log, Step as _};
 use crate::host::Host;
@@ -156,6 +156,11 @@ pub fn create(
         Some(below) => Groups::at(below, &hierarchies),
         None => Groups::default(),
     };
+    let has_groups = !groups.paths().is_empty();
+    let limits = match has_groups || global.has_no_groups {
+        true => Vec::new(),
+        false => ungrouped::limits(&container.resources, &mut container.notes)?,
+    };
     let record = Record {
         id: create.id.clone(),
         bundle,
@@ -174,7 +179,7 @@ pub fn create(
         kernel,
         jailer,
         groups,
-        has_no_groups: global.has_no_groups,
+        limits,
     };
     match making.make(&mut held, log) {
         Ok(child) => {
@@ -225,7 +230,7 @@ struct Making<'a> {
     kernel: PathBuf,
     jailer: Jailer,
     groups: Groups,
-    has_no_groups: bool,
+    limits: Vec<String>,
 }
 
 impl Making<'_> {
@@ -289,11 +294,7 @@ impl Making<'_> {
             console: console.as_deref(),
             starter: starter.as_ref().map(AsRawFd::as_raw_fd),
             is_in_foreground: self.kind == Kind::Foreground,
-            limits: if self.groups.paths().is_empty() && !self.has_no_groups {
-                jailer::limits(container)
-            } else {
-                Vec::new()
-            },
+            limits: &self.limits,
         };
         let words = jailer::run_words(container, &machine);
         // For this one child.

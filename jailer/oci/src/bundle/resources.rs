@@ -12,7 +12,7 @@ const GUEST_MIN_MIB: u64 = 48;
 /// More than any host has, in MiB.
 const MEMORY_MAX_MIB: u64 = 16 << 20;
 /// The least number of processes and threads that a microVM is made of, with some to spare.
-const PIDS_MIN: i64 = 64;
+pub const PIDS_MIN: i64 = 64;
 /// The most processors of a guest.
 const VCPUS_MAX: u64 = 32;
 
