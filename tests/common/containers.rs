@@ -26,8 +26,8 @@ pub fn install(program: &Path, to: &Path) {
     super::run("install", &["-m", "755", &program, &to]);
 }
 
-/// Installs `mayfly-oci`, with what it starts, in the folder `bin`; its settings, for a Linux guest.
-pub fn install_runtime(folder: &Folder) -> PathBuf {
+/// Installs `mayfly-oci`, with what it starts, in the folder `bin`.
+pub fn install_programs(folder: &Folder) {
     fs::create_dir(folder.join("bin")).unwrap();
     for (program, name) in [
         (super::oci(), "mayfly-oci"),
@@ -37,6 +37,11 @@ pub fn install_runtime(folder: &Folder) -> PathBuf {
     ] {
         install(&program, &folder.join("bin").join(name));
     }
+}
+
+/// The same; its settings, for a Linux guest.
+pub fn install_runtime(folder: &Folder) -> PathBuf {
+    install_programs(folder);
     let linux = super::linux();
     let settings = json!({
         "kernel": linux.kernel,

@@ -88,6 +88,7 @@ pub const OCI: &[(&str, u8)] = &[
     ("host", 2),
     ("error", 1),
     ("input", 1),
+    ("user", 1),
     ("args", 0),
 ];
 

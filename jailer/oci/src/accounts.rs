@@ -1,4 +1,5 @@
-//! Users for monitors, where root runs this: a number for each container, that no other on this host has.
+//! Users for monitors, where root runs this, or root of a user namespace: a number for each container, that
+//! no other of this host, or of this user, has.
 //!
 //! A number is taken by a file of that name, which holds the path of the container's folder. It is free
 //! again when that folder is gone, whichever command was killed meanwhile.
@@ -14,9 +15,10 @@ use rustix::fs::FlockOperation;
 
 use crate::error::{AnyError, Step as _};
 use crate::input;
+use crate::user::User;
 
-/// Where the files are: one place for all state folders.
-const FOLDER: &str = "/run/mayfly-oci.users";
+/// The name of the folder with the files: one place for all state folders.
+const FOLDER: &str = "mayfly-oci.users";
 
 /// How long a path may be.
 const OWNER_MAX: u64 = 4096;
@@ -36,13 +38,15 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// The `count` numbers from `first` on.
-    pub fn new((first, count): (u32, u32)) -> Accounts {
-        Accounts {
-            folder: FOLDER.into(),
+    /// Those of `user`, if it can give monitors a user of their own. `wanted`, of root: the first of them, and how
+    /// many.
+    pub fn of(user: User, wanted: (u32, u32)) -> Option<Accounts> {
+        let (first, count) = user.uids(wanted)?;
+        Some(Accounts {
+            folder: user.runtime_folder(FOLDER),
             first,
             count,
-        }
+        })
     }
 
     /// Takes one for the container whose folder is `state`. `note` writes down which, before it is taken.

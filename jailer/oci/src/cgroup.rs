@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use crate::bundle::resources::Setting;
 use crate::error::{AnyError, Failure, Step as _};
 use crate::process::{self, Known};
+use crate::user::may_write;
 
 /// The controllers of version 1 whose groups a container is in.
 const V1: &[&str] = &[
@@ -37,7 +38,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A control group cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    #[error("cannot set {0}: this host has no control group controller for it")]
+    #[error(
+        "cannot set {0}: this host has no control group controller for it, or this user has no part of it"
+    )]
     NoController(String),
     #[error(
         "cannot use the control group {0}: there are processes in it; give another linux.cgroupsPath"
@@ -126,6 +129,22 @@ impl Groups {
             Some((hierarchy.clone(), path.clone()))
         };
         Groups(paths.iter().filter_map(of).collect())
+    }
+
+    /// Leaves out those that this user can neither make nor use. Limits of them are refused when they are
+    /// written.
+    pub fn leave_out_denied(&mut self, notes: &mut Vec<String>) {
+        self.0.retain(|(_, path)| {
+            let nearest = path.ancestors().find(|it| it.is_dir());
+            let may_use = nearest.is_some_and(may_write);
+            if !may_use {
+                notes.push(format!(
+                    "linux.cgroupsPath: {} is left out: it is not this user's to make",
+                    path.display()
+                ));
+            }
+            may_use
+        });
     }
 
     /// Their folders.

@@ -1,5 +1,5 @@
 //! What this host has for containers: the programs, the guest's kernel, and the settings of
-//! `/etc/mayfly/oci.json`. Only looks.
+//! `/etc/mayfly/oci.json`, or of a user's own `oci.json` in its place. Only looks.
 
 use std::path::{Path, PathBuf};
 
@@ -8,13 +8,14 @@ use serde::Deserialize;
 use crate::args::Global;
 use crate::error::{AnyError, Step as _};
 use crate::input::{self, InputError};
+use crate::user::User;
 
 /// Where the settings are.
 const SETTINGS: &str = "/etc/mayfly/oci.json";
 /// How long they may be.
 const SETTINGS_MAX: u64 = 1 << 20;
-/// The state folder of root.
-const ROOT: &str = "/run/mayfly-oci";
+/// The name of the state folder.
+const ROOT: &str = "mayfly-oci";
 
 /// The settings; docs/podman.md has them.
 #[derive(Debug, Deserialize, PartialEq)]
@@ -67,10 +68,10 @@ impl Default for Settings {
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     #[error(
-        "cannot find the guest's kernel: name it in {SETTINGS} (\"kernel\"), in the environment (MAYFLY_KERNEL) or with \
+        "cannot find the guest's kernel: name it in {0} (\"kernel\"), in the environment (MAYFLY_KERNEL) or with \
          --kernel"
     )]
-    NoKernel,
+    NoKernel(String),
     #[error("cannot use the kernel {0}: there is no such file")]
     MissingKernel(PathBuf),
     #[error("cannot find {0}: it is neither beside {1} nor in PATH")]
@@ -87,30 +88,37 @@ pub struct Host {
     kernel: Option<PathBuf>,
     /// The folder of all containers' states.
     pub root: PathBuf,
+    /// Who runs this program.
+    pub user: User,
 }
 
 impl Host {
     /// Reads the settings.
     pub fn new(global: &Global) -> Result<Host, AnyError> {
+        let user = User::current();
         let settings = match &global.config {
             Some(path) => read(path)?,
-            None => match read(Path::new(SETTINGS)) {
-                Err(error) if is_missing(&error) => Settings::default(),
-                other => other?,
-            },
+            None => find(user)?,
         };
         let given = global.kernel.clone();
         let given = given.or_else(|| std::env::var_os("MAYFLY_KERNEL").map(PathBuf::from));
+        let root = global.root.clone();
         Ok(Host {
             kernel: given.or_else(|| settings.kernel.clone()),
             settings,
-            root: std::path::absolute(global.root.clone().unwrap_or_else(default_root))?,
+            root: std::path::absolute(root.unwrap_or_else(|| user.runtime_folder(ROOT)))?,
+            user,
         })
     }
 
     /// The guest's kernel.
     pub fn kernel(&self) -> Result<PathBuf, HostError> {
-        let kernel = self.kernel.as_ref().ok_or(HostError::NoKernel)?;
+        let Some(kernel) = &self.kernel else {
+            let own = self.user.settings();
+            let places = [Some(SETTINGS.into()), own].into_iter().flatten();
+            let places: Vec<String> = places.map(|it| it.display().to_string()).collect();
+            return Err(HostError::NoKernel(places.join(" or ")));
+        };
         match std::path::absolute(kernel) {
             Ok(path) if path.is_file() => Ok(path),
             _ => Err(HostError::MissingKernel(kernel.clone())),
@@ -131,14 +139,18 @@ pub fn program(name: &'static str) -> Result<PathBuf, AnyError> {
     Ok(found.ok_or(HostError::NoProgram(name, own))?)
 }
 
-fn default_root() -> PathBuf {
-    let uid = rustix::process::geteuid();
-    if uid.is_root() {
-        return ROOT.into();
+/// The settings of this user, or those of the machine.
+fn find(user: User) -> Result<Settings, AnyError> {
+    if let Some(own) = user.settings() {
+        match read(&own) {
+            Err(error) if is_missing(&error) => {}
+            other => return other,
+        }
     }
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(runtime) => Path::new(&runtime).join("mayfly-oci"),
-        None => format!("/tmp/mayfly-oci-{}", uid.as_raw()).into(),
+    match read(Path::new(SETTINGS)) {
+        Err(error) if is_missing(&error) => Ok(Settings::default()),
+        Err(error) => Err(error),
+        Ok(settings) => Ok(settings.of_machine(user)),
     }
 }
 
@@ -161,6 +173,16 @@ fn read(path: &Path) -> Result<Settings, AnyError> {
 }
 
 impl Settings {
+    /// Those of the machine, for this user: folders that are another's stand for its own.
+    fn of_machine(mut self, user: User) -> Settings {
+        // That of the disks has a default.
+        self.cache = self.cache.filter(|folder| user.can_keep(folder));
+        if self.templates.as_ref().is_some_and(|it| !user.can_keep(it)) {
+            self.templates = user.cache().map(|folder| folder.join("templates"));
+        }
+        self
+    }
+
     fn check(&self) -> Result<(), &'static str> {
         let (first, count) = self.uids;
         if first == 0 || !(1..=1 << 20).contains(&count) || first.checked_add(count).is_none() {
@@ -222,6 +244,25 @@ mod tests {
             let error = read_text(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn folders_of_the_machine_stand_for_the_users_own_where_they_are_anothers() {
+        let settings = |folder: &Path| Settings {
+            cache: Some(folder.into()),
+            templates: Some(folder.into()),
+            ..Settings::default()
+        };
+        let user = User::Ordinary(rustix::process::geteuid().as_raw());
+        let own = std::env::temp_dir().join("mayfly-oci-nonexistent");
+        assert_eq!(settings(&own).of_machine(user), settings(&own));
+        let other = crate::user::tests::folder_of_another("machine");
+        assert_eq!(settings(&other).of_machine(User::Root), settings(&other));
+        let changed = settings(&other).of_machine(user);
+        assert_eq!(changed.cache, None);
+        let templates = user.cache().map(|it| it.join("templates"));
+        assert_eq!(changed.templates, templates);
+        let _ = std::fs::remove_dir(&other);
     }
 
     #[test]

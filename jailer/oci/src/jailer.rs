@@ -55,6 +55,8 @@ pub struct Machine<'a> {
     /// The folder of templates of guests, if there is one.
     pub templates: Option<&'a Path>,
     pub uid: Option<u32>,
+    /// The network namespace's programs connect to it.
+    pub is_reachable: bool,
     /// The number of the descriptor that is told when it is ready.
     pub ready: i32,
     /// The engine's socket, to which its terminal is sent.
@@ -135,6 +137,9 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
     words.option("--hostname", hostname(container, machine.id));
     if let Network::Namespace(path) = &container.network {
         words.option("--net-from-namespace", path);
+        if machine.is_reachable {
+            words.add("--reach-from-namespace");
+        }
     }
     words.option("--process", PROCESS);
     words.option("--exit-report", REPORT);

@@ -7,7 +7,7 @@
 //! undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
 //!
 //! Imports point down this list: `commands`, `lifecycle`, `jailer`, `image`, `cgroup`, `accounts`,
-//! `bundle`, `state`, `process`, `host`, `input`, `error`, `args`.
+//! `bundle`, `state`, `process`, `host`, `user`, `input`, `error`, `args`.
 
 mod accounts;
 mod args;
@@ -33,6 +33,7 @@ mod lifecycle;
 mod process;
 mod state;
 mod templates;
+mod user;
 
 use std::io::Write as _;
 use std::process::ExitCode;

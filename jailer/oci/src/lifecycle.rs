@@ -152,10 +152,13 @@ pub fn create(
     let jailer = Jailer::find()?;
     let hierarchies = cgroup::hierarchies()?;
     let home = Home::find(&hierarchies);
-    let groups = match &container.cgroup {
+    let mut groups = match &container.cgroup {
         Some(below) => Groups::at(below, &hierarchies),
         None => Groups::default(),
     };
+    if !host.user.is_root() {
+        groups.leave_out_denied(&mut container.notes);
+    }
     let has_groups = !groups.paths().is_empty();
     let limits = match has_groups || global.has_no_groups {
         true => Vec::new(),
@@ -236,9 +239,9 @@ struct Making<'a> {
 impl Making<'_> {
     fn make(&self, held: &mut Held, log: &Log) -> Result<Child, AnyError> {
         let mut notes = self.container.notes.clone();
-        if rustix::process::geteuid().is_root() {
+        if let Some(accounts) = Accounts::of(self.host.user, self.host.settings.uids) {
             let folder = held.path().to_owned();
-            Accounts::new(self.host.settings.uids).take(&folder, |uid| {
+            accounts.take(&folder, |uid| {
                 held.record.uid = Some(uid);
                 held.write()
             })?;
@@ -290,6 +293,8 @@ impl Making<'_> {
             vcpus: resources::vcpus(&container.resources, self.host.settings.vcpus),
             templates: self.host.settings.templates.as_deref(),
             uid: held.record.uid,
+            // Root's publish ports outside of it.
+            is_reachable: !self.host.user.is_root(),
             ready: told.as_raw_fd(),
             console: console.as_deref(),
             starter: starter.as_ref().map(AsRawFd::as_raw_fd),
@@ -377,8 +382,10 @@ pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
         }
         groups.remove(&held.record.above)?;
     }
-    if let Some(uid) = held.record.uid {
-        Accounts::new(host.settings.uids).give_back(uid, held.path());
+    if let Some(uid) = held.record.uid
+        && let Some(accounts) = Accounts::of(host.user, host.settings.uids)
+    {
+        accounts.give_back(uid, held.path());
     }
     held.remove()
 }
