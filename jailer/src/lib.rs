@@ -2,8 +2,8 @@
 //!
 //! One thread, one straight sequence of privileged steps, each with its error and the reason for
 //! its place. `compat` is that sequence for the jail that Firecracker's clients know, `run` the
-//! everyday command with the empty jail, `attach` what reaches a guest that runs a command, `check`
-//! tries whether this host can run microVMs. What they are made of: `process` (one in a guest), `console`,
+//! everyday command with the empty jail, `attach` what reaches a guest that runs a command, `prepare` waits in
+//! a network namespace for what is to be run, `check` tries whether this host can run microVMs. What they are made of: `process` (one in a guest), `console`,
 //! `root` (folders, nodes, pivot_root), `cgroup`, `netns`, `filter` (seccomp), `undo`, `monitor` (its
 //! executable and limits), `input` (small files of the caller's), `error`, and `sys`, the only unsafe code.
 
@@ -30,6 +30,7 @@ mod host;
 mod input;
 mod monitor;
 mod netns;
+mod prepare;
 mod process;
 mod root;
 mod run;
@@ -68,7 +69,7 @@ pub fn main() -> ExitCode {
 fn runs_a_command() -> bool {
     let mut words = std::env::args_os().skip(1).take_while(|word| word != "--");
     match words.next() {
-        Some(word) if word == "exec" => true,
+        Some(word) if word == "exec" || word == "prepare" => true,
         Some(word) if word == "run" => words.any(|word| word == "--image"),
         _ => false,
     }
@@ -90,6 +91,10 @@ fn dispatch(inherited: sys::Inherited) -> Result<ExitCode, AnyError> {
         Some("exec") => match attach::parse_exec(words.split_off(1))? {
             Some(exec) => sys::exit_now(attach::exec(exec, inherited)),
             None => print(attach::EXEC_HELP),
+        },
+        Some("prepare") => match prepare::parse(words.split_off(1))? {
+            Some(order) => match prepare::prepare(&order)? {},
+            None => print(prepare::HELP),
         },
         Some("cp") => match attach::parse_copy(words.split_off(1))? {
             Some(copy) => sys::exit_now(attach::copy(copy, inherited)),

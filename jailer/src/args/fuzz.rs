@@ -6,10 +6,10 @@ use std::os::unix::ffi::OsStringExt;
 use super::{ArgsError, Command, parse};
 use crate::error::message;
 use crate::fuzz::Input;
-use crate::{attach, check, run};
+use crate::{attach, check, prepare, run};
 
 /// Options of all subcommands, with those that have no value first.
-const OPTIONS: [&str; 51] = [
+const OPTIONS: [&str; 54] = [
     "--daemonize",
     "--new-pid-ns",
     "--quiet",
@@ -50,6 +50,8 @@ const OPTIONS: [&str; 51] = [
     "--upper",
     "--net-from-namespace",
     "--template",
+    "--net-namespace",
+    "--words-fd",
     "--drive",
     "--net",
     "--env",
@@ -140,7 +142,10 @@ pub fn jail_args(bytes: &[u8]) {
             Err(error) => refused(error),
         },
         2..=4 => drop(run::spec::options::parse(words).map_err(refused)),
-        5 => drop(check::parse(words).map_err(refused)),
+        5 => {
+            drop(check::parse(words.clone()).map_err(refused));
+            drop(prepare::parse(words).map_err(refused));
+        }
         6 => {
             drop(attach::parse_exec(words.clone()).map_err(refused));
             drop(attach::parse_copy(words).map_err(refused));
