@@ -3,6 +3,7 @@
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod hooks;
 pub mod mounts;
 mod process;
 pub mod resources;
@@ -18,6 +19,7 @@ use serde_json::{Map, Value};
 use self::mounts::Mounts;
 pub use self::process::process_text;
 use crate::error::{AnyError, Step as _};
+use crate::hooks::Hooks;
 use crate::input;
 
 /// Where config.json is read from at most this much: engines' are some tens of KiB.
@@ -46,6 +48,8 @@ pub fn refuse<T>(field: impl Into<String>, why: impl Into<String>) -> Result<T, 
 pub enum Network {
     /// Nothing.
     None,
+    /// What hooks put into a new network namespace.
+    New,
     /// What `eth0` of this network namespace is.
     Namespace(PathBuf),
 }
@@ -74,6 +78,7 @@ pub struct Container {
     pub cgroup: Option<PathBuf>,
     pub resources: LinuxResources,
     pub annotations: HashMap<String, String>,
+    pub hooks: Hooks,
     /// What is left out.
     pub notes: Vec<String>,
 }
@@ -168,7 +173,6 @@ fn take(
     mut notes: Vec<String>,
 ) -> Result<Container, AnyError> {
     check_version(spec.version())?;
-    check_hooks(spec)?;
     let Some(mut process) = process else {
         return Ok(refuse("process", "it is missing")?);
     };
@@ -206,6 +210,7 @@ fn take(
             .transpose()?,
         resources,
         annotations,
+        hooks: hooks::take(spec)?,
         notes,
     })
 }
@@ -217,19 +222,6 @@ fn check_version(version: &str) -> Result<(), FieldError> {
             "ociVersion",
             format!("it is \"{version}\", and 1.x is what is understood"),
         ),
-    }
-}
-
-/// Hooks would have to run.
-fn check_hooks(spec: &Spec) -> Result<(), FieldError> {
-    let hooks = serde_json::to_value(spec.hooks()).unwrap_or_default();
-    let mut lists = hooks.as_object().into_iter().flatten();
-    match lists.find(|(_, list)| !is_empty(list)) {
-        Some((name, _)) => refuse(
-            format!("hooks.{name}"),
-            "hooks are not run for a microVM; have the engine leave them out",
-        ),
-        None => Ok(()),
     }
 }
 
@@ -317,7 +309,7 @@ fn network(linux: &oci_spec::runtime::Linux) -> Result<Network, FieldError> {
     let path = namespace.path().clone();
     Ok(path
         .filter(|path| !path.as_os_str().is_empty())
-        .map_or(Network::None, Network::Namespace))
+        .map_or(Network::New, Network::Namespace))
 }
 
 /// A path that leads down only.
@@ -376,13 +368,13 @@ pub mod tests {
     }
 
     #[test]
-    fn plain_config_has_a_root_a_process_and_no_network() {
+    fn plain_config_has_a_root_a_process_and_a_network_of_its_own() {
         let container = understood(plain()).unwrap();
         assert_eq!(
             (container.root, container.is_read_only),
             (Root::Folder("/".into()), false)
         );
-        assert_eq!(container.network, Network::None);
+        assert_eq!(container.network, Network::New);
         assert_eq!(container.process["args"], json!(["true"]));
         assert!(container.notes.is_empty(), "{:?}", container.notes);
     }
@@ -456,8 +448,8 @@ pub mod tests {
             ("root/path", json!("/nonexistent/root"), "/nonexistent/root"),
             (
                 "hooks",
-                json!({ "poststop": [{ "path": "/bin/true" }] }),
-                "hooks.poststop",
+                json!({ "startContainer": [{ "path": "/bin/true" }] }),
+                "hooks.startContainer",
             ),
             (
                 "linux/namespaces",

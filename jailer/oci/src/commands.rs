@@ -54,10 +54,10 @@ pub fn execute(global: &Global, command: Command, log: &Log) -> Result<u8, AnyEr
         Command::Run(create, is_detached) => {
             return run(&host()?, log, &create, global, is_detached);
         }
-        Command::Start(id) => start(&host()?, &id)?,
+        Command::Start(id) => start(&host()?, log, &id)?,
         Command::State(id) => print_state(&host()?, &id)?,
         Command::Kill(id, signal) => kill(&host()?, &id, signal)?,
-        Command::Delete(id, is_forced) => delete(&host()?, &id, is_forced)?,
+        Command::Delete(id, is_forced) => delete(&host()?, log, &id, is_forced)?,
         Command::Exec(exec) => return exec::exec(&host()?, exec),
         Command::Ps(id, as_json) => ps(&host()?, &id, as_json)?,
         Command::Pause(id) => freeze(&host()?, &id, true)?,
@@ -128,8 +128,8 @@ impl Target {
     }
 }
 
-fn start(host: &Host, id: &str) -> Result<(), AnyError> {
-    start_held(host, &state::hold(&host.root, id)?)
+fn start(host: &Host, log: &Log, id: &str) -> Result<(), AnyError> {
+    start_held(host, log, &state::hold(&host.root, id)?)
 }
 
 /// Has all of a container stand still on the host, or go on.
@@ -148,20 +148,7 @@ fn freeze(host: &Host, id: &str, is_frozen: bool) -> Result<(), AnyError> {
 
 fn print_state(host: &Host, id: &str) -> Result<(), AnyError> {
     let Target { record, status, .. } = Target::find(host, id)?;
-    let pid = record
-        .process
-        .as_ref()
-        .filter(|_| status != Status::Stopped);
-    print(&pretty(&json!({
-        "ociVersion": templates::OCI_VERSION,
-        "id": id,
-        "status": status.name(),
-        "pid": pid.map_or(0, |known| known.pid),
-        "bundle": record.bundle,
-        "rootfs": record.bundle.join("rootfs"),
-        "created": record.created,
-        "annotations": record.annotations,
-    })))
+    print(&pretty(&lifecycle::state_of(&record, status)))
 }
 
 fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
@@ -185,7 +172,7 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
     target.ask("signal", &[&signal.to_string()]).map(drop)
 }
 
-fn delete(host: &Host, id: &str, is_forced: bool) -> Result<(), AnyError> {
+fn delete(host: &Host, log: &Log, id: &str, is_forced: bool) -> Result<(), AnyError> {
     let held = match state::hold(&host.root, id) {
         // Engines delete twice.
         Err(error) if is_forced && matches!(error.downcast_ref(), Some(StateError::Missing)) => {
@@ -203,7 +190,7 @@ fn delete(host: &Host, id: &str, is_forced: bool) -> Result<(), AnyError> {
             return Err(CommandError::State("delete", found.name()).into());
         }
     }
-    lifecycle::destroy(host, held)
+    lifecycle::destroy(host, held, log)
 }
 
 fn ps(host: &Host, id: &str, as_json: bool) -> Result<(), AnyError> {
@@ -261,9 +248,9 @@ fn run(
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT]);
     let signals = signals.step("hold back signals")?;
     let (held, child) = lifecycle::create(host, log, create, global, kind)?;
-    let started = start_held(host, &held);
+    let started = start_held(host, log, &held);
     if let Err(error) = started {
-        lifecycle::destroy(host, held)?;
+        lifecycle::destroy(host, held, log)?;
         return Err(error);
     }
     if is_detached {
@@ -273,17 +260,30 @@ fn run(
     let code = wait(child, signals)?;
     // Another command may have removed it.
     match state::hold(&host.root, &create.id) {
-        Ok(held) => lifecycle::destroy(host, held)?,
+        Ok(held) => lifecycle::destroy(host, held, log)?,
         Err(error) if matches!(error.downcast_ref(), Some(StateError::Missing)) => {}
         Err(error) => return Err(error),
     }
     Ok(code)
 }
 
-fn start_held(host: &Host, held: &Held) -> Result<(), AnyError> {
+fn start_held(host: &Host, log: &Log, held: &Held) -> Result<(), AnyError> {
     let target = Target::find(host, &held.record.id)?;
     target.needs("start", Status::Created)?;
-    target.ask("start", &[]).map(drop)
+    target.ask("start", &[])?;
+    let record = &held.record;
+    let hooks = &record.hooks.poststart;
+    // It may have ended already.
+    let status = match record
+        .process
+        .as_ref()
+        .is_some_and(process::Known::is_there)
+    {
+        true => Status::Running,
+        false => Status::Stopped,
+    };
+    lifecycle::run_late_hooks("poststart", hooks, record, status, log);
+    Ok(())
 }
 
 /// Passes signals on until the container ends; its exit code.

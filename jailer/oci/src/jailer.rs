@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-use crate::bundle::{Container, Network};
+use crate::bundle::Container;
 use crate::error::AnyError;
 use crate::host;
 
@@ -54,6 +54,8 @@ pub struct Machine<'a> {
     pub vcpus: u64,
     /// The folder of templates of guests, if there is one.
     pub templates: Option<&'a Path>,
+    /// The network namespace that the guest's network is that of.
+    pub network: Option<&'a Path>,
     pub uid: Option<u32>,
     /// The network namespace's programs connect to it.
     pub is_reachable: bool,
@@ -135,7 +137,7 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
         words.option("--template", folder);
     }
     words.option("--hostname", hostname(container, machine.id));
-    if let Network::Namespace(path) = &container.network {
+    if let Some(path) = machine.network {
         words.option("--net-from-namespace", path);
         if machine.is_reachable {
             words.add("--reach-from-namespace");

@@ -3,11 +3,11 @@
 //! A thin program, started by an engine for each command, with one thread. It translates: config.json
 //! (`bundle`) and the command line (`args`) into those of `mayfly-jailer` (`jailer`), which runs the
 //! microVM and handles all that comes from the guest. What it adds is what engines expect of a runtime:
-//! the state folder (`state`), control groups (`cgroup`), users for monitors (`accounts`), and a way to
-//! undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
+//! the state folder (`state`), control groups (`cgroup`), users for monitors (`accounts`), hooks (`hooks`), and a
+//! way to undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
 //!
 //! Imports point down this list: `commands`, `lifecycle`, `jailer`, `image`, `cgroup`, `accounts`,
-//! `bundle`, `state`, `process`, `host`, `user`, `input`, `error`, `args`.
+//! `bundle`, `state`, `process`, `hooks`, `host`, `user`, `input`, `error`, `args`.
 
 mod accounts;
 mod args;
@@ -25,6 +25,7 @@ mod fuzz_input;
 #[cfg(test)]
 #[path = "../../../tests/common/fuzz_run.rs"]
 mod fuzz_run;
+mod hooks;
 mod host;
 mod image;
 mod input;

@@ -3,37 +3,35 @@
 //! `create` makes everything in one order, and `destroy` undoes whatever of it is there: the one way to
 //! undo, also for a `create` that failed or was killed half-way.
 
-use std::io::{IsTerminal as _, Read as _, stdin, stdout};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+mod making;
+mod waiting;
+
+use std::io::{IsTerminal as _, stdin, stdout};
+use std::path::Path;
 use std::process::Child;
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxResources;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
-use rustix::io::FdFlags;
-use rustix::pipe::PipeFlags;
+use serde_json::{Value, json};
 
+use self::making::Making;
 use crate::accounts::Accounts;
 use crate::args::{Create, Global};
-use crate::bundle::{self, Container, Network, process_text, resources, ungrouped};
+use crate::bundle::{self, Container, Network, resources, ungrouped};
 use crate::cgroup::{self, Groups, Home};
-use crate::error::{self, AnyError, Level, Log, Step as _};
+use crate::error::{self, AnyError, Level, Log};
+use crate::hooks::{self, Hook};
 use crate::host::Host;
-use crate::image::Disk;
-use crate::input;
-use crate::jailer::{self, Jailer, Machine, Told};
+use crate::jailer::Jailer;
 use crate::process::{self, Known};
 use crate::state::{self, Held, Record};
+use crate::templates;
 
 /// How long a process that was killed may take to end.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long those that tidy up behind it may take, before they are killed too.
 const TIDY: Duration = Duration::from_secs(5);
-
-/// How long the jailer's report may be.
-const REPORT_MAX: u64 = 1 << 20;
 
 /// A container cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -171,6 +169,7 @@ pub fn create(
         annotations: container.annotations.clone(),
         groups: groups.paths(),
         above: groups.missing_above(),
+        hooks: container.hooks.clone(),
         ..Record::default()
     };
     let mut held = state::create(&host.root, record)?;
@@ -182,6 +181,7 @@ pub fn create(
         kernel,
         jailer,
         groups,
+        home: &home,
         limits,
     };
     match making.make(&mut held, log) {
@@ -194,7 +194,7 @@ pub fn create(
         }
         Err(error) => {
             home.enter();
-            if let Err(left) = destroy(host, held) {
+            if let Err(left) = destroy(host, held, log) {
                 log.write(Level::Error, &error::message(&*left));
             }
             Err(error)
@@ -225,134 +225,36 @@ fn check_terminal(
     }
 }
 
-struct Making<'a> {
-    host: &'a Host,
-    container: &'a Container,
-    create: &'a Create,
-    kind: Kind,
-    kernel: PathBuf,
-    jailer: Jailer,
-    groups: Groups,
-    limits: Vec<String>,
+/// A container's state, as engines and hooks read it.
+pub fn state_of(record: &Record, status: Status) -> Value {
+    let process = record.process.as_ref();
+    let process = process.filter(|_| status != Status::Stopped);
+    json!({
+        "ociVersion": templates::OCI_VERSION,
+        "id": record.id,
+        "status": status.name(),
+        "pid": process.map_or(0, |known| known.pid),
+        "bundle": record.bundle,
+        "rootfs": record.bundle.join("rootfs"),
+        "created": record.created,
+        "annotations": record.annotations,
+    })
 }
 
-impl Making<'_> {
-    fn make(&self, held: &mut Held, log: &Log) -> Result<Child, AnyError> {
-        let mut notes = self.container.notes.clone();
-        if let Some(accounts) = Accounts::of(self.host.user, self.host.settings.uids) {
-            let folder = held.path().to_owned();
-            accounts.take(&folder, |uid| {
-                held.record.uid = Some(uid);
-                held.write()
-            })?;
-        }
-        let disk = Disk::of(&self.container.root, &self.host.settings, &mut notes)?;
-        held.write_file(jailer::PROCESS, &process_text(&self.container.process)?)?;
-        if !self.groups.paths().is_empty() {
-            self.groups.make()?;
-            held.record.has_groups = true;
-            held.write()?;
-            let settings = resources::settings(&self.container.resources);
-            self.groups.set(&settings, &mut notes)?;
-            self.groups.enter()?;
-        }
-        notes
-            .iter()
-            .for_each(|note| log.write(Level::Warning, &format!("config.json: {note}")));
-        let (ready, told) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("make a pipe")?;
-        let mut child = self.start(held, disk.path(), &told)?;
-        drop(told);
-        if let Err(error) = self.wait_until_ready(held, ready) {
-            // It is this process's child: no other waits for it.
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(error);
-        }
-        if let Some(path) = &self.create.pid_file {
-            state::replace(path, child.id().to_string().as_bytes(), 0o644)?;
-        }
-        Ok(child)
-    }
-
-    fn start(&self, held: &mut Held, disk: &Path, told: &OwnedFd) -> Result<Child, AnyError> {
-        let console = self
-            .create
-            .console_socket
-            .as_deref()
-            .map(std::path::absolute)
-            .transpose()?;
-        // Also of a program that waits in the foreground: the engine's death alone does not end that one.
-        let starter = process::starter(&self.host.settings.end_with);
-        let container = self.container;
-        let machine = Machine {
-            id: &self.create.id,
-            disk,
-            kernel: &self.kernel,
-            cmdline: self.host.settings.cmdline.as_deref(),
-            memory_mib: resources::memory_mib(&container.resources, self.host.settings.memory_mib)?,
-            vcpus: resources::vcpus(&container.resources, self.host.settings.vcpus),
-            templates: self.host.settings.templates.as_deref(),
-            uid: held.record.uid,
-            // Root's publish ports outside of it.
-            is_reachable: !self.host.user.is_root(),
-            ready: told.as_raw_fd(),
-            console: console.as_deref(),
-            starter: starter.as_ref().map(AsRawFd::as_raw_fd),
-            is_in_foreground: self.kind == Kind::Foreground,
-            limits: &self.limits,
-        };
-        let words = jailer::run_words(container, &machine);
-        // For this one child.
-        for passed in [Some(told), starter.as_ref()].into_iter().flatten() {
-            rustix::io::fcntl_setfd(passed, FdFlags::empty()).step("pass a descriptor")?;
-        }
-        let mut command = self.jailer.command(held.path(), &words);
-        let started = command.spawn();
-        let child = started.step_on("start mayfly-jailer for", &self.create.id)?;
-        held.record.process = Known::of(child.id() as i32);
-        held.write()?;
-        Ok(child)
-    }
-
-    fn wait_until_ready(&self, held: &Held, ready: OwnedFd) -> Result<(), AnyError> {
-        let seconds = self.host.settings.ready_seconds;
-        let patience = Timespec {
-            tv_sec: seconds.try_into().unwrap_or(i64::MAX),
-            tv_nsec: 0,
-        };
-        let wait = || poll(&mut [PollFd::new(&ready, PollFlags::IN)], Some(&patience));
-        let said = rustix::io::retry_on_intr(wait).step("wait for the guest")?;
-        if said == 0 {
-            return Err(LifecycleError::NotReady(seconds).into());
-        }
-        let mut byte = Vec::new();
-        std::fs::File::from(ready)
-            .read_to_end(&mut byte)
-            .step("wait for the guest")?;
-        if !byte.is_empty() {
-            return Ok(());
-        }
-        if let Some(pidfd) = held.record.process.as_ref().and_then(Known::open) {
-            process::wait(&pidfd, TIDY);
-        }
-        Err(Told(reason(held.path())).into())
-    }
+fn state_text(record: &Record, status: Status) -> Vec<u8> {
+    state_of(record, status).to_string().into_bytes()
 }
 
-/// Why a container did not start, by the jailer's report. Its message went to the standard error that the
-/// container was to have.
-fn reason(folder: &Path) -> String {
-    let report = input::read(&folder.join(jailer::REPORT), REPORT_MAX).unwrap_or_default();
-    let report: serde_json::Value = serde_json::from_slice(&report).unwrap_or_default();
-    let sentence = report["sentence"].as_str().unwrap_or_default();
-    match sentence {
-        "" => "the microVM did not start; the container's standard error has the message of mayfly-jailer".to_owned(),
-        text => text.to_owned(),
-    }
+/// Runs hooks whose failure changes nothing but the log.
+pub fn run_late_hooks(name: &str, list: &[Hook], record: &Record, status: Status, log: &Log) {
+    let state = state_text(record, status);
+    hooks::run_each(name, list, &state, |error| {
+        log.write(Level::Warning, &error::message(&*error));
+    });
 }
 
 /// Ends what is left of a container, and removes it.
-pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
+pub fn destroy(host: &Host, held: Held, log: &Log) -> Result<(), AnyError> {
     let known = match &held.record.process {
         Some(known) => vec![known.clone()],
         // Its create was killed before it could write which one it is.
@@ -387,6 +289,15 @@ pub fn destroy(host: &Host, held: Held) -> Result<(), AnyError> {
     {
         accounts.give_back(uid, held.path());
     }
+    // Before the folder goes: who is killed here leaves them to the next `delete`.
+    let record = &held.record;
+    run_late_hooks(
+        "poststop",
+        &record.hooks.poststop,
+        record,
+        Status::Stopped,
+        log,
+    );
     held.remove()
 }
 

@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{AnyError, Step as _};
+use crate::hooks::Hooks;
 use crate::input::{self, InputError};
 use crate::process::Known;
 
@@ -69,6 +70,9 @@ pub struct Record {
     pub has_groups: bool,
     /// The user of its monitor, where root runs this.
     pub uid: Option<u32>,
+    /// Its hooks: config.json may be another one by now.
+    #[serde(default)]
+    pub hooks: Hooks,
     /// The process that stands for it.
     pub process: Option<Known>,
 }
