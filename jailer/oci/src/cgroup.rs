@@ -482,7 +482,9 @@ fn remove_above(hierarchy: &Hierarchy, path: &Path, listed: &[PathBuf]) {
         let mut is_marked = || rustix::fs::getxattr(above, MARK, &mut value[..]).is_ok();
         // Its maker may have been killed before it was marked.
         let is_ours = listed.iter().any(|one| one == above) || is_marked();
-        if !is_ours || rustix::fs::rmdir(above).is_err() {
+        // One that its maker did not come to make is not there.
+        let is_gone = || matches!(rustix::fs::rmdir(above), Ok(()) | Err(Errno::NOENT));
+        if !is_ours || !is_gone() {
             break;
         }
     }
@@ -588,5 +590,21 @@ cgroup2 /c/unified cgroup2 rw 0 0
         let made = Groups::made(&groups.paths(), &parse(""));
         assert!(made.paths().is_empty());
         std::fs::remove_dir_all(&top).unwrap();
+    }
+
+    #[test]
+    fn groups_above_when_their_maker_was_killed_between_two_are_removed_all_the_same() {
+        let name = format!("mayfly-oci-groups-{}", std::process::id());
+        let mount = std::env::temp_dir().join(name);
+        let [outer, inner] = ["a", "a/b"].map(|below| mount.join(below));
+        std::fs::create_dir_all(&outer).unwrap();
+        let hierarchy = Hierarchy {
+            is_v2: true,
+            mount: mount.clone(),
+            controllers: Vec::new(),
+        };
+        remove_above(&hierarchy, &inner.join("c"), &[outer.clone(), inner]);
+        assert!(!outer.exists());
+        std::fs::remove_dir(&mount).unwrap();
     }
 }
