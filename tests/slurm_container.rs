@@ -140,13 +140,13 @@ impl Slurm {
 
     fn bundle_that_cannot_be_honoured_is_refused_by_name(&self) {
         self.write_bundle(|config| {
-            config["hooks"] = json!({ "prestart": [{ "path": "/bin/true" }] });
+            config["hooks"] = json!({ "startContainer": [{ "path": "/bin/true" }] });
         });
         let mut srun = self.command("srun", "refused");
         let output = srun.args(["sh", "-c", "echo inside"]).output().unwrap();
         let all = text_of(&output);
         assert_eq!(output.status.code(), Some(125), "{all}");
-        assert!(all.contains("hooks.prestart"), "{all}");
+        assert!(all.contains("hooks.startContainer"), "{all}");
         self.has_ended("refused", "FAILED", "125:0");
         self.write_bundle(|_| {});
     }
