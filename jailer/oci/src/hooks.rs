@@ -28,6 +28,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{AnyError, Step as _};
+use crate::process;
 
 /// How much of the end of what a hook prints is kept.
 const KEPT: usize = 1024;
@@ -160,12 +161,7 @@ fn kill(mut child: Child, seconds: u64, kept: Printed) -> HookError {
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty());
     // It is this process's child, which was not waited for: its number is no other's.
     let _ = rustix::process::kill_process_group(pid, Signal::KILL);
-    let has_ended = pidfd.is_ok_and(|pidfd| {
-        let patience = Timespec::try_from(PATIENCE).ok();
-        let wait = || poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], patience.as_ref());
-        rustix::io::retry_on_intr(wait).is_ok_and(|ready| ready > 0)
-    });
-    if !has_ended {
+    if !pidfd.is_ok_and(|pidfd| process::wait(&pidfd, PATIENCE)) {
         return HookError::Unkillable(seconds);
     }
     let _ = child.wait();
@@ -201,10 +197,9 @@ impl<'a> Running<'a> {
     fn until_its_end(&mut self, until: Option<Instant>) -> Result<bool, AnyError> {
         loop {
             self.write();
-            if !self.wait(until)? {
+            let Some((has_ended, prints)) = self.wait(until)? else {
                 return Ok(false);
-            }
-            let (has_ended, prints) = self.now()?;
+            };
             if has_ended {
                 for _ in 0..LAST_PIECES {
                     if !self.read() {
@@ -219,11 +214,12 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// Waits until there is something to do; not if the time is over.
-    fn wait(&self, until: Option<Instant>) -> Result<bool, Errno> {
+    /// Waits until there is something to do: whether it has ended, and whether there is something to read; nothing
+    /// if the time is over.
+    fn wait(&self, until: Option<Instant>) -> Result<Option<(bool, bool)>, Errno> {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         if left == Some(Duration::ZERO) {
-            return Ok(false);
+            return Ok(None);
         }
         let left = left.map(|left| Timespec::try_from(left).unwrap_or_default());
         let mut polled = vec![PollFd::new(&self.pidfd, PollFlags::IN)];
@@ -238,27 +234,15 @@ impl<'a> Running<'a> {
                 .map(|it| PollFd::new(it, PollFlags::OUT)),
         );
         match poll(&mut polled, left.as_ref()) {
-            Ok(0) => Ok(false),
-            Ok(_) | Err(Errno::INTR) => Ok(true),
-            Err(error) => Err(error),
+            Ok(0) => return Ok(None),
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Some((false, false))),
+            Err(error) => return Err(error),
         }
-    }
-
-    /// Whether it has ended, and whether there is something to read.
-    fn now(&self) -> Result<(bool, bool), Errno> {
-        let mut polled = vec![PollFd::new(&self.pidfd, PollFlags::IN)];
-        polled.extend(
-            self.output
-                .as_ref()
-                .map(|it| PollFd::new(it, PollFlags::IN)),
-        );
-        let at_once = Timespec::default();
-        rustix::io::retry_on_intr(|| poll(&mut polled, Some(&at_once)))?;
-        let is_ready = |it: &PollFd<'_>| !it.revents().is_empty();
-        Ok((
-            polled.first().is_some_and(is_ready),
-            polled.get(1).is_some_and(is_ready),
-        ))
+        let mut ready = polled.iter().map(|it| !it.revents().is_empty());
+        let has_ended = ready.next().unwrap_or_default();
+        let prints = self.output.is_some() && ready.next().unwrap_or_default();
+        Ok(Some((has_ended, prints)))
     }
 
     /// Writes what fits; a hook need not read it.

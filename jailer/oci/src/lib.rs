@@ -7,7 +7,7 @@
 //! way to undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
 //!
 //! Imports point down this list: `commands`, `lifecycle`, `jailer`, `image`, `cgroup`, `accounts`,
-//! `bundle`, `state`, `process`, `hooks`, `host`, `user`, `input`, `error`, `args`.
+//! `bundle`, `state`, `hooks`, `process`, `host`, `user`, `input`, `error`, `args`.
 
 mod accounts;
 mod args;
