@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use crate::bundle::resources::Setting;
 use crate::error::{AnyError, Failure, Step as _};
 use crate::process::{self, Known};
-use crate::user::may_write;
+use crate::user::may_make;
 
 /// The controllers of version 1 whose groups a container is in.
 const V1: &[&str] = &[
@@ -135,8 +135,7 @@ impl Groups {
     /// written.
     pub fn leave_out_denied(&mut self, notes: &mut Vec<String>) {
         self.0.retain(|(_, path)| {
-            let nearest = path.ancestors().find(|it| it.is_dir());
-            let may_use = nearest.is_some_and(may_write);
+            let may_use = may_make(path);
             if !may_use {
                 notes.push(format!(
                     "linux.cgroupsPath: {} is left out: it is not this user's to make",

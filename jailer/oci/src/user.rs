@@ -119,18 +119,19 @@ impl User {
         }
         match std::fs::metadata(folder) {
             Ok(found) => found.uid() == rustix::process::geteuid().as_raw(),
-            Err(_) => nearest(folder).is_some_and(may_write),
+            Err(_) => may_make(folder),
         }
     }
 }
 
-/// The nearest folder above `path` that is there.
-fn nearest(path: &Path) -> Option<&Path> {
-    path.ancestors().skip(1).find(|it| it.is_dir())
+/// Whether this process may make the folder `path` with those above it, or something in it where it is there.
+pub fn may_make(path: &Path) -> bool {
+    let nearest = path.ancestors().find(|it| it.is_dir());
+    nearest.is_some_and(may_write)
 }
 
 /// Whether this process may make something in `folder`.
-pub fn may_write(folder: &Path) -> bool {
+fn may_write(folder: &Path) -> bool {
     rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok()
 }
 
