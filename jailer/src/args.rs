@@ -11,6 +11,7 @@ pub mod fuzz;
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
@@ -250,6 +251,13 @@ pub fn id(text: &str) -> Result<String, Why> {
     wire::id::instance(text)
         .map(str::to_owned)
         .map_err(|why| why.to_string().into())
+}
+
+/// The number of a descriptor that was passed.
+pub fn descriptor(text: &str) -> Result<RawFd, Why> {
+    // 0 to 2 are the console's.
+    let number = text.parse().ok().filter(|&number: &RawFd| number > 2);
+    number.ok_or("it is not the number of a descriptor above 2".into())
 }
 
 /// The name of a microVM that is run, as container engines give one to a container.

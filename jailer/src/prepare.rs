@@ -77,14 +77,10 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Prepare>, ArgsError> {
     words
         .parsed("--id", args::name)?
         .ok_or(ArgsError::Missing("--id"))?;
-    let descriptor = |text: &str| {
-        let number = text.parse().ok().filter(|number: &RawFd| *number > 2);
-        number.ok_or_else(|| "it is not the number of a descriptor above 2".into())
-    };
     Ok(Some(Prepare {
         namespace: words.path("--net-namespace"),
         words_fd: words
-            .parsed("--words-fd", descriptor)?
+            .parsed("--words-fd", args::descriptor)?
             .ok_or(ArgsError::Missing("--words-fd"))?,
     }))
 }

@@ -6,9 +6,9 @@ use mayfly::wire::config::{
 };
 use mayfly::wire::limits::{POLL_US_MAX, QUEUES_MAX};
 
-use super::options::{descriptor, size, source};
+use super::options::{size, source};
 use super::{OWN_TAP, OwnTap};
-use crate::args::Why;
+use crate::args::{self, Why};
 
 /// The last setting of `text` and what is before it, if its name is one of `names`: else that is part of a path.
 fn last_setting<'a>(
@@ -235,7 +235,7 @@ fn connection(text: &str) -> Result<(Source, Option<OwnTap>), Why> {
         "auto" => (OWN_TAP.into(), Some(OwnTap::Auto)),
         "user" => (OWN_TAP.into(), Some(OwnTap::User)),
         _ => match text.strip_prefix("fd:") {
-            Some(number) => (Source::fd(descriptor(number)?.unsigned_abs()), None),
+            Some(number) => (Source::fd(args::descriptor(number)?.unsigned_abs()), None),
             None => (source(text)?, None),
         },
     })

@@ -181,7 +181,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         api_sock: words.path("--api-sock"),
         timeout: words.parsed("--timeout", seconds)?,
         with_parent: words.has("--with-parent"),
-        end_with_fd: words.parsed("--end-with-fd", descriptor)?,
+        end_with_fd: words.parsed("--end-with-fd", args::descriptor)?,
         snapshot_to,
         snapshot_and_continue: words.has("--snapshot-and-continue"),
         exit_report: words.path("--exit-report"),
@@ -191,7 +191,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
         net_namespace: words.path("--net-from-namespace"),
         is_reachable_from_namespace: words.has("--reach-from-namespace"),
         template: words.path("--template"),
-        ready_fd: words.parsed("--ready-fd", descriptor)?,
+        ready_fd: words.parsed("--ready-fd", args::descriptor)?,
     }))
 }
 
@@ -396,13 +396,6 @@ fn interrupt_controller(text: &str) -> Result<InterruptController, Why> {
         "kernel" => Ok(InterruptController::Kernel),
         _ => Err("it is none of auto, split and kernel".into()),
     }
-}
-
-/// The number of a descriptor that was passed.
-pub(super) fn descriptor(text: &str) -> Result<RawFd, Why> {
-    // 0 to 2 are the console's.
-    let number = text.parse().ok().filter(|&number: &RawFd| number > 2);
-    number.ok_or("it is not the number of a descriptor above 2".into())
 }
 
 /// Bytes, or with K, M or G after it.
