@@ -306,23 +306,30 @@ fn route(listed: &Listed, index: u32) -> Option<Route> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use rustix::thread::UnshareFlags;
 
     use super::*;
 
-    #[test]
-    fn redirect_that_was_left_is_replaced_and_that_of_another_program_is_not() {
+    /// Two ends of a cable in a new network namespace of the test's thread; nothing where none may be made.
+    pub fn cable() -> Option<(Netlink, u32, u32)> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("SKIPPED: it makes a network namespace, which only root may");
-            return;
+            return None;
         }
-        // That of the thread of this test.
         sys::unshare(UnshareFlags::NEWNET).unwrap();
         let thread = rustix::thread::gettid().as_raw_nonzero().get();
         let netlink = Netlink::open().unwrap();
         netlink.make_cable("mfa", "mfb", thread).unwrap();
-        let (a, b) = (netlink.index("mfa").unwrap(), netlink.index("mfb").unwrap());
+        let [a, b] = ["mfa", "mfb"].map(|end| netlink.index(end).unwrap());
+        Some((netlink, a, b))
+    }
+
+    #[test]
+    fn redirect_that_was_left_is_replaced_and_that_of_another_program_is_not() {
+        let Some((netlink, a, b)) = cable() else {
+            return;
+        };
         assert_eq!(netlink.is_redirected(a), Ok(false));
         redirect_anew(&netlink, a, b).unwrap();
         assert_eq!(netlink.is_redirected(a), Ok(true));

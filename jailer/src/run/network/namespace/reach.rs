@@ -84,10 +84,8 @@ impl Reach {
 
 #[cfg(test)]
 mod tests {
-    use rustix::thread::UnshareFlags;
-
+    use super::super::tests::cable;
     use super::*;
-    use crate::sys;
 
     /// The rules of this namespace, by table, in their order.
     fn tables(netlink: &Netlink) -> Vec<u32> {
@@ -101,16 +99,9 @@ mod tests {
 
     #[test]
     fn way_to_the_guest_is_first_and_what_was_there_stays() {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: it makes a network namespace, which only root may");
+        let Some((netlink, a, b)) = cable() else {
             return;
-        }
-        // That of the thread of this test.
-        sys::unshare(UnshareFlags::NEWNET).unwrap();
-        let thread = rustix::thread::gettid().as_raw_nonzero().get();
-        let netlink = Netlink::open().unwrap();
-        netlink.make_cable("mfa", "mfb", thread).unwrap();
-        let (a, b) = (netlink.index("mfa").unwrap(), netlink.index("mfb").unwrap());
+        };
         netlink.set_up(b).unwrap();
         netlink.redirect(b, a).unwrap();
         let before = tables(&netlink);
