@@ -8,7 +8,8 @@
 //!
 //! - Runs in the supervisor, before there is a jail ([`Store::find`]), and once more when a guest that booted may be
 //!   saved ([`Work`]). It reads and writes only below the folder of `--template`, which has to be the caller's
-//!   own, as the files that are loaded have to be: who can write there decides what guests run. It asks the monitor nothing, and never waits.
+//!   own, as the files that are loaded have to be: who can write there decides what guests run. It asks the monitor
+//!   nothing, and never waits.
 //! - `shape` is a text of all that has to be the same: monitor, kernel, agent, host, machine. It is compared
 //!   as a whole; its name is only where to look. Disks, addresses and the agent's connection are not part of it.
 //! - A template appears whole, by rename, after its files were synced. Of two makers the later one's stays, and both are
