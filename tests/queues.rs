@@ -86,8 +86,8 @@ fn disk_when_nothing_is_said_has_the_one_queue_that_it_always_had() {
         let folder = Folder::new();
         let config = guest(&folder, "blkinfo:0,stay", queues);
         let (monitor, api) = Monitor::boot_with_api(&folder, &config);
-        // The end of the line.
-        let output = monitor.expect(" id=disk0");
+        // With its end: a line can come in parts.
+        let output = monitor.expect(" id=disk0\r\n");
         let line = output.lines().find(|line| line.contains("blkinfo:0 ok"));
         seen.push(line.unwrap().to_owned());
         assert_eq!(device_threads(&monitor).len(), 1);

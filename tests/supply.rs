@@ -1,5 +1,6 @@
 //! What is built into the monitor: the list in docs/crates.md is that of cargo; and, of all crates that anything here is
-//! built of, what can be checked without cargo-deny (`tools/supply`): licences, sources, duplicates.
+//! built of, what can be checked without cargo-deny (`tools/supply`): licences, sources, duplicates. And the programs that tests
+//! need: all are in packages that `tools/test` installs, so that none is there by chance.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -7,6 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+
+#[path = "common/needs.rs"]
+mod needs;
+
+use needs::needs;
 
 /// What the monitor may be built of at most, without what is there at build time only.
 const MOST: usize = 45;
@@ -247,4 +253,82 @@ fn second_versions_of_crates_are_those_that_are_explained() {
         .map(|(name, versions)| (name.as_str(), versions.len()))
         .collect();
     assert_eq!(found, explained);
+}
+
+/// The words in `needs!` that are no programs.
+const NO_PROGRAMS: [&str; 6] = ["kvm", "fuse", "tun", "root", "cgroup1", "guest"];
+
+/// The programs that the tests below `folder` name in `needs!`.
+fn programs_needed(folder: &Path, programs: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() && !path.ends_with("target") {
+            programs_needed(&path, programs);
+        }
+        if path.extension().is_none_or(|it| it != "rs") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let lists = text.split("    needs!(").skip(1);
+        let words = lists.flat_map(|rest| rest.split(')').next().unwrap_or_default().split(','));
+        let words = words.map(|word| word.trim().trim_matches('"'));
+        programs.extend(
+            words
+                .filter(|word| !word.is_empty() && !NO_PROGRAMS.contains(word))
+                .map(str::to_owned),
+        );
+    }
+}
+
+/// The installed packages, of these programs, that no Debian system is without, and all others.
+fn packages_of(program: &str) -> Vec<(String, bool)> {
+    let query = |words: &[&str]| {
+        let output = Command::new("dpkg-query").args(words).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    // An alternative (`lzma`) is a link to a file that is of a package.
+    let folders = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"].map(Path::new);
+    let mut files = folders
+        .iter()
+        .filter_map(|it| it.join(program).canonicalize().ok());
+    let Some(file) = files.next() else {
+        return Vec::new();
+    };
+    let name = file.file_name().unwrap().to_string_lossy();
+    let owners = query(&["-S", &format!("*/bin/{name}"), &format!("*/sbin/{name}")]);
+    let names = owners.lines().filter_map(|line| {
+        let (owner, _path) = line.split_once(": ")?;
+        let name = owner.split([',', ':']).next()?;
+        (!owner.starts_with("diversion by")).then(|| name.to_owned())
+    });
+    let with_kind = names.map(|name| {
+        let kind = query(&["-W", "-f", "${Essential} ${Priority}", &name]);
+        let is_everywhere = kind == "yes required" || kind.ends_with(" required");
+        (name, is_everywhere)
+    });
+    with_kind.collect()
+}
+
+#[test]
+fn programs_that_tests_need_are_of_packages_that_the_suite_installs() {
+    needs!("dpkg-query");
+    let mut programs = BTreeSet::new();
+    for folder in ["tests", "tools", "jailer", "src"] {
+        programs_needed(&root().join(folder), &mut programs);
+    }
+    assert!(programs.len() > 30, "{programs:?}");
+    let installing = [read("tools/test"), read("tools/guest")].concat();
+    let installed: BTreeSet<_> = installing
+        .split(|letter: char| letter.is_whitespace() || "(:)".contains(letter))
+        .collect();
+    for program in programs {
+        let packages = packages_of(&program);
+        let is_had = |(name, is_everywhere): &(String, bool)| {
+            *is_everywhere || installed.contains(name.as_str())
+        };
+        assert!(
+            packages.iter().any(is_had),
+            "{program}, which a test needs, is of {packages:?}: name a package that has it in tools/test"
+        );
+    }
 }
