@@ -227,6 +227,7 @@ fn linux_when_it_has_acpi_finds_every_device_once_both_processors_and_the_way_ou
     let config = json!({
         "boot-source": {
             "kernel_image_path": linux.kernel,
+            "initrd_path": common::module_initrd(&linux),
             "boot_args": format!(
                 "{} ip=172.16.9.2::172.16.9.1:255.255.255.0::eth0:off \
                  mayfly.run=cpus,buses,echo,poweroff",

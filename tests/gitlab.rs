@@ -28,7 +28,7 @@ impl Runner {
     /// The scripts of the document in a folder of the test, with its settings.
     fn new() -> Runner {
         let folder = Folder::new();
-        containers::install_runtime(&folder);
+        containers::install_warm_runtime(&folder);
         containers::install(&common::mayfly_image(), &folder.join("bin/mayfly-image"));
         let root = folder.join("images/busybox");
         containers::busybox_root(&root, &["sh", "mkdir", "cat", "hostname"]);

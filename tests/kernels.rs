@@ -3,7 +3,7 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use common::{Folder, LINUX_PATIENCE, Monitor, needs};
@@ -265,32 +265,19 @@ fn extract_when_file_is_bad_says_why_and_leaves_nothing() {
     }
 }
 
-/// The stand-in for a distribution's kernel: `tools/guest --with stock-like`. Its bzImage, the
-/// initramfs that loads its modules, and the command line.
-fn stock_like() -> (PathBuf, PathBuf, String) {
-    let folder = common::linux().kernel.with_file_name("stock-like");
-    let file = |name: &str| folder.join(name);
-    let cmdline = fs::read_to_string(file("cmdline"))
-        .unwrap_or_else(|e| panic!("{e}: run `tools/guest --with stock-like` first"));
-    (
-        file("bzImage"),
-        file("initramfs.cpio"),
-        cmdline.trim().to_owned(),
-    )
-}
-
 #[test]
 fn linux_like_a_stock_one_when_booted_as_a_bzimage_loads_its_modules_and_goes_to_its_root() {
     needs!(kvm);
-    let (kernel, initrd, cmdline) = stock_like();
+    // The stand-in for a distribution's kernel.
+    let linux = common::linux_with_acpi();
     let folder = Folder::new();
     let disk = folder.join("rootfs.ext4");
     fs::copy(common::linux().disk, &disk).unwrap();
     let config = json!({
         "boot-source": {
-            "kernel_image_path": kernel,
-            "initrd_path": initrd,
-            "boot_args": format!("{cmdline} mayfly.run=buses,write=by-the-guest,poweroff"),
+            "kernel_image_path": linux.kernel.with_file_name("bzImage"),
+            "initrd_path": common::module_initrd(&linux),
+            "boot_args": format!("{} mayfly.run=buses,write=by-the-guest,poweroff", linux.cmdline),
         },
         "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
         "drives": [{

@@ -49,7 +49,7 @@ struct Engine {
 impl Engine {
     fn new() -> Engine {
         let folder = Folder::new();
-        containers::install_runtime(&folder);
+        containers::install_warm_runtime(&folder);
         let hook = folder.file("plain-hook", HOOK);
         containers::install(&hook, &folder.join("hook"));
         fs::create_dir_all(folder.join("bundle")).unwrap();

@@ -48,7 +48,7 @@ impl Podman {
             folder,
             netns: Netns::new(),
         };
-        containers::install_runtime(&podman.folder);
+        containers::install_warm_runtime(&podman.folder);
         podman.make_root();
         podman
     }

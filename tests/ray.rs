@@ -121,7 +121,7 @@ fn rays_own_sandboxes_when_runsc_is_mayfly_oci_are_made_used_and_deleted() {
         return;
     };
     let (folder, namespace) = (Folder::new(), Netns::new());
-    let settings = containers::install_runtime(&folder);
+    let settings = containers::install_warm_runtime(&folder);
     let root = folder.join("root");
     containers::busybox_root(&root, &["sh", "cat", "mkdir", "dirname", "sleep"]);
     std::fs::create_dir(root.join("srv")).unwrap();

@@ -44,7 +44,7 @@ struct Slurm {
 impl Slurm {
     fn new() -> Slurm {
         let folder = Folder::new();
-        let settings = containers::install_runtime(&folder);
+        let settings = containers::install_warm_runtime(&folder);
         let root = folder.join("bundle/rootfs");
         containers::busybox_root(&root, &["sh", "sleep", "env", "grep"]);
         let cluster = Cluster::start(folder.join("slurm"));

@@ -67,6 +67,7 @@ fn boot(netns: &Netns, folder: &Folder, own: &Folder) -> (Monitor, Api) {
     let config = json!({
         "boot-source": {
             "kernel_image_path": linux.kernel,
+            "initrd_path": common::module_initrd(&linux),
             "boot_args": format!(
                 "{} ip={GUEST}::{HOST}:255.255.255.0::eth0:off mayfly.run=shell", linux.cmdline
             ),

@@ -1,10 +1,10 @@
 //! What tests of guests with a command share: a root folder, and the programs that container engines start.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Folder;
 
@@ -39,11 +39,25 @@ pub fn install_programs(folder: &Folder) {
     }
 }
 
-/// The same; its settings, for a Linux guest.
+/// The same; its settings, for a Linux guest, which boots for each container.
 pub fn install_runtime(folder: &Folder) -> PathBuf {
     install_programs(folder);
+    write_settings(folder, &json!({}))
+}
+
+/// The same, where guests are copies of one that booted, in this run of the suite or before. Of root.
+pub fn install_warm_runtime(folder: &Folder) -> PathBuf {
+    install_programs(folder);
+    // A copy of the monitor would be another monitor, whose templates are of no use to the next test.
+    let monitor = folder.join("bin/mayfly");
+    fs::remove_file(&monitor).unwrap();
+    symlink(super::mayfly(), monitor).unwrap();
+    write_settings(folder, &json!({"templates": templates()}))
+}
+
+fn write_settings(folder: &Folder, more: &Value) -> PathBuf {
     let linux = super::linux();
-    let settings = json!({
+    let mut settings = json!({
         "kernel": linux.kernel,
         "cmdline": linux.cmdline,
         "memory_mib": 128,
@@ -51,7 +65,19 @@ pub fn install_runtime(folder: &Folder) -> PathBuf {
         // podman gives a container 240.
         "ready_seconds": 220,
     });
+    for (name, value) in more.as_object().unwrap() {
+        settings[name] = value.clone();
+    }
     folder.file("oci.json", settings.to_string())
+}
+
+/// What guests of root's tests are copied from: a guest takes long to boot where its kernel is emulated. It is kept
+/// beside the kernel, and is of the monitor and the kernel that it was made by.
+pub fn templates() -> PathBuf {
+    let folder = super::needs::guest_folder().join("templates");
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(&folder).unwrap();
+    folder.canonicalize().unwrap()
 }
 
 /// The control groups of this path, in all hierarchies that have them.

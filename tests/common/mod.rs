@@ -134,16 +134,23 @@ pub fn linux() -> Linux {
     }
 }
 
-/// The Linux guest whose kernel relies on ACPI: `tools/guest --with acpi`.
+/// The Linux guest whose kernel relies on ACPI, as those of distributions do: `tools/guest --with stock-like`. Its
+/// drivers of disks and networks are modules, which [`Linux::initrd`] does not have, and [`module_initrd`] loads.
 pub fn linux_with_acpi() -> Linux {
     let linux = linux();
-    let kernel = linux.kernel.parent().unwrap().join("acpi/vmlinux");
-    assert!(
-        kernel.exists(),
-        "{} is missing: run `tools/guest --with acpi`",
-        kernel.display()
-    );
-    Linux { kernel, ..linux }
+    let file = |name: &str| linux.kernel.with_file_name("stock-like").join(name);
+    let cmdline = fs::read_to_string(file("cmdline"))
+        .unwrap_or_else(|e| panic!("{e}: run `tools/guest --with stock-like` first"));
+    Linux {
+        kernel: file("vmlinux"),
+        cmdline: cmdline.trim().to_owned(),
+        ..linux
+    }
+}
+
+/// The initramfs that loads the modules of a kernel of [`linux_with_acpi`], and goes on in the root.
+pub fn module_initrd(linux: &Linux) -> PathBuf {
+    linux.kernel.with_file_name("initramfs.cpio")
 }
 
 impl Folder {

@@ -15,9 +15,13 @@ pub struct Images {
 }
 
 impl Images {
-    /// With the real monitor and agent, and an empty folder for sockets.
+    /// With the real monitor and agent, and an empty folder for sockets. Guests of root are copies of the suite's
+    /// templates; those of other users boot.
     pub fn real(test: &str, who: Who) -> Images {
-        let place = Place::real(test, &common::mayfly());
+        let mut place = Place::real(test, &common::mayfly());
+        if who == Who::Root {
+            place.mayfly = Some(common::mayfly());
+        }
         fs::copy(common::agent(), place.path("agent")).unwrap();
         let images = Images { place, who };
         images.make_folder("runtime");
@@ -43,6 +47,11 @@ impl Images {
         let mut jailer = self.place.jailer(self.who, &words);
         jailer.env("MAYFLY_IMAGES", self.place.path("cache"));
         jailer.env("XDG_RUNTIME_DIR", self.place.path("runtime"));
+        if self.who == Who::Root && !more.contains(&"--template") {
+            jailer
+                .arg("--template")
+                .arg(common::containers::templates());
+        }
         if !command.is_empty() {
             jailer.arg("--").args(command);
         }

@@ -31,7 +31,7 @@ pub const BOTH: [Who; 2] = [Who::Root, Who::User];
 pub struct Place {
     pub host: Host,
     /// Whether the monitor is the real one.
-    mayfly: Option<PathBuf>,
+    pub mayfly: Option<PathBuf>,
 }
 
 impl Place {

@@ -23,8 +23,8 @@ fn linux(kvm: &Kvm, chips: Chips) -> (Machine, Buses, [File; 2]) {
     let folder = needs::guest_folder();
     let open = |name: &str| File::open(folder.join(name)).unwrap();
     let mut memory = Memory::anonymous(128).unwrap();
-    let kernel = Kernel::read(&open("acpi/vmlinux"), "kernel").unwrap();
-    let args = std::fs::read_to_string(folder.join("cmdline")).unwrap();
+    let kernel = Kernel::read(&open("stock-like/vmlinux"), "kernel").unwrap();
+    let args = std::fs::read_to_string(folder.join("stock-like/cmdline")).unwrap();
     let args = args.replace("quiet", "loglevel=6 random.trust_bootloader=on");
     let line = command_line(
         &format!("{} mayfly.run=echo,reboot", args.trim()),
