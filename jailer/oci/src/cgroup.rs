@@ -7,22 +7,21 @@
 //!
 //! A group above that had to be made is marked, and goes with the last one in it.
 
-use std::fs::File;
+mod hierarchy;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
+pub use self::hierarchy::{Hierarchy, Home, hierarchies};
+use self::hierarchy::{enter, errno, write};
 use crate::bundle::resources::Setting;
 use crate::error::{AnyError, Failure, Step as _};
 use crate::process::{self, Known};
 use crate::user::may_make;
 
-/// The controllers of version 1 whose groups a container is in.
-const V1: &[&str] = &[
-    "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "freezer",
-];
 /// Marks a group that was made to hold a container's.
 const MARK: &str = "trusted.mayfly-oci";
 /// Files that a host may lack although it has their controller.
@@ -50,63 +49,6 @@ pub enum CgroupError {
     NotFrozen(PathBuf),
     #[error("cannot remove the control group {0}: a process in it does not end")]
     NotEmpty(PathBuf),
-}
-
-/// A mounted hierarchy.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hierarchy {
-    is_v2: bool,
-    mount: PathBuf,
-    /// Its controllers; of version 2, those that its root offers.
-    controllers: Vec<String>,
-}
-
-impl Hierarchy {
-    fn has(&self, controller: &str) -> bool {
-        self.controllers.iter().any(|one| one == controller)
-    }
-}
-
-/// The hierarchies of this host.
-pub fn hierarchies() -> Result<Vec<Hierarchy>, Failure> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts")
-        .step("find the control groups (/proc/self/mounts)")?;
-    Ok(parse(&mounts))
-}
-
-fn parse(mounts: &str) -> Vec<Hierarchy> {
-    let mut found: Vec<Hierarchy> = Vec::new();
-    for line in mounts.lines() {
-        let words: Vec<&str> = line.split(' ').collect();
-        let [_, mount, kind, options, ..] = words[..] else {
-            continue;
-        };
-        let mount = PathBuf::from(mount.replace("\\040", " "));
-        let controllers: Vec<String> = match kind {
-            "cgroup" => options
-                .split(',')
-                .filter(|one| V1.contains(one))
-                .map(str::to_owned)
-                .collect(),
-            "cgroup2" => {
-                let offered =
-                    std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
-                offered.split_whitespace().map(str::to_owned).collect()
-            }
-            _ => continue,
-        };
-        let is_v2 = kind == "cgroup2";
-        // The first mount of each counts; one of version 1 without a controller is not for limits.
-        let is_known = |it: &Hierarchy| it.is_v2 == is_v2 && it.controllers == controllers;
-        if (is_v2 || !controllers.is_empty()) && !found.iter().any(is_known) {
-            found.push(Hierarchy {
-                is_v2,
-                mount,
-                controllers,
-            });
-        }
-    }
-    found
 }
 
 /// The groups of a container: a folder in each hierarchy.
@@ -318,63 +260,6 @@ impl Groups {
     }
 }
 
-/// This process's own groups, to come back to.
-pub struct Home(Vec<(Hierarchy, PathBuf)>);
-
-impl Home {
-    /// Finds them.
-    pub fn find(hierarchies: &[Hierarchy]) -> Home {
-        let memberships = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let of = |one: &Hierarchy| {
-            let below = home_in(&memberships, one)
-                .unwrap_or("/")
-                .trim_start_matches('/')
-                .to_owned();
-            let path = one.mount.join(below);
-            // In a container, what lies above the mount cannot be seen.
-            let path = if path.is_dir() {
-                path
-            } else {
-                one.mount.clone()
-            };
-            (one.clone(), path)
-        };
-        Home(hierarchies.iter().map(of).collect())
-    }
-
-    /// Moves this process back.
-    pub fn enter(&self) {
-        for (hierarchy, path) in &self.0 {
-            // What does not work leaves it in a group that cannot be removed, which is reported then.
-            let _ = enter(hierarchy, path);
-        }
-    }
-}
-
-/// Lines of /proc/self/cgroup are `number:controllers:path`.
-fn home_in<'a>(memberships: &'a str, hierarchy: &Hierarchy) -> Option<&'a str> {
-    memberships.lines().find_map(|line| {
-        let mut parts = line.splitn(3, ':');
-        let (number, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
-        let is_it = match hierarchy.is_v2 {
-            true => number == "0" && controllers.is_empty(),
-            false => controllers.split(',').any(|name| hierarchy.has(name)),
-        };
-        is_it.then_some(path)
-    })
-}
-
-fn enter(hierarchy: &Hierarchy, path: &Path) -> Result<(), Failure> {
-    // Moving the one thread that writes does not wait for a quiet moment of every processor, as moving a
-    // process does.
-    let file = if hierarchy.is_v2 {
-        "cgroup.procs"
-    } else {
-        "tasks"
-    };
-    write(&path.join(file), "0").step_on("move into the control group", path)
-}
-
 fn make(hierarchy: &Hierarchy, path: &Path) -> Result<(), AnyError> {
     let mut attempt = 1;
     loop {
@@ -489,31 +374,9 @@ fn remove_above(hierarchy: &Hierarchy, path: &Path, listed: &[PathBuf]) {
     }
 }
 
-/// Writes a value in one piece: that is how the kernel wants these files written.
-fn write(path: &Path, text: &str) -> Result<(), Errno> {
-    let file = File::options().write(true).open(path).map_err(errno)?;
-    match rustix::io::write(&file, format!("{text}\n").as_bytes())? {
-        0 => Err(Errno::IO),
-        _ => Ok(()),
-    }
-}
-
-fn errno(error: std::io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const MOUNTS: &str = "\
-sysfs /sys sysfs rw 0 0
-cgroup /c/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0
-cgroup /c/a\\040b cgroup rw,memory 0 0
-cgroup /again cgroup rw,memory 0 0
-cgroup /c/systemd cgroup rw,name=systemd 0 0
-cgroup2 /c/unified cgroup2 rw 0 0
-";
 
     fn hierarchy(mount: &Path, is_v2: bool, controllers: &[&str]) -> Hierarchy {
         let controllers = controllers.iter().map(|&one| one.to_owned()).collect();
@@ -522,22 +385,6 @@ cgroup2 /c/unified cgroup2 rw 0 0
             mount: mount.into(),
             controllers,
         }
-    }
-
-    #[test]
-    fn hierarchies_of_both_versions_are_found_once() {
-        let expected = [
-            hierarchy(Path::new("/c/cpu,cpuacct"), false, &["cpu", "cpuacct"]),
-            hierarchy(Path::new("/c/a b"), false, &["memory"]),
-            hierarchy(Path::new("/c/unified"), true, &[]),
-        ];
-        assert_eq!(parse(MOUNTS), expected);
-        let memberships = "4:memory:/m\n1:cpu,cpuacct:/c:d\n0::/two\n";
-        let homes: Vec<_> = expected
-            .iter()
-            .map(|one| home_in(memberships, one))
-            .collect();
-        assert_eq!(homes, [Some("/c:d"), Some("/m"), Some("/two")]);
     }
 
     fn setting(controller: &'static str, v2: &str, v1: &str) -> Setting {
@@ -586,7 +433,7 @@ cgroup2 /c/unified cgroup2 rw 0 0
             let error = groups.set(&[setting], &mut notes).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
         }
-        let made = Groups::made(&groups.paths(), &parse(""));
+        let made = Groups::made(&groups.paths(), &[]);
         assert!(made.paths().is_empty());
         std::fs::remove_dir_all(&top).unwrap();
     }
