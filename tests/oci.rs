@@ -2,6 +2,10 @@
 //! nothing is left whichever command fails or is killed. With real guests and a real engine: tests/podman.rs.
 
 mod common;
+#[path = "oci/real_systemd.rs"]
+mod real_systemd;
+#[path = "oci/systemd.rs"]
+mod systemd;
 
 use std::fs;
 use std::io::Read as _;
@@ -66,6 +70,8 @@ struct Engine {
     bundle: String,
     /// The control group above the containers'.
     group: String,
+    /// The words by which a program runs in the namespaces of a test.
+    inside: Vec<String>,
 }
 
 impl Engine {
@@ -90,6 +96,7 @@ impl Engine {
             bundle: folder.join("bundle").display().to_string(),
             folder,
             group,
+            inside: Vec::new(),
         };
         engine.configure(|_| {});
         engine
@@ -113,7 +120,10 @@ impl Engine {
     /// The program, with a log.
     fn command(&self, words: &[&str]) -> Command {
         let path = |name: &str| self.folder.join(name).display().to_string();
-        let mut command = Command::new(path("mayfly-oci"));
+        let mut words_before = self.inside.clone();
+        words_before.push(path("mayfly-oci"));
+        let mut command = Command::new(&words_before[0]);
+        command.args(&words_before[1..]);
         let log = path("log");
         command.args([
             "--root",
@@ -532,7 +542,7 @@ fn templates_are_written() {
     assert_eq!(config["process"]["args"], json!(["sh"]));
     engine.refuses(&["spec", "--bundle", &folder], "it is there already");
     let features: Value = serde_json::from_str(&engine.works(&["features"])).unwrap();
-    assert_eq!(features["linux"]["cgroup"]["systemd"], false);
+    assert_eq!(features["linux"]["cgroup"]["systemd"], true);
     assert!(
         engine
             .works(&["--version"])

@@ -81,6 +81,7 @@ pub const OCI: &[(&str, u8)] = &[
     ("jailer", 9),
     ("image", 8),
     ("cgroup", 7),
+    ("scope", 7),
     ("accounts", 6),
     ("bundle", 5),
     ("templates", 5),

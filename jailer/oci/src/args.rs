@@ -63,6 +63,8 @@ pub struct Global {
     pub has_no_network: bool,
     /// No control groups, whatever config.json says.
     pub has_no_groups: bool,
+    /// Control groups are asked of systemd.
+    pub has_systemd: bool,
 }
 
 /// What is to be done.
@@ -179,17 +181,13 @@ pub fn parse(words: Vec<OsString>) -> Result<(Global, Command), ArgsError> {
             }
         },
         has_no_groups: sorted.has("ignore-cgroups"),
+        has_systemd: sorted.has("systemd-cgroup"),
     };
     if sorted.has("help") {
         return Ok((global, Command::Help));
     }
     if sorted.has("version") {
         return Ok((global, Command::Version));
-    }
-    if sorted.has("systemd-cgroup") {
-        let why = "cgroups that systemd makes cannot be had: have the engine use cgroupfs (podman --cgroup-manager cgroupfs; \
-                   containerd: SystemdCgroup = false)";
-        return Err(ArgsError::Value("--systemd-cgroup", String::new(), why));
     }
     let command = sorted.words.next().ok_or(ArgsError::NoCommand)?;
     let words = sorted.words.collect();
@@ -428,7 +426,9 @@ mod tests {
             line("--rootless --root /r --network none run --bundle d c1").unwrap();
         assert!(global.has_no_network && !global.has_no_groups);
         let (global, _) = line("--ignore-cgroups --root /r run --bundle d c1").unwrap();
-        assert!(global.has_no_groups);
+        assert!(global.has_no_groups && !global.has_systemd);
+        let (global, _) = line("--systemd-cgroup --root /r create --bundle d c1").unwrap();
+        assert!(global.has_systemd);
         assert!(matches!(other, Command::Run(Create { .. }, false)));
         assert_eq!(
             command("delete -force c1"),
@@ -490,7 +490,6 @@ mod tests {
             ("update c1", "--resources"),
             ("exec c1", "--process"),
             ("exec --user me c1 x", "--user \"me\""),
-            ("--systemd-cgroup create c1", "cgroupfs"),
             ("--network host run c1", "--network \"host\""),
             ("--log-format xml state c1", "xml"),
         ] {

@@ -5,6 +5,7 @@
 pub mod fuzz;
 mod hooks;
 pub mod mounts;
+pub mod place;
 mod process;
 pub mod resources;
 pub mod ungrouped;
@@ -17,6 +18,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use serde_json::{Map, Value};
 
 use self::mounts::Mounts;
+use self::place::Place;
 pub use self::process::process_text;
 use crate::error::{AnyError, Step as _};
 use crate::hooks::Hooks;
@@ -74,8 +76,8 @@ pub struct Container {
     pub hostname: Option<String>,
     pub mounts: Mounts,
     pub network: Network,
-    /// Below the mount points of the control groups.
-    pub cgroup: Option<PathBuf>,
+    /// Where its control groups are.
+    pub cgroup: Option<Place>,
     pub resources: LinuxResources,
     pub annotations: HashMap<String, String>,
     pub hooks: Hooks,
@@ -117,6 +119,9 @@ const LEFT_OUT: &[&str] = &[
 const ROOT_SOURCE: &str = "dev.gvisor.spec.rootfs.source";
 const ROOT_TYPE: &str = "dev.gvisor.spec.rootfs.type";
 const ROOT_OVERLAY: &str = "dev.gvisor.spec.rootfs.overlay";
+
+/// How the names of annotations begin that are for a unit of systemd's.
+const UNIT_PROPERTY: &str = "org.systemd.property.";
 
 /// Reads the config.json of `bundle`.
 pub fn read(bundle: &Path) -> Result<Container, AnyError> {
@@ -186,6 +191,14 @@ fn take(
     check_ids(&linux)?;
     check_devices(&linux)?;
     let annotations = spec.annotations().clone().unwrap_or_default();
+    if annotations
+        .keys()
+        .any(|name| name.starts_with(UNIT_PROPERTY))
+    {
+        notes.push(format!(
+            "annotations.{UNIT_PROPERTY}* are left out: a scope has the properties of its limits only"
+        ));
+    }
     let (root, is_read_only) = root(bundle, spec, &annotations)?;
     let resources = linux.resources().clone().unwrap_or_default();
     resources::check(&resources, &mut notes)?;
@@ -206,7 +219,7 @@ fn take(
         cgroup: linux
             .cgroups_path()
             .as_ref()
-            .map(|path| cgroup(path))
+            .map(|path| place::parse(path))
             .transpose()?,
         resources,
         annotations,
@@ -312,31 +325,6 @@ fn network(linux: &oci_spec::runtime::Linux) -> Result<Network, FieldError> {
         .map_or(Network::New, Network::Namespace))
 }
 
-/// A path that leads down only.
-fn cgroup(path: &Path) -> Result<PathBuf, FieldError> {
-    const FIELD: &str = "linux.cgroupsPath";
-    let text = path.to_string_lossy();
-    if text.contains(':') {
-        return refuse(
-            FIELD,
-            format!(
-                "\"{text}\" is one of systemd's, which cannot be had; have the engine use cgroupfs"
-            ),
-        );
-    }
-    let below: PathBuf = path.strip_prefix("/").unwrap_or(path).into();
-    let is_plain = below
-        .components()
-        .all(|one| matches!(one, std::path::Component::Normal(_)));
-    match is_plain && !below.as_os_str().is_empty() {
-        true => Ok(below),
-        false => refuse(
-            FIELD,
-            format!("\"{text}\" is not a path that leads down from the root of the control groups"),
-        ),
-    }
-}
-
 #[cfg(test)]
 pub mod tests {
     use serde_json::json;
@@ -427,6 +415,10 @@ pub mod tests {
             ("domainname", json!("d")),
             ("nonsense", json!(7)),
             ("linux/nonsense", json!({ "a": [1] })),
+            (
+                "annotations",
+                json!({ "org.systemd.property.KillSignal": "15" }),
+            ),
         ] {
             let notes = understood(with(field, value)).unwrap().notes;
             let name = field.replace('/', ".");
@@ -459,7 +451,7 @@ pub mod tests {
             ("linux/devices", device, "/dev/kvm"),
             (
                 "linux/cgroupsPath",
-                json!("user.slice:x:y"),
+                json!("user.slice:x"),
                 "linux.cgroupsPath",
             ),
             ("linux/cgroupsPath", json!("/a/../b"), "linux.cgroupsPath"),

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 pub use self::hierarchy::{Hierarchy, Home, hierarchies};
 use self::hierarchy::{enter, errno, write};
-use crate::bundle::resources::Setting;
+use crate::bundle::resources::{FileText, Setting};
 use crate::error::{AnyError, Failure, Step as _};
 use crate::process::{self, Known};
 use crate::user::may_make;
@@ -106,11 +106,29 @@ impl Groups {
         self.0.iter().flat_map(above).collect()
     }
 
-    /// Makes them.
+    /// Makes them. Others' processes must not be in them.
     pub fn make(&self) -> Result<(), AnyError> {
-        self.0
+        for (hierarchy, path) in &self.0 {
+            make(hierarchy, path)?;
+            if !processes(path).is_empty() {
+                return Err(CgroupError::InUse(path.to_owned()).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes those that systemd has not made for a scope: it knows some controllers of version 1 only.
+    pub fn complete(&self) -> Result<(), AnyError> {
+        let mut missing = self.0.iter().filter(|(_, path)| !path.is_dir());
+        missing.try_for_each(|(hierarchy, path)| make(hierarchy, path))
+    }
+
+    /// The files that these settings are for here, and their texts.
+    pub fn files<'a>(&self, settings: &'a [Setting]) -> Vec<&'a FileText> {
+        let chosen = settings
             .iter()
-            .try_for_each(|(hierarchy, path)| make(hierarchy, path))
+            .filter_map(|setting| self.choose(setting).ok());
+        chosen.filter_map(|(_, value)| value.as_ref()).collect()
     }
 
     /// Writes limits into them; what this host lacks a file for is noted.
@@ -128,28 +146,7 @@ impl Groups {
     }
 
     fn set_one(&self, setting: &Setting, notes: &mut Vec<String>) -> Result<(), AnyError> {
-        let of_file = |file: &str| file.split('.').next().unwrap_or_default().to_owned();
-        let find = |is_v2: bool, controller: &str| {
-            let has_it = |it: &&(Hierarchy, PathBuf)| it.0.is_v2 == is_v2 && it.0.has(controller);
-            self.0.iter().find(has_it).map(|(_, path)| path)
-        };
-        let (v2, v1) = setting.controllers;
-        let v2 = match v2 {
-            "" => setting
-                .v2
-                .as_ref()
-                .map_or(String::new(), |(file, _)| of_file(file)),
-            name => name.to_owned(),
-        };
-        let (group, value) = match (find(true, &v2), find(false, v1)) {
-            (Some(group), _) => (group, &setting.v2),
-            (None, Some(group)) => (group, &setting.v1),
-            (None, None) => {
-                let name = setting.v2.as_ref().or(setting.v1.as_ref());
-                let name = name.map_or(v2, |(file, _)| file.clone());
-                return Err(CgroupError::NoController(name).into());
-            }
-        };
+        let (group, value) = self.choose(setting)?;
         let Some((file, text)) = value else {
             return Ok(());
         };
@@ -160,6 +157,35 @@ impl Groups {
                 Ok(())
             }
             written => Ok(written.step(format!("write \"{text}\" to {}", path.display()))?),
+        }
+    }
+
+    /// The group that a setting is for, and what is written to it.
+    fn choose<'a>(
+        &self,
+        setting: &'a Setting,
+    ) -> Result<(&Path, &'a Option<FileText>), CgroupError> {
+        let of_file = |file: &str| file.split('.').next().unwrap_or_default().to_owned();
+        let find = |is_v2: bool, controller: &str| {
+            let has_it = |it: &&(Hierarchy, PathBuf)| it.0.is_v2 == is_v2 && it.0.has(controller);
+            self.0.iter().find(has_it).map(|(_, path)| path.as_path())
+        };
+        let (v2, v1) = setting.controllers;
+        let v2 = match v2 {
+            "" => setting
+                .v2
+                .as_ref()
+                .map_or(String::new(), |(file, _)| of_file(file)),
+            name => name.to_owned(),
+        };
+        match (find(true, &v2), find(false, v1)) {
+            (Some(group), _) => Ok((group, &setting.v2)),
+            (None, Some(group)) => Ok((group, &setting.v1)),
+            (None, None) => {
+                let name = setting.v2.as_ref().or(setting.v1.as_ref());
+                let name = name.map_or(v2, |(file, _)| file.clone());
+                Err(CgroupError::NoController(name))
+            }
         }
     }
 
@@ -219,11 +245,14 @@ impl Groups {
         of_v1.or_else(|| self.0.iter().find(|one| one.0.is_v2))
     }
 
-    /// Kills all processes in them.
+    /// Kills all processes in them, but not this one, which has to say what became of them.
     pub fn kill(&self) {
+        let own = std::process::id();
         for (_, path) in &self.0 {
             for process in processes(path) {
-                if let Some(pidfd) = process.open() {
+                if let Some(pidfd) = process.open()
+                    && u32::try_from(process.pid) != Ok(own)
+                {
                     let _ = process::send(&pidfd, 9);
                 }
             }
@@ -272,10 +301,7 @@ fn make(hierarchy: &Hierarchy, path: &Path) -> Result<(), AnyError> {
             }
         }
     }
-    match processes(path).is_empty() {
-        true => Ok(()),
-        false => Err(CgroupError::InUse(path.to_owned()).into()),
-    }
+    Ok(())
 }
 
 fn make_once(hierarchy: &Hierarchy, path: &Path) -> Result<(), Errno> {
@@ -433,6 +459,12 @@ mod tests {
             let error = groups.set(&[setting], &mut notes).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
         }
+        // Its maker was killed before it came to the lower ones.
+        std::fs::remove_dir_all(one.join("a")).unwrap();
+        std::fs::create_dir(one.join("a")).unwrap();
+        let deep = Groups::at(Path::new("a/b/c"), &[hierarchy(&one, false, &["cpu"])]);
+        deep.remove(&[one.join("a/b"), one.join("a")]).unwrap();
+        assert!(one.exists() && !one.join("a").exists());
         let made = Groups::made(&groups.paths(), &[]);
         assert!(made.paths().is_empty());
         std::fs::remove_dir_all(&top).unwrap();

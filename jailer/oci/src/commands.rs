@@ -16,7 +16,7 @@ use crate::error::{AnyError, Log, Step as _};
 use crate::host::Host;
 use crate::input;
 use crate::jailer::Jailer;
-use crate::lifecycle::{self, Kind, Status, status};
+use crate::lifecycle::{self, Kind, Status, groups, status};
 use crate::process;
 use crate::state::{self, Held, Record, StateError};
 use crate::templates;
@@ -143,7 +143,7 @@ fn freeze(host: &Host, id: &str, is_frozen: bool) -> Result<(), AnyError> {
     if held.record.groups.is_empty() {
         return Err(CommandError::NoGroups.into());
     }
-    lifecycle::groups(&held.record)?.freeze(is_frozen)
+    groups::of(&held.record)?.freeze(is_frozen)
 }
 
 fn print_state(host: &Host, id: &str) -> Result<(), AnyError> {
@@ -160,7 +160,7 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
     if signal == SIGKILL {
         // The microVM ends whatever its guest does, and also where its process does not answer.
         process::send(&pidfd, signal).step("end the microVM")?;
-        return lifecycle::groups(&record)?.thaw();
+        return groups::of(&record)?.thaw();
     }
     let target = Target::of(host, record)?;
     if target.status == Status::Stopped {
@@ -228,7 +228,7 @@ fn update(host: &Host, log: &Log, id: &str, file: Option<&Path>) -> Result<(), A
     if held.record.groups.is_empty() {
         return Err(CommandError::NoGroups.into());
     }
-    lifecycle::update(&held.record, &resources, log)
+    lifecycle::update(host, &held, &resources, log)
 }
 
 /// Creates and starts a container, and waits for its end unless it is to be left alone.

@@ -14,6 +14,8 @@ use crate::user::User;
 const SETTINGS: &str = "/etc/mayfly/oci.json";
 /// How long they may be.
 const SETTINGS_MAX: u64 = 1 << 20;
+/// Where programs are, where the environment does not say: podman's has no PATH when it removes a container.
+const STANDARD_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The name of the state folder.
 const ROOT: &str = "mayfly-oci";
 
@@ -126,11 +128,11 @@ impl Host {
     }
 }
 
-/// A program of ours.
+/// A program, of ours or of the host.
 pub fn program(name: &'static str) -> Result<PathBuf, AnyError> {
     let own = std::env::current_exe().step("find this program")?;
     let beside = own.with_file_name(name);
-    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_else(|| STANDARD_PATH.into());
     let folders = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
     let mut places = [beside]
         .into_iter()

@@ -3,10 +3,10 @@
 //! A thin program, started by an engine for each command, with one thread. It translates: config.json
 //! (`bundle`) and the command line (`args`) into those of `mayfly-jailer` (`jailer`), which runs the
 //! microVM and handles all that comes from the guest. What it adds is what engines expect of a runtime:
-//! the state folder (`state`), control groups (`cgroup`), users for monitors (`accounts`), hooks (`hooks`), and a
-//! way to undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
+//! the state folder (`state`), control groups (`cgroup`, `scope`), users for monitors (`accounts`), hooks (`hooks`),
+//! and a way to undo all of it, whichever command was killed (`lifecycle`). It never speaks to a guest.
 //!
-//! Imports point down this list: `commands`, `lifecycle`, `jailer`, `image`, `cgroup`, `accounts`,
+//! Imports point down this list: `commands`, `lifecycle`, `jailer`, `image`, `cgroup`, `scope`, `accounts`,
 //! `bundle`, `state`, `hooks`, `process`, `host`, `user`, `input`, `error`, `args`.
 
 mod accounts;
@@ -32,6 +32,7 @@ mod input;
 mod jailer;
 mod lifecycle;
 mod process;
+mod scope;
 mod state;
 mod templates;
 mod user;

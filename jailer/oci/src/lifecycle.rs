@@ -3,6 +3,7 @@
 //! `create` makes everything in one order, and `destroy` undoes whatever of it is there: the one way to
 //! undo, also for a `create` that failed or was killed half-way.
 
+pub mod groups;
 mod making;
 mod waiting;
 
@@ -18,8 +19,8 @@ use serde_json::{Value, json};
 use self::making::Making;
 use crate::accounts::Accounts;
 use crate::args::{Create, Global};
-use crate::bundle::{self, Container, Network, resources, ungrouped};
-use crate::cgroup::{self, Groups, Home};
+use crate::bundle::{self, Container, Network, resources};
+use crate::cgroup::Home;
 use crate::error::{self, AnyError, Level, Log};
 use crate::hooks::{self, Hook};
 use crate::host::Host;
@@ -97,7 +98,7 @@ pub fn status(root: &Path, record: &Record, jailer: &Jailer) -> Status {
         return Status::Stopped;
     }
     // It answers nothing then.
-    if groups(record).is_ok_and(|groups| groups.is_frozen()) {
+    if groups::of(record).is_ok_and(|groups| groups.is_frozen()) {
         return Status::Paused;
     }
     match jailer
@@ -113,11 +114,6 @@ pub fn status(root: &Path, record: &Record, jailer: &Jailer) -> Status {
         _ if process.is_there() => Status::Creating,
         _ => Status::Stopped,
     }
-}
-
-/// A container's control groups.
-pub fn groups(record: &Record) -> Result<Groups, AnyError> {
-    Ok(Groups::made(&record.groups, &cgroup::hierarchies()?))
 }
 
 /// Whether a `create` has hold of it.
@@ -142,36 +138,23 @@ pub fn create(
     if global.has_no_groups {
         container.cgroup = None;
     }
+    groups::check(&container, global)?;
     if kind == Kind::Foreground && create.console_socket.is_none() {
         leave_out_missing_terminal(&mut container);
     }
     check_terminal(&container, create, kind)?;
     let kernel = host.kernel()?;
     let jailer = Jailer::find()?;
-    let hierarchies = cgroup::hierarchies()?;
-    let home = Home::find(&hierarchies);
-    let mut groups = match &container.cgroup {
-        Some(below) => Groups::at(below, &hierarchies),
-        None => Groups::default(),
-    };
-    if !host.user.is_root() {
-        groups.leave_out_denied(&mut container.notes);
-    }
-    let has_groups = !groups.paths().is_empty();
-    let limits = match has_groups || global.has_no_groups {
-        true => Vec::new(),
-        false => ungrouped::limits(&container.resources, &mut container.notes)?,
-    };
-    let record = Record {
+    let home = Home::find()?;
+    let mut record = Record {
         id: create.id.clone(),
         bundle,
         created: error::now(),
         annotations: container.annotations.clone(),
-        groups: groups.paths(),
-        above: groups.missing_above(),
         hooks: container.hooks.clone(),
         ..Record::default()
     };
+    let limits = groups::plan(&mut container, host.user, global, &mut record)?;
     let mut held = state::create(&host.root, record)?;
     let making = Making {
         host,
@@ -180,7 +163,6 @@ pub fn create(
         kind,
         kernel,
         jailer,
-        groups,
         home: &home,
         limits,
     };
@@ -266,24 +248,14 @@ pub fn destroy(host: &Host, held: Held, log: &Log) -> Result<(), AnyError> {
         };
         let _ = process::send(&pidfd, 9);
         // One that stands still ends when it goes on.
-        if let Ok(groups) = groups(&held.record) {
+        if let Ok(groups) = groups::of(&held.record) {
             groups.thaw()?;
         }
         if !process::wait(&pidfd, PATIENCE) {
             return Err(LifecycleError::DoesNotEnd(held.record.id.clone(), known.pid).into());
         }
     }
-    let groups = groups(&held.record)?;
-    if !held.record.has_groups {
-        // Others' processes may be in them.
-        groups.remove_empty(&held.record.above);
-    } else {
-        let until = std::time::Instant::now() + TIDY;
-        while !groups.are_empty() && std::time::Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        groups.remove(&held.record.above)?;
-    }
+    groups::remove(host.user, &held)?;
     if let Some(uid) = held.record.uid
         && let Some(accounts) = Accounts::of(host.user, host.settings.uids)
     {
@@ -315,10 +287,15 @@ fn started_in(folder: &Path, id: &str) -> Vec<Known> {
 }
 
 /// Changes limits of a container that runs.
-pub fn update(record: &Record, resources: &LinuxResources, log: &Log) -> Result<(), AnyError> {
+pub fn update(
+    host: &Host,
+    held: &Held,
+    resources: &LinuxResources,
+    log: &Log,
+) -> Result<(), AnyError> {
     let mut notes = Vec::new();
     resources::check(resources, &mut notes)?;
-    groups(record)?.set(&resources::settings(resources), &mut notes)?;
+    groups::set(host.user, held, resources, &mut notes)?;
     notes
         .iter()
         .for_each(|note| log.write(Level::Warning, note));

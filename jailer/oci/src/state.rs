@@ -68,6 +68,9 @@ pub struct Record {
     /// No other's processes were in its groups when they were made: what is in them is its own.
     #[serde(default)]
     pub has_groups: bool,
+    /// The unit that systemd makes its groups for.
+    #[serde(default)]
+    pub scope: Option<String>,
     /// The user of its monitor, where root runs this.
     pub uid: Option<u32>,
     /// Its hooks: config.json may be another one by now.

@@ -26,13 +26,20 @@ pub fn oci_config(bytes: &[u8]) {
         .as_array()
         .expect("there are words");
     assert!(!words.is_empty() && words.iter().all(Value::is_string));
-    if let Some(group) = &container.cgroup {
-        assert!(
-            group
-                .components()
-                .all(|one| matches!(one, Component::Normal(_)))
-        );
-        assert!(group.components().count() > 0);
+    match &container.cgroup {
+        Some(Place::Below(group)) => {
+            let mut parts = group.components();
+            assert!(parts.clone().count() > 0);
+            assert!(parts.all(|one| matches!(one, Component::Normal(_))));
+        }
+        Some(Place::Scope(scope)) => {
+            let slice = scope.slice.as_deref().unwrap_or("system.slice");
+            let path = place::slice_path(slice).join(&scope.unit);
+            let mut parts = path.components();
+            assert!(parts.all(|one| matches!(one, Component::Normal(_))));
+            assert!(scope.unit.ends_with(".scope") && scope.unit.len() <= 255);
+        }
+        None => {}
     }
     for (_, to) in &container.mounts.copies {
         assert!(to.is_absolute(), "{}", to.display());

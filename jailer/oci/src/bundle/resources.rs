@@ -16,15 +16,18 @@ pub const PIDS_MIN: i64 = 64;
 /// The most processors of a guest.
 const VCPUS_MAX: u64 = 32;
 
+/// A file of a control group, and what is written to it.
+pub type FileText = (String, String);
+
 /// A value for a file of a control group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
     /// The controller of version 2, and of version 1.
     pub controllers: (&'static str, &'static str),
     /// File and text of version 2, if it has it.
-    pub v2: Option<(String, String)>,
+    pub v2: Option<FileText>,
     /// File and text of version 1, if it has it.
-    pub v1: Option<(String, String)>,
+    pub v1: Option<FileText>,
 }
 
 /// Refuses what cannot be had, and notes what is left out.

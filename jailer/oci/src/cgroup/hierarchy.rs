@@ -12,6 +12,9 @@ const V1: &[&str] = &[
     "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "freezer",
 ];
 
+/// The hierarchy in which systemd of a host with version 1 keeps its units. It has no limits.
+const NAMED: &str = "name=systemd";
+
 /// A mounted hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
@@ -27,14 +30,17 @@ impl Hierarchy {
     }
 }
 
-/// The hierarchies of this host.
+/// The hierarchies of this host that have limits.
 pub fn hierarchies() -> Result<Vec<Hierarchy>, Failure> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts")
-        .step("find the control groups (/proc/self/mounts)")?;
-    Ok(parse(&mounts))
+    Ok(parse(&mounts()?, V1))
 }
 
-pub(super) fn parse(mounts: &str) -> Vec<Hierarchy> {
+fn mounts() -> Result<String, Failure> {
+    std::fs::read_to_string("/proc/self/mounts").step("find the control groups (/proc/self/mounts)")
+}
+
+/// Those of version 2, and those of version 1 that have one of `wanted`.
+fn parse(mounts: &str, wanted: &[&str]) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = Vec::new();
     for line in mounts.lines() {
         let words: Vec<&str> = line.split(' ').collect();
@@ -45,7 +51,7 @@ pub(super) fn parse(mounts: &str) -> Vec<Hierarchy> {
         let controllers: Vec<String> = match kind {
             "cgroup" => options
                 .split(',')
-                .filter(|one| V1.contains(one))
+                .filter(|one| wanted.contains(one))
                 .map(str::to_owned)
                 .collect(),
             "cgroup2" => {
@@ -73,8 +79,8 @@ pub(super) fn parse(mounts: &str) -> Vec<Hierarchy> {
 pub struct Home(Vec<(Hierarchy, PathBuf)>);
 
 impl Home {
-    /// Finds them.
-    pub fn find(hierarchies: &[Hierarchy]) -> Home {
+    /// Finds them. systemd's own is among them: it ends the processes that it finds there.
+    pub fn find() -> Result<Home, Failure> {
         let memberships = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let of = |one: &Hierarchy| {
             let below = home_in(&memberships, one)
@@ -90,14 +96,18 @@ impl Home {
             };
             (one.clone(), path)
         };
-        Home(hierarchies.iter().map(of).collect())
+        let hierarchies = parse(&mounts()?, &[V1, &[NAMED]].concat());
+        Ok(Home(hierarchies.iter().map(of).collect()))
     }
 
-    /// Moves this process back.
+    /// Moves this process back; where its group is gone, as a scope is that it was alone in, to the next one above
+    /// that takes it.
     pub fn enter(&self) {
         for (hierarchy, path) in &self.0 {
+            let above = path.ancestors();
+            let mut above = above.take_while(|it| it.starts_with(&hierarchy.mount));
             // What does not work leaves it in a group that cannot be removed, which is reported then.
-            let _ = enter(hierarchy, path);
+            let _ = above.find(|it| enter(hierarchy, it).is_ok());
         }
     }
 }
@@ -168,7 +178,10 @@ cgroup2 /c/unified cgroup2 rw 0 0
             hierarchy("/c/a b", false, &["memory"]),
             hierarchy("/c/unified", true, &[]),
         ];
-        assert_eq!(parse(MOUNTS), expected);
+        assert_eq!(parse(MOUNTS, V1), expected);
+        let named = &parse(MOUNTS, &[NAMED])[0];
+        assert_eq!(*named, hierarchy("/c/systemd", false, &[NAMED]));
+        assert_eq!(home_in("1:name=systemd:/s\n", named), Some("/s"));
         let memberships = "4:memory:/m\n1:cpu,cpuacct:/c:d\n0::/two\n";
         let homes: Vec<_> = expected
             .iter()

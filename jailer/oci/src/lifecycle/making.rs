@@ -1,9 +1,12 @@
 //! What `create` makes, in its order.
 //!
 //! ```text
-//!   folder, user, control groups ---- [process waits in its network namespace, hooks] ---- disk, microVM
-//!                                      if there are prestart or createRuntime hooks
+//!   without hooks:                        folder, user, disk, control groups, microVM
+//!   with prestart or createRuntime hooks: folder, user, control groups, process that waits in its network
+//!                                         namespace, hooks, disk, microVM
 //! ```
+//!
+//! A scope of systemd's ends when no process is in it: its groups are made right before the first of them starts.
 
 use std::ffi::OsString;
 use std::io::Read as _;
@@ -16,11 +19,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::PipeFlags;
 
 use super::waiting::{self, Waiting};
-use super::{Kind, LifecycleError, Status, TIDY, state_text};
+use super::{Kind, LifecycleError, Status, TIDY, groups, state_text};
 use crate::accounts::Accounts;
 use crate::args::Create;
 use crate::bundle::{Container, Network, process_text, resources};
-use crate::cgroup::{Groups, Home};
+use crate::cgroup::Home;
 use crate::error::{AnyError, Level, Log, Step as _};
 use crate::hooks;
 use crate::host::Host;
@@ -41,7 +44,6 @@ pub struct Making<'a> {
     pub kind: Kind,
     pub kernel: PathBuf,
     pub jailer: Jailer,
-    pub groups: Groups,
     pub home: &'a Home,
     pub limits: Vec<String>,
 }
@@ -61,13 +63,6 @@ impl Making<'_> {
             })?;
         }
         held.write_file(jailer::PROCESS, &process_text(&self.container.process)?)?;
-        if !self.groups.paths().is_empty() {
-            self.groups.make()?;
-            held.record.has_groups = true;
-            held.write()?;
-            let settings = resources::settings(&self.container.resources);
-            self.groups.set(&settings, &mut notes)?;
-        }
         let (ready, told) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("make a pipe")?;
         // Also of a program that waits in the foreground: the engine's death alone does not end that one.
         let starter = process::starter(&self.host.settings.end_with);
@@ -75,9 +70,12 @@ impl Making<'_> {
             .into_iter()
             .flatten()
             .collect();
-        let waiting = self.run_hooks(held, &passed)?;
+        let waiting = self.run_hooks(held, &passed, &mut notes)?;
         // After the hooks, which may write there.
         let disk = Disk::of(&self.container.root, &self.host.settings, &mut notes)?;
+        if waiting.is_none() {
+            groups::enter(self.container, self.host.user, held, &mut notes)?;
+        }
         notes
             .iter()
             .for_each(|note| log.write(Level::Warning, &format!("config.json: {note}")));
@@ -101,7 +99,12 @@ impl Making<'_> {
     }
 
     /// Runs the hooks that come before the microVM, if there are any; the process that waits for it then.
-    fn run_hooks(&self, held: &mut Held, passed: &[&OwnedFd]) -> Result<Option<Waiting>, AnyError> {
+    fn run_hooks(
+        &self,
+        held: &mut Held,
+        passed: &[&OwnedFd],
+        notes: &mut Vec<String>,
+    ) -> Result<Option<Waiting>, AnyError> {
         let hooks = &self.container.hooks;
         if hooks.prestart.is_empty() && hooks.create_runtime.is_empty() {
             return Ok(None);
@@ -110,18 +113,13 @@ impl Making<'_> {
             Network::Namespace(path) => Some(path.as_path()),
             Network::New | Network::None => None,
         };
-        let has_groups = !self.groups.paths().is_empty();
-        if has_groups {
-            self.groups.enter()?;
-        }
+        groups::enter(self.container, self.host.user, held, notes)?;
         let id = &self.create.id;
         let mut waiting = Waiting::start(&self.jailer, held.path(), id, namespace, passed)?;
         held.record.process = waiting.pid().and_then(Known::of);
         held.write()?;
-        if has_groups {
-            // What hooks use is not the container's.
-            self.home.enter();
-        }
+        // What hooks use is not the container's.
+        self.home.enter();
         let patience = Duration::from_secs(self.host.settings.ready_seconds);
         waiting.wait(held.path(), patience)?;
         let state = state_text(&held.record, Status::Creating);
@@ -178,9 +176,6 @@ impl Making<'_> {
         words: &[OsString],
         passed: &[&OwnedFd],
     ) -> Result<Child, AnyError> {
-        if !self.groups.paths().is_empty() {
-            self.groups.enter()?;
-        }
         let mut command = self.jailer.command(held.path(), words);
         let child = waiting::spawn(&mut command, passed, &self.create.id)?;
         held.record.process = Known::of(child.id() as i32);
