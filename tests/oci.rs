@@ -53,6 +53,18 @@ run)
         esac
         sleep 0.01
     done ;;
+prepare)
+    while [ "$1" != --words-fd ]; do shift; done
+    exec python3 -c '
+import os, sys
+program, socket = sys.argv[1], int(sys.argv[2])
+os.write(socket, b"1")
+length = int.from_bytes(os.read(socket, 4), sys.byteorder)
+words = b""
+while len(words) < length:
+    words += os.read(socket, length - len(words)) or sys.exit(1)
+os.execv(program, [program.encode(), *words.split(b"\0")[:-1]])
+' "$0" "$2" ;;
 start) echo running > status ;;
 signal) echo "$3" > status ;;
 state) echo "{\"status\": \"$(cat status)\"}" ;;

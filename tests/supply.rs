@@ -294,8 +294,10 @@ fn packages_of(program: &str) -> Vec<(String, bool)> {
     let Some(file) = files.next() else {
         return Vec::new();
     };
-    let name = file.file_name().unwrap().to_string_lossy();
-    let owners = query(&["-S", &format!("*/bin/{name}"), &format!("*/sbin/{name}")]);
+    // A package may have it by another name of its folder (/sbin, which is /usr/sbin).
+    let mut last = file.iter().rev().map(|it| it.to_string_lossy());
+    let (name, folder) = (last.next().unwrap(), last.next().unwrap());
+    let owners = query(&["-S", &format!("*/{folder}/{name}")]);
     let names = owners.lines().filter_map(|line| {
         let (owner, _path) = line.split_once(": ")?;
         let name = owner.split([',', ':']).next()?;

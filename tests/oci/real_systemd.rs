@@ -10,14 +10,6 @@ use super::common::{self, containers, needs};
 use super::{Engine, Value};
 
 const UNIT: &str = "libpod-c1.scope";
-/// Runs a program in a group that stays, as an engine's does.
-const INSIDE: &str = r#"
-for group in /sys/fs/cgroup/init.scope /sys/fs/cgroup/*/init.scope; do
-    [ ! -d "$group" ] || echo $$ > "$group/cgroup.procs"
-done
-exec "$@"
-"#;
-
 /// Namespaces with a systemd, and an installation whose program runs in them.
 struct Systemd {
     engine: Engine,
@@ -89,7 +81,8 @@ impl Systemd {
 
     fn created(&self) {
         let is_made = self.create().status().unwrap().success();
-        assert!(is_made, "{}", self.engine.folder.read("out"));
+        let said = ["out", "log"].map(|file| self.engine.folder.read(file));
+        assert!(is_made, "{said:?}");
     }
 
     fn groups(&self) -> Vec<std::path::PathBuf> {
@@ -186,6 +179,29 @@ fn scope_of_a_real_systemd_has_the_container_its_limits_and_its_end() {
     engine.waits_until_it_has_ended();
     engine.works(&["delete", "c1"]);
     systemd.nothing_is_left();
+
+    // What a hook uses is not the container's, which waits in its scope meanwhile.
+    let script =
+        "cat /proc/self/cgroup >hook-groups; systemctl is-active libpod-c1.scope >hook-unit";
+    engine.configure(|config| {
+        let folder = engine.folder.path().display();
+        config["linux"]["cgroupsPath"] = json!("machine.slice:libpod:c1");
+        config["hooks"]["createRuntime"] = json!([{
+            "path": "/bin/sh", "args": ["sh", "-c", format!("cd {folder} && {{ {script}; }}")],
+            "env": ["PATH=/usr/bin:/bin"],
+        }]);
+    });
+    systemd.created();
+    assert_eq!(engine.folder.read("hook-unit"), "active\n");
+    let groups = engine.folder.read("hook-groups");
+    assert!(!groups.is_empty() && !groups.contains(UNIT), "{groups}");
+    for group in systemd.groups() {
+        let inside = fs::read_to_string(group.join("cgroup.procs")).unwrap();
+        assert!(!inside.is_empty(), "{}", group.display());
+    }
+    engine.works(&["delete", "--force", "c1"]);
+    systemd.nothing_is_left();
+    systemd.limit(json!({}));
 
     engine.folder.file("mode", "ends");
     let run = ["--systemd-cgroup", "run", "--bundle", &engine.bundle, "c1"];
