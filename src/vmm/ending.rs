@@ -21,8 +21,9 @@ const ANSWERS_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the console and the log may take to be written out.
 const FINISH_PATIENCE: Duration = Duration::from_millis(300);
 
-/// How long devices may take to bring into their files what they keep of these.
-const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long devices may take to bring into their files what they keep of these. A disk that others keep busy takes
+/// more than 5 s for a sync; who ends a microVM seldom waits for more than 30.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(20);
 
 impl Vmm {
     /// Has every device that keeps something of its files in memory write that to them, in a bounded time: all that
