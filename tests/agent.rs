@@ -53,6 +53,8 @@ impl Images {
             "grep",
             "wc",
             "mkdir",
+            "mkfifo",
+            "ln",
             "rm",
             "ls",
             "pidof",
@@ -316,6 +318,7 @@ fn guest_that_runs_takes_further_processes_files_and_a_signal() {
     copies_both_ways(&images);
     reaps_what_is_left_behind(&images);
     kills_with_the_client(&images);
+    finds_users_in_files_without_an_end(&images);
 
     common::sys::kill(jailer.child().id(), libc::SIGTERM);
     let output = jailer.output();
@@ -527,6 +530,15 @@ fn reaps_what_is_left_behind(images: &Images) {
         );
         out(&output) == "0\n"
     });
+}
+
+fn finds_users_in_files_without_an_end(images: &Images) {
+    let script = "cd /etc && rm group passwd && ln -s /dev/zero group && mkfifo passwd";
+    images.execs(0, &[], &["sh", "-c", script]);
+    for user in ["guest", "1000:guests"] {
+        let output = images.execs(126, &["--user", user], &["true"]);
+        assert!(err(&output).contains("in the image"), "{}", err(&output));
+    }
 }
 
 fn kills_with_the_client(images: &Images) {

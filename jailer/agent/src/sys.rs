@@ -83,7 +83,7 @@ pub type Result<T> = core::result::Result<T, Errno>;
 /// Below a folder of this number a path is that of the working folder.
 const HERE: i32 = -100;
 const CLOSE_ON_EXEC: u32 = 0o2_000_000;
-const NONBLOCK: u32 = 0o4000;
+pub const NONBLOCK: u32 = 0o4000;
 const NOFOLLOW: u32 = 0o400_000;
 const FOLDER: u32 = 0o200_000;
 const NOCTTY: u32 = 0o400;

@@ -9,6 +9,8 @@ use crate::text::Text;
 const GROUPS_MAX: usize = 64;
 /// Longer lines are passed over.
 const LINE_MAX: usize = 4096;
+/// So much of a file is looked at: an image can have a device without an end in its place.
+const FILE_MAX: usize = 4 << 20;
 
 pub struct User {
     pub id: u32,
@@ -144,14 +146,18 @@ fn number(text: &[u8]) -> Option<u32> {
 
 /// Shows each line of a file to `look`, until that is content.
 fn each_line(path: &CStr, mut look: impl FnMut(&[u8]) -> bool) {
-    let Ok(file) = sys::open(path, sys::READ, 0) else {
+    let Ok(file) = sys::open(path, sys::READ | sys::NONBLOCK, 0) else {
         return;
     };
     let mut buffer = [0; LINE_MAX];
     let mut used = 0;
+    let mut left = FILE_MAX;
     let mut is_too_long = false;
-    while let Ok(count @ 1..) = sys::read(&file, &mut buffer[used..]) {
+    while left > 0
+        && let Ok(count @ 1..) = sys::read(&file, &mut buffer[used..])
+    {
         used += count;
+        left = left.saturating_sub(count);
         let mut start = 0;
         while let Some(length) = buffer[start..used].iter().position(|byte| *byte == b'\n') {
             let is_whole = !core::mem::take(&mut is_too_long);
