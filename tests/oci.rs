@@ -2,6 +2,8 @@
 //! nothing is left whichever command fails or is killed. With real guests and a real engine: tests/podman.rs.
 
 mod common;
+#[path = "oci/pods.rs"]
+mod pods;
 #[path = "oci/real_systemd.rs"]
 mod real_systemd;
 #[path = "oci/systemd.rs"]

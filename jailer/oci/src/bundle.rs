@@ -80,6 +80,8 @@ pub struct Container {
     pub cgroup: Option<Place>,
     pub resources: LinuxResources,
     pub annotations: HashMap<String, String>,
+    /// It is the sandbox of a pod, whose container gets the network that is made for it.
+    pub is_sandbox: bool,
     pub hooks: Hooks,
     /// What is left out.
     pub notes: Vec<String>,
@@ -119,6 +121,12 @@ const LEFT_OUT: &[&str] = &[
 const ROOT_SOURCE: &str = "dev.gvisor.spec.rootfs.source";
 const ROOT_TYPE: &str = "dev.gvisor.spec.rootfs.type";
 const ROOT_OVERLAY: &str = "dev.gvisor.spec.rootfs.overlay";
+
+/// Annotations by which containerd and CRI-O tell a pod's sandbox from its containers.
+const CONTAINER_TYPES: [&str; 2] = [
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+];
 
 /// How the names of annotations begin that are for a unit of systemd's.
 const UNIT_PROPERTY: &str = "org.systemd.property.";
@@ -209,7 +217,11 @@ fn take(
             .and_then(|process| process.terminal())
             .unwrap_or(false),
         process,
-        hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+        hostname: spec
+            .hostname()
+            .clone()
+            .filter(|name| !name.is_empty())
+            .or_else(|| hostname_of_pod(spec, &annotations)),
         mounts: mounts::sort(
             bundle,
             spec.mounts().as_deref().unwrap_or_default(),
@@ -222,10 +234,30 @@ fn take(
             .map(|path| place::parse(path))
             .transpose()?,
         resources,
+        is_sandbox: kind_in_pod(&annotations) == Some("sandbox"),
         annotations,
         hooks: hooks::take(spec)?,
         notes,
     })
+}
+
+/// What a container is to its pod, if it is in one.
+fn kind_in_pod(annotations: &HashMap<String, String>) -> Option<&str> {
+    let mut names = CONTAINER_TYPES.iter();
+    names.find_map(|name| annotations.get(*name).map(String::as_str))
+}
+
+/// A pod's containers have no name of their own, but the sandbox's: it is told in their environment.
+fn hostname_of_pod(spec: &Spec, annotations: &HashMap<String, String>) -> Option<String> {
+    kind_in_pod(annotations).filter(|kind| *kind == "container")?;
+    let env = spec.process().as_ref()?.env().as_ref()?;
+    let mut names = env
+        .iter()
+        .filter_map(|variable| variable.strip_prefix("HOSTNAME="));
+    names
+        .next_back()
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
 }
 
 fn check_version(version: &str) -> Result<(), FieldError> {
@@ -378,6 +410,24 @@ pub mod tests {
             container.process["capabilities"]["bounding"],
             json!(["CAP_NEW"])
         );
+    }
+
+    #[test]
+    fn sandbox_of_a_pod_is_told_from_its_containers_which_have_its_name() {
+        let of = |kind: &str, env: Value| {
+            let mut config = with("annotations", json!({ CONTAINER_TYPES[0]: kind }));
+            config["process"]["env"] = env;
+            let container = understood(config).unwrap();
+            (container.is_sandbox, container.hostname)
+        };
+        let env = json!(["HOSTNAME=first", "HOSTNAME=pod"]);
+        assert_eq!(of("sandbox", env.clone()), (true, None));
+        assert_eq!(of("container", env), (false, Some("pod".into())));
+        assert_eq!(of("container", json!(["HOSTNAME="])), (false, None));
+        let mut config = with("process/env", json!(["HOSTNAME=pod"]));
+        assert_eq!(understood(config.clone()).unwrap().hostname, None);
+        config["annotations"] = json!({ CONTAINER_TYPES[1]: "container" });
+        assert_eq!(understood(config).unwrap().hostname.as_deref(), Some("pod"));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::input;
 use crate::jailer::Jailer;
 use crate::lifecycle::{self, Kind, Status, groups, status};
 use crate::process;
-use crate::state::{self, Held, Record, StateError};
+use crate::state::{self, Held, Record, Sandbox, StateError};
 use crate::templates;
 
 mod exec;
@@ -36,6 +36,10 @@ pub enum CommandError {
     State(&'static str, &'static str),
     #[error("cannot change the container: it has no control groups (linux.cgroupsPath)")]
     NoGroups,
+    #[error(
+        "cannot run a process in the sandbox of a pod: it has no guest; name the container in the pod"
+    )]
+    NoGuest,
     #[error("cannot write {0}: it is there already")]
     ConfigExists(PathBuf),
 }
@@ -129,7 +133,7 @@ impl Target {
 }
 
 fn start(host: &Host, log: &Log, id: &str) -> Result<(), AnyError> {
-    start_held(host, log, &state::hold(&host.root, id)?)
+    start_held(host, log, &mut state::hold(&host.root, id)?)
 }
 
 /// Has all of a container stand still on the host, or go on.
@@ -157,8 +161,8 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
     let Some(pidfd) = pidfd else {
         return Err(CommandError::NotRunning("signal").into());
     };
-    if signal == SIGKILL {
-        // The microVM ends whatever its guest does, and also where its process does not answer.
+    if signal == SIGKILL || record.sandbox.is_some() {
+        // The microVM ends whatever its guest does, and also where its process does not answer. A sandbox has none.
         process::send(&pidfd, signal).step("end the microVM")?;
         return groups::of(&record)?.thaw();
     }
@@ -247,8 +251,8 @@ fn run(
     // A signal from here on is the container's, or ends the wait for it.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT]);
     let signals = signals.step("hold back signals")?;
-    let (held, child) = lifecycle::create(host, log, create, global, kind)?;
-    let started = start_held(host, log, &held);
+    let (mut held, child) = lifecycle::create(host, log, create, global, kind)?;
+    let started = start_held(host, log, &mut held);
     if let Err(error) = started {
         lifecycle::destroy(host, held, log)?;
         return Err(error);
@@ -267,10 +271,15 @@ fn run(
     Ok(code)
 }
 
-fn start_held(host: &Host, log: &Log, held: &Held) -> Result<(), AnyError> {
+fn start_held(host: &Host, log: &Log, held: &mut Held) -> Result<(), AnyError> {
     let target = Target::find(host, &held.record.id)?;
     target.needs("start", Status::Created)?;
-    target.ask("start", &[])?;
+    if held.record.sandbox.is_some() {
+        held.record.sandbox = Some(Sandbox::Started);
+        held.write()?;
+    } else {
+        target.ask("start", &[])?;
+    }
     let record = &held.record;
     let hooks = &record.hooks.poststart;
     // It may have ended already.

@@ -26,7 +26,7 @@ use crate::hooks::{self, Hook};
 use crate::host::Host;
 use crate::jailer::Jailer;
 use crate::process::{self, Known};
-use crate::state::{self, Held, Record};
+use crate::state::{self, Held, Record, Sandbox};
 use crate::templates;
 
 /// How long a process that was killed may take to end.
@@ -101,6 +101,11 @@ pub fn status(root: &Path, record: &Record, jailer: &Jailer) -> Status {
     if groups::of(record).is_ok_and(|groups| groups.is_frozen()) {
         return Status::Paused;
     }
+    match record.sandbox {
+        Some(Sandbox::Created) => return Status::Created,
+        Some(Sandbox::Started) => return Status::Running,
+        None => {}
+    }
     match jailer
         .state(&folder, &record.id)
         .as_ref()
@@ -166,7 +171,11 @@ pub fn create(
         home: &home,
         limits,
     };
-    match making.make(&mut held, log) {
+    let made = match container.is_sandbox {
+        true => making.make_sandbox(&mut held, log),
+        false => making.make(&mut held, log),
+    };
+    match made {
         Ok(child) => {
             // It goes on outside of what it waits for.
             if kind == Kind::Foreground {

@@ -78,6 +78,17 @@ pub struct Record {
     pub hooks: Hooks,
     /// The process that stands for it.
     pub process: Option<Known>,
+    /// Set when it is the sandbox of a pod, and made.
+    #[serde(default)]
+    pub sandbox: Option<Sandbox>,
+}
+
+/// How far the sandbox of a pod is. It has no guest that could be asked.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sandbox {
+    Created,
+    Started,
 }
 
 /// A container's folder, with its lock.

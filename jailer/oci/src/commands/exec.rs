@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt as _;
 use rustix::fs::MemfdFlags;
 use serde_json::{Map, Value, json};
 
-use super::Target;
+use super::{CommandError, Target};
 use crate::args::Exec;
 use crate::bundle::{self, process_text};
 use crate::error::{AnyError, Step as _};
@@ -21,6 +21,9 @@ use crate::lifecycle::Status;
 pub fn exec(host: &Host, exec: Exec) -> Result<u8, AnyError> {
     let target = Target::find(host, &exec.id)?;
     target.needs("run a process in", Status::Running)?;
+    if target.record.sandbox.is_some() {
+        return Err(CommandError::NoGuest.into());
+    }
     let mut words: Vec<OsString> = ["exec", &exec.id, "--runtime-dir", "."]
         .map(OsString::from)
         .into();

@@ -31,7 +31,7 @@ use crate::image::Disk;
 use crate::input;
 use crate::jailer::{self, Jailer, Machine, Told};
 use crate::process::{self, Known};
-use crate::state::{self, Held};
+use crate::state::{self, Held, Sandbox};
 
 /// How long the jailer's report may be.
 const REPORT_MAX: u64 = 1 << 20;
@@ -98,6 +98,22 @@ impl Making<'_> {
         Ok(child)
     }
 
+    /// Makes the sandbox of a pod: a process in its network namespace and its control groups, for as long as the
+    /// pod is there. What an image of a sandbox would run does nothing but wait, and no microVM is made for that.
+    pub fn make_sandbox(&self, held: &mut Held, log: &Log) -> Result<Child, AnyError> {
+        let mut notes = self.container.notes.clone();
+        let waiting = self.start_waiting(held, &[], &mut notes, true)?;
+        notes
+            .iter()
+            .for_each(|note| log.write(Level::Warning, &format!("config.json: {note}")));
+        held.record.sandbox = Some(Sandbox::Created);
+        held.write()?;
+        if let (Some(path), Some(pid)) = (&self.create.pid_file, waiting.pid()) {
+            state::replace(path, pid.to_string().as_bytes(), 0o644)?;
+        }
+        Ok(waiting.stay())
+    }
+
     /// Runs the hooks that come before the microVM, if there are any; the process that waits for it then.
     fn run_hooks(
         &self,
@@ -109,13 +125,26 @@ impl Making<'_> {
         if hooks.prestart.is_empty() && hooks.create_runtime.is_empty() {
             return Ok(None);
         }
+        self.start_waiting(held, passed, notes, false).map(Some)
+    }
+
+    /// Starts the process that waits, and runs these hooks.
+    fn start_waiting(
+        &self,
+        held: &mut Held,
+        passed: &[&OwnedFd],
+        notes: &mut Vec<String>,
+        is_to_stay: bool,
+    ) -> Result<Waiting, AnyError> {
+        let hooks = &self.container.hooks;
         let namespace = match &self.container.network {
             Network::Namespace(path) => Some(path.as_path()),
             Network::New | Network::None => None,
         };
         groups::enter(self.container, self.host.user, held, notes)?;
         let id = &self.create.id;
-        let mut waiting = Waiting::start(&self.jailer, held.path(), id, namespace, passed)?;
+        let mut waiting =
+            Waiting::start(&self.jailer, held.path(), id, namespace, passed, is_to_stay)?;
         held.record.process = waiting.pid().and_then(Known::of);
         held.write()?;
         // What hooks use is not the container's.
@@ -125,7 +154,7 @@ impl Making<'_> {
         let state = state_text(&held.record, Status::Creating);
         hooks::run_all("prestart", &hooks.prestart, &state)?;
         hooks::run_all("createRuntime", &hooks.create_runtime, &state)?;
-        Ok(Some(waiting))
+        Ok(waiting)
     }
 
     /// The words of `mayfly-jailer run`.

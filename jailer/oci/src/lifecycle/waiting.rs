@@ -30,16 +30,19 @@ pub struct Waiting {
 
 impl Waiting {
     /// Starts it for the container `id`, whose folder this is, with the descriptors in `passed`. It joins a
-    /// network namespace, or makes one.
+    /// network namespace, or makes one. One that is to stay gets no words, ever.
     pub fn start(
         jailer: &Jailer,
         folder: &Path,
         id: &str,
         namespace: Option<&Path>,
         passed: &[&OwnedFd],
+        is_to_stay: bool,
     ) -> Result<Waiting, AnyError> {
         let (socket, theirs) = UnixStream::pair().step("make a pair of sockets")?;
         let theirs = OwnedFd::from(theirs);
+        let own = socket.try_clone().step("make a pair of sockets")?;
+        let own = is_to_stay.then(|| OwnedFd::from(own));
         let number = theirs.as_raw_fd().to_string();
         let words = ["prepare", "--id", id, "--runtime-dir", ".", "--words-fd"];
         let mut words: Vec<OsString> = words.map(OsString::from).into();
@@ -48,7 +51,11 @@ impl Waiting {
             words.extend(["--net-namespace".into(), path.into()]);
         }
         let mut command = jailer.command(folder, &words);
-        let child = spawn(&mut command, &[passed, &[&theirs]].concat(), id)?;
+        let more: Vec<&OwnedFd> = [Some(&theirs), own.as_ref()]
+            .into_iter()
+            .flatten()
+            .collect();
+        let child = spawn(&mut command, &[passed, &more].concat(), id)?;
         Ok(Waiting {
             child: Some(child),
             socket,
@@ -71,6 +78,12 @@ impl Waiting {
             }
             said => Ok(said.step(WHAT)?),
         }
+    }
+
+    /// Has it wait for ever, also when this program has ended: it has the other end of its socket as well, which
+    /// [`spawn`] passed to it.
+    pub fn stay(mut self) -> Child {
+        self.child.take().expect("it is taken here alone")
     }
 
     /// Has it become `mayfly-jailer` with these words.

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use libc::{RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST, RTPROT_KERNEL};
 use libc::{RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE};
-use mayfly::wire::tap::{self, Tap};
+use mayfly::wire::tap::{self, Tap, TapError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::Pid;
@@ -166,8 +166,15 @@ fn make(order: &Order) -> Result<Option<Made>, AnyError> {
     let tun = tap::open_tun()
         .step("open /dev/net/tun")
         .hints(tun_remedy)?;
-    let tap =
-        Tap::attach(tun, TAP).step("make a tap in the network namespace (--net-from-namespace)")?;
+    let tap = Tap::attach(tun, TAP);
+    let is_taken = matches!(tap, Err(TapError::Busy(_)));
+    let tap = tap.step("make a tap in the network namespace (--net-from-namespace)");
+    let tap = match is_taken {
+        true => tap.advise(
+            "another microVM has this network: give each a namespace of its own, or start one when the other has ended",
+        )?,
+        false => tap?,
+    };
     // No microVM has the network now, or there would have been such a tap; one may be about to have ended.
     namespace.hold(PATIENCE)?;
     // The tap has no use for an address of its own.
