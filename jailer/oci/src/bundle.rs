@@ -190,6 +190,7 @@ fn take(
         return Ok(refuse("process", "it is missing")?);
     };
     process::keep_last_values(&mut process);
+    process::note_unknown_capabilities(&process, &mut notes);
     let typed = spec.process().as_ref();
     let words = typed.and_then(|process| process.args().as_ref());
     if words.is_none_or(|words| words.is_empty()) {

@@ -1,5 +1,9 @@
 //! The process of config.json, which the jailer reads as it stands but for its environment.
 
+use std::collections::BTreeSet;
+
+use oci_spec::runtime::Capability;
+use serde::Deserialize as _;
 use serde_json::{Map, Value};
 
 use crate::error::{Failure, Step as _};
@@ -24,6 +28,20 @@ pub fn keep_last_values(process: &mut Map<String, Value>) {
     *list = kept;
 }
 
+/// Names the capabilities that Linux does not have; the jailer leaves them out.
+pub fn note_unknown_capabilities(process: &Map<String, Value>, notes: &mut Vec<String>) {
+    let sets = process.get("capabilities").and_then(Value::as_object);
+    let sets = sets.into_iter().flat_map(Map::values);
+    let names = sets.filter_map(Value::as_array).flatten();
+    let is_unknown = |name: &&Value| {
+        let text = name.as_str().unwrap_or_default();
+        !text.starts_with("CAP_") || Capability::deserialize(*name).is_err()
+    };
+    let unknown: BTreeSet<String> = names.filter(is_unknown).map(Value::to_string).collect();
+    let note = |name| format!("process.capabilities: {name} is left out: Linux does not have it");
+    notes.extend(unknown.into_iter().map(note));
+}
+
 /// Writes the process for the jailer.
 pub fn process_text(process: &Map<String, Value>) -> Result<Vec<u8>, Failure> {
     serde_json::to_vec(process).step("write the process")
@@ -34,6 +52,24 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn capability_that_linux_does_not_have_is_named_once() {
+        let sets = json!({
+            "bounding": ["CAP_KILL", "CAP_TEST", "CAP_CHECKPOINT_RESTORE", "KILL"],
+            "effective": ["CAP_TEST", 7], "permitted": null,
+        });
+        let process = json!({ "capabilities": sets });
+        let mut notes = Vec::new();
+        note_unknown_capabilities(process.as_object().unwrap(), &mut notes);
+        let names: Vec<_> = notes.iter().map(|note| note.split(' ').nth(1)).collect();
+        assert_eq!(names, [Some("\"CAP_TEST\""), Some("\"KILL\""), Some("7")]);
+        for process in [json!({}), json!({ "capabilities": null })] {
+            let mut notes = Vec::new();
+            note_unknown_capabilities(process.as_object().unwrap(), &mut notes);
+            assert!(notes.is_empty());
+        }
+    }
 
     #[test]
     fn variable_that_is_given_twice_has_its_last_value() {
