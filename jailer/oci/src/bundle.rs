@@ -5,6 +5,7 @@
 pub mod fuzz;
 mod hooks;
 pub mod mounts;
+mod namespaces;
 pub mod place;
 mod process;
 pub mod resources;
@@ -199,6 +200,7 @@ fn take(
     let linux = spec.linux().clone().unwrap_or_default();
     check_ids(&linux)?;
     check_devices(&linux)?;
+    namespaces::check(&linux, &mut notes)?;
     let annotations = spec.annotations().clone().unwrap_or_default();
     if annotations
         .keys()

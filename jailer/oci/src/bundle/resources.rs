@@ -33,6 +33,8 @@ pub struct Setting {
 /// Refuses what cannot be had, and notes what is left out.
 pub fn check(resources: &LinuxResources, notes: &mut Vec<String>) -> Result<(), FieldError> {
     memory_mib(resources, 0)?;
+    let of_memory =
+        |is_given: &dyn Fn(&LinuxMemory) -> bool| resources.memory().as_ref().is_some_and(is_given);
     for (field, is_given) in [
         (
             "hugepageLimits",
@@ -45,6 +47,31 @@ pub fn check(resources: &LinuxResources, notes: &mut Vec<String>) -> Result<(), 
         (
             "rdma",
             resources.rdma().as_ref().is_some_and(|map| !map.is_empty()),
+        ),
+        (
+            "memory.swappiness",
+            of_memory(&|it| it.swappiness().is_some()),
+        ),
+        // The guest's kernel chooses there.
+        (
+            "memory.disableOOMKiller",
+            of_memory(&|it| it.disable_oom_killer() == Some(true)),
+        ),
+        (
+            "memory.kernel",
+            of_memory(&|it| it.kernel().is_some_and(|bytes| bytes > 0)),
+        ),
+        (
+            "memory.kernelTCP",
+            of_memory(&|it| it.kernel_tcp().is_some_and(|bytes| bytes > 0)),
+        ),
+        (
+            "cpu.realtimeRuntime",
+            resources
+                .cpu()
+                .as_ref()
+                .and_then(LinuxCpu::realtime_runtime)
+                .is_some_and(|time| time > 0),
         ),
     ] {
         if is_given {
@@ -417,6 +444,20 @@ mod tests {
             notes.len() == 2 && notes[1].contains("pids.limit"),
             "{notes:?}"
         );
+        let memory =
+            json!({ "swappiness": 60, "disableOOMKiller": true, "kernel": -1, "kernelTCP": 1 });
+        let mut notes = Vec::new();
+        let given = json!({ "memory": memory, "cpu": { "realtimeRuntime": 1 } });
+        check(&resources(given), &mut notes).unwrap();
+        let names: Vec<_> = notes.iter().map(|note| note.split(' ').next()).collect();
+        let fields = [
+            "memory.swappiness",
+            "memory.disableOOMKiller",
+            "memory.kernelTCP",
+            "cpu.realtimeRuntime",
+        ];
+        let expected = fields.map(|field| format!("linux.resources.{field}"));
+        assert_eq!(names, expected.each_ref().map(|name| Some(&**name)));
         for file in ["cgroup.procs", "a/b.c", "plain"] {
             let unified = json!({ "unified": { file: "1" } });
             assert!(check(&resources(unified), &mut notes).is_err(), "{file}");
