@@ -8,7 +8,6 @@ mod common;
 use std::cell::RefCell;
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use common::{Folder, LINUX_PATIENCE, Netns, containers, needs};
@@ -355,11 +354,17 @@ impl Drop for Node {
 #[test]
 fn pod_has_a_network_that_its_container_gets() {
     needs!(
-        root, kvm, guest, containerd, ctr, curl, nsenter, unshare, tar, sha256sum
-    );
-    assert!(
-        Path::new("/usr/lib/cni/bridge").exists(),
-        "containernetworking-plugins"
+        root,
+        kvm,
+        guest,
+        containerd,
+        ctr,
+        curl,
+        nsenter,
+        unshare,
+        tar,
+        sha256sum,
+        "/usr/lib/cni/bridge"
     );
     let node = Node::new();
     let pod = node.pod("first");
