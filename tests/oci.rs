@@ -58,10 +58,12 @@ run)
 prepare)
     while [ "$1" != --words-fd ]; do shift; done
     exec python3 -c '
-import os, sys
+import os, signal, sys
 program, socket = sys.argv[1], int(sys.argv[2])
 os.write(socket, b"1")
 length = int.from_bytes(os.read(socket, 4), sys.byteorder)
+if not length:
+    signal.pause()
 words = b""
 while len(words) < length:
     words += os.read(socket, length - len(words)) or sys.exit(1)

@@ -8,6 +8,7 @@ mod common;
 use std::cell::RefCell;
 use std::fs;
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use common::{Folder, LINUX_PATIENCE, Netns, containers, needs};
@@ -329,6 +330,11 @@ BinaryName = "{0}/bin/runtime"
         lines.map(|words| words.join(" ") + "\n").collect()
     }
 
+    /// The control groups above pods'.
+    fn groups(&self) -> Vec<PathBuf> {
+        containers::groups(format!("mf-pods-{}", std::process::id()))
+    }
+
     fn removes(&self, pod: &str) {
         let request = Message::default().with(1, pod);
         self.ask("RuntimeService/StopPodSandbox", &request);
@@ -345,6 +351,9 @@ impl Drop for Node {
             for method in ["StopPodSandbox", "RemovePodSandbox"] {
                 let _ = self.try_asking(&format!("RuntimeService/{method}"), &request);
             }
+        }
+        for group in self.groups() {
+            let _ = fs::remove_dir(group);
         }
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
@@ -394,7 +403,10 @@ fn pod_has_a_network_that_its_container_gets() {
         String::from_utf8(nc.output().unwrap().stdout).unwrap()
     };
     common::wait_until_within(LINUX_PATIENCE, "the pod serves", || answer() == "served\n");
-    assert_eq!(node.log_of("serves").lines().next(), Some("stdout F first"));
+    // It comes another way than the answer.
+    common::wait_until("the log has its name", || {
+        node.log_of("serves").lines().next() == Some("stdout F first")
+    });
     let exec = Message::default()
         .with(1, &container)
         .with(2, "sh")
@@ -412,12 +424,11 @@ fn pod_has_a_network_that_its_container_gets() {
     node.ask("RuntimeService/StopContainer", &stop);
     assert_eq!(node.code(&container), 143);
     node.removes(&pod.1);
-    let groups = containers::groups(format!("mf-pods-{}", std::process::id()));
-    let left: Vec<_> = groups
+    let left: Vec<_> = node
+        .groups()
         .iter()
-        .flat_map(|it| fs::read_dir(it).unwrap().flatten())
+        .flat_map(|group| fs::read_dir(group).unwrap().flatten())
+        .filter(|entry| entry.path().is_dir())
         .collect();
-    let left: Vec<_> = left.iter().filter(|it| it.path().is_dir()).collect();
     assert!(left.is_empty(), "{left:?}");
-    groups.iter().for_each(|it| fs::remove_dir(it).unwrap());
 }

@@ -11,9 +11,11 @@
 //!        |<-- one byte -----------------|
 //!      (hooks)                          |  waits
 //!        |--- length, words ----------->|  executes itself with them
+//!        |--- length 0 ---------------->|  or stays as it is, for a pod's sandbox
 //! ```
 //!
-//! It ends when the runtime does. The namespace, if it made one, ends with it.
+//! It ends when the runtime does, unless it was told to stay: then it ends by a signal. The namespace, if it made
+//! one, ends with it. Where it cannot be in its namespace, it says why in the place of the byte.
 
 use std::ffi::OsString;
 use std::io::{Read, Write as _};
@@ -21,14 +23,14 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
 use crate::args::{self, ArgsError, Known, Words, asks_for_help};
-use crate::error::{Advice as _, AnyError, Step as _};
+use crate::error::{Advice as _, AnyError, Step as _, message};
 use crate::netns::NetNs;
 use crate::sys;
 
@@ -92,14 +94,16 @@ pub fn prepare(prepare: &Prepare) -> Result<std::convert::Infallible, AnyError> 
     let socket = mayfly::wire::take_over(number);
     let socket = socket.map_err(|_| PrepareError::NotPassed(number))?;
     let mut socket = UnixStream::from(socket);
-    match &prepare.namespace {
-        Some(path) => NetNs::open(path)?.join()?,
-        None => sys::unshare(UnshareFlags::NEWNET)
-            .step("make a network namespace")
-            .hint(Errno::PERM, "run it as root")?,
+    if let Err(error) = go_into(prepare.namespace.as_deref()) {
+        let _ = socket.write_all(message(&*error).as_bytes());
+        return Err(error);
     }
     socket.write_all(b"1").step("say that it waits")?;
     let words = read(&mut socket)?;
+    if words.is_empty() {
+        sys::reset_signals().step("reset the signals")?;
+        sys::stay();
+    }
     let own = std::env::current_exe().step("find this program")?;
     // It stays so across exec otherwise.
     sys::reset_signals().step("reset the signals")?;
@@ -107,7 +111,17 @@ pub fn prepare(prepare: &Prepare) -> Result<std::convert::Infallible, AnyError> 
     Ok(Err(error).step("become mayfly-jailer with the words (--words-fd)")?)
 }
 
-/// Reads the words, whole.
+fn go_into(namespace: Option<&Path>) -> Result<(), AnyError> {
+    match namespace {
+        Some(path) => NetNs::open(path)?.join()?,
+        None => sys::unshare(UnshareFlags::NEWNET)
+            .step("make a network namespace")
+            .hint(Errno::PERM, "run it as root")?,
+    }
+    Ok(())
+}
+
+/// Reads the words, whole; there are none where it is to stay.
 fn read(socket: &mut impl Read) -> Result<Vec<OsString>, AnyError> {
     let mut length = [0; 4];
     fill(socket, &mut length)?;

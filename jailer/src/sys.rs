@@ -98,6 +98,16 @@ unsafe fn close_all_but(kept: &[RawFd]) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Closes every descriptor above 2, and does nothing until a signal ends this process.
+pub fn stay() -> ! {
+    // SAFETY: nothing of this process is used or dropped afterwards: this does not return.
+    let _ = unsafe { close_all_but(&[]) };
+    loop {
+        // SAFETY: the call touches no memory.
+        unsafe { libc::pause() };
+    }
+}
+
 /// Opens what is there, for this program alone.
 pub fn open(path: impl rustix::path::Arg, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())

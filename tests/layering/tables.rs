@@ -220,8 +220,8 @@ pub const UNSAFE: &[(&str, usize, &str)] = &[
     ),
     (
         "jailer/src/sys.rs",
-        28,
-        "fork, clone3, exec and what happens between them; mounts, ioctls and prctl that rustix does not offer",
+        30,
+        "fork, clone3, exec and what happens between them; a process that only stays; mounts, ioctls and prctl that rustix does not offer",
     ),
     (
         "jailer/agent/src/sys.rs",

@@ -41,6 +41,7 @@ fn sandbox_of_a_pod_is_a_process_without_a_guest() {
         );
         engine.refuses(&["exec", "c1", "true"], "it has no guest");
         engine.works(&["pause", "c1"]);
+        engine.works(&["kill", "c1", "WINCH"]);
         assert_eq!(engine.state()["status"], "paused");
         engine.works(&["resume", "c1"]);
         engine.refuses(&["delete", "c1"], "it is running");

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -18,7 +19,7 @@ struct Systemd {
 
 impl Systemd {
     fn new(mode: &str) -> Systemd {
-        let mut engine = Engine::new(mode);
+        let engine = Engine::new(mode);
         let boot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oci/boot-systemd");
         let log = File::create(engine.folder.join("systemd")).unwrap();
         let mut command = Command::new(boot);
@@ -29,6 +30,7 @@ impl Systemd {
             .stderr(log);
         let starter = command.spawn().unwrap();
         let children = format!("/proc/{0}/task/{0}/children", starter.id());
+        let mut systemd = Systemd { engine, starter };
         let mut first = String::new();
         common::wait_until("there are namespaces", || {
             first = fs::read_to_string(&children)
@@ -38,10 +40,9 @@ impl Systemd {
             let name = fs::read_to_string(format!("/proc/{first}/comm")).unwrap_or_default();
             name.trim() == "systemd"
         });
-        engine.inside = ["nsenter", "--all", "--target", &first]
+        systemd.engine.inside = ["nsenter", "--all", "--target", &first]
             .map(str::to_owned)
             .into();
-        let systemd = Systemd { engine, starter };
         common::wait_until("systemd has started what it is to", || {
             systemd.ask(&["is-active", "mf.target"]).trim() == "active"
         });
@@ -112,14 +113,19 @@ impl Drop for Systemd {
         // Its namespaces end with it.
         let _ = self.starter.kill();
         let _ = self.starter.wait();
-        for group in self.engine.groups() {
-            common::wait_until("the namespaces are gone", || {
-                let group = group.display().to_string();
+        // They go when the last process has.
+        let until = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < until && !self.engine.groups().is_empty() {
+            for group in self.engine.groups() {
                 let mut find = Command::new("find");
-                find.args([&group, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]);
+                find.arg(&group)
+                    .args(["-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]);
                 let _ = common::output_of(find);
-                !Path::new(&group).exists()
-            });
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if !std::thread::panicking() {
+            assert!(self.engine.groups().is_empty(), "its control groups stay");
         }
     }
 }

@@ -28,7 +28,17 @@ case "$1 $5" in
 'call StopUnit') echo inactive > "$here/unit"; say '["/org/freedesktop/systemd1/job/2"]' ;;
 'call ResetFailedUnit') [ "$state" = failed ] && echo inactive > "$here/unit" ;;
 'call SetUnitProperties') ;;
-'get-property ActiveState') say "\"$state\""; say '[0, "/"]'; say "\"$(cat "$here/description")\"" ;;
+'get-property Description')
+    # One answer after the other: a unit may become another meanwhile.
+    shift 4
+    for name; do
+        case $name in
+        Description) say "\"$(cat "$here/description")\"" ;;
+        Job) say '[0, "/"]' ;;
+        ActiveState) say "\"$(cat "$here/unit")\"" ;;
+        esac
+        [ ! -e "$here/next" ] || mv "$here/next" "$here/unit"
+    done ;;
 'get-property ControlGroup') say "\"$(cat "$here/where")\"" ;;
 'get-property Version') say '"252.38-1"' ;;
 *) refused "the stand-in does not know: $*" ;;
@@ -157,6 +167,29 @@ fn scope_is_asked_for_told_its_limits_and_ended() {
         asked(&engine, "StopUnit ss libpod-c1.scope replace").len(),
         1
     );
+    is_ended(&engine);
+}
+
+#[test]
+fn scope_that_becomes_active_while_systemd_answers_is_made() {
+    needs!(root);
+    let engine = engine("stays");
+    engine.folder.file("becomes", "inactive");
+    engine.folder.file("next", "active");
+    created(&engine);
+    engine.works(&["delete", "--force", "c1"]);
+    is_ended(&engine);
+}
+
+#[test]
+fn scope_is_its_containers_by_whichever_path_of_the_state_folder() {
+    needs!(root);
+    let engine = engine("stays");
+    created(&engine);
+    let other = engine.folder.join("other");
+    std::os::unix::fs::symlink(engine.folder.join("state"), &other).unwrap();
+    let other = other.display().to_string();
+    engine.works(&["--root", &other, "delete", "--force", "c1"]);
     is_ended(&engine);
 }
 

@@ -250,17 +250,20 @@ fn kind_in_pod(annotations: &HashMap<String, String>) -> Option<&str> {
     names.find_map(|name| annotations.get(*name).map(String::as_str))
 }
 
-/// A pod's containers have no name of their own, but the sandbox's: it is told in their environment.
+/// Longer names Linux does not take.
+const HOSTNAME_MAX: usize = 64;
+
+/// A pod's containers have no name of their own, but the sandbox's, which is in the file that engines mount.
 fn hostname_of_pod(spec: &Spec, annotations: &HashMap<String, String>) -> Option<String> {
     kind_in_pod(annotations).filter(|kind| *kind == "container")?;
-    let env = spec.process().as_ref()?.env().as_ref()?;
-    let mut names = env
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let mount = mounts
         .iter()
-        .filter_map(|variable| variable.strip_prefix("HOSTNAME="));
-    names
-        .next_back()
-        .filter(|name| !name.is_empty())
-        .map(str::to_owned)
+        .find(|mount| mount.destination() == Path::new("/etc/hostname"))?;
+    let text = input::read(mount.source().as_ref()?, 2 * HOSTNAME_MAX as u64).ok()?;
+    let name = String::from_utf8(text).ok()?.trim().to_owned();
+    let is_fit = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+    ((1..=HOSTNAME_MAX).contains(&name.len()) && name.bytes().all(is_fit)).then_some(name)
 }
 
 fn check_version(version: &str) -> Result<(), FieldError> {
@@ -417,20 +420,28 @@ pub mod tests {
 
     #[test]
     fn sandbox_of_a_pod_is_told_from_its_containers_which_have_its_name() {
-        let of = |kind: &str, env: Value| {
+        let file = std::env::temp_dir().join(format!("mayfly-oci-name-{}", std::process::id()));
+        let of = |kind: &str, name: &str| {
+            std::fs::write(&file, name).unwrap();
             let mut config = with("annotations", json!({ CONTAINER_TYPES[0]: kind }));
-            config["process"]["env"] = env;
+            config["mounts"] = json!([{
+                "destination": "/etc/hostname", "type": "bind", "source": file, "options": ["rbind", "rw"],
+            }]);
             let container = understood(config).unwrap();
             (container.is_sandbox, container.hostname)
         };
-        let env = json!(["HOSTNAME=first", "HOSTNAME=pod"]);
-        assert_eq!(of("sandbox", env.clone()), (true, None));
-        assert_eq!(of("container", env), (false, Some("pod".into())));
-        assert_eq!(of("container", json!(["HOSTNAME="])), (false, None));
-        let mut config = with("process/env", json!(["HOSTNAME=pod"]));
-        assert_eq!(understood(config.clone()).unwrap().hostname, None);
-        config["annotations"] = json!({ CONTAINER_TYPES[1]: "container" });
-        assert_eq!(understood(config).unwrap().hostname.as_deref(), Some("pod"));
+        assert_eq!(of("sandbox", "pod\n"), (true, None));
+        assert_eq!(
+            of("container", "pod-1.x\n"),
+            (false, Some("pod-1.x".into()))
+        );
+        for unfit in ["", "my_pod", "a b", &"x".repeat(65), &"x".repeat(1000)] {
+            assert_eq!(of("container", unfit), (false, None), "{unfit}");
+        }
+        assert_eq!(of("", "pod"), (false, None));
+        std::fs::remove_file(&file).unwrap();
+        let config = with("annotations", json!({ CONTAINER_TYPES[1]: "sandbox" }));
+        assert!(understood(config).unwrap().is_sandbox);
     }
 
     #[test]

@@ -259,6 +259,13 @@ impl Groups {
         }
     }
 
+    /// Whether this process is in one.
+    pub fn have_this_process(&self) -> bool {
+        let own = std::process::id();
+        let mut all = self.0.iter().flat_map(|(_, path)| processes(path));
+        all.any(|process| u32::try_from(process.pid) == Ok(own))
+    }
+
     /// Whether no process is in any.
     pub fn are_empty(&self) -> bool {
         self.0.iter().all(|(_, path)| processes(path).is_empty())

@@ -164,7 +164,10 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
     if signal == SIGKILL || record.sandbox.is_some() {
         // The microVM ends whatever its guest does, and also where its process does not answer. A sandbox has none.
         process::send(&pidfd, signal).step("end the microVM")?;
-        return groups::of(&record)?.thaw();
+        return match signal {
+            SIGKILL => groups::of(&record)?.thaw(),
+            _ => Ok(()),
+        };
     }
     let target = Target::of(host, record)?;
     if target.status == Status::Stopped {

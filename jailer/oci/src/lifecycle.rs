@@ -127,7 +127,7 @@ fn is_being_made(folder: &Path) -> bool {
     lock.is_ok_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
 }
 
-/// Makes a container, whose guest is ready then. On an error nothing is left of it.
+/// Makes a container, whose guest, unless it is the sandbox of a pod, is ready then. On an error nothing is left of it.
 pub fn create(
     host: &Host,
     log: &Log,
@@ -177,10 +177,8 @@ pub fn create(
     };
     match made {
         Ok(child) => {
-            // It goes on outside of what it waits for.
-            if kind == Kind::Foreground {
-                home.enter();
-            }
+            // What this program goes on with is not the container's.
+            home.enter();
             Ok((held, child))
         }
         Err(error) => {

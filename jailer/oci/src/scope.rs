@@ -100,7 +100,8 @@ pub struct Unit {
 impl Unit {
     /// The scope `name` of the container whose folder this is, which need not be there.
     pub fn of(name: &str, folder: &Path, user: User) -> Result<Unit, BusctlError> {
-        // In the form in which it comes back.
+        // Whichever links the state folder is named by, and in the form in which it comes back.
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
         let folder = folder.to_string_lossy().replace(char::is_control, "?");
         Ok(Unit {
             busctl: Busctl::find(user)?,
@@ -110,8 +111,13 @@ impl Unit {
     }
 
     /// Makes it, with this process in it; where its group is, below the mount points. `files` are what its groups
-    /// are to be told.
-    pub fn start(&self, scope: &Scope, files: &[&FileText]) -> Result<PathBuf, AnyError> {
+    /// are to be told, `has_v1` says that some are of version 1.
+    pub fn start(
+        &self,
+        scope: &Scope,
+        files: &[&FileText],
+        has_v1: bool,
+    ) -> Result<PathBuf, AnyError> {
         let default = match self.busctl.is_of_a_user() {
             true => "user.slice",
             false => "system.slice",
@@ -119,7 +125,7 @@ impl Unit {
         let slice = scope.slice.as_deref().unwrap_or(default);
         let limits = self.known(properties::limits(files))?;
         let mut words = vec![self.name.clone(), "fail".into()];
-        let own = properties::own(slice, &self.description, std::process::id());
+        let own = properties::own(slice, &self.description, std::process::id(), has_v1);
         properties::add(&mut words, own.iter().chain(&limits));
         // No units beside it.
         words.push("0".into());
@@ -262,10 +268,12 @@ impl Unit {
     }
 
     fn look(&self) -> Result<Look, AnyError> {
-        let names = ["ActiveState", "Job", "Description"];
+        // One question for each, in this order: a unit whose job has ended has the state after it, and one that is
+        // not there any more had its description while it was.
+        let names = ["Description", "Job", "ActiveState"];
         let answer = self.busctl.properties(&self.name, "Unit", &names)?;
         let parsed = || {
-            let [state, job, description] = &answer[..] else {
+            let [description, job, state] = &answer[..] else {
                 return None;
             };
             Some(Look {

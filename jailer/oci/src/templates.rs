@@ -54,7 +54,7 @@ pub fn features() -> Value {
         "mountOptions": ["bind", "rbind", "ro", "rw"],
         "linux": {
             "namespaces": ["ipc", "mount", "network", "pid", "uts"],
-            "cgroup": { "v1": true, "v2": true, "systemd": true, "systemdUser": true, "rdma": false },
+            "cgroup": { "v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false },
             "seccomp": { "enabled": false },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },

@@ -1,6 +1,8 @@
 //! Namespaces of others that config.json names. A guest is in none of the host's but for the network's, whose
-//! interface it takes over: the others are looked at, as the specification wants, and left out.
+//! interface it takes over, and which must not be the one that this program is in. The others are looked at, as the
+//! specification wants, and left out.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType};
@@ -16,13 +18,19 @@ const NSFS_MAGIC: u64 = 0x6e73_6673;
 pub fn check(linux: &Linux, notes: &mut Vec<String>) -> Result<(), AnyError> {
     let list = linux.namespaces().as_deref().unwrap_or_default();
     for (index, namespace) in list.iter().enumerate() {
-        let (Some(kind), Some(path)) = (name(namespace.typ()), namespace.path()) else {
+        let path = namespace.path().as_ref();
+        let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) else {
             continue;
         };
-        if path.as_os_str().is_empty() {
-            continue;
-        }
         let field = format!("linux.namespaces.{index} ({})", path.display());
+        let Some(kind) = name(namespace.typ()) else {
+            // Another container's process is in it, too, unless a hook made a network for it.
+            if is_same(path, Path::new("/proc/self/ns/net")) {
+                let why = "it is the host's network, which cannot be given to a microVM";
+                return Ok(refuse(field, why)?);
+            }
+            continue;
+        };
         if !is_namespace(path)? {
             return Ok(refuse(field, "it is not a namespace")?);
         }
@@ -32,6 +40,15 @@ pub fn check(linux: &Linux, notes: &mut Vec<String>) -> Result<(), AnyError> {
         notes.push(format!("{field} is left out: a guest has its own"));
     }
     Ok(())
+}
+
+/// Whether both are one file.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let number = |path: &Path| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    number(one).is_some_and(|found| number(other) == Some(found))
 }
 
 /// What the links of a process call it; that of the network is the jailer's to look at.
@@ -95,6 +112,8 @@ mod tests {
             ("ipc", "/proc/self/ns/uts", "not of the type ipc"),
             ("pid", "/proc/self/status", "not a namespace"),
             ("uts", "/nonexistent", "No such file"),
+            ("network", "/proc/self/ns/net", "the host's network"),
+            ("network", "/proc/thread-self/ns/net", "the host's network"),
         ] {
             let text = checked(kind, path).unwrap_err();
             assert!(text.contains(why) && text.contains(path), "{text}");

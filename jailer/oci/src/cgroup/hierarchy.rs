@@ -18,7 +18,7 @@ const NAMED: &str = "name=systemd";
 /// A mounted hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
-    pub(super) is_v2: bool,
+    pub is_v2: bool,
     pub(super) mount: PathBuf,
     /// Its controllers; of version 2, those that its root offers.
     pub(super) controllers: Vec<String>,

@@ -123,7 +123,9 @@ fn start(
 ) -> Result<Groups, AnyError> {
     let hierarchies = cgroup::hierarchies()?;
     let files = Groups::at(Path::new(""), &hierarchies).files(settings);
-    let below = Unit::of(&scope.unit, held.path(), user)?.start(scope, &files)?;
+    let has_v1 = hierarchies.iter().any(|one| !one.is_v2);
+    let unit = Unit::of(&scope.unit, held.path(), user)?;
+    let below = unit.start(scope, &files, has_v1)?;
     let mut groups = Groups::at(&below, &hierarchies);
     leave_out_denied(&mut groups, user, notes);
     write_down(&groups, &mut held.record);
@@ -180,7 +182,10 @@ pub fn remove(user: User, held: &Held) -> Result<(), AnyError> {
     if let Some(unit) = unit {
         // systemd would ask them to end, and wait for a while.
         groups.kill();
-        unit.stop()?;
+        // An ordinary user's process cannot always leave a scope: it ends with this one then.
+        if !groups.have_this_process() {
+            unit.stop()?;
+        }
     }
     groups.remove(&held.record.above)
 }

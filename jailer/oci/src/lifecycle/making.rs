@@ -4,6 +4,7 @@
 //!   without hooks:                        folder, user, disk, control groups, microVM
 //!   with prestart or createRuntime hooks: folder, user, control groups, process that waits in its network
 //!                                         namespace, hooks, disk, microVM
+//!   the sandbox of a pod:                 folder, control groups, process that waits, hooks; it stays
 //! ```
 //!
 //! A scope of systemd's ends when no process is in it: its groups are made right before the first of them starts.
@@ -102,16 +103,20 @@ impl Making<'_> {
     /// pod is there. What an image of a sandbox would run does nothing but wait, and no microVM is made for that.
     pub fn make_sandbox(&self, held: &mut Held, log: &Log) -> Result<Child, AnyError> {
         let mut notes = self.container.notes.clone();
-        let waiting = self.start_waiting(held, &[], &mut notes, true)?;
+        notes.push(
+            "process, mounts and root are left out: the sandbox of a pod has no guest".into(),
+        );
+        let waiting = self.start_waiting(held, &[], &mut notes)?;
         notes
             .iter()
             .for_each(|note| log.write(Level::Warning, &format!("config.json: {note}")));
-        held.record.sandbox = Some(Sandbox::Created);
-        held.write()?;
         if let (Some(path), Some(pid)) = (&self.create.pid_file, waiting.pid()) {
             state::replace(path, pid.to_string().as_bytes(), 0o644)?;
         }
-        Ok(waiting.stay())
+        let child = waiting.stay()?;
+        held.record.sandbox = Some(Sandbox::Created);
+        held.write()?;
+        Ok(child)
     }
 
     /// Runs the hooks that come before the microVM, if there are any; the process that waits for it then.
@@ -125,7 +130,7 @@ impl Making<'_> {
         if hooks.prestart.is_empty() && hooks.create_runtime.is_empty() {
             return Ok(None);
         }
-        self.start_waiting(held, passed, notes, false).map(Some)
+        self.start_waiting(held, passed, notes).map(Some)
     }
 
     /// Starts the process that waits, and runs these hooks.
@@ -134,7 +139,6 @@ impl Making<'_> {
         held: &mut Held,
         passed: &[&OwnedFd],
         notes: &mut Vec<String>,
-        is_to_stay: bool,
     ) -> Result<Waiting, AnyError> {
         let hooks = &self.container.hooks;
         let namespace = match &self.container.network {
@@ -143,14 +147,13 @@ impl Making<'_> {
         };
         groups::enter(self.container, self.host.user, held, notes)?;
         let id = &self.create.id;
-        let mut waiting =
-            Waiting::start(&self.jailer, held.path(), id, namespace, passed, is_to_stay)?;
+        let mut waiting = Waiting::start(&self.jailer, held.path(), id, namespace, passed)?;
         held.record.process = waiting.pid().and_then(Known::of);
         held.write()?;
         // What hooks use is not the container's.
         self.home.enter();
         let patience = Duration::from_secs(self.host.settings.ready_seconds);
-        waiting.wait(held.path(), patience)?;
+        waiting.wait(patience)?;
         let state = state_text(&held.record, Status::Creating);
         hooks::run_all("prestart", &hooks.prestart, &state)?;
         hooks::run_all("createRuntime", &hooks.create_runtime, &state)?;
@@ -239,7 +242,7 @@ impl Making<'_> {
 
 /// Why a container did not start, by the jailer's report. Its message went to the standard error that the
 /// container was to have.
-pub fn reason(folder: &Path) -> String {
+fn reason(folder: &Path) -> String {
     let report = input::read(&folder.join(jailer::REPORT), REPORT_MAX).unwrap_or_default();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap_or_default();
     let sentence = report["sentence"].as_str().unwrap_or_default();

@@ -1,9 +1,9 @@
 //! The process of a container whose hooks run before its microVM is made: `mayfly-jailer prepare`, which is in
 //! the container's network namespace and control groups already, and becomes `mayfly-jailer run` when it
-//! gets its words.
+//! gets its words. The process of a pod's sandbox gets none, and stays.
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
@@ -13,16 +13,19 @@ use std::time::Duration;
 
 use rustix::io::FdFlags;
 
-use super::making::reason;
 use crate::error::{AnyError, Step as _};
+use crate::input;
 use crate::jailer::{Jailer, Told};
+
+/// How long its message may be.
+const MESSAGE_MAX: u64 = 1 << 16;
 
 /// A word cannot be passed on.
 #[derive(Debug, thiserror::Error)]
 #[error("there is a zero byte in \"{0}\"")]
 struct ZeroByte(String);
 
-/// It, until it has its words. Dropped, it ends.
+/// It, until it has its words or is told to stay. Dropped, it ends.
 pub struct Waiting {
     child: Option<Child>,
     socket: UnixStream,
@@ -30,19 +33,16 @@ pub struct Waiting {
 
 impl Waiting {
     /// Starts it for the container `id`, whose folder this is, with the descriptors in `passed`. It joins a
-    /// network namespace, or makes one. One that is to stay gets no words, ever.
+    /// network namespace, or makes one.
     pub fn start(
         jailer: &Jailer,
         folder: &Path,
         id: &str,
         namespace: Option<&Path>,
         passed: &[&OwnedFd],
-        is_to_stay: bool,
     ) -> Result<Waiting, AnyError> {
         let (socket, theirs) = UnixStream::pair().step("make a pair of sockets")?;
         let theirs = OwnedFd::from(theirs);
-        let own = socket.try_clone().step("make a pair of sockets")?;
-        let own = is_to_stay.then(|| OwnedFd::from(own));
         let number = theirs.as_raw_fd().to_string();
         let words = ["prepare", "--id", id, "--runtime-dir", ".", "--words-fd"];
         let mut words: Vec<OsString> = words.map(OsString::from).into();
@@ -51,11 +51,7 @@ impl Waiting {
             words.extend(["--net-namespace".into(), path.into()]);
         }
         let mut command = jailer.command(folder, &words);
-        let more: Vec<&OwnedFd> = [Some(&theirs), own.as_ref()]
-            .into_iter()
-            .flatten()
-            .collect();
-        let child = spawn(&mut command, &[passed, &more].concat(), id)?;
+        let child = spawn(&mut command, &[passed, &[&theirs]].concat(), id)?;
         Ok(Waiting {
             child: Some(child),
             socket,
@@ -67,23 +63,27 @@ impl Waiting {
         self.child.as_ref().map(|child| child.id() as i32)
     }
 
-    /// Waits until it is in the namespace.
-    pub fn wait(&mut self, folder: &Path, patience: Duration) -> Result<(), AnyError> {
+    /// Waits until it is in the namespace, or says why it cannot be.
+    pub fn wait(&mut self, patience: Duration) -> Result<(), AnyError> {
         const WHAT: &str = "wait for mayfly-jailer prepare";
         self.socket.set_read_timeout(Some(patience)).step(WHAT)?;
-        match self.socket.read_exact(&mut [0]) {
-            // It has said why.
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
-                Err(Told(reason(folder)).into())
+        let mut first = [0];
+        match self.socket.read(&mut first).step(WHAT)? {
+            1 if first == *b"1" => Ok(()),
+            count => {
+                let mut text = first[..count].to_vec();
+                let rest = (&self.socket).take(MESSAGE_MAX);
+                text.extend(input::read_stream(rest, MESSAGE_MAX).step(WHAT)?);
+                Err(Told(String::from_utf8_lossy(&text).into_owned()).into())
             }
-            said => Ok(said.step(WHAT)?),
         }
     }
 
-    /// Has it wait for ever, also when this program has ended: it has the other end of its socket as well, which
-    /// [`spawn`] passed to it.
-    pub fn stay(mut self) -> Child {
-        self.child.take().expect("it is taken here alone")
+    /// Has it stay as it is, until it is killed.
+    pub fn stay(mut self) -> Result<Child, AnyError> {
+        let written = self.socket.write_all(&0_u32.to_ne_bytes());
+        written.step("tell mayfly-jailer to stay")?;
+        Ok(self.child.take().expect("it is taken here alone"))
     }
 
     /// Has it become `mayfly-jailer` with these words.

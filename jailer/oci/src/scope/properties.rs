@@ -45,8 +45,8 @@ pub fn add<'a>(words: &mut Vec<String>, properties: impl Iterator<Item = &'a Pro
     words.insert(at, count.to_string());
 }
 
-/// Those of every scope. It has the process `pid`.
-pub fn own(slice: &str, description: &str, pid: u32) -> Vec<Property> {
+/// Those of every scope. It has the process `pid`. `has_v1`: the host has control groups of version 1.
+pub fn own(slice: &str, description: &str, pid: u32, has_v1: bool) -> Vec<Property> {
     let yes = |name| Property::new(name, "b", "true");
     let pids = Property {
         words: vec!["1".into(), pid.to_string()],
@@ -64,7 +64,12 @@ pub fn own(slice: &str, description: &str, pid: u32) -> Vec<Property> {
         // With these, systemd makes groups of these controllers in version 1 too.
         yes("MemoryAccounting"),
         yes("CPUAccounting"),
-        yes("BlockIOAccounting"),
+        // Newer versions of systemd do not know the first one, and the second makes no group of version 1.
+        yes(if has_v1 {
+            "BlockIOAccounting"
+        } else {
+            "IOAccounting"
+        }),
         yes("TasksAccounting"),
     ]
 }
@@ -265,7 +270,7 @@ mod tests {
     #[test]
     fn scope_is_delegated_and_has_this_process() {
         let mut words = Vec::new();
-        add(&mut words, own("a.slice", "of a b", 7).iter());
+        add(&mut words, own("a.slice", "of a b", 7, true).iter());
         let text = words.join(" ");
         let begins =
             "10 Description s of a b Slice s a.slice PIDs au 1 7 Delegate b true CollectMode s ";
