@@ -280,24 +280,26 @@ fn programs_needed(folder: &Path, programs: &mut BTreeSet<String>) {
     }
 }
 
-/// The installed packages, of these programs, that no Debian system is without, and all others.
+/// The packages that a program is of, and whether no Debian system is without them.
 fn packages_of(program: &str) -> Vec<(String, bool)> {
     let query = |words: &[&str]| {
         let output = Command::new("dpkg-query").args(words).output().unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
-    // An alternative (`lzma`) is a link to a file that is of a package.
+    // An alternative (`lzma`) is a link to a file that is of a package, and a link of another name (`python3`) is of one
+    // itself.
     let folders = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"].map(Path::new);
-    let mut files = folders
-        .iter()
-        .filter_map(|it| it.join(program).canonicalize().ok());
-    let Some(file) = files.next() else {
-        return Vec::new();
-    };
-    // A package may have it by another name of its folder (/sbin, which is /usr/sbin).
-    let mut last = file.iter().rev().map(|it| it.to_string_lossy());
-    let (name, folder) = (last.next().unwrap(), last.next().unwrap());
-    let owners = query(&["-S", &format!("*/{folder}/{name}")]);
+    let files = folders.iter().map(|it| it.join(program));
+    let files = files.filter(|it| it.exists()).take(1);
+    let files = files.flat_map(|it| [it.canonicalize().unwrap(), it]);
+    let owners: String = files
+        .map(|file| {
+            // A package may have it by another name of its folder (/sbin, which is /usr/sbin).
+            let mut last = file.iter().rev().map(|it| it.to_string_lossy());
+            let (name, folder) = (last.next().unwrap(), last.next().unwrap());
+            query(&["-S", &format!("*/{folder}/{name}")])
+        })
+        .collect();
     let names = owners.lines().filter_map(|line| {
         let (owner, _path) = line.split_once(": ")?;
         let name = owner.split([',', ':']).next()?;
