@@ -3,7 +3,7 @@
 //! A container is one process of it (`run --hold`), which stands for the container to the engine: it has
 //! the container's standard streams, and ends as its command does. All other commands ask that process,
 //! by a socket in the container's folder, which is their working folder: so its path is short whatever
-//! the engine calls its folders.
+//! the engine calls its folders. The sandbox of a pod is a process of it too (`prepare`), which is not asked.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};

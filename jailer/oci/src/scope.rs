@@ -71,13 +71,13 @@ pub enum ScopeError {
 
 /// A unit, as systemd has it now.
 #[derive(Debug)]
-struct Look {
+struct UnitState {
     state: String,
     has_job: bool,
     description: String,
 }
 
-impl Look {
+impl UnitState {
     /// Nothing of it is there, or is about to be.
     fn is_gone(&self) -> bool {
         self.state == "inactive" && !self.has_job
@@ -139,21 +139,26 @@ impl Unit {
         let until = Instant::now() + PATIENCE;
         let mut was_reset = false;
         loop {
-            let refused = match self.manager("StartTransientUnit", "ssa(sv)a(sa(sv))", words) {
+            let refused = match self
+                .busctl
+                .call("StartTransientUnit", "ssa(sv)a(sa(sv))", words)
+            {
                 Ok(_) => return Ok(()),
                 Err(error) => error,
             };
             if !matches!(refused, BusctlError::Refused(..)) {
                 return Err(refused.into());
             }
-            let look = self.look()?;
-            match &*look.state {
-                "failed" | "inactive" if !was_reset && !look.has_job => {
-                    // What is not loaded cannot be reset, and what was in the way is gone then.
-                    let _ = self.manager("ResetFailedUnit", "s", std::slice::from_ref(&self.name));
+            let unit = self.read()?;
+            match &*unit.state {
+                "failed" | "inactive" if !was_reset && !unit.has_job => {
+                    // An error says that it is not there any more: the next try is answered.
+                    let _ =
+                        self.busctl
+                            .call("ResetFailedUnit", "s", std::slice::from_ref(&self.name));
                     was_reset = true;
                 }
-                "failed" | "inactive" if !look.has_job => return Err(refused.into()),
+                "failed" | "inactive" if !unit.has_job => return Err(refused.into()),
                 "deactivating" if Instant::now() < until => std::thread::sleep(PAUSE),
                 state => {
                     return Err(ScopeError::Exists(self.name.clone(), state.to_owned()).into());
@@ -165,11 +170,11 @@ impl Unit {
     fn wait_until_active(&self) -> Result<(), AnyError> {
         let until = Instant::now() + PATIENCE;
         loop {
-            let look = self.look()?;
-            if look.state == "active" {
+            let unit = self.read()?;
+            if unit.state == "active" {
                 return Ok(());
             }
-            if !look.has_job {
+            if !unit.has_job {
                 return Err(ScopeError::NotStarted(self.name.clone()).into());
             }
             if Instant::now() >= until {
@@ -205,33 +210,37 @@ impl Unit {
         // For this start of the host.
         let mut words = vec![self.name.clone(), "true".into()];
         properties::add(&mut words, limits.iter());
-        self.manager("SetUnitProperties", "sba(sv)", &words)?;
+        self.busctl.call("SetUnitProperties", "sba(sv)", &words)?;
         Ok(())
     }
 
     /// Whether systemd has one of this name that is not this container's.
     pub fn is_anothers(&self) -> Result<bool, AnyError> {
-        let look = self.look_if_any()?;
-        Ok(look.is_some_and(|look| !look.is_gone() && look.description != self.description))
+        let unit = self.read_if_any()?;
+        Ok(unit.is_some_and(|unit| !unit.is_gone() && unit.description != self.description))
     }
 
     /// Ends it, with the processes that are in it, if it is this container's.
     pub fn stop(&self) -> Result<(), AnyError> {
-        let is_own = |look: &Look| !look.is_gone() && look.description == self.description;
-        if !self.look_if_any()?.as_ref().is_some_and(is_own) {
+        let is_own = |unit: &UnitState| !unit.is_gone() && unit.description == self.description;
+        if !self.read_if_any()?.as_ref().is_some_and(is_own) {
             return Ok(());
         }
         // It may end by itself at any time, and cannot be stopped then.
-        let stopped = self.manager("StopUnit", "ss", &[self.name.clone(), "replace".into()]);
+        let stopped = self
+            .busctl
+            .call("StopUnit", "ss", &[self.name.clone(), "replace".into()]);
         let mut refused = stopped.err();
         let until = Instant::now() + PATIENCE;
         loop {
-            let look = self.look()?;
-            if !is_own(&look) {
+            let unit = self.read()?;
+            if !is_own(&unit) {
                 return Ok(());
             }
-            if look.state == "failed" {
-                let _ = self.manager("ResetFailedUnit", "s", std::slice::from_ref(&self.name));
+            if unit.state == "failed" {
+                let _ = self
+                    .busctl
+                    .call("ResetFailedUnit", "s", std::slice::from_ref(&self.name));
             } else if let Some(error) = refused.take() {
                 return Err(error.into());
             }
@@ -243,9 +252,9 @@ impl Unit {
     }
 
     /// As systemd has it; without a systemd there is none.
-    fn look_if_any(&self) -> Result<Option<Look>, AnyError> {
-        match self.look() {
-            Ok(look) => Ok(Some(look)),
+    fn read_if_any(&self) -> Result<Option<UnitState>, AnyError> {
+        match self.read() {
+            Ok(unit) => Ok(Some(unit)),
             Err(error) => match error.downcast_ref() {
                 Some(BusctlError::NoSystemd) => Ok(None),
                 _ => Err(error),
@@ -263,11 +272,7 @@ impl Unit {
         Ok(properties.into_iter().filter(is_known).collect())
     }
 
-    fn manager(&self, member: &str, types: &str, words: &[String]) -> Result<Value, BusctlError> {
-        self.busctl.call(member, types, words)
-    }
-
-    fn look(&self) -> Result<Look, AnyError> {
+    fn read(&self) -> Result<UnitState, AnyError> {
         // One question for each, in this order: a unit whose job has ended has the state after it, and one that is
         // not there any more had its description while it was.
         let names = ["Description", "Job", "ActiveState"];
@@ -276,7 +281,7 @@ impl Unit {
             let [description, job, state] = &answer[..] else {
                 return None;
             };
-            Some(Look {
+            Some(UnitState {
                 state: state.as_str()?.to_owned(),
                 has_job: job.get(0)?.as_u64()? != 0,
                 description: description.as_str()?.to_owned(),

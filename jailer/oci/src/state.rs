@@ -7,7 +7,8 @@
 //!   ROOT/ID/ID.sock      the jailer's socket
 //! ```
 //!
-//! - Whether a container runs is never read here: that is asked of its process.
+//! - Whether a container runs is never read here: that is asked of its process. The sandbox of a pod has a record
+//!   alone, and runs from its `start` until its process ends.
 //! - A command that changes a container holds a lock on its folder, which the kernel takes back when the
 //!   command is killed. What was to be made stands in the record before it is made, so that `delete
 //!   --force` finds what a `create` that was killed has left.

@@ -5,7 +5,8 @@ use std::path::{Component, Path, PathBuf};
 
 use super::{FieldError, refuse};
 
-const FIELD: &str = "linux.cgroupsPath";
+/// The field, for messages.
+pub const FIELD: &str = "linux.cgroupsPath";
 /// The longest name of a unit.
 const UNIT_MAX: usize = 255;
 

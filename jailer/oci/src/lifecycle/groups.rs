@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use oci_spec::runtime::LinuxResources;
 
+use super::TIDY;
 use crate::args::Global;
-use crate::bundle::place::{Place, Scope};
+use crate::bundle::place::{FIELD, Place, Scope};
 use crate::bundle::resources::{self, Setting};
 use crate::bundle::{Container, FieldError, refuse, ungrouped};
 use crate::cgroup::{self, Groups};
@@ -15,12 +16,8 @@ use crate::scope::{self, Unit};
 use crate::state::{Held, Record};
 use crate::user::User;
 
-/// How long those that tidy up behind a process that was killed may take, before they are killed too.
-const TIDY: Duration = Duration::from_secs(5);
-
 /// Makes sure that who makes them is who `linux.cgroupsPath` is written for.
 pub fn check(container: &Container, global: &Global) -> Result<(), FieldError> {
-    const FIELD: &str = "linux.cgroupsPath";
     match &container.cgroup {
         Some(Place::Scope(scope)) if !global.has_systemd => refuse(
             FIELD,
@@ -98,7 +95,7 @@ pub fn enter(
     let settings = resources::settings(&container.resources);
     let groups = match &container.cgroup {
         None => return Ok(()),
-        // None that this user may make.
+        // This user may make none of them.
         Some(Place::Below(_)) if held.record.groups.is_empty() => return Ok(()),
         Some(Place::Below(_)) => {
             let groups = of(&held.record)?;
