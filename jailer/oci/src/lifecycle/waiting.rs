@@ -74,7 +74,13 @@ impl Waiting {
                 let mut text = first[..count].to_vec();
                 let rest = (&self.socket).take(MESSAGE_MAX);
                 text.extend(input::read_stream(rest, MESSAGE_MAX).step(WHAT)?);
-                Err(Told(String::from_utf8_lossy(&text).into_owned()).into())
+                let text = match &*text {
+                    b"" => {
+                        "mayfly-jailer prepare ended before it was in the network namespace".into()
+                    }
+                    said => String::from_utf8_lossy(said).into_owned(),
+                };
+                Err(Told(text).into())
             }
         }
     }
