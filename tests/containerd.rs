@@ -18,21 +18,13 @@ struct Containerd {
 impl Containerd {
     fn new() -> Containerd {
         let folder = Folder::new();
-        let path = |name: &str| folder.join(name).display().to_string();
         let root = folder.join("rootfs");
         containers::busybox_root(&root, &["sh", "echo", "sleep", "id"]);
         for name in ["sys", "tmp"] {
             fs::create_dir(root.join(name)).unwrap();
         }
         let settings = containers::install_runtime(&folder);
-        // The shim has no place for options of its runtime.
-        let script = format!(
-            "#!/bin/sh\nexec {} --config {} \"$@\"\n",
-            path("bin/mayfly-oci"),
-            settings.display()
-        );
-        let script = folder.file("script", script);
-        containers::install(&script, &folder.join("bin/runtime"));
+        containers::install_with_settings(&folder, &settings);
         let config = format!(
             "version = 2\nroot = \"{0}/root\"\nstate = \"{0}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
              [grpc]\naddress = \"{0}/sock\"\n[ttrpc]\naddress = \"{0}/sock.ttrpc\"\n\

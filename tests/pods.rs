@@ -102,13 +102,7 @@ impl Node {
         let (folder, netns) = (Folder::new(), Netns::new());
         let settings = containers::install_warm_runtime(&folder);
         let path = |name: &str| folder.join(name).display().to_string();
-        let script = format!(
-            "#!/bin/sh\nexec {} --config {} \"$@\"\n",
-            path("bin/mayfly-oci"),
-            settings.display()
-        );
-        let script = folder.file("script", script);
-        containers::install(&script, &folder.join("bin/runtime"));
+        containers::install_with_settings(&folder, &settings);
         fs::create_dir(folder.join("cni")).unwrap();
         let network = json!({
             "cniVersion": "0.4.0",

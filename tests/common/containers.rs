@@ -55,6 +55,16 @@ pub fn install_warm_runtime(folder: &Folder) -> PathBuf {
     write_settings(folder, &json!({"templates": templates()}))
 }
 
+/// Installs `bin/runtime`, which is `mayfly-oci` with these settings: containerd's shim has no place for options of its
+/// runtime.
+pub fn install_with_settings(folder: &Folder, settings: &Path) {
+    let program = folder.join("bin/mayfly-oci");
+    let (program, settings) = (program.display(), settings.display());
+    let script = format!("#!/bin/sh\nexec {program} --config {settings} \"$@\"\n");
+    let script = folder.file("script", script);
+    install(&script, &folder.join("bin/runtime"));
+}
+
 fn write_settings(folder: &Folder, more: &Value) -> PathBuf {
     let linux = super::linux();
     let mut settings = json!({
