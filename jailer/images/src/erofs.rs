@@ -378,7 +378,8 @@ fn superblock(plan: &Plan, sum: &Sum) -> [u8; SUPERBLOCK_LEN] {
     put(0, &MAGIC.to_le_bytes());
     put(8, &FEATURE_MTIME.to_le_bytes());
     put(12, &[BLOCK.ilog2() as u8]);
-    put(14, &((FIRST / SLOT) as u16).to_le_bytes());
+    // It comes first, in the first block or, with many names in it, at the begin of the second.
+    put(14, &(plan.positions[ROOT].number() as u16).to_le_bytes());
     put(16, &(plan.order.len() as u64).to_le_bytes());
     put(BLOCKS_AT, &(plan.blocks as u32).to_le_bytes());
     put(UUID_AT, &uuid(sum));
