@@ -56,6 +56,8 @@ pub struct Args {
     pub kvm_fd: Option<u32>,
     /// The descriptor that is told how the guest ended.
     pub end_fd: Option<u32>,
+    /// A listening socket for clients of the console.
+    pub console_fd: Option<u32>,
     /// End with the exit code that the guest wrote.
     pub guest_exit_code: bool,
     /// Give up the file system, and what else Landlock can deny, before anything else.
@@ -103,6 +105,7 @@ impl Default for Args {
             api_fd: None,
             kvm_fd: None,
             end_fd: None,
+            console_fd: None,
             guest_exit_code: false,
             landlock: false,
             config_file: None,
@@ -170,6 +173,7 @@ where
         api_fd,
         kvm_fd: given.number("kvm-fd")?,
         end_fd: given.number("end-fd")?,
+        console_fd: given.number("console-fd")?,
         guest_exit_code: given.has("guest-exit-code"),
         landlock: given.has("landlock"),
         config_file: given.path("config-file"),

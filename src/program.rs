@@ -119,6 +119,11 @@ fn run(args: Args, timeline: Timeline) -> ! {
     {
         fail(&error.0, exit::BAD_ARGUMENTS);
     }
+    if let Some(number) = args.console_fd
+        && let Err(error) = vmm.set_console(number)
+    {
+        fail(&error.0, exit::BAD_ARGUMENTS);
+    }
     // Read before there is nothing to be opened by name.
     let config = args.config_file.map(|path| {
         // Behind Landlock threads have to be made later.

@@ -334,6 +334,12 @@ fn option_when_its_descriptor_is_wrong_is_refused_with_153() {
             "The end in descriptor 14 was not opened for writing",
         ),
         ("--api-fd 13 --end-fd 98", "Descriptor 98 is not open"),
+        (
+            "--api-fd 13 --console-fd 10",
+            "The console socket in descriptor 10 is not a socket",
+        ),
+        ("--api-fd 13 --console-fd 12", "does not listen"),
+        ("--api-fd 13 --console-fd 98", "Descriptor 98 is not open"),
         ("--api-fd 13 --api-sock s", "exclude each other"),
     ];
     for (line, reason) in cases {

@@ -12,12 +12,14 @@ mod host;
 mod run;
 
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use host::cgroup_mount;
-use run::{BOTH, Ended, Place, Who, fact};
+use run::{BOTH, Ended, Place, Who, fact, inheriting};
 
 /// The place for a test of this name, with the real monitor, unless it has to be skipped.
 macro_rules! place {
@@ -387,9 +389,9 @@ fn configuration_of_any_length_a_file_may_have_is_taken() {
             .unwrap();
         let mut text = String::new();
         host::wait_until("the console's socket", || {
-            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+            UnixStream::connect(&socket).is_ok()
         });
-        let mut caller = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        let mut caller = UnixStream::connect(&socket).unwrap();
         read_until(&mut caller, &mut text, "here");
         let _ = Command::new("kill").arg(child.id().to_string()).status();
         assert_eq!(child.wait().unwrap().code(), Some(143));
@@ -405,7 +407,9 @@ fn configuration_of_any_length_a_file_may_have_is_taken() {
 }
 
 /// Reads until `words` are among what came.
-fn read_until(client: &mut std::os::unix::net::UnixStream, text: &mut String, words: &str) {
+fn read_until(client: &mut UnixStream, text: &mut String, words: &str) {
+    let patience = Some(std::time::Duration::from_secs(120));
+    client.set_read_timeout(patience).unwrap();
     while !text.contains(words) {
         let mut bytes = [0; 256];
         let count = match std::io::Read::read(client, &mut bytes) {
@@ -437,11 +441,11 @@ fn console_socket_is_the_monitors_and_is_removed() {
         ];
         let mut child = place.jailer(who, &words).spawn().unwrap();
         host::wait_until("the console's socket", || {
-            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+            UnixStream::connect(&socket).is_ok()
         });
         let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&socket).unwrap());
         assert_eq!(mode & 0o777, 0o600);
-        let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        let mut client = UnixStream::connect(&socket).unwrap();
         let mut text = String::new();
         // What was written before anything was connected is there too.
         read_until(&mut client, &mut text, "echo ready");
@@ -469,20 +473,14 @@ fn console_socket_serves_a_microvm_that_a_client_configures() {
     for who in BOTH {
         let words = ["run", "--api-sock", &api, "--console", &at];
         let mut child = place.jailer(who, &words).spawn().unwrap();
-        host::wait_until("the API's socket", || {
-            std::os::unix::net::UnixStream::connect(&api).is_ok()
-        });
+        host::wait_until("the API's socket", || UnixStream::connect(&api).is_ok());
         let kernel = fs::File::open(place.path("probe")).unwrap();
         let mut client = mayfly::wire::Client::connect(&api).unwrap();
         let boot =
             r#"{ "kernel_image_path": { "fd": 0 }, "boot_args": "probe=print:here,echo:1" }"#;
         let start = r#"{ "action_type": "InstanceStart" }"#;
         for (path, body, files) in [
-            (
-                "/boot-source",
-                boot,
-                &[std::os::fd::AsFd::as_fd(&kernel)][..],
-            ),
+            ("/boot-source", boot, &[kernel.as_fd()][..]),
             ("/actions", start, &[]),
         ] {
             let patience = std::time::Duration::from_secs(300);
@@ -490,13 +488,50 @@ fn console_socket_serves_a_microvm_that_a_client_configures() {
             let answer = answer.unwrap();
             assert!(answer.is_success(), "{}", answer.fault());
         }
-        let mut console = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        let mut console = UnixStream::connect(&socket).unwrap();
         let mut text = String::new();
         read_until(&mut console, &mut text, "echo ready");
         std::io::Write::write_all(&mut console, b"typed\n").unwrap();
         read_until(&mut console, &mut text, "got typed");
         assert!(text.contains("here"), "{text}");
         assert_eq!(child.wait().unwrap().code(), Some(0));
+        place.nothing_is_left();
+    }
+}
+
+#[test]
+fn request_that_came_before_the_monitor_finds_the_consoles_socket_too() {
+    let place = place!("gearly");
+    copy_readable(&common::probe(), &place.path("probe"));
+    let (api, socket) = (place.shared("api"), place.shared("console"));
+    let at = format!("unix:{socket}");
+    for who in BOTH {
+        let listener = UnixListener::bind(&api).unwrap();
+        fs::set_permissions(&api, fs::Permissions::from_mode(0o666)).unwrap();
+        let mut client = mayfly::wire::Client::connect(Path::new(&api)).unwrap();
+        let kernel = fs::File::open(place.path("probe")).unwrap();
+        let body = r#"{ "boot-source": { "kernel_image_path": { "fd": 0 },
+            "boot_args": "probe=print:here,echo:1" }, "drives": [], "start": true }"#;
+        let sent = client.send("PUT", "/vm", body, &[kernel.as_fd()]);
+        sent.unwrap();
+        // As sd_listen_fds(3) has it; the shell's process id becomes the jailer's.
+        let before = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$;";
+        let mut shell = inheriting(&place.jailer(who, &["run", "--console", &at]), before);
+        shell.stdin(OwnedFd::from(listener));
+        let mut child = shell.spawn().unwrap();
+        drop(shell);
+        let mut console = None;
+        host::wait_until("the console's socket", || {
+            console = UnixStream::connect(&socket).ok();
+            console.is_some()
+        });
+        let mut console = console.unwrap();
+        let mut text = String::new();
+        read_until(&mut console, &mut text, "echo ready");
+        std::io::Write::write_all(&mut console, b"typed\n").unwrap();
+        read_until(&mut console, &mut text, "got typed");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        fs::remove_file(&api).unwrap();
         place.nothing_is_left();
     }
 }

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use host::{GID, Report, UID, cgroup_mount, wait_until};
 use needs::needs;
-use run::{BOTH, Place, Who, fact};
+use run::{BOTH, Place, Who, fact, inheriting};
 
 /// The place for a test of this name, unless it has to be skipped.
 macro_rules! place {
@@ -93,20 +93,6 @@ fn passed_descriptor_may_be_named_by_its_path() {
         let command = place.run(who, "exit=0", &words);
         place.refuses(inheriting(&command, ""), "descriptor 9");
     }
-}
-
-/// `command`, started by a shell that does `before` first.
-fn inheriting(command: &Command, before: &str) -> Command {
-    let mut shell = Command::new("bash");
-    shell.args(["-c", &format!("{before} exec \"$0\" \"$@\"")]);
-    shell.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        if let Some(value) = value {
-            shell.env(name, value);
-        }
-    }
-    shell.stdin(Stdio::null());
-    shell
 }
 
 #[test]
@@ -883,7 +869,7 @@ fn bad_input_gets_a_sentence_and_makes_nothing() {
     }
     for who in BOTH {
         place.ends(
-            place.run(who, "exit=0", &["--resource-limit", "no-file=42"]),
+            place.run(who, "exit=0", &["--resource-limit", "no-file=43"]),
             0,
         );
         // Nothing is wrong with this kernel.

@@ -42,6 +42,11 @@ pub(super) const OPTIONS: &[Opt] = &[
         "Boot this configuration, in JSON, at once.",
     ),
     option(
+        "console-fd",
+        "fd",
+        "Serve clients of the guest's console on this inherited socket, which listens.",
+    ),
+    option(
         "describe-snapshot",
         "path",
         "Print the format version of this snapshot.",

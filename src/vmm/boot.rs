@@ -464,7 +464,7 @@ fn make_console(
             fd::duplicate(fd::STDOUT).context(FAILED)?,
         ),
     };
-    let socket = match &asked.socket {
+    let socket = match &asked.sockets.used {
         Some(socket) => Some(socket.listener.try_clone().context(FAILED)?),
         None => None,
     };

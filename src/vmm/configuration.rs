@@ -58,7 +58,16 @@ pub struct Console {
     /// Where output goes instead of standard output. It goes with the start.
     pub output: Option<File>,
     /// Where its clients come.
-    pub socket: Option<Arc<ConsoleSocket>>,
+    pub sockets: ConsoleSockets,
+}
+
+/// Where clients of the console come.
+#[derive(Clone, Debug, Default)]
+pub struct ConsoleSockets {
+    /// What was asked for, or else the one of the command line.
+    pub used: Option<Arc<ConsoleSocket>>,
+    /// The one of the command line, for any configuration that asks for none.
+    pub given: Option<Arc<ConsoleSocket>>,
 }
 
 impl Boot {
@@ -110,7 +119,7 @@ fn default_boot_args(has_initrd: bool) -> String {
 impl Console {
     fn open(
         mut serial: Serial,
-        before: Option<Arc<ConsoleSocket>>,
+        before: ConsoleSockets,
         passed: &mut Passed,
     ) -> Result<Self, ActionError> {
         serial.rate_limiter = serial.rate_limiter.and_then(TokenBucketConfig::in_force);
@@ -118,17 +127,18 @@ impl Console {
             Some(sink) => Some(open::sink(&open::CONSOLE_OUTPUT, sink, passed)?),
             None => None,
         };
-        let socket = match &serial.console_socket {
-            Some(source) => match before.filter(|socket| socket.is_at(source)) {
+        let given = before.given;
+        let used = match &serial.console_socket {
+            Some(source) => match before.used.filter(|socket| socket.is_at(source)) {
                 Some(same) => Some(same),
                 None => Some(Arc::new(ConsoleSocket::open(source, passed)?)),
             },
-            None => None,
+            None => given.clone(),
         };
         Ok(Console {
             serial,
             output,
-            socket,
+            sockets: ConsoleSockets { used, given },
         })
     }
 }
@@ -154,7 +164,7 @@ impl Configuration {
                 Ok(change.map(|edit| -> Edit<Self> { Box::new(|whole| edit(&mut whole.devices)) }))
             }
             Part::Serial(serial) => {
-                let before = self.console.socket.clone();
+                let before = self.console.sockets.clone();
                 Ok(Change::new(|passed| {
                     let console = Console::open(serial, before, passed)?;
                     edit(|configuration: &mut Self| {
@@ -186,14 +196,12 @@ impl Configuration {
             Boot::check(source)?;
         }
         let devices = self.devices.replace(config.devices)?;
-        let socket = self.console.socket.clone();
-        let (cpu, serial, source) = (config.cpu_config, config.serial, config.boot_source);
+        let before = self.console.sockets.clone();
+        let serial = config.serial.unwrap_or_default();
+        let (cpu, source) = (config.cpu_config, config.boot_source);
         Ok(Change::new(move |passed| {
             let cpu = cpu.map(|cpu| open::cpu_config(cpu, passed)).transpose()?;
-            let console = match serial {
-                Some(serial) => Console::open(serial, socket, passed)?,
-                None => Console::default(),
-            };
+            let console = Console::open(serial, before, passed)?;
             let boot = source
                 .map(|source| Boot::open(source, passed))
                 .transpose()?;

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use super::action::{Action, Answer, Command, InstanceInfo, Outcome, Part, Question, Reply};
 use super::boot::Origin;
 use super::change::{Change, Edit};
-use super::configuration::Configuration;
+use super::configuration::{Configuration, ConsoleSockets};
 use super::devices::ForDevice;
 use super::file_work::{Asker, Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::{Input, Lifecycle};
 use super::pausing::Waiter;
 use super::{UPDATE_PATIENCE, Vmm, boot, report, restoring, rules};
 use crate::error::{ActionError, Context};
+use crate::files::open::ConsoleSocket;
 use crate::files::{Files, Limit, open};
 use crate::log::{self, firecracker};
 use crate::metrics::{Report, Sink};
@@ -391,6 +392,21 @@ impl Vmm {
     pub fn set_metrics(&mut self, metrics: Metrics) -> Result<(), ActionError> {
         let change = self.put_metrics(metrics)?;
         self.change(change.map(Ready::Metrics))
+    }
+
+    /// Has clients of the console come through the inherited socket `number`, unless a configuration or
+    /// a request names another.
+    ///
+    /// # Errors
+    /// The message: it is no socket that listens.
+    pub fn set_console(&mut self, number: u32) -> Result<(), ActionError> {
+        let socket = ConsoleSocket::open(&Source::fd(number), &mut Passed::Inherited)?;
+        let socket = Some(Arc::new(socket));
+        self.configuration.console.sockets = ConsoleSockets {
+            used: socket.clone(),
+            given: socket,
+        };
+        Ok(())
     }
 
     /// Takes up what the command line says of the log.

@@ -264,3 +264,17 @@ pub fn fact(report: &str, name: &str) -> String {
         .trim_matches('"')
         .to_owned()
 }
+
+/// `command`, started by a shell that does `before` first.
+pub fn inheriting(command: &Command, before: &str) -> Command {
+    let mut shell = Command::new("bash");
+    shell.args(["-c", &format!("{before} exec \"$0\" \"$@\"")]);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            shell.env(name, value);
+        }
+    }
+    shell.stdin(Stdio::null());
+    shell
+}

@@ -49,8 +49,10 @@ const KVM: u32 = 4;
 const LOG: u32 = 5;
 /// Where it says how the guest ended, as the monitor sees it.
 const END: u32 = 6;
+/// The listening socket for clients of the console, if there is one, as the monitor sees it.
+const CONSOLE_SOCKET: u32 = 7;
 
-const _: () = assert!(END as u64 + 1 == FOR_MONITOR);
+const _: () = assert!(CONSOLE_SOCKET as u64 + 1 == FOR_MONITOR);
 
 /// From the supervisor: the user namespace has its users.
 pub const MAPPED: u8 = b'm';
@@ -86,6 +88,8 @@ pub struct Plan {
     pub end: OwnedFd,
     /// A listening API socket, if it has a name outside; else one without a name is made.
     pub api: Option<OwnedFd>,
+    /// A listening socket for clients of the console, if a client of the API starts the guest.
+    pub console_socket: Option<OwnedFd>,
     /// Files of version 1 control groups, to go into them by.
     pub entrances: Vec<OwnedFd>,
     /// The network to be made inside.
@@ -158,16 +162,18 @@ pub fn enter(plan: &Plan, supervisor: &Channel) -> Result<Infallible, Failure> {
 
     let argv = argv(plan)?;
     let name = spec.monitor.path().to_string_lossy();
+    let mut placed = vec![
+        plan.console.0.as_fd(),
+        plan.console.1.as_fd(),
+        plan.log.as_fd(),
+        listener.as_fd(),
+        spec.kvm.as_fd(),
+        plan.log.as_fd(),
+        plan.end.as_fd(),
+    ];
+    placed.extend(plan.console_socket.as_ref().map(AsFd::as_fd));
     sys::place(
-        &[
-            plan.console.0.as_fd(),
-            plan.console.1.as_fd(),
-            plan.log.as_fd(),
-            listener.as_fd(),
-            spec.kvm.as_fd(),
-            plan.log.as_fd(),
-            plan.end.as_fd(),
-        ],
+        &placed,
         [
             spec.monitor.file().as_fd(),
             plan.parent.as_fd(),
@@ -341,12 +347,15 @@ fn die_with(parent: BorrowedFd<'_>) -> Result<(), Failure> {
 
 fn argv(plan: &Plan) -> Result<Vec<CString>, Failure> {
     let mut words = vec!["mayfly".to_owned(), "--id".into(), plan.spec.id.clone()];
-    for (name, number) in [
+    let console = plan.console_socket.is_some();
+    let console = console.then_some(("--console-fd", CONSOLE_SOCKET));
+    let always = [
         ("--api-fd", API),
         ("--kvm-fd", KVM),
         ("--log-fd", LOG),
         ("--end-fd", END),
-    ] {
+    ];
+    for (name, number) in always.into_iter().chain(console) {
         words.extend([name.to_owned(), number.to_string()]);
     }
     words.push("--landlock".to_owned());

@@ -38,7 +38,7 @@ use crate::run::agent::{self, RootMode};
 use crate::sys::{self, Inherited};
 
 /// How many descriptors the monitor is given: the console, and those of the jail.
-pub const FOR_MONITOR: u64 = 7;
+pub const FOR_MONITOR: u64 = 8;
 /// Fewest descriptors that a jail is made with: those for the monitor are put aside first, and with
 /// them the monitor's executable, the supervisor's process and the way to report.
 pub const LEAST_OPEN_FILES: u64 = sys::ASIDE as u64 + FOR_MONITOR + 3;
@@ -182,8 +182,6 @@ pub struct WatchSpec {
     pub options: Options,
     /// What to start; none if a client of the API does that.
     pub vm: Option<Vm>,
-    /// The socket for clients of the console, once it is made, if a client of the API does that.
-    pub console_socket: Option<OwnedFd>,
     /// What ends the microVM besides: descriptors that are ready then.
     pub enders: Vec<(OwnedFd, Ender)>,
     /// What the guest runs, where that is a command, and its initial RAM disk.
@@ -281,7 +279,6 @@ impl Spec {
                 options,
                 guest,
                 image,
-                console_socket: None,
                 first_reply: None,
             },
         })

@@ -160,8 +160,6 @@ impl Progress {
 enum Question {
     /// To start the guest.
     Start,
-    /// To have a socket for clients of the console.
-    Console,
     /// When it did what.
     Timeline,
     /// To pause, to write a snapshot, to resume.
@@ -227,7 +225,7 @@ impl Watch {
         self.kill();
     }
 
-    /// Has the guest started, or a client find its console as it is to be, once the jail stands.
+    /// Has the guest started, once the jail stands.
     fn advance(&mut self) {
         if self.progress.times.jailed_us.is_none() || self.progress.failure.is_some() {
             return;
@@ -241,29 +239,27 @@ impl Watch {
             return;
         }
         // The monitor has its own then: a tap or disk is not held open here.
-        let (path, (body, files)) = match (spec.vm.take(), spec.console_socket.take()) {
-            (Some(mut vm), _) => {
-                if vm.may_record() {
-                    vm.set_pagemap(pagemap_of(self.pid));
-                }
-                ("/vm", vm.into_request())
-            }
-            (None, Some(socket)) => ("/serial", Vm::console_request(socket)),
-            (None, None) => {
-                // A client of its own configures and starts it, unless the above is under way.
-                let is_idle = self.progress.question.is_none() && self.progress.hung_up.is_none();
-                self.progress.has_started |= is_idle;
-                return;
-            }
+        let Some(mut vm) = spec.vm.take() else {
+            return self.leave_to_client();
         };
+        if vm.may_record() {
+            vm.set_pagemap(pagemap_of(self.pid));
+        }
+        let (body, files) = vm.into_request();
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        match client.send("PUT", path, &body, &files) {
-            Ok(()) if path == "/vm" => self.progress.question = Some(Question::Start),
-            Ok(()) => self.progress.question = Some(Question::Console),
+        match client.send("PUT", "/vm", &body, &files) {
+            Ok(()) => self.progress.question = Some(Question::Start),
             // The process in the jail failed before it was the monitor, or the monitor at its start:
             // its own message, or how it ends, tells more than a broken connection.
             Err(error) => self.progress.hung_up = Some((self.now_us() + GRACE_US, error)),
         }
+    }
+
+    /// Unless it is under way here, a client of its own configures and starts the guest.
+    fn leave_to_client(&mut self) {
+        let progress = &mut self.progress;
+        let is_idle = progress.question.is_none() && progress.hung_up.is_none();
+        progress.has_started |= self.spec.vm.is_none() && is_idle;
     }
 
     /// Ends the machine once its command has ended, or its agent said or did what ends it.
@@ -439,7 +435,7 @@ impl Watch {
                 self.progress.has_started = true;
                 self.progress.times.started_us = Some(self.now_us());
             }
-            Some(Question::Console) | None => {}
+            None => {}
         }
         Ok(())
     }

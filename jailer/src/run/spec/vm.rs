@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use mayfly::wire::command_line;
 use mayfly::wire::config::{
     self, Backing, DriveOverride, Mac, NetworkInterface, NetworkOverride, PassedFd,
-    RateLimiterConfig, Restore, Serial, SnapshotLoad, TokenBucketConfig,
+    RateLimiterConfig, Restore, SnapshotLoad, TokenBucketConfig,
 };
 use mayfly::wire::limits::{CONFIG_FILE_MAX, DESCRIPTORS_MAX};
 use mayfly::wire::{Source, VmConfig};
@@ -451,15 +451,6 @@ impl Vm {
         if let Some(interface) = interfaces.find(|it| it.host_dev_name.name() == Some(OWN_TAP)) {
             interface.guest_mac.get_or_insert(mac);
         }
-    }
-
-    /// The request that has a console of its own socket, for a machine that another client configures.
-    pub fn console_request(listener: OwnedFd) -> (String, Vec<OwnedFd>) {
-        let serial = Serial {
-            console_socket: Some(Source::passed(0, CONSOLE_SOCKET)),
-            ..Serial::default()
-        };
-        (serde_json::json!(serial).to_string(), vec![listener])
     }
 
     /// The body of the request that configures and starts the machine.

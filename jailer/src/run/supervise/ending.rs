@@ -28,6 +28,10 @@ impl Watch {
                 self.progress.failure.get_or_insert(error);
             }
         }
+        if self.progress.times.executed_us.is_some() {
+            // Its whole life may have been shorter than the wait here.
+            self.leave_to_client();
+        }
         if self.progress.question.is_some()
             && let Err(error) = self.hear_monitor()
         {
@@ -46,7 +50,7 @@ impl Watch {
         self.console.close();
         self.redirected = None;
         // A socket that is still held here would not count as dead.
-        (self.spec.vm, self.spec.console_socket) = (None, None);
+        self.spec.vm = None;
         let progress = &mut self.progress;
         if let Some(keeper) = &self.keeper {
             progress.seen.usage = keeper.remove();

@@ -137,7 +137,8 @@ fn make_jail(
             more.extend(["--http-api-max-payload-size".into(), length.to_string()]);
         }
     }
-    watched.console_socket = sockets.next();
+    // The monitor has it before any client can ask for anything.
+    let console_socket = sockets.next();
     let has_command = watched.guest.is_some();
     let mut redirected = None;
     let (mut making, mut template) = (None, None);
@@ -189,6 +190,7 @@ fn make_jail(
         log: log.1,
         end: end.1,
         api,
+        console_socket,
         entrances: entrances.v1,
         network,
         more,

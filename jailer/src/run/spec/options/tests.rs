@@ -156,7 +156,7 @@ fn parse_when_wrong_says_what() {
         ("--config f --resource-limit x=1", "not known"),
         (
             "--config f --resource-limit no-file=41",
-            "no-file=42 or more",
+            "no-file=43 or more",
         ),
     ] {
         let failure = message(&line(text).unwrap_err());
