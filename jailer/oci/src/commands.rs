@@ -247,7 +247,7 @@ fn run(
     is_detached: bool,
 ) -> Result<u8, AnyError> {
     let kind = if is_detached {
-        Kind::Created
+        Kind::Detached
     } else {
         Kind::Foreground
     };

@@ -2,7 +2,7 @@
 //!
 //! A container is one process of it (`run --hold`), which stands for the container to the engine: it has
 //! the container's standard streams, and ends as its command does. All other commands ask that process,
-//! by a socket in the container's folder, which is their working folder: so its path is short whatever
+//! by a socket below the container's folder, which is their working folder: so its path is short whatever
 //! the engine calls its folders. The sandbox of a pod is a process of it too (`prepare`), which is not asked.
 
 use std::ffi::{OsStr, OsString};
@@ -17,6 +17,9 @@ use crate::host;
 
 /// The process, in the container's folder.
 pub const PROCESS: &str = "process.json";
+/// Where in the container's folder its socket is. The jailer locks this folder, and waits for its lock: `create` holds
+/// that of the container's own for as long as the jailer starts.
+pub const RUNTIME: &str = "run";
 /// How the container ended, in its folder.
 pub const REPORT: &str = "exit.json";
 
@@ -95,7 +98,7 @@ impl Jailer {
         let words: Vec<OsString> = [request, id]
             .iter()
             .chain(more)
-            .chain(&["--runtime-dir", "."])
+            .chain(&["--runtime-dir", RUNTIME])
             .map(OsString::from)
             .collect();
         let mut command = self.command(folder, &words);
@@ -119,7 +122,7 @@ pub fn run_words(container: &Container, machine: &Machine<'_>) -> Vec<OsString> 
     let mut words = Words::default();
     words.add("run");
     words.option("--id", machine.id);
-    words.option("--runtime-dir", ".");
+    words.option("--runtime-dir", RUNTIME);
     let mut image = machine.disk.as_os_str().to_owned();
     // Always one of them: the name may end so itself.
     image.push(match container.is_read_only {

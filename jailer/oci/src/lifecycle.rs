@@ -24,7 +24,7 @@ use crate::cgroup::Home;
 use crate::error::{self, AnyError, Level, Log};
 use crate::hooks::{self, Hook};
 use crate::host::Host;
-use crate::jailer::Jailer;
+use crate::jailer::{self, Jailer};
 use crate::process::{self, Known};
 use crate::state::{self, Held, Record, Sandbox};
 use crate::templates;
@@ -56,8 +56,10 @@ pub enum LifecycleError {
 /// How a container is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// For an engine, which has its standard streams.
+    /// By `create`, for an engine, which has its standard streams. This program does nothing more then.
     Created,
+    /// By `run --detach`, which starts it.
+    Detached,
     /// For the program that waits for it, with which it ends.
     Foreground,
 }
@@ -177,8 +179,10 @@ pub fn create(
     };
     match made {
         Ok(child) => {
-            // What this program goes on with is not the container's.
-            home.enter();
+            // What this program goes on with is not the container's. A move between groups can take 20 ms.
+            if kind != Kind::Created {
+                home.enter();
+            }
             Ok((held, child))
         }
         Err(error) => {
@@ -208,7 +212,7 @@ fn check_terminal(
     kind: Kind,
 ) -> Result<(), LifecycleError> {
     match (container.has_terminal, &create.console_socket) {
-        (true, None) if kind == Kind::Created => Err(LifecycleError::NoConsoleSocket),
+        (true, None) if kind != Kind::Foreground => Err(LifecycleError::NoConsoleSocket),
         (false, Some(_)) => Err(LifecycleError::NoTerminal),
         _ => Ok(()),
     }
@@ -286,7 +290,7 @@ fn started_in(folder: &Path, id: &str) -> Vec<Known> {
     let Ok(folder) = std::fs::canonicalize(folder) else {
         return Vec::new();
     };
-    let found = process::with_words(&["--id", id, "--runtime-dir", "."]);
+    let found = process::with_words(&["--id", id, "--runtime-dir", jailer::RUNTIME]);
     let is_ours = |known: &Known| {
         std::fs::read_link(format!("/proc/{}/cwd", known.pid)).is_ok_and(|cwd| cwd == folder)
     };

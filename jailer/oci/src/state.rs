@@ -4,7 +4,7 @@
 //!   ROOT/ID/state.json   what was made (a Record), written aside and renamed
 //!   ROOT/ID/process.json the process, for the jailer
 //!   ROOT/ID/exit.json    the jailer's report of how it ended
-//!   ROOT/ID/ID.sock      the jailer's socket
+//!   ROOT/ID/run/ID.sock  the jailer's socket
 //! ```
 //!
 //! - Whether a container runs is never read here: that is asked of its process. The sandbox of a pod has a record

@@ -15,6 +15,7 @@ use crate::args::Exec;
 use crate::bundle::{self, process_text};
 use crate::error::{AnyError, Step as _};
 use crate::host::Host;
+use crate::jailer::RUNTIME;
 use crate::lifecycle::Status;
 
 /// Becomes it.
@@ -24,7 +25,7 @@ pub fn exec(host: &Host, exec: Exec) -> Result<u8, AnyError> {
     if target.record.sandbox.is_some() {
         return Err(CommandError::NoGuest.into());
     }
-    let mut words: Vec<OsString> = ["exec", &exec.id, "--runtime-dir", "."]
+    let mut words: Vec<OsString> = ["exec", &exec.id, "--runtime-dir", RUNTIME]
         .map(OsString::from)
         .into();
     let passed;

@@ -15,7 +15,7 @@ use rustix::io::FdFlags;
 
 use crate::error::{AnyError, Step as _};
 use crate::input;
-use crate::jailer::{Jailer, Told};
+use crate::jailer::{Jailer, RUNTIME, Told};
 
 /// How long its message may be.
 const MESSAGE_MAX: u64 = 1 << 16;
@@ -44,7 +44,14 @@ impl Waiting {
         let (socket, theirs) = UnixStream::pair().step("make a pair of sockets")?;
         let theirs = OwnedFd::from(theirs);
         let number = theirs.as_raw_fd().to_string();
-        let words = ["prepare", "--id", id, "--runtime-dir", ".", "--words-fd"];
+        let words = [
+            "prepare",
+            "--id",
+            id,
+            "--runtime-dir",
+            RUNTIME,
+            "--words-fd",
+        ];
         let mut words: Vec<OsString> = words.map(OsString::from).into();
         words.push(number.into());
         if let Some(path) = namespace {
