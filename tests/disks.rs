@@ -201,8 +201,9 @@ fn linux_boots_from_an_imported_disk_and_reads_and_writes_one_of_every_format() 
         format!("{}:{path}", jailer.parent().unwrap().display()),
     );
     let mut monitor = Monitor::spawn(shell);
-    let output = monitor.expect_within("check: done", LINUX_PATIENCE);
+    monitor.expect_within("check: done", LINUX_PATIENCE);
     let status = monitor.wait_within(LINUX_PATIENCE);
+    let output = monitor.stdout();
     assert!(status.success(), "{status}: {output}");
     assert!(output.contains("of an image"), "{output}");
 

@@ -125,7 +125,7 @@ fn guest_when_saved_with_requests_on_all_queues_goes_on_with_them() {
     let (mut monitor, api) = Monitor::unconfigured(&own);
     api.put("/snapshot/load", pair.resume(json!({})));
     assert_eq!(device_threads(&monitor).len(), 4);
-    let output = monitor.expect_within(&format!("probe: {load} "), Duration::from_secs(60));
+    let output = monitor.expect_within(&format!("probe: {load} ok"), Duration::from_secs(60));
     assert!(output.contains(&format!("probe: {load} ok")), "{output}");
     monitor.exits_with(0);
 }
@@ -171,7 +171,7 @@ fn disk_when_it_bypasses_the_page_cache_or_has_no_io_uring_keeps_what_all_queues
                 false => config["drives"][0]["cache_type"] = json!("Writeback"),
             }
             let (monitor, api) = Monitor::boot_with_api(&folder, &config);
-            let output = monitor.expect(&format!("probe: {} ", loads[1]));
+            let output = monitor.expect(&format!("probe: {} ok", loads[1]));
             for load in &loads {
                 assert!(output.contains(&format!("probe: {load} ok")), "{output}");
             }
