@@ -11,7 +11,7 @@ use crate::failure::{Failure, Result};
 use crate::tree::{Id, Node, ROOT, Tree};
 
 /// Changes with all that changes the disk of a tree: the writer of file systems, what is kept of a source.
-const VERSION: &[u8] = b"mayfly-images 2\n";
+pub const VERSION: &[u8] = b"mayfly-images 2\n";
 /// More threads than this read no faster.
 const THREADS_MAX: usize = 8;
 

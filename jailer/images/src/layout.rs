@@ -55,25 +55,33 @@ impl Layout {
         let bad = |error: std::io::Error| bad_archive(path, &error);
         let file = File::open(path).cannot("open", path)?;
         let mut archive = Archive::new(BufReader::new(file));
-        let mut found = false;
+        let (mut has_index, mut has_mark, mut is_saved) = (false, false, false);
         while let Some(entry) = archive.next_entry().map_err(bad)? {
             let name = String::from_utf8_lossy(&entry.name).into_owned();
-            found |= ["index.json", "manifest.json"].contains(&plain(&name))
-                && entry.kind == EntryKind::File;
+            match plain(&name) {
+                _ if entry.kind != EntryKind::File => {}
+                "index.json" => has_index = true,
+                "oci-layout" => has_mark = true,
+                "manifest.json" => is_saved = is_manifest_of_docker(&mut archive).map_err(bad)?,
+                _ => {}
+            }
         }
-        if !found {
+        // A root file system may have any of them for itself.
+        if !(has_index && has_mark || is_saved) {
             return Ok(None);
         }
         fs::create_dir(work).cannot("create", work)?;
         let file = File::open(path).cannot("open", path)?;
         let mut archive = Archive::new(BufReader::new(file));
         let (mut files, mut links) = (HashMap::new(), Vec::new());
-        let mut left = max;
+        let (mut left, mut count) = (max, 0);
         while let Some(entry) = archive.next_entry().map_err(bad)? {
             let name = plain(&String::from_utf8_lossy(&entry.name)).to_owned();
             match entry.kind {
-                EntryKind::File if files.len() < FILES_MAX => {
-                    let to = work.join(files.len().to_string());
+                EntryKind::File if count < FILES_MAX => {
+                    // One of the same name takes the place of an earlier one.
+                    let to = work.join(count.to_string());
+                    count += 1;
                     let target = File::create_new(&to).cannot("create", &to)?;
                     let mut progress = crate::progress::Progress::quiet();
                     let len = sparse::from_stream(&mut archive, &target, left, &mut progress)
@@ -327,6 +335,14 @@ impl Layout {
 /// What is in a list; what is no list has nothing.
 fn items(list: &Value) -> &[Value] {
     list.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// Whether it is the list of images that `docker save` writes.
+fn is_manifest_of_docker(entry: &mut impl Read) -> std::io::Result<bool> {
+    let mut text = Vec::new();
+    entry.take(JSON_MAX + 1).read_to_end(&mut text)?;
+    let list: Option<Value> = serde_json::from_slice(&text).ok();
+    Ok(list.is_some_and(|list| list[0]["Layers"].is_array()))
 }
 
 /// `./index.json` is `index.json`.

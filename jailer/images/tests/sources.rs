@@ -343,6 +343,34 @@ fn folder_that_looks_like_a_layout_is_a_root_where_that_is_said() {
     assert_eq!(folder.names("out2"), ["index.json", "oci-layout"]);
 }
 
+#[test]
+fn archive_of_a_root_with_names_of_an_image_is_a_root() {
+    needs!("fsck.erofs");
+    let folder = Folder::new();
+    folder.write("root/manifest.json", "{\"name\": \"of a web application\"}");
+    folder.write("root/index.json", "of an application");
+    folder.run("tar", &["cf", "root.tar", "-C", "root", "."]);
+    assert_eq!(folder.disk("root.tar"), folder.disk("root"));
+    // One that is a list, too.
+    folder.write("root/manifest.json", "[{\"name\": \"x\"}]");
+    folder.run("tar", &["cf", "root2.tar", "-C", "root", "."]);
+    assert_eq!(folder.disk("root2.tar"), folder.disk("root"));
+}
+
+#[test]
+fn archive_of_an_image_that_has_a_name_twice_is_its_last_one() {
+    needs!("fsck.erofs");
+    let folder = Folder::new();
+    let layout = folder.join("layout");
+    let old = image(&layout, &[tar(&[])], "amd64");
+    index(&layout, &[old]);
+    folder.run("tar", &["cf", "image.tar", "-C", "layout", "."]);
+    let new = image(&layout, &layers(), "amd64");
+    index(&layout, &[new]);
+    folder.run("tar", &["rf", "image.tar", "-C", "layout", "."]);
+    assert_eq!(folder.disk("image.tar"), folder.disk("layout"));
+}
+
 /// A length at and around the borders of blocks and of what stands behind an inode.
 fn border(random: &mut Random) -> usize {
     const BORDERS: [u64; 9] = [0, 1, 63, 2048, 4032, 4096, 6144, 8192, 300_000];

@@ -52,6 +52,8 @@ impl Stamps {
             .map(|(_, it)| self.identity.key(it))
             .collect();
         let mut hash = Sha256::new();
+        // What an earlier version made of it is another disk.
+        hash.update(crate::digest::VERSION);
         hash.update(keys?.concat());
         hash.update(name.unwrap_or_default());
         Some(hash.finalize().into())
