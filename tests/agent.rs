@@ -492,6 +492,24 @@ fn copies_both_ways(images: &Images) {
     );
     let copied = fs::read_to_string(Path::new(&to).join("passwd")).unwrap();
     assert!(copied.contains("guest:x:1000"), "{copied}");
+    // Paths may be as long as Linux has them.
+    let deep = format!("/srv/{}", "a".repeat(250) + "/" + &"b".repeat(250) + "/");
+    for part in ["", "c/"] {
+        let into = format!("{name}:{deep}{part}data");
+        let made = format!("mkdir -p {deep}c; echo {part} >{deep}{part}mark");
+        images.execs(0, &[], &["sh", "-c", &made]);
+        ends(
+            images.jailer(&["cp", &format!("{from}/inner/data"), &into]),
+            0,
+        );
+        let marked = images.place.path("marked");
+        let mark = format!("{name}:{deep}{part}mark");
+        ends(images.jailer(&["cp", &mark, &marked]), 0);
+        assert_eq!(fs::read_to_string(marked).unwrap(), format!("{part}\n"));
+    }
+    let listed = images.execs(0, &[], &["sh", "-c", &format!("ls {deep} {deep}c")]);
+    let text = out(&listed);
+    assert_eq!(text.matches("data").count(), 2, "{text}");
     for (words, expected) in [
         (
             [format!("{name}:/nothing"), to.clone()],

@@ -42,8 +42,23 @@ fn fail(what: &[u8], name: &[u8], error: Errno) -> u8 {
     complain(Text::of(text.bytes(), error).bytes(), FAILED)
 }
 
+/// A path, with a zero behind it.
+struct Path([u8; LINK_MAX + 1]);
+
+impl Path {
+    fn of(bytes: &[u8]) -> Option<Path> {
+        let mut path = Path([0; LINK_MAX + 1]);
+        path.0.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        (bytes.len() <= LINK_MAX).then_some(path)
+    }
+
+    fn text(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.0).unwrap_or_default()
+    }
+}
+
 /// The folder of a path, and the entry in it.
-fn split(path: &CStr) -> Option<(Text, &[u8])> {
+fn split(path: &CStr) -> Option<(Path, &[u8])> {
     let mut bytes = path.to_bytes();
     while let Some(shorter) = bytes.strip_suffix(b"/") {
         bytes = shorter;
@@ -53,9 +68,7 @@ fn split(path: &CStr) -> Option<(Text, &[u8])> {
         Some(at) => bytes.split_at(at + 1),
         None => (&b"."[..], bytes),
     };
-    let mut text = Text::new();
-    text.add(folder);
-    is_name(name).then_some((text, name))
+    Some((Path::of(folder)?, name)).filter(|_| is_name(name))
 }
 
 /// Writes what is at `path` to standard output.
@@ -65,7 +78,7 @@ pub fn pack(path: &CStr) -> u8 {
         let (folder, name) =
             split(path).ok_or_else(|| fail(b"read", path.to_bytes(), Errno::INVAL))?;
         let of_path = |error| fail(b"read", path.to_bytes(), error);
-        let folder = sys::open_folder(folder.c_str()).map_err(of_path)?;
+        let folder = sys::open_folder(folder.text()).map_err(of_path)?;
         let name = Name::of(name).ok_or_else(|| of_path(Errno::INVAL))?;
         pack_entry(&folder, &name, &out, 0)?;
         write_all(&out, &Entry::bare(Kind::End).encode()).map_err(of_path)
@@ -191,7 +204,7 @@ pub fn unpack(path: &CStr) -> u8 {
             return unpack_into(&folder, &input, None);
         }
         let (folder, name) = split(path).ok_or_else(|| failed(Errno::INVAL))?;
-        let folder = sys::open_folder(folder.c_str()).map_err(failed)?;
+        let folder = sys::open_folder(folder.text()).map_err(failed)?;
         let name = Name::of(name).ok_or_else(|| failed(Errno::INVAL))?;
         unpack_into(&folder, &input, Some(name))
     });

@@ -313,6 +313,10 @@ fn execute(command: &Command<'_>, user: &User) -> u8 {
         {
             let mut path = Text::new();
             let folder = if folder.is_empty() { b"." } else { folder };
+            // What does not fit would be another program.
+            if folder.len() + 1 + name.len() > Text::MAX {
+                continue;
+            }
             path.add(folder).add(b"/").add(name);
             match sys::execute(path.c_str(), words, variables) {
                 Errno::NOENT | Errno::NOTDIR => {}

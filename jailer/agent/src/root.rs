@@ -2,6 +2,7 @@
 
 use core::ffi::CStr;
 
+use mayfly_agent_protocol::archive::LINK_MAX;
 use mayfly_agent_protocol::{Fields, Malformed, fields};
 
 use crate::sys::{
@@ -262,11 +263,16 @@ fn make_links() {
 
 /// Makes the folders of a path that are not there. What cannot be made will be missed where it is used.
 pub fn make_folders(path: &CStr) {
-    let mut made = Text::new();
-    for name in path.to_bytes().split(|byte| *byte == b'/') {
-        if !name.is_empty() {
-            made.add(b"/").add(name);
-            let _ = sys::make_folder(made.c_str(), 0o755);
+    let mut made = [0; LINK_MAX + 1];
+    let bytes = path.to_bytes();
+    if bytes.len() > LINK_MAX {
+        return;
+    }
+    for end in 1..=bytes.len() {
+        if bytes.get(end).is_none_or(|byte| *byte == b'/') {
+            made[..end].copy_from_slice(&bytes[..end]);
+            let folder = CStr::from_bytes_until_nul(&made).unwrap_or_default();
+            let _ = sys::make_folder(folder, 0o755);
         }
     }
 }

@@ -14,6 +14,9 @@ pub struct Text {
 }
 
 impl Text {
+    /// Bytes that it has room for.
+    pub const MAX: usize = ROOM - 1;
+
     pub fn new() -> Self {
         Text {
             bytes: [0; ROOM],
