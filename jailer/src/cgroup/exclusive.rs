@@ -122,6 +122,13 @@ impl Plan {
     }
 
     fn make_once(&self, undo: &mut Undo) -> Result<Vec<Group>, AnyError> {
+        // Until they are locked themselves, groups look as if their makers were gone.
+        let _making: Vec<_> = self
+            .request
+            .0
+            .iter()
+            .map(|group| hold_off(&group.hierarchy.path))
+            .collect();
         let groups = self.request.make(undo)?;
         for group in &groups {
             rustix::fs::flock(&*group.dir, FlockOperation::NonBlockingLockExclusive)
@@ -134,15 +141,17 @@ impl Plan {
 
     /// Removes groups whose runs and keepers are gone.
     fn remove_unlocked(&self) {
-        self.parents().for_each(|folder| remove_unlocked(&folder));
+        for (hierarchy, folder) in self.parents() {
+            remove_unlocked(hierarchy, &folder);
+        }
     }
 
     /// Removes this run's groups, whose keeper was killed and whose last process has just ended.
     pub fn remove_abandoned(&self) {
-        for folder in self.parents() {
+        for (hierarchy, folder) in self.parents() {
             // A group stays busy for a moment after its last process.
             for _ in 0..2500 {
-                remove_unlocked(&folder);
+                remove_unlocked(hierarchy, &folder);
                 if !folder.join(&self.name).exists() {
                     break;
                 }
@@ -155,16 +164,19 @@ impl Plan {
     /// Removes the groups that only hold ours, when none is left: the run that made them may have
     /// been killed.
     pub fn remove_parents(&self) {
-        for folder in self.parents().filter(|folder| folder.ends_with(PARENT)) {
-            let _ = rustix::fs::rmdir(folder);
+        for (_, folder) in self.parents() {
+            if folder.ends_with(PARENT) {
+                let _ = rustix::fs::rmdir(folder);
+            }
         }
     }
 
-    /// The groups that hold ours, in every hierarchy.
-    fn parents(&self) -> impl Iterator<Item = PathBuf> {
+    /// The groups that hold ours, with their hierarchies.
+    fn parents(&self) -> impl Iterator<Item = (&Path, PathBuf)> {
         self.request.0.iter().map(|group| {
             let above = group.steps.len().saturating_sub(1);
-            join(&group.hierarchy.path, &group.steps[..above])
+            let hierarchy = group.hierarchy.path.as_path();
+            (hierarchy, join(hierarchy, &group.steps[..above]))
         })
     }
 }
@@ -177,7 +189,27 @@ fn default_parent(hierarchy: &Hierarchy, as_root: bool) -> Result<Vec<OsString>,
     }
 }
 
-fn remove_unlocked(folder: &Path) {
+/// Keeps others from removing what is not locked in this hierarchy, for as long as the result is open. Any process can
+/// hold this lock: after a while the work goes on without it.
+fn hold_off(hierarchy: &Path) -> Option<OwnedFd> {
+    let top = sys::open(hierarchy, OFlags::DIRECTORY).ok()?;
+    for _ in 0..100 {
+        if rustix::fs::flock(&top, FlockOperation::NonBlockingLockShared).is_ok() {
+            return Some(top);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    None
+}
+
+/// Removes groups of ours whose makers are gone, unless one is being made in this hierarchy: a later run does it then.
+fn remove_unlocked(hierarchy: &Path, folder: &Path) {
+    let Ok(top) = sys::open(hierarchy, OFlags::DIRECTORY) else {
+        return;
+    };
+    if rustix::fs::flock(&top, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return;
+    }
     let Ok(parent) = sys::open(folder, OFlags::DIRECTORY | OFlags::NOFOLLOW) else {
         return;
     };
@@ -304,7 +336,11 @@ mod tests {
         }
         let alive = std::fs::File::open(folder.path().join("mayfly-alive")).unwrap();
         rustix::fs::flock(&alive, FlockOperation::NonBlockingLockExclusive).unwrap();
-        remove_unlocked(folder.path());
+        let making = hold_off(folder.path());
+        remove_unlocked(folder.path(), folder.path());
+        assert!(folder.path().join("mayfly-dead").exists());
+        drop(making);
+        remove_unlocked(folder.path(), folder.path());
         let mut left: Vec<_> = std::fs::read_dir(folder.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
