@@ -23,7 +23,7 @@ use self::copy::Copy;
 use self::options::Exec;
 use crate::console::pipe;
 use crate::console::terminal::LOOK_EVERY;
-use crate::error::{Advice as _, AnyError, Step as _, message};
+use crate::error::{Advice as _, AnyError, Failure, Step as _, message};
 use crate::process::command::{Body, CommandError};
 use crate::process::front::{Front, FrontPart};
 use crate::process::place::{PATIENCE, Place, connect_to};
@@ -42,6 +42,8 @@ const NOT_RUN: i32 = 125;
 const NOT_COPIED: i32 = 1;
 /// What was asked for was not done.
 const NOT_DONE: i32 = 1;
+/// The same, as nothing is there, or not any more, that could be asked.
+const GONE: i32 = 3;
 
 /// The connection, or the process behind it, failed.
 #[derive(Debug, thiserror::Error)]
@@ -115,7 +117,16 @@ impl Exec {
 /// Asks something of the supervisor of a guest; the exit code.
 pub fn control(control: Control, inherited: Inherited) -> i32 {
     prepare(inherited);
-    ended(control.run(), NOT_DONE)
+    let done = control.run();
+    let is_gone = done.as_ref().is_err_and(is_gone);
+    ended(done, if is_gone { GONE } else { NOT_DONE })
+}
+
+fn is_gone(error: &AnyError) -> bool {
+    let failure = error.downcast_ref::<Failure>();
+    let errno = failure.and_then(Failure::errno);
+    let is_lost = matches!(error.downcast_ref(), Some(AttachError::Lost(_)));
+    is_lost || matches!(errno, Some(Errno::NOENT | Errno::CONNREFUSED))
 }
 
 /// Copies files to or from a guest; the exit code.
@@ -211,6 +222,8 @@ impl Session {
             return Err(AttachError::Command(CommandError::TooLong).into());
         }
         session.link.send(&mut session.frame);
+        // It may have been changed while nothing was told of that here.
+        session.front.resize();
         Ok(session)
     }
 

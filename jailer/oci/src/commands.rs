@@ -1,7 +1,7 @@
 //! The commands: what each does with a container, in the order in which a container meets them.
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -176,7 +176,14 @@ fn kill(host: &Host, id: &str, signal: i32) -> Result<(), AnyError> {
     if target.status == Status::Paused {
         return Err(CommandError::State("signal", Status::Paused.name()).into());
     }
-    target.ask("signal", &[&signal.to_string()]).map(drop)
+    let sent = target.ask("signal", &[&signal.to_string()]);
+    match sent {
+        // It may have ended meanwhile: engines look for these words.
+        Err(_) if Target::find(host, id)?.status == Status::Stopped => {
+            Err(CommandError::NotRunning("signal").into())
+        }
+        sent => sent.map(drop),
+    }
 }
 
 fn delete(host: &Host, log: &Log, id: &str, is_forced: bool) -> Result<(), AnyError> {
@@ -195,6 +202,12 @@ fn delete(host: &Host, log: &Log, id: &str, is_forced: bool) -> Result<(), AnyEr
         // One that was never started may be removed.
         if !matches!(found, Status::Created | Status::Stopped) {
             return Err(CommandError::State("delete", found.name()).into());
+        }
+        // What its readers have not taken yet is not lost, nor its exit code.
+        if found == Status::Stopped
+            && let Some(pidfd) = known.open()
+        {
+            process::wait(&pidfd, lifecycle::PATIENCE);
         }
     }
     lifecycle::destroy(host, held, log)
@@ -305,9 +318,12 @@ fn wait(mut child: Child, mut signals: Signals) -> Result<u8, AnyError> {
     let pid = rustix::process::Pid::from_child(&child);
     let pidfd: Option<OwnedFd> =
         rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok();
+    // A terminal sends these to the whole group of its foreground, which the container's process is in then.
+    let is_terminal = std::io::stdin().is_terminal();
     let passes = std::thread::spawn(move || {
         for signal in signals.forever() {
-            if let Some(pidfd) = &pidfd {
+            let is_known = is_terminal && [SIGINT, SIGQUIT, SIGHUP].contains(&signal);
+            if let Some(pidfd) = pidfd.as_ref().filter(|_| !is_known) {
                 let _ = process::send(pidfd, signal);
             }
         }

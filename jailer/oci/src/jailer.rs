@@ -6,6 +6,8 @@
 //! the engine calls its folders. The sandbox of a pod is a process of it too (`prepare`), which is not asked.
 
 use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal as _, stdin};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -25,8 +27,24 @@ pub const REPORT: &str = "exit.json";
 
 /// The jailer refused, in its own words.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Refused(String);
+#[error("{text}")]
+pub struct Refused {
+    text: String,
+    /// Nothing is there that could be asked, or not any more.
+    is_gone: bool,
+}
+
+/// There is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// There is nothing that answers, yet or any more.
+    Gone,
+    /// It stands still, or is refused.
+    Other,
+}
+
+/// `mayfly-jailer` could ask nothing.
+const GONE: i32 = 3;
 
 /// It failed with the container's standard error, where its message is.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +53,11 @@ pub struct Told(pub String);
 
 /// The program.
 #[derive(Debug)]
-pub struct Jailer(PathBuf);
+pub struct Jailer {
+    path: PathBuf,
+    /// Its processes are in groups of their own.
+    is_apart: bool,
+}
 
 /// What a container's process says of itself.
 #[derive(Debug, Deserialize)]
@@ -77,13 +99,25 @@ pub struct Machine<'a> {
 impl Jailer {
     /// Finds it.
     pub fn find() -> Result<Jailer, AnyError> {
-        host::program("mayfly-jailer").map(Jailer)
+        let path = host::program("mayfly-jailer")?;
+        let is_apart = false;
+        Ok(Jailer { path, is_apart })
+    }
+
+    /// The same, whose processes do not get the signals that this process's group gets: who passes on what comes to
+    /// itself would send them twice. (In a terminal's background it could not be typed to, however.)
+    pub fn apart(self) -> Jailer {
+        let is_apart = !stdin().is_terminal();
+        Jailer { is_apart, ..self }
     }
 
     /// A command of it, in the container's folder.
     pub fn command(&self, folder: &Path, words: &[OsString]) -> Command {
-        let mut command = Command::new(&self.0);
+        let mut command = Command::new(&self.path);
         command.args(words).current_dir(folder);
+        if self.is_apart {
+            command.process_group(0);
+        }
         command
     }
 
@@ -108,12 +142,21 @@ impl Jailer {
         }
         let text = String::from_utf8_lossy(&output.stderr);
         let text = text.trim().trim_start_matches("mayfly-jailer: ");
-        Err(Refused(text.to_owned()).into())
+        let refused = Refused {
+            text: text.to_owned(),
+            is_gone: output.status.code() == Some(GONE),
+        };
+        Err(refused.into())
     }
 
-    /// What the container `id` says of itself; nothing if it does not answer.
-    pub fn state(&self, folder: &Path, id: &str) -> Option<Answer> {
-        serde_json::from_str(&self.ask(folder, id, "state", &[]).ok()?).ok()
+    /// What the container `id` says of itself.
+    pub fn state(&self, folder: &Path, id: &str) -> Result<Answer, Silence> {
+        let said = self.ask(folder, id, "state", &[]);
+        let said = said.map_err(|error| match error.downcast_ref() {
+            Some(Refused { is_gone: true, .. }) => Silence::Gone,
+            _ => Silence::Other,
+        })?;
+        serde_json::from_str(&said).map_err(|_| Silence::Other)
     }
 }
 

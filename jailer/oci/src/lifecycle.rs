@@ -24,13 +24,13 @@ use crate::cgroup::Home;
 use crate::error::{self, AnyError, Level, Log};
 use crate::hooks::{self, Hook};
 use crate::host::Host;
-use crate::jailer::{self, Jailer};
+use crate::jailer::{self, Jailer, Silence};
 use crate::process::{self, Known};
 use crate::state::{self, Held, Record, Sandbox};
 use crate::templates;
 
 /// How long a process that was killed may take to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How long those that tidy up behind it may take, before they are killed too.
 const TIDY: Duration = Duration::from_secs(5);
 
@@ -108,16 +108,14 @@ pub fn status(root: &Path, record: &Record, jailer: &Jailer) -> Status {
         Some(Sandbox::Started) => return Status::Running,
         None => {}
     }
-    match jailer
-        .state(&folder, &record.id)
-        .as_ref()
-        .map(|answer| answer.status.as_str())
-    {
-        Some("created") => Status::Created,
-        Some("running") => Status::Running,
-        Some("paused") => Status::Paused,
-        Some("stopped") => Status::Stopped,
-        // It does not answer yet, or not any more.
+    let answer = jailer.state(&folder, &record.id);
+    match answer.as_ref().map(|answer| answer.status.as_str()) {
+        Ok("created") => Status::Created,
+        Ok("running") => Status::Running,
+        Ok("paused") => Status::Paused,
+        Ok("stopped") => Status::Stopped,
+        // Its guest has ended, and its process is about to.
+        Err(Silence::Gone) if record.is_made => Status::Stopped,
         _ if process.is_there() => Status::Creating,
         _ => Status::Stopped,
     }
@@ -151,7 +149,10 @@ pub fn create(
     }
     check_terminal(&container, create, kind)?;
     let kernel = host.kernel()?;
-    let jailer = Jailer::find()?;
+    let jailer = match kind {
+        Kind::Created | Kind::Detached => Jailer::find()?,
+        Kind::Foreground => Jailer::find()?.apart(),
+    };
     let home = Home::find()?;
     let mut record = Record {
         id: create.id.clone(),

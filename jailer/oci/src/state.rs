@@ -79,6 +79,9 @@ pub struct Record {
     pub hooks: Hooks,
     /// The process that stands for it.
     pub process: Option<Known>,
+    /// Its guest was ready.
+    #[serde(default)]
+    pub is_made: bool,
     /// Set when it is the sandbox of a pod, and made.
     #[serde(default)]
     pub sandbox: Option<Sandbox>,

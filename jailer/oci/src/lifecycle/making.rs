@@ -93,6 +93,8 @@ impl Making<'_> {
             let _ = child.wait();
             return Err(error);
         }
+        held.record.is_made = true;
+        held.write()?;
         if let Some(path) = &self.create.pid_file {
             state::replace(path, child.id().to_string().as_bytes(), 0o644)?;
         }

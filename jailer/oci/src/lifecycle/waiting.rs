@@ -75,7 +75,14 @@ impl Waiting {
         const WHAT: &str = "wait for mayfly-jailer prepare";
         self.socket.set_read_timeout(Some(patience)).step(WHAT)?;
         let mut first = [0];
-        match self.socket.read(&mut first).step(WHAT)? {
+        // A read with a time limit is not begun anew after a signal (signal(7)).
+        let count = loop {
+            match self.socket.read(&mut first) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                read => break read.step(WHAT)?,
+            }
+        };
+        match count {
             1 if first == *b"1" => Ok(()),
             count => {
                 let mut text = first[..count].to_vec();

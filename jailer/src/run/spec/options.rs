@@ -158,7 +158,9 @@ pub fn parse(words: Vec<OsString>) -> Result<Option<Options>, ArgsError> {
     let limits = resource_limits(&mut words)?;
     let (console, console_socket) = console(words.one("--console"));
     if let Some(count) = limits.open_files.filter(|&count| count < LEAST_OPEN_FILES) {
-        let why = format!("a jail takes {LEAST_OPEN_FILES} to make; give no-file={LEAST_OPEN_FILES} or more");
+        let why = format!(
+            "a jail takes {LEAST_OPEN_FILES} to make; give no-file={LEAST_OPEN_FILES} or more"
+        );
         let value = format!("no-file={count}");
         return Err(ArgsError::Value("--resource-limit", value, why.into()));
     }

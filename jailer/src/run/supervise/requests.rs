@@ -1,11 +1,13 @@
 //! What other programs of this user ask of the supervisor of a guest with a command: `mayfly-jailer start`,
 //! `signal`, `state`. And the descriptor that is told when the guest is ready.
 
+use rustix::io::Errno;
 use serde_json::json;
 
 use super::{GRACE_US, Watch};
 use crate::run::agent::{Agent, Request};
 use crate::run::outcome::Asked;
+use crate::run::spec::Ender;
 
 impl Watch {
     /// Answers what clients have asked.
@@ -83,8 +85,13 @@ impl Watch {
         if self.agent.as_ref().is_some_and(is_ready)
             && let Some(ready) = self.spec.ready.take()
         {
-            // A reader that is gone does not want to know.
-            let _ = rustix::io::write(ready, b"1");
+            let told = rustix::io::write(ready, b"1");
+            // A reader that is gone does not want to know. One with which the microVM ends may have been gone before
+            // it was known here: another process was taken for it then, and the guest would wait for ever.
+            let ends = self.spec.options.with_parent && told == Err(Errno::PIPE);
+            if ends {
+                self.ask_to_end(Asked::Ender(Ender::Parent));
+            }
         }
     }
 }

@@ -39,7 +39,8 @@ pub fn start(mut spec: Spec, report: Option<&Report>) -> Result<Watch, AnyError>
     let mut sockets: Vec<_> = [&options.api_sock, &options.console_socket]
         .into_iter()
         .flatten()
-        .cloned()
+        // Whoever makes one changes the folder that it works in.
+        .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()))
         .collect();
     if spec.watch.guest.is_some() {
         options.place.make()?;

@@ -30,7 +30,10 @@ impl Watch {
     /// When the guest has to have started, until it has.
     fn start_by_us(&self) -> Option<u64> {
         let is_starting = !self.progress.has_started && self.progress.failure.is_none();
-        is_starting.then_some(START_US)
+        // What is prepared before has limits of its own.
+        let times = &self.progress.times;
+        let begun = times.jailed_us.or(times.asked_us).unwrap_or(0);
+        is_starting.then_some(begun + START_US)
     }
 
     /// When to end the microVM for its time limit, until that has come.
