@@ -357,6 +357,14 @@ fn metrics_when_put_twice_or_nowhere_are_refused() {
         refused.contains("Reinitialization of metrics not allowed"),
         "{refused}"
     );
+    // A whole configuration takes the place of what there was.
+    for name in ["first", "second"] {
+        let sink = harness.folder.join(name);
+        let all = json!({"boot-source": {"kernel_image_path": common::probe()}, "drives": [],
+            "metrics": {"metrics_path": sink}});
+        harness.api.put("/vm", all);
+        assert!(sink.exists());
+    }
     let early = json!({"action_type": "FlushMetrics"});
     let refused = harness.api.refused("PUT", "/actions", early);
     assert!(refused.contains("before starting"), "{refused}");

@@ -14,7 +14,7 @@ use std::os::unix::net::UnixListener;
 use super::port::SerialPort;
 use super::sink::CHUNK;
 use super::{Counters, uart};
-use crate::sys::fd::Interest;
+use crate::sys::fd::{self, Interest};
 use crate::sys::socket;
 
 /// Output that is kept, in bytes.
@@ -178,6 +178,9 @@ impl Clients {
                 return;
             }
         };
+        if self.clients.iter().all(Option::is_some) {
+            self.remove_one_gone();
+        }
         // One too many is closed at once.
         if let Some(free) = self.clients.iter_mut().find(|client| client.is_none()) {
             *free = Some(Client {
@@ -185,6 +188,18 @@ impl Clients {
                 at: self.ring.begin(),
                 input_ended: false,
             });
+        }
+    }
+
+    /// Gives up one that has gone, and from which there was no room to read.
+    fn remove_one_gone(&mut self) {
+        let gone = self.clients.iter_mut().find(|client| {
+            let socket = client.as_ref().map(|client| client.socket.as_raw_fd());
+            let mut looked = [Interest::both(socket.unwrap_or(-1), false, false)];
+            fd::wait(&mut looked, Some(0)).is_ok() && looked[0].hung_up()
+        });
+        if let Some(gone) = gone {
+            *gone = None;
         }
     }
 

@@ -361,6 +361,19 @@ fn clients_when_too_many_come_and_go_are_served_four_at_a_time() {
 }
 
 #[test]
+fn clients_that_have_gone_give_way_also_while_nothing_reads_what_they_typed() {
+    let (_folder, listener, path) = socket("console");
+    let (rig, console) = rig_with(None, Some(listener));
+    thread::spawn(move || console.run());
+    write_all(&rig.port, b"x");
+    for _ in 0..CLIENTS {
+        let mut client = served_client(&path);
+        client.write_all(&[b'y'; 200]).unwrap();
+    }
+    served_client(&path);
+}
+
+#[test]
 fn clients_when_slow_lose_bytes_and_hold_nobody_up() {
     let (_folder, listener, path) = socket("console");
     let (rig, console) = rig_with(None, Some(listener));

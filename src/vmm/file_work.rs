@@ -217,8 +217,11 @@ impl Vmm {
             (FileResult::Loaded(loaded), Some(Awaited::Start(asker, begun, then)))
                 if is_in_time =>
             {
-                let started = self.complete_start(*begun, *loaded, then);
-                asker.answer(started.map(|()| Outcome::Done));
+                match self.complete_start(*begun, *loaded, then) {
+                    Ok(()) => asker.answer(Ok(Outcome::Done)),
+                    Err(error) if self.forget_snapshot() => self.refuse_when_closed(asker, error),
+                    Err(error) => asker.answer(Err(error)),
+                }
             }
             (FileResult::Saved(written), Some(Awaited::Saving)) if is_in_time => {
                 self.snapshot_written(*written);
@@ -245,7 +248,7 @@ impl Vmm {
     }
 
     /// Answers once the files thread has closed what it was given until now.
-    fn refuse_when_closed(&mut self, asker: Asker, error: ActionError) {
+    pub(super) fn refuse_when_closed(&mut self, asker: Asker, error: ActionError) {
         let closed = Box::new(|_: &Steps| FileResult::Done);
         match self.files.submit(Limit::Whole(FILE_PATIENCE), closed) {
             Ok(token) => self.awaited.push((token, Awaited::Refusal(asker, error))),

@@ -10,7 +10,7 @@ use super::action::{Action, Answer, Command, InstanceInfo, Outcome, Part, Questi
 use super::boot::Origin;
 use super::change::{Change, Edit};
 use super::configuration::{Configuration, ConsoleSockets};
-use super::devices::ForDevice;
+use super::devices::{Devices, ForDevice};
 use super::file_work::{Asker, Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::{Input, Lifecycle};
 use super::pausing::Waiter;
@@ -27,7 +27,7 @@ use crate::sys::passed::Passed;
 use crate::threads::{self, ReadyLatch};
 use crate::timeline::Moment;
 use crate::wire::API_VERSION;
-use crate::wire::config::{self, Logger, Metrics, Restore, Source, VmConfig};
+use crate::wire::config::{self, Logger, MachineConfig, Metrics, Restore, Source, VmConfig};
 
 /// Firecracker's words for metrics that cannot be written where they should.
 const NO_METRICS: &str = "Cannot initialize the metrics system due to bad user input";
@@ -184,7 +184,7 @@ impl Vmm {
     fn check(&self, part: Part) -> Step {
         match part {
             Part::Logger(logger) => Ok(put_logger(logger).map(Ready::Logger)),
-            Part::Metrics(metrics) => Ok(self.put_metrics(metrics)?.map(Ready::Metrics)),
+            Part::Metrics(metrics) => Ok(self.put_first_metrics(metrics)?.map(Ready::Metrics)),
             Part::All { config, start } => self.put_vm(*config, start, None),
             part => Ok(self.configuration.check(part)?.map(Ready::Configuration)),
         }
@@ -251,7 +251,6 @@ impl Vmm {
     ) -> Result<Change<Vec<Ready>>, ActionError> {
         let logger = logger.map(put_logger);
         let metrics = metrics.map(|metrics| self.put_metrics(metrics));
-        let metrics = metrics.transpose()?;
         Ok(Change::new(move |passed| {
             let mut parts = Vec::new();
             if let Some(metrics) = metrics {
@@ -292,20 +291,25 @@ impl Vmm {
         }))
     }
 
-    fn put_metrics(&self, metrics: Metrics) -> Result<Change<Sink>, ActionError> {
+    /// As a part alone, metrics are put once.
+    fn put_first_metrics(&self, metrics: Metrics) -> Result<Change<Sink>, ActionError> {
         if self.metrics.is_some() {
             return Err(ActionError(format!(
                 "{NO_METRICS}: Reinitialization of metrics not allowed."
             )));
         }
+        Ok(self.put_metrics(metrics))
+    }
+
+    fn put_metrics(&self, metrics: Metrics) -> Change<Sink> {
         let id = metrics.emit_id.then(|| self.settings.id.clone());
-        Ok(Change::new(move |passed| {
+        Change::new(move |passed| {
             let file = open::sink(&open::METRICS, &metrics.metrics_path, passed);
             let file = file.context(NO_METRICS)?;
             // Another program may have opened it for waiting; control waits for no reader.
             fd::set_nonblocking(&file).context(NO_METRICS)?;
             Ok(Sink::new(file, id, metrics.properties))
-        }))
+        })
     }
 
     /// Has one word about the guest's end written to inherited descriptor `number`; before it, if there
@@ -390,7 +394,7 @@ impl Vmm {
     /// # Errors
     /// The message: its file cannot be opened.
     pub fn set_metrics(&mut self, metrics: Metrics) -> Result<(), ActionError> {
-        let change = self.put_metrics(metrics)?;
+        let change = self.put_first_metrics(metrics)?;
         self.change(change.map(Ready::Metrics))
     }
 
@@ -497,11 +501,27 @@ impl Vmm {
                 let start = Awaited::Start(asker, Box::new(begun), then);
                 self.awaited.push((token, start));
             }
-            Err(error) => match loading {
-                Some(token) => self.awaited.push((token, Awaited::Refusal(asker, error))),
-                None => asker.answer(Err(error)),
-            },
+            Err(error) => {
+                let is_restore = self.forget_snapshot();
+                match loading {
+                    Some(token) => self.awaited.push((token, Awaited::Refusal(asker, error))),
+                    // Its taps and disks are free again when this is answered.
+                    None if is_restore => self.refuse_when_closed(asker, error),
+                    None => asker.answer(Err(error)),
+                }
+            }
         }
+    }
+
+    /// Gives up the configuration of a snapshot that could not be resumed; whether there was one.
+    pub(super) fn forget_snapshot(&mut self) -> bool {
+        let is_restore = self.last_snapshot.take().is_some();
+        if is_restore {
+            let (machine, devices) = (MachineConfig::default(), Devices::default());
+            let replaced = self.configuration.restore(machine, None, None, devices);
+            self.files.close(Box::new(replaced));
+        }
+        is_restore
     }
 
     /// The second half of a start.
