@@ -532,6 +532,56 @@ fn clones_when_each_has_a_copy_of_the_overlay_go_on_where_the_guest_was() {
 }
 
 #[test]
+fn load_when_it_fails_late_gives_its_disks_free_for_the_next() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let base = base(&folder, 1);
+    let mut config = probe_vm_with_disks("shell", &[&base, &base]);
+    for (drive, name) in ["one", "two"].into_iter().enumerate() {
+        config["drives"][drive]["overlay"] = in_file(&folder.join(name));
+    }
+    let (mut monitor, api) = boot(&folder, &config);
+    does(&mut monitor, &["blkwrite:0:3:100:2", "blkwrite:1:3:100:4"]);
+    let pair = Pair::new(&folder, "snapshot");
+    save_and_end(monitor, &api, &pair);
+
+    let place = Folder::new();
+    let (mut monitor, api) = Monitor::unconfigured(&place);
+    let wrong = in_file(&folder.join("new"));
+    let drives = json!({"drive_overrides": [{"drive_id": "disk0", "overlay": wrong}]});
+    let said = api.refused("PUT", "/snapshot/load", pair.resume(drives));
+    assert!(
+        said.contains("what its guest wrote is in an overlay"),
+        "{said}"
+    );
+    // Nothing of it is left.
+    assert_eq!(api.get("/vm/config")["drives"], json!([]));
+    api.put("/snapshot/load", pair.resume(json!({})));
+    does(
+        &mut monitor,
+        &["blkverify:0:3:100:2", "blkverify:1:3:100:4"],
+    );
+}
+
+/// By the virtio specification, 1.2, 5.2.6.2: what a driver that knows no flush has written is stable when it is told.
+#[test]
+fn writes_of_a_driver_without_flushes_are_there_after_a_kill() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let base = base(&folder, 1);
+    let overlay = folder.join("overlay");
+    let mut config = machine("shell", &base, in_file(&overlay));
+    config["drives"][0]["cache_type"] = json!("Writeback");
+    let (mut monitor, _) = boot(&folder, &config);
+    does(&mut monitor, &["blkplain:0:3:100:2"]);
+    monitor.child.kill().unwrap();
+    monitor.child.wait().unwrap();
+    let config = machine("shell", &base, in_file(&overlay));
+    let (mut monitor, _) = boot(&folder, &config);
+    does(&mut monitor, &["blkverify:0:3:100:2"]);
+}
+
+#[test]
 fn clones_when_a_plain_disk_becomes_their_base_share_it() {
     needs!(kvm);
     let folder = Folder::new();

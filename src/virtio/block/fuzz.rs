@@ -342,7 +342,11 @@ impl Test {
             }
             4 if self.served.flush => Ok(None),
             8 if room < 20 => Err(status::IOERR),
-            8 => Ok(Some(b"root\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec())),
+            8 => {
+                let mut id = b"root".to_vec();
+                id.resize(room, 0);
+                Ok(Some(id))
+            }
             11 | 13
                 if kind == 11 && self.served.discard || kind == 13 && self.served.write_zeroes =>
             {

@@ -168,6 +168,8 @@ struct Served {
     flush: bool,
     discard: bool,
     write_zeroes: bool,
+    /// What is written is stable when it is answered: the driver cannot ask for that (virtio 1.2, 5.2.6.2).
+    writes_through: bool,
 }
 
 /// A block device.
@@ -527,6 +529,7 @@ impl Device for Block {
             flush: features & bit::FLUSH != 0,
             discard: features & bit::DISCARD != 0,
             write_zeroes: features & bit::WRITE_ZEROES != 0,
+            writes_through: self.writeback && features & bit::FLUSH == 0,
         };
         Ok(())
     }

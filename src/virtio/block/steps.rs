@@ -6,11 +6,11 @@ use std::mem;
 
 use super::super::Ram;
 use super::super::segment::{Segment, clear, copy_out, slices, window};
-use super::Block;
 use super::disk::{Disk, Extent, FileIndex};
 use super::engine::Engine;
 use super::job::{Job, is_unsupported};
 use super::request::{HEADER, Outcome, Request, status};
+use super::{Block, SERIAL_LEN};
 use crate::sys;
 use crate::sys::io::{Access, Space};
 use crate::sys::ring::Transfer;
@@ -55,11 +55,24 @@ impl Block {
             Request::Flush => self.flush(job, slot),
             Request::Discard { at, len } => self.discard(job, slot, at, len),
             Request::GetId => {
-                let place = self.chain.writable().iter().copied();
-                let told = copy_out(ram, place, &self.serial);
+                let place = || self.chain.writable().iter().copied();
+                // What is behind it is said to be written too.
+                let rest = job
+                    .writable
+                    .saturating_sub(1)
+                    .saturating_sub(SERIAL_LEN as u32);
+                let told = copy_out(ram, place(), &self.serial)
+                    && clear(ram, window(place(), SERIAL_LEN as u32, rest));
                 let refused = Outcome::Invalid(status::IOERR);
                 return Step::Ended(if told { Outcome::Done } else { refused });
             }
+        };
+        let is_written = self.served.writes_through && matches!(stepped, Ok(None));
+        let stepped = match job.request {
+            Request::Write { .. } | Request::WriteZeroes { .. } if is_written => {
+                self.make_stable().map(|()| None)
+            }
+            _ => stepped,
         };
         match stepped {
             Ok(Some(slot)) if mem::take(&mut job.has_yielded) => Step::Yielded(slot),
@@ -302,6 +315,13 @@ impl Block {
             Some((file, _)) => file.sync_data().map(|()| None),
             None => Ok(None),
         }
+    }
+
+    /// A flush that is waited for: for drivers that know none, each write has one.
+    fn make_stable(&mut self) -> io::Result<()> {
+        self.disk.flush_metadata()?;
+        let file = self.disk.file(FileIndex::DATA);
+        file.map_or(Ok(()), |(file, _)| file.sync_data())
     }
 
     fn discard(

@@ -268,6 +268,12 @@ fn get_id_when_asked_tells_the_serial() {
     let mut bench = bench(4, false);
     assert_eq!(bench.request(GET_ID, 0, 20, true), (21, status::OK));
     assert_eq!(bench.guest(DATA, 20), b"rootfs\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    // All that is said to be written is.
+    let before = [0xee; 512];
+    bench.ram.write_slice(&before, GuestAddress(DATA)).unwrap();
+    assert_eq!(bench.request(GET_ID, 0, 512, true), (513, status::OK));
+    assert_eq!(bench.guest(DATA, 6), b"rootfs");
+    assert_eq!(bench.guest(DATA + 6, 506), [0; 506]);
 }
 
 #[test]

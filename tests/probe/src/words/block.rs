@@ -244,7 +244,17 @@ pub fn read(arguments: &mut Arguments) -> Outcome {
 }
 
 pub fn write(arguments: &mut Arguments) -> Outcome {
-    let mut disk = Disk::open(arguments.number("N")?)?;
+    let disk = Disk::open(arguments.number("N")?)?;
+    write_to(disk, arguments)
+}
+
+/// The same, by a driver that accepts no feature of block devices.
+pub fn write_plainly(arguments: &mut Arguments) -> Outcome {
+    let device = Device::find_type(arguments.number("N")?, BLOCK)?;
+    write_to(Disk::open_with(device, 0)?, arguments)
+}
+
+fn write_to(mut disk: Disk, arguments: &mut Arguments) -> Outcome {
     let (sector, count) = (arguments.number("SECTOR")?, arguments.number("COUNT")?);
     let seed = arguments.number("SEED")?;
     let mut sum = pattern::SUM_START;

@@ -26,6 +26,7 @@
 //! | `blkinfo:N` | features, capacity, id, read-only |
 //! | `blkread:N:SECTOR:COUNT` | sum and first bytes |
 //! | `blkwrite:N:SECTOR:COUNT:SEED` `blkverify:...` | the pattern of `crate::pattern` |
+//! | `blkplain:N:SECTOR:COUNT:SEED` | `blkwrite` by a driver that accepts no features |
 //! | `blksg:N:SECTOR:COUNT` | reads in one request of many small buffers, compares with a plain read |
 //! | `blkflush:N` `blkdiscard:N:SECTOR:COUNT` `blkzero:N:SECTOR:COUNT` | those requests |
 //! | `blkbench:N:SIZE:OPS:DEPTH[:MODE]` | MODE `read`, `write`, `randread`, `randwrite` |
@@ -109,6 +110,7 @@ const WORDS: &[(&str, Word)] = &[
     ("blkinfo", block::info),
     ("blkread", block::read),
     ("blkwrite", block::write),
+    ("blkplain", block::write_plainly),
     ("blkverify", block::verify),
     ("blksg", block::scatter),
     ("blkflush", block::flush),
