@@ -109,15 +109,19 @@ fn disk_when_used_in_every_mode_size_and_depth_gives_back_what_was_written() {
         }
         let mut config = with_disk(&words, &disk, json!({}));
         config["machine-config"]["mem_size_mib"] = json!(512);
-        let mut monitor = Monitor::boot(&folder, &config);
-        monitor.exits_with(0);
-        let output = monitor.stdout();
-        let said: Vec<_> = output.lines().filter(|l| l.contains(" ok ")).collect();
-        assert_eq!(said.len(), 12, "{output}");
-        let checked = said
-            .iter()
-            .map(|l| field(l, "checked").parse::<u64>().unwrap());
-        assert_ne!(checked.sum::<u64>(), 0, "{output}");
+        // A read is of what was written before now and then, which a busy host may not come to in one run.
+        let has_checked = (0..10).any(|_| {
+            let mut monitor = Monitor::boot(&folder, &config);
+            monitor.exits_with(0);
+            let output = monitor.stdout();
+            let said: Vec<_> = output.lines().filter(|l| l.contains(" ok ")).collect();
+            assert_eq!(said.len(), 12, "{output}");
+            let checked = said
+                .iter()
+                .map(|l| field(l, "checked").parse::<u64>().unwrap());
+            checked.sum::<u64>() > 0
+        });
+        assert!(has_checked, "{size}");
     }
 }
 
