@@ -261,7 +261,9 @@ impl Vmm {
         while let Some((token, message)) = self.files.overdue(now) {
             let at = self.awaited.iter().position(|(known, _)| *known == token);
             match at.map(|at| self.awaited.swap_remove(at).1) {
-                Some(Awaited::Change(asker) | Awaited::Start(asker, ..)) => {
+                Some(Awaited::Change(asker)) => asker.answer(Err(ActionError(message))),
+                Some(Awaited::Start(asker, ..)) => {
+                    self.forget_snapshot();
                     asker.answer(Err(ActionError(message)));
                 }
                 Some(Awaited::Refusal(asker, error)) => asker.answer(Err(error)),

@@ -201,7 +201,10 @@ impl Vmm {
                 self.files.close(replaced);
             }
             Ready::Logger((logger, sink)) => self.use_logger(&logger, sink),
-            Ready::Metrics(sink) => self.metrics = Some(Arc::new(Mutex::new(sink))),
+            Ready::Metrics(sink) => {
+                let before = self.metrics.replace(Arc::new(Mutex::new(sink)));
+                self.files.close(Box::new(before));
+            }
             Ready::Device(send) => {
                 let token = self.new_token();
                 send(&mut self.configuration.devices, token)?;

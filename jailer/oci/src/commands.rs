@@ -1,7 +1,7 @@
 //! The commands: what each does with a container, in the order in which a container meets them.
 
 use std::fs::File;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -209,6 +209,11 @@ fn delete(host: &Host, log: &Log, id: &str, is_forced: bool) -> Result<(), AnyEr
         {
             process::wait(&pidfd, lifecycle::PATIENCE);
         }
+        // A connection that is lost looks like the end of one that runs.
+        let now = status(&host.root, &held.record, &Jailer::find()?);
+        if matches!(now, Status::Running | Status::Paused) {
+            return Err(CommandError::State("delete", now.name()).into());
+        }
     }
     lifecycle::destroy(host, held, log)
 }
@@ -318,12 +323,9 @@ fn wait(mut child: Child, mut signals: Signals) -> Result<u8, AnyError> {
     let pid = rustix::process::Pid::from_child(&child);
     let pidfd: Option<OwnedFd> =
         rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok();
-    // A terminal sends these to the whole group of its foreground, which the container's process is in then.
-    let is_terminal = std::io::stdin().is_terminal();
     let passes = std::thread::spawn(move || {
         for signal in signals.forever() {
-            let is_known = is_terminal && [SIGINT, SIGQUIT, SIGHUP].contains(&signal);
-            if let Some(pidfd) = pidfd.as_ref().filter(|_| !is_known) {
+            if let Some(pidfd) = &pidfd {
                 let _ = process::send(pidfd, signal);
             }
         }

@@ -3,7 +3,8 @@
 //!
 //! A group is `<parent>/mayfly-<id>`, and its maker holds a lock on it. So a group of that name that
 //! is not locked was left by a run that was killed together with its keeper: every start removes
-//! such groups. Groups of other names are never touched.
+//! such groups, those of other ids unless some start is making its own just then. Groups of other
+//! names are never touched.
 //!
 //! The parent is the group that the caller is in, so that the limits of whatever started it hold,
 //! or the nearest above it that may have groups below it.
@@ -129,6 +130,8 @@ impl Plan {
             .iter()
             .map(|group| hold_off(&group.hierarchy.path))
             .collect();
+        // One that was left by this id has counts and limits of its own.
+        self.remove_left_behind();
         let groups = self.request.make(undo)?;
         for group in &groups {
             rustix::fs::flock(&*group.dir, FlockOperation::NonBlockingLockExclusive)
@@ -148,17 +151,25 @@ impl Plan {
 
     /// Removes this run's groups, whose keeper was killed and whose last process has just ended.
     pub fn remove_abandoned(&self) {
-        for (hierarchy, folder) in self.parents() {
-            // A group stays busy for a moment after its last process.
-            for _ in 0..2500 {
-                remove_unlocked(hierarchy, &folder);
-                if !folder.join(&self.name).exists() {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(2));
+        // A group stays busy for a moment after its last process.
+        for _ in 0..2500 {
+            self.remove_left_behind();
+            let mut parents = self.parents();
+            if !parents.any(|(_, folder)| folder.join(&self.name).exists()) {
+                break;
             }
+            std::thread::sleep(Duration::from_millis(2));
         }
         self.remove_parents();
+    }
+
+    /// Removes the groups of this name that no run holds.
+    fn remove_left_behind(&self) {
+        for (_, folder) in self.parents() {
+            if let Ok(parent) = sys::open(&folder, OFlags::DIRECTORY | OFlags::NOFOLLOW) {
+                remove_if_unlocked(&parent, OsStr::new(&self.name));
+            }
+        }
     }
 
     /// Removes the groups that only hold ours, when none is left: the run that made them may have
@@ -221,13 +232,17 @@ fn remove_unlocked(hierarchy: &Path, folder: &Path) {
         if !name.as_bytes().starts_with(MARK.as_bytes()) {
             continue;
         }
-        let Ok(group) = open_beneath(&parent, name, OFlags::RDONLY | OFlags::DIRECTORY) else {
-            continue;
-        };
-        // Locked by its maker as long as that lives. A group with a process in it is not removed.
-        if rustix::fs::flock(&group, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            let _ = rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR);
-        }
+        remove_if_unlocked(&parent, name);
+    }
+}
+
+fn remove_if_unlocked(parent: &OwnedFd, name: &OsStr) {
+    let Ok(group) = open_beneath(parent, name, OFlags::RDONLY | OFlags::DIRECTORY) else {
+        return;
+    };
+    // Locked by its maker as long as that lives. A group with a process in it is not removed.
+    if rustix::fs::flock(&group, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        let _ = rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR);
     }
 }
 

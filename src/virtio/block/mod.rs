@@ -168,7 +168,8 @@ struct Served {
     flush: bool,
     discard: bool,
     write_zeroes: bool,
-    /// What is written is stable when it is answered: the driver cannot ask for that (virtio 1.2, 5.2.6.2).
+    /// What is written is stable when it is answered: the driver cannot ask for that (virtio 1.2, 5.2.6.2). The queue
+    /// waits for it.
     writes_through: bool,
 }
 

@@ -106,8 +106,10 @@ impl Request {
                 len: to_disk,
             }),
             kind::FLUSH if served.flush => Ok(Request::Flush),
-            kind::GET_ID if from_disk as usize >= SERIAL_LEN => Ok(Request::GetId),
-            kind::GET_ID => Err(status::IOERR),
+            kind::GET_ID if from_disk < SERIAL_LEN as u32 || from_disk > REQUEST_MAX => {
+                Err(status::IOERR)
+            }
+            kind::GET_ID => Ok(Request::GetId),
             kind::DISCARD if served.discard => {
                 let (at, len, flags) = range(ram, chain, disk, DISCARD_MAX)?;
                 // No flag has a meaning here (5.2.6.2).

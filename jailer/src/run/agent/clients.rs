@@ -344,6 +344,8 @@ impl Clients {
         for client in &mut self.all {
             match client.state {
                 State::Running => client.send(&exited),
+                // As for those that ask when nothing takes connections any more.
+                State::Asking(Request::State) => {}
                 State::Asking(_) | State::Waiting => {
                     client.send(&Message::Answer(b"-the guest has ended"));
                 }

@@ -39,12 +39,17 @@ pub fn start(mut spec: Spec, report: Option<&Report>) -> Result<Watch, AnyError>
     let mut sockets: Vec<_> = [&options.api_sock, &options.console_socket]
         .into_iter()
         .flatten()
-        // Whoever makes one changes the folder that it works in.
-        .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()))
+        .cloned()
         .collect();
     if spec.watch.guest.is_some() {
         options.place.make()?;
         sockets.push(options.place.socket(&spec.watch.id));
+    }
+    // Whoever makes one changes the folder that it works in.
+    for path in &mut sockets {
+        if let Ok(absolute) = std::path::absolute(&path) {
+            *path = absolute;
+        }
     }
     let assignment = Assignment {
         groups: spec.cgroups.take(),
