@@ -576,8 +576,9 @@ fn writes_of_a_driver_without_flushes_are_there_after_a_kill() {
     does(&mut monitor, &["blkplain:0:3:100:2"]);
     monitor.child.kill().unwrap();
     monitor.child.wait().unwrap();
+    let own = Folder::new();
     let config = machine("shell", &base, in_file(&overlay));
-    let (mut monitor, _) = boot(&folder, &config);
+    let (mut monitor, _) = boot(&own, &config);
     does(&mut monitor, &["blkverify:0:3:100:2"]);
 }
 
