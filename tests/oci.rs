@@ -324,7 +324,7 @@ fn jailer_is_told_what_config_json_asks_for() {
     let calls = engine.folder.read("calls");
     let disk = engine.folder.join("cache/disks");
     for words in [
-        "run --id c1 --runtime-dir . ".to_owned(),
+        "run --id c1 --runtime-dir run ".to_owned(),
         format!("--image {}/", disk.display()),
         ".erofs:ro --kernel ".into(),
         format!("--copy-in {}:/etc/hosts ", hosts.display()),
