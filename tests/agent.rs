@@ -1167,7 +1167,7 @@ fn held_command_runs_when_it_is_asked_for_and_takes_signals_by_its_id() {
     ask(0, &["signal", id, "TERM"]);
     let output = jailer.output();
     assert_eq!(output.status.code(), Some(143), "{}", err(&output));
-    let lost = ask(1, &["state", id]);
+    let lost = ask(3, &["state", id]);
     assert!(
         err(&lost).contains("no microVM of this user"),
         "{}",
