@@ -14,10 +14,11 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use libc::{SIGCHLD, SIGCONT, SIGKILL, SIGPIPE, SIGSTOP, SIGTSTP};
 use libc::{SIGTTIN, SIGTTOU, SIGURG, SIGWINCH, SIGXFSZ};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, UnshareFlags};
@@ -407,6 +408,18 @@ pub fn fork_apart<T: Clone + 'static>(
 
 /// What the last function of a process may still use: copies of three descriptors.
 pub type Aside = [OwnedFd; 3];
+
+/// Locks what is open, by a call that does not wait, and tries again for a fifth of a second. What any process can lock is
+/// not waited for longer.
+pub fn lock_soon(open: OwnedFd, how: FlockOperation) -> Option<OwnedFd> {
+    for _ in 0..100 {
+        if rustix::fs::flock(&open, how).is_ok() {
+            return Some(open);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    None
+}
 
 /// Above every number that a jail's program is given.
 pub const ASIDE: RawFd = 32;

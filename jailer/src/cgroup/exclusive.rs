@@ -204,13 +204,7 @@ fn default_parent(hierarchy: &Hierarchy, as_root: bool) -> Result<Vec<OsString>,
 /// hold this lock: after a while the work goes on without it.
 fn hold_off(hierarchy: &Path) -> Option<OwnedFd> {
     let top = sys::open(hierarchy, OFlags::DIRECTORY).ok()?;
-    for _ in 0..100 {
-        if rustix::fs::flock(&top, FlockOperation::NonBlockingLockShared).is_ok() {
-            return Some(top);
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    None
+    sys::lock_soon(top, FlockOperation::NonBlockingLockShared)
 }
 
 /// Removes groups of ours whose makers are gone, unless one is being made in this hierarchy: a later run does it then.

@@ -7,7 +7,6 @@
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -15,6 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::{Advice as _, AnyError, Step as _};
 use crate::root::open_folder_of;
+use crate::sys;
 
 /// A socket cannot be made at a path.
 #[derive(Debug, thiserror::Error)]
@@ -132,14 +132,7 @@ fn lock(folder: &OwnedFd) -> Option<OwnedFd> {
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
     );
-    let own = own.ok()?;
-    for _ in 0..100 {
-        if rustix::fs::flock(&own, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            return Some(own);
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    None
+    sys::lock_soon(own.ok()?, FlockOperation::NonBlockingLockExclusive)
 }
 
 #[cfg(test)]
