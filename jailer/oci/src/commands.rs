@@ -206,13 +206,13 @@ fn delete(host: &Host, log: &Log, id: &str, is_forced: bool) -> Result<(), AnyEr
         // What its readers have not taken yet is not lost, nor its exit code.
         if found == Status::Stopped
             && let Some(pidfd) = known.open()
+            && !process::wait(&pidfd, lifecycle::PATIENCE)
         {
-            process::wait(&pidfd, lifecycle::PATIENCE);
-        }
-        // A connection that is lost looks like the end of one that runs.
-        let now = status(&host.root, &held.record, &Jailer::find()?);
-        if matches!(now, Status::Running | Status::Paused) {
-            return Err(CommandError::State("delete", now.name()).into());
+            // A connection that is lost looks like the end of one that runs.
+            let now = status(&host.root, &held.record, &Jailer::find()?);
+            if matches!(now, Status::Running | Status::Paused) {
+                return Err(CommandError::State("delete", now.name()).into());
+            }
         }
     }
     lifecycle::destroy(host, held, log)

@@ -76,13 +76,8 @@ impl Waiting {
         self.socket.set_read_timeout(Some(patience)).step(WHAT)?;
         let mut first = [0];
         // A read with a time limit is not begun anew after a signal (signal(7)).
-        let count = loop {
-            match self.socket.read(&mut first) {
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                read => break read.step(WHAT)?,
-            }
-        };
-        match count {
+        let read = || rustix::io::read(&self.socket, &mut first);
+        match rustix::io::retry_on_intr(read).step(WHAT)? {
             1 if first == *b"1" => Ok(()),
             count => {
                 let mut text = first[..count].to_vec();
