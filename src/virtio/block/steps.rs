@@ -311,15 +311,16 @@ impl Block {
         {
             return Ok(Some(slot));
         }
-        match self.disk.file(file) {
-            Some((file, _)) => file.sync_data().map(|()| None),
-            None => Ok(None),
-        }
+        self.sync().map(|()| None)
     }
 
     /// A flush that is waited for: for drivers that know none, each write has one.
     fn make_stable(&mut self) -> io::Result<()> {
         self.disk.flush_metadata()?;
+        self.sync()
+    }
+
+    fn sync(&self) -> io::Result<()> {
         let file = self.disk.file(FileIndex::DATA);
         file.map_or(Ok(()), |(file, _)| file.sync_data())
     }
