@@ -12,14 +12,14 @@ mod host;
 mod run;
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use host::cgroup_mount;
-use run::{BOTH, Ended, Place, Who, fact, inheriting};
+use run::{BOTH, Ended, Place, Who, activated, fact};
 
 /// The place for a test of this name, with the real monitor, unless it has to be skipped.
 macro_rules! place {
@@ -422,6 +422,15 @@ fn read_until(client: &mut UnixStream, text: &mut String, words: &str) {
     }
 }
 
+/// Types a line to a guest with `echo:1`, which answers it; what the client has read.
+fn echoes(client: &mut UnixStream) -> String {
+    let mut text = String::new();
+    read_until(client, &mut text, "echo ready");
+    std::io::Write::write_all(client, b"typed\n").unwrap();
+    read_until(client, &mut text, "got typed");
+    text
+}
+
 #[test]
 fn console_socket_is_the_monitors_and_is_removed() {
     let place = place!("gsocket");
@@ -446,11 +455,8 @@ fn console_socket_is_the_monitors_and_is_removed() {
         let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&socket).unwrap());
         assert_eq!(mode & 0o777, 0o600);
         let mut client = UnixStream::connect(&socket).unwrap();
-        let mut text = String::new();
         // What was written before anything was connected is there too.
-        read_until(&mut client, &mut text, "echo ready");
-        std::io::Write::write_all(&mut client, b"typed\n").unwrap();
-        read_until(&mut client, &mut text, "got typed");
+        let text = echoes(&mut client);
         assert!(text.contains("here"), "{text}");
         assert_eq!(child.wait().unwrap().code(), Some(0));
         place.nothing_is_left();
@@ -489,10 +495,7 @@ fn console_socket_serves_a_microvm_that_a_client_configures() {
             assert!(answer.is_success(), "{}", answer.fault());
         }
         let mut console = UnixStream::connect(&socket).unwrap();
-        let mut text = String::new();
-        read_until(&mut console, &mut text, "echo ready");
-        std::io::Write::write_all(&mut console, b"typed\n").unwrap();
-        read_until(&mut console, &mut text, "got typed");
+        let text = echoes(&mut console);
         assert!(text.contains("here"), "{text}");
         assert_eq!(child.wait().unwrap().code(), Some(0));
         place.nothing_is_left();
@@ -514,10 +517,7 @@ fn request_that_came_before_the_monitor_finds_the_consoles_socket_too() {
             "boot_args": "probe=print:here,echo:1" }, "drives": [], "start": true }"#;
         let sent = client.send("PUT", "/vm", body, &[kernel.as_fd()]);
         sent.unwrap();
-        // As sd_listen_fds(3) has it; the shell's process id becomes the jailer's.
-        let before = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$;";
-        let mut shell = inheriting(&place.jailer(who, &["run", "--console", &at]), before);
-        shell.stdin(OwnedFd::from(listener));
+        let mut shell = activated(&place.jailer(who, &["run", "--console", &at]), listener);
         let mut child = shell.spawn().unwrap();
         drop(shell);
         let mut console = None;
@@ -526,10 +526,8 @@ fn request_that_came_before_the_monitor_finds_the_consoles_socket_too() {
             console.is_some()
         });
         let mut console = console.unwrap();
-        let mut text = String::new();
-        read_until(&mut console, &mut text, "echo ready");
-        std::io::Write::write_all(&mut console, b"typed\n").unwrap();
-        read_until(&mut console, &mut text, "got typed");
+        let text = echoes(&mut console);
+        assert!(text.contains("here"), "{text}");
         assert_eq!(child.wait().unwrap().code(), Some(0));
         fs::remove_file(&api).unwrap();
         place.nothing_is_left();

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use host::{GID, Report, UID, cgroup_mount, wait_until};
 use needs::needs;
-use run::{BOTH, Place, Who, fact, inheriting};
+use run::{BOTH, Place, Who, activated, fact, inheriting};
 
 /// The place for a test of this name, unless it has to be skipped.
 macro_rules! place {
@@ -768,10 +768,7 @@ fn socket_from_a_service_manager_is_handed_on() {
         let listener = UnixListener::bind(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
         let command = place.run(who, "report exit=0", &[]);
-        // As sd_listen_fds(3) has it; the shell's process id becomes the jailer's.
-        let before = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$;";
-        let mut shell = inheriting(&command, before);
-        shell.stdin(OwnedFd::from(listener.try_clone().unwrap()));
+        let mut shell = activated(&command, listener.try_clone().unwrap());
         let output = shell.output().unwrap();
         let err = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(0), "{err}");

@@ -8,7 +8,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -276,5 +278,14 @@ pub fn inheriting(command: &Command, before: &str) -> Command {
         }
     }
     shell.stdin(Stdio::null());
+    shell
+}
+
+/// `command`, started with this socket as a service manager does (sd_listen_fds(3)): the shell's process id becomes that of
+/// the command.
+pub fn activated(command: &Command, listener: UnixListener) -> Command {
+    let before = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$;";
+    let mut shell = inheriting(command, before);
+    shell.stdin(OwnedFd::from(listener));
     shell
 }
