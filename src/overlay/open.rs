@@ -3,16 +3,13 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::time::{Duration, Instant};
-
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
+use std::time::Duration;
 
 use super::header::{BadHeader, BaseId, Header};
 use super::layout::{Layout, MAP_AT, SECTOR};
 use super::map::{BadSector, Map};
 use super::storage::Storage;
-use crate::sys::fd;
+use crate::sys::folder::{self, FlockOperation};
 
 const SECTOR_BYTES: u64 = SECTOR as u64;
 
@@ -264,13 +261,11 @@ pub(super) fn read_map(file: &impl Storage, layout: &Layout, map: &mut Map) -> R
     Ok(())
 }
 
-/// How long a lock is tried, and how many milliseconds lie between two tries.
+/// How long a lock is tried.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_PAUSE: u32 = 10;
 
 /// Keeps other processes from opening `file` as an overlay or, `for_all` to share it, from changing it as a base, as
-/// long as this open file is open anywhere. May wait: of a process that was killed the kernel closes the files a
-/// moment after its end, where an io_uring had them.
+/// long as this open file is open anywhere. May wait for one that goes.
 ///
 /// # Errors
 /// [`Refusal::InUse`], or the host's.
@@ -279,19 +274,9 @@ pub fn lock(file: &File, for_all: bool) -> Result<(), Refusal> {
         true => FlockOperation::NonBlockingLockShared,
         false => FlockOperation::NonBlockingLockExclusive,
     };
-    let since = Instant::now();
-    loop {
-        match rustix::fs::flock(file, how) {
-            Ok(()) => return Ok(()),
-            Err(Errno::INTR) => {}
-            Err(Errno::WOULDBLOCK) if since.elapsed() >= LOCK_PATIENCE => {
-                return Err(Refusal::InUse);
-            }
-            Err(Errno::WOULDBLOCK) => {
-                // Nothing tells when it is let go of.
-                let _ = fd::wait(&mut [], Some(LOCK_PAUSE));
-            }
-            Err(error) => return Err(Refusal::Io("locking it", error.into())),
-        }
+    match folder::lock(file, how, LOCK_PATIENCE) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Refusal::InUse),
+        Err(error) => Err(Refusal::Io("locking it", error.into())),
     }
 }

@@ -1,8 +1,8 @@
 //! Where a file of a snapshot goes: at a path, or into a descriptor.
 //!
 //! At a path the file is written under a temporary name beside it, [`partial_name`], and renamed. A
-//! process that works with a temporary name has the file locked, and the lock goes with the process: so
-//! what is not locked was left by one that was killed, and two creates at one place do not mix.
+//! process that works with a temporary name has the file locked until it is done, and the lock goes with the
+//! process: so what is not locked was left by one that was killed, and two creates at one place do not mix.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Permissions};
@@ -10,11 +10,14 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::io::Errno;
 
 use super::read::kind_of;
 use super::write_error::{WriteError, step};
 use crate::sys::fd;
-use crate::sys::folder::{FileType, Folder, lock};
+use crate::sys::folder::{self, FileType, FlockOperation, Folder};
 
 /// Where a file is to be written.
 #[derive(Debug)]
@@ -36,6 +39,9 @@ const LINKS: usize = 40;
 /// The longest name of a file, on the file systems there are.
 const NAME_MAX: usize = 255;
 
+/// How long a lock is tried: of a process that was killed it goes a moment later.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
 const PARTIAL: &[u8] = b".mayfly-partial";
 
 /// The temporary name of a file called `name`, in the same folder.
@@ -54,6 +60,15 @@ pub fn partial_name(name: &OsStr) -> OsString {
     }
     partial.extend_from_slice(PARTIAL);
     OsString::from_vec(partial)
+}
+
+/// Locks `file`, or finds that another process works with it. Where the file system has no locks, it counts as locked.
+fn locks(file: &File) -> io::Result<bool> {
+    let how = FlockOperation::NonBlockingLockExclusive;
+    match folder::lock(file, how, LOCK_PATIENCE) {
+        Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
+        locked => Ok(locked?),
+    }
 }
 
 /// A path, its links followed.
@@ -124,7 +139,7 @@ impl Place {
             return Ok(None);
         };
         // Its process is there, or has just put it in place.
-        if !lock(&file).map_err(error)?
+        if !locks(&file).map_err(error)?
             || !self.folder.is_at(&self.partial, &file).map_err(error)?
         {
             return Err(self.busy());
@@ -135,7 +150,9 @@ impl Place {
     /// Locks what is in place: it is about to get the temporary name.
     pub fn lock_old(&self) -> Result<(), WriteError> {
         match &self.old {
-            Some(old) if !lock(old).map_err(|cause| self.error("lock", cause))? => Err(self.busy()),
+            Some(old) if !locks(old).map_err(|cause| self.error("lock", cause))? => {
+                Err(self.busy())
+            }
             _ => Ok(()),
         }
     }
@@ -149,7 +166,7 @@ impl Place {
             created => created.map_err(error)?,
         };
         step();
-        if !lock(&file).map_err(error)?
+        if !locks(&file).map_err(error)?
             || !self.folder.is_at(&self.partial, &file).map_err(error)?
         {
             return Err(self.busy());
@@ -172,6 +189,14 @@ impl Place {
     /// Whether `file`, or nothing, is what is in place.
     pub fn is_same(&self, other: &Place) -> io::Result<bool> {
         Ok(self.name == other.name && self.folder.is(&other.folder)?)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(old) = &self.old {
+            folder::unlock(old);
+        }
     }
 }
 

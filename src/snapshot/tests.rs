@@ -720,6 +720,35 @@ fn create_when_another_is_under_way_at_the_same_place_is_refused() {
     }
 }
 
+/// A process that is forked meanwhile has a copy of the descriptors until it executes its program.
+#[test]
+fn create_when_copies_of_its_descriptor_stay_open_lets_go_of_its_place() {
+    let (_folder, path) = folder();
+    let (at, memory) = (path.join("state"), path.join("memory"));
+    let mut copies = Vec::new();
+    for id in [1, 2, 3] {
+        let encoded = |memory| {
+            let header = Header {
+                memory,
+                ..header(id)
+            };
+            encode(&header, &state(id))
+        };
+        let filled = |file: &File| {
+            copies.push(file.try_clone()?);
+            fill(file, id)
+        };
+        let written = write_pair(
+            Target::Path(at.clone()),
+            Target::Path(memory.clone()),
+            filled,
+            encoded,
+        );
+        written.unwrap();
+        assert_eq!(load(&at, &memory).unwrap(), id);
+    }
+}
+
 /// Set for the process that is to be killed: at which step, and where it creates a snapshot.
 const KILL_AT: &str = "MAYFLY_TEST_KILL_AT";
 const KILL_IN: &str = "MAYFLY_TEST_KILL_IN";

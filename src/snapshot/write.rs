@@ -28,7 +28,7 @@ use super::place::{Place, Target, check_passed};
 use super::read::{check_memory, read};
 use super::write_error::{WriteError, step};
 use crate::steps::{commits, may_take, may_wait};
-use crate::sys::folder::Folder;
+use crate::sys::folder::{self, Folder};
 
 /// Bytes that a file system that answers syncs in a second.
 const SLOWEST_SYNC: u64 = 8 << 20;
@@ -154,20 +154,23 @@ impl Output {
 }
 
 impl Drop for Output {
-    /// Removes the temporary name: what was not finished, or the old file.
+    /// Removes the temporary name, what was not finished or the old file, and lets go of the lock.
     fn drop(&mut self) {
-        if let Output::At {
+        let Output::At {
             place,
+            file,
             is_placed,
             has_old,
-            ..
         } = self
-            && (*has_old || !*is_placed)
-        {
+        else {
+            return;
+        };
+        if *has_old || !*is_placed {
             step();
             // What cannot be removed, the next create removes.
             let _ = place.folder.remove(&place.partial);
         }
+        folder::unlock(file);
     }
 }
 

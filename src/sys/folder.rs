@@ -8,10 +8,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-pub use rustix::fs::FileType;
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+pub use rustix::fs::{FileType, FlockOperation};
 use rustix::io::Errno;
+
+use super::fd;
 
 /// An open folder.
 #[derive(Debug)]
@@ -167,15 +170,34 @@ impl Folder {
     }
 }
 
-/// Locks `file` until its last descriptor is closed; false when another open file has the lock. Where
-/// the file system has no locks, it counts as locked.
+/// How many milliseconds lie between two tries of a lock.
+const LOCK_PAUSE: u32 = 10;
+
+/// Locks `file` until its last descriptor is closed, or until [`unlock`]; false when another open file has the lock for
+/// longer than `patience`. Of a process that was killed the kernel closes the files a moment after its end: when its
+/// memory is given back, and what an io_uring had of them is done.
 ///
 /// # Errors
 /// The host's.
-pub fn lock(file: &File) -> io::Result<bool> {
-    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) | Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(cause) => Err(cause.into()),
+pub fn lock(file: &File, how: FlockOperation, patience: Duration) -> Result<bool, Errno> {
+    let since = Instant::now();
+    loop {
+        match rustix::fs::flock(file, how) {
+            Ok(()) => return Ok(true),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if since.elapsed() >= patience => return Ok(false),
+            Err(Errno::WOULDBLOCK) => {
+                // Nothing tells when it is let go of.
+                let _ = fd::wait(&mut [], Some(LOCK_PAUSE));
+            }
+            Err(cause) => return Err(cause),
+        }
     }
+}
+
+/// Lets go of a lock that [`lock`] took, whoever else has a copy of the descriptor: a process that was forked meanwhile
+/// has one until it executes another program.
+pub fn unlock(file: &File) {
+    // Without it, the lock goes with the last copy.
+    let _ = rustix::fs::flock(file, FlockOperation::Unlock);
 }
