@@ -9,7 +9,8 @@
 //! - one thing at a time, in the order of submission, at most [`QUEUE`] waiting;
 //! - work that has not finished within its [`Limit`] is *overdue*: control tells the client which
 //!   file did not answer in which operation, and does not use the result when it comes; work that goes
-//!   step by step is given up, and finds that out at its next step ([`Steps::give_up`]);
+//!   step by step is given up, and finds that out at its next step, or at its first
+//!   ([`Steps::give_up`]);
 //! - while something is overdue, further work is refused at once.
 //!
 //! What is only to be closed goes the same way ([`Files::close`]): closing a file may wait too.
@@ -91,7 +92,7 @@ impl std::error::Error for Refused {}
 pub enum Limit {
     /// All of it, with what waits before it.
     Whole(Duration),
-    /// Each of its steps: how many it has depends on how much there is to do.
+    /// Each of its steps, and of what waits before it: how many it has depends on how much there is to do.
     EachStep(Duration),
     /// As long as it takes: it waits for nothing outside of this process.
     None,
@@ -183,7 +184,7 @@ impl<T> FilesThread<T> {
         self.steps.adopt();
         while let Some(job) = self.jobs.receive() {
             if let Job::Work(token, work) = job {
-                self.steps.start("what was asked for");
+                self.steps.start(token, "what was asked for");
                 let result = work(&self.steps);
                 self.steps.end();
                 // Control's inbox has room for all that can be pending.
@@ -265,6 +266,7 @@ impl<T: Send + 'static> Files<T> {
 
     /// Work `token` has finished. Whether it did in time: otherwise its result must not be used.
     pub fn is_in_time(&mut self, token: u64) -> bool {
+        self.steps.forget(token);
         let Some(at) = self.pending.iter().position(|known| known.token == token) else {
             return false;
         };
@@ -278,43 +280,41 @@ impl<T: Send + 'static> Files<T> {
     /// When the next work becomes overdue, as far as can be told now: a step that goes on in time
     /// moves it.
     pub fn deadline(&self) -> Option<Instant> {
-        let waited_for = self.pending.iter().enumerate();
-        let waited_for = waited_for.filter(|(_, pending)| !pending.overdue);
-        waited_for
-            .filter_map(|(place, pending)| self.due(place, pending))
-            .min()
+        let waited_for = self.pending.iter().filter(|pending| !pending.overdue);
+        waited_for.filter_map(|pending| self.due(pending)).min()
     }
 
-    /// When the work at this place of the order becomes overdue.
-    fn due(&self, place: usize, pending: &Pending) -> Option<Instant> {
+    /// When this work becomes overdue.
+    fn due(&self, pending: &Pending) -> Option<Instant> {
         match pending.limit {
             Limit::Whole(limit) => pending.submitted.checked_add(limit),
-            // Only the first has begun.
-            Limit::EachStep(limit) if place == 0 => match self.steps.now() {
-                Some(step) => step.since.checked_add(limit.saturating_add(step.more)),
-                // It begins or ends at this moment: to be asked again then.
+            Limit::EachStep(limit) => match self.steps.now() {
+                Some(step) => {
+                    let since = step.since.max(pending.submitted);
+                    since.checked_add(limit.saturating_add(step.more))
+                }
+                // Something begins or ends at this moment: to be asked again then.
                 None => Instant::now().checked_add(limit),
             },
-            Limit::EachStep(_) | Limit::None => None,
+            Limit::None => None,
         }
     }
 
     /// The token of work whose deadline has passed, and the message for whom waits for it; each
     /// once.
     pub fn overdue(&mut self, now: Instant) -> Option<(u64, String)> {
-        let is_due = |(place, pending): &(usize, &Pending)| {
-            !pending.overdue && self.due(*place, pending).is_some_and(|due| due <= now)
-        };
-        let place = self.pending.iter().enumerate().find(is_due)?.0;
+        let is_due =
+            |pending: &Pending| !pending.overdue && self.due(pending).is_some_and(|due| due <= now);
+        let place = self.pending.iter().position(is_due)?;
         let pending = self.pending.get_mut(place)?;
         pending.overdue = true;
+        let token = pending.token;
         let changed = match pending.limit {
-            Limit::EachStep(_) if !self.steps.give_up() => {
+            Limit::EachStep(_) if !self.steps.give_up(token) => {
                 ". It was about to be completed, and will be if the file answers"
             }
             Limit::EachStep(_) | Limit::Whole(_) | Limit::None => ", and nothing was changed",
         };
-        let token = pending.token;
         let message = match self.steps.now() {
             Some(step) => format!(
                 "No answer from a file: {} has not ended for {} s{changed}. \
@@ -474,12 +474,11 @@ mod tests {
             crate::steps::may_take(STEP);
             began.send(steps.now().unwrap().since).unwrap();
             gone_on.recv().unwrap();
-            1
+            u32::from(crate::steps::commits())
         });
         let token = files.submit(Limit::EachStep(STEP), work).unwrap();
-        let behind = files
-            .submit(Limit::EachStep(STEP), Box::new(|_| 2))
-            .unwrap();
+        let commits: Work<u32> = Box::new(|_| u32::from(crate::steps::commits()));
+        let behind = files.submit(Limit::EachStep(STEP), commits).unwrap();
         let first = begun.recv().unwrap();
         assert_eq!(files.deadline(), Some(first + STEP));
         assert_eq!(files.overdue(first + STEP - Duration::from_nanos(1)), None);
@@ -497,13 +496,22 @@ mod tests {
             message.contains("writing has not ended") && message.contains("nothing was changed"),
             "{message}"
         );
-        // What has not begun waits for its turn.
-        assert_eq!(files.overdue(third + 100 * STEP), None);
+        // What has not begun waits for its turn as long as the first goes on, and is given up with it.
+        let (overdue, message) = files.overdue(third + 2 * STEP).unwrap();
+        assert_eq!(overdue, behind);
+        assert!(
+            message.contains("writing has not ended") && message.contains("nothing was changed"),
+            "{message}"
+        );
         go_on.send(()).unwrap();
-        for (token, is_in_time) in [(token, false), (behind, true)] {
-            assert_eq!(next(&events).token, token);
-            assert_eq!(files.is_in_time(token), is_in_time);
+        for token in [token, behind] {
+            let finished = next(&events);
+            assert_eq!((finished.token, finished.result), (token, 0));
+            assert!(!files.is_in_time(token));
         }
+        let commits: Work<u32> = Box::new(|_| u32::from(crate::steps::commits()));
+        files.submit(Limit::EachStep(STEP), commits).unwrap();
+        assert_eq!(next(&events).result, 1);
     }
 
     #[test]

@@ -18,10 +18,14 @@ pub struct Steps(Arc<Mutex<Work>>);
 
 #[derive(Debug, Default)]
 struct Work {
+    /// Which it is, or was.
+    token: Option<u64>,
     step: Option<Step>,
     is_given_up: bool,
     /// What it does cannot be taken back any more.
     commits: bool,
+    /// What was given up before it has begun.
+    not_wanted: Vec<u64>,
 }
 
 /// Something that may take for ever where a file system does not answer.
@@ -93,9 +97,15 @@ impl Steps {
         });
     }
 
-    /// New work begins.
-    pub fn start(&self, text: impl fmt::Display) {
-        *self.lock() = Work::default();
+    /// Work `token` begins.
+    pub fn start(&self, token: u64, text: impl fmt::Display) {
+        let mut work = self.lock();
+        let waiting = work.not_wanted.len();
+        work.not_wanted.retain(|other| *other != token);
+        work.token = Some(token);
+        work.is_given_up = work.not_wanted.len() < waiting;
+        work.commits = false;
+        drop(work);
         self.begin(text);
     }
 
@@ -111,7 +121,7 @@ impl Steps {
 
     /// Nothing is under way.
     pub fn end(&self) {
-        *self.lock() = Work::default();
+        self.lock().step = None;
     }
 
     /// The step under way.
@@ -119,12 +129,21 @@ impl Steps {
         self.lock().step.clone()
     }
 
-    /// The work under way is not wanted any more. Whether that is in time: else what it does cannot be
-    /// taken back.
-    pub fn give_up(&self) -> bool {
+    /// Work `token`, which is under way or is to begin, is not wanted any more. Whether that is in time: else what it
+    /// does cannot be taken back.
+    pub fn give_up(&self, token: u64) -> bool {
         let mut work = self.lock();
+        if work.token != Some(token) {
+            work.not_wanted.push(token);
+            return true;
+        }
         work.is_given_up = !work.commits;
         work.is_given_up
+    }
+
+    /// The result of work `token` is known.
+    pub fn forget(&self, token: u64) {
+        self.lock().not_wanted.retain(|other| *other != token);
     }
 }
 
@@ -176,16 +195,24 @@ mod tests {
         let told = || {
             let steps = Steps::default();
             steps.adopt();
-            steps.start("one");
-            assert!(goes_on() && steps.give_up());
+            steps.start(1, "one");
+            assert!(goes_on() && steps.give_up(1));
             assert!(!goes_on() && !commits());
-            assert!(steps.give_up());
-            steps.start("another");
+            assert!(steps.give_up(1));
+            steps.start(2, "another");
             assert!(goes_on() && commits());
-            assert!(!steps.give_up());
+            assert!(!steps.give_up(2));
             assert!(goes_on() && commits());
             steps.end();
-            assert!(steps.give_up());
+            // Its result is on the way.
+            assert!(!steps.give_up(2));
+            // What has not begun.
+            assert!(steps.give_up(3) && steps.give_up(4));
+            steps.forget(4);
+            for (token, is_wanted) in [(3, false), (4, true), (3, true)] {
+                steps.start(token, "yet another");
+                assert_eq!([goes_on(), commits()], [is_wanted; 2]);
+            }
         };
         thread::spawn(told).join().unwrap();
     }

@@ -1,5 +1,6 @@
 //! Files into guest memory: mapped where that can be, copied where it cannot.
 
+use std::io;
 use std::sync::Arc;
 
 use vm_memory::bitmap::Bitmap;
@@ -8,6 +9,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::mapping::{Over, map_over};
 use super::occupied::data_ranges;
 use super::{Base, MappedPart, Memory, MemoryError, PAGE, Pages, Source, mapped};
+use crate::steps::goes_on;
 
 /// What is shorter is copied: a mapping costs about as much as 16 pages copied.
 const MAP_MIN: u64 = 16 * PAGE;
@@ -151,12 +153,15 @@ impl Memory {
             let Some(bytes) = usize::try_from(count).ok().and_then(|n| chunk.get_mut(..n)) else {
                 return Err(outside);
             };
-            source
-                .read_exact_at(bytes, from)
-                .map_err(|cause| MemoryError::Read {
-                    name: source.name.clone(),
-                    cause,
-                })?;
+            let read = source.read_exact_at(bytes, from);
+            let read = read.and_then(|()| match goes_on() {
+                true => Ok(()),
+                false => Err(io::ErrorKind::TimedOut.into()),
+            });
+            read.map_err(|cause| MemoryError::Read {
+                name: source.name.clone(),
+                cause,
+            })?;
             self.write(to, bytes)?;
             done = done.saturating_add(count);
         }

@@ -572,12 +572,12 @@ fn pair_when_given_up_while_it_is_written_is_not_put_in_place() {
     let written = || {
         let steps = crate::steps::Steps::default();
         steps.adopt();
-        steps.start("a snapshot");
+        steps.start(1, "a snapshot");
         write_pair(
             Target::Path(at.clone()),
             Target::Path(memory.clone()),
             |_| {
-                assert!(steps.give_up());
+                assert!(steps.give_up(1));
                 Ok::<_, io::Error>(header(2).memory)
             },
             |_| encode(&header(2), &state(2)),

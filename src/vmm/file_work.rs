@@ -38,7 +38,7 @@ use crate::sys::passed::Passed;
 use crate::sys::signal;
 use crate::warn;
 
-/// How long a client waits for a file.
+/// How long a client waits for a file: for each step, where there are several.
 pub(super) const FILE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the files thread gives back.
@@ -182,7 +182,7 @@ impl Vmm {
         }
         let work =
             Box::new(move |_: &Steps| FileResult::Opened(Box::new(change.open(&mut passed))));
-        match self.files.submit(Limit::Whole(FILE_PATIENCE), work) {
+        match self.files.submit(Limit::EachStep(FILE_PATIENCE), work) {
             Ok(token) => self.awaited.push((token, Awaited::Change(asker))),
             Err(refused) => asker.answer(Err(ActionError::of(&refused))),
         }

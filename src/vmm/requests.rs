@@ -228,7 +228,7 @@ impl Vmm {
         let waits = change.waits();
         let open = move || change.open(&mut Passed::Inherited);
         let ready = match waits {
-            true => self.wait_for_file(Limit::Whole(FILE_PATIENCE), open)?,
+            true => self.wait_for_file(Limit::EachStep(FILE_PATIENCE), open)?,
             false => open()?,
         };
         self.commit(ready).map(drop)
@@ -495,7 +495,7 @@ impl Vmm {
         let mut loading = None;
         let submit = |load: boot::Load| {
             let work = Box::new(move |_: &Steps| FileResult::Loaded(Box::new(load())));
-            let token = files.submit(Limit::Whole(FILE_PATIENCE), work).bare()?;
+            let token = files.submit(Limit::EachStep(FILE_PATIENCE), work).bare()?;
             loading = Some(token);
             Ok(token)
         };
