@@ -196,6 +196,29 @@ fn network_when_overridden_goes_on_by_another_tap() {
     drop(monitor);
 }
 
+/// A tap has one holder: a load takes it over from the configuration that it replaces.
+#[test]
+fn tap_when_the_configuration_before_holds_it_is_taken_over_by_a_load() {
+    needs!(kvm, root, tun);
+    let (folder, other) = (Folder::new(), Folder::new());
+    let netns = Netns::new();
+    netns.tap("mfone", "172.16.9.1/24");
+    let mut config = probe_vm("netping:0:172.16.9.2");
+    config["network-interfaces"] =
+        json!([{"iface_id": "eth0", "host_dev_name": "mfone", "guest_mac": "06:00:AC:10:09:02"}]);
+    let (monitor, api) = Monitor::boot_inside(&netns, &folder, &config);
+    let pair = Pair::new(&folder, "snapshot");
+    save_and_end(monitor, &api, &pair);
+
+    let mut command = netns.command(common::mayfly());
+    command.arg("--api-sock").arg(other.join("api"));
+    let _monitor = Monitor::spawn(command);
+    let api = Api::at(other.join("api"));
+    api.put("/vm", config);
+    api.put("/vm", json!({"snapshot": pair.resume(json!({}))}));
+    assert_eq!(api.get("/")["state"], "Running");
+}
+
 #[test]
 fn snapshot_when_in_descriptors_or_behind_links_is_taken_and_loaded() {
     needs!(kvm);

@@ -195,7 +195,7 @@ impl Configuration {
         if let Some(source) = &config.boot_source {
             Boot::check(source)?;
         }
-        let devices = self.devices.replace(config.devices)?;
+        let devices = Devices::opening(config.devices, self.devices.reopened()?)?;
         let before = self.console.sockets.clone();
         let serial = config.serial.unwrap_or_default();
         let (cpu, source) = (config.cpu_config, config.boot_source);

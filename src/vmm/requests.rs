@@ -278,6 +278,7 @@ impl Vmm {
         let sinks = self.put_sinks(logger, metrics)?;
         let serial = serial.map(|serial| self.configuration.check(Part::Serial(serial)));
         let serial = serial.transpose()?;
+        let before = self.configuration.devices.reopened()?;
         // Once: a filter lasts.
         let filter = (self.settings.seccomp && !self.reads_snapshots.replace(true))
             .then_some(Category::Restore);
@@ -288,7 +289,7 @@ impl Vmm {
             if let Some(serial) = serial {
                 parts.push(Ready::Configuration(serial.open(passed)?));
             }
-            parts.extend(restoring::restore(&load, filter, passed)?);
+            parts.extend(restoring::restore(&load, filter, before, passed)?);
             timeline.mark_again(Moment::SnapshotRead);
             Ok(Ready::All(parts))
         }))

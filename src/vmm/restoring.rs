@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::boot::{self, Origin, Record, Restored};
 use super::change::{Edit, edit};
 use super::configuration::{Boot, Configuration};
-use super::devices::Devices;
+use super::devices::{Devices, Reopened};
 use super::requests::{Ready, Start, Then};
 use super::saved::SavedMachine;
 use crate::arch::vm::state::ClockAfterRestore;
@@ -35,14 +35,15 @@ use crate::{threads, warn};
 
 const FAILED: &str = "Load snapshot error: Failed to restore from snapshot";
 
-/// The second step of loading a snapshot: reads and opens all of it, behind `filter`. What there is of a
-/// configuration does not matter: the machine takes the place of all of it.
+/// The second step of loading a snapshot: reads and opens all of it, behind `filter`. The machine takes the place of all
+/// that there is of a configuration; what that has `before` may be what it needs.
 ///
 /// # Errors
 /// What is wrong with it; nothing of the attempt is left then.
 pub(super) fn restore(
     load: &SnapshotLoad,
     filter: Option<Category>,
+    before: Reopened,
     passed: &mut Passed,
 ) -> Result<Vec<Ready>, ActionError> {
     threads::filter_or_end(filter);
@@ -50,7 +51,7 @@ pub(super) fn restore(
         true => Then::Resume,
         false => Then::Pause,
     };
-    let (configuration, restored) = read(load, passed)?;
+    let (configuration, restored) = read(load, before, passed)?;
     let origin = Origin::Snapshot(Box::new(restored));
     let line = None;
     Ok(vec![
@@ -61,6 +62,7 @@ pub(super) fn restore(
 
 fn read(
     load: &SnapshotLoad,
+    before: Reopened,
     passed: &mut Passed,
 ) -> Result<(Edit<Configuration>, Restored), ActionError> {
     let (header, raw) = open::snapshot_state(&load.snapshot_path, passed)?;
@@ -99,9 +101,7 @@ fn read(
         None => None,
     };
     override_sources(&mut devices, load)?;
-    let opened = Devices::default()
-        .replace(devices)
-        .and_then(|open| open(passed));
+    let opened = Devices::opening(devices, before).and_then(|open| open(passed));
     let devices = opened.context(FAILED)?;
     let boot = boot_source.map(Boot::started);
     let edit = edit(move |whole: &mut Configuration| whole.restore(machine, boot, masks, devices))?;

@@ -1,6 +1,7 @@
 //! Tests of the module above.
 
 use super::*;
+use crate::vmm::devices::Reopened;
 use crate::wire::DEFAULT_BOOT_ARGS;
 use crate::wire::config::{self, AnyDevice, AnyUpdate, DeviceKind, RateLimiterConfig, json};
 use crate::wire::limits::DEVICES_MAX;
@@ -131,7 +132,7 @@ fn drives_when_put_come_in_the_order_of_their_devices() {
         }
         assert_eq!(ids(&configuration), *order);
         // And at once.
-        let open = Configuration::default().devices.replace(all).unwrap();
+        let open = Devices::opening(all, Reopened::default()).unwrap();
         configuration.devices = open(&mut Passed::default()).unwrap();
         assert_eq!(ids(&configuration), *order);
     }

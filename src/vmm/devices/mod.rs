@@ -304,17 +304,16 @@ impl<K: Listed> List<K> {
         }))
     }
 
-    /// Checks all of `configs`, which are to take the place of these, and tells how to open them.
-    fn replace(
-        &self,
+    /// Checks all of `configs`, and tells how to open them, or take them from `before`.
+    fn opening(
         configs: Vec<K::Config>,
+        mut before: Vec<K::Opened>,
     ) -> Result<impl FnOnce(&mut Passed) -> Result<Self, ActionError> + use<K>, ActionError> {
         let mut checked: Vec<K::Config> = Vec::new();
         for mut config in configs {
             K::check(&mut config, checked.iter())?;
             place::<K, _>(&mut checked, config, |config| config);
         }
-        let mut before = self.reopened()?;
         Ok(move |passed: &mut Passed| {
             let mut list = Vec::new();
             for mut config in checked {
@@ -366,6 +365,12 @@ macro_rules! declare {
                 #[doc = concat!("Those of the section `", $section, "`.")]
                 pub $list: List<$control::$kind>,
             )+
+        }
+
+        /// What was opened for devices and cannot be opened again, for those that take their place.
+        #[derive(Debug, Default)]
+        pub struct Reopened {
+            $($list: Vec<<$control::$kind as Kind>::Opened>,)+
         }
 
         $(impl Listed for $control::$kind {
@@ -423,12 +428,23 @@ macro_rules! declare {
                 }
             }
 
-            /// Checks a whole list that is to take the place of this one, and tells how to open it.
-            pub fn replace(
-                &self,
+            /// What those have that do not run yet, for a list that is to take the place of this one.
+            ///
+            /// # Errors
+            /// The host's.
+            pub fn reopened(&self) -> Result<Reopened, ActionError> {
+                Ok(Reopened { $($list: self.$list.reopened()?,)+ })
+            }
+
+            /// Checks a whole list, and tells how to open it, or take it from `before`.
+            ///
+            /// # Errors
+            /// What is wrong with one of them, or with all together.
+            pub fn opening(
                 devices: wire::Devices,
+                before: Reopened,
             ) -> Result<impl FnOnce(&mut Passed) -> Result<Devices, ActionError> + use<>, ActionError> {
-                $(let $list = self.$list.replace(devices.$list)?;)+
+                $(let $list = List::<$control::$kind>::opening(devices.$list, before.$list)?;)+
                 Ok(move |passed: &mut Passed| {
                     Ok(Devices { $($list: $list(passed)?,)+ })
                 })
