@@ -13,7 +13,7 @@ use super::header::{
     CRC_AT, FIXED, HEADER_LEN_AT, Header, Kind, LEN_AT, MAGIC, RESERVED_AT, SnapshotId, VERSION,
     VERSION_AT, checksum, version,
 };
-use super::{STATE_MAX, partial_name};
+use super::{MemoryImage, STATE_MAX, Target, partial_name};
 use crate::wire::config::json::{self, JsonError};
 
 /// Why a file is not taken. Messages put the file before it: "The state file `x` is truncated ...".
@@ -375,6 +375,19 @@ pub fn check_memory(header: &Header, image: &File) -> Result<(), Refusal> {
             image,
             state: header.id,
         }),
+    }
+}
+
+/// Whether there is an image of snapshot `id`, of the length and with the place of the id that `memory` has, where
+/// `target` would be written.
+pub fn is_onto(target: &Target, memory: &MemoryImage, id: SnapshotId) -> bool {
+    let bears_it = |image: &File| {
+        check_regular(image).is_ok_and(|len| len == memory.len)
+            && image_id(image, memory.id_at).is_ok_and(|found| found == id)
+    };
+    match target {
+        Target::Path(path) => open_regular(path).is_ok_and(|image| bears_it(&image)),
+        Target::File { file, .. } => bears_it(file),
     }
 }
 

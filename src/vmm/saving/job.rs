@@ -114,6 +114,13 @@ impl Job {
         for target in [&state, &memory] {
             check_not_below(target, contents)?;
         }
+        let image = self.image(contents.len(), None);
+        if let Some(parent) = self.header.parent
+            && snapshot::is_onto(&memory, &image, parent)
+        {
+            // It takes the place of its base, and so has to hold all that the base does.
+            (self.header.kind, self.header.parent) = (Kind::Full, None);
+        }
         let stamp = &self.stamp;
         let fill = |file: &File| {
             if contents.may_wait() {
