@@ -135,6 +135,11 @@ pub const I8042_PORTS: [u64; 2] = [0x60, 0x64];
 /// Interrupt line of the keyboard.
 pub const I8042_GSI: u32 = 1;
 
+/// The ports of [`cmos`](super::cmos).
+pub const CMOS_PORT: u64 = 0x70;
+/// How many there are.
+pub const CMOS_PORTS: u64 = 2;
+
 /// The ports of [`power`](super::power): clear of the ISA bus and of what KVM answers itself.
 pub const POWER_PORT: u64 = 0x600;
 

@@ -4,6 +4,7 @@ mod acpi;
 pub mod boot;
 pub mod boot_timer;
 pub mod chips;
+pub mod cmos;
 mod command_line;
 pub mod cpuid;
 pub mod fingerprint;
