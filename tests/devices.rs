@@ -332,6 +332,65 @@ fn pause_when_the_disk_hangs_is_quiescent_only_once_that_ends() {
     });
 }
 
+/// A paused guest's requests are waited for; one that runs is not kept standing by them. What other clients ask for
+/// meanwhile is done in either case.
+#[test]
+fn snapshot_when_the_disk_hangs_waits_for_it_or_lets_the_guest_run() {
+    needs!(kvm, root);
+    let folder = Folder::new();
+    let slow = Slow::mount(&folder.join("slow"), 1 << 20);
+    let mut config = probe_vm_with_disks("blkflush:0,blkread:0:0,echo", &[&slow.path()]);
+    config["drives"][0]["cache_type"] = json!("Writeback");
+    let send = |api: &Api, method: &str, path: &str, body: serde_json::Value| {
+        let body = body.to_string();
+        let length = body.len();
+        let request = format!("{method} {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
+        let stream = api.send_with(request.as_bytes(), &[]);
+        // Once this is answered, control has seen the one before it.
+        api.get("/");
+        stream
+    };
+    let fork = json!({
+        "snapshot_type": "Fork",
+        "snapshot_path": folder.join("state"),
+        "mem_file_path": folder.join("memory"),
+    });
+    let (paused, resumed) = (json!({"state": "Paused"}), json!({"state": "Resumed"}));
+    let hanging = slow.hang();
+    let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
+    let hanging = hanging;
+    hanging.wait();
+
+    // Of a guest that runs: it is refused, and the pause that waited for its end is made.
+    let mut asked = send(&api, "PUT", "/snapshot/create", fork.clone());
+    api.patch("/vm", paused.clone());
+    let (status, answer) = common::read_response(&mut asked);
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.contains("still has I/O in flight"), "{answer}");
+    assert_eq!(api.get("/")["state"], "Paused");
+    api.patch("/vm", resumed.clone());
+
+    // Of a guest that another client has paused: it stays paused, and is saved when its disk has answered.
+    let mut pausing = send(&api, "PATCH", "/vm", paused);
+    let mut asked = send(&api, "PUT", "/snapshot/create", fork);
+    let (status, answer) = common::read_response(&mut pausing);
+    assert_eq!(status, 204, "{answer}");
+    for _ in 0..100 {
+        assert_eq!(api.get("/")["state"], "Paused");
+    }
+    assert!(!folder.join("state").exists());
+    drop(hanging);
+    let (status, answer) = common::read_response(&mut asked);
+    assert_eq!(status, 204, "{answer}");
+    assert_eq!(api.get("/")["state"], "Paused");
+    assert!(folder.join("state").exists());
+    api.patch("/vm", resumed);
+    monitor.expect("probe: echo ready");
+    monitor.type_in("x\n");
+    monitor.exits_with(0);
+    drop(slow);
+}
+
 /// The part of a test in which the disk hangs. It ends that first of all, also by a panic: a
 /// monitor that waits for its disk cannot be waited for.
 fn while_it_hangs(monitor: &Monitor, api: &Api, hanging: Hanging) {

@@ -10,8 +10,10 @@ use std::io::{Read, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use common::{Api, Folder, Monitor, needs, probe_vm_with_disks, sys};
+use common::fuse::Slow;
+use common::{Api, Folder, Monitor, needs, probe_vm, probe_vm_with_disks, sys};
 use pair::{Pair, assert_same, await_disk, pause, resume, snapshot_tool};
 use probe_host::pattern;
 use serde_json::{Value, json};
@@ -127,6 +129,89 @@ fn diffs_when_ten_are_merged_equal_a_full_snapshot() {
         &merged.memory,
     ]);
     assert_same(&merged.memory(), &whole.memory());
+}
+
+/// As Firecracker does it, which puts what has changed into a memory file that is there.
+#[test]
+fn diff_when_written_in_place_of_its_base_is_whole() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let mut config = probe_vm("fill:4:1,shell");
+    config["machine-config"]["track_dirty_pages"] = json!(true);
+    let at = Folder::new();
+    let (mut monitor, api) = Monitor::boot_with_api(&at, &config);
+    monitor.expect("shell ready");
+    let pair = Pair::new(&folder, "snapshot");
+    pause(&api);
+    api.put("/snapshot/create", pair.create("Full"));
+    for seed in [2, 3] {
+        resume(&api);
+        monitor.type_in(&format!("fill:1:{seed}\n"));
+        monitor.expect(&format!("fill:1:{seed} ok"));
+        pause(&api);
+        api.put("/snapshot/create", pair.create("Diff"));
+        assert_eq!(pair.header()["kind"], "Full");
+        let own = Folder::new();
+        let (mut child, _api) = pair.restore(&own, json!({}));
+        child.type_in(&format!("check:1:{seed}\n"));
+        child.expect(&format!("check:1:{seed} ok"));
+    }
+    // Elsewhere it is a diff to what is there now.
+    resume(&api);
+    pause(&api);
+    let next = Pair::new(&folder, "next");
+    api.put("/snapshot/create", next.create("Diff"));
+    let [base, next] = [pair, next].map(|pair| pair.header());
+    assert_eq!(
+        [&next["kind"], &next["parent"]],
+        [&json!("Diff"), &base["id"]]
+    );
+}
+
+/// A guest that is over does not take its snapshot with it.
+#[test]
+fn fork_when_the_guest_ends_while_it_is_written_is_completed() {
+    needs!(kvm, root);
+    let own = std::thread::spawn(|| {
+        let folder = Folder::new();
+        let slow = Slow::mount(&folder.join("slow"), 0);
+        let (mut monitor, api) = Monitor::boot_with_api(&folder, &probe_vm("fill:4:1,shell"));
+        monitor.expect("shell ready");
+        let pair = Pair {
+            state: folder.join("state"),
+            memory: slow.path(),
+        };
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .open(slow.path())
+            .unwrap();
+        let hanging = slow.hang();
+        let body = json!({
+            "snapshot_type": "Fork", "snapshot_path": pair.state, "mem_file_path": {"fd": 0},
+        })
+        .to_string();
+        let length = body.len();
+        let request =
+            format!("PUT /snapshot/create HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
+        let mut asked = api.send_with(request.as_bytes(), &[memory.as_fd()]);
+        hanging.wait();
+        monitor.type_in("end\n");
+        monitor.expect("shell ok");
+        // More than what is waited for at an end otherwise.
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(hanging.is_waited_for(), "it was given up");
+        drop(hanging);
+        let (status, answer) = common::read_response(&mut asked);
+        assert_eq!(status, 204, "{answer}");
+        monitor.exits_with(0);
+        let own = Folder::new();
+        let (mut child, _api) = pair.restore(&own, json!({}));
+        writes_for_itself(&mut child, 1, 9);
+        drop(child);
+        drop((memory, slow));
+    });
+    own.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
 }
 
 /// Bytes that a file has, and that it takes.

@@ -33,6 +33,7 @@ use super::machine::Machine;
 use super::{Event, Settings};
 use crate::arch::boot;
 use crate::arch::boot_timer::{self, BootTimer};
+use crate::arch::cmos::Cmos;
 use crate::arch::i8042::I8042;
 use crate::arch::power::{self, Power};
 use crate::arch::split::Lines;
@@ -265,6 +266,10 @@ pub fn begin(
             .insert_part(port, 1, port.wrapping_sub(first), keyboard.clone())
             .context(NOT_PLACED)?;
     }
+    buses
+        .ports
+        .insert(layout::CMOS_PORT, layout::CMOS_PORTS, Arc::new(Cmos))
+        .context(NOT_PLACED)?;
     let power = Arc::new(Power::new(&state.power));
     buses
         .ports

@@ -156,6 +156,11 @@ impl<C> Lifecycle<C> {
         }
     }
 
+    /// Whether it runs, and no pause is under way.
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.stage, Stage::Running)
+    }
+
     /// Whether clients are told that it is paused.
     pub(super) fn is_paused(&self) -> bool {
         matches!(self.stage, Stage::Paused { .. })

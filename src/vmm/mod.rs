@@ -353,6 +353,9 @@ impl Vmm {
             }
         };
         info!("{}", firecracker::STOPPING);
+        if let Next::Exit(_) = code {
+            self.finish_saving();
+        }
         if let Next::Exit(code) = code {
             info!("{}", firecracker::exiting(code));
         }
@@ -515,6 +518,8 @@ impl Vmm {
             ))));
         }
         self.advance(Input::Tick);
+        // A change may have ended here, or by an answer of a device or a vCPU.
+        self.release_held();
     }
 
     fn state(&self) -> State {

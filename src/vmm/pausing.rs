@@ -111,10 +111,13 @@ impl Vmm {
                 "Paused, but not quiescent: {devices} devices still have I/O in flight, which may \
                  write guest memory."
             ),
-            Task::ReportQuiescent(took) => info!(
-                "Quiescent {} ms after the pause was asked for: no I/O is in flight any more.",
-                took.as_millis()
-            ),
+            Task::ReportQuiescent(took) => {
+                info!(
+                    "Quiescent {} ms after the pause was asked for: no I/O is in flight any more.",
+                    took.as_millis()
+                );
+                self.quiescent_for_saving();
+            }
         }
     }
 

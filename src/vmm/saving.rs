@@ -1,11 +1,11 @@
 //! Taking a snapshot: what control does between the request and the answer.
 //!
 //! ```text
-//!   Full, Diff: the guest is paused already.
+//!   Full, Diff: the guest is paused already; Draining where a device is not.
 //!
-//!   request --> Collecting --> gather --> Writing --> answer
-//!                each device    vCPUs,      files thread: memory image, state file
-//!                saves itself   chips ...
+//!   request --> [Draining] --> Collecting --> gather --> Writing --> answer
+//!                               each device    vCPUs,      files thread: memory image, state file
+//!                               saves itself   chips ...
 //!
 //!   Fork: it may run. It stands still from Pausing to Freezing.
 //!
@@ -20,6 +20,7 @@
 mod job;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,11 +31,10 @@ pub use self::job::{Job, Written};
 use super::action::{Outcome, Reply};
 use super::boot::Record;
 use super::file_work::{Awaited, FILE_PATIENCE, FileResult};
-use super::lifecycle::Input;
+use super::lifecycle::{Input, Lifecycle};
 use super::pausing::Waiter;
-use super::rules::State;
 use super::saved::{MachineState, SavedMachine};
-use super::{Next, Vmm};
+use super::{Event, Next, Vmm, file_work};
 use crate::arch::fingerprint::Fingerprint;
 use crate::arch::layout;
 use crate::error::{ActionError, Context};
@@ -46,12 +46,16 @@ use crate::memory::{Memory, MemoryError};
 use crate::snapshot::{Header, Kind, MemoryImage, SnapshotId};
 use crate::steps::Steps;
 use crate::sys::clock;
+use crate::sys::fd::{self, Interest};
 use crate::sys::passed::Passed;
 use crate::wire::config::{Drive, DriveOverlay, SavedConfig, SnapshotCreate, SnapshotType};
 use crate::{error, exit, warn};
 
 /// How long a device may take to save itself. It stands still: only its thread has to wake up.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the I/O of a paused guest may take to end.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a file may keep a snapshot from going on.
 const WRITE_PATIENCE: Duration = Duration::from_secs(30);
@@ -94,6 +98,8 @@ enum Step {
     Preparing,
     /// vCPUs and devices are told to stop.
     Pausing,
+    /// The guest is paused, but a device still has I/O in flight.
+    Draining { deadline: Instant },
     /// Devices, by bit, that have not saved themselves yet.
     Collecting {
         snapshot: u64,
@@ -108,6 +114,14 @@ enum Step {
 
 /// A job, a descriptor of /proc/self/pagemap where that was passed, and the pages that have changed.
 type NewJob = (Job, Option<Arc<File>>, Option<PageSet>);
+
+fn not_quiescent() -> ActionError {
+    ActionError(
+        "The microVM is paused, but a device still has I/O in flight, which may write guest memory. Try \
+         again when that has ended: the log tells."
+            .into(),
+    )
+}
 
 fn no_machine() -> ActionError {
     ActionError("There is no machine.".into())
@@ -131,7 +145,8 @@ impl Vmm {
             passed,
             client,
             step: Step::Asked,
-            resumes: self.state() == State::Running,
+            // A client that has asked for a pause wants it to stay paused.
+            resumes: self.lifecycle.as_ref().is_some_and(Lifecycle::is_running),
             prepared: None,
         });
         match is_fork {
@@ -190,13 +205,18 @@ impl Vmm {
     /// When a device that does not save itself is given up.
     pub(super) fn saving_deadline(&self) -> Option<Instant> {
         match self.saving.as_ref()?.step {
-            Step::Collecting { deadline, .. } => Some(deadline),
+            Step::Draining { deadline } | Step::Collecting { deadline, .. } => Some(deadline),
             _ => None,
         }
     }
 
     /// Gives up a device that has had its time.
     pub(super) fn look_at_saving(&mut self, now: Instant) {
+        if let Some(Step::Draining { deadline }) = self.saving.as_ref().map(|s| s.step)
+            && deadline <= now
+        {
+            return self.end_saving(Err(not_quiescent()));
+        }
         if let Some(Step::Collecting {
             devices, deadline, ..
         }) = self.saving.as_ref().map(|s| s.step)
@@ -281,6 +301,16 @@ impl Vmm {
         }
     }
 
+    /// The I/O of a paused guest has ended.
+    pub(super) fn quiescent_for_saving(&mut self) {
+        if matches!(
+            self.saving.as_ref().map(|s| s.step),
+            Some(Step::Draining { .. })
+        ) {
+            self.collect();
+        }
+    }
+
     /// It does not.
     pub(super) fn not_paused_for_saving(&mut self, error: ActionError) {
         if matches!(self.saving.as_ref().map(|s| s.step), Some(Step::Pausing)) {
@@ -291,11 +321,14 @@ impl Vmm {
     /// Has each device save itself.
     fn collect(&mut self) {
         if !self.is_quiescent() {
-            return self.end_saving(Err(ActionError(
-                "The microVM is paused, but a device still has I/O in flight, which may write guest \
-                 memory. Try again when that has ended: the log tells."
-                    .into(),
-            )));
+            let resumes = self.saving.as_ref().is_some_and(|saving| saving.resumes);
+            // A guest that runs is not kept standing by a slow disk.
+            return match resumes {
+                true => self.end_saving(Err(not_quiescent())),
+                false => self.set_step(Step::Draining {
+                    deadline: Instant::now() + DRAIN_PATIENCE,
+                }),
+            };
         }
         let snapshot = self.new_token();
         match self.tell_devices(snapshot) {
@@ -521,6 +554,31 @@ impl Vmm {
             }
         }
         self.end_saving(result.map(drop));
+    }
+
+    /// The process is to end: what of a snapshot is written by then is completed, as long as its files answer. What clients
+    /// ask for meanwhile is refused.
+    pub(super) fn finish_saving(&mut self) {
+        while matches!(self.saving.as_ref().map(|s| s.step), Some(Step::Writing)) {
+            let left = self.files.deadline().map(clock::millis_until);
+            let mut interests = [
+                Interest::read(self.inbox.as_raw_fd()),
+                Interest::read(self.signals.as_raw_fd()),
+            ];
+            if fd::wait(&mut interests, left).is_err() || self.signals.next().is_some() {
+                return;
+            }
+            self.inbox.silence();
+            while let Some(event) = self.inbox.next() {
+                match event {
+                    Event::Files(finished) => {
+                        self.file_work_finished(finished);
+                    }
+                    other => file_work::drop_unclosed(other),
+                }
+            }
+            self.look_at_files(Instant::now());
+        }
     }
 
     /// A file, or a handler of page faults, does not answer: the client is told, and what comes of it

@@ -21,6 +21,7 @@ mod opcode {
     pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
+    pub const SETATTR: u32 = 4;
     pub const OPEN: u32 = 14;
     pub const READ: u32 = 15;
     pub const WRITE: u32 = 16;
@@ -250,6 +251,14 @@ fn serve(shared: &(Mutex<State>, Condvar), connection: &mut File, request: &[u8]
         opcode::GETATTR => {
             let mut answer = vec![0; 16];
             answer.extend(attributes(node, len));
+            reply(unique, 0, &answer)
+        }
+        // Of all that can be set, the length: the bit FATTR_SIZE, and where it is.
+        opcode::SETATTR if word(IN_HEADER) & 8 != 0 => {
+            let size = usize::try_from(long(IN_HEADER + 16)).unwrap();
+            state.content.resize(size, 0);
+            let mut answer = vec![0; 16];
+            answer.extend(attributes(node, size));
             reply(unique, 0, &answer)
         }
         opcode::OPEN => {
