@@ -103,6 +103,8 @@ pub mod feature {
         (EVENT_IDX, "VIRTIO_F_EVENT_IDX"),
         (VERSION_1, "VIRTIO_F_VERSION_1"),
     ];
+    /// Those that belong to a kind of device, and not to all (2.2).
+    pub const OF_A_DEVICE: u64 = !(((1 << 26) - 1) << 24);
     /// What every device of ours offers.
     pub const COMMON: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
 }

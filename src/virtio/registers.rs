@@ -29,6 +29,7 @@ use super::share::{Division, PerWorker};
 use super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use super::{ConfigSpace, Counter, Interrupt, feature};
 use crate::bus::{self, Completer, Ticket, Tickets, Written};
+use crate::guest_warn;
 use crate::inbox::Sender;
 use crate::sys::sync::{Mutex, MutexGuard};
 pub use state::RegistersState;
@@ -365,9 +366,12 @@ impl Registers {
         if !STEPS.contains(&(status, value)) {
             return None;
         }
-        if value & !status == FEATURES_OK && !self.can_accept(block.accepted) {
-            // Refused by leaving the bit clear (3.1.1, step 6).
-            return None;
+        if value & !status == FEATURES_OK {
+            self.forget_unknown(block);
+            if !self.can_accept(block.accepted) {
+                // Refused by leaving the bit clear (3.1.1, step 6).
+                return None;
+            }
         }
         block.status = value;
         if value & !status == DRIVER_OK && !self.activate(block) {
@@ -412,6 +416,29 @@ impl Registers {
         // Messages are taken in order: of several resets the first is the one that counts.
         block.resetting.get_or_insert_with(|| ticket.clone());
         Written::After(ticket)
+    }
+
+    /// Takes features of this kind of device that it does not offer for not accepted. There are drivers that accept some
+    /// always and work without them, and never read whether that was refused.
+    fn forget_unknown(&self, block: &mut RegisterBlock) {
+        let unknown = block.accepted & !self.offered & feature::OF_A_DEVICE;
+        if unknown != 0 {
+            guest_warn!(
+                "The driver of a device of the kind {} accepts features that it is not offered, {unknown:#x}, and is \
+                 taken not to.",
+                self.device_id
+            );
+            block.accepted &= !unknown;
+        }
+        if !self.can_accept(block.accepted) {
+            guest_warn!(
+                "The driver of a device of the kind {} is refused: it accepts the features {:#x}. It may accept {:#x}, \
+                 and must accept VIRTIO_F_VERSION_1.",
+                self.device_id,
+                block.accepted,
+                self.offered
+            );
+        }
     }
 
     fn can_accept(&self, features: u64) -> bool {

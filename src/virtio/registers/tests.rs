@@ -126,9 +126,11 @@ fn features_when_not_a_subset_or_legacy_are_refused() {
         (feature::VERSION_1 | 2, true),
         (0, false),
         (OFFERED & !feature::VERSION_1, false),
-        (OFFERED | 1, false),
+        // Of the transport; what is of this kind of device is taken for not accepted.
         (OFFERED | 1 << 33, false),
         (u64::MAX, false),
+        (OFFERED | 1, true),
+        (OFFERED | 1 << 21 | 1 << 63, true),
     ] {
         let (registers, _inbox) = registers();
         assert_eq!(negotiate(&registers, features), accepted, "{features:#x}");
@@ -156,6 +158,18 @@ fn features_when_accepted_are_frozen() {
         panic!("no activation");
     };
     assert_eq!(features, feature::VERSION_1 | 2);
+}
+
+/// Unikraft's driver of network cards accepts VIRTIO_NET_F_GUEST_ANNOUNCE always.
+#[test]
+fn features_of_the_device_when_not_offered_are_taken_for_not_accepted() {
+    let (registers, inbox) = registers();
+    assert!(negotiate(&registers, OFFERED | 1 << 21));
+    write32(&registers, reg::STATUS, 15);
+    let Some(DriverMsg::Activate { features, .. }) = inbox.next() else {
+        panic!("no activation");
+    };
+    assert_eq!(features, OFFERED);
 }
 
 #[test]
