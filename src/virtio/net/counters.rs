@@ -1,6 +1,6 @@
 //! What a network device counts, and how that is reported.
 
-use super::queue;
+use super::queue::{self, PAIR};
 use crate::metrics::{Counter, Report, TimeSummary};
 use crate::virtio::WorkerCounters;
 
@@ -85,7 +85,10 @@ impl NetCounters {
         let rx_lost = [&self.rx_invalid, &self.rx_dropped].map(Counter::get);
         [
             ("event_fails", worker.broken.get()),
-            ("rx_queue_event_count", worker.kicks(queue::RECEIVE)),
+            (
+                "rx_queue_event_count",
+                worker.kicks_of_each(queue::RECEIVE, PAIR),
+            ),
             ("rx_rate_limiter_throttled", self.rx_throttled.get()),
             ("rx_bytes_count", self.rx_bytes.get()),
             ("rx_packets_count", self.rx_frames.get()),
@@ -97,7 +100,10 @@ impl NetCounters {
             ("tx_malformed_frames", self.tx_invalid.get()),
             ("tx_count", self.tx_frames.get()),
             ("tx_packets_count", self.tx_frames.get()),
-            ("tx_queue_event_count", worker.kicks(queue::TRANSMIT)),
+            (
+                "tx_queue_event_count",
+                worker.kicks_of_each(queue::TRANSMIT, PAIR),
+            ),
             ("tx_rate_limiter_throttled", self.tx_throttled.get()),
         ]
     }

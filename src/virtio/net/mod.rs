@@ -132,6 +132,8 @@ mod field {
 mod queue {
     pub const RECEIVE: usize = 0;
     pub const TRANSMIT: usize = 1;
+    /// How many a pair has.
+    pub const PAIR: usize = 2;
     /// Of the first of several workers.
     pub const CONTROL: usize = 2;
 }
@@ -185,6 +187,8 @@ pub struct Net {
     takes_uso: bool,
     rx_throttle: Throttle,
     tx_throttle: Throttle,
+    /// What the tap was last told that the guest takes over.
+    offloads: Option<Offloads>,
     /// The link may have a frame: true from an edge until it said that there is none.
     readable: bool,
     /// The link has ended; it is left alone from then on.
@@ -295,6 +299,7 @@ impl Net {
             link,
             rx_throttle,
             tx_throttle,
+            offloads: None,
             readable: false,
             gone: false,
             mergeable: false,
@@ -426,14 +431,18 @@ impl Device for Net {
             ufo: has(bit::GUEST_UFO),
             uso: features & bit::GUEST_USO == bit::GUEST_USO,
         };
+        // They are of the whole tap, and each call takes a lock that all of the host's network has.
+        let is_another_pair = self.pairs.as_ref().is_some_and(|pairs| pairs.number != 0);
+        if is_another_pair || self.offloads == Some(offloads) {
+            return Ok(());
+        }
         match self.link.set_offloads(offloads) {
             // Without a tap the device works like one without a cable.
-            Err(error) if self.link.is_gone(&error) => {
-                self.note_if_gone(&error);
-                Ok(())
-            }
-            other => other,
+            Err(error) if self.link.is_gone(&error) => self.note_if_gone(&error),
+            other => other?,
         }
+        self.offloads = Some(offloads);
+        Ok(())
     }
 
     fn process(

@@ -69,6 +69,9 @@ enum Gathered {
     Refused,
 }
 
+/// After how long the link is read again that could not be read.
+const AFTER_ERROR_NANOS: u64 = 1_000_000;
+
 impl Net {
     /// Passes a batch of frames from the link to the guest.
     pub(super) fn receive(&mut self, queue: &mut Queue, ram: &Ram) -> Result<Progress, BrokenRing> {
@@ -136,8 +139,13 @@ impl Net {
                 // Told once, before what the other end had sent.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => batch.step(),
                 Err(error) => {
-                    // The next frame makes a new edge.
-                    self.readable = false;
+                    if error.kind() == io::ErrorKind::WouldBlock || self.link.is_gone(&error) {
+                        // The next frame makes a new edge.
+                        self.readable = false;
+                    } else {
+                        // It costs one frame, or is the host's for a while: what is behind it makes no edge.
+                        self.rx_throttle.wake_in(AFTER_ERROR_NANOS);
+                    }
                     if error.kind() != io::ErrorKind::WouldBlock {
                         self.counters.rx_failed.one();
                         self.note_if_gone(&error);

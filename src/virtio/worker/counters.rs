@@ -97,8 +97,19 @@ impl WorkerCounters {
     }
 
     /// Wake-ups by the driver for queue number `queue`.
+    #[cfg(test)]
     pub fn kicks(&self, queue: usize) -> u64 {
         self.kicks.get(queue).map_or(0, Counter::get)
+    }
+
+    /// Wake-ups by the driver for queue number `queue` of each group of `group` queues; what is left after the last whole
+    /// group is in none.
+    pub fn kicks_of_each(&self, queue: usize, group: usize) -> u64 {
+        let groups = self.kicks.chunks_exact(group.max(1));
+        let kicks = groups
+            .filter_map(|group| group.get(queue))
+            .map(Counter::get);
+        kicks.fold(0, u64::saturating_add)
     }
 
     /// Wake-ups by the driver for any queue.
