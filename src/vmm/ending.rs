@@ -18,8 +18,9 @@ use crate::{error, info, log, warn};
 /// How long clients' last answers may take to be written. As a rule they are at once; on a busy host
 /// the API thread may have to wait for a processor.
 const ANSWERS_PATIENCE: Duration = Duration::from_secs(1);
-/// How long the console and the log may take to be written out.
-const FINISH_PATIENCE: Duration = Duration::from_millis(300);
+/// How long the console and the log may take to be written out. At once where what takes them is read; on a busy host
+/// their threads may have to wait for a processor.
+const FINISH_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long devices may take to bring into their files what they keep of these. A disk that others keep busy takes
 /// more than 5 s for a sync; who ends a microVM seldom waits for more than 30.
