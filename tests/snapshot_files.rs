@@ -8,8 +8,10 @@ mod common;
 mod pair;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Instant;
 
@@ -73,9 +75,11 @@ fn create_when_killed_leaves_the_old_snapshot_or_the_new_one() {
         let pid = monitor.pid();
         let body = pair.create("Full").to_string();
         let begun = Instant::now();
+        // Before the monitor can be killed: nothing listens any more then.
+        let stream = UnixStream::connect(&api.0).unwrap();
         let answer = thread::scope(|scope| {
             // A connection that ends without an answer is no failure of the test.
-            let asking = scope.spawn(|| ask(&api, &body));
+            let asking = scope.spawn(|| ask(stream, &body));
             thread::sleep(after);
             common::sys::kill(pid, libc::SIGKILL);
             asking.join().unwrap()
@@ -113,9 +117,7 @@ fn create_when_killed_leaves_the_old_snapshot_or_the_new_one() {
 }
 
 /// Whether a create was answered well, by a monitor that may be killed meanwhile.
-fn ask(api: &Api, body: &str) -> bool {
-    use std::io::{Read, Write};
-    let mut stream = std::os::unix::net::UnixStream::connect(&api.0).unwrap();
+fn ask(mut stream: UnixStream, body: &str) -> bool {
     let head = format!(
         "PUT /snapshot/create HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
         body.len()
@@ -328,7 +330,6 @@ fn load(subject: &Pair, what: &str, process: &mut Option<(Folder, Monitor, Api)>
 
 /// Status and body, unless the monitor ends.
 fn try_request(api: &Api, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
-    use std::io::{Read, Write};
     let mut stream = std::os::unix::net::UnixStream::connect(&api.0).ok()?;
     stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
     let head = format!(
