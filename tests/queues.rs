@@ -194,8 +194,8 @@ fn disk_when_changed_while_all_queues_work_is_another_one_afterwards() {
     needs!(kvm);
     let folder = Folder::new();
     let load = "blkload:0:randread:4096:16:2500:queues=3";
-    let config = guest(&folder, &format!("{load},blkinfo:0,stay"), Some(3));
-    let (monitor, api) = Monitor::boot_with_api(&folder, &config);
+    let config = guest(&folder, &format!("{load},shell"), Some(3));
+    let (mut monitor, api) = Monitor::boot_with_api(&folder, &config);
     monitor.expect("blkload begun");
     let id = config["drives"][0]["drive_id"].as_str().unwrap();
     for round in 0..20u64 {
@@ -204,6 +204,9 @@ fn disk_when_changed_while_all_queues_work_is_another_one_afterwards() {
         let body = json!({"drive_id": id, "path_on_host": other, "rate_limiter": limits});
         api.patch(&format!("/drives/{id}"), body);
     }
+    // After the last change, however long they took.
+    monitor.expect("shell ready");
+    monitor.type_in("blkinfo:0\n");
     let output = monitor.expect(" id=disk0");
     assert!(output.contains(&format!("probe: {load} ok")), "{output}");
     assert!(
