@@ -594,7 +594,7 @@ fn mounts_in_the_root_come_along_and_later_ones_arrive() {
             "root=$1; shift; mkdir -p $root/disks $root/later
          mount -t tmpfs none $root/disks; echo 1 >$root/disks/before
          { cat <&3; } | \"$@\" >$root.out & exec 3<&-
-         for try in 1 2 3 4 5 6 7 8 9 10; do grep -q '^end' $root.out && break; sleep 0.1; done
+         for try in $(seq 1200); do grep -q '^end' $root.out && break; sleep 0.1; done
          mount -t tmpfs none $root/later; echo 1 >$root/later/after
          pid=$(cat $root/*.pid); test -e /proc/$pid/root/later/after && echo arrived
          cat $root.out; kill $pid",
