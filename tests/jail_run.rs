@@ -102,7 +102,7 @@ fn monitor_gone_bad_cannot_get_out() {
     let port = tcp.local_addr().unwrap().port();
     let address = SocketAddr::from_abstract_name(place.host.name.as_bytes()).unwrap();
     let _abstract = UnixListener::bind_addr(&address).unwrap();
-    let mut victim = Command::new("sleep").arg("60").spawn().unwrap();
+    let mut victim = Command::new("sleep").arg("1000").spawn().unwrap();
     let words = format!(
         "attack victim={} port={port} abstract={} exit=0",
         victim.id(),
