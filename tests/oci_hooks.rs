@@ -77,10 +77,10 @@ impl Engine {
         })
     }
 
-    /// One that is killed after a second.
+    /// One that is killed after a time in which it begins also on a busy host.
     fn short(&self, name: &str) -> Value {
         let mut hook = self.hook(name);
-        hook["timeout"] = json!(1);
+        hook["timeout"] = json!(10);
         hook
     }
 
@@ -298,7 +298,7 @@ fn hook_that_fails_or_does_not_end_fails_the_create() {
         (
             "createRuntime",
             engine.short("hangs"),
-            "it did not end within 1 seconds (its timeout), and was killed",
+            "it did not end within 10 seconds (its timeout), and was killed",
         ),
         ("prestart", engine.short("prints"), "noise noise noise"),
     ] {
