@@ -31,6 +31,19 @@ use crate::sys;
 /// How many names are tried for a file that is not whole yet.
 const TRIES: u32 = 100;
 
+/// The umask of this process. The system call only tells it where it sets another one, for all threads; so it is
+/// made only where there is no /proc.
+fn umask() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let shown = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    let shown = shown.and_then(|digits| u32::from_str_radix(digits.trim(), 8).ok());
+    shown.unwrap_or_else(|| {
+        let umask = rustix::process::umask(Mode::from_raw_mode(0o077));
+        rustix::process::umask(umask);
+        umask.as_raw_mode()
+    })
+}
+
 /// Where the one entry of an archive goes.
 #[derive(Debug)]
 pub struct Destination {
@@ -59,13 +72,11 @@ impl Destination {
             }
             _ => split(to)?,
         };
-        let umask = rustix::process::umask(Mode::empty());
-        rustix::process::umask(umask);
         Ok(Destination {
             folder,
             name,
             merges,
-            umask: umask.as_raw_mode(),
+            umask: umask(),
             // What gives such a file its name.
             has_unnamed: Path::new(OWN).exists(),
         })
@@ -312,6 +323,16 @@ mod tests {
 
     fn mode(path: &Path) -> u32 {
         std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn umask_is_the_one_that_programs_inherit() {
+        let shell = std::process::Command::new("sh")
+            .args(["-c", "umask"])
+            .output()
+            .unwrap();
+        let shown = String::from_utf8(shell.stdout).unwrap();
+        assert_eq!(u32::from_str_radix(shown.trim(), 8), Ok(umask()));
     }
 
     #[test]

@@ -69,10 +69,9 @@ impl NamedSocket {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => return Err(error),
         }
-        let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let bound = rustix::net::bind(&socket, address);
-        rustix::process::umask(umask);
-        bound?;
+        // Its file gets the permissions of the socket, without what the umask forbids.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        rustix::net::bind(&socket, address)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = rustix::fs::openat(&folder, &name, flags, Mode::empty())?;
         let named = NamedSocket { folder, name, made };
@@ -138,6 +137,7 @@ fn lock(folder: &OwnedFd) -> Option<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     /// All in one: these change the working directory, which tests of one process share.
     #[test]
@@ -146,6 +146,8 @@ mod tests {
         let path = folder.path().join("s");
 
         let (named, socket) = NamedSocket::bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
         assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
         let text = NamedSocket::bind(&path).unwrap_err().to_string();
         assert!(text.contains("there already"), "{text}");
