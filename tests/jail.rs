@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use host::{
-    GID, Host, Report, Staying, UID, cgroup_mount, descriptors, namespace, pid_in, status,
+    GID, Host, Report, Staying, UID, cgroup_mount, copy, descriptors, namespace, pid_in, status,
     wait_until,
 };
 use needs::needs;
@@ -887,16 +887,7 @@ fn ordinary_user_is_told_what_is_missing() {
     let jailer = host.jailer("one", &[]);
     // Where that user can reach it.
     let program = host.path("jailer");
-    // By another process: a descriptor for writing in this one could be inherited by the child of
-    // another test just then, and a program open for writing does not start.
-    let mut copy = Command::new("cp");
-    assert!(
-        copy.arg(jailer.get_program())
-            .arg(&program)
-            .status()
-            .unwrap()
-            .success()
-    );
+    copy(Path::new(jailer.get_program()), &program);
     let mut as_user = Command::new(program);
     as_user
         .args(jailer.get_args())

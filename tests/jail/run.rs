@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use super::host::{GID, Host, UID, cgroups_named};
+use super::host::{GID, Host, UID, cgroups_named, copy};
 
 /// Who runs the jailer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,18 +208,6 @@ impl Place {
             })
             .collect()
     }
-}
-
-/// By another process: a descriptor for writing in this one could be inherited by the child of
-/// another test just then, and a program open for writing does not start.
-fn copy(from: &Path, to: &Path) {
-    let status = Command::new("cp")
-        .arg(from)
-        .arg(to)
-        .status()
-        .expect("cp runs");
-    assert!(status.success());
-    fs::set_permissions(to, fs::Permissions::from_mode(0o755)).expect("just made");
 }
 
 /// What a run said.
