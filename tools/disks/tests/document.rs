@@ -76,8 +76,7 @@ fn prepare(folder: &Folder) {
             &format!("exec {} \"$@\"", env!("CARGO_BIN_EXE_mayfly-disks")),
         ),
     ] {
-        fs::write(folder.join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
-        folder.run("chmod", &["755", name]);
+        folder.program(name, script);
     }
 }
 

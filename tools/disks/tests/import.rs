@@ -110,12 +110,7 @@ fn a_run_that_is_killed_leaves_nothing() {
     folder.run("gzip", &["-k", "disk.raw"]);
     // A gzip that never ends.
     fs::create_dir(folder.join("bin")).unwrap();
-    fs::write(
-        folder.join("bin/gzip"),
-        "#!/bin/sh\ntouch started\nexec sleep 100000\n",
-    )
-    .unwrap();
-    folder.run("chmod", &["755", "bin/gzip"]);
+    folder.program("bin/gzip", "touch started\nexec sleep 100000");
     let path = format!(
         "{}:{}",
         folder.join("bin").display(),

@@ -423,14 +423,7 @@ fn debian_is_installed_by_mmdebstrap_or_its_reason_is_told() {
     )
     .unwrap();
     fs::create_dir(folder.join("bin")).unwrap();
-    let program = |script: &str| {
-        fs::write(
-            folder.join("bin/mmdebstrap"),
-            format!("#!/bin/sh\n{script}\n"),
-        )
-        .unwrap();
-        folder.run("chmod", &["755", "bin/mmdebstrap"]);
-    };
+    let program = |script: &str| folder.program("bin/mmdebstrap", script);
     let run = || {
         let path = format!(
             "{}:{}",

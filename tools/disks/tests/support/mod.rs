@@ -67,6 +67,13 @@ impl Folder {
         assert_eq!(self.names(), before, "{args:?} left something");
     }
 
+    /// Writes a program of the shell, by another process: a descriptor for writing in this one could be inherited by
+    /// the child of another test just then, and a program open for writing does not start.
+    pub fn program(&self, name: &str, script: &str) {
+        let write = "printf '#!/bin/sh\\n%s\\n' \"$1\" >\"$0\"; chmod 755 \"$0\"";
+        self.run("sh", &["-ec", write, name, script]);
+    }
+
     /// Runs qemu-img with `words`, which are split at spaces.
     pub fn qemu_img(&self, words: &str) -> String {
         let words: Vec<&str> = words.split(' ').collect();
