@@ -46,8 +46,8 @@ run)
     fi
     echo "in the container"
     echo created > status
-    eval "printf 1 >&$ready; exec $ready>&-"
     trap 'exit 33' TERM
+    eval "printf 1 >&$ready; exec $ready>&-"
     while :; do
         case $(cat status) in
         running) [ "$mode" = ends ] && exit 7 ;;
