@@ -203,6 +203,8 @@ pub struct Net {
     /// Takes the end of a frame that is longer than the buffers at hand.
     spill: Box<[u8]>,
     unfinished: Option<UnfinishedFrame>,
+    /// How long that waits for the guest's buffers, in nanoseconds.
+    patience: u64,
     /// It is one of several.
     pairs: Option<Box<Pairs>>,
     counters: Arc<NetCounters>,
@@ -296,6 +298,7 @@ impl Net {
             room: link.room()?,
             mac,
             mtu: mtu.or(link.is_socket().then_some(SOCKET_MTU)),
+            patience: patience(&link),
             link,
             rx_throttle,
             tx_throttle,
@@ -503,7 +506,7 @@ impl Device for Net {
 
     fn was_restored(&mut self) {
         if let Some(frame) = &mut self.unfinished {
-            frame.wait_anew(patience(&self.link));
+            frame.wait_anew(self.patience);
         }
         // Once for all pairs.
         if self.pairs.as_ref().is_none_or(|pairs| pairs.number == 0) {

@@ -131,8 +131,7 @@ impl Net {
                     return Ok(batch.progress());
                 }
                 Ok((len, room)) if self.mergeable && room < len && len <= self.frame_max() => {
-                    let patience = patience(&self.link);
-                    self.unfinished = Some(UnfinishedFrame::new(len, room, patience));
+                    self.unfinished = Some(UnfinishedFrame::new(len, room, self.patience));
                     batch.step();
                 }
                 Ok((len, room)) => self.deliver(len, room, batch, queue, ram, incoming)?,
