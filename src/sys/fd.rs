@@ -263,6 +263,7 @@ pub fn wait(interests: &mut [Interest], millis: Option<u32>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::testing::{is_without_reader, wait_for_last_close};
     use std::io::{Read, Write};
     use std::os::fd::AsRawFd;
 
@@ -284,6 +285,7 @@ mod tests {
     fn write_now_when_reader_is_gone_is_an_answer() {
         let (reader, writer) = pipe().unwrap();
         drop(reader);
+        wait_for_last_close(|| is_without_reader(&writer));
         assert!(!write_now(writer.as_raw_fd(), b"x"));
         assert!(!write_now(-1, b"x"));
     }
@@ -309,7 +311,7 @@ mod tests {
         let mut taken = File::from(taken);
         assert_eq!(taken.read(&mut [0; 2]).unwrap(), 1);
         drop(taken);
-        assert!(writer.write_all(b"!").is_err());
+        wait_for_last_close(|| is_without_reader(&writer));
         let stream = take_over(2).unwrap();
         assert!(stream.as_raw_fd() > 2 && is_open(2));
     }

@@ -271,6 +271,7 @@ pub(crate) use tests::send_with;
 mod tests {
     use super::*;
     use crate::sys::fd::pipe;
+    use crate::sys::testing::wait_for_last_close;
     use std::fs::File;
     use std::io::{Read, Write};
     use std::os::fd::RawFd;
@@ -413,7 +414,12 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         let mut passed = Passed::default();
-        let received = receive(&ours, &mut [0; 8], |_| 1, &mut passed).unwrap();
+        let mut received = None;
+        wait_for_last_close(|| {
+            received = receive(&ours, &mut [0; 8], |_| 1, &mut passed).ok();
+            received.is_some()
+        });
+        let received = received.unwrap();
         assert_eq!((received.count, received.more), (0, false));
     }
 

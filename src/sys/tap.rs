@@ -426,6 +426,7 @@ fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut Request) -> i
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::testing::wait_for_last_close;
 
     /// A tap of this test's own, or `None`, loudly, where this user may not make one.
     fn tap(name: &str) -> Option<Tap> {
@@ -463,7 +464,7 @@ mod tests {
             "the tap \"mf-t-busy\" is in use by another process"
         );
         drop(first);
-        assert!(!std::path::Path::new("/sys/class/net/mf-t-busy").exists());
+        wait_for_last_close(|| !std::path::Path::new("/sys/class/net/mf-t-busy").exists());
     }
 
     #[test]

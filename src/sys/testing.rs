@@ -1,12 +1,13 @@
 //! What tests ask of the system: what each thread allocates, so that tests can hold threads to
-//! allocating nothing, what a socket's other end has not read yet, and networks of their own.
+//! allocating nothing, what a socket's other end has not read yet, networks of their own, and time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 thread_local! {
     static CALLS: Cell<u64> = const { Cell::new(0) };
@@ -29,6 +30,27 @@ pub fn unread_by_peer(stream: &UnixStream) -> i32 {
     let done = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     unread
+}
+
+/// Waits until `condition` holds; `what` is for the failure.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(120);
+    while !condition() {
+        assert!(Instant::now() < until, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// Waits until the last copy of a descriptor is closed, which `is_so` finds out. A program that another test
+/// starts just now has copies of all of them until its exec.
+pub fn wait_for_last_close(is_so: impl FnMut() -> bool) {
+    wait_until("the last close", is_so);
+}
+
+/// Whether `pipe` has no reading end any more. Writes a byte if it has.
+pub fn is_without_reader(mut pipe: &File) -> bool {
+    let written = pipe.write_all(b"!");
+    written.is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Moves the calling thread into a network namespace of its own, which goes with the thread and what it

@@ -13,6 +13,7 @@ use super::registers::Registers;
 use super::{QueueLayout, Ram, feature};
 use crate::bus::{Registers as _, Written};
 use crate::inbox::{Inbox, Outbox, inbox};
+pub use crate::sys::testing::wait_until;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -219,15 +220,6 @@ pub fn next<T>(inbox: &Inbox<T>) -> T {
             return message;
         }
         assert!(Instant::now() < until, "no message comes");
-        std::thread::sleep(Duration::from_micros(50));
-    }
-}
-
-/// Waits until `condition` holds; `what` is for the failure.
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(120);
-    while !condition() {
-        assert!(Instant::now() < until, "waited in vain: {what}");
         std::thread::sleep(Duration::from_micros(50));
     }
 }

@@ -1,5 +1,6 @@
 //! Forks with threads that write all the time, and with a virtual machine.
 
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -12,6 +13,7 @@ use super::super::testing::vcpu_in_real_mode;
 use super::*;
 use crate::memory::{Backing, HIGH_RAM, MIB};
 use crate::needs;
+use crate::sys::testing::wait_until;
 
 const STAMP: Stamp = Stamp {
     offset: 0x9_f000,
@@ -26,6 +28,21 @@ fn shared(mib: u64) -> Memory {
 fn child(frozen: &Arc<Source>, mib: u64) -> Memory {
     let file = Source::new(frozen.file(), "frozen").unwrap();
     Memory::from_image(&Arc::new(file), mib, Pages::Ordinary, false).unwrap()
+}
+
+/// A process that another test has forked just now maps the file too until its exec: it is busy so long.
+fn sealed(frozen: Frozen) -> Arc<Source> {
+    let mut source = None;
+    wait_until("a frozen file that nothing else maps", || {
+        match Frozen(Arc::clone(&frozen.0)).seal() {
+            Err(MemoryError::Seal(cause)) if cause.kind() == ErrorKind::ResourceBusy => false,
+            other => {
+                source = Some(other.unwrap());
+                true
+            }
+        }
+    });
+    source.unwrap()
 }
 
 fn word(memory: &Memory, address: u64) -> u64 {
@@ -69,7 +86,7 @@ fn freeze_when_guest_writes_on_leaves_the_file_and_the_children_alone() {
         set(&parent, place, value);
     }
     assert_eq!(zap_all(&parent), 3072 / 16 + 1);
-    let frozen = parent.freeze(None, &STAMP, None).unwrap().seal().unwrap();
+    let frozen = sealed(parent.freeze(None, &STAMP, None).unwrap());
     assert_eq!(own_pages(&parent), 0);
 
     // Parent and two children: none sees another's writes.
@@ -97,7 +114,7 @@ fn freeze_when_guest_writes_on_leaves_the_file_and_the_children_alone() {
 #[test]
 fn seal_when_done_refuses_every_change() {
     let mut parent = shared(4);
-    let frozen = parent.freeze(None, &STAMP, None).unwrap().seal().unwrap();
+    let frozen = sealed(parent.freeze(None, &STAMP, None).unwrap());
     let wanted = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW;
     assert!(fcntl_get_seals(frozen.file()).unwrap().contains(wanted));
     assert!(frozen.file().write_all_at(b"x", 0).is_err());
@@ -157,7 +174,7 @@ fn zap_when_a_thread_writes_all_the_time_loses_nothing_and_after_a_freeze_does_n
         }
     };
     check(&parent);
-    let frozen = parent.freeze(None, &STAMP, None).unwrap().seal().unwrap();
+    let frozen = sealed(parent.freeze(None, &STAMP, None).unwrap());
     check(&parent);
     check(&child(&frozen, 64));
     set(&parent, 0, u64::MAX);
@@ -172,7 +189,7 @@ fn freeze_when_it_is_the_second_has_both_generations_and_the_first_stays() {
     for page in 0..100 {
         set(&parent, page * PAGE, page + 1);
     }
-    let first = parent.freeze(None, &STAMP, None).unwrap().seal().unwrap();
+    let first = sealed(parent.freeze(None, &STAMP, None).unwrap());
     set(&parent, 0, 1000);
     parent.write(PAGE, &[0; 4096]).unwrap();
 
@@ -185,8 +202,7 @@ fn freeze_when_it_is_the_second_has_both_generations_and_the_first_stays() {
         id: [2; 16],
         ..STAMP
     };
-    let second = parent.freeze(Some(prepared), &stamp, None).unwrap().seal();
-    let second = second.unwrap();
+    let second = sealed(parent.freeze(Some(prepared), &stamp, None).unwrap());
     assert_eq!(own_pages(&parent), 0);
     set(&parent, 3 * PAGE, 1004);
 
@@ -219,7 +235,7 @@ fn freeze_when_memory_was_anonymous_or_restored_works_by_copying() {
     set(&parent, 7 * MIB, 6);
     let prepared = parent.prepare().unwrap().run().unwrap();
     let frozen = parent.freeze(Some(prepared), &STAMP, None).unwrap();
-    let mut again = child(&frozen.seal().unwrap(), 16);
+    let mut again = child(&sealed(frozen), 16);
     let at = |memory: &Memory| {
         [MIB, MIB + PAGE, MIB + 63 * PAGE, 7 * MIB].map(|place| word(memory, place))
     };
@@ -229,7 +245,7 @@ fn freeze_when_memory_was_anonymous_or_restored_works_by_copying() {
     set(&again, MIB, 9);
     let prepared = again.prepare().unwrap().run().unwrap();
     let frozen = again.freeze(Some(prepared), &STAMP, None).unwrap();
-    let third = child(&frozen.seal().unwrap(), 16);
+    let third = child(&sealed(frozen), 16);
     assert_eq!(at(&third), [9, 5, page(64), 6]);
     assert_eq!(at(&parent), [page(1), 5, page(64), 6]);
 }
@@ -262,7 +278,7 @@ fn freeze_when_a_vcpu_runs_before_and_after_keeps_its_writes_to_itself() {
     zap_all(&parent);
     run(10);
     assert_eq!((word(&parent, 0x2000), word(&parent, 0x8000)), (20, 20));
-    let frozen = parent.freeze(None, &STAMP, None).unwrap().seal().unwrap();
+    let frozen = sealed(parent.freeze(None, &STAMP, None).unwrap());
     // The slot is the same; the guest goes on where it was, on pages of its own.
     run(5);
     assert_eq!((word(&parent, 0x2000), word(&parent, 0x8000)), (25, 25));
@@ -274,7 +290,7 @@ fn freeze_when_a_vcpu_runs_before_and_after_keeps_its_writes_to_itself() {
     run(1);
     let frozen = parent.freeze(Some(prepared), &STAMP, None).unwrap();
     run(1);
-    let second = super::tests::child(&frozen.seal().unwrap(), 8);
+    let second = super::tests::child(&sealed(frozen), 8);
     assert_eq!((word(&second, 0x2000), word(&parent, 0x2000)), (26, 27));
     assert_eq!(word(&child, 0x2000), 20);
 }

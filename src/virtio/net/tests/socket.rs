@@ -1,6 +1,6 @@
 //! The device on a packet socket.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -12,6 +12,7 @@ use super::*;
 use crate::rate_limiter::TokenBucket;
 use crate::sys::fd::{Interest, wait};
 use crate::sys::link::PacketSocket;
+use crate::sys::testing::wait_for_last_close;
 
 const FEATURES: u64 = feature::COMMON | bit::MRG_RXBUF | bit::MTU;
 
@@ -308,6 +309,11 @@ fn device_when_the_other_end_is_closed_delivers_what_was_sent_and_is_quiet() {
         )
         .unwrap();
         drop(std::mem::replace(&mut socket.peer, other));
+        wait_for_last_close(|| {
+            let mut end = [Interest::read(socket.net.link.as_raw_fd())];
+            wait(&mut end, Some(0)).unwrap();
+            end[0].hung_up()
+        });
         // The guest sends before the device has looked: nothing ends the process.
         transmit.offer_chain(1, &[(DATA + 0x30000, 100, false)]);
         socket.work(1, &mut tx);
