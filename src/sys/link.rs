@@ -186,6 +186,7 @@ impl AsRawFd for Link {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::testing::own_name;
     use rustix::net::{SocketAddrUnix, SocketFlags, bind, listen, socket_with, socketpair};
     use std::fs::File;
     use std::os::unix::net::UnixStream;
@@ -193,7 +194,7 @@ mod tests {
     fn listening() -> OwnedFd {
         let kind = SocketType::SEQPACKET;
         let fd = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
-        let name = SocketAddrUnix::new_abstract_name(b"mf-link-test").unwrap();
+        let name = SocketAddrUnix::new_abstract_name(own_name("link").as_bytes()).unwrap();
         bind(&fd, &name).unwrap();
         listen(&fd, 1).unwrap();
         fd

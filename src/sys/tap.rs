@@ -426,7 +426,7 @@ fn interface_ioctl(file: &File, number: libc::Ioctl, request: &mut Request) -> i
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::testing::wait_for_last_close;
+    use crate::sys::testing::{own_name, wait_for_last_close};
 
     /// A tap of this test's own, or `None`, loudly, where this user may not make one.
     fn tap(name: &str) -> Option<Tap> {
@@ -445,33 +445,36 @@ mod tests {
         for name in ["sixteen-bytes-xx", "a\0b"] {
             assert!(matches!(Tap::open(name), Err(TapError::Name(_))), "{name}");
         }
-        let Some(_) = tap("mf-t-name") else { return };
+        let Some(_) = tap(&own_name("name")) else {
+            return;
+        };
         assert!(matches!(Tap::open("lo"), Err(TapError::NotATap(_))));
         assert!(matches!(Tap::open("a/b"), Err(TapError::NotATap(_))));
     }
 
     #[test]
     fn open_when_missing_makes_it_and_when_attached_is_busy() {
-        let Some(first) = tap("mf-t-busy") else {
-            return;
-        };
-        assert_eq!(first.name(), "mf-t-busy");
-        assert!(std::path::Path::new("/sys/class/net/mf-t-busy").exists());
-        let error = Tap::open("mf-t-busy").unwrap_err();
+        let name = own_name("busy");
+        let Some(first) = tap(&name) else { return };
+        assert_eq!(first.name(), name);
+        let interface = std::path::Path::new("/sys/class/net").join(&name);
+        assert!(interface.exists());
+        let error = Tap::open(&name).unwrap_err();
         assert!(matches!(error, TapError::Busy(_)), "{error}");
         assert_eq!(
             error.to_string(),
-            "the tap \"mf-t-busy\" is in use by another process"
+            format!("the tap \"{name}\" is in use by another process")
         );
         drop(first);
-        wait_for_last_close(|| !std::path::Path::new("/sys/class/net/mf-t-busy").exists());
+        wait_for_last_close(|| !interface.exists());
     }
 
     #[test]
     fn from_fd_when_attached_knows_the_name() {
-        let Some(first) = tap("mf-t-fd") else { return };
+        let name = own_name("fd");
+        let Some(first) = tap(&name) else { return };
         let second = Tap::from_fd(first.file.try_clone().unwrap().into()).unwrap();
-        assert_eq!(second.name(), "mf-t-fd");
+        assert_eq!(second.name(), name);
         let file = File::open("/dev/null").unwrap();
         assert!(matches!(
             Tap::from_fd(file.into()),
@@ -481,7 +484,9 @@ mod tests {
 
     #[test]
     fn set_offloads_when_any_combination_is_taken() {
-        let Some(tap) = tap("mf-t-off") else { return };
+        let Some(tap) = tap(&own_name("off")) else {
+            return;
+        };
         let takes_uso = tap.takes_uso();
         for bits in 0..64 {
             tap.set_offloads(Offloads {

@@ -53,6 +53,12 @@ pub fn is_without_reader(mut pipe: &File) -> bool {
     written.is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
+/// The name of a network interface or a socket that no other run of the tests has: at most 15 bytes, as an
+/// interface's is, with a `name` of at most 4.
+pub fn own_name(name: &str) -> String {
+    format!("mf-{}-{name}", std::process::id())
+}
+
 /// Moves the calling thread into a network namespace of its own, which goes with the thread and what it
 /// has opened.
 pub fn enter_network_namespace() -> io::Result<()> {

@@ -221,6 +221,7 @@ mod tests {
     use super::super::{NetState, QUEUE_SIZE, field};
     use super::*;
     use crate::rate_limiter::RateLimiter;
+    use crate::sys::testing::own_name;
     use crate::virtio::PerWorker;
     use crate::virtio::queue::QueueState;
 
@@ -380,18 +381,18 @@ mod tests {
 
     #[test]
     fn tap_when_pairs_are_set_has_as_many_queues() {
-        const NAME: &str = "mf-t-pairs";
-        let Ok(first) = Tap::open_queue(NAME) else {
-            crate::needs::skip(NAME, "no tap can be made here");
+        let name = own_name("many");
+        let Ok(first) = Tap::open_queue(&name) else {
+            crate::needs::skip(&name, "no tap can be made here");
             return;
         };
         let mut taps = PerWorker::from(first);
         for _ in 1..PAIRS {
-            taps.others.push(Tap::open_queue(NAME).unwrap());
+            taps.others.push(Tap::open_queue(&name).unwrap());
         }
         assert!(taps.first.has_queues());
         let queues = || {
-            let folder = format!("/sys/class/net/{NAME}/queues");
+            let folder = format!("/sys/class/net/{name}/queues");
             let names = std::fs::read_dir(folder).unwrap();
             let names = names.map(|entry| entry.unwrap().file_name());
             names
@@ -410,7 +411,7 @@ mod tests {
         net.reset();
         assert_eq!(queues(), 1);
         // One queue where several are asked for.
-        let single = Tap::open("mf-t-single").unwrap();
+        let single = Tap::open(&own_name("one")).unwrap();
         let error = Tap::open_queue(single.name()).unwrap_err().to_string();
         assert!(error.contains("multi_queue"), "{error}");
         assert!(!single.has_queues());

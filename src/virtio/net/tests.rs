@@ -6,7 +6,7 @@ use super::super::testing::{Rings, ram};
 use super::receive::PATIENCE_NANOS;
 use super::*;
 use crate::sys::tap::Tap;
-use crate::sys::testing::allocator_calls;
+use crate::sys::testing::{allocator_calls, own_name};
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
@@ -376,8 +376,8 @@ fn reset_when_buffers_are_at_hand_forgets_them() {
 
 #[test]
 fn tap_when_it_vanishes_is_left_alone() {
-    let name = "mf-t-gone";
-    let Ok(tap) = Tap::open(name) else {
+    let name = own_name("gone");
+    let Ok(tap) = Tap::open(&name) else {
         crate::needs::skip("tap_when_it_vanishes", "no TAP can be made here");
         return;
     };
@@ -401,7 +401,7 @@ fn tap_when_it_vanishes_is_left_alone() {
     receive_rings.offer_chain(0, &[(DATA, 65574, true)]);
     assert_eq!(net.process(0, &mut receive, &ram), Ok(Progress::Wait));
     let deleted = std::process::Command::new("ip")
-        .args(["link", "delete", name])
+        .args(["link", "delete", &name])
         .status();
     if !deleted.is_ok_and(|s| s.success()) {
         crate::needs::skip("tap_when_it_vanishes", "no ip command here");
