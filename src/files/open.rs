@@ -16,10 +16,11 @@ pub use self::overlay::OpenOverlay;
 use self::purpose::{
     CONFIGURATION, CONSOLE_SOCKET, CPU_CONFIGURATION, DISK, DISK_DIRECT, DISK_DIRECT_TO_READ,
     DISK_TO_READ, FAULT_HANDLER, SNAPSHOT_MEMORY, SNAPSHOT_STATE, WORKING_SET,
+    WORKING_SET_TO_RECORD,
 };
 pub use self::purpose::{CONSOLE_OUTPUT, END, INITRD, KERNEL, LOG, METRICS, Purpose, TAP};
 use crate::error::{ActionError, Context};
-use crate::snapshot::{self, Header, RawState};
+use crate::snapshot::{self, Header, RawState, SnapshotId};
 use crate::sys::fd;
 use crate::sys::io::Access;
 use crate::sys::link::{Link, PacketSocket};
@@ -208,22 +209,45 @@ pub fn wrong_state(source: &Source, why: impl std::fmt::Display) -> ActionError 
     SNAPSHOT_STATE.wrong(source, why)
 }
 
-/// Opens the file of a working set, to read it or to record it: makes it when it is missing.
+/// The file of a working set.
+#[derive(Debug)]
+pub struct WorkingSetFile {
+    /// Open for reading.
+    pub file: File,
+    /// Whether it can be recorded into, or why not.
+    pub can_record: Result<(), ActionError>,
+}
+
+/// Opens the file of the working set of snapshot `id`, to read it or to record it: makes it when it is
+/// missing.
 ///
 /// # Errors
 /// When it cannot be opened so, or is no regular file.
-pub fn working_set(source: &Source, passed: &mut Passed) -> Result<File, ActionError> {
+pub fn working_set(
+    source: &Source,
+    id: SnapshotId,
+    passed: &mut Passed,
+) -> Result<WorkingSetFile, ActionError> {
     let purpose = &WORKING_SET;
-    if let Source::Named(path) = source {
-        purpose.may_wait("making", source);
-        let made = made_if_missing(path);
-        made.map_err(|cause| purpose.not_opened(source, &cause))?;
+    let not_opened = |cause: io::Error| purpose.not_opened(source, &cause);
+    let (file, metadata) = match source {
+        Source::Named(path) => {
+            purpose.may_wait("opening", source);
+            let file = snapshot::open_working_set(Path::new(path), id).map_err(not_opened)?;
+            let metadata = file.metadata().map_err(not_opened)?;
+            (file, metadata)
+        }
+        Source::Fd(_) => purpose.open(source, passed)?,
+    };
+    if !metadata.is_file() {
+        return Err(purpose.wrong_kind(source, &metadata));
     }
-    let (file, metadata) = purpose.open(source, passed)?;
-    match metadata.is_file() {
-        true => Ok(file),
-        false => Err(purpose.wrong_kind(source, &metadata)),
-    }
+    let access = fd::access(&file).map_err(not_opened)?;
+    let can_record = WORKING_SET_TO_RECORD.check_access(access);
+    Ok(WorkingSetFile {
+        file,
+        can_record: can_record.map_err(|why| purpose.wrong(source, why)),
+    })
 }
 
 /// Connects to the process that brings in guest memory.

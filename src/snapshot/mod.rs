@@ -16,6 +16,7 @@ pub mod fuzz;
 mod header;
 mod place;
 mod read;
+mod working_set;
 mod write;
 mod write_error;
 
@@ -27,6 +28,7 @@ pub use self::header::{
 };
 pub use self::place::{Target, partial_name};
 pub use self::read::{RawState, Refusal, check_memory, is_onto, memory_of, open_regular, read};
+pub use self::working_set::{is_unrecorded, open_working_set};
 pub use self::write::{write_pair, write_state};
 pub use self::write_error::WriteError;
 

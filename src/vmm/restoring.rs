@@ -19,12 +19,12 @@ use super::requests::{Ready, Start, Then};
 use super::saved::SavedMachine;
 use crate::arch::vm::state::ClockAfterRestore;
 use crate::error::{ActionError, Context};
-use crate::files::open;
+use crate::files::open::{self, WorkingSetFile};
 use crate::memory::lazy::Handler;
 use crate::memory::working_set::{Prefetch, WorkingSet};
 use crate::memory::{Memory, PAGE, Source as MappedFile};
 use crate::seccomp::Category;
-use crate::snapshot::Header;
+use crate::snapshot::{self, Header};
 use crate::sys::clock;
 use crate::sys::passed::Passed;
 use crate::wire::config::{
@@ -156,22 +156,38 @@ fn open_working_set(
     memory: &Memory,
     passed: &mut Passed,
 ) -> Result<(Option<Prefetch>, Option<File>), ActionError> {
-    let file = open::working_set(source, passed)?;
-    let pages = header.memory.len / PAGE;
-    if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
-        return Ok((None, Some(file)));
-    }
-    match WorkingSet::read(&file, header.id.0, pages) {
-        Ok(Some(set)) => Ok((Some(Prefetch::new(memory.ram(), set)), None)),
-        Ok(None) => {
-            warn!("The working set `{source}` is that of another snapshot, and is recorded anew.");
-            Ok((None, Some(file)))
+    let WorkingSetFile { file, can_record } = open::working_set(source, header.id, passed)?;
+    let mut tries = 3;
+    loop {
+        if snapshot::is_unrecorded(&file) {
+            return can_record.map(|()| (None, Some(file)));
         }
-        // It may be anything of the user's.
-        Err(cause) => Err(ActionError(format!(
-            "{FAILED}: the file `{source}` is not empty and no working set, and is not overwritten: \
-             {cause}. Name another"
-        ))),
+        tries -= 1;
+        match WorkingSet::read(&file, header.id.0, header.memory.len / PAGE) {
+            Ok(Some(set)) => return Ok((Some(Prefetch::new(memory.ram(), set)), None)),
+            Ok(None) if can_record.is_ok() => {
+                warn!(
+                    "The working set `{source}` is that of another snapshot, and is recorded anew."
+                );
+                return Ok((None, Some(file)));
+            }
+            Ok(None) => {
+                warn!(
+                    "The working set `{source}` is that of another snapshot and cannot be written to: it is \
+                     not used. Name another."
+                );
+                return Ok((None, None));
+            }
+            // Another process may have begun to record it anew just now.
+            Err(_) if tries > 0 => {}
+            // It may be anything of the user's.
+            Err(cause) => {
+                return Err(ActionError(format!(
+                    "{FAILED}: the file `{source}` is not empty and no working set, and is not overwritten: \
+                     {cause}. Name another"
+                )));
+            }
+        }
     }
 }
 

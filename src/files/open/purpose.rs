@@ -109,8 +109,11 @@ pub(super) const SNAPSHOT_MEMORY: Purpose = Purpose {
     ..purpose("memory file", "Load snapshot error: ", Mode::Read)
 };
 /// Which pages a restored guest needs first.
-pub(super) const WORKING_SET: Purpose =
-    purpose("working set", "Load snapshot error: ", Mode::ReadWrite);
+pub(super) const WORKING_SET: Purpose = purpose("working set", "Load snapshot error: ", Mode::Read);
+pub(super) const WORKING_SET_TO_RECORD: Purpose = Purpose {
+    mode: Mode::ReadWrite,
+    ..WORKING_SET
+};
 /// The socket of the process that brings in the memory of a snapshot.
 pub(super) const FAULT_HANDLER: Purpose = Purpose {
     whole: Some(
@@ -193,7 +196,7 @@ impl Purpose {
     }
 
     /// Whether a descriptor that another program opened serves.
-    fn check_access(&self, access: fd::Access) -> Result<(), &'static str> {
+    pub(super) fn check_access(&self, access: fd::Access) -> Result<(), &'static str> {
         match self.mode {
             Mode::Read | Mode::ReadWrite if !access.read => Err("was not opened for reading"),
             Mode::ReadWrite | Mode::Append if !access.write => Err("was not opened for writing"),

@@ -11,18 +11,15 @@
 //! from one snapshot, and two that write to one file damage both. What was saved as a descriptor
 //! has no more than a name for messages; that is taken for a path only if it is an absolute one.
 
-use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use mayfly::snapshot::{self, Header, MEMORY_NAME, RawState, Refusal, STATE_NAME};
+use mayfly::snapshot::{self, Header, MEMORY_NAME, RawState, Refusal, STATE_NAME, SnapshotId};
 use mayfly::wire::Source;
 use mayfly::wire::config::{
     Backing, Drive, DriveOverlay, DriveOverride, Mac, NetworkInterface, NetworkOverride, Restore,
     SavedConfig, SnapshotLoad,
 };
-use rustix::fs::OFlags;
 use serde::Deserialize;
 
 use super::OWN_TAP;
@@ -135,7 +132,7 @@ impl Restoring {
             mac: None,
         };
         if let Some(path) = &self.working_set {
-            opened.request.load.working_set = Some(opened.add_working_set(path)?);
+            opened.request.load.working_set = Some(opened.add_working_set(path, header.id)?);
         }
         let devices = saved.config.devices;
         for drive in &devices.drives {
@@ -299,17 +296,11 @@ fn check_all_found(
 }
 
 impl Opened {
-    /// Opens the file of a working set, which is recorded into it if it is new; what the request is to
-    /// call it.
-    fn add_working_set(&mut self, path: &Path) -> Result<Source, AnyError> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        // A FIFO must not hold up the start; the monitor refuses all but regular files.
-        options
-            .mode(0o600)
-            .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
+    /// Opens the file of the working set of snapshot `id`, which is recorded into it if it is new; what the
+    /// request is to call it. The monitor refuses all but regular files.
+    fn add_working_set(&mut self, path: &Path, id: SnapshotId) -> Result<Source, AnyError> {
         let name = path.display().to_string();
-        let opened = options.open(path);
+        let opened = snapshot::open_working_set(path, id);
         let file = opened.step(format!("open the working set {name} (--working-set)"))?;
         Ok(self.push(file.into(), name))
     }
