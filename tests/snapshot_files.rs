@@ -10,6 +10,7 @@ mod pair;
 use std::fs;
 use std::io::{Read, Write};
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -393,6 +394,55 @@ fn load_when_files_are_not_what_they_should_be_is_refused_and_can_be_tried_again
     fs::rename(&other, &pair.memory).unwrap();
     api.put("/snapshot/load", pair.load());
     assert_eq!(api.get("/")["state"], "Paused");
+}
+
+/// A working set is recorded by the first of its guests, and only read by those that come after it.
+#[test]
+fn working_set_when_it_is_recorded_is_only_read_and_when_unfinished_is_recorded_anew() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let (pair, _) = subject(&folder);
+    let file = folder.join("pages");
+    let loaded = |source: Value, fds: &[std::os::fd::BorrowedFd<'_>]| {
+        let own = Folder::new();
+        let (monitor, api) = Monitor::unconfigured(&own);
+        let mut body = pair.load();
+        body["resume_vm"] = json!(true);
+        body["working_set"] = source;
+        let (status, answer) = api.request_with("PUT", "/snapshot/load", &body.to_string(), fds);
+        (status, answer, own, monitor, api)
+    };
+    let is_whole = || fs::read(&file).is_ok_and(|bytes| bytes.first() == Some(&b'{'));
+    // Both are there before one has anything to record.
+    let both = [(); 2].map(|()| loaded(json!(file), &[]));
+    for (status, answer, _, monitor, api) in &both {
+        assert_eq!(*status, 204, "{answer}");
+        pause(api);
+        common::wait_until("the working set has been recorded", is_whole);
+        assert!(
+            !monitor.stderr().contains("not recorded"),
+            "{}",
+            monitor.stderr()
+        );
+    }
+    drop(both);
+    let recorded = fs::read(&file).unwrap();
+    // A descriptor that can be read from is enough, and a file that cannot be written to.
+    let to_read = fs::File::open(&file).unwrap();
+    let (status, answer, ..) = loaded(json!({"fd": 0}), &[to_read.as_fd()]);
+    assert_eq!(status, 204, "{answer}");
+    // One that was not finished counts as empty.
+    let mut unfinished = recorded.clone();
+    unfinished[0] = 0;
+    unfinished.truncate(recorded.len() - 2);
+    fs::write(&file, &unfinished).unwrap();
+    let (status, answer, ..) = loaded(json!({"fd": 0}), &[to_read.as_fd()]);
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.contains("was not opened for writing"), "{answer}");
+    let (status, answer, _own, _monitor, api) = loaded(json!(file), &[]);
+    assert_eq!(status, 204, "{answer}");
+    pause(&api);
+    common::wait_until("the working set has been recorded", is_whole);
 }
 
 /// Values of the state, behind a check value that fits: what each part of the machine makes of them.

@@ -9,12 +9,17 @@
 //!
 //! Kept as JSON beside the snapshot. What is read of it is distrusted: it can at most bring in pages
 //! that are not needed.
+//!
+//! Many guests may have one file. The first that has something to record does; its first byte is zero until all of
+//! it is on the disk, and what begins so is taken for empty (`crate::snapshot`'s `is_unrecorded`).
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -22,10 +27,15 @@ use super::image::{Contents, ID_LEN};
 use super::mapping::{Advice, advise};
 use super::page_set::PageSet;
 use super::{PAGE, Ram};
+use crate::steps::{may_take, may_wait};
+use crate::sys::folder::{self, FlockOperation};
 use crate::sys::pagemap::{self, Kind};
 
 /// The largest file that is read.
 const FILE_MAX: u64 = 64 << 20;
+
+/// How much longer than other steps a sync may take.
+const SLOW_SYNC: Duration = Duration::from_secs(25);
 
 /// The version of the file's format.
 const VERSION: u32 = 1;
@@ -110,6 +120,36 @@ impl WorkingSet {
         Ok(serde_json::to_vec(&stored)?)
     }
 
+    /// Records it into `file`, for the snapshot `id`; false when another process has done so or is about to.
+    ///
+    /// # Errors
+    /// The host's; the file is empty then, or counts as that.
+    pub fn record(&self, file: &File, id: [u8; ID_LEN]) -> io::Result<bool> {
+        let bytes = self.encode(id)?;
+        match folder::lock(
+            file,
+            FlockOperation::NonBlockingLockExclusive,
+            Duration::ZERO,
+        ) {
+            // Where the file system has no locks, nothing is lost: two that record at once leave what one of them
+            // has, or what no reader takes for a working set.
+            Ok(true) | Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Ok(false) => return Ok(false),
+            Err(cause) => return Err(cause.into()),
+        }
+        let recorded = match WorkingSet::read(file, id, 0) {
+            // Its readers may be at it.
+            Ok(Some(_)) => Ok(false),
+            _ => write(file, &bytes).map(|()| true),
+        };
+        if recorded.is_err() {
+            // Else it begins with zero, and counts as empty all the same.
+            let _ = file.set_len(0);
+        }
+        folder::unlock(file);
+        recorded
+    }
+
     /// Reads `file`, which is to be of the snapshot `id` with an image of `pages` pages; none where it is
     /// of another snapshot, or of another version.
     ///
@@ -136,6 +176,17 @@ impl WorkingSet {
             read: set(&stored.read),
         }))
     }
+}
+
+/// Writes `bytes` into `file`, the first byte when all others are on the disk.
+fn write(file: &File, bytes: &[u8]) -> io::Result<()> {
+    let (first, rest) = bytes.split_at_checked(1).unwrap_or_default();
+    file.set_len(0)?;
+    file.write_all_at(rest, 1)?;
+    may_wait("syncing the working set");
+    may_take(SLOW_SYNC);
+    file.sync_all()?;
+    file.write_all_at(first, 0)
 }
 
 /// The bringing in of a working set.
@@ -262,6 +313,67 @@ mod tests {
         }
         second.write(5 * PAGE, &[2; 8]).unwrap();
         assert_eq!(word(&restored(&image, 3076), 5 * PAGE), 6);
+    }
+
+    fn some() -> WorkingSet {
+        let mut written = PageSet::new(1024);
+        written.insert(3..70);
+        WorkingSet {
+            written,
+            read: PageSet::new(1024),
+        }
+    }
+
+    #[test]
+    fn record_when_another_process_records_or_has_recorded_leaves_the_file_alone() {
+        let file = TempFile::new().unwrap();
+        let open = || {
+            let mut options = File::options();
+            let opened = options.read(true).write(true).open(file.as_path());
+            opened.unwrap()
+        };
+        let (one, other) = (open(), open());
+        let how = FlockOperation::NonBlockingLockExclusive;
+        assert!(folder::lock(&other, how, Duration::ZERO).unwrap());
+        assert!(!some().record(&one, ID).unwrap());
+        assert_eq!(file.as_file().metadata().unwrap().len(), 0);
+        folder::unlock(&other);
+        assert!(some().record(&one, ID).unwrap());
+        // What is longer or shorter is not put over it.
+        assert!(!WorkingSet::default().record(&other, ID).unwrap());
+        assert_eq!(WorkingSet::read(&one, ID, 1024).unwrap(), Some(some()));
+        // That of another snapshot is replaced, whatever its length.
+        let another = [0xcd; ID_LEN];
+        let none = WorkingSet {
+            written: PageSet::new(1024),
+            read: PageSet::new(1024),
+        };
+        assert!(none.record(&other, another).unwrap());
+        assert_eq!(WorkingSet::read(&one, another, 1024).unwrap(), Some(none));
+        assert!(some().record(&one, ID).unwrap());
+        assert_eq!(WorkingSet::read(&other, ID, 1024).unwrap(), Some(some()));
+    }
+
+    #[test]
+    fn record_when_it_fails_or_is_killed_leaves_a_file_that_counts_as_empty() {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+        let is_unrecorded = crate::snapshot::is_unrecorded;
+        let bytes = some().encode(ID).unwrap();
+        // As on a disk that is full: it cannot grow.
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("full", flags).unwrap());
+        let other = some().encode([1; ID_LEN]).unwrap();
+        file.write_all_at(&other, 0).unwrap();
+        fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+        some().record(&file, ID).unwrap_err();
+        assert_eq!(file.metadata().unwrap().len(), 0);
+        // At its end.
+        let file = TempFile::new().unwrap().into_file();
+        file.write_all_at(&bytes[1..], 1).unwrap();
+        assert!(is_unrecorded(&file));
+        WorkingSet::read(&file, ID, 1024).unwrap_err();
+        assert!(some().record(&file, ID).unwrap() && !is_unrecorded(&file));
+        assert_eq!(WorkingSet::read(&file, ID, 1024).unwrap(), Some(some()));
     }
 
     #[test]

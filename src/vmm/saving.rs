@@ -21,7 +21,6 @@ mod job;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
@@ -182,13 +181,9 @@ impl Vmm {
         let contents = memory.contents(pagemap);
         let work = Box::new(move |steps: &Steps| {
             steps.begin("recording the working set");
-            let bytes = contents.working_set().and_then(|set| set.encode(id.0));
-            let written = bytes.and_then(|bytes| {
-                file.set_len(0)?;
-                file.write_all_at(&bytes, 0)
-            });
-            if let Err(cause) = written {
-                warn!("The working set was not recorded: {cause}.");
+            let set = contents.working_set();
+            if let Err(cause) = set.and_then(|set| set.record(&file, id.0)) {
+                warn!("The working set was not recorded: {cause}. The next load will try again.");
             }
             FileResult::Done
         });
