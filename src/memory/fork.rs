@@ -22,6 +22,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use super::image::{Contents, Stamp, Writer, Written};
 use super::mapping::{Advice, Over, advise};
 use super::{Base, Memory, MemoryError, Pages, Ram, Source, map_all};
+use crate::steps::goes_on;
 
 /// How much of the page tables is emptied at a time: a few milliseconds' worth.
 const ZAP_STEP: u64 = 16 << 20;
@@ -65,8 +66,18 @@ pub struct Zap {
 }
 
 impl Zap {
+    /// Empties all of it; whether that is still wanted. What was emptied until then needs nothing.
+    pub fn run(mut self) -> bool {
+        while goes_on() {
+            if self.step() {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Empties the next part; whether that was the last.
-    pub fn step(&mut self) -> bool {
+    fn step(&mut self) -> bool {
         let Some(shared) = &self.shared else {
             return true;
         };

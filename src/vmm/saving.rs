@@ -235,14 +235,16 @@ impl Vmm {
         let Some(memory) = self.memory() else {
             return self.end_saving(Err(no_machine()));
         };
-        let (mut zap, prepare) = (memory.zap(), memory.prepare());
+        let (zap, prepare) = (memory.zap(), memory.prepare());
         self.hand_over(
             Step::Preparing,
             Limit::EachStep(WRITE_PATIENCE),
             move |steps| {
                 steps.begin("readying guest memory for a fork");
-                while !zap.step() {}
-                let prepared = prepare.map(Prepare::run).transpose();
+                let prepared = match zap.run() {
+                    true => prepare.map(Prepare::run).transpose(),
+                    false => Err(io::ErrorKind::TimedOut.into()),
+                };
                 FileResult::ForkPrepared(prepared)
             },
         );

@@ -62,6 +62,31 @@ fn zap_all(memory: &Memory) -> u64 {
     steps
 }
 
+#[test]
+fn zap_when_it_goes_on_has_its_time_anew_and_when_given_up_ends() {
+    use crate::steps::Steps;
+    use std::time::Instant;
+    let run = || {
+        let memory = shared(3076);
+        set(&memory, 5 * PAGE, 7);
+        let steps = Steps::default();
+        steps.adopt();
+        steps.start(1, "readying");
+        let begun = steps.now().unwrap().since;
+        while Instant::now() <= begun {
+            thread::yield_now();
+        }
+        assert!(memory.zap().run());
+        assert!(steps.now().unwrap().since > begun);
+        assert!(steps.give_up(1));
+        let mut zap = memory.zap();
+        assert!(!zap.step());
+        assert!(!zap.run());
+        assert_eq!(word(&memory, 5 * PAGE), 7);
+    };
+    thread::spawn(run).join().unwrap();
+}
+
 /// Pages of `memory` that are this process's own.
 fn own_pages(memory: &Memory) -> u64 {
     let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
