@@ -20,7 +20,7 @@ use self::purpose::{
 };
 pub use self::purpose::{CONSOLE_OUTPUT, END, INITRD, KERNEL, LOG, METRICS, Purpose, TAP};
 use crate::error::{ActionError, Context};
-use crate::snapshot::{self, Header, RawState, SnapshotId};
+use crate::snapshot::{self, Header, RawState, Refusal, SnapshotId};
 use crate::sys::fd;
 use crate::sys::io::Access;
 use crate::sys::link::{Link, PacketSocket};
@@ -187,21 +187,41 @@ pub fn snapshot_state(
     read.map_err(|refusal| purpose.wrong(source, refusal))
 }
 
-/// Opens the memory file that belongs to the state file with `header`.
+/// Reads the state file of a snapshot that a machine can be made of, and opens the memory file that belongs
+/// to it.
 ///
 /// # Errors
-/// When it is missing, unreadable, no regular file, or belongs to another snapshot.
-pub fn snapshot_memory(
-    source: &Source,
-    header: &Header,
+/// As [`snapshot_state`]; when the memory file is missing, unreadable, no regular file, or belongs to another
+/// snapshot.
+pub fn snapshot_pair(
+    state: &Source,
+    memory: &Source,
     passed: &mut Passed,
-) -> Result<File, ActionError> {
+) -> Result<(Header, RawState, File), ActionError> {
     let purpose = &SNAPSHOT_MEMORY;
-    let (file, _) = purpose.open(source, passed)?;
-    purpose.may_wait("reading", source);
-    let path = source.name().map(Path::new);
-    let memory = snapshot::memory_of(header, Ok(file), path);
-    memory.map_err(|refusal| purpose.wrong(source, refusal))
+    let (Source::Named(_), Source::Named(path)) = (state, memory) else {
+        let (header, raw) = snapshot_state(state, passed)?;
+        let (file, _) = purpose.open(memory, passed)?;
+        purpose.may_wait("reading", memory);
+        let path = memory.name().map(Path::new);
+        let file = snapshot::memory_of(&header, Ok(file), path);
+        return match file {
+            Ok(file) => Ok((header, raw, file)),
+            Err(refusal) => Err(purpose.wrong(memory, refusal)),
+        };
+    };
+    let path = Path::new(path);
+    let open = |header: &Header| {
+        purpose.may_wait("opening", memory);
+        let opened = snapshot::open_regular(path);
+        purpose.may_wait("reading", memory);
+        snapshot::memory_of(header, opened, Some(path))
+    };
+    match snapshot::read_pair(|| snapshot_state(state, passed), open)? {
+        (header, raw, Ok(file)) => Ok((header, raw, file)),
+        (.., Err(Refusal::Io(cause))) => Err(purpose.not_opened(memory, &cause)),
+        (.., Err(refusal)) => Err(purpose.wrong(memory, refusal)),
+    }
 }
 
 /// What is wrong with the content of the state file `source`.
@@ -597,12 +617,15 @@ mod tests {
         let none = &mut Passed::default();
         let (found, state) = snapshot_state(&path("state").as_str().into(), none).unwrap();
         assert_eq!(state.parse::<u8>().unwrap(), 1);
+        assert_eq!(found.id, SnapshotId([1; 16]));
+        let state_at = Source::from(path("state").as_str());
         let memory = |name: &str| {
-            snapshot_memory(&path(name).as_str().into(), &found, &mut Passed::default())
+            let memory = path(name).as_str().into();
+            snapshot_pair(&state_at, &memory, &mut Passed::default())
         };
         memory("memory").unwrap();
         let by_descriptor = File::open(path("memory")).unwrap();
-        snapshot_memory(&Source::fd(0), &found, &mut passed(by_descriptor)).unwrap();
+        snapshot_pair(&state_at, &Source::fd(0), &mut passed(by_descriptor)).unwrap();
         let (other, missing) = (path("other"), path("missing"));
         assert!(memory("other").unwrap_err().0.starts_with(&format!(
             "Load snapshot error: The memory file `{other}` belongs to another snapshot: "

@@ -27,7 +27,9 @@ pub use self::header::{
     FIRST_VERSION, Header, Kind, MemoryImage, SnapshotId, VERSION, encode, encode_json, version,
 };
 pub use self::place::{Target, partial_name};
-pub use self::read::{RawState, Refusal, check_memory, is_onto, memory_of, open_regular, read};
+pub use self::read::{
+    RawState, Refusal, check_memory, is_onto, memory_of, open_regular, read, read_pair,
+};
 pub use self::working_set::{is_unrecorded, open_working_set};
 pub use self::write::{write_pair, write_state};
 pub use self::write_error::WriteError;

@@ -391,6 +391,37 @@ pub fn is_onto(target: &Target, memory: &MemoryImage, id: SnapshotId) -> bool {
     }
 }
 
+/// How often a pair is read that is another one each time.
+const TRIES: u32 = 20;
+
+/// Reads a state file with `state`, and opens the memory image that belongs to it with `memory`
+/// ([`memory_of`]). Does both again when a create at the same paths came in between: then the state file is
+/// another one by now, or was about to be.
+///
+/// # Errors
+/// What `state` gives. In the result, why the memory image is not taken.
+pub fn read_pair<S, E>(
+    mut state: impl FnMut() -> Result<(Header, S), E>,
+    mut memory: impl FnMut(&Header) -> Result<File, Refusal>,
+) -> Result<(Header, S, Result<File, Refusal>), E> {
+    let mut before = None;
+    let mut tries = TRIES;
+    loop {
+        let (header, state) = state()?;
+        let image = memory(&header);
+        tries = tries.saturating_sub(1);
+        let may_be_replaced = match &image {
+            Err(Refusal::Mixed { .. } | Refusal::Length { .. }) => true,
+            Err(Refusal::Io(cause)) => cause.kind() == io::ErrorKind::NotFound,
+            _ => false,
+        };
+        if !may_be_replaced || before == Some(header.id) || tries == 0 {
+            return Ok((header, state, image));
+        }
+        before = Some(header.id);
+    }
+}
+
 /// The memory image that belongs to the state file with `header`: what was `opened` at `path`, or what a
 /// create that was killed has left beside it.
 ///

@@ -382,6 +382,86 @@ fn load(state_at: &Path, memory_at: &Path) -> Result<u8, Refusal> {
     Ok(id)
 }
 
+/// The same, where a create may come in between: `before` is called before the memory is opened.
+fn load_both(
+    state_at: &Path,
+    memory_at: &Path,
+    mut before: impl FnMut(),
+) -> Result<(Header, u32, Result<File, Refusal>), Refusal> {
+    let mut reads = 0;
+    read_pair(
+        || {
+            reads += 1;
+            read(&open_regular(state_at)?).map(|(header, _)| (header, reads))
+        },
+        |header| {
+            before();
+            memory_of(header, open_regular(memory_at), Some(memory_at))
+        },
+    )
+}
+
+#[test]
+fn pair_when_a_create_replaces_it_while_it_is_read_is_the_new_one() {
+    let (_folder, path) = folder();
+    let (at, memory) = (path.join("state"), path.join("memory"));
+    save(&at, &memory, 1).unwrap();
+    let mut ids = [2, 3].into_iter();
+    let replace = || {
+        if let Some(id) = ids.next() {
+            save(&at, &memory, id).unwrap();
+        }
+    };
+    let (header, reads, image) = load_both(&at, &memory, replace).unwrap();
+    check_memory(&header, &image.unwrap()).unwrap();
+    assert_eq!((header.id.0[0], reads), (3, 3));
+    // Gone for a moment, and of another length.
+    let aside = path.join("aside");
+    fs::rename(&memory, &aside).unwrap();
+    let mut tries = 0;
+    let put_back = || {
+        tries += 1;
+        if tries == 2 {
+            fs::rename(&aside, &memory).unwrap();
+        }
+    };
+    let (_, reads, image) = load_both(&at, &memory, put_back).unwrap();
+    assert!(image.is_ok() && reads == 2);
+    // What stays mixed is not read for ever, whether the state changes or not.
+    fs::write(&memory, "short").unwrap();
+    let (_, reads, image) = load_both(&at, &memory, || {}).unwrap();
+    assert!(matches!(image, Err(Refusal::Length { .. })) && reads == 2);
+    let mut id = 3;
+    let change = || {
+        id += 1;
+        fs::write(&at, whole(id)).unwrap();
+    };
+    let (_, reads, image) = load_both(&at, &memory, change).unwrap();
+    assert!(image.is_err() && reads == 20);
+}
+
+#[test]
+fn pair_when_it_is_created_again_and_again_is_always_found() {
+    let (_folder, path) = folder();
+    let (at, memory) = (path.join("state"), path.join("memory"));
+    save(&at, &memory, 1).unwrap();
+    let end = Instant::now() + Duration::from_secs(2);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for id in (1..=200).cycle() {
+                save(&at, &memory, id).unwrap();
+                if Instant::now() > end {
+                    return;
+                }
+            }
+        });
+        while Instant::now() < end {
+            let (header, _, image) = load_both(&at, &memory, || {}).unwrap();
+            check_memory(&header, &image.unwrap()).unwrap();
+        }
+    });
+}
+
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
     let mut names: Vec<String> = entries

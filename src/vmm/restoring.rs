@@ -65,7 +65,17 @@ fn read(
     before: Reopened,
     passed: &mut Passed,
 ) -> Result<(Edit<Configuration>, Restored), ActionError> {
-    let (header, raw) = open::snapshot_state(&load.snapshot_path, passed)?;
+    let (header, raw, image) = match load.mem_backend.backend_type {
+        MemoryBackendType::File => {
+            let memory = &load.mem_backend.backend_path;
+            let (header, raw, image) = open::snapshot_pair(&load.snapshot_path, memory, passed)?;
+            (header, raw, Some(image))
+        }
+        MemoryBackendType::Uffd => {
+            let (header, raw) = open::snapshot_state(&load.snapshot_path, passed)?;
+            (header, raw, None)
+        }
+    };
     let wrong = |why: &dyn fmt::Display| open::wrong_state(&load.snapshot_path, why);
     let saved: SavedMachine = raw.parse().map_err(|refusal| wrong(&refusal))?;
     let (vm, saved) = saved.checked().map_err(|refusal| wrong(&refusal))?;
@@ -83,7 +93,7 @@ fn read(
         LoadPages::Transparent => HugePages::Transparent,
         LoadPages::TwoMib => HugePages::TwoMib,
     };
-    let (memory, handler) = open_memory(load, &header, &machine, passed)?;
+    let (memory, handler) = open_memory(load, image, &machine, passed)?;
     let (prefetch, record) = match &load.working_set {
         Some(source) => open_working_set(source, &header, &memory, passed)?,
         None => (None, None),
@@ -123,24 +133,23 @@ fn read(
     Ok((edit, restored))
 }
 
-/// Guest memory, and the process that brings it in if that is how it comes.
+/// Guest memory of its image, or else of the process that brings it in.
 fn open_memory(
     load: &SnapshotLoad,
-    header: &Header,
+    image: Option<File>,
     machine: &MachineConfig,
     passed: &mut Passed,
 ) -> Result<(Memory, Option<Handler>), ActionError> {
     let source = &load.mem_backend.backend_path;
     let (size, tracked) = (machine.mem_size_mib, machine.track_dirty_pages);
     let pages = boot::pages(machine.huge_pages);
-    match load.mem_backend.backend_type {
-        MemoryBackendType::File => {
-            let file = open::snapshot_memory(source, header, passed)?;
+    match image {
+        Some(file) => {
             let mapped = MappedFile::new(&file, &source.to_string()).context(FAILED)?;
             let memory = Memory::from_image(&Arc::new(mapped), size, pages, tracked);
             Ok((memory.context(FAILED)?, None))
         }
-        MemoryBackendType::Uffd => {
+        None => {
             let socket = open::fault_handler(source, passed)?;
             let memory = Memory::from_handler(socket, None, size, pages, tracked);
             let (memory, handler) = memory.context(FAILED)?;

@@ -111,8 +111,7 @@ impl Restoring {
 
     /// Reads the saved configuration and opens everything but a tap still to be made in the jail.
     pub fn open(mut self, passed: &mut Passed) -> Result<Opened, AnyError> {
-        let (state, header, raw) = self.open_state()?;
-        let memory = self.open_memory(&header)?;
+        let (state, header, raw, memory) = self.open_pair()?;
         let saved: Saved = raw.parse().map_err(|refusal| {
             SnapshotError::Refused(STATE_NAME, self.path(STATE_NAME), refusal)
         })?;
@@ -196,23 +195,27 @@ impl Restoring {
         self.folder.join(file)
     }
 
-    fn open_state(&self) -> Result<(OwnedFd, Header, RawState), SnapshotError> {
-        let path = self.path(STATE_NAME);
-        let read = snapshot::open_regular(&path).and_then(|file| {
+    /// The state file, and the memory file that belongs to it: what a writer that was killed left has another
+    /// name.
+    fn open_pair(&self) -> Result<(OwnedFd, Header, RawState, OwnedFd), SnapshotError> {
+        let [state_at, memory_at] = [STATE_NAME, MEMORY_NAME].map(|name| self.path(name));
+        let open_state = || {
+            let file = snapshot::open_regular(&state_at)?;
             let (header, raw) = snapshot::read(&file)?;
             header.check_whole()?;
-            Ok((file.into(), header, raw))
-        });
-        read.map_err(|refusal| SnapshotError::Refused(STATE_NAME, path, refusal))
-    }
-
-    /// The memory file that belongs to the state: what a writer that was killed left has another name.
-    fn open_memory(&self, header: &Header) -> Result<OwnedFd, SnapshotError> {
-        let path = self.path(MEMORY_NAME);
-        let opened = snapshot::open_regular(&path);
-        let memory = snapshot::memory_of(header, opened, Some(&path));
-        let memory = memory.map_err(|refusal| SnapshotError::Refused(MEMORY_NAME, path, refusal));
-        memory.map(OwnedFd::from)
+            Ok((header, (file, raw)))
+        };
+        let open_memory = |header: &Header| {
+            let opened = snapshot::open_regular(&memory_at);
+            snapshot::memory_of(header, opened, Some(&memory_at))
+        };
+        match snapshot::read_pair(open_state, open_memory) {
+            Ok((header, (state, raw), Ok(memory))) => {
+                Ok((state.into(), header, raw, memory.into()))
+            }
+            Ok((.., Err(refusal))) => Err(SnapshotError::Refused(MEMORY_NAME, memory_at, refusal)),
+            Err(refusal) => Err(SnapshotError::Refused(STATE_NAME, state_at, refusal)),
+        }
     }
 
     /// What stands for a disk.
