@@ -234,6 +234,40 @@ fn fork(api: &Api, state: &Path) -> File {
     sys::receive_with(&ours, &mut [0]).1.into()
 }
 
+/// The receiver has gone, or takes no more: what was there before is what children can be made of.
+#[test]
+fn fork_when_its_memory_cannot_be_passed_leaves_the_old_state() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let state = folder.join("state");
+    let mut config = probe_vm("touch,shell");
+    config["machine-config"]["memory_backend"] = json!("shared");
+    let (_parent, api) = Monitor::boot_with_api(&folder, &config);
+    let first = fork(&api, &state);
+    let old = std::fs::read(&state).unwrap();
+    let body = json!({
+        "snapshot_type": "Fork",
+        "snapshot_path": state,
+        "mem_file_path": {"fd": 0},
+    });
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(ours);
+    let fds = [theirs.as_fd()];
+    let (status, answer) = api.request_with("PUT", "/snapshot/create", &body.to_string(), &fds);
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.contains("Cannot pass the memory: "), "{answer}");
+    assert!(std::fs::read(&state).unwrap() == old);
+    let own = Folder::new();
+    let (_child, child_api) = Monitor::unconfigured(&own);
+    let load = json!({
+        "snapshot_path": state,
+        "mem_backend": {"backend_type": "File", "backend_path": {"fd": 0}},
+    });
+    child_api.put_with("/snapshot/load", load, &[first.as_fd()]);
+    // And the parent can be forked again.
+    fork(&api, &state);
+}
+
 fn content(mut file: &File) -> Vec<u8> {
     let mut bytes = Vec::new();
     file.rewind().unwrap();

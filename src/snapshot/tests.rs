@@ -674,10 +674,18 @@ fn state_alone_when_written_is_whole_and_in_place() {
     let (_folder, path) = folder();
     let at = path.join("state");
     for id in [1, 2] {
-        write_state(Target::Path(at.clone()), &whole(id)).unwrap();
+        write_state(Target::Path(at.clone()), &whole(id), || Ok(())).unwrap();
         assert_eq!(fs::read(&at).unwrap(), whole(id));
         assert_eq!(names(&path), ["state"]);
     }
+    // Its memory could not be passed on: the old one stays.
+    let failed = write_state(Target::Path(at.clone()), &whole(3), || {
+        Err(io::ErrorKind::WouldBlock.into())
+    });
+    let told = crate::log::chain(&failed.unwrap_err());
+    assert_eq!(told, "Cannot pass the memory: operation would block");
+    assert_eq!(fs::read(&at).unwrap(), whole(2));
+    assert_eq!(names(&path), ["state"]);
 }
 
 #[test]

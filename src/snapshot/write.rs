@@ -330,11 +330,19 @@ where
     Ok(())
 }
 
-/// Writes a state file alone: its memory image is in place elsewhere.
+/// Writes a state file alone: its memory image is in place elsewhere, or goes there with `pass`, which is called when
+/// the state file is written and not yet in place.
+///
+/// Who gets the image so can open the state file when the create has been answered, and not before. If putting it in
+/// place fails after that, the answer is an error and the image belongs to no state file: its id tells.
 ///
 /// # Errors
 /// Nothing is changed then, except in what was passed as a descriptor.
-pub fn write_state(state: Target, bytes: &[u8]) -> Result<(), WriteError> {
+pub fn write_state(
+    state: Target,
+    bytes: &[u8],
+    pass: impl FnOnce() -> io::Result<()>,
+) -> Result<(), WriteError> {
     may_wait("writing the snapshot's state file");
     let state = Site::of(state)?;
     state.clear()?;
@@ -343,6 +351,7 @@ pub fn write_state(state: Target, bytes: &[u8]) -> Result<(), WriteError> {
     if !commits() {
         return Err(WriteError::GivenUp);
     }
+    pass().map_err(WriteError::Pass)?;
     state.commit(bytes)
 }
 

@@ -33,6 +33,8 @@ pub enum WriteError {
     Memory(Box<dyn Error + Send + Sync>),
     /// The state was not put together.
     State(Box<dyn Error + Send + Sync>),
+    /// The memory image was not passed on.
+    Pass(io::Error),
     /// It took so long that the client has been told that it failed.
     GivenUp,
 }
@@ -81,6 +83,7 @@ impl fmt::Display for WriteError {
             ),
             WriteError::Memory(_) => f.write_str("Cannot write the guest's memory"),
             WriteError::State(_) => f.write_str("Cannot put the state together"),
+            WriteError::Pass(_) => f.write_str("Cannot pass the memory"),
             WriteError::GivenUp => f.write_str("A file did not answer in time"),
         }
     }
@@ -90,6 +93,7 @@ impl Error for WriteError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             WriteError::Memory(cause) | WriteError::State(cause) => Some(cause.as_ref()),
+            WriteError::Pass(cause) => Some(cause),
             _ => None,
         }
     }

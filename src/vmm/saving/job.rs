@@ -141,9 +141,9 @@ impl Job {
         let frozen = frozen.seal().context(CREATE_FAILED)?;
         match self.targets()? {
             (state, Some(Target::File { file, .. })) if is_socket(&file) => {
-                self.write_state(state, &frozen)?;
-                let sent = send_now_with_descriptors(&file, b"m", &[frozen.file().as_fd()]);
-                sent.context(format_args!("{CREATE_FAILED}: Cannot pass the memory"))?;
+                let pass =
+                    || send_now_with_descriptors(&file, b"m", &[frozen.file().as_fd()]).map(drop);
+                self.write_state(state, &frozen, pass)?;
             }
             (state, Some(memory)) => {
                 let fill = |file: &File| {
@@ -153,7 +153,7 @@ impl Job {
                 self.write_pair(state, memory, fill)?;
             }
             (state, None) => {
-                self.write_state(state, &frozen)?;
+                self.write_state(state, &frozen, || Ok(()))?;
                 let fd = frozen.file().as_raw_fd();
                 info!(
                     "The memory of snapshot {} is descriptor {fd} of this process.",
@@ -174,12 +174,17 @@ impl Job {
         snapshot::write_pair(state, memory, fill, encode).context(CREATE_FAILED)
     }
 
-    /// Writes the state file alone: the memory is where it is.
-    fn write_state(&self, state: Target, frozen: &MappedFile) -> Result<(), ActionError> {
+    /// Writes the state file alone: the memory is where it is, or `pass` hands it on.
+    fn write_state(
+        &self,
+        state: Target,
+        frozen: &MappedFile,
+        pass: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), ActionError> {
         let header = self.header_with(self.image(frozen.len(), None));
         let bytes = snapshot::encode(&header, &self.saved);
         let bytes = bytes.context(CREATE_FAILED)?;
-        snapshot::write_state(state, &bytes).context(CREATE_FAILED)
+        snapshot::write_state(state, &bytes, pass).context(CREATE_FAILED)
     }
 
     fn image(&self, len: u64, check: Option<u64>) -> MemoryImage {
