@@ -445,6 +445,27 @@ fn working_set_when_it_is_recorded_is_only_read_and_when_unfinished_is_recorded_
     common::wait_until("the working set has been recorded", is_whole);
 }
 
+/// The lock is tried for a moment, and the guest is none the worse for it.
+#[test]
+fn create_when_another_process_writes_there_is_refused_and_the_guest_stays() {
+    needs!(kvm);
+    let folder = Folder::new();
+    let (pair, _) = subject(&folder);
+    let own = Folder::new();
+    let (_monitor, api) = pair.restore(&own, json!({}));
+    pause(&api);
+    let other = fs::File::create(folder.join(".subject.memory.mayfly-partial")).unwrap();
+    other.lock().unwrap();
+    let message = api.refused("PUT", "/snapshot/create", pair.create("Full"));
+    assert!(
+        message.contains("another process is writing one there"),
+        "{message}"
+    );
+    drop(other);
+    api.put("/snapshot/create", pair.create("Full"));
+    assert_eq!(api.get("/")["state"], "Paused");
+}
+
 /// Values of the state, behind a check value that fits: what each part of the machine makes of them.
 #[test]
 fn state_when_values_are_changed_is_refused_or_harmless() {
