@@ -170,15 +170,8 @@ impl Store {
             let alone = fs::Permissions::from_mode(0o600);
             fs::set_permissions(entry.path(), alone).step_on(WHAT, entry.path())?;
         }
-        let moved = rustix::fs::renameat_with(CWD, from, CWD, &to, RenameFlags::NOREPLACE);
-        match moved {
-            // The other one's place is the work's then, and it is removed with that.
-            Err(Errno::EXIST) => {
-                let exchange = RenameFlags::EXCHANGE;
-                rustix::fs::renameat_with(CWD, from, CWD, &to, exchange).step_on(WHAT, &to)?;
-            }
-            other => other.step_on(WHAT, &to)?,
-        }
+        let rename = |flags| rustix::fs::renameat_with(CWD, from, CWD, &to, flags);
+        put_in_place(from, &to, rename).step_on(WHAT, &to)?;
         drop(work);
         self.prune(&to);
         Ok(())
@@ -246,6 +239,40 @@ fn open_pair(path: &Path) -> Result<(OwnedFd, OwnedFd), String> {
     });
     let memory = checked.map_err(|refusal| refusal.to_string())?;
     Ok((state.into(), memory.into()))
+}
+
+/// Puts the folder `from` in place at `to` with `rename`, which takes flags. A folder that is there is removed, or has the
+/// name `from` afterwards.
+fn put_in_place(
+    from: &Path,
+    to: &Path,
+    rename: impl Fn(RenameFlags) -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    let moved = match rename(RenameFlags::NOREPLACE) {
+        Err(Errno::EXIST) => rename(RenameFlags::EXCHANGE),
+        moved => moved,
+    };
+    match moved {
+        // As on NFS and many file systems of FUSE: no flags.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+        moved => return moved,
+    }
+    let aside = from.with_extension("old");
+    let mut tries = 3;
+    loop {
+        match rustix::fs::rename(from, to) {
+            // It is in the way. Another maker's may come again.
+            Err(Errno::EXIST | Errno::NOTEMPTY) if tries > 0 => {
+                match rustix::fs::rename(to, &aside) {
+                    Ok(()) | Err(Errno::NOENT) => {}
+                    Err(cause) => return Err(cause),
+                }
+                let _ = fs::remove_dir_all(&aside);
+            }
+            moved => return moved,
+        }
+        tries -= 1;
+    }
 }
 
 /// Why a folder is not this user's alone, if it is not.

@@ -63,6 +63,28 @@ fn template_that_is_made_twice_is_the_later_one_and_nothing_else_is_left() {
 }
 
 #[test]
+fn template_is_put_in_place_also_where_renames_take_no_flags() {
+    let folder = Folder::new("template-flags");
+    let to = folder.path().join("to");
+    let from = folder.path().join("1-0");
+    let rename = |flags| rustix::fs::renameat_with(CWD, &from, CWD, &to, flags);
+    // CIFS has the first only, and NFS none.
+    for (number, all_but_exchange) in [true, false, false, true].into_iter().enumerate() {
+        fs::create_dir(&from).unwrap();
+        fs::write(from.join(STATE_NAME), number.to_string()).unwrap();
+        let rename = |flags| match all_but_exchange && flags == RenameFlags::NOREPLACE {
+            true => rename(flags),
+            false => Err(Errno::INVAL),
+        };
+        put_in_place(&from, &to, rename).unwrap();
+        let kept = fs::read_to_string(to.join(STATE_NAME)).unwrap();
+        assert_eq!(kept, number.to_string());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+    put_in_place(&from, &to, |_| Err(Errno::ACCESS)).unwrap_err();
+}
+
+#[test]
 fn template_that_was_not_used_for_longest_goes_when_there_are_too_many() {
     let folder = Folder::new("template-prune");
     let store = Store::open(folder.path()).unwrap();
