@@ -34,7 +34,7 @@ pub enum Target {
 }
 
 /// How many links may be followed, as the kernel has it.
-const LINKS: usize = 40;
+pub(super) const LINKS: usize = 40;
 
 /// The longest name of a file, on the file systems there are.
 const NAME_MAX: usize = 255;
@@ -43,23 +43,33 @@ const NAME_MAX: usize = 255;
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 const PARTIAL: &[u8] = b".mayfly-partial";
+const OLD: &[u8] = b".mayfly-old";
 
 /// The temporary name of a file called `name`, in the same folder.
 pub fn partial_name(name: &OsStr) -> OsString {
-    let mut partial = vec![b'.'];
+    hidden_name(name, PARTIAL)
+}
+
+/// The name that the old file called `name` has meanwhile, where it cannot be exchanged with the new one.
+pub(super) fn old_name(name: &OsStr) -> OsString {
+    hidden_name(name, OLD)
+}
+
+fn hidden_name(name: &OsStr, ending: &[u8]) -> OsString {
+    let mut hidden = vec![b'.'];
     let name = name.as_bytes();
-    let room = NAME_MAX.saturating_sub(PARTIAL.len()).saturating_sub(1);
+    let room = NAME_MAX.saturating_sub(ending.len()).saturating_sub(1);
     match name.get(..room) {
         Some(_) if name.len() > room => {
             let crc = format!("{:08x}", crc32fast::hash(name));
             let kept = room.saturating_sub(crc.len());
-            partial.extend_from_slice(name.get(..kept).unwrap_or_default());
-            partial.extend_from_slice(crc.as_bytes());
+            hidden.extend_from_slice(name.get(..kept).unwrap_or_default());
+            hidden.extend_from_slice(crc.as_bytes());
         }
-        _ => partial.extend_from_slice(name),
+        _ => hidden.extend_from_slice(name),
     }
-    partial.extend_from_slice(PARTIAL);
-    OsString::from_vec(partial)
+    hidden.extend_from_slice(ending);
+    OsString::from_vec(hidden)
 }
 
 /// Locks `file`, or finds that another process works with it. Where the file system has no locks, it counts as locked.
@@ -87,7 +97,9 @@ impl Place {
     pub fn find(path: &Path) -> Result<Self, WriteError> {
         let error = |cause| WriteError::io("find the place of", path, cause);
         let (folder, name) = follow(path).map_err(error)?;
-        let is_temporary = name.as_bytes().ends_with(PARTIAL) && name.as_bytes().starts_with(b".");
+        let bytes = name.as_bytes();
+        let is_temporary =
+            bytes.starts_with(b".") && (bytes.ends_with(PARTIAL) || bytes.ends_with(OLD));
         if is_temporary {
             return Err(WriteError::Temporary(path.into()));
         }
@@ -121,27 +133,18 @@ impl Place {
         WriteError::Busy(self.path.clone())
     }
 
-    /// What has the temporary name, which a process that was killed left behind: locked now.
-    pub fn leftover(&self) -> Result<Option<File>, WriteError> {
+    /// What has `hidden`, one of the names beside it, which a process that was killed left behind: locked now.
+    pub fn leftover(&self, hidden: &OsStr) -> Result<Option<File>, WriteError> {
         let error =
             |cause| self.error("look at what was left of an earlier snapshot beside", cause);
-        if self
-            .folder
-            .other_kind(&self.partial)
-            .map_err(error)?
-            .is_some()
-        {
-            return Err(WriteError::Occupied(
-                self.path.with_file_name(&self.partial),
-            ));
+        if self.folder.other_kind(hidden).map_err(error)?.is_some() {
+            return Err(WriteError::Occupied(self.path.with_file_name(hidden)));
         }
-        let Some(file) = self.folder.open_file(&self.partial).map_err(error)? else {
+        let Some(file) = self.folder.open_file(hidden).map_err(error)? else {
             return Ok(None);
         };
         // Its process is there, or has just put it in place.
-        if !locks(&file).map_err(error)?
-            || !self.folder.is_at(&self.partial, &file).map_err(error)?
-        {
+        if !locks(&file).map_err(error)? || !self.folder.is_at(hidden, &file).map_err(error)? {
             return Err(self.busy());
         }
         Ok(Some(file))

@@ -13,6 +13,7 @@ use super::header::{
     CRC_AT, FIXED, HEADER_LEN_AT, Header, Kind, LEN_AT, MAGIC, RESERVED_AT, SnapshotId, VERSION,
     VERSION_AT, checksum, version,
 };
+use super::place::{LINKS, old_name};
 use super::{MemoryImage, STATE_MAX, Target, partial_name};
 use crate::wire::config::json::{self, JsonError};
 
@@ -443,13 +444,22 @@ pub fn memory_of(
 }
 
 /// The memory image of the snapshot with `header` beside `path`, where a create that was killed has
-/// left it: it had put its own image at `path` and not yet its state file in place.
+/// left it: it had put its own image at `path`, or was about to, and not yet its state file in place.
 pub(super) fn partial_memory(header: &Header, path: &Path) -> Option<File> {
-    // A symbolic link is followed as it was when the image was written.
-    let path = std::fs::canonicalize(path).ok()?;
+    // A symbolic link is followed as it was when the image was written; there may be nothing at its end.
+    let mut path = path.to_path_buf();
+    for _ in 0..LINKS {
+        match std::fs::read_link(&path) {
+            Ok(target) => path = path.parent()?.join(target),
+            Err(_) => break,
+        }
+    }
     let name: &OsStr = path.file_name()?;
-    let beside = path.with_file_name(partial_name(name));
-    let image = open_regular(&beside).ok()?;
-    check_memory(header, &image).ok()?;
-    Some(image)
+    [partial_name(name), old_name(name)]
+        .iter()
+        .find_map(|name| {
+            let image = open_regular(&path.with_file_name(name)).ok()?;
+            check_memory(header, &image).ok()?;
+            Some(image)
+        })
 }

@@ -13,12 +13,40 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::header::{CRC_AT, FIXED, HEADER_LEN_AT, LEN_AT, VERSION_AT, checksum, seal};
+use super::place::old_name;
 use super::*;
 use crate::needs;
 
 thread_local! {
     /// How many system calls of a create are left before the process is killed.
     static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
+    /// What the file system that is written to is said to have.
+    static HAS: Cell<FileSystem> = const { Cell::new(FileSystem::Exchange) };
+}
+
+/// What a file system has for putting a file in the place of another one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum FileSystem {
+    /// All, as ext4 and XFS.
+    Exchange,
+    /// As NFS.
+    LinksOnly,
+    /// As FAT.
+    RenamesOnly,
+}
+
+const FILE_SYSTEMS: [FileSystem; 3] = [
+    FileSystem::Exchange,
+    FileSystem::LinksOnly,
+    FileSystem::RenamesOnly,
+];
+
+pub(super) fn has_exchange() -> bool {
+    HAS.get() == FileSystem::Exchange
+}
+
+pub(super) fn has_links() -> bool {
+    HAS.get() != FileSystem::RenamesOnly
 }
 
 /// Kills this process, as SIGKILL from outside would, where a test said so.
@@ -475,11 +503,13 @@ fn names(folder: &Path) -> Vec<String> {
 fn pair_when_written_replaces_the_old_one_and_leaves_nothing_else() {
     let (_folder, path) = folder();
     let (at, memory) = (path.join("state"), path.join("memory"));
-    for id in [1, 2, 3] {
+    for (id, file_system) in (1..).zip(FILE_SYSTEMS.into_iter().chain(FILE_SYSTEMS)) {
+        HAS.set(file_system);
         save(&at, &memory, id).unwrap();
         assert_eq!(load(&at, &memory).unwrap(), id);
         assert_eq!(names(&path), ["memory", "state"]);
     }
+    HAS.set(FileSystem::Exchange);
     // Whatever was there.
     fs::write(&at, "text").unwrap();
     fs::write(&memory, "").unwrap();
@@ -694,9 +724,10 @@ fn name_when_it_is_long_has_a_temporary_name_of_its_own_that_fits() {
     let mut partials = BTreeSet::new();
     for len in [1, 200, 239, 240, 254, 255] {
         let name = "n".repeat(len);
-        let partial = partial_name(name.as_ref());
-        assert!(partial.len() <= 255, "{len}");
-        assert!(partials.insert(partial), "{len}");
+        for hidden in [partial_name(name.as_ref()), old_name(name.as_ref())] {
+            assert!(hidden.len() <= 255, "{len}");
+            assert!(partials.insert(hidden), "{len}");
+        }
         let at = path.join(&name);
         save(&at, &path.join("memory"), 1).unwrap();
         assert_eq!(load(&at, &path.join("memory")).unwrap(), 1);
@@ -738,6 +769,13 @@ fn create_when_memory_or_state_fails_leaves_the_old_pair() {
 
 #[test]
 fn create_when_the_state_cannot_be_put_in_place_takes_the_memory_back() {
+    for file_system in FILE_SYSTEMS {
+        HAS.set(file_system);
+        state_cannot_be_put_in_place();
+    }
+}
+
+fn state_cannot_be_put_in_place() {
     let (_folder, path) = folder();
     for has_old in [false, true] {
         let place = path.join(format!("place {has_old}"));
@@ -840,12 +878,16 @@ fn create_when_copies_of_its_descriptor_stay_open_lets_go_of_its_place() {
 /// Set for the process that is to be killed: at which step, and where it creates a snapshot.
 const KILL_AT: &str = "MAYFLY_TEST_KILL_AT";
 const KILL_IN: &str = "MAYFLY_TEST_KILL_IN";
+/// The number of its file system.
+const KILL_ON: &str = "MAYFLY_TEST_KILL_ON";
 
 /// Not a test of its own: what the processes below do.
 #[test]
 fn creates_if_told_to() {
     if let Some(steps) = std::env::var_os(KILL_AT) {
         let path = PathBuf::from(std::env::var_os(KILL_IN).unwrap());
+        let number: usize = std::env::var(KILL_ON).unwrap().parse().unwrap();
+        HAS.set(FILE_SYSTEMS[number]);
         LEFT.set(Some(steps.to_str().unwrap().parse().unwrap()));
         save(&path.join("state"), &path.join("memory"), 2).unwrap();
     }
@@ -856,6 +898,7 @@ fn killed_after(steps: u32, path: &Path) -> bool {
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", "snapshot::tests::creates_if_told_to"]);
     child.env(KILL_AT, steps.to_string()).env(KILL_IN, path);
+    child.env(KILL_ON, (HAS.get() as usize).to_string());
     let output = child.output().unwrap();
     match output.status.signal() {
         Some(signal) => {
@@ -871,6 +914,13 @@ fn killed_after(steps: u32, path: &Path) -> bool {
 
 #[test]
 fn create_when_killed_at_any_step_leaves_the_old_pair_or_the_new_one() {
+    for file_system in FILE_SYSTEMS {
+        HAS.set(file_system);
+        kill_at_any_step();
+    }
+}
+
+fn kill_at_any_step() {
     let mut found = BTreeSet::new();
     for has_old in [false, true] {
         let mut steps = 0;
@@ -916,17 +966,38 @@ fn create_when_killed_at_any_step_leaves_the_old_pair_or_the_new_one() {
 }
 
 #[test]
+fn old_image_when_it_has_another_name_only_is_found_by_a_link_too() {
+    let (_folder, path) = folder();
+    let (at, memory) = (path.join("state"), path.join("memory"));
+    save(&at, &memory, 1).unwrap();
+    fs::create_dir(path.join("links")).unwrap();
+    let link = path.join("links/link");
+    symlink("../memory", &link).unwrap();
+    for hidden in [partial_name("memory".as_ref()), old_name("memory".as_ref())] {
+        fs::rename(&memory, path.join(&hidden)).unwrap();
+        for name in [&memory, &link] {
+            assert_eq!(load(&at, name).unwrap(), 1);
+        }
+        fs::rename(path.join(&hidden), &memory).unwrap();
+    }
+}
+
+#[test]
 fn create_when_killed_twice_in_a_row_leaves_the_old_pair_or_the_new_one() {
-    // The first around the exchange of the images, the second around the repair and its own.
-    for first in 12..18 {
-        for second in [0, 1, 2, 3, 16, 17, 18, 19] {
-            let (_folder, path) = folder();
-            let (at, memory) = (path.join("state"), path.join("memory"));
-            save(&at, &memory, 1).unwrap();
-            killed_after(first, &path);
-            killed_after(second, &path);
-            let id = load(&at, &memory).unwrap();
-            assert!(id == 1 || id == 2, "{first}, {second}: {id}");
+    for file_system in FILE_SYSTEMS {
+        HAS.set(file_system);
+        // The first around the exchange of the images, the second around the repair and its own.
+        for first in 12..18 {
+            for second in [0, 1, 2, 3, 16, 17, 18, 19] {
+                let (_folder, path) = folder();
+                let (at, memory) = (path.join("state"), path.join("memory"));
+                save(&at, &memory, 1).unwrap();
+                killed_after(first, &path);
+                killed_after(second, &path);
+                let id = load(&at, &memory).unwrap();
+                let of = (file_system, first, second);
+                assert!(id == 1 || id == 2, "{of:?}: {id}");
+            }
         }
     }
 }

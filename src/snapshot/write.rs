@@ -9,14 +9,15 @@
 //! 4. the state file is renamed into place: from here on the pair is the new one;
 //! 5. the old image is removed.
 //!
-//! An error before step 4 undoes everything. On a file system that cannot exchange, the image is
-//! renamed over the old one: a process that is killed just then leaves a pair that does not fit, and
-//! its ids tell.
+//! An error before step 4 undoes everything. On a file system that cannot exchange (NFS, CIFS, many of FUSE), the old
+//! image gets a second name before the new one is renamed over it, `old_name`, or is renamed to that where there are no
+//! hard links (FAT): a reader of the old state file looks there too.
 //!
 //! In descriptors, the state file's fixed header is made zero before anything else is written, and is
 //! written last: until then the state file is refused as unfinished.
 
 use std::error::Error;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -24,14 +25,27 @@ use std::path::{Display, Path};
 use std::time::Duration;
 
 use super::header::{FIXED, MemoryImage};
-use super::place::{Place, Target, check_passed};
+use super::place::{Place, Target, check_passed, old_name};
 use super::read::{check_memory, read};
-use super::write_error::{WriteError, step};
+use super::write_error::{WriteError, has_exchange, has_links, step};
 use crate::steps::{commits, may_take, may_wait};
 use crate::sys::folder::{self, Folder};
 
 /// Bytes that a file system that answers syncs in a second.
 const SLOWEST_SYNC: u64 = 8 << 20;
+
+/// Where the file is that another one takes the place of.
+#[derive(Clone, Copy, PartialEq)]
+enum Old {
+    /// In place, or there is none, or it is not to be touched any more.
+    InPlace,
+    /// At the temporary name.
+    Partial,
+    /// At [`old_name`], and in place as well until that is taken.
+    Linked,
+    /// At [`old_name`].
+    Aside,
+}
 
 /// One of the two files, from its beginning to its place.
 enum Output {
@@ -39,7 +53,7 @@ enum Output {
         place: Place,
         file: File,
         is_placed: bool,
-        has_old: bool,
+        old: Old,
     },
     In {
         file: File,
@@ -74,12 +88,12 @@ impl Output {
         synced.map_err(|cause| self.error("sync", cause))
     }
 
-    /// Puts a whole file in place: exchanged with what is there, if that can be.
+    /// Puts a whole file in place, so that the old one can still be found and put back.
     fn exchange(&mut self) -> Result<(), WriteError> {
         let Output::At {
             place,
             is_placed,
-            has_old,
+            old,
             ..
         } = self
         else {
@@ -87,9 +101,19 @@ impl Output {
         };
         let error = |cause| place.error("put the new memory file in place at", cause);
         let (folder, partial, name) = (&place.folder, &place.partial, &place.name);
-        step();
-        *has_old = place.old.is_some() && folder.exchange(partial, name).map_err(error)?;
-        if !*has_old {
+        if place.old.is_some() {
+            step();
+            if has_exchange() && folder.exchange(partial, name).map_err(error)? {
+                *old = Old::Partial;
+            } else if has_links() && folder.link(name, &old_name(name)).map_err(error)? {
+                *old = Old::Linked;
+            } else {
+                folder.rename(name, &old_name(name)).map_err(error)?;
+                *old = Old::Aside;
+            }
+        }
+        if *old != Old::Partial {
+            step();
             folder.rename(partial, name).map_err(error)?;
         }
         *is_placed = true;
@@ -102,31 +126,25 @@ impl Output {
         let Output::At {
             place,
             is_placed,
-            has_old,
+            old,
             ..
         } = self
         else {
             return;
         };
-        let Place {
-            folder,
-            partial,
-            name,
-            old,
-            ..
-        } = place;
-        if !*is_placed {
-            return;
-        }
+        let (folder, partial, name) = (&place.folder, &place.partial, &place.name);
         // A failure here leaves what a kill would leave; the first error is the one to tell.
-        let undone = match (*has_old, &old) {
-            (true, _) => folder.exchange(name, partial).map(drop),
-            (false, None) => folder.rename(name, partial),
-            (false, Some(_)) => return,
+        let undone = match (*old, *is_placed) {
+            (Old::InPlace, true) => folder.rename(name, partial),
+            (Old::Partial, _) => folder.exchange(name, partial).map(drop),
+            (Old::Aside, _) | (Old::Linked, true) => folder.rename(&old_name(name), name),
+            (Old::Linked, false) => folder.remove(&old_name(name)),
+            (Old::InPlace, false) => return,
         };
         if undone.is_ok() {
-            (*is_placed, *has_old) = (false, false);
+            *is_placed = false;
         }
+        *old = Old::InPlace;
     }
 
     /// Renames a whole file into place.
@@ -154,21 +172,25 @@ impl Output {
 }
 
 impl Drop for Output {
-    /// Removes the temporary name, what was not finished or the old file, and lets go of the lock.
+    /// Removes what was not finished or the old file, and lets go of the lock.
     fn drop(&mut self) {
         let Output::At {
             place,
             file,
             is_placed,
-            has_old,
+            old,
         } = self
         else {
             return;
         };
-        if *has_old || !*is_placed {
+        // What cannot be removed, the next create removes.
+        if *old == Old::Partial || !*is_placed {
             step();
-            // What cannot be removed, the next create removes.
             let _ = place.folder.remove(&place.partial);
+        }
+        if *is_placed && matches!(old, Old::Linked | Old::Aside) {
+            step();
+            let _ = place.folder.remove(&old_name(&place.name));
         }
         folder::unlock(file);
     }
@@ -212,7 +234,7 @@ impl Site {
                 file: place.begin()?,
                 place,
                 is_placed: false,
-                has_old: false,
+                old: Old::InPlace,
             }),
             Site::File(file, name) => Ok(Output::In { file, name }),
         }
@@ -221,14 +243,18 @@ impl Site {
     /// Removes what a killed create left at the temporary name.
     fn clear(&self) -> Result<(), WriteError> {
         if let Site::Path(place) = self
-            && let Some(_locked) = place.leftover()?
+            && let Some(_locked) = place.leftover(&place.partial)?
         {
-            step();
-            let removed = place.folder.remove(&place.partial);
-            removed.map_err(|cause| place.error("remove the temporary file beside", cause))?;
+            remove_leftover(place, &place.partial)?;
         }
         Ok(())
     }
+}
+
+fn remove_leftover(place: &Place, hidden: &OsStr) -> Result<(), WriteError> {
+    step();
+    let removed = place.folder.remove(hidden);
+    removed.map_err(|cause| place.error("remove the temporary file beside", cause))
 }
 
 fn check_differ(state: &Site, memory: &Site) -> Result<(), WriteError> {
@@ -255,25 +281,23 @@ fn repair(state: &Site, memory: &mut Site) -> Result<(), WriteError> {
     let Site::Path(place) = memory else {
         return Ok(());
     };
-    let Some(left) = place.leftover()? else {
-        return Ok(());
-    };
-    if let Some((header, _)) = old_state
-        && check_memory(&header, &left).is_ok()
-        && (place.old.as_ref()).is_none_or(|image| check_memory(&header, image).is_err())
-    {
-        let error = |cause| place.error("put the old memory file back in place at", cause);
-        step();
-        place
-            .folder
-            .rename(&place.partial, &place.name)
-            .map_err(error)?;
-        place.old = Some(left);
-        return Ok(());
+    for hidden in [place.partial.clone(), old_name(&place.name)] {
+        let Some(left) = place.leftover(&hidden)? else {
+            continue;
+        };
+        if let Some((header, _)) = &old_state
+            && check_memory(header, &left).is_ok()
+            && (place.old.as_ref()).is_none_or(|image| check_memory(header, image).is_err())
+        {
+            let error = |cause| place.error("put the old memory file back in place at", cause);
+            step();
+            place.folder.rename(&hidden, &place.name).map_err(error)?;
+            place.old = Some(left);
+        } else {
+            remove_leftover(place, &hidden)?;
+        }
     }
-    step();
-    let removed = place.folder.remove(&place.partial);
-    removed.map_err(|cause| place.error("remove the temporary file beside", cause))
+    Ok(())
 }
 
 /// Writes a memory image, with `fill`, and then the state file that `encode` puts together for it, and

@@ -142,6 +142,21 @@ impl Folder {
         }
     }
 
+    /// Gives the file `from` the name `to` as well, which there must not be yet; false when this file system cannot, or
+    /// the host does not let this user.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn link(&self, from: &OsStr, to: &OsStr) -> io::Result<bool> {
+        match rustix::fs::linkat(&self.fd, from, &self.fd, to, AtFlags::empty()) {
+            Ok(()) => Ok(true),
+            Err(Errno::PERM | Errno::MLINK | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                Ok(false)
+            }
+            Err(cause) => Err(cause.into()),
+        }
+    }
+
     /// Removes the file `name`, if there is one.
     ///
     /// # Errors
