@@ -628,6 +628,10 @@ fn units_are_what_systemd_takes() {
     let folder = common::Folder::new();
     for name in ["mayfly@.service", "mayfly@.socket"] {
         let text = fs::read_to_string(common::root().join("resources/systemd").join(name)).unwrap();
+        if name.ends_with("socket") {
+            // All tenants' users are in the group kvm.
+            assert!(text.contains("\nSocketMode=0600\n"), "{text}");
+        }
         // A program that is there, on any machine.
         let text = text.replace("/usr/local/bin/mayfly-jailer", "/bin/true");
         fs::write(folder.path().join(name), text).unwrap();
