@@ -192,15 +192,7 @@ fn code_of(report: &str) -> Value {
 
 /// The helper: MAYFLY_EXIT_BIN, else the one that `cargo build --release` made.
 fn mayfly_exit() -> PathBuf {
-    let built = "target/x86_64-unknown-linux-gnu/release/mayfly-exit";
-    let path = std::env::var_os("MAYFLY_EXIT_BIN");
-    let path = path.map_or_else(|| common::root().join(built), PathBuf::from);
-    assert!(
-        path.exists(),
-        "{} is missing: build it with `cargo build --release -p mayfly-exit`",
-        path.display()
-    );
-    path
+    common::built("MAYFLY_EXIT_BIN", "mayfly-exit")
 }
 
 /// One entry of a cpio archive of the form `newc`, executable.

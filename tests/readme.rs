@@ -139,7 +139,10 @@ impl Place {
                 fs::write(made.join("cmdline"), format!("{words}\n")).unwrap();
             }
         }
-        copy(&snapshot_tool(), host.path("work/tools/snapshot"));
+        copy(
+            &common::built("MAYFLY_SNAPSHOT_BIN", "mayfly-snapshot"),
+            host.path("work/tools/snapshot"),
+        );
         // What the documents build is built.
         for name in ["work/bin/cargo", "work/tools/guest"] {
             copy(Path::new("/bin/true"), host.path(name));
@@ -245,13 +248,6 @@ impl Place {
         assert!(left.is_empty(), "left in /tmp: {left:?}\n{said}");
         said
     }
-}
-
-/// What `tools/snapshot` builds and runs.
-fn snapshot_tool() -> PathBuf {
-    let built = "target/x86_64-unknown-linux-gnu/release/mayfly-snapshot";
-    let given = std::env::var_os("MAYFLY_SNAPSHOT_BIN");
-    given.map_or_else(|| common::root().join(built), PathBuf::from)
 }
 
 /// Pings from the network namespace of process `pid`, a few times: the guest may just be starting.

@@ -5,7 +5,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use common::{Folder, jailer, mayfly, needs, probe};
@@ -13,15 +13,7 @@ use serde_json::Value;
 
 /// The program, from the release build of this tree: `tools/test` builds it.
 fn soak(jailer: &Path, words: &[&str]) -> Output {
-    let program = std::env::var_os("MAYFLY_SOAK_BIN").map_or_else(
-        || common::root().join("target/x86_64-unknown-linux-gnu/release/mayfly-soak"),
-        PathBuf::from,
-    );
-    assert!(
-        program.exists(),
-        "{} is missing: build it with `cargo build --release -p mayfly-measure`",
-        program.display()
-    );
+    let program = common::built("MAYFLY_SOAK_BIN", "mayfly-soak");
     let mut command = Command::new(program);
     command
         .arg("--mayfly")

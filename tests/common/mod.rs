@@ -88,14 +88,14 @@ pub fn jailer() -> PathBuf {
     path
 }
 
-/// The program that a variable names, else the release build of this tree.
-fn built(variable: &str, name: &str) -> PathBuf {
+/// The program that a variable names, else the release build of this tree, whose folder is beside that of any build.
+pub fn built(variable: &str, name: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
-    let path = root()
-        .join("target/x86_64-unknown-linux-gnu/release")
-        .join(name);
+    let builds = Path::new(env!("CARGO_BIN_EXE_mayfly")).ancestors().nth(2);
+    let builds = builds.expect("it is in the folder of a build");
+    let path = builds.join("release").join(name);
     assert!(
         path.exists(),
         "{} is missing: build it with `cargo build --release -p {}`",
@@ -103,6 +103,7 @@ fn built(variable: &str, name: &str) -> PathBuf {
         match name {
             "firstbyte" => "probe",
             "mayfly-image" => "mayfly-images",
+            "mayfly-soak" => "mayfly-measure",
             _ => name,
         }
     );

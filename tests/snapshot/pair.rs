@@ -130,15 +130,7 @@ pub fn await_disk(api: &Api, kind: &str, count: u64) {
 
 /// Runs `tools/snapshot`'s program, which must succeed.
 pub fn snapshot_tool(args: &[&Path]) {
-    let program = std::env::var_os("MAYFLY_SNAPSHOT_BIN").map_or_else(
-        || common::root().join("target/x86_64-unknown-linux-gnu/release/mayfly-snapshot"),
-        PathBuf::from,
-    );
-    assert!(
-        program.exists(),
-        "{} is missing: build it with `cargo build --release -p mayfly-snapshot`",
-        program.display()
-    );
+    let program = common::built("MAYFLY_SNAPSHOT_BIN", "mayfly-snapshot");
     let output = Command::new(program).args(args).output().unwrap();
     assert!(output.status.success(), "{args:?}: {output:?}");
 }

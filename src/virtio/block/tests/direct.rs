@@ -6,12 +6,12 @@ use crate::sys;
 use crate::sys::io::{Access, Alignment};
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 /// A file of `len` bytes on storage, and the same opened so that it goes past the page cache; none, with a message,
 /// where the build folder is in memory.
 fn on_storage(len: usize) -> Option<(File, File)> {
-    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/target"));
+    let program = std::env::current_exe().unwrap();
+    let folder = program.parent().unwrap();
     let temp = TempFile::new_in(folder).unwrap();
     let again = File::options().read(true).write(true).open(temp.as_path());
     let (file, direct) = (temp.into_file(), again.unwrap());
