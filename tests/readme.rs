@@ -564,6 +564,7 @@ const CONSTANTS: &[(&str, &str, &str, u64)] = &[
         "PASSED_MAX|DESCRIPTORS_MAX",
         32,
     ),
+    ("files and taps", "27", "FILES_MAX", 27),
     ("console socket", "4 clients", "CLIENTS", 4),
     ("console socket", "64 KiB", "REPLAY", 64 << 10),
     ("log line |", "1,024 bytes", "LINE_MAX", 1024),

@@ -29,7 +29,7 @@ use self::image::Image;
 use self::inherited::Passed;
 use self::options::{GuestCommand, Options};
 use self::resources::open_to_append;
-use self::vm::{Described, Vm};
+use self::vm::{Described, FILES_MAX, Vm};
 use crate::cgroup::exclusive;
 use crate::error::{Advice as _, AnyError, Failure, Step as _};
 use crate::monitor::{Executable, ResourceLimits};
@@ -88,7 +88,10 @@ pub enum SpecError {
          itself; give a path, or leave it out and redirect what is printed"
     )]
     NotAPath(&'static str),
-    #[error("cannot pass {0} files and taps to the monitor: at most 30 go with one request")]
+    #[error(
+        "cannot pass {0} files and taps to the monitor: at most {FILES_MAX} go with one request; name \
+         fewer drives, interfaces or queues"
+    )]
     TooManyFiles(usize),
     #[error("cannot use the passed sockets (LISTEN_FDS): there are {0}, and one is the API's")]
     ListenFds(u32),

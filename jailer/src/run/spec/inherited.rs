@@ -31,6 +31,12 @@ pub struct Passed {
 }
 
 impl Passed {
+    /// No descriptor was passed.
+    #[cfg(test)]
+    pub fn nothing() -> Passed {
+        Passed { listener: None }
+    }
+
     /// Keeps those of the numbers in `wanted` and the API socket, and closes all others but the
     /// console.
     pub fn keep(inherited: Inherited, mut wanted: Vec<RawFd>) -> Result<Passed, AnyError> {

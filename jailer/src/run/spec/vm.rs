@@ -27,6 +27,12 @@ use super::{OWN_TAP, OwnTap, SpecError};
 use crate::error::{AnyError, Step as _};
 use crate::input;
 
+/// What may be added to the files of a machine: a tap, a socket, a pagemap, and two files of a guest with an agent.
+const ADDED: usize = 5;
+/// Files and taps that a machine may name: all go with one request.
+pub const FILES_MAX: usize = 27;
+const _: () = assert!(FILES_MAX + ADDED == DESCRIPTORS_MAX);
+
 /// How many frames an agent may send: 20,000 each second, which is a gigabyte of output, and of empty ones no
 /// more than a small part of one processor of the supervisor.
 const AGENT_FRAMES: TokenBucketConfig = TokenBucketConfig {
@@ -128,11 +134,10 @@ impl Described {
                 }
             }
         };
-        // A tap, a socket, a pagemap, and two files of a guest with an agent may be added.
-        if vm.files.len() + 5 > DESCRIPTORS_MAX {
-            return Err(SpecError::TooManyFiles(vm.files.len()).into());
+        match vm.files.len() {
+            ..=FILES_MAX => Ok(vm),
+            count => Err(SpecError::TooManyFiles(count).into()),
         }
-        Ok(vm)
     }
 }
 
@@ -519,6 +524,24 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn files_when_more_than_go_with_a_request_are_refused_with_the_number_that_does() {
+        let opened = |drives: usize| {
+            let drive = r#"{ "drive_id": "a", "is_root_device": false, "is_read_only": true,
+                             "path_on_host": "/proc/self/exe" }"#;
+            let drives = vec![drive; drives].join(", ");
+            let text = format!(
+                r#"{{ "boot-source": {{ "kernel_image_path": "/proc/self/exe" }}, "drives": [{drives}] }}"#
+            );
+            let (described, _) = described("vm-files", &text).unwrap();
+            described.open(&mut Passed::nothing())
+        };
+        assert_eq!(opened(FILES_MAX - 1).unwrap().files.len(), FILES_MAX);
+        let error = opened(FILES_MAX).unwrap_err().to_string();
+        assert!(error.contains(" 28 files and taps"), "{error}");
+        assert!(error.contains("at most 27 "), "{error}");
     }
 
     #[test]
