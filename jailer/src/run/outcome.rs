@@ -427,8 +427,49 @@ mod tests {
             };
             assert_eq!(word(Ended::Killed(9), seen), ("stopped", 129));
         }
+        let reference = include_str!("../../../docs/reference.md");
+        let is_there = |word: &str| reference.contains(&format!("`{word}`"));
         for (ended, seen, expected) in cases {
             assert_eq!(word(ended, seen), expected, "{ended:?}");
+            assert!(is_there(expected.0), "{}", expected.0);
+        }
+        for other in [
+            Verdict::of_snapshot(&Ok(String::new())),
+            Verdict::of_snapshot(&Err(String::new())),
+            Verdict::unknown(String::new()),
+            Verdict::jailer_killed(),
+            Verdict::not_started(String::new()),
+        ] {
+            assert!(is_there(other.word), "{}", other.word);
+        }
+    }
+
+    #[test]
+    fn ends_with_a_command_are_told_apart_from_those_of_this_program() {
+        let exited = Seen {
+            command: Some(0),
+            ..Seen::default()
+        };
+        let failed = Seen {
+            agent_fault: Some("it sent nonsense".into()),
+            ..Seen::default()
+        };
+        for (verdict, word, code) in [
+            (Verdict::of(Ended::Exited(0), &exited), "exited", 0),
+            (Verdict::of(Ended::Exited(0), &failed), "agent-failed", 125),
+            (
+                Verdict::of(Ended::Exited(0), &Seen::default()),
+                "ended",
+                125,
+            ),
+            (Verdict::of(Ended::Exited(1), &Seen::default()), "error", 1),
+            (Verdict::not_started("no".into()), "not-started", 125),
+            (Verdict::unknown("why".into()), "unknown", 125),
+        ] {
+            let verdict = verdict.with_command(true);
+            assert_eq!((verdict.word, verdict.code), (word, code));
+            let reference = include_str!("../../../docs/reference.md");
+            assert!(reference.contains(&format!("`{word}`")), "{word}");
         }
     }
 
