@@ -6,6 +6,7 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use crate::contents::filesystem::FileSystem;
 use crate::contents::{Contents, Partition, Table};
 use crate::failure::{Context, Failure, Result, clean, printable};
 use crate::progress::Progress;
@@ -308,8 +309,8 @@ pub fn command(boot: &Boot, disk: &Path, kernel: Option<&Path>, initrd: Option<&
 
 /// What to say where the kernel of tools/guest does not find the root: it is small
 /// (resources/guest/kernel.config).
-pub const SMALL_KERNEL: &str = "the kernel of tools/guest knows MBR, ext2, ext3 and ext4 only; take the distribution's \
-     (tools/guest --distro-kernel, with its initramfs) or the disk's own (--boot-files)";
+pub const SMALL_KERNEL: &str = "the kernel of tools/guest knows MBR, ext2 to ext4 and uncompressed EROFS only; take the \
+     distribution's (tools/guest --distro-kernel, with its initramfs) or the disk's own (--boot-files)";
 
 /// Whether that is so.
 pub fn is_beyond_small_kernel(contents: &Contents, boot: &Boot) -> bool {
@@ -319,7 +320,8 @@ pub fn is_beyond_small_kernel(contents: &Contents, boot: &Boot) -> bool {
         Some(0) => contents.whole.as_ref(),
         _ => (contents.partitions.iter().find(partition)).and_then(|it| it.content.as_ref()),
     };
-    is_gpt || root.is_some_and(|root| !root.is_ext())
+    let is_known = |root: &FileSystem| root.is_ext() || root.kind == "erofs" && !root.is_compressed;
+    is_gpt || root.is_some_and(|root| !is_known(root))
 }
 
 /// What to say of a kernel out of the disk where KVM emulates kernel mode.
@@ -346,6 +348,45 @@ mod tests {
             Some("boot/vmlinuz-6.1.0-18-amd64")
         );
         assert_eq!(newest(&names, &["initrd"]), None);
+    }
+
+    #[test]
+    fn small_kernel_is_taken_for_what_its_configuration_has() {
+        let config = include_str!("../../../resources/guest/kernel.config");
+        let has = |option: &str| {
+            config
+                .lines()
+                .any(|line| line == format!("CONFIG_{option}=y"))
+        };
+        assert!(has("MSDOS_PARTITION") && has("EXT4_FS") && has("EROFS_FS"));
+        assert!(!has("EFI_PARTITION") && !has("EROFS_FS_ZIP"));
+        let whole = |kind, is_compressed| Contents {
+            table: Table::None,
+            partitions: Vec::new(),
+            whole: Some(FileSystem {
+                kind,
+                label: String::new(),
+                begins_at_0: false,
+                size: None,
+                is_cut: false,
+                is_compressed,
+            }),
+            notes: Vec::new(),
+        };
+        let boot = Boot {
+            root: Some(0),
+            ..Boot::default()
+        };
+        for (contents, expected) in [
+            (whole("ext2", false), false),
+            (whole("ext4", false), false),
+            (whole("erofs", false), false),
+            (whole("erofs", true), true),
+            (whole("xfs", false), true),
+        ] {
+            let is_beyond = is_beyond_small_kernel(&contents, &boot);
+            assert_eq!(is_beyond, expected, "{contents:?}");
+        }
     }
 
     #[test]

@@ -809,12 +809,22 @@ fn file_systems_and_partitions_are_named() {
         ),
         ("mkswap -q -L paging fs", "the whole disk: swap \"paging\""),
         ("mkfs.erofs --quiet fs content", "the whole disk: erofs"),
+        (
+            "mkfs.erofs --quiet -zlz4 fs content",
+            "the whole disk: erofs",
+        ),
+        (
+            "mkfs.erofs --quiet -zlz4 -Elegacy-compress fs content",
+            "the whole disk: erofs",
+        ),
     ];
     for (command, expected) in made {
         blank("fs");
         folder.run("sh", &["-c", command]);
         let said = folder.succeeds(&["import", "fs", "out", "--force"]);
         assert!(said.contains(&format!("{expected}\n")), "{command}: {said}");
+        let is_beyond_small_kernel = said.contains("knows MBR");
+        assert_eq!(is_beyond_small_kernel, command.contains("-zlz4"), "{said}");
     }
     // By their magic numbers alone: not every host has the programs.
     let magic: &[(u64, &[u8], &str)] = &[

@@ -106,6 +106,7 @@ fn an_archive_becomes_an_erofs_disk() {
     fs::write(folder.join("root.tar"), everything()).unwrap();
     let said = folder.succeeds(&["rootfs", "root.tar", "disk", "--as-is", "--type", "erofs"]);
     assert!(said.contains("disk:ro"), "{said}");
+    assert!(!said.contains("knows MBR"), "{said}");
     folder.run("fsck.erofs", &["disk"]);
     let su = folder.run("dump.erofs", &["--path=/bin/su", "disk"]);
     assert!(su.contains("Links: 2") && su.contains("Uid: 0"), "{su}");
@@ -116,7 +117,7 @@ fn an_archive_becomes_an_erofs_disk() {
             .run("dump.erofs", &["--path=/null", "disk"])
             .contains("char dev")
     );
-    folder.succeeds(&[
+    let said = folder.succeeds(&[
         "rootfs",
         "root.tar",
         "small",
@@ -125,6 +126,7 @@ fn an_archive_becomes_an_erofs_disk() {
         "erofs",
         "--compress",
     ]);
+    assert!(said.contains("knows MBR"), "{said}");
     folder.run("fsck.erofs", &["small"]);
 }
 

@@ -16,6 +16,8 @@ pub struct FileSystem {
     pub size: Option<u64>,
     /// Larger than what holds it.
     pub is_cut: bool,
+    /// An EROFS with compressed files.
+    pub is_compressed: bool,
 }
 
 impl FileSystem {
@@ -100,9 +102,18 @@ pub fn find(file: &File, start: u64, len: u64) -> io::Result<Option<FileSystem>>
             begins_at_0: *at < 512,
             size: None,
             is_cut: false,
+            is_compressed: *kind == "erofs" && is_compressed(&head),
         }),
         None => ext(&head, len),
     })
+}
+
+/// Whether an EROFS says that files are compressed: it has padding for it, or algorithms (LZ4's largest distance, in older
+/// ones).
+fn is_compressed(head: &[u8]) -> bool {
+    let incompat = le32(head, SUPERBLOCK + 0x50);
+    let algorithms = le16(head, SUPERBLOCK + 0x54);
+    incompat.is_some_and(|bits| bits & 0x1 != 0) || algorithms.is_some_and(|it| it != 0)
 }
 
 /// ext2, 3 and 4 differ in their features only.
@@ -135,5 +146,6 @@ fn ext(head: &[u8], len: u64) -> Option<FileSystem> {
         begins_at_0: false,
         size: Some(size),
         is_cut: size > len,
+        is_compressed: false,
     })
 }

@@ -275,7 +275,7 @@ fn report(
         FileSystem::Ext4 => "",
         FileSystem::Erofs => ":ro",
     };
-    if args.kind == FileSystem::Erofs {
+    if args.kind == FileSystem::Erofs && args.compress {
         println!("  note: {}", boot::SMALL_KERNEL);
     }
     println!("to start it:");
