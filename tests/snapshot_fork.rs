@@ -199,7 +199,7 @@ fn fork_when_the_guest_ends_while_it_is_written_is_completed() {
         monitor.type_in("end\n");
         monitor.expect("shell ok");
         // More than what is waited for at an end otherwise.
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_secs(5));
         assert!(hanging.is_waited_for(), "it was given up");
         drop(hanging);
         let (status, answer) = common::read_response(&mut asked);

@@ -1,6 +1,7 @@
 //! The end of a guest: what is said of it, what is written out before the process goes, and how
 //! long that may take.
 
+use std::os::fd::AsRawFd;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,8 @@ use super::{Event, Vmm, file_work};
 use crate::files::Limit;
 use crate::serial::SerialEvent;
 use crate::steps::Steps;
-use crate::sys::fd;
+use crate::sys::fd::{self, Interest};
+use crate::sys::{clock, signal};
 use crate::vcpu::{End, GuestStatus};
 use crate::{error, info, log, warn};
 
@@ -63,6 +65,40 @@ impl Vmm {
     pub(super) fn finish_console(&mut self) {
         if self.machine.as_ref().is_some_and(Machine::finish_console) {
             self.await_finished();
+        }
+    }
+
+    /// Has a fork that is being written completed, as long as its files answer. What clients ask for meanwhile is refused; a
+    /// signal ends the wait.
+    pub(super) fn finish_fork(&mut self) {
+        if self.is_writing_fork() {
+            self.held.drain(..).for_each(file_work::drop_command);
+        }
+        while self.is_writing_fork() {
+            // The bell may have been silenced with events left.
+            let left = match self.inbox.is_pending() {
+                true => Some(0),
+                false => self.files.deadline().map(clock::millis_until),
+            };
+            let mut interests = [
+                Interest::read(self.inbox.as_raw_fd()),
+                Interest::read(self.signals.as_raw_fd()),
+            ];
+            if fd::wait(&mut interests, left).is_err()
+                || (self.signals.next()).is_some_and(|it| it.number != signal::CONTINUED)
+            {
+                return;
+            }
+            self.inbox.silence();
+            while let Some(event) = self.inbox.next() {
+                match event {
+                    Event::Files(finished) => {
+                        self.file_work_finished(finished);
+                    }
+                    other => file_work::drop_unclosed(other),
+                }
+            }
+            self.look_at_files(Instant::now());
         }
     }
 

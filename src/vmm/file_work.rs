@@ -352,7 +352,7 @@ impl Vmm {
             let _ = fd::write(file.as_raw_fd(), text.as_bytes());
             FileResult::Done
         });
-        if let Ok(token) = self.files.submit(Limit::Whole(FILE_PATIENCE), work) {
+        if let Ok(token) = self.files.submit(Limit::EachStep(FILE_PATIENCE), work) {
             self.awaited.push((token, Awaited::Nothing));
         }
     }

@@ -156,9 +156,18 @@ impl<C> Lifecycle<C> {
         }
     }
 
-    /// Whether it runs, and no pause is under way.
-    pub(super) fn is_running(&self) -> bool {
-        matches!(self.stage, Stage::Running)
+    /// Whether it runs, or will when all that clients have asked for is done.
+    pub(super) fn is_to_run(&self) -> bool {
+        match self.stage {
+            Stage::Running
+            | Stage::StoppingVcpus {
+                has_failed: true, ..
+            } => true,
+            Stage::StoppingVcpus { .. } | Stage::Draining { .. } => {
+                matches!(self.then.back(), Some(Wanted::Resume(_)))
+            }
+            Stage::Paused { .. } | Stage::Ended => false,
+        }
     }
 
     /// Whether clients are told that it is paused.

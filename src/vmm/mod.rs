@@ -354,7 +354,7 @@ impl Vmm {
         };
         info!("{}", firecracker::STOPPING);
         if let Next::Exit(_) = code {
-            self.finish_saving();
+            self.finish_fork();
         }
         if let Next::Exit(code) = code {
             info!("{}", firecracker::exiting(code));

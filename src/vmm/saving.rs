@@ -20,7 +20,6 @@
 mod job;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
@@ -33,7 +32,7 @@ use super::file_work::{Awaited, FILE_PATIENCE, FileResult};
 use super::lifecycle::{Input, Lifecycle};
 use super::pausing::Waiter;
 use super::saved::{MachineState, SavedMachine};
-use super::{Event, Next, Vmm, file_work};
+use super::{Next, Vmm};
 use crate::arch::fingerprint::Fingerprint;
 use crate::arch::layout;
 use crate::error::{ActionError, Context};
@@ -45,7 +44,6 @@ use crate::memory::{Memory, MemoryError};
 use crate::snapshot::{Header, Kind, MemoryImage, SnapshotId};
 use crate::steps::Steps;
 use crate::sys::clock;
-use crate::sys::fd::{self, Interest};
 use crate::sys::passed::Passed;
 use crate::wire::config::{Drive, DriveOverlay, SavedConfig, SnapshotCreate, SnapshotType};
 use crate::{error, exit, warn};
@@ -83,7 +81,7 @@ pub(super) struct Saving {
     passed: Passed,
     client: Reply,
     step: Step,
-    /// The guest ran when it was asked for, and is to run again as soon as it can.
+    /// The guest is to run again as soon as it can: it did before it was paused for this.
     resumes: bool,
     /// What was copied ahead, for a fork of memory that is not shared.
     prepared: Option<Prepared>,
@@ -117,7 +115,7 @@ type NewJob = (Job, Option<Arc<File>>, Option<PageSet>);
 fn not_quiescent() -> ActionError {
     ActionError(
         "The microVM is paused, but a device still has I/O in flight, which may write guest memory. Try \
-         again when that has ended: the log tells."
+         again when that has ended: the log reports it."
             .into(),
     )
 }
@@ -144,8 +142,7 @@ impl Vmm {
             passed,
             client,
             step: Step::Asked,
-            // A client that has asked for a pause wants it to stay paused.
-            resumes: self.lifecycle.as_ref().is_some_and(Lifecycle::is_running),
+            resumes: false,
             prepared: None,
         });
         match is_fork {
@@ -284,6 +281,8 @@ impl Vmm {
             (Ok(prepared), Some(saving)) => {
                 saving.prepared = prepared;
                 saving.step = Step::Pausing;
+                // A client that has asked for a pause wants it to stay paused.
+                saving.resumes = self.lifecycle.as_ref().is_some_and(Lifecycle::is_to_run);
                 self.advance(Input::Pause(Waiter::Saving));
             }
             (Err(error), _) => self.end_saving(Err(error)),
@@ -553,29 +552,13 @@ impl Vmm {
         self.end_saving(result.map(drop));
     }
 
-    /// The process is to end: what of a snapshot is written by then is completed, as long as its files answer. What clients
-    /// ask for meanwhile is refused.
-    pub(super) fn finish_saving(&mut self) {
-        while matches!(self.saving.as_ref().map(|s| s.step), Some(Step::Writing)) {
-            let left = self.files.deadline().map(clock::millis_until);
-            let mut interests = [
-                Interest::read(self.inbox.as_raw_fd()),
-                Interest::read(self.signals.as_raw_fd()),
-            ];
-            if fd::wait(&mut interests, left).is_err() || self.signals.next().is_some() {
-                return;
-            }
-            self.inbox.silence();
-            while let Some(event) = self.inbox.next() {
-                match event {
-                    Event::Files(finished) => {
-                        self.file_work_finished(finished);
-                    }
-                    other => file_work::drop_unclosed(other),
-                }
-            }
-            self.look_at_files(Instant::now());
-        }
+    /// Whether a fork is being written, whose memory is frozen: what its guest does is of no matter any more. (Other
+    /// snapshots are of a guest that is paused, which cannot end by itself.)
+    pub(super) fn is_writing_fork(&self) -> bool {
+        self.saving.as_ref().is_some_and(|saving| {
+            let is_fork = saving.request.snapshot_type == SnapshotType::Fork;
+            is_fork && matches!(saving.step, Step::Writing)
+        })
     }
 
     /// A file, or a handler of page faults, does not answer: the client is told, and what comes of it

@@ -304,6 +304,7 @@ fn vcpu_that_does_not_stop_makes_the_pause_fail_and_goes_on_later() {
     );
     assert!(!life.is_paused() && life.deadline().is_none());
     // It counts as running.
+    assert!(life.is_to_run());
     assert_eq!(
         life.handle(Input::Resume("d"), clock.0),
         [Task::Answer("d")]
@@ -316,6 +317,26 @@ fn vcpu_that_does_not_stop_makes_the_pause_fail_and_goes_on_later() {
         life.handle(Input::VcpuPaused(1), clock.0),
         [Task::PauseDevices(1)]
     );
+}
+
+#[test]
+fn guest_is_to_run_as_the_last_client_wanted_it() {
+    let mut clock = Clock::new();
+    let mut life = Life::new(1, 1);
+    assert!(life.is_to_run());
+    for (input, is_to_run) in [
+        (Input::Pause("a"), false),
+        (Input::Resume("b"), true),
+        (Input::Pause("c"), false),
+        (Input::VcpuPaused(0), false),
+        (Input::Resume("d"), true),
+        (Input::End, false),
+    ] {
+        let text = format!("{input:?}");
+        life.handle(input, clock.0);
+        clock.pass(Duration::from_millis(1));
+        assert_eq!(life.is_to_run(), is_to_run, "{text}");
+    }
 }
 
 #[test]
