@@ -1,5 +1,5 @@
 //! Opening the file in which the working set of a snapshot is recorded. Many guests of one snapshot have
-//! one file: who only reads it gets it for reading, wherever it can be read.
+//! one file: one that only reads it gets it for reading, wherever it can be read.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -117,7 +117,7 @@ mod tests {
         }
     }
 
-    /// A program's file cannot be written to while it runs, by whoever it is.
+    /// A program's file cannot be written to while it runs, by any user.
     #[test]
     fn file_that_cannot_be_written_to_is_opened_to_read_what_is_in_it() {
         let program = std::env::current_exe().unwrap();

@@ -357,7 +357,7 @@ where
 /// Writes a state file alone: its memory image is in place elsewhere, or goes there with `pass`, which is called when
 /// the state file is written and not yet in place.
 ///
-/// Who gets the image so can open the state file when the create has been answered, and not before. If putting it in
+/// A process that gets the image so can open the state file when the create has been answered, and not before. If putting it in
 /// place fails after that, the answer is an error and the image belongs to no state file: its id tells.
 ///
 /// # Errors

@@ -210,8 +210,8 @@ pub fn lock(file: &File, how: FlockOperation, patience: Duration) -> Result<bool
     }
 }
 
-/// Lets go of a lock that [`lock`] took, whoever else has a copy of the descriptor: a process that was forked meanwhile
-/// has one until it executes another program.
+/// Lets go of a lock that [`lock`] took, also where another process has a copy of the descriptor: one that was forked
+/// meanwhile has it until it executes another program.
 pub fn unlock(file: &File) {
     // Without it, the lock goes with the last copy.
     let _ = rustix::fs::flock(file, FlockOperation::Unlock);

@@ -424,8 +424,8 @@ impl Registers {
         let unknown = block.accepted & !self.offered & feature::OF_A_DEVICE;
         if unknown != 0 {
             guest_warn!(
-                "The driver of a device of the kind {} accepts features that it is not offered, {unknown:#x}, and is \
-                 taken not to.",
+                "The driver of a device of the kind {} accepted features that were not offered, {unknown:#x}; they \
+                 are ignored.",
                 self.device_id
             );
             block.accepted &= !unknown;
