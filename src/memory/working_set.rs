@@ -19,7 +19,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -28,7 +27,7 @@ use super::mapping::{Advice, advise};
 use super::page_set::PageSet;
 use super::{PAGE, Ram};
 use crate::steps::{may_take, may_wait};
-use crate::sys::folder::{self, FlockOperation};
+use crate::sys::folder;
 use crate::sys::pagemap::{self, Kind};
 
 /// The largest file that is read.
@@ -126,16 +125,10 @@ impl WorkingSet {
     /// The host's; the file is empty then, or counts as that.
     pub fn record(&self, file: &File, id: [u8; ID_LEN]) -> io::Result<bool> {
         let bytes = self.encode(id)?;
-        match folder::lock(
-            file,
-            FlockOperation::NonBlockingLockExclusive,
-            Duration::ZERO,
-        ) {
-            // Where the file system has no locks, nothing is lost: two that record at once leave what one of them
-            // has, or what no reader takes for a working set.
-            Ok(true) | Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => {}
-            Ok(false) => return Ok(false),
-            Err(cause) => return Err(cause.into()),
+        // Where the file system has no locks, nothing is lost: two that record at once leave what one of them
+        // has, or what no reader takes for a working set.
+        if !folder::lock_where_possible(file, Duration::ZERO)? {
+            return Ok(false);
         }
         let recorded = match WorkingSet::read(file, id, 0) {
             // Its readers may be at it.
@@ -245,6 +238,7 @@ mod tests {
 
     use super::*;
     use crate::memory::{HIGH_RAM, MIB, Memory, Pages, Source};
+    use crate::sys::folder::FlockOperation;
 
     const ID: [u8; ID_LEN] = [0xab; ID_LEN];
 

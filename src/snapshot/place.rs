@@ -12,12 +12,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::io::Errno;
-
 use super::read::kind_of;
 use super::write_error::{WriteError, step};
 use crate::sys::fd;
-use crate::sys::folder::{self, FileType, FlockOperation, Folder};
+use crate::sys::folder::{self, FileType, Folder};
 
 /// Where a file is to be written.
 #[derive(Debug)]
@@ -72,13 +70,9 @@ fn hidden_name(name: &OsStr, ending: &[u8]) -> OsString {
     OsString::from_vec(hidden)
 }
 
-/// Locks `file`, or finds that another process works with it. Where the file system has no locks, it counts as locked.
+/// Locks `file`, or finds that another process works with it.
 fn locks(file: &File) -> io::Result<bool> {
-    let how = FlockOperation::NonBlockingLockExclusive;
-    match folder::lock(file, how, LOCK_PATIENCE) {
-        Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
-        locked => Ok(locked?),
-    }
+    folder::lock_where_possible(file, LOCK_PATIENCE)
 }
 
 /// A path, its links followed.

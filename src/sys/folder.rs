@@ -210,6 +210,17 @@ pub fn lock(file: &File, how: FlockOperation, patience: Duration) -> Result<bool
     }
 }
 
+/// Locks `file` for this process alone, as [`lock`] does. Where the file system has no locks, it counts as locked.
+///
+/// # Errors
+/// The host's.
+pub fn lock_where_possible(file: &File, patience: Duration) -> io::Result<bool> {
+    match lock(file, FlockOperation::NonBlockingLockExclusive, patience) {
+        Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
+        locked => Ok(locked?),
+    }
+}
+
 /// Lets go of a lock that [`lock`] took, also where another process has a copy of the descriptor: one that was forked
 /// meanwhile has it until it executes another program.
 pub fn unlock(file: &File) {
